@@ -1,0 +1,40 @@
+# Every target sets itself up: on a fresh machine, type `make demo` or `make test` and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A folder in COCO's 2017 layout; empty: synthetic images.
+COCO ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
+
+.PHONY: demo test lint bench clean
+
+# Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
+demo: $(READY)
+	$(BIN)/conddetr demo $(WITH_COCO)
+
+# The whole test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
+test: $(READY)
+	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Inference of the large preset against the HuggingFace implementation, on the same weights.
+bench: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/model.py
+
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/.ready-bench: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

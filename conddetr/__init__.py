@@ -1,0 +1,23 @@
+"""Conditional DETR (Meng et al., ICCV 2021): train and run it fast. This is the whole public API."""
+
+from conddetr.config import ModelConfig
+from conddetr.detector import Detection, Detector
+from conddetr.interop.official import LoadReport, load_weights
+from conddetr.model.detr import DETR
+from conddetr.model.postprocess import postprocess
+from conddetr.zoo import Preset, build, build_criterion, presets
+
+__all__ = [
+    "DETR",
+    "Detection",
+    "Detector",
+    "LoadReport",
+    "ModelConfig",
+    "Preset",
+    "build",
+    "build_criterion",
+    "load_weights",
+    "postprocess",
+    "presets",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,224 @@
+"""The command line: `conddetr train | eval | predict | demo`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conddetr.config import PRESETS, ModelConfig
+
+PRETRAINED_HINT = "ImageNet weights for the ResNet (downloaded on first use)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 with one line on stderr for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"conddetr {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="conddetr", description="Train and run Conditional DETR.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser("train", help="train a detector")
+    train.set_defaults(run=_train)
+    _add_data(train)
+    _add_model(train)
+    train.add_argument("--out", default="runs/train", help="folder for checkpoint.pt and log.jsonl")
+    train.add_argument("--resume", metavar="FILE", help="continue from the epoch end in this checkpoint")
+    _add_training(train)
+
+    evaluate = commands.add_parser("eval", help="COCO's twelve numbers of a checkpoint")
+    evaluate.set_defaults(run=_evaluate)
+    _add_data(evaluate)
+    _add_checkpoint(evaluate)
+    evaluate.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
+    evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
+    evaluate.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
+
+    predict = commands.add_parser("predict", help="draw detections on images")
+    predict.set_defaults(run=_predict)
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    _add_checkpoint(predict)
+    predict.add_argument("--out", default="runs/predict", help="folder for the drawn images")
+    predict.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
+
+    demo = commands.add_parser("demo", help="train a tiny detector for minutes, evaluate it, draw")
+    demo.set_defaults(run=_demo)
+    _add_data(demo)
+    demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
+    demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
+    parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours, or an official one")
+    parser.add_argument("--preset", choices=list(PRESETS), help="of an official checkpoint; default: found")
+    if parser.prog.endswith("predict"):
+        parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="conditional-detr-tiny", choices=list(PRESETS))
+    parser.add_argument("--pretrained-backbone", action="store_true", help=PRETRAINED_HINT)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="override a model option, e.g. csq=I",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    from conddetr.engine.trainer import TrainConfig
+
+    group = parser.add_argument_group(
+        "training", "Defaults are the paper's for the large presets and a few CPU minutes for the tiny ones."
+    )
+    for field in dataclasses.fields(TrainConfig):
+        group.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=None)
+    group.add_argument("--train-images", type=int, default=1600, help="synthetic images per epoch")
+    group.add_argument("--val-images", type=int, default=200, help="synthetic images to evaluate on")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from conddetr.engine.progress import console, metrics_table
+    from conddetr.engine.trainer import TrainConfig, Trainer, seed_everything, tiny_train_config
+    from conddetr.zoo import build
+
+    overrides = {"pretrained_backbone": options.pretrained_backbone, **_parse_overrides(options.set)}
+    preset = PRESETS[options.preset]
+    config = tiny_train_config() if preset.backbone == "tiny" else TrainConfig()
+    for field in dataclasses.fields(TrainConfig):
+        value = getattr(options, field.name)
+        if value is not None:
+            setattr(config, field.name, value)
+    train_set, val_set = _data_sets(
+        options.coco_path,
+        dataclasses.replace(preset, **_sizes(overrides)),
+        options.train_images,
+        options.val_images,
+    )
+    seed_everything(config.seed)
+    model = build(options.preset, num_classes=len(train_set.classes), **overrides)
+    _print_start(options.preset, model, len(train_set), len(val_set))
+    trainer = Trainer(model, train_set, val_set, config, options.out, _device(options.device))
+    if options.resume:
+        trainer.resume(options.resume)
+    metrics = trainer.fit()
+    console.print(metrics_table("COCO metrics, in percent", metrics))
+    console.print(f"wrote {Path(options.out) / 'checkpoint.pt'}", highlight=False, soft_wrap=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from conddetr.detector import Detector
+    from conddetr.engine.evaluator import evaluate
+    from conddetr.engine.progress import console, metrics_table
+
+    detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
+    _, val_set = _data_sets(options.coco_path, detector.model.config, 1, 200)
+    metrics = evaluate(detector.model, detector.classes, val_set, detector.device, options.batch_size, options.workers)
+    console.print(metrics_table(f"COCO metrics of {options.checkpoint}, in percent", metrics))
+    if options.out:
+        Path(options.out).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from conddetr.data.images import read_image
+    from conddetr.detector import Detector
+    from conddetr.engine.progress import console
+    from conddetr.viz.boxes import save_detections
+
+    detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
+    for path in options.images:
+        image = read_image(path)
+        found = detector.predict(image, options.threshold)[0]
+        captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist(), strict=True)]
+        file = Path(options.out) / f"{Path(path).stem}.png"
+        save_detections(file, image, found.boxes, found.labels.tolist(), captions)
+        console.print(f"{path}: {len(found)} objects; wrote {file}", highlight=False, soft_wrap=True)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from conddetr.demo import draw_samples, report
+    from conddetr.detector import Detector
+    from conddetr.engine.trainer import Trainer, seed_everything, tiny_train_config
+    from conddetr.zoo import build
+
+    preset = "conditional-detr-tiny"
+    config = tiny_train_config()
+    config.time_limit = options.seconds
+    train_set, val_set = _data_sets(options.coco_path, PRESETS[preset], 1600, 200)
+    if options.coco_path:
+        # A small real set is passed over many times within the same minutes.
+        config.epochs, config.lr_drop, config.eval_every = 100, 80, 50
+    seed_everything(config.seed)
+    model = build(preset, num_classes=len(train_set.classes))
+    _print_start(preset, model, len(train_set), len(val_set))
+    trainer = Trainer(model, train_set, val_set, config, options.out, _device(options.device))
+    metrics = trainer.fit()
+    detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
+    report(metrics, draw_samples(detector, val_set, options.out))
+
+
+def _data_sets(coco_path: str | None, config: ModelConfig, train_images: int, val_images: int) -> tuple:
+    """Training and validation set: COCO's layout where a folder is named, else synthetic shapes."""
+    from conddetr.data.coco import coco_split
+    from conddetr.data.synthetic import SyntheticShapes
+    from conddetr.data.transforms import EvalTransform, TrainTransform
+
+    if coco_path:
+        return (
+            coco_split(coco_path, "train", TrainTransform(config)),
+            coco_split(coco_path, "val", EvalTransform(config)),
+        )
+    size = config.image_size
+    return SyntheticShapes(train_images, seed=1, image_size=size), SyntheticShapes(val_images, 2, size)
+
+
+def _parse_overrides(pairs: list[str]) -> dict[str, object]:
+    """`name=value` pairs, the value read as the type of the field."""
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    overrides: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected OPTION=VALUE, got {pair!r}.")
+        kind = types.get(name, str)
+        overrides[name] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
+    return overrides
+
+
+def _sizes(overrides: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in overrides.items() if name in ("image_size", "max_image_size")}
+
+
+def _device(name: str | None) -> "torch.device":  # noqa: F821
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _print_start(preset: str, model: "torch.nn.Module", train: int, val: int) -> None:  # noqa: F821
+    from conddetr.engine.progress import console
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    console.print(
+        f"{preset}: {total:,} parameters, {trainable:,} trainable; {train} training and {val} validation images",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,218 @@
+"""Model configuration and the table of presets.
+
+A preset is a `ModelConfig`; overrides are checked against its fields, so a typo never passes silently.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+FAMILIES = ("conditional-detr", "detr")
+BACKBONES = ("resnet50", "resnet101", "tiny")
+CSQ_FORMS = ("full", "C", "T", "P", "I")
+REFERENCE_POINTS = ("generated", "learned", "zero")
+CROSS_ATTENTION_POSITIONS = ("all-layers", "first-layer")
+BACKENDS = ("eager",)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that defines a detector and its criterion. Every field is an override of `build`.
+
+    Sources: Conditional DETR (Meng et al., ICCV 2021, "CD" below) and DETR (Carion et al., ECCV 2020).
+    """
+
+    family: str = "conditional-detr"
+    """`conditional-detr` (sigmoid logits, focal loss) or `detr` (softmax logits with a no-object class)."""
+    num_classes: int = 91
+    """Number of object classes. Logits: `num_classes`, plus one for no-object in the `detr` family."""
+
+    backbone: str = "resnet50"
+    """`resnet50`, `resnet101` (torchvision, frozen batch norm) or `tiny` (stride 16, batch norm that trains)."""
+    dilation: bool = False
+    """DC5: the last ResNet stage keeps stride 16 and dilates its convolutions."""
+    pretrained_backbone: bool = False
+    """Start the ResNet from torchvision's ImageNet weights (downloaded on first use)."""
+    train_backbone: bool = True
+    """False freezes the whole backbone. In a ResNet the stem and first stage are frozen always."""
+
+    hidden_dim: int = 256
+    """Width of the transformer; a multiple of `num_heads` and of 4."""
+    num_heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    ffn_dim: int = 2048
+    """Hidden width of the feed-forward networks."""
+    dropout: float = 0.1
+    """Dropout of attention weights, inside the feed-forward networks and on residual branches."""
+    num_queries: int = 300
+
+    csq: str = "full"
+    """Conditional spatial query, CD section 4.3: `full` (λ from the decoder embedding f, times p_s),
+    `C` (f alone), `T` (λ alone), `P` (p_s alone), `I` (λ from the self-attention output c_q, times p_s)."""
+    reference_points: str = "generated"
+    """CD section 3.3: `generated` from the object query, `learned` per query, or `zero`."""
+    cross_attention_positions: str = "all-layers"
+    """`detr` only. `first-layer` drops the positional embeddings of cross-attention's keys and queries
+    from the second decoder layer on (CD section 1)."""
+    aux_loss: bool = True
+    """Predict and supervise after every decoder layer, not only after the last."""
+
+    class_weight: float = 2.0
+    """Weight of the classification loss in the total."""
+    bbox_weight: float = 5.0
+    """Weight of the L1 box loss in the total."""
+    giou_weight: float = 2.0
+    """Weight of the GIoU loss in the total."""
+    class_cost: float = 2.0
+    """Weight of classification in the matching cost."""
+    bbox_cost: float = 5.0
+    """Weight of the L1 box distance in the matching cost."""
+    giou_cost: float = 2.0
+    """Weight of GIoU in the matching cost."""
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    no_object_weight: float = 0.1
+    """`detr` only: weight of the no-object class in the cross-entropy."""
+
+    image_size: int = 800
+    """Short side, in pixels, to which images are resized for evaluation; training scales follow it."""
+    max_image_size: int = 1333
+    """Upper bound of the long side, in pixels."""
+    backend: str = "eager"
+    """Implementation of the operations: `eager` (plain PyTorch)."""
+
+    @property
+    def num_logits(self) -> int:
+        """Width of the classification head."""
+        return self.num_classes + (self.family == "detr")
+
+    @property
+    def activation(self) -> str:
+        """How scores come from logits: `sigmoid` or `softmax`."""
+        return "softmax" if self.family == "detr" else "sigmoid"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of all fields, as stored in checkpoints."""
+        return asdict(self)
+
+
+_TINY = {
+    "backbone": "tiny",
+    "hidden_dim": 64,
+    "num_heads": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "ffn_dim": 256,
+    "dropout": 0.0,
+    "num_queries": 25,
+    "image_size": 128,
+    "max_image_size": 213,
+}
+_DETR = {"family": "detr", "num_queries": 100, "class_weight": 1.0, "class_cost": 1.0}
+
+PRESETS: dict[str, ModelConfig] = {
+    "conditional-detr-r50": ModelConfig(),
+    "conditional-detr-dc5-r50": ModelConfig(dilation=True),
+    "conditional-detr-r101": ModelConfig(backbone="resnet101"),
+    "conditional-detr-dc5-r101": ModelConfig(backbone="resnet101", dilation=True),
+    "conditional-detr-tiny": ModelConfig(**_TINY),
+    "detr-r50": ModelConfig(**_DETR),
+    "detr-dc5-r50": ModelConfig(**_DETR, dilation=True),
+    "detr-r101": ModelConfig(**_DETR, backbone="resnet101"),
+    "detr-dc5-r101": ModelConfig(**_DETR, backbone="resnet101", dilation=True),
+    "detr-tiny": ModelConfig(**{**_DETR, **_TINY}),
+}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message: a suggestion when one is close, and the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def resolve(preset: str, **overrides: Any) -> ModelConfig:
+    """The preset's configuration with `overrides` applied and checked.
+
+    Raises:
+        ValueError: unknown preset, unknown override (with the nearest name), or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"Unknown preset {preset!r}.{nearest(preset, list(PRESETS))}")
+    return from_dict({**PRESETS[preset].to_dict(), **overrides})
+
+
+def from_dict(values: dict[str, Any]) -> ModelConfig:
+    """A checked `ModelConfig` from a dict; fields that are absent keep their defaults.
+
+    Raises:
+        ValueError: unknown field (with the nearest name), or a value out of range.
+    """
+    known = [field.name for field in fields(ModelConfig)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"Unknown model option {key!r}.{nearest(key, known)}")
+    config = replace(ModelConfig(), **values)
+    _check_types(config)
+    _check_choices(config)
+    _check_ranges(config)
+    return config
+
+
+def _check_types(config: ModelConfig) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        accepted = (int, float) if field.type is float else (field.type,)
+        if type(value) not in accepted:
+            raise ValueError(
+                f"Model option {field.name}: expected {field.type.__name__}, got {type(value).__name__} {value!r}."
+            )
+
+
+def _check_choices(config: ModelConfig) -> None:
+    for name, allowed in (
+        ("family", FAMILIES),
+        ("backbone", BACKBONES),
+        ("csq", CSQ_FORMS),
+        ("reference_points", REFERENCE_POINTS),
+        ("cross_attention_positions", CROSS_ATTENTION_POSITIONS),
+        ("backend", BACKENDS),
+    ):
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"Model option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
+    if config.family == "detr" and (config.csq != "full" or config.reference_points != "generated"):
+        raise ValueError("csq and reference_points are options of the conditional-detr family, not of detr.")
+    if config.family != "detr" and config.cross_attention_positions != "all-layers":
+        raise ValueError("cross_attention_positions is an option of the detr family, not of conditional-detr.")
+    if config.backbone == "tiny" and (config.dilation or config.pretrained_backbone):
+        raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")
+
+
+def _check_ranges(config: ModelConfig) -> None:
+    for name in (
+        "num_classes",
+        "hidden_dim",
+        "num_heads",
+        "decoder_layers",
+        "ffn_dim",
+        "num_queries",
+        "image_size",
+    ):
+        if getattr(config, name) < 1:
+            raise ValueError(f"Model option {name}: expected at least 1, got {getattr(config, name)}.")
+    if config.encoder_layers < 0:
+        raise ValueError(f"Model option encoder_layers: expected at least 0, got {config.encoder_layers}.")
+    if config.hidden_dim % config.num_heads or config.hidden_dim % 4:
+        raise ValueError(
+            f"Model option hidden_dim: expected a multiple of num_heads ({config.num_heads}) and of 4, "
+            f"got {config.hidden_dim}."
+        )
+    if not 0.0 <= config.dropout < 1.0:
+        raise ValueError(f"Model option dropout: expected a value in [0, 1), got {config.dropout}.")
+    if config.max_image_size < config.image_size:
+        raise ValueError(
+            f"Model option max_image_size: expected at least image_size ({config.image_size}), "
+            f"got {config.max_image_size}."
+        )

@@ -1,0 +1,101 @@
+"""Images of every kind into one form: [3, H, W] RGB tensors."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+MEAN = (0.485, 0.456, 0.406)
+"""ImageNet's RGB mean, of values in [0, 1]."""
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's RGB standard deviation."""
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+def read_image(source: ImageLike) -> Tensor:
+    """Any image as an RGB tensor, upright.
+
+    Args:
+        source: a file; a PIL image of any mode; an array [H, W] or [H, W, 1 | 3 | 4], RGB; a tensor [1 | 3, H, W].
+            Arrays and tensors are uint8, uint16 or floating in [0, 1].
+
+    Returns:
+        [3, H, W], uint8 (float32 in [0, 1] if the source was floating).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, damaged, or an unknown shape or dtype; names the file, what was expected and
+            what was found.
+        TypeError: none of the accepted types.
+    """
+    if isinstance(source, (str, Path)):
+        return _read_file(Path(source))
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, np.ndarray):
+        array = source[..., None] if source.ndim == 2 else source
+        if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+            raise ValueError(f"Image array: expected [H, W] or [H, W, 1 | 3 | 4], got shape {source.shape}.")
+        return _from_tensor(torch.from_numpy(np.ascontiguousarray(array[..., :3])).permute(2, 0, 1))
+    if isinstance(source, Tensor):
+        if source.dim() != 3 or source.shape[0] not in (1, 3):
+            raise ValueError(f"Image tensor: expected [1 | 3, H, W], got shape {tuple(source.shape)}.")
+        return _from_tensor(source)
+    raise TypeError(f"Image: expected a path, PIL image, numpy array or torch tensor, got {type(source).__name__}.")
+
+
+def _read_file(path: Path) -> Tensor:
+    if not path.is_file():
+        raise FileNotFoundError(f"Image file {path} does not exist.")
+    try:
+        with Image.open(path) as image:
+            return _from_pil(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"Image file {path}: not an image in a known format.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Image file {path}: truncated or damaged ({error}).") from error
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None])
+    if image.mode == "F":
+        return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None])
+    return F.pil_to_tensor(image.convert("RGB"))
+
+
+def _from_tensor(image: Tensor) -> Tensor:
+    if image.numel() == 0:
+        raise ValueError(f"Image: expected at least one pixel, got shape {tuple(image.shape)}.")
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) // 257).to(torch.uint8)
+    elif image.is_floating_point():
+        low, high = image.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"Image: expected floating values in [0, 1], got {low:.4g}…{high:.4g}.")
+        image = image.to(torch.float32)
+    elif image.dtype != torch.uint8:
+        raise ValueError(f"Image: expected uint8, uint16 or floating values, got {image.dtype}.")
+    return image.expand(3, -1, -1)
+
+
+def resized_shape(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
+    """(height, width) scaled to a short side, unless the long side would exceed `max_side`; at least 1 pixel."""
+    scale = min(short_side / min(height, width), max_side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def to_model_input(image: Tensor) -> Tensor:
+    """[3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
+    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(MEAN), list(STD))
+
+
+def prepare(image: Tensor, short_side: int, max_side: int) -> Tensor:
+    """Resize (bilinear, antialiased) and normalise for the model: [3, H, W] -> [3, h, w] float32."""
+    size = resized_shape(*image.shape[-2:], short_side, max_side)
+    return to_model_input(F.resize(image, list(size), antialias=True))

@@ -1,0 +1,147 @@
+"""An endless, seeded set of textured shapes on clutter: a detection task that needs no download."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from conddetr.data.coco import index_annotations
+from conddetr.data.transforms import finish
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+
+CLASSES = ("disk", "square", "triangle")
+MAX_SHAPES = 4
+MAX_OVERLAP = 0.1
+
+
+class SyntheticShapes(Dataset):
+    """Square images with one to four shapes of three classes, textured, on noise and bars.
+
+    Image `i` of seed `s` is always the same; any index ≥ 0 is valid, so a training run never sees one twice.
+    Targets are as those of `CocoDetection`; category ids are 1, 2, 3.
+    """
+
+    endless = True
+    dropped_boxes = 0
+
+    def __init__(self, length: int, seed: int, image_size: int = 128) -> None:
+        """
+        Args:
+            length: images per epoch.
+            seed: of the whole set; sets of different seeds have no image in common.
+            image_size: height and width in pixels.
+        """
+        self.length, self.seed, self.image_size = length, seed, image_size
+        self.classes = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict]:
+        """The normalised image and its target: `labels`, `boxes` cxcywh, `image_id`, `original_size`."""
+        pixels, labels, boxes = self.draw(index)
+        target = {
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "boxes": torch.tensor(boxes, dtype=torch.float32),
+            "image_id": index,
+            "original_size": (self.image_size, self.image_size),
+        }
+        return finish(torch.from_numpy(pixels).permute(2, 0, 1), target)
+
+    def draw(self, index: int) -> tuple[np.ndarray, list[int], list[list[float]]]:
+        """Pixels [S, S, 3] uint8, labels, and xyxy boxes in pixels."""
+        rng = np.random.default_rng((self.seed, index))
+        canvas = _background(rng, self.image_size)
+        labels, boxes = [], []
+        for _ in range(int(rng.integers(1, MAX_SHAPES + 1))):
+            label = int(rng.integers(len(CLASSES)))
+            side = int(rng.uniform(0.18, 0.42) * self.image_size)
+            left, top = (int(value) for value in rng.integers(0, self.image_size - side, size=2))
+            mask = _shape_mask(label, side)
+            box = _bounding_box(mask, left, top)
+            if any(_overlap(box, other) > MAX_OVERLAP for other in boxes):
+                continue
+            canvas[top : top + side, left : left + side][mask] = _texture(rng, side)[mask]
+            labels.append(label)
+            boxes.append(box)
+        return (canvas * 255).clip(0, 255).astype(np.uint8), labels, boxes
+
+    def ground_truth(self) -> "COCO":
+        """The first `length` images' annotations for pycocotools' evaluation."""
+        images, annotations = [], []
+        for index in range(self.length):
+            _, labels, boxes = self.draw(index)
+            images.append({"id": index, "height": self.image_size, "width": self.image_size})
+            for label, (x0, y0, x1, y1) in zip(labels, boxes, strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index,
+                        "category_id": label + 1,
+                        "bbox": [x0, y0, x1 - x0, y1 - y0],
+                        "area": (x1 - x0) * (y1 - y0),
+                        "iscrowd": 0,
+                    }
+                )
+        return index_annotations({"images": images, "annotations": annotations, "categories": self.classes})
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Soft blotches, bars that are no object, and pixel noise; [S, S, 3] float32 about [0, 1]."""
+    coarse = torch.from_numpy(rng.uniform(0.3, 0.7, size=(1, 3, 5, 5)).astype(np.float32))
+    smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
+    canvas = np.ascontiguousarray(smooth[0].permute(1, 2, 0).numpy())
+    for _ in range(int(rng.integers(2, 6))):
+        start, length, width = (int(value * size) for value in rng.uniform((0, 0.3, 0.01), (0.9, 0.9, 0.04)))
+        across = int(rng.integers(size))
+        bar = (slice(start, start + length), slice(across, across + max(1, width)))
+        canvas[bar if rng.random() < 0.5 else bar[::-1]] = rng.uniform(0, 1, 3)
+    return canvas + 0.15 * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
+
+
+def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Two colours in stripes, checks or noise; [side, side, 3] float32 in [0, 1]."""
+    y, x = np.mgrid[:side, :side]
+    period = int(rng.integers(3, 8))
+    angle = rng.uniform(0, np.pi)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        on = ((x * np.cos(angle) + y * np.sin(angle)) // period) % 2
+    elif kind == 1:
+        on = (x // period + y // period) % 2
+    else:
+        on = rng.random((side, side))
+    first, second = rng.uniform(0, 1, (2, 3))
+    on = on[..., None].astype(np.float32)
+    return (on * first + (1 - on) * second).astype(np.float32)
+
+
+def _shape_mask(label: int, side: int) -> np.ndarray:
+    """Pixels whose centre lies in the shape that fills a square; [side, side] bool."""
+    v, u = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    if CLASSES[label] == "disk":
+        return u**2 + v**2 <= 0.25
+    if CLASSES[label] == "square":
+        return np.ones_like(u, dtype=bool)
+    return np.abs(u) <= (v + 0.5) / 2
+
+
+def _bounding_box(mask: np.ndarray, left: int, top: int) -> list[float]:
+    """The tight xyxy box, in pixels of the image, of a mask that stands at (left, top)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x0, y0, x1, y1 = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
+    return [float(x0), float(y0), float(x1), float(y1)]
+
+
+def _overlap(a: list[float], b: list[float]) -> float:
+    """Intersection over the smaller area of two xyxy boxes."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    return width * height / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))

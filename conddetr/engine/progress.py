@@ -1,0 +1,64 @@
+"""What a person sees while work goes on, and the tables at its end."""
+
+import sys
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+console = Console()
+
+
+class Progress:
+    """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._bar = RichProgress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} images/s"),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not sys.stdout.isatty(),
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=total, rate="…", note="")
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, images: int, note: str = "") -> None:
+        """Count `images` more as done."""
+        task = self._bar.tasks[self._task]
+        rate = f"{task.speed:.1f}" if task.speed else "…"
+        self._bar.update(self._task, advance=images, rate=rate, note=note)
+
+
+def metrics_table(title: str, metrics: dict[str, float]) -> Table:
+    """COCO's twelve numbers in percent, as a table for the terminal."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in metrics:
+        table.add_column(name, justify="right")
+    table.add_row(*(f"{100 * value:.1f}" if value >= 0 else "–" for value in metrics.values()))
+    return table

@@ -1,0 +1,1 @@
+"""The detectors: backbone, positions, transformers, heads, post-processing."""

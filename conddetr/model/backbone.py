@@ -1,0 +1,153 @@
+"""Feature extractors: torchvision's ResNets with frozen batch norm, and a small one for CPUs."""
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
+from torchvision.ops import FrozenBatchNorm2d
+
+from conddetr.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_RESNETS = {
+    "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
+}
+
+
+class ResNetBackbone(nn.Module):
+    """The last stage of a ResNet: stride 32, or 16 with dilation (DC5).
+
+    Batch norm is frozen. The stem and the first stage never train, as in DETR. For inference (no gradient
+    recorded, eval mode) the norms are folded into the convolutions and, on a CPU, the folded copy runs in
+    channels-last; it is made again whenever a weight changed.
+    """
+
+    num_channels = 2048
+
+    def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool) -> None:
+        super().__init__()
+        make, weights = _RESNETS[name]
+        body = make(
+            weights=None,
+            norm_layer=FrozenBatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        if pretrained:
+            _load_imagenet(body, weights)
+        del body.avgpool, body.fc
+        for parameter_name, parameter in body.named_parameters():
+            trainable = train and parameter_name.startswith(("layer2", "layer3", "layer4"))
+            parameter.requires_grad_(trainable)
+        self.body = body
+        self._folded: tuple[tuple, nn.Module] | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
+        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not inference:
+            return _features(self.body, images)
+        if images.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        return _features(self._folded_body(), images).contiguous()
+
+    def train(self, mode: bool = True) -> "ResNetBackbone":
+        """As `nn.Module.train`; forgets the folded copy."""
+        self._folded = None
+        return super().train(mode)
+
+    def _folded_body(self) -> nn.Module:
+        # In a tuple, so that the copy is no submodule: it must not appear in the state dict.
+        key = tuple(
+            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype)
+            for tensor in (*self.body.parameters(), *self.body.buffers())
+        )
+        if self._folded is None or self._folded[0] != key:
+            self._folded = (key, fold_batch_norms(self.body))
+        return self._folded[1]
+
+
+def _features(body: nn.Module, images: Tensor) -> Tensor:
+    x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+    return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+
+
+def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weights) -> None:
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise OSError(
+            f"ImageNet weights {weights.url} could not be downloaded ({error}): download the file elsewhere "
+            f"into {torch.hub.get_dir()}/checkpoints/, or build with pretrained_backbone=False."
+        ) from error
+    body.load_state_dict({name: value for name, value in state.items() if "num_batches_tracked" not in name})
+
+
+def fold_batch_norms(body: nn.Module) -> nn.Module:
+    """A copy of a torchvision ResNet with every frozen batch norm folded into the convolution before it.
+
+    Exact up to rounding: conv(x)·s + t = conv'(x) with weights scaled by s and bias t. Convolutions are put
+    in channels-last on a CPU, where that is the faster layout.
+    """
+    with torch.no_grad():
+        folded = copy.deepcopy(body)
+        for module in folded.modules():
+            pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
+            for conv_name, norm_name in pairs:
+                conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+                    conv.weight, conv.bias = fuse_conv_bn_weights(
+                        conv.weight,
+                        conv.bias,
+                        norm.running_mean,
+                        norm.running_var,
+                        norm.eps,
+                        norm.weight,
+                        norm.bias,
+                    )
+                    setattr(module, norm_name, nn.Identity())
+        if next(folded.parameters()).device.type == "cpu":
+            folded = folded.to(memory_format=torch.channels_last)
+    return folded.eval().requires_grad_(False)
+
+
+class TinyBackbone(nn.Module):
+    """Five convolutions, four of them strided: stride 16, trained from scratch on a CPU.
+
+    Batch norm, which trains: with group norm, or none, the same recipe learned several times slower.
+    """
+
+    num_channels = 128
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(
+            _conv_norm_relu(3, 16, stride=2),
+            _conv_norm_relu(16, 32, stride=2),
+            _conv_norm_relu(32, 64, stride=2),
+            _conv_norm_relu(64, 128, stride=2),
+            _conv_norm_relu(128, 128, stride=1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""
+        return self.stages(images)
+
+
+def _conv_norm_relu(channels_in: int, channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def build_backbone(config: ModelConfig) -> nn.Module:
+    """The backbone that `config` names; `num_channels` is the width of its output."""
+    if config.backbone == "tiny":
+        return TinyBackbone().requires_grad_(config.train_backbone)
+    return ResNetBackbone(config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone)

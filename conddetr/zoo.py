@@ -1,0 +1,59 @@
+"""Building models and criteria, and the table of presets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from conddetr import config as configs
+from conddetr.loss.criterion import Criterion
+from conddetr.model.detr import DETR
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the table of presets, in its default 91-class form."""
+
+    name: str
+    parameters: int
+    """Total number of parameters."""
+    trainable_parameters: int
+    gflops: float
+    """Multiply-adds, in 10⁹, of the forward pass of one image of 800×1066 pixels (tiny: 128×128)."""
+
+
+# Counted by torch's flop counter over all matrix products and convolutions; a test counts them again.
+_MEASURED = {
+    "conditional-detr-r50": (43418401, 43196001, 85.25),
+    "conditional-detr-dc5-r50": (43418401, 43196001, 180.92),
+    "conditional-detr-r101": (62358305, 62135905, 148.69),
+    "conditional-detr-dc5-r101": (62358305, 62135905, 244.37),
+    "conditional-detr-tiny": (553393, 553393, 0.0402),
+    "detr-r50": (41524768, 41302368, 81.25),
+    "detr-dc5-r50": (41524768, 41302368, 173.25),
+    "detr-r101": (60464672, 60242272, 144.69),
+    "detr-dc5-r101": (60464672, 60242272, 236.70),
+    "detr-tiny": (503408, 503408, 0.0384),
+}
+
+
+def presets() -> dict[str, Preset]:
+    """The presets by name, with their measured size and cost."""
+    return {name: Preset(name, *_MEASURED[name]) for name in configs.PRESETS}
+
+
+def build(preset: str, **overrides: Any) -> DETR:
+    """A detector with fresh weights, in training mode.
+
+    Args:
+        preset: a name from `presets()`.
+        overrides: fields of `ModelConfig`, e.g. `num_classes=20`, `csq="I"`.
+
+    Raises:
+        ValueError: unknown preset or override (with the nearest name), or a value out of range.
+        OSError: `pretrained_backbone=True` and the weights can not be downloaded.
+    """
+    return DETR(configs.resolve(preset, **overrides))
+
+
+def build_criterion(config: configs.ModelConfig) -> Criterion:
+    """The training loss that goes with a model: `build_criterion(model.config)`."""
+    return Criterion(config)

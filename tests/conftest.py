@@ -1,0 +1,81 @@
+"""Shared fixtures."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import conddetr
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def coco_path() -> Path:
+    """Real COCO images in the official layout."""
+    path = os.environ.get("CONDDETR_COCO")
+    if not path:
+        pytest.skip("CONDDETR_COCO is not set: it names a folder with COCO's 2017 layout")
+    return Path(path)
+
+
+@pytest.fixture
+def tiny_model() -> conddetr.DETR:
+    """A three-class tiny model with random weights, in eval mode."""
+    return conddetr.build("conditional-detr-tiny", num_classes=3).eval()
+
+
+class SmallCoco:
+    """A folder in COCO's layout with a few noise images, and an annotation file that a test can spoil."""
+
+    categories = ({"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "toothbrush"})
+
+    def __init__(self, root: Path, split: str = "train", count: int = 4) -> None:
+        self.root, self.split = root, split
+        self.images = root / f"{split}2017"
+        self.file = root / "annotations" / f"instances_{split}2017.json"
+        self.images.mkdir(parents=True)
+        self.file.parent.mkdir(exist_ok=True)
+        self.content = {"images": [], "annotations": [], "categories": list(self.categories)}
+        rng = np.random.default_rng(0)
+        for index in range(count):
+            height, width = 60 + 10 * index, 90
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(self.images / f"{index}.jpg")
+            self.content["images"].append(
+                {"id": 100 + index, "file_name": f"{index}.jpg", "height": height, "width": width}
+            )
+            self.annotate(100 + index, [10.0, 5.0, 30.0, 40.0], 3)
+        self.write()
+
+    def annotate(self, image_id: int, bbox: list, category_id: int, **extra: object) -> None:
+        """Add an annotation."""
+        self.content["annotations"].append(
+            {
+                "id": len(self.content["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": bbox,
+                "area": 1.0,
+                "iscrowd": 0,
+                **extra,
+            }
+        )
+
+    def write(self) -> None:
+        """Write the annotation file."""
+        self.file.write_text(json.dumps(self.content))
+
+
+@pytest.fixture
+def small_coco(tmp_path) -> SmallCoco:
+    """Four training images with one dog each, and two of validation beside them."""
+    SmallCoco(tmp_path / "coco", "val", count=2)
+    return SmallCoco(tmp_path / "coco")

@@ -1,0 +1,129 @@
+"""COCO's layout: category ids, boxes, and every kind of broken annotation."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from conddetr.config import resolve
+from conddetr.data.batch import collate
+from conddetr.data.coco import coco_split
+from conddetr.data.transforms import EvalTransform
+
+TRANSFORM = EvalTransform(resolve("conditional-detr-tiny"))
+
+
+def load(small_coco):
+    small_coco.write()
+    return coco_split(small_coco.root, "train", TRANSFORM)
+
+
+def test_categories_are_remapped_in_the_order_of_their_ids(small_coco):
+    small_coco.annotate(100, [5, 5, 10, 10], 90)
+    small_coco.annotate(100, [5, 5, 10, 10], 7)
+    dataset = load(small_coco)
+    assert dataset.classes == [
+        {"id": 3, "name": "dog"},
+        {"id": 7, "name": "cat"},
+        {"id": 90, "name": "toothbrush"},
+    ]
+    assert dataset[0][1]["labels"].tolist() == [0, 2, 1]
+
+
+def test_boxes_are_normalised(small_coco):
+    _, target = load(small_coco)[0]
+    torch.testing.assert_close(target["boxes"], torch.tensor([[25 / 90, 25 / 60, 30 / 90, 40 / 60]]))
+    assert (target["image_id"], target["original_size"]) == (100, (60, 90))
+
+
+def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
+    small_coco.annotate(101, [-20, -10, 60, 30], 7)  # reaches out: clipped
+    small_coco.annotate(101, [10, 10, 0, 5], 7)  # no width
+    small_coco.annotate(101, [500, 10, 20, 20], 7)  # outside
+    small_coco.annotate(101, [10, 10, -5, 5], 7)  # negative width
+    small_coco.annotate(101, [1, 1, 50, 50], 7, iscrowd=1)  # a crowd is no target
+    with caplog.at_level(logging.WARNING):
+        dataset = load(small_coco)
+    assert dataset.dropped_boxes == 3
+    assert "3 boxes without area inside their image are left out" in caplog.text
+    boxes = dataset[1][1]["boxes"]
+    torch.testing.assert_close(boxes[1], torch.tensor([20 / 90, 10 / 70, 40 / 90, 20 / 70]))
+    assert len(boxes) == 2
+
+
+def test_images_without_boxes_stay(small_coco):
+    small_coco.content["annotations"] = []
+    images, mask, targets = collate([load(small_coco)[index] for index in range(4)])
+    assert images.shape[0] == len(targets) == 4
+    assert mask is not None
+    assert all(target["boxes"].shape == (0, 4) for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c["annotations"][0].update(category_id=5), "annotation id 1 has category_id 5, which is not in"),
+        (lambda c: c["annotations"][0].update(image_id=9), "annotation id 1 has image_id 9, which is not in 'images'"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 4]), r"annotation id 2 \(image id 101\): bbox"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"bbox must be 4 finite numbers, got \[1, 2, 3\]"),
+        (lambda c: c["annotations"][1].update(bbox="all"), "bbox must be 4 finite numbers, got all"),
+        (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
+        (lambda c: c["annotations"][2].update(id=1), "id 1 stands more than once in 'annotations'"),
+        (lambda c: c["images"][3].pop("height"), r"images\[3\] has no 'height'"),
+        (lambda c: c.pop("categories"), "expected a list under the key 'categories'"),
+    ],
+)
+def test_broken_annotations_are_named(small_coco, spoil, message):
+    spoil(small_coco.content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(small_coco)
+    assert str(small_coco.file) in str(caught.value)
+
+
+def test_files_that_are_not_there_or_not_json(small_coco, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Image folder .* does not exist"):
+        coco_split(tmp_path / "nowhere", "train", TRANSFORM)
+    small_coco.file.write_text('{"images": [')
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is not JSON"):
+        coco_split(small_coco.root, "train", TRANSFORM)
+    small_coco.file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json does not exist"):
+        coco_split(small_coco.root, "train", TRANSFORM)
+
+
+def test_broken_images_are_named_with_their_id(small_coco):
+    dataset = load(small_coco)
+    file = small_coco.images / "2.jpg"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"2\.jpg.*It is image id 102 of"):
+        dataset[2]
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.jpg does not exist.*image id 102"):
+        dataset[2]
+
+
+def test_wrong_size_in_the_annotations_is_named(small_coco):
+    small_coco.content["images"][0]["width"] = 91
+    with pytest.raises(ValueError, match=r"0\.jpg \(image id 100\).*60×91.*60×90"):
+        load(small_coco)[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_images(coco_path, split):
+    dataset = coco_split(coco_path, split, TRANSFORM)
+    content = json.loads((coco_path / "annotations" / f"instances_{split}2017.json").read_text())
+    assert len(dataset) == len(content["images"])
+    assert len(dataset.classes) == 80
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    for index in range(0, len(dataset), 8):
+        image, target = dataset[index]
+        truth = [a for a in content["annotations"] if a["image_id"] == target["image_id"] and not a["iscrowd"]]
+        height, width = target["original_size"]
+        scale = torch.tensor([width, height, width, height])
+        for annotation, label, box in zip(truth, target["labels"], target["boxes"] * scale, strict=True):
+            assert dataset.classes[label]["name"] == names[annotation["category_id"]]
+            x, y, w, h = annotation["bbox"]
+            torch.testing.assert_close(box, torch.tensor([x + w / 2, y + h / 2, w, h]), atol=1e-2, rtol=0)
+        assert image.shape[0] == 3
+        assert torch.isfinite(image).all()

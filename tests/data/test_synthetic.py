@@ -1,0 +1,54 @@
+"""The synthetic set: repeatable, endless, and its boxes are where the shapes are."""
+
+import numpy as np
+import torch
+
+from conddetr.data.batch import EpochSampler
+from conddetr.data.synthetic import MAX_OVERLAP, MAX_SHAPES, SyntheticShapes, _overlap
+
+
+def test_repeatable_and_different():
+    first, second, other = SyntheticShapes(10, seed=1), SyntheticShapes(10, seed=1), SyntheticShapes(10, seed=2)
+    assert torch.equal(first[3][0], second[3][0])
+    assert torch.equal(first[3][1]["boxes"], second[3][1]["boxes"])
+    assert not torch.equal(first[3][0], first[4][0])
+    assert not torch.equal(first[3][0], other[3][0])
+    assert first[10**9][0].shape == (3, 128, 128)
+
+
+def test_targets_are_sound():
+    dataset = SyntheticShapes(100, seed=5)
+    labels = []
+    for index in range(100):
+        _, target = dataset[index]
+        _, _, boxes = dataset.draw(index)
+        assert 1 <= len(boxes) <= MAX_SHAPES
+        assert all(_overlap(a, b) <= MAX_OVERLAP for i, a in enumerate(boxes) for b in boxes[:i])
+        assert (np.array(boxes) >= 0).all()
+        assert (np.array(boxes) <= 128).all()
+        labels += target["labels"].tolist()
+    assert set(labels) == {0, 1, 2}
+
+
+def test_ground_truth_is_that_of_the_samples():
+    dataset = SyntheticShapes(20, seed=5)
+    coco = dataset.ground_truth()
+    for index in range(20):
+        _, target = dataset[index]
+        annotations = coco.imgToAnns[index]
+        assert [a["category_id"] - 1 for a in annotations] == target["labels"].tolist()
+        for annotation, (cx, cy, w, h) in zip(annotations, (target["boxes"] * 128).tolist(), strict=True):
+            np.testing.assert_allclose(annotation["bbox"], [cx - w / 2, cy - h / 2, w, h], atol=1e-3)
+
+
+def test_sampler_permutes_and_never_repeats_an_endless_set():
+    endless, finite = EpochSampler(10, 0, endless=True), EpochSampler(10, 0, endless=False)
+    seen = []
+    for epoch in range(3):
+        endless.set_epoch(epoch)
+        finite.set_epoch(epoch)
+        order = list(finite)
+        assert sorted(order) == list(range(10))
+        assert order == list(finite)
+        seen += list(endless)
+    assert sorted(seen) == list(range(30))

@@ -1,0 +1,154 @@
+"""The detector as a whole: inputs, options, the folded backbone, bad input."""
+
+import pytest
+import torch
+
+import conddetr
+
+SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 3, "ffn_dim": 32, "num_queries": 7}
+
+
+def test_output_shapes_and_ranges(tiny_model):
+    out = tiny_model([torch.randn(3, 40, 70), torch.randn(3, 64, 50)])
+    assert out["pred_logits"].shape == (2, 25, 3)
+    assert out["pred_boxes"].shape == (2, 25, 4)
+    assert [sorted(layer) for layer in out["aux_outputs"]] == [["pred_boxes", "pred_logits"]]
+    assert ((out["pred_boxes"] >= 0) & (out["pred_boxes"] <= 1)).all()
+
+
+def test_detr_has_one_logit_more_and_no_aux_when_off():
+    out = conddetr.build("detr-tiny", num_classes=5, aux_loss=False).eval()([torch.randn(3, 40, 70)])
+    assert out["pred_logits"].shape == (1, 25, 6)
+    assert "aux_outputs" not in out
+
+
+def test_list_and_batch_with_mask_agree(tiny_model):
+    images = [torch.randn(3, 40, 70), torch.randn(3, 64, 50)]
+    batch, mask = torch.full((2, 3, 64, 70), 0.0), torch.ones(2, 64, 70, dtype=torch.bool)
+    for index, image in enumerate(images):
+        batch[index, :, : image.shape[1], : image.shape[2]] = image
+        mask[index, : image.shape[1], : image.shape[2]] = False
+    torch.testing.assert_close(tiny_model(images), tiny_model(batch, mask))
+
+
+@pytest.mark.parametrize("preset", ["conditional-detr-r50", "detr-r50"])
+def test_padding_changes_nothing(preset):
+    """An image alone, and the same image padded: the ResNet sees zeros beyond the border either way."""
+    model = conddetr.build(preset, **SMALL).eval().double()
+    image = torch.randn(3, 64, 96, dtype=torch.float64)
+    alone = model([image])
+    batch, mask = torch.zeros(1, 3, 128, 160, dtype=torch.float64), torch.ones(1, 128, 160, dtype=torch.bool)
+    batch[0, :, :64, :96], mask[0, :64, :96] = image, False
+    hooked = []
+    model.backbone.register_forward_hook(lambda module, args, output: hooked.append(output))
+    model([image])
+    # Features of padded and unpadded image differ at the border, so both runs get the same ones.
+    model.backbone.register_forward_hook(
+        lambda module, args, output: torch.nn.functional.pad(hooked[0], (0, 2, 0, 2), value=3.0)
+    )
+    padded = model(batch, mask)
+    torch.testing.assert_close(padded["pred_logits"], alone["pred_logits"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(padded["pred_boxes"], alone["pred_boxes"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"csq": form} for form in ("full", "C", "T", "P", "I")])
+def test_every_spatial_query_form_trains_all_it_has(options):
+    _assert_all_parameters_train(conddetr.build("conditional-detr-tiny", decoder_layers=3, **options))
+
+
+@pytest.mark.parametrize("kind", ["generated", "learned", "zero"])
+def test_every_kind_of_reference_point_trains_all_it_has(kind):
+    model = conddetr.build("conditional-detr-tiny", reference_points=kind)
+    _assert_all_parameters_train(model)
+    reference = model.transformer.decoder.reference_logits(model.query_embed.weight)
+    assert reference.shape == (25, 2)
+    assert (reference == 0).all() == (kind == "zero")
+
+
+def _assert_all_parameters_train(model):
+    torch.nn.init.normal_(model.bbox_embed.layers[-1].weight)  # zero at first, which stops every gradient behind it
+    out = model([torch.randn(3, 48, 48)])
+    (out["pred_logits"].sigmoid().square().sum() + out["pred_boxes"].square().sum()).backward()
+    untouched = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not untouched
+
+
+def test_spatial_query_forms_follow_the_paper():
+    """Section 4.3, for a layer that is not the first, on hand-made inputs."""
+    embedding, self_attended = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    reference = torch.rand(7, 2)
+    p_s = conddetr.kernels.sine_embedding(reference, 32)
+    expected = {
+        "full": lambda mlp: mlp(embedding) * p_s,
+        "C": lambda mlp: embedding,
+        "T": lambda mlp: mlp(embedding),
+        "P": lambda mlp: p_s.expand(2, 7, 32),
+        "I": lambda mlp: mlp(self_attended) * p_s,
+    }
+    for form, formula in expected.items():
+        model = conddetr.build("conditional-detr-tiny", csq=form, **SMALL)
+        decoder = model.transformer.decoder
+        found = decoder.layers[1]._spatial_query(embedding, self_attended, reference, decoder.query_scale)
+        torch.testing.assert_close(found, formula(decoder.query_scale))
+        assert (decoder.query_scale is None) == (form in "CP")
+
+
+def test_detr_without_positions_after_the_first_layer():
+    model = conddetr.build("detr-tiny", cross_attention_positions="first-layer", decoder_layers=3).eval()
+    seen = []
+    for layer in model.transformer.decoder.layers:
+        layer.multihead_attn.register_forward_hook(lambda module, args, output: seen.append(args))
+    model([torch.randn(3, 48, 48)])
+    key_is_memory = [bool(torch.equal(key, value)) for _, key, value in seen]
+    assert key_is_memory == [False, True, True]
+
+
+@pytest.mark.parametrize("dilation", [False, True])
+def test_folded_backbone_equals_the_plain_one_and_follows_its_weights(dilation):
+    backbone = conddetr.build("conditional-detr-r50", dilation=dilation, **SMALL).eval().double().backbone
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    for buffer in backbone.buffers():
+        buffer.uniform_(0.5, 1.5)
+    for _ in range(2):
+        plain = backbone(images)
+        with torch.inference_mode():
+            torch.testing.assert_close(backbone(images), plain.detach(), rtol=1e-9, atol=1e-9)
+        with torch.no_grad():
+            next(backbone.parameters()).mul_(0.5)
+    assert plain.shape[-2:] == ((4, 6) if dilation else (2, 3))
+    assert not [name for name in backbone.state_dict() if "folded" in name]
+
+
+def test_one_pixel_images(tiny_model):
+    out = tiny_model([torch.randn(3, 1, 1), torch.randn(3, 33, 1)])
+    assert torch.isfinite(out["pred_logits"]).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "mask", "message"),
+    [
+        ([], None, "expected at least one image"),
+        ([torch.randn(1, 8, 8)], None, r"images\[0\]: expected a non-empty \[3, H, W\] tensor, got \(1, 8, 8\)"),
+        ([torch.randn(3, 8, 8), torch.randn(3, 0, 8)], None, r"images\[1\]: .*got \(3, 0, 8\)"),
+        ([torch.zeros(3, 8, 8, dtype=torch.uint8)], None, r"images\[0\]: expected a floating dtype, got torch.uint8"),
+        (["cat.jpg"], None, r"images\[0\]: expected .* tensor, got str"),
+        (torch.randn(3, 8, 8), None, r"expected a non-empty batch \[B, 3, H, W\], got shape \(3, 8, 8\)"),
+        (torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 9, dtype=torch.bool), r"mask: expected .*2, 8, 8\).*\(2, 8, 9\)"),
+        (torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8), "mask: .*dtype torch.bool, got .*torch.float32"),
+        ([torch.randn(3, 8, 8)], torch.zeros(1, 8, 8, dtype=torch.bool), "mask: give it with a batch tensor only"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(tiny_model, images, mask, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(images, mask)
+
+
+def test_missing_download_says_what_to_do(monkeypatch):
+    from torchvision.models import ResNet50_Weights
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", refuse)
+    with pytest.raises(OSError, match=r"could not be downloaded \(no route to host\): download the file elsewhere"):
+        conddetr.build("conditional-detr-r50", pretrained_backbone=True)

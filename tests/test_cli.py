@@ -1,0 +1,80 @@
+"""Every command, on synthetic and on real images."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from conddetr.cli import main
+
+QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert main(["train", *QUICK, "--train-images", "8", "--val-images", "4", "--out", str(out)]) == 0
+    return out
+
+
+def test_train_writes_checkpoint_and_log(trained):
+    assert (trained / "checkpoint.pt").is_file()
+    assert json.loads((trained / "log.jsonl").read_text())["epoch"] == 0
+
+
+def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
+    out = tmp_path / "metrics.json"
+    command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), "--workers", "0", "--out", str(out)]
+    assert main(command) == 0
+    assert len(json.loads(out.read_text())) == 12
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_predict_draws(trained, tmp_path):
+    image = tmp_path / "gray.png"
+    Image.new("L", (70, 50), 128).save(image)
+    command = ["predict", str(image), "--checkpoint", str(trained / "checkpoint.pt"), "--threshold", "0"]
+    assert main([*command, "--out", str(tmp_path / "drawn")]) == 0
+    with Image.open(tmp_path / "drawn" / "gray.png") as drawn:
+        assert drawn.width > drawn.height >= 300
+
+
+def test_demo_on_synthetic_images(tmp_path):
+    assert main(["demo", "--seconds", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def test_real_images_through_every_command(coco_path, tmp_path):
+    out = tmp_path / "run"
+    data = ["--coco-path", str(coco_path)]
+    assert main(["train", *data, *QUICK, "--time-limit", "5", "--out", str(out)]) == 0
+    checkpoint = str(out / "checkpoint.pt")
+    assert main(["eval", *data, "--checkpoint", checkpoint, "--workers", "0"]) == 0
+    image = sorted((coco_path / "val2017").glob("*.jpg"))[0]
+    assert main(["predict", str(image), "--checkpoint", checkpoint, "--out", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / f"{image.stem}.png").is_file()
+
+
+def test_options_reach_the_model_and_the_training(tmp_path):
+    command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
+    assert main([*command, "--set", "csq=I", "--set", "aux_loss=false", "--lr", "0.002"]) == 0
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    assert record["lr"] == 0.002
+    assert "loss_ce_0" not in record
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--coco-path", "/nowhere"], "Image folder /nowhere/train2017 does not exist"),
+        (["train", "--set", "csw=I"], "Did you mean 'csq'"),
+        (["train", "--set", "csq"], "expected OPTION=VALUE, got 'csq'"),
+        (["eval", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
+        (["predict", "a.jpg", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors

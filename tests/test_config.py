@@ -1,0 +1,73 @@
+"""Presets, overrides, and the cost of importing."""
+
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import conddetr
+from conddetr.config import PRESETS, from_dict
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_class": 3}, "Unknown model option 'num_class'. Did you mean 'num_classes'?"),
+        ({"csq": "X"}, "csq: unknown value 'X'"),
+        ({"num_queries": 0}, "num_queries: expected at least 1, got 0"),
+        ({"num_queries": "many"}, "num_queries: expected int, got str 'many'"),
+        ({"dilation": 1}, "dilation: expected bool, got int 1"),
+        ({"dropout": 1.0}, r"dropout: expected a value in \[0, 1\), got 1.0"),
+        ({"hidden_dim": 100}, r"hidden_dim: expected a multiple of num_heads \(8\) and of 4, got 100"),
+        ({"max_image_size": 100}, r"max_image_size: expected at least image_size \(800\), got 100"),
+        ({"backend": "triton"}, "backend: unknown value 'triton'"),
+        ({"cross_attention_positions": "first-layer"}, "is an option of the detr family"),
+        ({"backbone": "tiny", "dilation": True}, "need a ResNet backbone"),
+    ],
+)
+def test_bad_overrides_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        conddetr.build("conditional-detr-r50", **overrides)
+
+
+def test_unknown_preset_suggests_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'conditional-detr-r50'"):
+        conddetr.build("conditional-detr-r-50")
+
+
+def test_conditional_options_are_refused_for_detr():
+    with pytest.raises(ValueError, match="options of the conditional-detr family"):
+        conddetr.build("detr-r50", csq="I")
+
+
+def test_config_survives_a_round_trip():
+    config = conddetr.build("detr-tiny", num_classes=4).config
+    assert from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_table_is_what_is_measured(preset):
+    row = conddetr.presets()[preset]
+    size = (128, 128) if preset.endswith("tiny") else (800, 1066)
+    with torch.device("meta"):
+        model = conddetr.build(preset)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.empty(1, 3, *size, device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(row.gflops, rel=2e-3)
+    assert sum(p.numel() for p in model.parameters()) == row.parameters
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == row.trainable_parameters
+
+
+def test_import_is_cheap():
+    code = "import torch, torchvision, time; t = time.perf_counter(); import conddetr; print(time.perf_counter() - t)"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment).stdout)
+        for _ in range(3)
+    ]
+    assert statistics.median(seconds) < 0.3

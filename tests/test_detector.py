@@ -1,0 +1,88 @@
+"""The detector that users hold: from checkpoints of both kinds, on every kind of image."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from golden_rule import read_arrays, rule_inputs, rule_model
+from PIL import Image
+
+import conddetr
+from conddetr.engine.checkpoint import save_checkpoint
+
+CLASSES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "toothbrush"}]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_model):
+    path = tmp_path / "checkpoint.pt"
+    content = {"model": tiny_model.state_dict(), "config": tiny_model.config.to_dict(), "classes": CLASSES}
+    save_checkpoint(path, content)
+    return path
+
+
+def test_predict_takes_everything_and_always_returns_a_list(checkpoint, tmp_path):
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    sources = [str(path), path, Image.fromarray(pixels), pixels, tensor]
+    results = [detector.predict(source, threshold=0.0) for source in sources]
+    assert all(len(result) == 1 for result in results)
+    together = detector.predict(sources, threshold=0.0)
+    assert len(together) == 5
+    for [one], other in zip(results, together, strict=True):
+        torch.testing.assert_close(one.boxes, results[0][0].boxes)
+        torch.testing.assert_close(one.scores, other.scores)
+        assert len(one) == 75
+        assert one.names == [CLASSES[label]["name"] for label in one.labels]
+
+
+def test_boxes_are_in_pixels_of_the_image_as_given(checkpoint):
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+    image = torch.rand(3, 50, 200)
+    [found] = detector.predict(image, threshold=0.0, top_k=10)
+    model_input = conddetr.data.images.prepare(image, 128, 213)
+    expected = conddetr.postprocess(detector.model([model_input]), [(50, 200)], 10)[0]
+    torch.testing.assert_close(found.boxes, expected["boxes"])
+    [none] = detector.predict(image, threshold=1.0)
+    assert len(none) == 0
+    assert none.boxes.shape == (0, 4)
+
+
+def test_one_pixel_image(checkpoint):
+    [found] = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").predict(torch.rand(3, 1, 1), 0.0)
+    assert torch.isfinite(found.boxes).all()
+
+
+def test_bad_images_are_named(checkpoint, tmp_path):
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg does not exist"):
+        detector.predict([tmp_path / "none.jpg"])
+
+
+@pytest.mark.parametrize("dilation", [False, True])
+def test_official_checkpoint_is_recognised(tmp_path, dilation):
+    model = rule_model("conditional-detr-dc5-r50" if dilation else "conditional-detr-r50")
+    path = tmp_path / "official.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(dilation=dilation)}, path)
+    detector = conddetr.Detector.from_checkpoint(path, device="cpu")
+    assert detector.model.config == conddetr.config.resolve(
+        "conditional-detr-dc5-r50" if dilation else "conditional-detr-r50"
+    )
+    assert [detector.classes[label]["name"] for label in (1, 18, 90)] == ["person", "dog", "toothbrush"]
+    images, _ = rule_inputs("p2")
+    if dilation:
+        with torch.inference_mode():
+            out = detector.model(images)
+        torch.testing.assert_close(out["pred_logits"], read_arrays("p2")["pred_logits"], atol=1e-4, rtol=0)
+
+
+def test_foreign_checkpoints_and_wrong_class_lists_are_named(tmp_path, tiny_model):
+    torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt: the weights are neither Conditional DETR's nor DETR's"):
+        conddetr.Detector.from_checkpoint(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="classes: expected 3 as the model has, got 2"):
+        conddetr.Detector(tiny_model, CLASSES[:2])
