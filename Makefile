@@ -28,12 +28,13 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/model.py
 
 $(READY): pyproject.toml setup.py
+	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install -qq --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m pip install -qq --editable ".[bench]"
 	touch $@
 
 clean:

@@ -168,8 +168,10 @@ def _demo(options: argparse.Namespace) -> None:
     seed_everything(config.seed)
     model = build(preset, num_classes=len(train_set.classes))
     _print_start(preset, model, len(train_set), len(val_set))
-    trainer = Trainer(model, train_set, val_set, config, options.out, _device(options.device))
-    metrics = trainer.fit()
+    # A second demonstration replaces the first.
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (Path(options.out) / name).unlink(missing_ok=True)
+    metrics = Trainer(model, train_set, val_set, config, options.out, _device(options.device)).fit()
     detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
     report(metrics, draw_samples(detector, val_set, options.out))
 

@@ -89,6 +89,7 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_drop)
         self.sampler = EpochSampler(len(train_set), config.seed, endless=getattr(train_set, "endless", False))
         self.start_epoch = 0
+        self.resumed_from: Path | None = None
         self.seconds = 0.0
         """Time spent training so far."""
 
@@ -102,9 +103,19 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
         self.start_epoch = content["epoch"] + 1
+        self.resumed_from = Path(path)
 
     def fit(self) -> dict[str, float]:
-        """Train to the end; returns the metrics of the last evaluation."""
+        """Train to the end; returns the metrics of the last evaluation.
+
+        Raises:
+            FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
+            ValueError: fewer training images than a batch, or a prediction that is not a number.
+            FloatingPointError: the loss is not finite; names the images.
+        """
+        earlier = self.output_dir / "checkpoint.pt"
+        if earlier.exists() and self.resumed_from is None:
+            raise FileExistsError(f"{earlier} is from an earlier run: resume it, delete it or name another folder.")
         seed_everything(self.config.seed + self.start_epoch)
         batches = DataLoader(
             self.train_set,

@@ -53,6 +53,14 @@ def test_resume_continues_where_it_stopped(tmp_path):
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
 
 
+def test_an_earlier_run_is_not_overwritten(tmp_path):
+    trainer(tmp_path, epochs=1).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"checkpoint\.pt is from an earlier run: resume it"):
+        trainer(tmp_path, epochs=1).fit()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_weights_alone_are_not_resumed(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt can not be resumed: it has no 'optimizer'"):
