@@ -5,6 +5,10 @@ VENV ?= .venv
 # A folder in COCO's 2017 layout; empty: synthetic images.
 COCO ?=
 
+# Threads that wait for each other spin less. Measured with another process on the same two cores: 3 to 9 times
+# the images/s of the default; alone on the machine: no difference.
+export GOMP_SPINCOUNT ?= 10000
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from conddetr.config import PRESETS, ModelConfig
 
-PRETRAINED_HINT = "ImageNet weights for the ResNet (downloaded on first use)"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 with one line on stderr for bad input."""
@@ -72,7 +70,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="conditional-detr-tiny", choices=list(PRESETS))
-    parser.add_argument("--pretrained-backbone", action="store_true", help=PRETRAINED_HINT)
+    parser.add_argument(
+        "--pretrained-backbone",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start a ResNet from torchvision's ImageNet weights, downloaded on first use",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -99,8 +102,10 @@ def _train(options: argparse.Namespace) -> None:
     from conddetr.engine.trainer import TrainConfig, Trainer, seed_everything, tiny_train_config
     from conddetr.zoo import build
 
-    overrides = {"pretrained_backbone": options.pretrained_backbone, **_parse_overrides(options.set)}
     preset = PRESETS[options.preset]
+    # A resumed run brings its own weights, and the tiny backbone has no others.
+    pretrained = options.pretrained_backbone and preset.backbone != "tiny" and not options.resume
+    overrides = {"pretrained_backbone": pretrained, **_parse_overrides(options.set)}
     config = tiny_train_config() if preset.backbone == "tiny" else TrainConfig()
     for field in dataclasses.fields(TrainConfig):
         value = getattr(options, field.name)

@@ -4,17 +4,19 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from conddetr import config as configs
-from conddetr.data.images import ImageLike, prepare, read_image
 from conddetr.engine.checkpoint import read_checkpoint
 from conddetr.interop.official import extract_state_dict, identify, load_weights
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
+
+if TYPE_CHECKING:
+    from conddetr.data.images import ImageLike
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Detector:
     @torch.inference_mode()
     def predict(
         self,
-        images: ImageLike | Sequence[ImageLike],
+        images: "ImageLike | Sequence[ImageLike]",
         threshold: float = 0.5,
         top_k: int = 100,
     ) -> list[Detection]:
@@ -99,11 +101,16 @@ class Detector:
             FileNotFoundError, ValueError, TypeError: an image can not be read; names the file, or what was
                 found and what was expected.
         """
+        # Here, not above: torchvision's transforms would double the time of `import conddetr`.
+        from conddetr.data.images import read_image
+
         if not isinstance(images, (list, tuple)):
             images = [images]
         return [self._predict_one(read_image(image), threshold, top_k) for image in images]
 
     def _predict_one(self, image: Tensor, threshold: float, top_k: int) -> Detection:
+        from conddetr.data.images import prepare
+
         config = self.model.config
         pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
         found = postprocess(self.model([pixels]), [tuple(image.shape[-2:])], top_k, config.activation)[0]

@@ -116,6 +116,9 @@ class Trainer:
         earlier = self.output_dir / "checkpoint.pt"
         if earlier.exists() and self.resumed_from is None:
             raise FileExistsError(f"{earlier} is from an earlier run: resume it, delete it or name another folder.")
+        if self.start_epoch >= self.config.epochs:
+            done = f"{self.start_epoch} epochs of {self.config.epochs}"
+            raise ValueError(f"epochs: {self.resumed_from} already holds {done}: ask for more.")
         seed_everything(self.config.seed + self.start_epoch)
         batches = DataLoader(
             self.train_set,
@@ -161,7 +164,7 @@ class Trainer:
                     sums[name] += value
                 images += len(batch[0])
                 self.seconds = before + time.perf_counter() - start
-                progress.advance(len(batch[0]), f"loss {sums['loss'] / step:.3f}")
+                progress.advance(len(batch[0]), _note(sums, step))
                 if self._out_of_time():
                     break
         speed = images / (self.seconds - before)
@@ -221,6 +224,12 @@ class Trainer:
         if "AP" in record:
             line += f"  AP {100 * record['AP']:.1f}  AP50 {100 * record['AP50']:.1f}"
         console.print(line, highlight=False)
+
+
+def _note(sums: dict[str, float], steps: int) -> str:
+    """Mean losses so far, for the progress bar."""
+    shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
+    return "  ".join(f"{title} {sums[name] / steps:.3f}" for title, name in shown.items())
 
 
 def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.Optimizer:

@@ -82,7 +82,8 @@ def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weight
     except OSError as error:
         raise OSError(
             f"ImageNet weights {weights.url} could not be downloaded ({error}): download the file elsewhere "
-            f"into {torch.hub.get_dir()}/checkpoints/, or build with pretrained_backbone=False."
+            f"into {torch.hub.get_dir()}/checkpoints/, or do without: pretrained_backbone=False, on the command line "
+            f"--no-pretrained-backbone."
         ) from error
     body.load_state_dict({name: value for name, value in state.items() if "num_batches_tracked" not in name})
 
