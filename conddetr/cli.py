@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from conddetr.config import PRESETS, ModelConfig
 
 
@@ -213,13 +215,11 @@ def _sizes(overrides: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in overrides.items() if name in ("image_size", "max_image_size")}
 
 
-def _device(name: str | None) -> "torch.device":  # noqa: F821
-    import torch
-
+def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _print_start(preset: str, model: "torch.nn.Module", train: int, val: int) -> None:  # noqa: F821
+def _print_start(preset: str, model: torch.nn.Module, train: int, val: int) -> None:
     from conddetr.engine.progress import console
 
     total = sum(parameter.numel() for parameter in model.parameters())

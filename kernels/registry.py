@@ -1,0 +1,71 @@
+"""Which implementation of an operation runs, and why the others do not."""
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+BACKENDS = ("triton", "eager")
+"""In the order in which `auto` tries them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer to: what runs here?"""
+
+    backend: str
+    """The implementation chosen."""
+    refused: dict[str, str]
+    """Every implementation that `auto` would have preferred, with the reason against it."""
+
+
+def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    """Pick an implementation.
+
+    Args:
+        requested: `auto`, or one of `BACKENDS`, which then must be able to run.
+        device: of the tensors.
+        dtype: of the tensors.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the requested backend can not run here; says why and what to do.
+    """
+    if requested not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {requested!r}.")
+    refused: dict[str, str] = {}
+    for backend in BACKENDS if requested == "auto" else (requested,):
+        reason = why_not(backend, device, dtype, requested == "auto")
+        if reason is None:
+            return Choice(backend, refused)
+        refused[backend] = reason
+    raise RuntimeError(f"backend {requested!r} can not run here: {refused[requested]}")
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: bool = True) -> str | None:
+    """The reason against an implementation, or None if it can run. Plain PyTorch always can."""
+    if backend == "eager":
+        return None
+    if not has_triton():
+        return "the package triton is not installed (pip install triton; Linux only)."
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"its kernels take float32, float16 and bfloat16, not {dtype}."
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"its kernels need compute capability 8.0, this GPU has {major}.{minor}."
+    if not is_interpreting():
+        return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
+    return "the interpreter is for tests: ask for it by name." if is_auto else None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package is there, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreting() -> bool:
+    """Whether Triton's interpreter was asked for, by its own environment variable."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
