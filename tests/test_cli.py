@@ -7,6 +7,8 @@ from PIL import Image
 
 from conddetr.cli import main
 
+pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
 

@@ -1,23 +1,17 @@
 """Data sets in COCO's layout: `<root>/<split>2017/*.jpg`, `<root>/annotations/instances_<split>2017.json`."""
 
-import contextlib
-import io
 import json
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from conddetr.data.images import read_image
-
-if TYPE_CHECKING:
-    from pycocotools.coco import COCO
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +48,14 @@ class CocoDetection(Dataset):
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.image_dir} does not exist.")
         self.transform = transform
-        self.coco = load_annotations(self.annotation_file)
+        self.content = load_annotations(self.annotation_file)
         self.classes = [
             {"id": category["id"], "name": category["name"]}
-            for category in sorted(self.coco.dataset["categories"], key=lambda category: category["id"])
+            for category in sorted(self.content["categories"], key=lambda category: category["id"])
         ]
         self._label_of = {category["id"]: label for label, category in enumerate(self.classes)}
-        self.image_ids = sorted(self.coco.imgs)
+        self._images = {image["id"]: image for image in self.content["images"]}
+        self.image_ids = sorted(self._images)
         self._targets, self.dropped_boxes = self._make_targets()
         if self.dropped_boxes:
             log.warning(
@@ -75,7 +70,7 @@ class CocoDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         """The transformed image and its target: `labels` [n], `boxes` [n, 4], `image_id`, `original_size`."""
         image_id = self.image_ids[index]
-        image, info = self._read(image_id), self.coco.imgs[image_id]
+        image, info = self._read(image_id), self._images[image_id]
         if tuple(image.shape[-2:]) != (info["height"], info["width"]):
             raise ValueError(
                 f"Image file {self.image_dir / info['file_name']} (image id {image_id}): {self.annotation_file} "
@@ -93,23 +88,25 @@ class CocoDetection(Dataset):
             },
         )
 
-    def ground_truth(self) -> "COCO":
-        """The annotations for pycocotools' evaluation."""
-        return self.coco
+    def ground_truth(self) -> dict:
+        """The annotations in COCO's format, for evaluation."""
+        return self.content
 
     def _read(self, image_id: int) -> Tensor:
         try:
-            return read_image(self.image_dir / self.coco.imgs[image_id]["file_name"])
+            return read_image(self.image_dir / self._images[image_id]["file_name"])
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{error} It is image id {image_id} of {self.annotation_file}.") from error
 
     def _make_targets(self) -> tuple[dict[int, tuple[Tensor, Tensor]], int]:
+        annotations = defaultdict(list)
+        for annotation in self.content["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
         targets, dropped = {}, 0
-        for image_id in self.image_ids:
-            info = self.coco.imgs[image_id]
+        for image_id, info in self._images.items():
             kept = []
-            for annotation in self.coco.imgToAnns.get(image_id, []):
-                if annotation.get("iscrowd", 0):
+            for annotation in annotations[image_id]:
+                if annotation["iscrowd"]:
                     continue
                 box = _clipped_box(annotation["bbox"], info["height"], info["width"])
                 if box is None:
@@ -129,7 +126,7 @@ def coco_split(root: str | Path, split: str, transform: Callable[[Tensor, dict],
     return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform)
 
 
-def load_annotations(path: Path) -> "COCO":
+def load_annotations(path: Path) -> dict:
     """Read a COCO annotation file and check what the detector relies on.
 
     Raises:
@@ -143,18 +140,11 @@ def load_annotations(path: Path) -> "COCO":
     except ValueError as error:
         raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
     _check_annotations(path, content)
-    return index_annotations(content)
-
-
-def index_annotations(content: dict) -> "COCO":
-    """A pycocotools index over annotations in memory, without its printing."""
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+    for annotation in content["annotations"]:
+        # Evaluation needs them, and files from other tools often lack them.
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    return content
 
 
 def _check_annotations(path: Path, content: dict) -> None:

@@ -1,18 +1,12 @@
 """An endless, seeded set of textured shapes on clutter: a detection task that needs no download."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from conddetr.data.coco import index_annotations
 from conddetr.data.transforms import finish
-
-if TYPE_CHECKING:
-    from pycocotools.coco import COCO
 
 CLASSES = ("disk", "square", "triangle")
 MAX_SHAPES = 4
@@ -71,8 +65,8 @@ class SyntheticShapes(Dataset):
             boxes.append(box)
         return (canvas * 255).clip(0, 255).astype(np.uint8), labels, boxes
 
-    def ground_truth(self) -> "COCO":
-        """The first `length` images' annotations for pycocotools' evaluation."""
+    def ground_truth(self) -> dict:
+        """The first `length` images' annotations in COCO's format, for evaluation."""
         images, annotations = [], []
         for index in range(self.length):
             _, labels, boxes = self.draw(index)
@@ -88,7 +82,7 @@ class SyntheticShapes(Dataset):
                         "iscrowd": 0,
                     }
                 )
-        return index_annotations({"images": images, "annotations": annotations, "categories": self.classes})
+        return {"images": images, "annotations": annotations, "categories": self.classes}
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:

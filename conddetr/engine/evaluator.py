@@ -87,14 +87,25 @@ def detect(
     return results
 
 
-def coco_metrics(ground_truth: object, results: list[dict]) -> dict[str, float]:
-    """The twelve COCO numbers of detections against a pycocotools ground truth, over all its images."""
-    from pycocotools.cocoeval import COCOeval
+def coco_metrics(ground_truth: dict, results: list[dict]) -> dict[str, float]:
+    """The twelve COCO numbers of detections against annotations in COCO's format, over all their images.
+
+    Raises:
+        ModuleNotFoundError: pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("COCO's metrics need pycocotools: pip install pycocotools") from error
 
     if not results:
         return dict.fromkeys(METRICS, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(ground_truth, ground_truth.loadRes(results), "bbox")
+        truth = COCO()
+        truth.dataset = ground_truth
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

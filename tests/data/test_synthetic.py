@@ -32,10 +32,10 @@ def test_targets_are_sound():
 
 def test_ground_truth_is_that_of_the_samples():
     dataset = SyntheticShapes(20, seed=5)
-    coco = dataset.ground_truth()
+    truth = dataset.ground_truth()["annotations"]
     for index in range(20):
         _, target = dataset[index]
-        annotations = coco.imgToAnns[index]
+        annotations = [a for a in truth if a["image_id"] == index]
         assert [a["category_id"] - 1 for a in annotations] == target["labels"].tolist()
         for annotation, (cx, cy, w, h) in zip(annotations, (target["boxes"] * 128).tolist(), strict=True):
             np.testing.assert_allclose(annotation["bbox"], [cx - w / 2, cy - h / 2, w, h], atol=1e-3)

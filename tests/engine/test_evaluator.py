@@ -4,8 +4,11 @@ import pytest
 import torch
 
 import conddetr
+from conddetr.data.coco import load_annotations
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.evaluator import METRICS, coco_metrics, evaluate
+
+pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
 
 class Oracle(torch.nn.Module):
@@ -46,10 +49,19 @@ def test_images_without_a_detection_count_against_recall():
     truth = dataset.ground_truth()
     results = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
-        for a in truth.dataset["annotations"]
+        for a in truth["annotations"]
         if a["image_id"] < 5
     ]
     assert coco_metrics(truth, results)["AR100"] < 0.9
+
+
+def test_annotations_without_area_and_crowd_flag(small_coco):
+    for annotation in small_coco.content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    small_coco.write()
+    truth = load_annotations(small_coco.file)
+    results = [{**annotation, "score": 0.9} for annotation in truth["annotations"]]
+    assert coco_metrics(truth, results)["AP"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_no_detection_at_all_is_zero():

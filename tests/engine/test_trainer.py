@@ -10,6 +10,8 @@ from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.checkpoint import read_checkpoint
 from conddetr.engine.trainer import TrainConfig, Trainer, make_optimizer
 
+pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+
 CPU = torch.device("cpu")
 FAST = {"batch_size": 4, "workers": 0, "lr": 1e-3, "lr_backbone": 1e-3}
 
