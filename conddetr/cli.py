@@ -1,4 +1,4 @@
-"""The command line: `conddetr train | eval | predict | demo`."""
+"""The command line: `conddetr train | eval | predict | demo | env`."""
 
 import argparse
 import dataclasses
@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(demo)
     demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
     demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
+
+    env = commands.add_parser("env", help="versions, and which implementation each operation uses here")
+    env.set_defaults(run=_env)
+    env.add_argument("--device", help="as torch names it; default: CUDA where there is one")
     return parser
 
 
@@ -181,6 +185,36 @@ def _demo(options: argparse.Namespace) -> None:
     metrics = Trainer(model, train_set, val_set, config, options.out, _device(options.device)).fit()
     detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
     report(metrics, draw_samples(detector, val_set, options.out))
+
+
+def _env(options: argparse.Namespace) -> None:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from rich.table import Table
+
+    from conddetr.engine.progress import console
+    from conddetr.kernels import registry
+
+    device = _device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    console.print(f"Python {platform.python_version()}, device {device} ({name})", highlight=False)
+    for package in ("torch", "torchvision", "triton", "pycocotools"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        console.print(f"{package} {found}", highlight=False)
+    dtypes = (torch.float32, torch.bfloat16)
+    choices = [registry.choose("auto", device, dtype) for dtype in dtypes]
+    table = Table(title="what backend=auto picks")
+    for column in ("operation", *(str(dtype).removeprefix("torch.") for dtype in dtypes)):
+        table.add_column(column)
+    for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
+        table.add_row(operation, *(choice.backend for choice in choices))
+    console.print(table)
+    for backend, reason in {item for choice in choices for item in choice.refused.items()}:
+        console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)
 
 
 def _data_sets(coco_path: str | None, config: ModelConfig, train_images: int, val_images: int) -> tuple:

@@ -12,7 +12,7 @@ BACKBONES = ("resnet50", "resnet101", "tiny")
 CSQ_FORMS = ("full", "C", "T", "P", "I")
 REFERENCE_POINTS = ("generated", "learned", "zero")
 CROSS_ATTENTION_POSITIONS = ("all-layers", "first-layer")
-BACKENDS = ("eager",)
+BACKENDS = ("eager", "triton", "auto")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class ModelConfig:
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
     backend: str = "eager"
-    """Implementation of the operations: `eager` (plain PyTorch)."""
+    """Implementation of the operations: `eager` (plain PyTorch), `triton` (an error where it can not run), or
+    `auto` (the best that can)."""
 
     @property
     def num_logits(self) -> int:

@@ -1,6 +1,5 @@
 """Which implementation of an operation runs, and why the others do not."""
 
-import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -9,6 +8,10 @@ import torch
 
 BACKENDS = ("triton", "eager")
 """In the order in which `auto` tries them."""
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Whether the package is there; it is not imported for this."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     """The reason against an implementation, or None if it can run. Plain PyTorch always can."""
     if backend == "eager":
         return None
-    if not has_triton():
+    if not HAS_TRITON:
         return "the package triton is not installed (pip install triton; Linux only)."
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {dtype}."
@@ -58,12 +61,6 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     if not is_interpreting():
         return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
     return "the interpreter is for tests: ask for it by name." if is_auto else None
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether the package is there, without importing it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def is_interpreting() -> bool:

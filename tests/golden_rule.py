@@ -71,9 +71,9 @@ def _scaled_matrix(name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def rule_model(preset: str, dtype: torch.dtype = torch.float32) -> DETR:
+def rule_model(preset: str, dtype: torch.dtype = torch.float32, backend: str = "eager") -> DETR:
     """A model with the rule's weights, without dropout, in eval mode."""
-    model = conddetr.build(preset, dropout=0.0).eval()
+    model = conddetr.build(preset, dropout=0.0, backend=backend).eval()
     state = {name: rule_weight(name, tuple(value.shape)) for name, value in model.state_dict().items()}
     conddetr.load_weights(model, state)
     return model.to(dtype)

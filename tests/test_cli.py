@@ -57,6 +57,14 @@ def test_real_images_through_every_command(coco_path, tmp_path):
     assert (tmp_path / "drawn" / f"{image.stem}.png").is_file()
 
 
+def test_env_says_what_runs_and_why(capsys):
+    assert main(["env", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "conditional_attention" in printed
+    assert "eager" in printed
+    assert "triton is refused: " in printed
+
+
 def test_options_reach_the_model_and_the_training(tmp_path):
     command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
     assert main([*command, "--set", "csq=I", "--set", "aux_loss=false", "--lr", "0.002"]) == 0

@@ -25,7 +25,7 @@ from conddetr.config import PRESETS, from_dict
         ({"dropout": 1.0}, r"dropout: expected a value in \[0, 1\), got 1.0"),
         ({"hidden_dim": 100}, r"hidden_dim: expected a multiple of num_heads \(8\) and of 4, got 100"),
         ({"max_image_size": 100}, r"max_image_size: expected at least image_size \(800\), got 100"),
-        ({"backend": "triton"}, "backend: unknown value 'triton'"),
+        ({"backend": "tritn"}, "backend: unknown value 'tritn'. Did you mean 'triton'"),
         ({"cross_attention_positions": "first-layer"}, "is an option of the detr family"),
         ({"backbone": "tiny", "dilation": True}, "need a ResNet backbone"),
     ],

@@ -64,11 +64,12 @@ class ConditionalCrossAttention(nn.Module):
     Its inputs are all that a picture of the attention needs: a forward hook here sees them.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.out_proj = nn.Linear(dim, dim)
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.backend = config.backend
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(
         self,
@@ -85,6 +86,7 @@ class ConditionalCrossAttention(nn.Module):
             *[part.unflatten(-1, (self.num_heads, -1)) for part in parts],
             key_padding_mask=padding,
             dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
         )
         return self.out_proj(attended.flatten(-2))
 
@@ -97,6 +99,7 @@ class ConditionalDecoderLayer(FeedForward):
         dim = config.hidden_dim
         self.is_first = is_first
         self.csq = config.csq
+        self.backend = config.backend
         self.sa_qcontent_proj = nn.Linear(dim, dim)
         self.sa_qpos_proj = nn.Linear(dim, dim)
         self.sa_kcontent_proj = nn.Linear(dim, dim)
@@ -110,7 +113,7 @@ class ConditionalDecoderLayer(FeedForward):
         self.ca_kpos_proj = nn.Linear(dim, dim)
         self.ca_v_proj = nn.Linear(dim, dim)
         self.ca_qpos_sine_proj = nn.Linear(dim, dim)
-        self.cross_attn = ConditionalCrossAttention(dim, config.num_heads, config.dropout)
+        self.cross_attn = ConditionalCrossAttention(config)
 
     def forward(
         self,
@@ -172,13 +175,14 @@ class ConditionalDecoderLayer(FeedForward):
         if self.csq == "C":
             return embedding
         if self.csq == "P" or (self.is_first and self.csq != "T"):
-            return sine_embedding(reference, embedding.shape[-1]).to(embedding.dtype).expand_as(embedding)
+            p_s = sine_embedding(reference, embedding.shape[-1], backend=self.backend)
+            return p_s.to(embedding.dtype).expand_as(embedding)
         if self.is_first:
             return torch.ones_like(embedding)
         transform = query_scale(self_attended if self.csq == "I" else embedding)
         if self.csq == "T":
             return transform
-        return conditional_spatial_query(reference, transform).to(embedding.dtype)
+        return conditional_spatial_query(reference, transform, backend=self.backend).to(embedding.dtype)
 
 
 class ConditionalDecoder(nn.Module):

@@ -1,5 +1,6 @@
 """Conditional cross-attention."""
 
-from conddetr.kernels.attn.reference import attention_weights, conditional_attention
+from conddetr.kernels.attn.op import conditional_attention
+from conddetr.kernels.attn.reference import attention_weights
 
 __all__ = ["attention_weights", "conditional_attention"]

@@ -1,95 +1,340 @@
-"""Conditional attention: the plain reference against a loop written from the paper."""
+"""Conditional attention: the reference against a loop from the paper, the kernels against the reference.
+
+Error budget of a kernel: twice the error of the plain implementation in the same dtype, both against float64.
+"""
 
 import math
 
 import pytest
 import torch
+from golden_rule import read_arrays
+from torch.utils.checkpoint import checkpoint
 
 from conddetr.kernels import conditional_attention
+from conddetr.kernels.attn.reference import attention_weights, dense_spatial_keys, rectangle_padding
+
+NAMES = ("q_content", "q_spatial", "k_content", "rows", "columns", "v")
 
 
-def make(batch=2, queries=3, keys=5, heads=2, content=4, spatial=6, values=3, dtype=torch.float64):
-    shapes = [(queries, content), (queries, spatial), (keys, content), (keys, spatial), (keys, values)]
-    return [torch.randn(batch, n, heads, d, dtype=dtype, requires_grad=True) for n, d in shapes]
+class Case:
+    """Random inputs of one shape, in float64; `to` gives leaves of another dtype."""
+
+    def __init__(self, queries=5, height=4, width=7, content=16, spatial=16, value=16, batch=2, heads=2, dense=False):
+        self.dense, self.height, self.width = dense, height, width
+        keys = height * width
+        sizes = [(queries, content), (queries, spatial), (keys, content), (height, spatial), (width, spatial)]
+        sizes.append((keys, value))
+        self.tensors = [torch.randn(batch, n, heads, d, dtype=torch.float64) for n, d in sizes]
+        self.upstream = torch.randn(batch, queries, heads, value, dtype=torch.float64)
+
+    def to(self, device, dtype):
+        """Leaves q_content, q_spatial, k_content, spatial keys (one or two), v."""
+        tensors = [tensor.to(device, dtype) for tensor in self.tensors]
+        if self.dense:
+            tensors[3:5] = [dense_spatial_keys(*self.tensors[3:5]).to(device, dtype)]
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def run(self, device, dtype, backend, **options):
+        """Output and all gradients."""
+        leaves = self.to(device, dtype)
+        out = attend(leaves, backend, **options)
+        gradients = torch.autograd.grad(out, leaves, self.upstream.to(device, dtype))
+        return out.detach(), *gradients
+
+
+def attend(leaves, backend="eager", **options):
+    q_content, q_spatial, k_content, *spatial, v = leaves
+    spatial = spatial[0] if len(spatial) == 1 else tuple(spatial)
+    return conditional_attention(q_content, q_spatial, k_content, spatial, v, backend=backend, **options)
+
+
+def assert_within_budget(found, plain, exact):
+    largest = max(truth.abs().max().item() for truth in exact)
+    for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == truth.shape
+        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
+        # A gradient that is exactly zero (one key: its weight is 1 whatever the score) is held to the others' scale.
+        floor = 2 * torch.finfo(ours.dtype).eps * (truth.abs().max().item() or largest)
+        assert error <= 2 * budget + floor, (index, error, budget)
+
+
+def padding_options(kind, case, device):
+    if kind == "none":
+        return {}
+    valid = torch.tensor([[case.height, max(1, case.width - 2)], [(case.height + 1) // 2, case.width]])
+    if kind == "valid_hw":
+        return {"valid_hw": valid.to(device, torch.int32)}
+    scattered = torch.rand(2, case.height * case.width) > 0.6
+    return {"key_padding_mask": (scattered | rectangle_padding(valid, case.height, case.width)).to(device)}
+
+
+SHAPES = {
+    "one of everything": {"queries": 1, "height": 1, "width": 1},
+    "odd widths": {"content": 20, "spatial": 24, "value": 40},
+    "one row": {"queries": 3, "height": 1, "width": 70, "spatial": 32},
+    "one column": {"queries": 67, "height": 37, "width": 1},
+    "more than one tile": {"queries": 70, "height": 9, "width": 11, "content": 32, "value": 32, "heads": 1},
+    "widest": {"queries": 4, "content": 128, "spatial": 128, "value": 128, "heads": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_match_the_reference(shape, kind, device):
+    case = Case(**SHAPES[shape])
+    options = padding_options(kind, case, device)
+    exact = case.run(device, torch.float64, "eager", **options)
+    plain = case.run(device, torch.float32, "eager", **options)
+    assert_within_budget(case.run(device, torch.float32, "triton", **options), plain, exact)
+
+
+@pytest.mark.parametrize("kind", ["none", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [False, True])
+def test_dtypes_and_dense_keys(dtype, dense, kind, device):
+    case = Case(queries=20, height=5, width=13, content=32, spatial=32, value=32, dense=dense)
+    options = padding_options(kind, case, device)
+    exact = case.run(device, torch.float64, "eager", **options)
+    plain = case.run(device, dtype, "eager", **options)
+    assert_within_budget(case.run(device, dtype, "triton", **options), plain, exact)
+
+
+def test_scale(device):
+    case = Case()
+    exact = case.run(device, torch.float64, "eager", scale=0.3)
+    plain = case.run(device, torch.float32, "eager", scale=0.3)
+    assert_within_budget(case.run(device, torch.float32, "triton", scale=0.3), plain, exact)
+
+
+def test_golden_cross_attention(device):
+    golden = read_arrays("p1")
+    names = ("ca3_q_content_q20", "sine_proj_l3_q20", "ca3_k_content", "ca3_k_pos", "ca3_v")
+    leaves = [golden[name].unflatten(-1, (8, 32)).to(device).requires_grad_() for name in names]
+    out = attend(leaves, "triton", key_padding_mask=golden["mask"].flatten(1).to(device))
+    torch.testing.assert_close(out.flatten(-2).cpu(), golden["ca3_pre_out_proj_q20"], atol=1e-5, rtol=0)
+    gradient = torch.randn(2, 20, 256, generator=torch.Generator().manual_seed(7)).to(device)
+    grads = [g.cpu() for g in torch.autograd.grad(out.flatten(-2), leaves, gradient)]
+    for found, name in (
+        (torch.cat(grads[:2], -1), "ca3_bwd_dquery"),
+        (torch.cat(grads[2:4], -1), "ca3_bwd_dkey"),
+        (grads[4], "ca3_bwd_dvalue"),
+    ):
+        torch.testing.assert_close(found.flatten(-2), golden[name], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("kind", ["valid_hw", "mask"])
+def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(backend, kind, device):
+    case = Case()
+    options = {"valid_hw": torch.tensor([[0, 3], [4, 7]], dtype=torch.int32, device=device)}
+    if kind == "mask":
+        options = {"key_padding_mask": torch.tensor([[True] * 28, [False] * 28], device=device)}
+    for tensor in case.run(device, torch.float32, backend, **options):
+        assert (tensor[0] == 0).all()
+        assert torch.isfinite(tensor).all()
+        assert (tensor[1] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_valid_hw_beyond_the_grid_is_clamped(backend, device):
+    case = Case()
+    wild = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
+    tame = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
+    for a, b in zip(*(case.run(device, torch.float32, backend, valid_hw=v) for v in (wild, tame)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_inputs(device):
+    """Parts of one packed projection, keys in another memory order, a transposed last dimension."""
+    case = Case(queries=9)
+    packed = [tensor.detach() for tensor in case.to(device, torch.float32)]
+    strided = [
+        torch.cat([packed[0], packed[0]], -1)[..., :16],
+        packed[1].transpose(1, 2).contiguous().transpose(1, 2),
+        packed[2].transpose(0, 1).contiguous().transpose(0, 1),
+        packed[3].transpose(2, 3).contiguous().transpose(2, 3),
+        packed[4][:1].expand(2, -1, -1, -1),
+        packed[5].repeat(1, 2, 1, 1)[:, ::2],
+    ]
+    contiguous = [tensor.contiguous() for tensor in strided]
+    assert torch.equal(attend(strided, "triton"), attend(contiguous, "triton"))
+
+
+def test_repeats_are_bitwise_equal(device):
+    case = Case(queries=40, height=6, width=9)
+    valid = torch.tensor([[5, 9], [6, 4]], dtype=torch.int32, device=device)
+    runs = []
+    for _ in range(5):
+        torch.manual_seed(3)
+        runs.append(case.run(device, torch.float32, "triton", valid_hw=valid, dropout_p=0.2))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def dropped_weights(backend, case, device, p, seed):
+    """The weights after dropout, by making the values an identity: out[q, n] is weight n."""
+    leaves = case.to(device, torch.float32)
+    keys = case.height * case.width
+    leaves[-1] = torch.eye(keys, device=device)[None, :, None].repeat(2, 1, 2, 1)
+    torch.manual_seed(seed)
+    return attend(leaves, backend, dropout_p=p)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_dropout_drops_weights_and_scales_the_rest(backend, device):
+    case = Case(queries=300, height=8, width=8)
+    kept = dropped_weights(backend, case, device, 0.0, 0)
+    dropped = dropped_weights(backend, case, device, 0.25, 0)
+    survived = dropped != 0
+    # 76,800 independent draws: five standard deviations are 0.008; per query and key 0.13 of 300.
+    assert survived.double().mean().item() == pytest.approx(0.75, abs=0.008)
+    assert ((survived.double().mean(dim=1) - 0.75).abs() < 0.14).all()
+    torch.testing.assert_close(dropped[survived], kept[survived] / 0.75)
+    assert torch.equal(dropped, dropped_weights(backend, case, device, 0.25, 0))
+    assert not torch.equal(dropped, dropped_weights(backend, case, device, 0.25, 1))
+    neighbours = survived[:, 1:] == survived[:, :-1]
+    assert neighbours.double().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
+
+
+def test_backward_uses_the_mask_of_forward(device):
+    case, p = Case(queries=20, height=5, width=6, value=30), 0.3
+    mask = (dropped_weights("triton", case, device, p, seed=5) != 0).permute(0, 2, 1, 3)
+
+    def exact(dtype):
+        leaves = case.to(device, dtype)
+        query, key = torch.cat(leaves[:2], -1), torch.cat([leaves[2], dense_spatial_keys(*leaves[3:5])], -1)
+        weights = attention_weights(query, key, None, 32**-0.5) * mask / (1 - p)
+        out = torch.einsum("bhqn,bnhd->bqhd", weights, leaves[-1])
+        return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, dtype))
+
+    torch.manual_seed(5)
+    found = case.run(device, torch.float32, "triton", dropout_p=p)
+    assert_within_budget(found, exact(torch.float32), exact(torch.float64))
+
+
+def test_checkpointing_repeats_the_dropout(device):
+    case = Case(queries=20)
+
+    def gradients(run):
+        leaves = case.to(device, torch.float32)
+        torch.manual_seed(1)
+        return torch.autograd.grad(run(*leaves).square().sum(), leaves)
+
+    def attention(*leaves):
+        return attend(leaves, "triton", dropout_p=0.3)
+
+    plain = gradients(attention)
+    again = gradients(lambda *leaves: checkpoint(attention, *leaves, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("form", ["separable", "dense", "dropout"])
+def test_operator_registration(form, device):
+    leaves = Case(dense=form == "dense").to(device, torch.float32)
+    if form == "dense":
+        leaves.insert(4, None)
+    valid = None if form == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
+    seed = torch.tensor([7], device=device) if form == "dropout" else None
+    arguments = (*leaves, valid, None, seed, 0.2, 0.1 if form == "dropout" else 0.0)
+    torch.library.opcheck(torch.ops.conddetr.conditional_attention.default, arguments)
+
+
+def test_compiles_without_a_graph_break(device):
+    leaves = Case().to(device, torch.float32)
+    valid = torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
+
+    def attention(*leaves):
+        return attend(leaves, "triton", valid_hw=valid) * 2
+
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), attention(*leaves))
 
 
 def loop(q_content, q_spatial, k_content, k_spatial, v, padding, scale):
     """One weight at a time: softmax over the valid keys of the sum of two products."""
-    batch, queries, heads, _ = q_content.shape
-    out = torch.zeros(batch, queries, heads, v.shape[-1], dtype=v.dtype)
-    for b in range(batch):
+    out = torch.zeros(*q_content.shape[:3], v.shape[-1], dtype=v.dtype)
+    for b, q, h in torch.cartesian_prod(*(torch.arange(n) for n in q_content.shape[:3])).tolist():
         valid = [n for n in range(v.shape[1]) if not padding[b, n]]
-        for q in range(queries):
-            for h in range(heads):
-                scores = [
-                    scale * float(q_content[b, q, h] @ k_content[b, n, h] + q_spatial[b, q, h] @ k_spatial[b, n, h])
-                    for n in valid
-                ]
-                total = sum(math.exp(score) for score in scores)
-                for n, score in zip(valid, scores, strict=True):
-                    out[b, q, h] += math.exp(score) / total * v[b, n, h]
+        scores = [q_content[b, q, h] @ k_content[b, n, h] + q_spatial[b, q, h] @ k_spatial[b, n, h] for n in valid]
+        exponentials = [math.exp(scale * float(score)) for score in scores]
+        for n, exponential in zip(valid, exponentials, strict=True):
+            out[b, q, h] += exponential / sum(exponentials) * v[b, n, h]
     return out
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_against_a_loop(scale):
-    parts = make()
+def test_reference_against_a_loop(scale):
+    case = Case(height=1, width=5, dense=True)
+    leaves = [leaf.detach() for leaf in case.to("cpu", torch.float64)]
     padding = torch.tensor([[False] * 5, [False, True, False, True, True]])
-    expected = loop(*[part.detach() for part in parts], padding, scale or 10**-0.5)
-    out = conditional_attention(*parts, key_padding_mask=padding, scale=scale)
-    torch.testing.assert_close(out.detach(), expected, atol=1e-12, rtol=1e-12)
+    expected = loop(*leaves, padding, scale or 32**-0.5)
+    found = attend(leaves, key_padding_mask=padding, scale=scale)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_gradients():
-    padding = torch.tensor([[False] * 5, [False, True, False, True, True]])
-    assert torch.autograd.gradcheck(lambda *parts: conditional_attention(*parts, key_padding_mask=padding), make())
+def test_reference_gradients():
+    valid = torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)
+    leaves = Case(queries=2, height=2, width=3, heads=1).to("cpu", torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: attend(x, valid_hw=valid), leaves)
 
 
-def test_image_without_a_valid_key_gives_zeros_and_zero_gradients():
-    parts = make(batch=2)
-    padding = torch.tensor([[True] * 5, [False] * 5])
-    out = conditional_attention(*parts, key_padding_mask=padding)
-    out.square().sum().backward()
-    assert (out[0] == 0).all()
-    assert (out[1] != 0).any()
-    for part in parts:
-        assert (part.grad[0] == 0).all()
-        assert torch.isfinite(part.grad).all()
-
-
-def test_dropout_drops_weights_and_keeps_the_mean():
-    parts = [part.detach() for part in make(batch=1, queries=500, keys=8, values=8)]
-    parts[-1] = torch.eye(8, dtype=torch.float64).view(1, 8, 1, 8).expand(1, 8, 2, 8)  # output = weights
-    kept = conditional_attention(*parts)
-    dropped = conditional_attention(*parts, dropout_p=0.25)
-    survived = dropped != 0
-    assert survived.double().mean().item() == pytest.approx(0.75, abs=0.02)
-    torch.testing.assert_close(dropped[survived], kept[survived] / 0.75)
+def test_separable_keys_are_the_sum_of_rows_and_columns():
+    rows, columns = torch.randn(2, 3, 1, 4), torch.randn(2, 5, 1, 4)
+    dense = dense_spatial_keys(rows, columns)
+    for y in range(3):
+        for x in range(5):
+            assert torch.equal(dense[:, 5 * y + x], rows[:, y] + columns[:, x])
+    padding = rectangle_padding(torch.tensor([[2, 5], [3, 1]]), 3, 5)
+    assert padding.tolist() == [[False] * 10 + [True] * 5, ([False] + [True] * 4) * 3]
 
 
 @pytest.mark.parametrize(
-    ("index", "shape", "message"),
+    ("name", "shape", "message"),
     [
-        (1, (2, 4, 2, 6), r"q_spatial: expected shape \(2, 3, 2, 6\), got \(2, 4, 2, 6\)"),
-        (2, (2, 5, 2, 5), r"k_content: expected shape \(2, 5, 2, 4\), got \(2, 5, 2, 5\)"),
-        (3, (2, 6, 2, 6), r"k_spatial: expected shape \(2, 5, 2, 6\), got \(2, 6, 2, 6\)"),
-        (4, (2, 5, 1, 3), r"v: expected shape \(2, 5, 2, 3\), got \(2, 5, 1, 3\)"),
+        ("q_content", (2, 5, 16), r"q_content: expected \[B, Q, h, d\], got shape \(2, 5, 16\)"),
+        ("q_spatial", (2, 4, 2, 16), r"q_spatial: expected shape \(2, 5, 2, 16\), got \(2, 4, 2, 16\)"),
+        ("k_content", (2, 28, 2, 17), r"k_content: expected shape \(2, 28, 2, 16\), got \(2, 28, 2, 17\)"),
+        ("rows", (2, 4, 1, 16), r"rows of k_spatial: expected shape \(2, 4, 2, 16\), got \(2, 4, 1, 16\)"),
+        ("columns", (2, 8, 2, 16), "k_spatial: expected rows × columns = 28 keys, got 4 × 8"),
+        ("v", (2, 28, 1, 16), r"v: expected shape \(2, 28, 2, 16\), got \(2, 28, 1, 16\)"),
     ],
 )
-def test_wrong_shapes_are_named(index, shape, message):
-    parts = make()
-    parts[index] = torch.randn(shape, dtype=torch.float64)
+def test_wrong_shapes_are_named(name, shape, message):
+    leaves = Case().to("cpu", torch.float32)
+    leaves[NAMES.index(name)] = torch.randn(shape)
     with pytest.raises(ValueError, match=message):
-        conditional_attention(*parts)
+        attend(leaves)
 
 
-def test_wrong_dtype_mask_and_dropout_are_named():
-    parts = make()
-    with pytest.raises(ValueError, match=r"v: expected dtype torch.float64 as of q_content, got torch.float32"):
-        conditional_attention(*parts[:4], parts[4].float())
-    with pytest.raises(ValueError, match=r"key_padding_mask: expected shape \(2, 5\), got \(2, 4\)"):
-        conditional_attention(*parts, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"key_padding_mask: expected dtype torch.bool, got torch.float32"):
-        conditional_attention(*parts, key_padding_mask=torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"dropout_p: expected a value in \[0, 1\), got 1.0"):
-        conditional_attention(*parts, dropout_p=1.0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout_p": 1.0}, r"dropout_p: expected a value in \[0, 1\), got 1.0"),
+        ({"key_padding_mask": torch.zeros(2, 27, dtype=torch.bool)}, r"key_padding_mask: expected shape \(2, 28\)"),
+        ({"key_padding_mask": torch.zeros(2, 28)}, "key_padding_mask: expected dtype torch.bool, got torch.float32"),
+        ({"valid_hw": torch.ones(2, 2)}, "valid_hw: expected dtype torch.int32, got torch.float32"),
+        ({"valid_hw": torch.ones(3, 2, dtype=torch.int32)}, r"valid_hw: expected shape \(2, 2\), got \(3, 2\)"),
+        (
+            {"valid_hw": torch.ones(2, 2, dtype=torch.int32), "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool)},
+            "expected one of them at most, got both",
+        ),
+        ({"backend": "magic"}, "backend: expected one of auto, triton, eager, got 'magic'"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(Case().to("cpu", torch.float32), **{"backend": "eager", **options})
+
+
+def test_wrong_dtypes_and_widths_are_named(device):
+    leaves = Case().to(device, torch.float32)
+    with pytest.raises(ValueError, match=r"v: expected dtype torch.float32 as of q_content, got torch.float64"):
+        attend([*leaves[:5], leaves[5].double()])
+    with pytest.raises(RuntimeError, match=r"d, ds, dv must be from 16 to 128, got \(8, 16, 16\)"):
+        attend(Case(content=8).to(device, torch.float32), "triton")
+    with pytest.raises(RuntimeError, match=r"take float32, float16 and bfloat16, not torch.float64"):
+        attend(Case().to(device, torch.float64), "triton")
+    valid = torch.ones(2, 2, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="valid_hw: needs separable k_spatial"):
+        attend(Case(dense=True).to(device, torch.float32), valid_hw=valid)

@@ -1,4 +1,4 @@
-"""Sine embedding: against the official numbers and a formula written from the paper."""
+"""Sine embedding: against the official numbers, a formula from the paper, and the kernels against the reference."""
 
 import math
 
@@ -9,15 +9,17 @@ from golden_rule import read_arrays
 from conddetr.kernels import conditional_spatial_query, sine_embedding
 
 
-def test_official_embedding():
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_official_embedding(backend, device):
     golden = read_arrays("p5_cdetr")
-    torch.testing.assert_close(sine_embedding(golden["sine/pos"]), golden["sine/embed"], atol=1e-5, rtol=0)
+    found = sine_embedding(golden["sine/pos"].to(device), backend=backend)
+    torch.testing.assert_close(found.cpu(), golden["sine/embed"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dim", [4, 64, 256])
 def test_against_the_formula(dim):
     points = torch.rand(7, 2, dtype=torch.float64)
-    found = sine_embedding(points, dim)
+    found = sine_embedding(points, dim, backend="eager")
     for row, (x, y) in zip(found, points.tolist(), strict=True):
         expected = []
         for coordinate in (y, x):
@@ -28,16 +30,65 @@ def test_against_the_formula(dim):
         torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_spatial_query_is_the_product_and_has_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "dim"), [((1,), 4), ((3, 5), 20), ((2, 33), 256)])
+def test_kernels_match_the_reference(shape, dim, dtype, device):
+    points, transform = torch.rand(*shape, 2), torch.randn(*shape, dim)
+    upstream = torch.randn(*shape, dim)
+
+    def run(backend, dtype):
+        p, t = (x.to(device, dtype).requires_grad_() for x in (points.to(test_dtype), transform.to(test_dtype)))
+        embedding, query = sine_embedding(p, dim, backend=backend), conditional_spatial_query(p, t, backend=backend)
+        total = embedding + query
+        return embedding.detach(), query.detach(), *torch.autograd.grad(total, (p, t), upstream.to(device, dtype))
+
+    test_dtype = dtype
+    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
+    for ours, theirs, truth in zip(found, plain, exact, strict=True):
+        assert ours.dtype == dtype
+        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
+        assert error <= 2 * budget + 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+def test_points_far_outside_stay_exact(device):
+    """Angles are reduced in turns, so that a point at 1000 costs precision only by its own rounding."""
+    points = torch.tensor([[1000.25, -7.5], [-3.0, 12.125]], device=device)
+    found = sine_embedding(points, 8, backend="triton")
+    exact = sine_embedding(points.double(), 8, backend="eager")
+    torch.testing.assert_close(found.double(), exact, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_spatial_query_broadcasts(backend, device):
+    points = torch.rand(3, 2, device=device, requires_grad=True)
+    transform = torch.randn(2, 3, 8, device=device, requires_grad=True)
+    found = conditional_spatial_query(points, transform, backend=backend)
+    torch.testing.assert_close(found, transform * sine_embedding(points, 8, backend="eager"))
+    found.sum().backward()
+    assert points.grad.shape == (3, 2)
+
+
+def test_reference_gradients():
     points = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     transform = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    expected = transform * sine_embedding(points, 8)
-    torch.testing.assert_close(conditional_spatial_query(points, transform), expected)
     assert torch.autograd.gradcheck(conditional_spatial_query, (points, transform))
 
 
-def test_errors():
+@pytest.mark.parametrize("has_transform", [False, True])
+def test_operator_registration(has_transform, device):
+    points = torch.rand(5, 2, device=device, requires_grad=True)
+    transform = torch.randn(5, 8, device=device, requires_grad=True) if has_transform else None
+    torch.library.opcheck(torch.ops.conddetr.sine_embedding.default, (points, transform, 8, 10000.0))
+
+
+def test_no_points(device):
+    assert sine_embedding(torch.empty(0, 2, device=device), 8, backend="triton").shape == (0, 8)
+
+
+def test_errors(device):
     with pytest.raises(ValueError, match=r"points: expected shape \[..., 2\], got \(4, 3\)"):
         sine_embedding(torch.rand(4, 3))
     with pytest.raises(ValueError, match="dim: expected a positive multiple of 4, got 6"):
         sine_embedding(torch.rand(4, 2), 6)
+    with pytest.raises(ValueError, match=r"points: expected a floating dtype, got torch.int64"):
+        sine_embedding(torch.zeros(4, 2, dtype=torch.int64))

@@ -140,6 +140,18 @@ def test_reference_points_and_their_embedding(run, golden):
     close(embedding.expand_as(golden["query_sine_embed_q20"]), golden["query_sine_embed_q20"], 1e-5)
 
 
+def test_fused_kernels_give_the_official_outputs():
+    """The whole model on Triton's kernels: on the GPU, or under the interpreter where there is none."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    golden = read_arrays("p1")
+    model = rule_model(CASES["p1"], backend="triton").to(device)
+    images, _ = rule_inputs("p1")
+    with torch.no_grad():
+        out = model([image.to(device) for image in images])
+    close(out["pred_logits"].cpu(), golden["pred_logits"], 1e-4)
+    close(out["pred_boxes"].cpu(), golden["pred_boxes_all"][-1], 1e-5)
+
+
 def test_losses_and_matching(case, run):
     info = read_json(case)
     losses = conddetr.build_criterion(run.model.config)(run.out, run.targets)

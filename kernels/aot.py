@@ -1,0 +1,197 @@
+"""Compile every Triton kernel ahead of time, for every architecture, without a GPU, and read what came out.
+
+    python -m conddetr.kernels.aot [--out table.json]
+
+The compiler, cuobjdump and nvdisasm are those that the triton package ships.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.sine import triton as sine
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that one block may use (CUDA programming guide, compute capabilities)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel with its compile-time arguments."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    options: tuple[tuple[str, object], ...]
+
+    def options_dict(self) -> dict[str, object]:
+        """The compile-time arguments and launch settings."""
+        return dict(self.options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one job."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    architecture: int
+    registers: int
+    stack_bytes: int
+    local_instructions: int
+    shared_kib: float
+    tensor_core_instructions: int
+
+
+def jobs(architecture: int) -> Iterator[Job]:
+    """Every kernel in the forms that the model uses, with the settings for an architecture."""
+    widths = {"D": 32, "DS": 32, "DV": 32, "PD": 32, "PDS": 32, "PDV": 32}
+    variants = {
+        "separable, valid_hw, dropout": (True, True, False, True),
+        "dense, mask": (False, False, True, False),
+    }
+    launch = attn.launch_settings(architecture)
+    tiles = {
+        "forward_kernel": launch.forward,
+        "backward_query_kernel": launch.backward_query,
+        "backward_key_kernel": launch.backward_key,
+    }
+    for kernel, tile in tiles.items():
+        for variant, (separable, valid, padding, dropout) in variants.items():
+            for dtype, precision in (("bf16", "ieee"), ("fp32", "tf32")):
+                options = {
+                    **widths,
+                    "SEPARABLE": separable,
+                    "HAS_VALID": valid,
+                    "HAS_PADDING": padding,
+                    "HAS_DROPOUT": dropout,
+                    "PRECISION": precision,
+                    "BLOCK_Q": tile.queries,
+                    "BLOCK_N": tile.keys,
+                    "num_warps": tile.warps,
+                    "num_stages": tile.stages,
+                }
+                yield Job(kernel, variant, dtype, tuple(options.items()))
+    for kernel in ("embed_kernel", "embed_backward_kernel"):
+        for dtype in ("bf16", "fp32"):
+            for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
+                options = {**sine.launch(256), "HAS_TRANSFORM": transform}
+                yield Job(kernel, variant, dtype, tuple(options.items()))
+
+
+def compile_job(job: Job, architecture: int) -> Compiled:
+    """Compile one job for one architecture and read its machine code."""
+    function = getattr(attn, job.kernel, None) or getattr(sine, job.kernel)
+    options = job.options_dict()
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        kind = _kind(name, job.dtype, options)
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[name] = options.get(name)
+        elif kind != "fp32":
+            # Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
+            aligned = kind.startswith("*") or name.startswith("stride")
+            attributes.update({(index,): [["tt.divisibility", 16]]} if aligned else {})
+    source = ASTSource(function, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    code, usage = _disassemble(compiled.asm["cubin"])
+    return Compiled(
+        kernel=job.kernel,
+        variant=job.variant,
+        dtype=job.dtype,
+        architecture=architecture,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        local_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        shared_kib=compiled.metadata.shared / 1024,
+        tensor_core_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code)),
+    )
+
+
+def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
+    """The type of an argument, by its name."""
+    pointers = {"lse": "*fp32", "delta": "*fp32", "grad_ks": "*fp32", "valid_hw": "*i32", "padding": "*i1",
+                "seed_pointer": "*i64"}  # fmt: skip
+    needs = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
+             "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM"}  # fmt: skip
+    if name in options or (name in needs and not options[needs[name]]):
+        return "constexpr"
+    if name in pointers:
+        return pointers[name]
+    if name in ("scale", "log2_scale", "dropout_p", "log2_temperature"):
+        return "fp32"
+    if name.startswith("stride") or name in ("queries", "keys", "heads", "height", "width", "count"):
+        return "i32"
+    return f"*{dtype}"
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Machine code and resource usage of a compiled kernel, as text."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = [tools / "nvdisasm", file.name], [tools / "cuobjdump", "-res-usage", file.name]
+        code, usage = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+    return code, usage
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Compiled]:
+    """Every job for every architecture, on all cores."""
+    work = [(job, architecture) for architecture in architectures for job in jobs(architecture)]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_job, *zip(*work, strict=True)))
+
+
+def problems(found: Compiled) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    wrong = []
+    if found.stack_bytes or found.local_instructions:
+        wrong.append(f"{found.stack_bytes} bytes of stack, {found.local_instructions} local memory instructions")
+    if found.shared_kib > SHARED_LIMIT[found.architecture]:
+        wrong.append(f"{found.shared_kib:.0f} KiB of shared memory, the limit is {SHARED_LIMIT[found.architecture]}")
+    if "embed" not in found.kernel and not found.tensor_core_instructions:
+        wrong.append("no tensor core instruction")
+    return wrong
+
+
+def main() -> int:
+    """Compile, print the table, write it if asked; status 1 if anything is wrong."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the table there, as JSON")
+    options = parser.parse_args()
+    compiled = compile_all()
+    table = Table(title=f"Triton {triton.__version__}")
+    for name in ("kernel", "variant", "dtype", "sm", "registers", "stack", "local", "shared KiB", "tensor core", ""):
+        table.add_column(name)
+    for found in compiled:
+        cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in asdict(found).values()]
+        table.add_row(*cells, "; ".join(problems(found)))
+    Console(width=150).print(table)
+    if options.out:
+        content = {"triton": triton.__version__, "kernels": [asdict(found) for found in compiled]}
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+    return int(any(problems(found) for found in compiled))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

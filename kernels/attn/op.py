@@ -1,0 +1,206 @@
+"""Conditional attention: the public function, its checks, and the operator behind the kernels.
+
+Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
+"""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.attn import reference
+
+
+def conditional_attention(
+    q_content: Tensor,
+    q_spatial: Tensor,
+    k_content: Tensor,
+    k_spatial: Tensor | tuple[Tensor, Tensor],
+    v: Tensor,
+    *,
+    valid_hw: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention whose score is a content product plus a spatial product, per head (Conditional DETR, section 3.2).
+
+    softmax(scale · (q_content·k_content + q_spatial·k_spatial)) v
+
+    Args:
+        q_content: [B, Q, h, d] content query.
+        q_spatial: [B, Q, h, ds] conditional spatial query.
+        k_content: [B, N, h, d] content key.
+        k_spatial: [B, N, h, ds] spatial key; or separable, over a grid of N = H·W keys in row-major order:
+            (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x].
+        v: [B, N, h, dv] value. All floating tensors share one dtype and device.
+        valid_hw: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
+            says what the grid is. Values beyond the grid are clamped.
+        key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
+        scale: default (d + ds) ** -0.5.
+        dropout_p: probability, in [0, 1), that an attention weight is dropped.
+        backend: `auto`, `triton` (d, ds and dv from 16 to 128) or `eager`.
+
+    Returns:
+        [B, Q, h, dv]; zeros for an image whose keys are all padding.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)
+    _check_tensors(q_content, q_spatial, k_content, rows, columns, v)
+    _check_padding(q_content, k_content, columns, valid_hw, key_padding_mask)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
+    if scale is None:
+        scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
+    if _choose(backend, q_content, q_spatial, v) == "eager":
+        if columns is not None:
+            if valid_hw is not None:
+                key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
+            rows = reference.dense_spatial_keys(rows, columns)
+        return reference.conditional_attention(
+            q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p
+        )
+    seed = None
+    if dropout_p > 0:
+        # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
+        seed = torch.randint(2**31 - 1, (1,), device=v.device)
+    tensors = [q_content, q_spatial, k_content, rows, columns, v]
+    tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    valid = None if valid_hw is None else valid_hw.contiguous()
+    return torch.ops.conddetr.conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
+
+
+def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> str:
+    """The backend's name; widths that the kernels do not take are a reason against them like any other."""
+    choice = registry.choose(backend, v.device, v.dtype).backend
+    widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
+    if choice == "triton" and not all(16 <= width <= 128 for width in widths):
+        if backend != "auto":
+            raise RuntimeError(f"backend 'triton' can not run here: d, ds, dv must be from 16 to 128, got {widths}.")
+        return "eager"
+    return choice
+
+
+def _check_tensors(
+    q_content: Tensor, q_spatial: Tensor, k_content: Tensor, rows: Tensor, columns: Tensor | None, v: Tensor
+) -> None:
+    if q_content.dim() != 4:
+        raise ValueError(f"q_content: expected [B, Q, h, d], got shape {tuple(q_content.shape)}.")
+    batch, queries, heads, width = q_content.shape
+    keys = k_content.shape[1] if k_content.dim() == 4 else "N"
+    spatial = q_spatial.shape[-1]
+    expected = {
+        "q_spatial": (q_spatial, (batch, queries, heads, spatial)),
+        "k_content": (k_content, (batch, keys, heads, width)),
+        "v": (v, (batch, keys, heads, v.shape[-1])),
+    }
+    if columns is None:
+        expected["k_spatial"] = (rows, (batch, keys, heads, spatial))
+    else:
+        height = rows.shape[1] if rows.dim() == 4 else "H"
+        grid_width = columns.shape[1] if columns.dim() == 4 else "W"
+        expected["rows of k_spatial"] = (rows, (batch, height, heads, spatial))
+        expected["columns of k_spatial"] = (columns, (batch, grid_width, heads, spatial))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != q_content.dtype:
+            raise ValueError(f"{name}: expected dtype {q_content.dtype} as of q_content, got {tensor.dtype}.")
+        if tensor.device != q_content.device:
+            raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
+    if min(batch, queries, heads, width, spatial, v.shape[-1]) < 1 or k_content.shape[1] < 1:
+        raise ValueError(f"q_content {tuple(q_content.shape)}, v {tuple(v.shape)}: expected no empty dimension.")
+    if columns is not None and rows.shape[1] * columns.shape[1] != keys:
+        raise ValueError(f"k_spatial: expected rows × columns = {keys} keys, got {rows.shape[1]} × {columns.shape[1]}.")
+
+
+def _check_padding(
+    q_content: Tensor,
+    k_content: Tensor,
+    columns: Tensor | None,
+    valid_hw: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    if valid_hw is not None and key_padding_mask is not None:
+        raise ValueError("valid_hw and key_padding_mask: expected one of them at most, got both.")
+    if valid_hw is not None and columns is None:
+        raise ValueError("valid_hw: needs separable k_spatial (rows, columns); with dense keys use key_padding_mask.")
+    keys = (k_content.shape[0], k_content.shape[1])
+    for name, tensor, shape, dtype in (
+        ("valid_hw", valid_hw, (keys[0], 2), torch.int32),
+        ("key_padding_mask", key_padding_mask, keys, torch.bool),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}.")
+        if tensor.device != q_content.device:
+            raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
+
+
+_INPUTS = (
+    "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "
+    "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+)
+
+
+@torch.library.custom_op(
+    "conddetr::conditional_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor out, Tensor lse)"
+)
+def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
+    from conddetr.kernels.attn import triton
+
+    return triton.forward(triton.Inputs(*inputs))
+
+
+@_forward.register_fake
+def _(*inputs: object) -> tuple[Tensor, Tensor]:
+    q_content, v = inputs[0], inputs[5]
+    batch, queries, heads, _ = q_content.shape
+    return v.new_empty((batch, queries, heads, v.shape[-1])), v.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "conddetr::conditional_attention_backward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(*inputs: object) -> tuple[Tensor, ...]:
+    from conddetr.kernels.attn import triton
+
+    *inputs, grad, out, lse = inputs
+    return triton.backward(triton.Inputs(*inputs), grad, out, lse)
+
+
+@_backward.register_fake
+def _(*inputs: object) -> tuple[Tensor, ...]:
+    columns = inputs[4]
+    return tuple(
+        inputs[0].new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (*inputs[:4], columns, inputs[5])
+    )
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = list(
+        torch.ops.conddetr.conditional_attention_backward(*tensors, ctx.scale, ctx.dropout_p, grad, out, lse)
+    )
+    if tensors[4] is None:
+        gradients[4] = None
+    return *gradients, None, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)

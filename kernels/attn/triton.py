@@ -1,0 +1,445 @@
+"""Conditional attention, forward and backward, as tiled online softmax: scores never leave the chip.
+
+One program handles a block of queries (or, for the gradients of keys and values, a block of keys) of one head of one
+image. Keys are counted over the valid rectangle in row-major order: ordinal i is row i // valid_w and column
+i % valid_w, so padding is never visited, right or bottom. Separable spatial keys R[y] + C[x] are added on chip.
+
+Scores are kept in base 2. A dropped weight is decided by Philox at (seed, query, i // 4) and lane i % 4: the mask
+depends on neither tile sizes nor direction.
+
+Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d], v [B, N, h, dv],
+k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds].
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID: tl.constexpr):
+    """Number of keys to visit and width of a row of them. Clamped: a wrong `valid_hw` never reads outside."""
+    visited, row_width = keys, width
+    if HAS_VALID:
+        valid_height = tl.minimum(tl.maximum(tl.load(valid_hw + 2 * image), 0), height)
+        row_width = tl.minimum(tl.maximum(tl.load(valid_hw + 2 * image + 1), 0), width)
+        visited = valid_height * row_width
+        row_width = tl.maximum(row_width, 1)
+    return visited, row_width
+
+
+@triton.jit
+def load_rows(base, position, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """[len(position), PADDED] of a tensor whose last dimension is contiguous; zeros where outside."""
+    column = tl.arange(0, PADDED)
+    pointers = base + position[:, None].to(tl.int64) * stride + column[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, position, stride, inside, value, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """The counterpart of `load_rows`."""
+    column = tl.arange(0, PADDED)
+    pointers = base + position[:, None].to(tl.int64) * stride + column[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def load_key_tile(
+    k_content, k_spatial, columns, v, padding, ordinal, visited, row_width, width,
+    stride_kc_n, stride_ks_n, stride_co_n, stride_v_n,
+    D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
+    SEPARABLE: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Content keys, spatial keys and values of some ordinals, their positions, and which of them are visible.
+
+    Pointers are those of one head of one image; `padding` is of one image.
+    """
+    inside = ordinal < visited
+    row, column = ordinal // row_width, ordinal % row_width
+    position = row * width + column
+    k_c = load_rows(k_content, position, stride_kc_n, inside, D, PD)
+    if SEPARABLE:
+        row_part = load_rows(k_spatial, row, stride_ks_n, inside, DS, PDS).to(tl.float32)
+        column_part = load_rows(columns, column, stride_co_n, inside, DS, PDS).to(tl.float32)
+        k_s = (row_part + column_part).to(k_spatial.dtype.element_ty)
+    else:
+        k_s = load_rows(k_spatial, position, stride_ks_n, inside, DS, PDS)
+    value = load_rows(v, position, stride_v_n, inside, DV, PDV)
+    visible = inside
+    if HAS_PADDING:
+        visible = visible & (tl.load(padding + position, mask=inside, other=1) == 0)
+    return k_c, k_s, value, position, visible
+
+
+@triton.jit
+def keep_mask(seed, query_index, start, keys, dropout_p, BLOCK_N: tl.constexpr):
+    """[queries, BLOCK_N] bool: which weights of the keys start…start + BLOCK_N survive. Four lanes a counter."""
+    groups = (keys + 3) // 4
+    group = start // 4 + tl.arange(0, BLOCK_N // 4)
+    counter = query_index[:, None].to(tl.int64) * groups + group[None, :]
+    a, b, c, d = tl.randint4x(seed, counter)
+    lanes = tl.join(tl.join(a, c), tl.join(b, d))
+    lanes = tl.reshape(lanes, (query_index.shape[0], BLOCK_N))
+    # The upper 24 bits as a number in [0, 1): exact in float32.
+    uniform = ((lanes.to(tl.uint32, bitcast=True)) >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return uniform >= dropout_p
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b, summed in float32. `emulate`: Triton's interpreter can not multiply bfloat16."""
+    if PRECISION == "emulate":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def score_tile(q_c, q_s, k_c, k_s, visible, log2_scale, PRECISION: tl.constexpr):
+    """[queries, keys] scores in base 2, float32; -inf where a key is not visible."""
+    scores = tl.zeros((q_c.shape[0], k_c.shape[0]), tl.float32)
+    scores = product(q_c, tl.trans(k_c), scores, PRECISION)
+    scores = product(q_s, tl.trans(k_s), scores, PRECISION)
+    return tl.where(visible[None, :], scores * log2_scale, float("-inf"))
+
+
+@triton.jit
+def forward_kernel(
+    q_content, q_spatial, k_content, k_spatial, columns, v, out, lse, valid_hw, padding, seed_pointer,
+    log2_scale, dropout_p, queries, keys, heads, height, width,
+    stride_qc_b, stride_qc_n, stride_qc_h, stride_qs_b, stride_qs_n, stride_qs_h,
+    stride_kc_b, stride_kc_n, stride_kc_h, stride_ks_b, stride_ks_n, stride_ks_h,
+    stride_co_b, stride_co_n, stride_co_h, stride_v_b, stride_v_n, stride_v_h,
+    D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
+    SEPARABLE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [B, Q, h, dv] contiguous; lse [B, h, Q] float32, base 2, +inf where no key is visible."""
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    is_query = query < queries
+    q_c = load_rows(q_content + image * stride_qc_b + head * stride_qc_h, query, stride_qc_n, is_query, D, PD)
+    q_s = load_rows(q_spatial + image * stride_qs_b + head * stride_qs_h, query, stride_qs_n, is_query, DS, PDS)
+    k_content += image * stride_kc_b + head * stride_kc_h
+    k_spatial += image * stride_ks_b + head * stride_ks_h
+    if SEPARABLE:
+        columns += image * stride_co_b + head * stride_co_h
+    if HAS_PADDING:
+        padding += image * keys
+    v += image * stride_v_b + head * stride_v_h
+    query_index = (image * heads + head) * queries + query
+    seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
+
+    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
+    highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    accumulator = tl.zeros((BLOCK_Q, PDV), tl.float32)
+    for start in range(0, visited, BLOCK_N):
+        k_c, k_s, value, _, visible = load_key_tile(
+            k_content, k_spatial, columns, v, padding, start + tl.arange(0, BLOCK_N), visited, row_width, width,
+            stride_kc_n, stride_ks_n, stride_co_n, stride_v_n,
+            D, DS, DV, PD, PDS, PDV, SEPARABLE, HAS_PADDING,
+        )  # fmt: skip
+        scores = score_tile(q_c, q_s, k_c, k_s, visible, log2_scale, PRECISION)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        # As long as no key was visible the maximum is -inf, and -inf - -inf is NaN.
+        reference = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(highest - reference)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if HAS_DROPOUT:
+            kept = keep_mask(seed, query_index, start, keys, dropout_p, BLOCK_N)
+            weights = tl.where(kept, weights / (1.0 - dropout_p), 0.0)
+        accumulator = accumulator * shrink[:, None]
+        accumulator = product(weights.to(value.dtype), value, accumulator, PRECISION)
+        highest = higher
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    accumulator = accumulator / total[:, None]
+    base = out + image * queries * heads * DV + head * DV
+    store_rows(base, query, heads * DV, is_query, accumulator, DV, PDV)
+    tl.store(lse + query_index, tl.where(empty, float("inf"), highest + tl.log2(total)), mask=is_query)
+
+
+@triton.jit
+def backward_tile(
+    q_c, q_s, k_c, k_s, value, upstream, lse, delta, visible, scale, log2_scale,
+    seed, query_index, start, keys, dropout_p,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Weights after dropout and gradient of the scores before `scale`, [queries, keys] float32 each."""
+    scores = score_tile(q_c, q_s, k_c, k_s, visible, log2_scale, PRECISION)
+    weights = tl.exp2(scores - lse[:, None])
+    grad_weights = tl.zeros((upstream.shape[0], value.shape[0]), tl.float32)
+    grad_weights = product(upstream, tl.trans(value), grad_weights, PRECISION)
+    dropped = weights
+    if HAS_DROPOUT:
+        kept = keep_mask(seed, query_index, start, keys, dropout_p, BLOCK_N)
+        factor = tl.where(kept, 1.0 / (1.0 - dropout_p), 0.0)
+        dropped = weights * factor
+        grad_weights = grad_weights * factor
+    return dropped, weights * (grad_weights - delta[:, None]) * scale
+
+
+@triton.jit
+def backward_query_kernel(
+    q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_qc, grad_qs,
+    valid_hw, padding, seed_pointer,
+    scale, log2_scale, dropout_p, queries, keys, heads, height, width,
+    stride_qc_b, stride_qc_n, stride_qc_h, stride_qs_b, stride_qs_n, stride_qs_h,
+    stride_kc_b, stride_kc_n, stride_kc_h, stride_ks_b, stride_ks_n, stride_ks_h,
+    stride_co_b, stride_co_n, stride_co_h, stride_v_b, stride_v_n, stride_v_h,
+    D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
+    SEPARABLE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both queries, contiguous like them; a program keeps its queries and walks over the keys."""
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    is_query = query < queries
+    q_c = load_rows(q_content + image * stride_qc_b + head * stride_qc_h, query, stride_qc_n, is_query, D, PD)
+    q_s = load_rows(q_spatial + image * stride_qs_b + head * stride_qs_h, query, stride_qs_n, is_query, DS, PDS)
+    k_content += image * stride_kc_b + head * stride_kc_h
+    k_spatial += image * stride_ks_b + head * stride_ks_h
+    if SEPARABLE:
+        columns += image * stride_co_b + head * stride_co_h
+    if HAS_PADDING:
+        padding += image * keys
+    v += image * stride_v_b + head * stride_v_h
+    query_index = (image * heads + head) * queries + query
+    seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
+    gradient = load_rows(upstream + (image * queries * heads + head) * DV, query, heads * DV, is_query, DV, PDV)
+    lse_rows = tl.load(lse + query_index, mask=is_query, other=float("inf"))
+    delta_rows = tl.load(delta + query_index, mask=is_query, other=0.0)
+
+    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
+    content = tl.zeros((BLOCK_Q, PD), tl.float32)
+    spatial = tl.zeros((BLOCK_Q, PDS), tl.float32)
+    for start in range(0, visited, BLOCK_N):
+        k_c, k_s, value, _, visible = load_key_tile(
+            k_content, k_spatial, columns, v, padding, start + tl.arange(0, BLOCK_N), visited, row_width, width,
+            stride_kc_n, stride_ks_n, stride_co_n, stride_v_n,
+            D, DS, DV, PD, PDS, PDV, SEPARABLE, HAS_PADDING,
+        )  # fmt: skip
+        _, grad_scores = backward_tile(
+            q_c, q_s, k_c, k_s, value, gradient, lse_rows, delta_rows, visible, scale, log2_scale,
+            seed, query_index, start, keys, dropout_p, HAS_DROPOUT, PRECISION, BLOCK_N,
+        )  # fmt: skip
+        grad_scores = grad_scores.to(k_c.dtype)
+        content = product(grad_scores, k_c, content, PRECISION)
+        spatial = product(grad_scores, k_s, spatial, PRECISION)
+    store_rows(grad_qc + (image * queries * heads + head) * D, query, heads * D, is_query, content, D, PD)
+    store_rows(grad_qs + (image * queries * heads + head) * DS, query, heads * DS, is_query, spatial, DS, PDS)
+
+
+@triton.jit
+def backward_key_kernel(
+    q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_kc, grad_ks, grad_v,
+    valid_hw, padding, seed_pointer,
+    scale, log2_scale, dropout_p, queries, keys, heads, height, width,
+    stride_qc_b, stride_qc_n, stride_qc_h, stride_qs_b, stride_qs_n, stride_qs_h,
+    stride_kc_b, stride_kc_n, stride_kc_h, stride_ks_b, stride_ks_n, stride_ks_h,
+    stride_co_b, stride_co_n, stride_co_h, stride_v_b, stride_v_n, stride_v_h,
+    D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr,
+    PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
+    SEPARABLE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of content keys, values and dense spatial keys (float32), contiguous [B, N, h, ·], zeros before.
+
+    A program keeps its keys and walks over the queries; padded keys are never written.
+    """
+    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * BLOCK_N
+    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
+    if start >= visited:
+        return
+    k_content += image * stride_kc_b + head * stride_kc_h
+    k_spatial += image * stride_ks_b + head * stride_ks_h
+    if SEPARABLE:
+        columns += image * stride_co_b + head * stride_co_h
+    if HAS_PADDING:
+        padding += image * keys
+    v += image * stride_v_b + head * stride_v_h
+    ordinal = start + tl.arange(0, BLOCK_N)
+    k_c, k_s, value, position, visible = load_key_tile(
+        k_content, k_spatial, columns, v, padding, ordinal, visited, row_width, width,
+        stride_kc_n, stride_ks_n, stride_co_n, stride_v_n,
+        D, DS, DV, PD, PDS, PDV, SEPARABLE, HAS_PADDING,
+    )  # fmt: skip
+    is_key = ordinal < visited
+    q_content += image * stride_qc_b + head * stride_qc_h
+    q_spatial += image * stride_qs_b + head * stride_qs_h
+    upstream += (image * queries * heads + head) * DV
+    seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
+
+    content = tl.zeros((BLOCK_N, PD), tl.float32)
+    spatial = tl.zeros((BLOCK_N, PDS), tl.float32)
+    values = tl.zeros((BLOCK_N, PDV), tl.float32)
+    for first in range(0, queries, BLOCK_Q):
+        query = first + tl.arange(0, BLOCK_Q)
+        is_query = query < queries
+        query_index = (image * heads + head) * queries + query
+        q_c = load_rows(q_content, query, stride_qc_n, is_query, D, PD)
+        q_s = load_rows(q_spatial, query, stride_qs_n, is_query, DS, PDS)
+        gradient = load_rows(upstream, query, heads * DV, is_query, DV, PDV)
+        lse_rows = tl.load(lse + query_index, mask=is_query, other=float("inf"))
+        delta_rows = tl.load(delta + query_index, mask=is_query, other=0.0)
+        dropped, grad_scores = backward_tile(
+            q_c, q_s, k_c, k_s, value, gradient, lse_rows, delta_rows, visible, scale, log2_scale,
+            seed, query_index, start, keys, dropout_p, HAS_DROPOUT, PRECISION, BLOCK_N,
+        )  # fmt: skip
+        values = product(tl.trans(dropped.to(gradient.dtype)), gradient, values, PRECISION)
+        turned = tl.trans(grad_scores.to(q_c.dtype))
+        content = product(turned, q_c, content, PRECISION)
+        spatial = product(turned, q_s, spatial, PRECISION)
+    store_rows(grad_kc + (image * keys * heads + head) * D, position, heads * D, is_key, content, D, PD)
+    store_rows(grad_ks + (image * keys * heads + head) * DS, position, heads * DS, is_key, spatial, DS, PDS)
+    store_rows(grad_v + (image * keys * heads + head) * DV, position, heads * DV, is_key, values, DV, PDV)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch settings of one kernel."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch settings of the three kernels."""
+
+    forward: Tiles
+    backward_query: Tiles
+    backward_key: Tiles
+
+
+# Chosen so that nothing spills, by the registers that the compiler reports; not yet tuned on a device.
+_DATACENTER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))
+_OTHER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 32, 8, 2))
+
+
+def launch_settings(architecture: int) -> Launch:
+    """Settings for a compute capability, e.g. 90."""
+    return _DATACENTER if architecture in (90, 100) else _OTHER
+
+
+def _settings(device: torch.device) -> Launch:
+    if device.type != "cuda":
+        return _OTHER
+    major, minor = torch.cuda.get_device_capability(device)
+    return launch_settings(10 * major + minor)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call; the last dimension of each is contiguous."""
+
+    q_content: Tensor
+    q_spatial: Tensor
+    k_content: Tensor
+    k_spatial: Tensor
+    columns: Tensor | None
+    v: Tensor
+    valid_hw: Tensor | None
+    padding: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, Q, h, N."""
+        batch, queries, heads, _ = self.q_content.shape
+        return batch, queries, heads, self.k_content.shape[1]
+
+    def scalars(self) -> tuple:
+        """Arguments of every kernel from `log2_scale` on, up to the widths."""
+        _, queries, heads, keys = self.sizes
+        height, width = (1, keys) if self.columns is None else (self.k_spatial.shape[1], self.columns.shape[1])
+        columns = self.k_spatial if self.columns is None else self.columns
+        tensors = (self.q_content, self.q_spatial, self.k_content, self.k_spatial, columns, self.v)
+        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+        log2_scale = self.scale * math.log2(math.e)
+        return log2_scale, self.dropout_p, queries, keys, heads, height, width, *strides
+
+    def options(self, tiles: Tiles) -> dict[str, object]:
+        """Compile-time arguments and launch settings."""
+        widths = {
+            "D": self.q_content.shape[-1],
+            "DS": self.q_spatial.shape[-1],
+            "DV": self.v.shape[-1],
+        }
+        return {
+            **widths,
+            **{f"P{name}": max(16, triton.next_power_of_2(width)) for name, width in widths.items()},
+            "SEPARABLE": self.columns is not None,
+            "HAS_VALID": self.valid_hw is not None,
+            "HAS_PADDING": self.padding is not None,
+            "HAS_DROPOUT": self.dropout_p > 0,
+            "PRECISION": _precision(self.v),
+            "BLOCK_Q": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }
+
+
+def _precision(v: Tensor) -> str:
+    """How products are formed; TF32 by PyTorch's own switch."""
+    if v.device.type == "cpu":
+        return "emulate"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`."""
+    batch, queries, heads, _ = inputs.sizes
+    tiles = _settings(inputs.v.device).forward
+    out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
+    lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
+    forward_kernel[(triton.cdiv(queries, tiles.queries), heads, batch)](
+        inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.k_spatial, inputs.columns, inputs.v, out, lse,
+        inputs.valid_hw, inputs.padding, inputs.seed, *inputs.scalars(), **inputs.options(tiles),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(inputs: Inputs, upstream: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of q_content, q_spatial, k_content, k_spatial, columns (empty if dense) and v.
+
+    Those of rows and columns are sums of the dense gradient in a fixed order, so that two runs agree bit for bit.
+    """
+    batch, queries, heads, keys = inputs.sizes
+    settings = _settings(inputs.v.device)
+    upstream = upstream.contiguous()
+    delta = (upstream.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    saved = (
+        inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.k_spatial, inputs.columns, inputs.v,
+        upstream, lse, delta,
+    )  # fmt: skip
+    rest = (inputs.valid_hw, inputs.padding, inputs.seed, inputs.scale, *inputs.scalars())
+    grad_qc, grad_qs = (q.new_empty(q.shape) for q in (inputs.q_content, inputs.q_spatial))
+    # Keys that are padding are never visited, so their gradients are zero from the start.
+    grad_kc, grad_v = (key.new_zeros(key.shape) for key in (inputs.k_content, inputs.v))
+    grad_ks = upstream.new_zeros((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=torch.float32)
+    backward_query_kernel[(triton.cdiv(queries, settings.backward_query.queries), heads, batch)](
+        *saved, grad_qc, grad_qs, *rest, **inputs.options(settings.backward_query)
+    )
+    backward_key_kernel[(triton.cdiv(keys, settings.backward_key.keys), heads, batch)](
+        *saved, grad_kc, grad_ks, grad_v, *rest, **inputs.options(settings.backward_key)
+    )
+    dtype = inputs.k_spatial.dtype
+    if inputs.columns is None:
+        return grad_qc, grad_qs, grad_kc, grad_ks.to(dtype), upstream.new_empty(0), grad_v
+    grid = grad_ks.unflatten(1, (inputs.k_spatial.shape[1], inputs.columns.shape[1]))
+    return grad_qc, grad_qs, grad_kc, grid.sum(2).to(dtype), grid.sum(1).to(dtype), grad_v

@@ -1,0 +1,23 @@
+"""Every kernel compiles for every architecture without a GPU, and the machine code is what it should be."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def test_all_kernels_for_all_architectures(tmp_path):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    out = tmp_path / "table.json"
+    # A process of its own: kernels defined under the interpreter can not be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "conddetr.kernels.aot", "--out", str(out)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    kernels = json.loads(out.read_text())["kernels"]
+    assert {found["architecture"] for found in kernels} == {80, 86, 89, 90, 100, 120}
+    assert len(kernels) == 6 * 20
+    assert all(found["stack_bytes"] == found["local_instructions"] == 0 for found in kernels)
+    assert all(found["tensor_core_instructions"] for found in kernels if "embed" not in found["kernel"])

@@ -1,0 +1,32 @@
+"""What `auto` picks, and what an explicit request says where it can not be met."""
+
+import pytest
+import torch
+
+from conddetr.kernels import registry
+
+CPU = torch.device("cpu")
+
+
+def test_auto_on_a_cpu_is_eager_and_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    choice = registry.choose("auto", CPU, torch.float32)
+    assert choice.backend == "eager"
+    assert "run on NVIDIA GPUs, the tensors are on cpu" in choice.refused["triton"]
+
+
+def test_the_interpreter_must_be_asked_for(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert registry.choose("auto", CPU, torch.float32).backend == "eager"
+    assert registry.choose("triton", CPU, torch.float32).backend == "triton"
+
+
+def test_explicit_requests_that_can_not_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: its kernels run on NVIDIA GPUs"):
+        registry.choose("triton", CPU, torch.float32)
+    monkeypatch.setattr(registry, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="the package triton is not installed"):
+        registry.choose("triton", CPU, torch.float32)
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, got 'cuda'"):
+        registry.choose("cuda", CPU, torch.float32)

@@ -1,0 +1,69 @@
+"""The model on fused kernels against the model on plain PyTorch."""
+
+import pytest
+import torch
+
+import conddetr
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def models(**options):
+    torch.manual_seed(0)
+    plain = conddetr.build("conditional-detr-tiny", num_classes=3, **options)
+    fused = conddetr.build("conditional-detr-tiny", num_classes=3, backend="triton", **options)
+    fused.load_state_dict(plain.state_dict())
+    return plain.to(DEVICE), fused.to(DEVICE)
+
+
+def batch(count, size=64):
+    images = [torch.randn(3, size, size + 16 * index, device=DEVICE) for index in range(count)]
+    targets = [{"labels": torch.tensor([index % 3]), "boxes": torch.rand(1, 4) * 0.3 + 0.3} for index in range(count)]
+    return images, targets
+
+
+@pytest.mark.parametrize("csq", ["full", "I"])
+def test_outputs_and_gradients_agree(csq):
+    images, targets = batch(2)
+    results = []
+    for model in models(csq=csq):
+        torch.nn.init.normal_(model.bbox_embed.layers[-1].weight, generator=torch.Generator(DEVICE).manual_seed(0))
+        out = model(images)
+        conddetr.build_criterion(model.config)(out, targets)["loss"].backward()
+        results.append((out["pred_logits"], out["pred_boxes"], {n: p.grad for n, p in model.named_parameters()}))
+    (logits, boxes, grads), (fused_logits, fused_boxes, fused_grads) = results
+    torch.testing.assert_close(fused_logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused_boxes, boxes, atol=1e-6, rtol=1e-5)
+    for name, grad in grads.items():
+        # Key biases have no gradient but rounding noise.
+        torch.testing.assert_close(fused_grads[name], grad, atol=1e-5 * max(1.0, grad.abs().max().item()), rtol=1e-3)
+
+
+def test_thirty_steps_give_the_same_loss_curve():
+    curves = []
+    for model in models():
+        torch.manual_seed(1)
+        criterion = conddetr.build_criterion(model.config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        curve = []
+        images, targets = batch(2, size=32)
+        for _ in range(30):
+            loss = criterion(model(images), targets)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
+def test_an_explicit_backend_that_can_not_run_is_an_error(monkeypatch):
+    if DEVICE == "cuda":
+        pytest.skip("Triton runs on this GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _, fused = models()
+    with pytest.raises(RuntimeError, match="backend 'triton' can not run here"):
+        fused([torch.randn(3, 32, 32)])
+    automatic = conddetr.build("conditional-detr-tiny", backend="auto").eval()
+    assert automatic([torch.randn(3, 32, 32)])["pred_logits"].shape == (1, 25, 91)
