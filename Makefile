@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 # Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
 demo: $(READY)
@@ -27,9 +27,20 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Inference of the large preset against the HuggingFace implementation, on the same weights.
+# Attention against its peers, then the large preset against the HuggingFace implementation on the same weights.
 bench: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/attn.py --rounds 10
 	$(BIN)/python benchmarks/model.py
+
+# On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, sanitizers, benchmarks.
+SANITIZED := tests/kernels/test_attn.py -k "dense_keys or strided or clamped"
+gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs an NVIDIA GPU'"
+	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m pytest -q tests/kernels tests/model/test_backend.py tests/model/test_golden.py
+	for tool in memcheck racecheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q $(SANITIZED) || exit 1; done
+	$(PYTHON) benchmarks/attn.py
 
 $(READY): pyproject.toml setup.py
 	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"

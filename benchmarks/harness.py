@@ -20,28 +20,30 @@ console = Console()
 
 
 def measure(runs: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call, all implementations in turn within each round, so that drift hits all alike.
+    """Seconds of every call; on a CPU all implementations in turn within each round, so that drift hits all alike.
 
     Args:
         runs: implementation → what to time.
-        rounds: timed calls of each.
+        rounds: timed calls of each, on a CPU; a GPU is timed for a fixed while.
         warmup: calls of each before that.
     """
+    if torch.cuda.is_available():
+        return {name: _device_seconds(run) for name, run in runs.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for turn in track(range(warmup + rounds), description="measuring", console=console, transient=True):
         for name, run in runs.items():
-            _synchronize()
             start = time.perf_counter()
             run()
-            _synchronize()
             if turn >= warmup:
                 samples[name].append(time.perf_counter() - start)
     return samples
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _device_seconds(run: Callable[[], object]) -> list[float]:
+    """On a GPU: between device events, the L2 cache cleared before each call."""
+    from triton.testing import do_bench
+
+    return [1e-3 * milliseconds for milliseconds in do_bench(run, return_mode="all")]
 
 
 def device_name() -> str:
@@ -69,12 +71,12 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_result(name: str, settings: dict, samples: dict[str, list[float]]) -> Path:
-    """Raw samples in seconds, with settings and environment, as `results/<device>/<name>.json`."""
+def write_result(name: str, settings: dict, results: dict) -> Path:
+    """Raw samples, with settings and environment, as `results/<device>/<name>.json`."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"environment": environment(), "settings": settings, "seconds": samples}
+    content = {"environment": environment(), "settings": settings, "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 

@@ -37,7 +37,7 @@ def main() -> None:
         differences = check(runs[BASELINE](), runs["conddetr eager"]())
         samples = measure(runs, options.rounds)
     settings = {"size": options.size, "batch": 1, "dtype": "float32", "differences": differences}
-    path = write_result("model", settings, samples)
+    path = write_result("model", settings, {"seconds": samples})
     title = f"conditional-detr-r50, forward, 1×3×{options.size[0]}×{options.size[1]}, float32"
     print_table(title, samples, BASELINE)
     console.print(f"largest differences: {differences}; wrote {path}", highlight=False, soft_wrap=True)
