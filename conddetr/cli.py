@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from conddetr.config import PRESETS, ModelConfig
+from conddetr.kernels.registry import BackendError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -14,6 +14,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it is not imported for this."""
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for by name can not run here; the message says why."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The answer to: what runs here?"""
@@ -34,7 +38,7 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: the requested backend can not run here; says why and what to do.
+        BackendError: the requested backend can not run here; says why and what to do.
     """
     if requested not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {requested!r}.")
@@ -44,7 +48,7 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if reason is None:
             return Choice(backend, refused)
         refused[backend] = reason
-    raise RuntimeError(f"backend {requested!r} can not run here: {refused[requested]}")
+    raise BackendError(f"backend {requested!r} can not run here: {refused[requested]}")
 
 
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: bool = True) -> str | None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from conddetr.cli import main
@@ -63,6 +64,15 @@ def test_env_says_what_runs_and_why(capsys):
     assert "conditional_attention" in printed
     assert "eager" in printed
     assert "triton is refused: " in printed
+
+
+def test_a_backend_that_can_not_run_is_one_line(tmp_path, capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs on this GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
+    assert main([*command, "--set", "backend=triton"]) == 2
+    assert "backend 'triton' can not run here" in capsys.readouterr().err
 
 
 def test_options_reach_the_model_and_the_training(tmp_path):

@@ -1,6 +1,7 @@
 """COCO's twelve numbers, by pycocotools."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Callable, Iterable
 
@@ -87,17 +88,21 @@ def detect(
     return results
 
 
+def require_pycocotools() -> None:
+    """Raise a ModuleNotFoundError that says what to install, before any work is done that would be lost."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ModuleNotFoundError("COCO's metrics need pycocotools: pip install pycocotools")
+
+
 def coco_metrics(ground_truth: dict, results: list[dict]) -> dict[str, float]:
     """The twelve COCO numbers of detections against annotations in COCO's format, over all their images.
 
     Raises:
         ModuleNotFoundError: pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("COCO's metrics need pycocotools: pip install pycocotools") from error
+    require_pycocotools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
     if not results:
         return dict.fromkeys(METRICS, 0.0)

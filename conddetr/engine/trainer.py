@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from conddetr.data.batch import EpochSampler, collate
 from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint
-from conddetr.engine.evaluator import evaluate
+from conddetr.engine.evaluator import evaluate, require_pycocotools
 from conddetr.engine.progress import Progress, console
 from conddetr.model.detr import DETR
 from conddetr.zoo import build_criterion
@@ -112,7 +112,10 @@ class Trainer:
             FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
             ValueError: fewer training images than a batch, or a prediction that is not a number.
             FloatingPointError: the loss is not finite; names the images.
+            ModuleNotFoundError: pycocotools is not installed.
         """
+        # Every run ends with an evaluation: better refused now than after the last epoch.
+        require_pycocotools()
         earlier = self.output_dir / "checkpoint.pt"
         if earlier.exists() and self.resumed_from is None:
             raise FileExistsError(f"{earlier} is from an earlier run: resume it, delete it or name another folder.")

@@ -80,7 +80,9 @@ def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> st
     widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
     if choice == "triton" and not all(16 <= width <= 128 for width in widths):
         if backend != "auto":
-            raise RuntimeError(f"backend 'triton' can not run here: d, ds, dv must be from 16 to 128, got {widths}.")
+            raise registry.BackendError(
+                f"backend 'triton' can not run here: d, ds, dv must be from 16 to 128, got {widths}."
+            )
         return "eager"
     return choice
 

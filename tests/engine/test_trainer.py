@@ -63,6 +63,13 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_missing_metrics_are_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install pycocotools"):
+        trainer(tmp_path).fit()
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_alone_are_not_resumed(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt can not be resumed: it has no 'optimizer'"):
