@@ -10,7 +10,7 @@ from conddetr.model.detr import pad_images
 
 
 def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, Tensor | None, list[dict]]:
-    """Samples of a data set -> batch [B, 3, H, W], mask [B, H, W] or None, targets (kept on the CPU)."""
+    """Samples of a data set -> batch [B, 3, H, W], valid_hw [B, 2] or None, targets (kept on the CPU)."""
     images, targets = zip(*samples, strict=True)
     return *pad_images(list(images)), list(targets)
 

@@ -77,8 +77,8 @@ def detect(
     was_training = model.training
     model.eval()
     results = []
-    for images, mask, targets in batches:
-        outputs = model(images.to(device), None if mask is None else mask.to(device))
+    for images, valid_hw, targets in batches:
+        outputs = model(images.to(device), valid_hw=None if valid_hw is None else valid_hw.to(device))
         sizes = [target["original_size"] for target in targets]
         detections = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
         for target, found in zip(targets, detections, strict=True):

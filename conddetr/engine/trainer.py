@@ -173,10 +173,10 @@ class Trainer:
         speed = images / (self.seconds - before)
         return {**{name: value / step for name, value in sums.items()}, "images_per_second": speed}
 
-    def _step(self, images: Tensor, mask: Tensor | None, targets: list[dict]) -> dict[str, float]:
+    def _step(self, images: Tensor, valid_hw: Tensor | None, targets: list[dict]) -> dict[str, float]:
         images = images.to(self.device, non_blocking=True)
-        mask = None if mask is None else mask.to(self.device, non_blocking=True)
-        losses = self.criterion(self.model(images, mask), targets)
+        valid_hw = None if valid_hw is None else valid_hw.to(self.device, non_blocking=True)
+        losses = self.criterion(self.model(images, valid_hw=valid_hw), targets)
         names, values = zip(*losses.items(), strict=True)
         # One copy to the host for all that is logged.
         values = dict(zip(names, torch.stack([value.detach() for value in values]).tolist(), strict=True))

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
+from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.backbone import build_backbone
 from conddetr.model.layers import MLP
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import Transformer
+from conddetr.model.transformer import FeatureGrid, Transformer
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -29,7 +30,7 @@ def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         images: [3, H_i, W_i] floating tensors of one dtype and device.
 
     Returns:
-        batch [B, 3, H, W] and mask [B, H, W] bool, True = padding; mask is None if all sizes are equal.
+        batch [B, 3, H, W] and valid_hw [B, 2] int32, each image's own height and width; None if all sizes are equal.
 
     Raises:
         ValueError: no image, or one that is not a floating [3, H, W] tensor; names its index.
@@ -47,16 +48,34 @@ def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     if all(image.shape[1:] == (height, width) for image in images):
         return torch.stack(images), None
     batch = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for index, image in enumerate(images):
         batch[index, :, : image.shape[1], : image.shape[2]] = image
-        mask[index, : image.shape[1], : image.shape[2]] = False
-    return batch, mask
+    valid_hw = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
+    return batch, valid_hw.to(batch.device, non_blocking=True)
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour resize of a padding mask: [B, H, W] bool -> [B, h, w] bool."""
     return F.interpolate(mask[:, None].to(torch.float32), size=size).squeeze(1).to(torch.bool)
+
+
+def valid_cells(valid_hw: Tensor, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """`resize_mask` for padding at the bottom and right, without the mask.
+
+    Args:
+        valid_hw: [B, 2] integer, valid height and width in pixels of a batch padded to `image_size`.
+        image_size: H and W in pixels.
+        grid: h and w of the feature map.
+
+    Returns:
+        [B, 2] int32, valid height and width in cells: those whose pixel, by nearest neighbour, is valid.
+    """
+    counts = []
+    for axis, (pixels, cells) in enumerate(zip(image_size, grid, strict=True)):
+        # In float32, as `interpolate` finds the pixel of a cell.
+        pixel = (torch.arange(cells, dtype=torch.float32, device=valid_hw.device) * (pixels / cells)).floor()
+        counts.append((pixel < valid_hw[:, axis, None]).sum(1))
+    return torch.stack(counts, dim=1).to(torch.int32)
 
 
 class DETR(nn.Module):
@@ -83,13 +102,17 @@ class DETR(nn.Module):
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
-    def forward(self, images: Tensor | list[Tensor], mask: Tensor | None = None) -> dict:
+    def forward(
+        self, images: Tensor | list[Tensor], mask: Tensor | None = None, *, valid_hw: Tensor | None = None
+    ) -> dict:
         """Detect objects.
 
         Args:
             images: list of [3, H, W], or a batch [B, 3, H, W]; floating, normalised with ImageNet's mean
                 and standard deviation.
-            mask: [B, H, W] bool, True = padding; only with a batch. None: nothing is padded.
+            mask: [B, H, W] bool, True = padding; only with a batch. None: nothing is padded, or `valid_hw` says it.
+            valid_hw: [B, 2] int32, valid height and width in pixels of a batch padded at the bottom and right; what
+                the fused kernels take, so that padding costs nothing. Instead of `mask`.
 
         Returns:
             `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as (cx, cy, w, h) in [0, 1] of the valid image,
@@ -98,20 +121,19 @@ class DETR(nn.Module):
         Raises:
             ValueError: shapes or dtypes do not fit; names the tensor, what was expected and what was found.
         """
-        images, mask = _check_input(images, mask)
+        images, mask, valid_hw = _check_input(images, mask, valid_hw)
         features = self.backbone(images)
-        size = features.shape[-2:]
-        padding = None if mask is None else resize_mask(mask, size)
+        grid = _feature_grid(features, tuple(images.shape[-2:]), mask, valid_hw)
         # Without padding one encoding serves the whole batch.
-        grid = features.new_zeros((1, *size), dtype=torch.bool) if padding is None else padding
-        position = sine_position_encoding(grid, self.config.hidden_dim).to(features.dtype)
+        padding = features.new_zeros((1, *grid.size), dtype=torch.bool)
+        if grid.padding is not None:
+            padding = grid.padding.unflatten(1, grid.size)
+        position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        if padding is not None:
-            padding = padding.flatten(1)
-        hidden, reference = self.transformer(
-            tokens, padding, position.expand(len(tokens), -1, -1), self.query_embed.weight
-        )
-        return self._predict(hidden, reference)
+        hidden, reference = self.transformer(tokens, grid, position, self.query_embed.weight)
+        # The heads are small and boxes need the precision: float32 also under autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._predict(hidden, reference)
 
     def _predict(self, hidden: Tensor, reference: Tensor | None) -> dict:
         """Heads, shared by all layers: hidden [L, B, Q, C], reference [Q, 2] or None -> the output dict."""
@@ -129,18 +151,38 @@ class DETR(nn.Module):
         return output
 
 
-def _check_input(images: Tensor | list[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _feature_grid(
+    features: Tensor, image_size: tuple[int, int], mask: Tensor | None, valid_hw: Tensor | None
+) -> FeatureGrid:
+    """Size and padding of a feature map [B, C, h, w], from those of the images."""
+    size = tuple(features.shape[-2:])
+    if valid_hw is not None:
+        cells = valid_cells(valid_hw, image_size, size)
+        return FeatureGrid(size, rectangle_padding(cells, *size), cells)
+    return FeatureGrid(size, None if mask is None else resize_mask(mask, size).flatten(1), None)
+
+
+def _check_input(
+    images: Tensor | list[Tensor], mask: Tensor | None, valid_hw: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not isinstance(images, Tensor):
-        if mask is not None:
-            raise ValueError("mask: give it with a batch tensor only; a list of images makes its own.")
-        return pad_images(list(images))
+        if mask is not None or valid_hw is not None:
+            name = "valid_hw" if mask is None else "mask"
+            raise ValueError(f"{name}: give it with a batch tensor only; a list of images makes its own.")
+        images, valid_hw = pad_images(list(images))
+        return images, None, valid_hw
     if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"images: expected a non-empty batch [B, 3, H, W], got shape {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise ValueError(f"images: expected a floating dtype, got {images.dtype}.")
+    if mask is not None and valid_hw is not None:
+        raise ValueError("mask and valid_hw: expected one of them at most, got both.")
     expected = (images.shape[0], *images.shape[2:])
     if mask is not None and (tuple(mask.shape) != expected or mask.dtype != torch.bool):
         raise ValueError(
             f"mask: expected shape {expected} and dtype torch.bool, got {tuple(mask.shape)} and {mask.dtype}."
         )
-    return images, mask
+    if valid_hw is not None and (tuple(valid_hw.shape) != (len(images), 2) or valid_hw.dtype != torch.int32):
+        found = f"{tuple(valid_hw.shape)} and {valid_hw.dtype}"
+        raise ValueError(f"valid_hw: expected shape {(len(images), 2)} and dtype torch.int32, got {found}.")
+    return images, mask, valid_hw

@@ -3,13 +3,65 @@
 Source: DETR section 3.2 and Conditional DETR section 3; parameter names are those of the official code.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import conditional_attention, conditional_spatial_query, sine_embedding
+from conddetr.kernels import conditional_attention, sine_embedding
 from conddetr.model.layers import MLP, FeedForward, initialize_xavier
+
+
+class FeatureGrid(NamedTuple):
+    """The feature map that the tokens were, row by row, and what of it is padding."""
+
+    size: tuple[int, int]
+    """Height and width in cells."""
+    padding: Tensor | None
+    """[B, N] bool, True = padding; None: nothing is."""
+    valid_hw: Tensor | None
+    """[B, 2] int32, valid height and width in cells, where `padding` is known to be all outside that rectangle."""
+
+
+class Keys(NamedTuple):
+    """What one layer's cross-attention makes of the memory."""
+
+    content: Tensor
+    """[B, N, C] content keys."""
+    spatial: Tensor | tuple[Tensor, Tensor]
+    """[B, N, C] spatial keys, or [B, h, C] of the rows and [B, w, C] of the columns, to be added."""
+    value: Tensor
+    """[B, N, C]."""
+
+
+def self_attention(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, padding: Tensor | None, dropout_p: float
+) -> Tensor:
+    """PyTorch's scaled dot-product attention of projected tokens [B, N, C]; padding [B, N] bool -> [B, N, C].
+
+    The mask is one row per image that all heads and queries share: fused kernels take that form, without a copy of
+    N × N numbers.
+    """
+    heads = [x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    visible = None if padding is None else ~padding[:, None, None, :]
+    attended = F.scaled_dot_product_attention(*heads, attn_mask=visible, dropout_p=dropout_p)
+    return attended.transpose(1, 2).flatten(-2)
+
+
+class EncoderSelfAttention(nn.MultiheadAttention):
+    """Self-attention whose queries and keys come from one projection; its base class has the official names."""
+
+    def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
+        """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
+        split = (2 * self.embed_dim, self.embed_dim)
+        weights, biases = self.in_proj_weight.split(split), self.in_proj_bias.split(split)
+        query, key = F.linear(tokens + position, weights[0], biases[0]).chunk(2, dim=-1)
+        value = F.linear(tokens, weights[1], biases[1])
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out_proj(self_attention(query, key, value, self.num_heads, padding, dropout_p))
 
 
 class EncoderLayer(FeedForward):
@@ -17,13 +69,11 @@ class EncoderLayer(FeedForward):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_dim, config.ffn_dim, config.dropout, num_norms=2)
-        self.self_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, config.dropout, batch_first=True)
+        self.self_attn = EncoderSelfAttention(config.hidden_dim, config.num_heads, config.dropout)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
-        query = tokens + position
-        attended, _ = self.self_attn(query, query, tokens, key_padding_mask=padding, need_weights=False)
-        tokens = self.norm1(tokens + self.dropout(attended))
+        tokens = self.norm1(tokens + self.dropout(self.self_attn(tokens, position, padding)))
         return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
 
 
@@ -36,7 +86,7 @@ class Encoder(nn.Module):
         initialize_xavier(self)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
-        """tokens and position [B, N, C], padding [B, N] bool -> memory [B, N, C]."""
+        """tokens [B, N, C], position [B or 1, N, C], padding [B, N] bool -> memory [B, N, C]."""
         for layer in self.layers:
             tokens = layer(tokens, padding, position)
         return tokens
@@ -53,9 +103,8 @@ class ProjectedSelfAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query, key, value [B, Q, C] -> [B, Q, C]."""
-        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        attended = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(attended.transpose(1, 2).flatten(-2))
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out_proj(self_attention(query, key, value, self.num_heads, None, dropout_p))
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -71,24 +120,26 @@ class ConditionalCrossAttention(nn.Module):
         self.backend = config.backend
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
-    def forward(
-        self,
-        q_content: Tensor,
-        q_spatial: Tensor,
-        k_content: Tensor,
-        k_spatial: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-    ) -> Tensor:
-        """q_* [B, Q, C], k_*, value [B, N, C], padding [B, N] bool -> [B, Q, C]."""
-        parts = (q_content, q_spatial, k_content, k_spatial, value)
+    def forward(self, q_content: Tensor, q_spatial: Tensor, keys: Keys, grid: FeatureGrid) -> Tensor:
+        """q_* [B, Q, C], keys over the cells of the grid -> [B, Q, C]."""
+        is_separable = isinstance(keys.spatial, tuple)
+        k_spatial = tuple(map(self.split, keys.spatial)) if is_separable else self.split(keys.spatial)
         attended = conditional_attention(
-            *[part.unflatten(-1, (self.num_heads, -1)) for part in parts],
-            key_padding_mask=padding,
+            self.split(q_content),
+            self.split(q_spatial),
+            self.split(keys.content),
+            k_spatial,
+            self.split(keys.value),
+            valid_hw=grid.valid_hw if is_separable else None,
+            key_padding_mask=None if is_separable else grid.padding,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
         return self.out_proj(attended.flatten(-2))
+
+    def split(self, tokens: Tensor) -> Tensor:
+        """[B, n, C] -> [B, n, heads, C / heads]."""
+        return tokens.unflatten(-1, (self.num_heads, -1))
 
 
 class ConditionalDecoderLayer(FeedForward):
@@ -99,7 +150,6 @@ class ConditionalDecoderLayer(FeedForward):
         dim = config.hidden_dim
         self.is_first = is_first
         self.csq = config.csq
-        self.backend = config.backend
         self.sa_qcontent_proj = nn.Linear(dim, dim)
         self.sa_qpos_proj = nn.Linear(dim, dim)
         self.sa_kcontent_proj = nn.Linear(dim, dim)
@@ -118,22 +168,20 @@ class ConditionalDecoderLayer(FeedForward):
     def forward(
         self,
         tokens: Tensor,
-        memory: Tensor,
-        padding: Tensor | None,
-        position: Tensor,
+        keys: Keys,
+        grid: FeatureGrid,
         object_query: Tensor,
-        reference: Tensor,
+        p_s: Tensor,
         query_scale: MLP | None,
     ) -> Tensor:
         """One layer.
 
         Args:
             tokens: [B, Q, C] decoder embedding f of the layer before, not normalised; zeros at first.
-            memory: [B, N, C] encoder output.
-            padding: [B, N] bool, True = padding, or None.
-            position: [B, N, C] position encoding of the memory.
+            keys: keys and values of this layer's cross-attention.
+            grid: size and padding of the feature map that they come from.
             object_query: [Q, C], the same for every image.
-            reference: [Q, 2] sigmoid reference points (x, y).
+            p_s: [Q, C] embedding of the reference points.
             query_scale: MLP that predicts λ, where the form of the spatial query has one.
 
         Returns:
@@ -147,42 +195,74 @@ class ConditionalDecoderLayer(FeedForward):
         )
         tokens = self.norm1(tokens + self.dropout(attended))
 
-        spatial_query = self._spatial_query(embedding, tokens, reference, query_scale)
         q_content = self.ca_qcontent_proj(tokens)
-        k_content = self.ca_kcontent_proj(memory)
-        k_spatial = self.ca_kpos_proj(position)
+        q_spatial = self.ca_qpos_sine_proj(self._spatial_query(embedding, tokens, p_s, query_scale))
+        q_spatial = q_spatial.expand_as(q_content)
         if self.is_first:
+            # The official code adds the positions to the content here: (q + q_p)·(k + k_p) + q_s·k_p. The same is
+            # (q + q_p)·k + (q + q_p + q_s)·k_p, which leaves the keys alone.
             q_content = q_content + self.ca_qpos_proj(object_query)
-            k_content = k_content + k_spatial
-        attended = self.cross_attn(
-            q_content,
-            self.ca_qpos_sine_proj(spatial_query),
-            k_content,
-            k_spatial,
-            self.ca_v_proj(memory),
-            padding,
-        )
-        tokens = self.norm2(tokens + self.dropout(attended))
+            q_spatial = q_content + q_spatial
+        tokens = self.norm2(tokens + self.dropout(self.cross_attn(q_content, q_spatial, keys, grid)))
         return self.norm3(tokens + self.dropout(self.feed_forward(tokens)))
 
-    def _spatial_query(
-        self, embedding: Tensor, self_attended: Tensor, reference: Tensor, query_scale: MLP | None
-    ) -> Tensor:
-        """The conditional spatial query before its projection, [B, Q, C] (section 3.3 and 4.3).
+    def project_keys(self, memory: Tensor, position: Tensor) -> Keys:
+        """This layer's keys, dense: memory [B, N, C] and position [B or 1, N, C]."""
+        k_spatial = self.ca_kpos_proj(position).expand(len(memory), -1, -1)
+        return Keys(self.ca_kcontent_proj(memory), k_spatial, self.ca_v_proj(memory))
 
-        λ is 1 in the first layer, where the decoder embedding is zero and says nothing.
+    def _spatial_query(self, embedding: Tensor, self_attended: Tensor, p_s: Tensor, query_scale: MLP | None) -> Tensor:
+        """The conditional spatial query before its projection (section 3.3 and 4.3), [B, Q, C].
+
+        [Q, C] where it is the same for every image. λ is 1 in the first layer, where the decoder embedding is zero and
+        says nothing.
         """
         if self.csq == "C":
             return embedding
         if self.csq == "P" or (self.is_first and self.csq != "T"):
-            p_s = sine_embedding(reference, embedding.shape[-1], backend=self.backend)
-            return p_s.to(embedding.dtype).expand_as(embedding)
+            return p_s
         if self.is_first:
             return torch.ones_like(embedding)
         transform = query_scale(self_attended if self.csq == "I" else embedding)
-        if self.csq == "T":
-            return transform
-        return conditional_spatial_query(reference, transform, backend=self.backend).to(embedding.dtype)
+        return transform if self.csq == "T" else transform * p_s
+
+
+def project_all_keys(
+    layers: Iterable[ConditionalDecoderLayer], memory: Tensor, position: Tensor, size: tuple[int, int]
+) -> list[Keys]:
+    """Keys of all layers from two matrix products: one over the memory, one over rows and columns.
+
+    Inside the valid rectangle the encoding of cell (y, x) is [PE(y); PE(x)], so its projection is a row's part plus a
+    column's.
+
+    Args:
+        layers: L of them.
+        memory: [B, N, C].
+        position: [B or 1, N, C], of a grid whose padding, if any, is at the bottom and right.
+        size: height and width of the grid.
+    """
+    layers = list(layers)
+    content_and_value = [projection for layer in layers for projection in (layer.ca_kcontent_proj, layer.ca_v_proj)]
+    projected = stacked_linear(memory, content_and_value).chunk(2 * len(layers), dim=-1)
+
+    half = position.shape[-1] // 2
+    cells = position.unflatten(1, size)
+    weight = torch.cat([layer.ca_kpos_proj.weight for layer in layers])
+    bias = torch.cat([layer.ca_kpos_proj.bias for layer in layers])
+    # The first cell of a row or column is valid if any is.
+    rows = F.linear(cells[:, :, 0, :half], weight[:, :half], bias)
+    columns = F.linear(cells[:, 0, :, half:], weight[:, half:])
+    spatial = [part.expand(len(memory), -1, -1).chunk(len(layers), dim=-1) for part in (rows, columns)]
+    return [
+        Keys(content, (row, column), value)
+        for content, value, row, column in zip(projected[0::2], projected[1::2], *spatial, strict=True)
+    ]
+
+
+def stacked_linear(x: Tensor, projections: list[nn.Linear]) -> Tensor:
+    """Several projections of the same [..., C] as one matrix product -> [..., sum of their outputs]."""
+    weight = torch.cat([projection.weight for projection in projections])
+    return F.linear(x, weight, torch.cat([projection.bias for projection in projections]))
 
 
 class ConditionalDecoder(nn.Module):
@@ -191,6 +271,7 @@ class ConditionalDecoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.hidden_dim
+        self.backend = config.backend
         self.layers = nn.ModuleList(
             ConditionalDecoderLayer(config, is_first=index == 0) for index in range(config.decoder_layers)
         )
@@ -212,23 +293,37 @@ class ConditionalDecoder(nn.Module):
         return object_query.new_zeros(object_query.shape[0], 2)
 
     def forward(
-        self, memory: Tensor, padding: Tensor | None, position: Tensor, object_query: Tensor
+        self, memory: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Decode the object queries against the memory.
 
         Args:
-            memory: [B, N, C]; padding: [B, N] bool or None; position: [B, N, C]; object_query: [Q, C].
+            memory: [B, N, C]; grid: where its tokens lie; position: [B or 1, N, C]; object_query: [Q, C].
 
         Returns:
             Normalised outputs of all layers, [L, B, Q, C], and sigmoid reference points, [Q, 2].
         """
-        reference = self.reference_logits(object_query).sigmoid()
+        # Positions need float32 also under autocast; queries are few.
+        with torch.autocast(memory.device.type, enabled=False):
+            reference = self.reference_logits(object_query).sigmoid()
+            p_s = sine_embedding(reference, object_query.shape[-1], backend=self.backend)
         tokens = object_query.new_zeros(memory.shape[0], *object_query.shape)
         outputs = []
-        for layer in self.layers:
-            tokens = layer(tokens, memory, padding, position, object_query, reference, self.query_scale)
+        for layer, keys in zip(self.layers, self._keys(memory, grid, position), strict=True):
+            tokens = layer(tokens, keys, grid, object_query, p_s, self.query_scale)
             outputs.append(self.norm(tokens))
         return torch.stack(outputs), reference
+
+    def _keys(self, memory: Tensor, grid: FeatureGrid, position: Tensor) -> Iterator[Keys]:
+        """Keys of each layer: all at once and separable for the kernels, else layer by layer as the official code.
+
+        A mask that came without a rectangle may have any shape, so its keys are dense.
+        """
+        if self.backend != "eager" and (grid.padding is None or grid.valid_hw is not None):
+            yield from project_all_keys(self.layers, memory, position, grid.size)
+        else:
+            for layer in self.layers:
+                yield layer.project_keys(memory, position)
 
 
 class DETRDecoderLayer(FeedForward):
@@ -273,15 +368,13 @@ class DETRDecoder(nn.Module):
         self.positions_everywhere = config.cross_attention_positions == "all-layers"
         initialize_xavier(self)
 
-    def forward(
-        self, memory: Tensor, padding: Tensor | None, position: Tensor, object_query: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, memory: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor) -> tuple[Tensor, None]:
         """As `ConditionalDecoder.forward`; there are no reference points."""
         tokens = object_query.new_zeros(memory.shape[0], *object_query.shape)
         outputs = []
         for index, layer in enumerate(self.layers):
             has_position = index == 0 or self.positions_everywhere
-            tokens = layer(tokens, memory, padding, position if has_position else None, object_query)
+            tokens = layer(tokens, memory, grid.padding, position if has_position else None, object_query)
             outputs.append(self.norm(tokens))
         return torch.stack(outputs), None
 
@@ -295,8 +388,8 @@ class Transformer(nn.Module):
         self.decoder = DETRDecoder(config) if config.family == "detr" else ConditionalDecoder(config)
 
     def forward(
-        self, tokens: Tensor, padding: Tensor | None, position: Tensor, object_query: Tensor
+        self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """tokens, position [B, N, C]; padding [B, N]; object_query [Q, C] -> as the decoder."""
-        memory = self.encoder(tokens, padding, position)
-        return self.decoder(memory, padding, position, object_query)
+        """tokens [B, N, C]; grid: where they lie; position [B or 1, N, C]; object_query [Q, C] -> as the decoder."""
+        memory = self.encoder(tokens, grid.padding, position)
+        return self.decoder(memory, grid, position, object_query)

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from conddetr.kernels.attn import attention_weights
+from conddetr.kernels.attn import attention_weights, dense_spatial_keys
 from conddetr.model.detr import DETR
 from conddetr.model.transformer import ConditionalCrossAttention
 from conddetr.viz.boxes import draw_boxes
@@ -46,9 +46,11 @@ def attention_maps(model: DETR, image: Tensor) -> tuple[dict, Tensor]:
 def _record(maps: list[Tensor]) -> Any:
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if isinstance(module, ConditionalCrossAttention):
-            parts = [part.unflatten(-1, (module.num_heads, -1)) for part in args[:4]]
-            query, key = torch.cat(parts[:2], -1), torch.cat(parts[2:], -1)
-            weights = attention_weights(query, key, args[5], query.shape[-1] ** -0.5)
+            q_content, q_spatial, keys, grid = args
+            k_spatial = dense_spatial_keys(*keys.spatial) if isinstance(keys.spatial, tuple) else keys.spatial
+            query = torch.cat([module.split(q_content), module.split(q_spatial)], dim=-1)
+            key = torch.cat([module.split(keys.content), module.split(k_spatial)], dim=-1)
+            weights = attention_weights(query, key, grid.padding, query.shape[-1] ** -0.5)
         else:
             # Not module(...): that would run this hook again.
             options = {**kwargs, "need_weights": True, "average_attn_weights": False}

@@ -35,7 +35,8 @@ def conditional_attention(
             (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x].
         v: [B, N, h, dv] value. All floating tensors share one dtype and device.
         valid_hw: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
-            says what the grid is. Values beyond the grid are clamped.
+            says what the grid is. Values beyond the grid are refused on a CPU; on a GPU, where looking at them would
+            stop the host, they are clamped.
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
@@ -144,6 +145,17 @@ def _check_padding(
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}.")
         if tensor.device != q_content.device:
             raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
+    if valid_hw is not None and valid_hw.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
+
+
+def _check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> None:
+    for image, (valid_height, valid_width) in enumerate(valid_hw):
+        if not (0 <= valid_height <= height and 0 <= valid_width <= width):
+            raise ValueError(
+                f"valid_hw[{image}]: expected at most the grid's {height} × {width}, and not less than 0, "
+                f"got {valid_height} × {valid_width}."
+            )
 
 
 _INPUTS = (

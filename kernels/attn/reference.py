@@ -50,7 +50,7 @@ def conditional_attention(
 
 
 def dense_spatial_keys(rows: Tensor, columns: Tensor) -> Tensor:
-    """k[y, x] = R[y] + C[x]: rows [B, H, h, ds] and columns [B, W, h, ds] -> [B, H·W, h, ds]."""
+    """k[y, x] = R[y] + C[x]: rows [B, H, ...] and columns [B, W, ...] -> [B, H·W, ...]."""
     return (rows[:, :, None] + columns[:, None]).flatten(1, 2)
 
 

@@ -54,9 +54,9 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
 
 def test_images_without_boxes_stay(small_coco):
     small_coco.content["annotations"] = []
-    images, mask, targets = collate([load(small_coco)[index] for index in range(4)])
+    images, valid_hw, targets = collate([load(small_coco)[index] for index in range(4)])
     assert images.shape[0] == len(targets) == 4
-    assert mask is not None
+    assert (images.shape[2:], valid_hw.tolist()) == ((128, 192), [[128, 192], [128, 165], [128, 144], [128, 128]])
     assert all(target["boxes"].shape == (0, 4) for target in targets)
 
 

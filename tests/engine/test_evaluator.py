@@ -21,7 +21,7 @@ class Oracle(torch.nn.Module):
         self.targets = iter([dataset[index][1] for index in range(len(dataset))])
         self.shift = shift
 
-    def forward(self, images, mask=None):
+    def forward(self, images, valid_hw=None):
         logits, boxes = torch.full((len(images), 4, 3), -20.0), torch.zeros(len(images), 4, 4)
         for index in range(len(images)):
             target = next(self.targets)

@@ -22,13 +22,16 @@ def test_detr_has_one_logit_more_and_no_aux_when_off():
     assert "aux_outputs" not in out
 
 
-def test_list_and_batch_with_mask_agree(tiny_model):
+def test_list_mask_and_valid_sizes_agree(tiny_model):
     images = [torch.randn(3, 40, 70), torch.randn(3, 64, 50)]
     batch, mask = torch.full((2, 3, 64, 70), 0.0), torch.ones(2, 64, 70, dtype=torch.bool)
     for index, image in enumerate(images):
         batch[index, :, : image.shape[1], : image.shape[2]] = image
         mask[index, : image.shape[1], : image.shape[2]] = False
-    torch.testing.assert_close(tiny_model(images), tiny_model(batch, mask))
+    expected = tiny_model(images)
+    torch.testing.assert_close(tiny_model(batch, mask), expected)
+    valid_hw = torch.tensor([[40, 70], [64, 50]], dtype=torch.int32)
+    torch.testing.assert_close(tiny_model(batch, valid_hw=valid_hw), expected)
 
 
 @pytest.mark.parametrize("preset", ["conditional-detr-r50", "detr-r50"])
@@ -76,8 +79,7 @@ def _assert_all_parameters_train(model):
 def test_spatial_query_forms_follow_the_paper():
     """Section 4.3, for a layer that is not the first, on hand-made inputs."""
     embedding, self_attended = torch.randn(2, 7, 32), torch.randn(2, 7, 32)
-    reference = torch.rand(7, 2)
-    p_s = conddetr.kernels.sine_embedding(reference, 32)
+    p_s = conddetr.kernels.sine_embedding(torch.rand(7, 2), 32)
     expected = {
         "full": lambda mlp: mlp(embedding) * p_s,
         "C": lambda mlp: embedding,
@@ -88,8 +90,8 @@ def test_spatial_query_forms_follow_the_paper():
     for form, formula in expected.items():
         model = conddetr.build("conditional-detr-tiny", csq=form, **SMALL)
         decoder = model.transformer.decoder
-        found = decoder.layers[1]._spatial_query(embedding, self_attended, reference, decoder.query_scale)
-        torch.testing.assert_close(found, formula(decoder.query_scale))
+        found = decoder.layers[1]._spatial_query(embedding, self_attended, p_s, decoder.query_scale)
+        torch.testing.assert_close(found.expand(2, 7, 32), formula(decoder.query_scale))
         assert (decoder.query_scale is None) == (form in "CP")
 
 
@@ -141,6 +143,18 @@ def test_one_pixel_images(tiny_model):
 def test_bad_input_is_named(tiny_model, images, mask, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(images, mask)
+
+
+def test_bad_valid_sizes_are_named(tiny_model):
+    batch, sizes = torch.randn(2, 3, 8, 8), torch.tensor([[8, 8], [8, 6]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"valid_hw: expected shape \(2, 2\) .*, got \(1, 2\) and torch.int32"):
+        tiny_model(batch, valid_hw=sizes[:1])
+    with pytest.raises(ValueError, match=r"valid_hw: .*dtype torch.int32, got \(2, 2\) and torch.int64"):
+        tiny_model(batch, valid_hw=sizes.long())
+    with pytest.raises(ValueError, match="mask and valid_hw: expected one of them at most, got both"):
+        tiny_model(batch, torch.zeros(2, 8, 8, dtype=torch.bool), valid_hw=sizes)
+    with pytest.raises(ValueError, match="valid_hw: give it with a batch tensor only"):
+        tiny_model(list(batch), valid_hw=sizes)
 
 
 def test_missing_download_says_what_to_do(monkeypatch):

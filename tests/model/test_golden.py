@@ -7,9 +7,9 @@ import torch
 from golden_rule import CASES, read_arrays, read_json, rule_inputs, rule_model, rule_weight
 
 import conddetr
-from conddetr.kernels.attn import attention_weights, conditional_attention
+from conddetr.kernels.attn import attention_weights, conditional_attention, rectangle_padding
 from conddetr.loss.matcher import match
-from conddetr.model.detr import pad_images, resize_mask
+from conddetr.model.detr import pad_images, valid_cells
 from conddetr.model.position import sine_position_encoding
 
 OFFICIAL = {
@@ -121,9 +121,13 @@ def test_features_positions_and_hidden_states(run, golden):
     close(features[:, :16], golden["feat_l4_c16"], 1e-5)
     memory = run.outputs["transformer.encoder"][0]
     close(memory[..., : golden["memory"].shape[-1]], golden["memory"], 1e-4)
-    _, mask = pad_images(run.images)
-    mask = torch.zeros(1, *run.images[0].shape[1:], dtype=torch.bool) if mask is None else mask
-    assert torch.equal(resize_mask(mask, features.shape[-2:]), golden["mask"])
+    batch, valid_hw = pad_images(run.images)
+    size = features.shape[-2:]
+    if valid_hw is None:
+        assert not golden["mask"].any()
+    else:
+        cells = valid_cells(valid_hw, batch.shape[-2:], size)
+        assert torch.equal(rectangle_padding(cells, *size).unflatten(1, size), golden["mask"])
     hidden = run.outputs["transformer.decoder"][0][0]
     for key, count in (("hs_q20", 20), ("hs_q8", 8)):
         if key in golden:
@@ -216,8 +220,10 @@ def test_spatial_queries(p1):
     close(torch.stack(p1.outputs[f"{decoder}.query_scale"])[:, :, :20], golden["query_scale_q20"], 1e-4)
     for layer in (0, 3):
         name = f"{decoder}.layers.{layer}.ca_qpos_sine_proj"
-        close(p1.inputs[name][0][0][:, :20], golden[f"sine_scaled_l{layer}_q20"], 1e-4)
-        close(p1.outputs[name][0][:, :20], golden[f"sine_proj_l{layer}_q20"], 1e-4)
+        # In the first layer they are the same for every image, and computed once.
+        before, after = p1.inputs[name][0][0], p1.outputs[name][0]
+        close(before.expand(2, -1, -1)[:, :20], golden[f"sine_scaled_l{layer}_q20"], 1e-4)
+        close(after.expand(2, -1, -1)[:, :20], golden[f"sine_proj_l{layer}_q20"], 1e-4)
 
 
 def test_decoder_layer_internals(p1):
@@ -226,7 +232,7 @@ def test_decoder_layer_internals(p1):
     close(p1.inputs[layer][0][0][:, :20], golden["dec3_in_tgt_q20"], 1e-4)
     close(p1.outputs[f"{layer}.norm1"][0][:, :20], golden["dec3_after_sa_q20"], 1e-4)
     close(p1.outputs[layer][0][:, :20], golden["dec3_out_q20"], 1e-4)
-    q_content, q_spatial, k_content, k_spatial, value, _ = p1.inputs[f"{layer}.cross_attn"][0]
+    q_content, q_spatial, (k_content, k_spatial, value), _ = p1.inputs[f"{layer}.cross_attn"][0]
     close(q_content[:, :20], golden["ca3_q_content_q20"], 1e-4)
     close(q_spatial[:, :20], golden["sine_proj_l3_q20"], 1e-4)
     close(k_content, golden["ca3_k_content"], 1e-4)

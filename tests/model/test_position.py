@@ -4,7 +4,8 @@ import pytest
 import torch
 from golden_rule import read_arrays, read_json
 
-from conddetr.model.detr import inverse_sigmoid, pad_images, resize_mask
+from conddetr.kernels.attn import rectangle_padding
+from conddetr.model.detr import inverse_sigmoid, pad_images, resize_mask, valid_cells
 from conddetr.model.position import sine_position_encoding
 
 
@@ -22,9 +23,24 @@ def test_official_position_encoding(key, dim, normalize):
 @pytest.mark.parametrize("stride", [16, 32])
 def test_official_mask_resize(stride):
     info = read_json("p5_cdetr")["units"]["pos"]
-    _, mask = pad_images([torch.zeros(3, height, width) for height, width in info["image_sizes_for_featmask"]])
-    size = tuple(-(-side // stride) for side in info["padded"])
-    assert torch.equal(resize_mask(mask, size), read_arrays("p5_cdetr")[f"pos/featmask_stride{stride}"])
+    images = [torch.zeros(3, height, width) for height, width in info["image_sizes_for_featmask"]]
+    batch, valid_hw = pad_images(images)
+    expected = read_arrays("p5_cdetr")[f"pos/featmask_stride{stride}"]
+    image_size, size = tuple(batch.shape[-2:]), tuple(expected.shape[1:])
+    mask = rectangle_padding(valid_hw, *image_size).unflatten(1, image_size)
+    assert torch.equal(resize_mask(mask, size), expected)
+    assert torch.equal(rectangle_padding(valid_cells(valid_hw, image_size, size), *size).unflatten(1, size), expected)
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_valid_cells_count_what_the_resized_mask_leaves(stride):
+    for height, width in ((800, 1066), (333, 500), (31, 33), (480, 641)):
+        size = (-(-height // stride), -(-width // stride))
+        valid_hw = torch.stack([torch.arange(1, 31) * height // 30, torch.arange(30, 0, -1) * width // 30], 1)
+        mask = rectangle_padding(valid_hw, height, width).unflatten(1, (height, width))
+        left = ~resize_mask(mask, size)
+        expected = torch.stack([left.any(2).sum(1), left.any(1).sum(1)], 1)
+        assert torch.equal(valid_cells(valid_hw, (height, width), size).long(), expected)
 
 
 def test_official_inverse_sigmoid():

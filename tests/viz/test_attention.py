@@ -7,10 +7,14 @@ import conddetr
 from conddetr.viz.attention import attention_maps
 
 
-@pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_maps_reproduce_the_output_of_the_attention(preset):
-    model = conddetr.build(preset, num_classes=3).eval()
-    image = torch.randn(3, 64, 96)
+@pytest.mark.parametrize(
+    ("preset", "backend"),
+    [("conditional-detr-tiny", "eager"), ("conditional-detr-tiny", "triton"), ("detr-tiny", "eager")],
+)
+def test_maps_reproduce_the_output_of_the_attention(preset, backend):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = conddetr.build(preset, num_classes=3, backend=backend).eval().to(device)
+    image = torch.randn(3, 64, 96, device=device)
     seen = []
     layer = model.transformer.decoder.layers[1]
     is_conditional = preset.startswith("conditional")
@@ -23,11 +27,11 @@ def test_maps_reproduce_the_output_of_the_attention(preset):
 
     args, attended = seen[0]
     if is_conditional:
-        value = args[4]
+        value = args[2].value
     else:
         attended = attended[0]
         weight, bias = module.in_proj_weight[128:], module.in_proj_bias[128:]
         value = torch.nn.functional.linear(args[2], weight, bias)
     heads = value[0].unflatten(-1, (4, 16)).transpose(0, 1)
-    expected = module.out_proj((maps[1].flatten(-2) @ heads).transpose(0, 1).flatten(-2))
+    expected = module.out_proj((maps[1].flatten(-2).to(device) @ heads).transpose(0, 1).flatten(-2))
     torch.testing.assert_close(expected, attended[0].detach(), atol=1e-5, rtol=1e-4)

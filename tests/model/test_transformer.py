@@ -1,0 +1,65 @@
+"""The transformer: projections shared by all layers, and which of PyTorch's attention kernels run."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import conddetr
+from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
+from conddetr.model.position import sine_position_encoding
+from conddetr.model.transformer import project_all_keys
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Operators(TorchDispatchMode):
+    """Names of the attention operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if "scaled_dot_product" in name:
+            self.names.append(name.removeprefix("_scaled_dot_product_"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_self_attention_takes_a_fused_kernel(is_padded):
+    """Two layers of encoder, two of decoder; only the plain `math` way would write all N × N weights."""
+    model = conddetr.build("conditional-detr-tiny").to(DEVICE)
+    # Dropout has no fused kernel on a CPU.
+    model.train(DEVICE == "cuda")
+    sizes = [(64, 96), (96, 64)] if is_padded else [(64, 96)] * 2
+    with torch.no_grad(), Operators() as operators:
+        model([torch.randn(3, *size, device=DEVICE) for size in sizes])
+    fused = {"cpu": {"flash_attention_for_cpu"}, "cuda": {"flash_attention", "efficient_attention", "cudnn_attention"}}
+    assert len(operators.names) == 4
+    assert set(operators.names) <= fused[DEVICE], operators.names
+
+
+def test_keys_of_all_layers_are_those_of_each():
+    """Separable and from two products, against layer by layer and dense: equal wherever a key is valid."""
+    decoder = conddetr.build("conditional-detr-tiny", decoder_layers=3).double().transformer.decoder
+    size, valid_hw = (4, 7), torch.tensor([[4, 5], [3, 7]])
+    padding = rectangle_padding(valid_hw, *size)
+    position = sine_position_encoding(padding.unflatten(1, size), 64).double()
+    memory = torch.randn(2, 28, 64, dtype=torch.float64)
+    together = project_all_keys(decoder.layers, memory, position, size)
+    assert len(together) == 3
+    for layer, keys in zip(decoder.layers, together, strict=True):
+        alone = layer.project_keys(memory, position)
+        torch.testing.assert_close(keys.content, alone.content)
+        torch.testing.assert_close(keys.value, alone.value)
+        torch.testing.assert_close(dense_spatial_keys(*keys.spatial)[~padding], alone.spatial[~padding])
+
+
+def test_without_padding_one_encoding_serves_the_batch():
+    decoder = conddetr.build("conditional-detr-tiny").transformer.decoder
+    position = sine_position_encoding(torch.zeros(1, 3, 5, dtype=torch.bool), 64)
+    memory = torch.randn(4, 15, 64)
+    together = project_all_keys(decoder.layers, memory, position, (3, 5))
+    expected = decoder.layers[1].project_keys(memory, position).spatial
+    torch.testing.assert_close(dense_spatial_keys(*together[1].spatial), expected, atol=1e-5, rtol=1e-5)
