@@ -7,6 +7,8 @@ i % valid_w, so padding is never visited, right or bottom. Separable spatial key
 Scores are kept in base 2. A dropped weight is decided by Philox at (seed, query, i // 4) and lane i % 4: the mask
 depends on neither tile sizes nor direction.
 
+Images, heads and positions are 64 bits wide: a tensor may hold more than 2³¹ elements.
+
 Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d], v [B, N, h, dv],
 k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds].
 """
@@ -120,7 +122,7 @@ def forward_kernel(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, Q, h, dv] contiguous; lse [B, h, Q] float32, base 2, +inf where no key is visible."""
-    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = query < queries
     q_c = load_rows(q_content + image * stride_qc_b + head * stride_qc_h, query, stride_qc_n, is_query, D, PD)
@@ -200,7 +202,7 @@ def backward_query_kernel(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both queries, contiguous like them; a program keeps its queries and walks over the keys."""
-    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = query < queries
     q_c = load_rows(q_content + image * stride_qc_b + head * stride_qc_h, query, stride_qc_n, is_query, D, PD)
@@ -255,7 +257,7 @@ def backward_key_kernel(
 
     A program keeps its keys and walks over the queries; padded keys are never written.
     """
-    head, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * BLOCK_N
     visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
     if start >= visited:
@@ -401,10 +403,10 @@ def _precision(v: Tensor) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`."""
+def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`. `launch`: for tuning."""
     batch, queries, heads, _ = inputs.sizes
-    tiles = _settings(inputs.v.device).forward
+    tiles = (launch or _settings(inputs.v.device)).forward
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
     forward_kernel[(triton.cdiv(queries, tiles.queries), heads, batch)](
@@ -414,13 +416,15 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(inputs: Inputs, upstream: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    inputs: Inputs, upstream: Tensor, out: Tensor, lse: Tensor, launch: Launch | None = None
+) -> tuple[Tensor, ...]:
     """Gradients of q_content, q_spatial, k_content, k_spatial, columns (empty if dense) and v.
 
     Those of rows and columns are sums of the dense gradient in a fixed order, so that two runs agree bit for bit.
     """
     batch, queries, heads, keys = inputs.sizes
-    settings = _settings(inputs.v.device)
+    settings = launch or _settings(inputs.v.device)
     upstream = upstream.contiguous()
     delta = (upstream.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     saved = (

@@ -5,6 +5,7 @@ Error budget of a kernel: twice the error of the plain implementation in the sam
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from golden_rule import read_arrays
@@ -172,6 +173,26 @@ def test_repeats_are_bitwise_equal(device):
         runs.append(case.run(device, torch.float32, "triton", valid_hw=valid, dropout_p=0.2))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_offsets_beyond_two_to_the_31(dimension, device):
+    """Image, key and head far apart in memory; on a CPU the pages between them are never touched."""
+    case = Case(queries=3, height=2, width=3, batch=3, heads=3)
+    expected = case.run(device, torch.float16, "triton")
+    leaves = case.to(device, torch.float16)
+    for index in (2, 5):
+        keys = leaves[index].detach()
+        strides = list(keys.stride())
+        # The last index of this dimension lies beyond 2³¹ elements, its stride below.
+        strides[dimension] = 2**31 // (keys.shape[dimension] - 1) + 16
+        count = sum((n - 1) * stride for n, stride in zip(keys.shape, strides, strict=True)) + 1
+        on_host = device.type == "cpu"
+        memory = torch.from_numpy(np.zeros(count, np.float16)) if on_host else keys.new_zeros(count)
+        leaves[index] = memory.as_strided(keys.shape, strides).copy_(keys).requires_grad_()
+    out = attend(leaves, "triton")
+    gradients = torch.autograd.grad(out, leaves, case.upstream.to(device, torch.float16))
+    assert all(torch.equal(a, b) for a, b in zip((out.detach(), *gradients), expected, strict=True))
 
 
 def dropped_weights(backend, case, device, p, seed):

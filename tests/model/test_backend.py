@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import conddetr
+from conddetr.kernels.attn import rectangle_padding
+from conddetr.model.detr import pad_images
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,19 +18,24 @@ def models(**options):
     return plain.to(DEVICE), fused.to(DEVICE)
 
 
-def batch(count, size=64):
-    images = [torch.randn(3, size, size + 16 * index, device=DEVICE) for index in range(count)]
+def batch(count, size=64, step=16):
+    images = [torch.randn(3, size, size + step * index, device=DEVICE) for index in range(count)]
     targets = [{"labels": torch.tensor([index % 3]), "boxes": torch.rand(1, 4) * 0.3 + 0.3} for index in range(count)]
     return images, targets
 
 
-@pytest.mark.parametrize("csq", ["full", "I"])
-def test_outputs_and_gradients_agree(csq):
-    images, targets = batch(2)
+@pytest.mark.parametrize(("csq", "padding"), [("full", "valid_hw"), ("full", "mask"), ("full", "none"), ("I", "none")])
+def test_outputs_and_gradients_agree(csq, padding):
+    images, targets = batch(2, step=0 if padding == "none" else 16)
+    images, valid_hw = pad_images(images)
+    options = {"valid_hw": valid_hw}
+    if padding == "mask":
+        size = images.shape[-2:]
+        options = {"mask": rectangle_padding(valid_hw, *size).unflatten(1, size)}
     results = []
     for model in models(csq=csq):
         torch.nn.init.normal_(model.bbox_embed.layers[-1].weight, generator=torch.Generator(DEVICE).manual_seed(0))
-        out = model(images)
+        out = model(images, **options)
         conddetr.build_criterion(model.config)(out, targets)["loss"].backward()
         results.append((out["pred_logits"], out["pred_boxes"], {n: p.grad for n, p in model.named_parameters()}))
     (logits, boxes, grads), (fused_logits, fused_boxes, fused_grads) = results
@@ -56,6 +63,27 @@ def test_thirty_steps_give_the_same_loss_curve():
         curves.append(torch.tensor(curve))
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
+def test_compiles_without_a_graph_break():
+    _, fused = models(dropout=0.0)
+    images, valid_hw = pad_images(batch(2)[0])
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, valid_hw=valid_hw), fused(images, valid_hw=valid_hw))
+
+
+def test_half_precision_keeps_references_and_boxes_in_float32():
+    """bfloat16 has eight bits: as a coordinate that is one part in 256 of the image."""
+    plain, fused = models(dropout=0.0)
+    images, _ = batch(2)
+    for model in (plain.eval(), fused.eval()):
+        exact = model(images)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found = model(images)
+        assert found["pred_boxes"].dtype == found["pred_logits"].dtype == torch.float32
+        torch.testing.assert_close(found["pred_logits"], exact["pred_logits"], atol=0.05, rtol=0)
+        # The last layer of the box head is zero at first: boxes are at the reference points.
+        torch.testing.assert_close(found["pred_boxes"], exact["pred_boxes"], atol=1e-6, rtol=0)
 
 
 def test_an_explicit_backend_that_can_not_run_is_an_error(monkeypatch):

@@ -1,0 +1,121 @@
+"""Search launch settings of the attention kernels on this GPU; run it while developing, never while training.
+
+    python benchmarks/tune.py                  # all three kernels, a few minutes
+    python benchmarks/tune.py --kernels forward --seconds 60
+
+Prints the fastest settings per kernel by the geometric mean over the problems, each relative to what ships today.
+The winner goes by hand into the table in `kernels/attn/triton.py`, once the ahead-of-time check shows no spill.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from math import exp, fsum, log
+
+import torch
+import triton
+from attn import Problem
+from harness import console, write_result
+from rich.progress import track
+from rich.table import Table
+
+from conddetr.kernels.attn import triton as kernels
+
+KERNELS = ("forward", "backward_query", "backward_key")
+
+
+def candidates() -> Iterator[kernels.Tiles]:
+    """Every setting worth a try, the likely ones first."""
+    for queries, keys, warps, stages in itertools.product((64, 128, 32), (64, 32, 128, 16), (4, 8, 2), (2, 3, 1, 4)):
+        yield kernels.Tiles(queries, keys, warps, stages)
+
+
+def problems(device: torch.device) -> list[Problem]:
+    """What training is made of: both grids, padded, with dropout, in the dtype of mixed precision."""
+    return [Problem(grid, 8, torch.bfloat16, 0.1, True, False, device) for grid in ("r50", "dc5")]
+
+
+def call(problem: Problem, kernel: str) -> Callable[[kernels.Launch], object]:
+    """What to time: one pass of a problem under given settings."""
+    made = problem.make()
+    seed = torch.zeros(1, dtype=torch.int64, device=problem.device)
+    content = (made.q_content, made.q_spatial, made.k_content, made.rows, made.columns, made.v)
+    inputs = kernels.Inputs(*content, made.valid_hw, None, seed, 0.125, problem.dropout)
+    out, lse = kernels.forward(inputs)
+    if kernel == "forward":
+        return lambda launch: kernels.forward(inputs, launch)
+    return lambda launch: kernels.backward(inputs, out, out, lse, launch)
+
+
+def search(
+    kernel: str,
+    runs: list[Callable],
+    tiles: list[kernels.Tiles],
+    shipped: kernels.Launch,
+    clock: Callable,
+    until: float,
+) -> dict[kernels.Tiles, list[float]]:
+    """Seconds on each problem by setting; those that do not fit the device are left out.
+
+    Args:
+        kernel: one of `KERNELS`; the settings of the others stay as shipped.
+        runs: as `call` makes them.
+        tiles: what to try, in this order, until the time is up.
+        shipped: today's settings, always measured.
+        clock: function → its seconds.
+        until: `time.monotonic()` at which to stop.
+    """
+    found: dict[kernels.Tiles, list[float]] = {}
+    today = getattr(shipped, kernel)
+    for one in track([today, *(tile for tile in tiles if tile != today)], description=kernel, console=console):
+        if found and time.monotonic() > until:
+            break
+        launch = replace(shipped, **{kernel: one})
+        try:
+            found[one] = [clock(lambda run=run, launch=launch: run(launch)) for run in runs]
+        except triton.runtime.errors.OutOfResources:
+            continue
+    return found
+
+
+def report(kernel: str, found: dict[kernels.Tiles, list[float]]) -> None:
+    """The ten fastest, relative to the first, which is what ships."""
+    today = next(iter(found.values()))
+    mean = {tile: exp(fsum(log(a / b) for a, b in zip(today, s, strict=True)) / len(s)) for tile, s in found.items()}
+    table = Table(title=f"{kernel}: {len(found)} settings")
+    for column in ("queries", "keys", "warps", "stages", "speed-up", "milliseconds"):
+        table.add_column(column, justify="right")
+    for tile in sorted(mean, key=mean.get, reverse=True)[:10]:
+        milliseconds = "  ".join(f"{1e3 * value:.4f}" for value in found[tile])
+        table.add_row(*map(str, asdict(tile).values()), f"{mean[tile]:.2f}×", milliseconds)
+    console.print(table)
+
+
+def main() -> None:
+    """Search every kernel asked for; one result file for all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--seconds", type=float, default=90.0, help="per kernel, compilation included")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tuning needs an NVIDIA GPU: there is none here.")
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability()
+    shipped = kernels.launch_settings(10 * major + minor)
+    results = {}
+    for kernel in options.kernels:
+        runs = [call(problem, kernel) for problem in problems(device)]
+
+        def clock(run: Callable[[], object]) -> float:
+            return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+        found = search(kernel, runs, list(candidates()), shipped, clock, time.monotonic() + options.seconds)
+        report(kernel, found)
+        results[kernel] = [{**asdict(tile), "seconds": seconds} for tile, seconds in found.items()]
+    console.print(f"wrote {write_result('tune', {'seconds': options.seconds}, results)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
