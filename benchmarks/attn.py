@@ -1,7 +1,8 @@
 """Conditional attention against everything that a user could pick instead, in one process, checked before timed.
 
-    python benchmarks/attn.py                      # what this machine can run
+    python benchmarks/attn.py                      # what this machine can run, the most important problems first
     python benchmarks/attn.py --grids r50 --batch 8 --backward --dropout 0.1
+    python benchmarks/attn.py --batch 1 --cudagraph
 
 Every implementation computes the same thing from the same projected tensors: concatenation, where one needs it, is
 part of its time. Those that can not run are listed with the reason.
@@ -10,22 +11,26 @@ part of its time. Those that can not run are listed with the reason.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from functools import cache, partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from harness import console, measure, write_result
-from rich.table import Table
+from harness import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from machine import DEVICE, copy_bandwidth, exponential_rate, product_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from conddetr.kernels import conditional_attention
-from conddetr.kernels.attn.reference import dense_spatial_keys, rectangle_padding
+from conddetr.kernels import conditional_attention, registry
+from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 
 GRIDS = {"r50": (25, 34), "dc5": (50, 67)}
 """Feature maps of an 800×1066 image at stride 32 and 16."""
 QUERIES, HEADS, WIDTH = 300, 8, 32
-OURS = "ours"
+SHAPES = ((1.0, 1.0), (1.0, 0.56), (0.84, 1.0), (1.0, 0.75))
+"""Valid share of height and width: landscape, portrait and square images padded to one landscape grid."""
+Attend = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,6 @@ class Problem:
     dropout: float
     padded: bool
     backward: bool
-    device: torch.device
 
     @property
     def title(self) -> str:
@@ -49,27 +53,48 @@ class Problem:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{height}×{width} keys, B = {self.batch}, {passes}, dropout {self.dropout}, {padding}, {dtype}"
 
+    def valid_hw(self) -> Tensor:
+        """Valid height and width of each image's grid, [B, 2] int32."""
+        return mixed_shapes(GRIDS[self.grid], self.batch if self.padded else 1).expand(self.batch, -1).contiguous()
+
     def make(self) -> "Tensors":
         """Random inputs, the same for every call."""
         generator = torch.Generator().manual_seed(0)
         height, width = GRIDS[self.grid]
-        sizes = (QUERIES, QUERIES, height * width, height, width, height * width)
+        sizes = (QUERIES, QUERIES, height * width, height, width, height * width, QUERIES)
         made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
-        made = [tensor.to(self.device, self.dtype).requires_grad_(self.backward) for tensor in made]
-        valid = None
-        if self.padded:
-            # Landscape, portrait and square images of COCO's usual ratios, padded to one landscape grid.
-            ratios = torch.tensor([(1.0, 1.0), (1.0, 0.56), (0.84, 1.0), (1.0, 0.75)]).repeat(self.batch, 1)
-            valid = (ratios[: self.batch] * torch.tensor([height, width])).round().to(self.device, torch.int32)
+        *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
+        valid = self.valid_hw() if self.padded else None
         # What every peer starts from; made here, so that nobody is timed for it.
         k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
         padding = None if valid is None else rectangle_padding(valid, height, width)
-        return Tensors(*made, k_spatial, valid, padding)
+        return Tensors(*made, k_spatial, upstream.detach(), valid, padding)
+
+    def work(self) -> Work:
+        """What valid keys need: padding is no work, and an implementation that computes it is only slower.
+
+        The floor counts the separable form: content scores and values alone are products over all keys. With
+        backward, scores are computed again (exponentials too) and three more products follow.
+        """
+        valid = self.valid_hw().double()
+        keys = valid.prod(dim=1).sum().item()
+        scores = HEADS * QUERIES * keys
+        outputs = self.batch * QUERIES
+        inputs = 2 * outputs + 2 * keys + valid.sum().item()
+        numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
+        size = numbers * HEADS * WIDTH * self.dtype.itemsize
+        floors = {
+            "bytes": size / copy_bandwidth(),
+            "products": 2 * scores * WIDTH * (7 if self.backward else 2) / product_rate(self.dtype),
+        }
+        if exponential_rate() is not None:
+            floors["exponentials"] = scores * (2 if self.backward else 1) / exponential_rate()
+        return Work(2 * scores * WIDTH * (11 if self.backward else 3), size, floors)
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Inputs of one problem, [B, n, heads, 32] each."""
+    """Inputs of one problem, [B, n, heads, 32] each, and the gradient of its output."""
 
     q_content: Tensor
     q_spatial: Tensor
@@ -78,154 +103,189 @@ class Tensors:
     columns: Tensor
     v: Tensor
     k_spatial: Tensor
+    upstream: Tensor
     valid_hw: Tensor | None
     padding: Tensor | None
 
-    def leaves(self) -> list[Tensor]:
-        """All that may need a gradient."""
-        return [self.q_content, self.q_spatial, self.k_content, self.rows, self.columns, self.v, self.k_spatial]
+    def leaves(self, separable: bool) -> dict[str, Tensor]:
+        """All that an implementation reads."""
+        spatial = ("rows", "columns") if separable else ("k_spatial",)
+        return {name: getattr(self, name) for name in ("q_content", "q_spatial", "k_content", "v", *spatial)}
 
 
-def implementations(problem: Problem, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a problem, forward alone or with the gradients of all that it reads."""
+
+    attend: Attend
+    tensors: Tensors
+    separable: bool = False
+
+    def __call__(self) -> dict[str, Tensor]:
+        out = self.attend()
+        if not out.requires_grad:
+            return {"out": out}
+        leaves = self.tensors.leaves(self.separable)
+        gradients = torch.autograd.grad(out, leaves.values(), self.tensors.upstream)
+        return {"out": out, **dict(zip(leaves, gradients, strict=True))}
+
+
+def mixed_shapes(grid: tuple[int, int], batch: int) -> Tensor:
+    """Valid height and width of images of `SHAPES` in turn, [B, 2] int32."""
+    shares = torch.tensor(SHAPES)[torch.arange(batch) % len(SHAPES)]
+    return (shares * torch.tensor(grid)).round().to(DEVICE, torch.int32)
+
+
+def implementations(problem: Problem, tensors: Tensors) -> dict[str, Implementation]:
     """Everything that might compute the problem; the first is the official code's way."""
-    k_spatial, padding = tensors.k_spatial, tensors.padding
-    content, p = (tensors.q_content, tensors.q_spatial, tensors.k_content), problem.dropout
+    content = (tensors.q_content, tensors.q_spatial, tensors.k_content)
+
+    def ours(backend: str, separable: bool) -> Tensor:
+        keys = (tensors.rows, tensors.columns) if separable else tensors.k_spatial
+        padding = {"valid_hw": tensors.valid_hw} if separable else {"key_padding_mask": tensors.padding}
+        return conditional_attention(*content, keys, tensors.v, dropout_p=problem.dropout, backend=backend, **padding)
 
     def eager() -> Tensor:
-        return conditional_attention(
-            *content, k_spatial, tensors.v, key_padding_mask=padding, dropout_p=p, backend="eager"
-        )
+        return ours("eager", separable=False)
 
-    def sdpa(pad_values: bool = False) -> Tensor:
-        query = torch.cat([tensors.q_content, tensors.q_spatial], -1).transpose(1, 2)
-        key = torch.cat([tensors.k_content, k_spatial], -1).transpose(1, 2)
-        value = F.pad(tensors.v, (0, WIDTH)) if pad_values else tensors.v
-        mask = None if padding is None else ~padding[:, None, None, :]
-        out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), mask, p).transpose(1, 2)
-        return out[..., :WIDTH]
-
-    def forced(backend: SDPBackend, pad_values: bool = False) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return sdpa(pad_values)
-
-        return run
-
-    def ours(separable: bool) -> Callable[[], Tensor]:
-        keys = (tensors.rows, tensors.columns) if separable else k_spatial
-        options = {"valid_hw": tensors.valid_hw} if separable else {"key_padding_mask": padding}
-        return lambda: conditional_attention(*content, keys, tensors.v, dropout_p=p, backend="triton", **options)
-
-    found = {
+    peers = {
         "official eager": eager,
         "torch.compile of it": torch.compile(eager, dynamic=False),
-        "SDPA as is": sdpa,
-        "SDPA, padded values": lambda: sdpa(pad_values=True),
+        "FlexAttention": flex(problem, tensors),
+        "SDPA": lambda: sdpa(problem, tensors),
     }
-    if problem.device.type == "cuda":
-        found["SDPA, memory-efficient"] = forced(SDPBackend.EFFICIENT_ATTENTION)
-        found["SDPA, cuDNN"] = forced(SDPBackend.CUDNN_ATTENTION)
-        found["SDPA, flash, padded values"] = forced(SDPBackend.FLASH_ATTENTION, pad_values=True)
-    found[f"{OURS}, Triton, dense"] = ours(separable=False)
-    found[f"{OURS}, Triton, separable"] = ours(separable=True)
+    if DEVICE.type == "cuda":
+        peers["SDPA, memory-efficient"] = forced(SDPBackend.EFFICIENT_ATTENTION, problem, tensors)
+        peers["SDPA, cuDNN"] = forced(SDPBackend.CUDNN_ATTENTION, problem, tensors)
+        peers["SDPA, flash, padded values"] = forced(SDPBackend.FLASH_ATTENTION, problem, tensors, pad_values=True)
+    else:
+        peers["SDPA, padded values"] = lambda: sdpa(problem, tensors, pad_values=True)
+    found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
+    for backend, separable in product(registry.BACKENDS, (False, True)):
+        if backend != "eager":
+            name = f"{OURS}, {backend}, {'separable' if separable else 'dense'}"
+            found[name] = Implementation(partial(ours, backend, separable), tensors, separable)
     return found
 
 
-def usable(
-    runs: dict[str, Callable[[], Tensor]], problem: Problem, exact: Tensor
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Run each once: those that compute the right thing, and the reason against each of the others.
+def concatenated(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value [B, heads, n, 64 | 32] as stock attention takes them."""
+    query = torch.cat([tensors.q_content, tensors.q_spatial], -1).transpose(1, 2)
+    key = torch.cat([tensors.k_content, tensors.k_spatial], -1).transpose(1, 2)
+    return query, key, tensors.v.transpose(1, 2)
 
-    Without dropout an error above that of the official way, twice over, stops the benchmark.
+
+def sdpa(problem: Problem, tensors: Tensors, pad_values: bool = False) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; `pad_values` for kernels that want all widths equal."""
+    query, key, value = concatenated(tensors)
+    if pad_values:
+        value = F.pad(value, (0, WIDTH))
+    mask = None if tensors.padding is None else ~tensors.padding[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, mask, problem.dropout).transpose(1, 2)[..., :WIDTH]
+
+
+def forced(backend: SDPBackend, problem: Problem, tensors: Tensors, pad_values: bool = False) -> Attend:
+    """SDPA on one backend or not at all."""
+
+    def run() -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(problem, tensors, pad_values)
+
+    return run
+
+
+def flex(problem: Problem, tensors: Tensors) -> Attend:
+    """FlexAttention with the concatenation before it, compiled: not compiled, it writes the scores.
+
+    Padding is a block mask, made once and not timed: a model would make one per batch for all layers.
     """
-    good, refused, budget = {}, {}, None
-    for name, run in runs.items():
-        try:
-            out = run()
-        except RuntimeError as error:
-            refused[name] = str(error).splitlines()[0]
-            continue
-        good[name] = run
+
+    @cache
+    def block_mask() -> object:
+        def is_valid(image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return ~tensors.padding[image, key]
+
+        height, width = GRIDS[problem.grid]
+        return create_block_mask(is_valid, problem.batch, None, QUERIES, height * width, device=DEVICE)
+
+    @torch.compile(dynamic=False)
+    def attend(mask: object) -> Tensor:
+        return flex_attention(*concatenated(tensors), block_mask=mask).transpose(1, 2)
+
+    def run() -> Tensor:
         if problem.dropout > 0:
-            continue
-        difference = (out.detach().double() - exact).abs().max().item()
-        budget = difference if budget is None else budget
-        if not difference <= 2 * budget + 4 * torch.finfo(problem.dtype).eps:
-            raise SystemExit(f"{name}: error {difference:.2e}, official eager {budget:.2e}: not timing a wrong answer.")
-    return good, refused
+            raise NotImplementedError("FlexAttention has no dropout on the weights.")
+        return attend(None if tensors.padding is None else block_mask())
+
+    return run
 
 
-def exact_output(tensors: Tensors) -> Tensor:
-    """Without dropout, in float64, [B, 300, 8, 32]."""
-    wide = [tensor.detach().double() for tensor in tensors.leaves()]
-    return conditional_attention(*wide[:3], tuple(wide[3:5]), wide[5], valid_hw=tensors.valid_hw, backend="eager")
+def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output and gradients in float64, dense spatial keys' summed to those of rows and columns: the same for all."""
+    found = {name: tensor.detach().double() for name, tensor in found.items()}
+    if "k_spatial" in found:
+        dense = found.pop("k_spatial")
+        height, width = next(grid for grid in GRIDS.values() if grid[0] * grid[1] == dense.shape[1])
+        dense = dense.unflatten(1, (height, width))
+        found |= {"rows": dense.sum(2), "columns": dense.sum(1)}
+    return found
 
 
-def with_backward(run: Callable[[], Tensor], tensors: Tensors) -> Callable[[], None]:
-    """Forward, then gradients of everything."""
-
-    def step() -> None:
-        for leaf in tensors.leaves():
-            leaf.grad = None
-        run().sum().backward()
-
-    return step
-
-
-def multiply_adds(problem: Problem) -> int:
-    """Of the two products of the forward pass, all keys counted, padded or not."""
-    height, width = GRIDS[problem.grid]
-    return problem.batch * HEADS * QUERIES * height * width * 3 * WIDTH
+def exact(tensors: Tensors) -> dict[str, Tensor]:
+    """Output and gradients without dropout, in float64."""
+    wide = {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.leaves(separable=True).items()
+    }
+    keys = (wide["rows"], wide["columns"])
+    inputs = (wide["q_content"], wide["q_spatial"], wide["k_content"], keys, wide["v"])
+    out = conditional_attention(*inputs, valid_hw=tensors.valid_hw, backend="eager")
+    if not out.requires_grad:
+        return {"out": out}
+    gradients = torch.autograd.grad(out, wide.values(), tensors.upstream.double())
+    return {"out": out.detach(), **dict(zip(wide, gradients, strict=True))}
 
 
-def report(problem: Problem, samples: dict[str, list[float]], refused: dict[str, str]) -> None:
-    """Print one problem's table; speed-up over the best that is not ours, GFLOP/s of the forward pass alone."""
-    best = min(median(values) for name, values in samples.items() if not name.startswith(OURS))
-    table = Table(title=problem.title)
-    for column in ("implementation", "ms", "10–90 %", "vs best peer", "GFLOP/s"):
-        table.add_column(column, justify="left" if column == "implementation" else "right", no_wrap=True)
-    for name, values in samples.items():
-        low, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.9])).tolist()
-        rate = "–" if problem.backward else f"{2e-9 * multiply_adds(problem) / median(values):.0f}"
-        spread = f"{1e3 * low:.2f}–{1e3 * high:.2f}"
-        table.add_row(name, f"{1e3 * median(values):.2f}", spread, f"{best / median(values):.2f}×", rate)
-    console.print(table)
-    for name, reason in refused.items():
-        console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)
+def problems(options: argparse.Namespace) -> list[Problem]:
+    """Every problem asked for. Values that come first in each option matter most; the sum of places decides.
+
+    Forward without dropout and backward with it are what inference and training do: they go before the others.
+    """
+    passes = (False, True) if options.backward is None else (options.backward,)
+    ranked = []
+    for places in product(*(enumerate(values) for values in (options.grids, options.batch, options.dtypes))):
+        (_, grid), (_, batch), (_, dtype) = places
+        for dropout, backward in product(options.dropout, passes):
+            rank = sum(place for place, _ in places) + (backward != (dropout > 0))
+            # An image alone is never padded.
+            for padded in (False, True) if batch > 1 else (False,):
+                ranked.append((rank, Problem(grid, batch, getattr(torch, dtype), dropout, padded, backward)))
+    return [problem for _, problem in sorted(ranked, key=lambda item: item[0])]
+
+
+def run(problem: Problem, options: argparse.Namespace) -> Result:
+    """Check all implementations of one problem, then time them."""
+    # Else dynamo stops compiling after eight problems, in silence.
+    torch.compiler.reset()
+    tensors = problem.make()
+    good, refused = usable(
+        implementations(problem, tensors), lambda call: comparable(call()), exact(tensors), problem.dropout > 0
+    )
+    return measure(problem.title, good, options, problem.work(), refused)
 
 
 def main() -> None:
     """Time every problem asked for; one result file for all."""
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cuda = DEVICE.type == "cuda"
+    parser = arguments(__doc__.splitlines()[0], seconds=180)
     parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2, 8, 32] if cuda else [1, 2])
+    parser.add_argument("--batch", nargs="+", type=int, default=[8, 32, 1, 2] if cuda else [2, 1])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--backward", action=argparse.BooleanOptionalAction, help="only with, or only without")
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args()
-    device = torch.device("cuda" if cuda else "cpu")
-    results = {}
-    for problem in (
-        Problem(grid, batch, getattr(torch, dtype), dropout, padded, backward, device)
-        for grid in options.grids
-        for batch in options.batch
-        for dtype in options.dtypes
-        for dropout in options.dropout
-        for backward in ([False, True] if options.backward is None else [options.backward])
-        # An image alone is never padded.
-        for padded in ([False, True] if batch > 1 else [False])
-    ):
-        tensors = problem.make()
-        runs, refused = usable(implementations(problem, tensors), problem, exact_output(tensors))
-        if problem.backward:
-            runs = {name: with_backward(run, tensors) for name, run in runs.items()}
-        samples = measure(runs, options.rounds)
-        report(problem, samples, refused)
-        results[problem.title] = {"seconds": samples, "refused": refused}
-    settings = {"queries": QUERIES, "heads": HEADS, "width": WIDTH, "rounds": options.rounds}
-    console.print(f"wrote {write_result('attn', settings, results)}", highlight=False, soft_wrap=True)
+    options = parse(parser)
+    runs = {problem.title: partial(run, problem, options) for problem in problems(options)}
+    run_all("attn", runs, options)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,298 @@
-"""What every benchmark shares: checked results, interleaved timing, the environment, and a result file."""
+"""What every benchmark shares: checked results, interleaved timing, tables and result files."""
 
+import argparse
 import json
-import platform
+import math
 import re
-import subprocess
 import time
+import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
+from machine import DEVICE, Run, clock, device_name, environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
-console = Console()
+OURS = "ours"
+"""The names of our implementations begin with this; all others are peers."""
+WARMUP = 2
+console = Console(width=max(110, Console().width))
+"""Wide enough for every column: on a narrower terminal lines wrap, figures are not lost."""
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every call; on a CPU all implementations in turn within each round, so that drift hits all alike.
+@dataclass(frozen=True)
+class Work:
+    """The least that a problem needs, padding not counted; what rates and floors are computed from."""
+
+    flops: float
+    """Multiplications and additions of the matrix products as the paper writes them: what TFLOP/s counts."""
+    bytes: float
+    """Every input read once, every output written once."""
+    floors: dict[str, float]
+    """Resource → seconds that it needs at the least; the largest is the floor."""
+
+    @property
+    def floor(self) -> float:
+        """Seconds under which no implementation can come."""
+        return max(self.floors.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One problem, with all that was measured of it."""
+
+    title: str
+    seconds: dict[str, list[float]]
+    """Implementation → one sample per call."""
+    work: Work | None = None
+    peak_extra_bytes: dict[str, int] = field(default_factory=dict)
+    """Implementation → device memory at its highest, less what was there before the call; empty on a CPU."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Implementation → why it was not timed."""
+
+
+def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=50 if DEVICE.type == "cuda" else 10, help="timed calls of each")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=seconds,
+        help=f"no new problem is begun after this while, the most important come first; default {seconds:.0f}",
+    )
+    parser.add_argument("--cudagraph", action="store_true", help="time replays of CUDA graphs: no launch overhead")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options given; an error for one that this machine does not have."""
+    options = parser.parse_args()
+    if options.cudagraph and DEVICE.type != "cuda":
+        parser.error("--cudagraph needs an NVIDIA GPU")
+    return options
+
+
+def usable(
+    runs: dict[str, Run], answer: Callable[[Run], dict[str, Tensor]], exact: dict[str, Tensor], is_random: bool
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Run each once: those that compute the right thing, and the reason against each that does not.
+
+    Right is an error of at most twice that of plain PyTorch for ours, ten times for a peer: that it computes something
+    else would show by far more, and how well it rounds is not asked here.
 
     Args:
-        runs: implementation → what to time.
-        rounds: timed calls of each, on a CPU; a GPU is timed for a fixed while.
-        warmup: calls of each before that.
+        runs: implementation → call; the first is plain PyTorch, which sets the error budget.
+        answer: call → its outputs and gradients by name.
+        exact: the same in float64, without dropout.
+        is_random: dropout is on. No two answers are then equal, but their mean squares of error must be.
+
+    Raises:
+        SystemExit: one of ours is wrong; nothing is timed.
     """
-    if torch.cuda.is_available():
-        return {name: _device_seconds(run) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in track(range(warmup + rounds), description="measuring", console=console, transient=True):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn >= warmup:
-                samples[name].append(time.perf_counter() - start)
-    return samples
+    good, refused, budget = {}, {}, {}
+    for name, run in runs.items():
+        try:
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                found = answer(run)
+        except RuntimeError as error:
+            refused[name] = _reason(error, [str(warning.message) for warning in raised])
+            continue
+        errors = {key: _error(found[key], exact[key], is_random) for key in exact}
+        floors = {key: 4 * torch.finfo(found[key].dtype).eps * exact[key].abs().max().item() for key in exact}
+        budget = budget or errors
+        factor = 2 if name.startswith(OURS) else 10
+        wrong = [
+            f"error of {key} {error:.2e}, {next(iter(runs))} {budget[key]:.2e}"
+            for key, error in errors.items()
+            if not (_is_dropout(error, budget[key]) if is_random else error <= factor * budget[key] + floors[key])
+        ]
+        if not wrong:
+            good[name] = run
+        elif name.startswith(OURS):
+            raise SystemExit(f"{name}: {wrong[0]}: not timing a wrong answer.")
+        else:
+            refused[name] = f"wrong answer: {wrong[0]}"
+    return good, refused
 
 
-def _device_seconds(run: Callable[[], object]) -> list[float]:
-    """On a GPU: between device events, the L2 cache cleared before each call."""
-    from triton.testing import do_bench
-
-    return [1e-3 * milliseconds for milliseconds in do_bench(run, return_mode="all")]
+def _error(found: Tensor, exact: Tensor, is_random: bool) -> float:
+    difference = (found.detach().double() - exact).abs()
+    return (difference.square().mean().sqrt() if is_random else difference.max()).item()
 
 
-def device_name() -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        name = found[1] if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
+def _is_dropout(error: float, budget: float) -> bool:
+    return 0.8 * budget <= error <= 1.25 * budget
 
 
-def environment() -> dict[str, str]:
-    """What a reader needs to know to repeat a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-    }
+def _reason(error: RuntimeError, raised: list[str]) -> str:
+    """PyTorch's own reason: SDPA says in warnings why a forced backend was refused, others in the error."""
+    raised = [re.sub(r"\s*\(Triggered internally.*", "", text, flags=re.DOTALL).strip() for text in raised]
+    said = [text for text in raised if not re.search(r"not used because|runtime disabled", text)]
+    if "No available kernel" in str(error) and said:
+        return " ".join(dict.fromkeys(said))
+    return str(error).strip().splitlines()[0]
 
 
-def write_result(name: str, settings: dict, results: dict) -> Path:
-    """Raw samples, with settings and environment, as `results/<device>/<name>.json`."""
+def measure(
+    title: str, runs: dict[str, Run], options: argparse.Namespace, work: Work | None, refused: dict[str, str]
+) -> Result:
+    """Time all implementations of one problem, in turn within each round, so that drift hits all alike.
+
+    Args:
+        title: of the problem.
+        runs: implementation → what to time.
+        options: `rounds` calls of each (fewer where they take more than 20 s in all, but 3), `cudagraph`.
+        work: of the problem.
+        refused: implementations not among `runs`, with the reason.
+    """
+    refused = dict(refused)
+    peak = {name: _peak_extra_bytes(run) for name, run in runs.items()} if DEVICE.type == "cuda" else {}
+    if options.cudagraph:
+        runs = _captured(runs, refused)
+    timed = clock()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.monotonic()
+    turns = range(WARMUP + options.rounds)
+    for turn in track(turns, description=title, console=console, transient=True):
+        if turn >= WARMUP + 3 and time.monotonic() - started > 20:
+            break
+        for name, value in timed(runs).items():
+            if turn >= WARMUP:
+                seconds[name].append(value)
+    return Result(title, seconds, work, peak, refused)
+
+
+def _captured(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, Run]:
+    """Replays of CUDA graphs; those that can not be captured go to `refused`."""
+    replays = {}
+    for name, run in runs.items():
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                run()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                run()
+        except RuntimeError as error:
+            refused[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
+            continue
+        replays[name] = graph.replay
+    return replays
+
+
+def _peak_extra_bytes(run: Run) -> int:
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.Namespace) -> None:
+    """Time problem after problem, print each, and keep the result file complete after each.
+
+    Args:
+        name: of the benchmark and, with the suffix of `--cudagraph`, of its file.
+        runs: title → what gives its result; the most important first.
+        options: of the command line; `seconds` is the time after which no problem is begun.
+    """
+    name += "-cudagraph" * options.cudagraph
+    results, titles, started = [], list(runs), time.monotonic()
+    settings = {key: str(value) for key, value in vars(options).items()}
+    while titles and (not results or time.monotonic() - started < options.seconds):
+        results.append(runs[titles.pop(0)]())
+        print_table(results[-1])
+        path = write_results(name, settings, results, left_out=titles)
+    if titles:
+        console.print(f"{len(titles)} problems left out after {options.seconds:.0f} s: --seconds gives more.")
+    console.print(f"wrote {path}; `python benchmarks/report.py` draws it", highlight=False, soft_wrap=True)
+
+
+def write_results(name: str, settings: dict[str, str], results: list[Result], left_out: list[str]) -> Path:
+    """All samples, to four digits, with what `write` adds."""
+    entries = []
+    for result in results:
+        rounded = {name: [float(f"{s:.4g}") for s in values] for name, values in result.seconds.items()}
+        entries.append({**asdict(result), "seconds": rounded})
+    return write(name, {"settings": settings, "left_out": left_out, "results": entries})
+
+
+def write(name: str, content: dict) -> Path:
+    """The content below the environment, as `results/<device>/<name>.json`."""
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(), **content}, indent=1, ensure_ascii=False)
+    # One line per list of samples, not per sample.
+    text = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
     path = folder / f"{name}.json"
-    content = {"environment": environment(), "settings": settings, "results": results}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+    path.with_suffix(".part").write_text(text + "\n")
+    return path.with_suffix(".part").replace(path)
 
 
-def print_table(title: str, samples: dict[str, list[float]], baseline: str) -> None:
-    """Median, spread (10th to 90th percentile) and speed-up over the baseline."""
-    table = Table(title=title)
-    for column in ("implementation", "median ms", "10–90 % ms", "speed-up"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
-    base = median(samples[baseline])
-    for name, values in samples.items():
-        low, high = torch.tensor(values).quantile(torch.tensor([0.1, 0.9])).tolist()
-        middle = median(values)
-        table.add_row(name, f"{1e3 * middle:.1f}", f"{1e3 * low:.1f}–{1e3 * high:.1f}", f"{base / middle:.2f}×")
+def read_results(path: Path) -> list[Result]:
+    """The results of a file of `write_results`."""
+    entries = json.loads(path.read_text())["results"]
+    return [Result(**{**entry, "work": entry["work"] and Work(**entry["work"])}) for entry in entries]
+
+
+def rows(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: time with spread, speed-up over the best peer, rates, memory, multiple of the floor."""
+    headings = ["implementation", "ms", "10–90 %", "vs best peer"]
+    if result.work:
+        headings += ["TFLOP/s"] * (result.work.flops > 0) + ["GB/s"]
+    headings += ["extra MiB"] * bool(result.peak_extra_bytes) + ["× floor"] * bool(result.work)
+    peers = [median(values) for name, values in result.seconds.items() if not name.startswith(OURS)]
+    best = min(peers, default=math.nan)
+    lines = []
+    for name, values in result.seconds.items():
+        middle, (low, high) = median(values), spread(values)
+        line = [name, milliseconds(middle), f"{milliseconds(low)}–{milliseconds(high)}", f"{best / middle:.2f}"]
+        if result.work:
+            line += [f"{1e-12 * result.work.flops / middle:.3g}"] * (result.work.flops > 0)
+            line += [f"{1e-9 * result.work.bytes / middle:.3g}"]
+        if result.peak_extra_bytes:
+            line.append(f"{result.peak_extra_bytes[name] / 2**20:.1f}")
+        if result.work:
+            line.append(f"{middle / result.work.floor:.2f}")
+        lines.append(line)
+    return headings, lines
+
+
+def milliseconds(seconds: float) -> str:
+    """Four digits, without an exponent."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.4g}"
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """The 10th and 90th percentile."""
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9], dtype=torch.float64))
+    return low.item(), high.item()
+
+
+def floors_line(work: Work) -> str:
+    """The floors in one line, the largest first."""
+    floors = sorted(work.floors.items(), key=lambda item: -item[1])
+    return "floor: " + ", ".join(f"{resource} {1e3 * seconds:.3g} ms" for resource, seconds in floors)
+
+
+def print_table(result: Result) -> None:
+    """One problem in the terminal."""
+    headings, lines = rows(result)
+    table = Table(title=result.title, caption=result.work and floors_line(result.work))
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
+    for name, reason in result.refused.items():
+        console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)

@@ -2,45 +2,40 @@
 
 import argparse
 import re
+from functools import partial
 
 import torch
-from harness import console, measure, print_table, write_result
+from harness import OURS, Result, arguments, console, measure, parse, run_all
+from machine import DEVICE
 from torch import Tensor
 
 import conddetr
 from conddetr.interop.huggingface import to_huggingface
 
-BASELINE = "HuggingFace as shipped"
 TOLERANCE = {"pred_logits": 1e-4, "pred_boxes": 1e-5}
 
 
 def main() -> None:
-    """Check that both give the same output, time them, write and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Time the one problem; write and print the result."""
+    parser = arguments(__doc__, seconds=60)
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
-    parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    options = parse(parser)
+    title = f"conditional-detr-r50, forward, 1×3×{options.size[0]}×{options.size[1]}, float32"
+    run_all("model", {title: partial(run, title, options)}, options)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+@torch.inference_mode()
+def run(title: str, options: argparse.Namespace) -> Result:
+    """Check that both give the same output, then time them."""
     model = conddetr.build("conditional-detr-r50").eval()
     spread_outputs(model)
     peer = huggingface_model(model)
-    model, peer = model.to(device), peer.to(device)
-    image = torch.randn(1, 3, *options.size, device=device)
-    mask = torch.ones(1, *options.size, dtype=torch.int64, device=device)
-
-    runs = {
-        BASELINE: lambda: huggingface_outputs(peer, image, mask),
-        "conddetr eager": lambda: model(image),
-    }
-    with torch.inference_mode():
-        differences = check(runs[BASELINE](), runs["conddetr eager"]())
-        samples = measure(runs, options.rounds)
-    settings = {"size": options.size, "batch": 1, "dtype": "float32", "differences": differences}
-    path = write_result("model", settings, {"seconds": samples})
-    title = f"conditional-detr-r50, forward, 1×3×{options.size[0]}×{options.size[1]}, float32"
-    print_table(title, samples, BASELINE)
-    console.print(f"largest differences: {differences}; wrote {path}", highlight=False, soft_wrap=True)
+    model, peer = model.to(DEVICE), peer.to(DEVICE)
+    image = torch.randn(1, 3, *options.size, device=DEVICE)
+    mask = torch.ones(1, *options.size, dtype=torch.int64, device=DEVICE)
+    theirs, ours = partial(huggingface_outputs, peer, image, mask), partial(model, image)
+    console.print(f"largest differences: {check(theirs(), ours())}", highlight=False)
+    return measure(title, {"HuggingFace as shipped": theirs, f"{OURS}, eager": ours}, options, None, {})
 
 
 def spread_outputs(model: conddetr.DETR) -> None:

@@ -17,7 +17,8 @@ from math import exp, fsum, log
 import torch
 import triton
 from attn import Problem
-from harness import console, write_result
+from harness import console, write
+from machine import DEVICE
 from rich.progress import track
 from rich.table import Table
 
@@ -32,15 +33,15 @@ def candidates() -> Iterator[kernels.Tiles]:
         yield kernels.Tiles(queries, keys, warps, stages)
 
 
-def problems(device: torch.device) -> list[Problem]:
+def problems() -> list[Problem]:
     """What training is made of: both grids, padded, with dropout, in the dtype of mixed precision."""
-    return [Problem(grid, 8, torch.bfloat16, 0.1, True, False, device) for grid in ("r50", "dc5")]
+    return [Problem(grid, 8, torch.bfloat16, 0.1, True, False) for grid in ("r50", "dc5")]
 
 
 def call(problem: Problem, kernel: str) -> Callable[[kernels.Launch], object]:
     """What to time: one pass of a problem under given settings."""
     made = problem.make()
-    seed = torch.zeros(1, dtype=torch.int64, device=problem.device)
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     content = (made.q_content, made.q_spatial, made.k_content, made.rows, made.columns, made.v)
     inputs = kernels.Inputs(*content, made.valid_hw, None, seed, 0.125, problem.dropout)
     out, lse = kernels.forward(inputs)
@@ -101,12 +102,11 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs an NVIDIA GPU: there is none here.")
-    device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability()
     shipped = kernels.launch_settings(10 * major + minor)
     results = {}
     for kernel in options.kernels:
-        runs = [call(problem, kernel) for problem in problems(device)]
+        runs = [call(problem, kernel) for problem in problems()]
 
         def clock(run: Callable[[], object]) -> float:
             return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
@@ -114,7 +114,7 @@ def main() -> None:
         found = search(kernel, runs, list(candidates()), shipped, clock, time.monotonic() + options.seconds)
         report(kernel, found)
         results[kernel] = [{**asdict(tile), "seconds": seconds} for tile, seconds in found.items()]
-    console.print(f"wrote {write_result('tune', {'seconds': options.seconds}, results)}", highlight=False)
+    console.print(f"wrote {write('tune', {'seconds': options.seconds, 'kernels': results})}", highlight=False)
 
 
 if __name__ == "__main__":

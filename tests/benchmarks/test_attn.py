@@ -1,34 +1,102 @@
-"""The benchmark times right answers only."""
+"""The benchmark of attention times right answers only, and counts what they need."""
 
 import attn
+import harness
 import pytest
 import torch
 
-PROBLEM = attn.Problem("r50", 2, torch.float32, 0.0, padded=True, backward=False, device=torch.device("cpu"))
+COMPILED = ("torch.compile of it", "FlexAttention")
+"""Left out: they need a compiler, and seconds each."""
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return PROBLEM.make()
+def problem(**changes):
+    options = {"grid": "r50", "batch": 2, "dtype": torch.float32, "dropout": 0.0, "padded": True, "backward": False}
+    return attn.Problem(**{**options, **changes})
 
 
-def test_every_implementation_is_right_or_refused_with_a_reason(tensors, monkeypatch):
+def checked(runs, tensors, is_random=False):
+    return harness.usable(runs, lambda call: attn.comparable(call()), attn.exact(tensors), is_random)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    runs = attn.implementations(PROBLEM, tensors)
-    runs.pop("torch.compile of it")  # it would need a compiler, and minutes
-    good, refused = attn.usable(runs, PROBLEM, attn.exact_output(tensors))
-    assert {"official eager", "SDPA as is", "SDPA, padded values"} <= set(good)
+    one = problem(backward=backward)
+    tensors = one.make()
+    runs = {name: run for name, run in attn.implementations(one, tensors).items() if name not in COMPILED}
+    good, refused = checked(runs, tensors)
+    assert {"official eager", "SDPA"} <= set(good)
     assert set(good) | set(refused) == set(runs)
-    assert all("can not run here" in reason for name, reason in refused.items() if name.startswith(attn.OURS))
+    assert all("can not run here" in reason for name, reason in refused.items() if name.startswith(harness.OURS))
+    benchmark.pedantic(good["SDPA"], rounds=3)
 
 
-def test_a_wrong_answer_is_not_timed(tensors):
-    eager = attn.implementations(PROBLEM, tensors)["official eager"]
-    runs = {"official eager": eager, "wrong": lambda: eager() + 1e-3}
-    with pytest.raises(SystemExit, match=r"wrong: error 1.00e-03, official eager .*: not timing a wrong answer"):
-        attn.usable(runs, PROBLEM, attn.exact_output(tensors))
+@pytest.mark.parametrize("spoiled", ["out", "k_content", "k_spatial"])
+def test_a_wrong_answer_is_not_timed(spoiled):
+    tensors = problem(backward=True).make()
+    eager = attn.implementations(problem(), tensors)["official eager"]
+
+    def wrong():
+        found = eager()
+        return {name: tensor + 1e-3 if name == spoiled else tensor for name, tensor in found.items()}
+
+    with pytest.raises(SystemExit, match=r"ours: error of \w+ .*, official eager .*: not timing a wrong answer"):
+        checked({"official eager": eager, "ours": wrong}, tensors)
+    good, refused = checked({"official eager": eager, "peer": wrong}, tensors)
+    assert set(good) == {"official eager"}
+    assert refused["peer"].startswith("wrong answer: error of ")
 
 
-def test_padding_is_really_there(tensors):
+def test_forgotten_dropout_is_not_timed():
+    tensors = problem().make()
+    runs = {f"p = {p}": attn.implementations(problem(dropout=p), tensors)["official eager"] for p in (0.1, 0.0)}
+    assert checked(runs, tensors, is_random=True)[1]["p = 0.0"].startswith("wrong answer: error of out ")
+    runs = {name: attn.implementations(problem(dropout=0.1), tensors)[name] for name in ("official eager", "SDPA")}
+    assert set(checked(runs, tensors, is_random=True)[0]) == set(runs)
+
+
+def test_flex_attention_says_that_it_has_no_dropout():
+    tensors = problem().make()
+    runs = {"FlexAttention": attn.implementations(problem(dropout=0.1), tensors)["FlexAttention"]}
+    assert checked(runs, tensors, is_random=True)[1] == {
+        "FlexAttention": "FlexAttention has no dropout on the weights."
+    }
+
+
+def test_padding_is_really_there():
+    tensors = problem().make()
     assert tensors.valid_hw.tolist() == [[25, 34], [25, 19]]
     assert int(tensors.padding.sum()) == 25 * 15
+
+
+def test_work_of_the_design_notes(monkeypatch):
+    """H100: about 18 µs of exponentials and 14 µs of bytes at 3 TB/s; padding is no work."""
+    monkeypatch.setattr(attn, "exponential_rate", lambda: 132 * 16 * 1.755e9)
+    monkeypatch.setattr(attn, "copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(attn, "product_rate", lambda dtype: 1e15)
+    size = {"batch": 32, "dtype": torch.bfloat16}
+    full = problem(padded=False, **size).work()
+    assert full.floor == full.floors["exponentials"] == pytest.approx(17.6e-6, rel=0.01)
+    assert full.floors["bytes"] == pytest.approx(14.5e-6, rel=0.01)
+    assert full.flops == 2 * 96 * 32 * 8 * 300 * 25 * 34
+    padded = problem(**size).work()
+    assert padded.flops / full.flops == pytest.approx((1 + 19 / 34 + 21 / 25 + 26 / 34) / 4)
+
+
+def test_the_most_important_problems_come_first():
+    options = gpu_options()
+    found = attn.problems(options)
+    assert len(found) == len(set(found)) == 2 * 2 * (4 + 3 * 8)
+    assert found[:4] == [
+        problem(batch=8, dtype=torch.bfloat16, dropout=p, padded=padded, backward=p > 0)
+        for p in (0.0, 0.1)
+        for padded in (False, True)
+    ]
+
+
+def gpu_options():
+    parser = harness.arguments("", 1.0)
+    options = parser.parse_args([])
+    options.grids, options.batch, options.dtypes = ["r50", "dc5"], [8, 32, 1, 2], ["bfloat16", "float32"]
+    options.dropout, options.backward = [0.0, 0.1], None
+    return options

@@ -15,8 +15,7 @@ SHIPPED = kernels.launch_settings(90)
 def test_every_setting_computes_the_same(monkeypatch):
     monkeypatch.setitem(attn.GRIDS, "small", (2, 3))
     monkeypatch.setattr(attn, "QUERIES", 5)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = attn.Problem("small", 2, torch.float32, 0.1, True, False, device)
+    problem = attn.Problem("small", 2, torch.float32, 0.1, True, False)
     tiles = [kernels.Tiles(16, 16, 4, 1), kernels.Tiles(32, 16, 4, 2)]
     results = []
 
