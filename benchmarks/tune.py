@@ -1,4 +1,4 @@
-"""Search launch settings of the attention kernels on this GPU; run it while developing, never while training.
+"""Search launch settings of the attention kernels at the model's widths, on this GPU; for developing, not for training.
 
     python benchmarks/tune.py                  # all three kernels, a few minutes
     python benchmarks/tune.py --kernels forward --seconds 60
@@ -103,7 +103,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs an NVIDIA GPU: there is none here.")
     major, minor = torch.cuda.get_device_capability()
-    shipped = kernels.launch_settings(10 * major + minor)
+    shipped = kernels.launch_settings(10 * major + minor, "half", 32)
     results = {}
     for kernel in options.kernels:
         runs = [call(problem, kernel) for problem in problems()]

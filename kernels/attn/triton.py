@@ -325,21 +325,34 @@ class Launch:
     backward_key: Tiles
 
 
-# Chosen so that nothing spills, by the registers that the compiler reports; not yet tuned on a device.
+# Chosen so that nothing spills, by what the compiler reports; not yet tuned on a device. How products are formed, then
+# the widest of d, ds and dv.
+_LAUNCH = {
+    ("half", 64): Launch(Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1)),
+    ("half", 128): Launch(Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1)),
+    ("ieee", 32): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1)),
+    ("ieee", 64): Launch(Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1)),
+    ("ieee", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+}
+# The model's own widths on tensor cores: GPUs of data centres have more registers to give to a block.
 _DATACENTER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))
 _OTHER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 32, 8, 2))
 
 
-def launch_settings(architecture: int) -> Launch:
-    """Settings for a compute capability, e.g. 90."""
-    return _DATACENTER if architecture in (90, 100) else _OTHER
+def launch_settings(architecture: int, products: str, width: int) -> Launch:
+    """Launch settings by table; an architecture that is not in it takes the cautious ones.
 
-
-def _settings(device: torch.device) -> Launch:
-    if device.type != "cuda":
-        return _OTHER
-    major, minor = torch.cuda.get_device_capability(device)
-    return launch_settings(10 * major + minor)
+    Args:
+        architecture: compute capability, e.g. 90.
+        products: `half` (bfloat16, float16), `tf32`, or `ieee` (float32 without tensor cores).
+        width: the widest of d, ds and dv, up to 128.
+    """
+    padded = max(32, triton.next_power_of_2(width))
+    if padded == 32 and products != "ieee":
+        return _DATACENTER if architecture in (90, 100) else _OTHER
+    return _LAUNCH[products, padded]
 
 
 @dataclass(frozen=True)
@@ -357,6 +370,16 @@ class Inputs:
     seed: Tensor | None
     scale: float
     dropout_p: float
+
+    def launch(self) -> Launch:
+        """The settings that ship, for these tensors on their device."""
+        architecture = 0
+        if self.v.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.v.device)
+            architecture = 10 * major + minor
+        products = _precision(self.v) if self.v.dtype == torch.float32 else "half"
+        width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
+        return launch_settings(architecture, "half" if products == "emulate" else products, width)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -393,20 +416,23 @@ class Inputs:
             "BLOCK_N": tiles.keys,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            # Asked for, since its default differs between Triton's releases.
+            "enable_fp_fusion": True,
         }
 
 
 def _precision(v: Tensor) -> str:
-    """How products are formed; TF32 by PyTorch's own switch."""
+    """How products of float32 are formed; TF32 by PyTorch's own switch."""
     if v.device.type == "cpu":
         return "emulate"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # Of PyTorch's several ways to ask, the one that answers whichever way was used to set it.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
     """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`. `launch`: for tuning."""
     batch, queries, heads, _ = inputs.sizes
-    tiles = (launch or _settings(inputs.v.device)).forward
+    tiles = (launch or inputs.launch()).forward
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
     forward_kernel[(triton.cdiv(queries, tiles.queries), heads, batch)](
@@ -424,7 +450,7 @@ def backward(
     Those of rows and columns are sums of the dense gradient in a fixed order, so that two runs agree bit for bit.
     """
     batch, queries, heads, keys = inputs.sizes
-    settings = launch or _settings(inputs.v.device)
+    settings = launch or inputs.launch()
     upstream = upstream.contiguous()
     delta = (upstream.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     saved = (

@@ -88,10 +88,10 @@ def embed_backward_kernel(
     tl.store(grad_points + 2 * row + 1, grad_y.to(grad_points.dtype.element_ty), mask=inside)
 
 
-def launch(dim: int) -> dict[str, int]:
-    """Block sizes for a number of channels."""
+def launch(dim: int) -> dict[str, int | bool]:
+    """Block sizes and compiler options for a number of channels."""
     padded = triton.next_power_of_2(dim)
-    return {"DIM": dim, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded)}
+    return {"DIM": dim, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded), "enable_fp_fusion": True}
 
 
 def _rows(points: Tensor) -> int:

@@ -9,7 +9,7 @@ import tune
 
 from conddetr.kernels.attn import triton as kernels
 
-SHIPPED = kernels.launch_settings(90)
+SHIPPED = kernels.launch_settings(90, "half", 32)
 
 
 def test_every_setting_computes_the_same(monkeypatch):

@@ -358,6 +358,21 @@ def test_wrong_options_are_named(options, message):
         attend(Case().to("cpu", torch.float32), **{"backend": "eager", **options})
 
 
+def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
+    from conddetr.kernels.attn.triton import _precision
+
+    v = torch.empty(1, device="meta")
+    assert _precision(v) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    assert _precision(v) == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert _precision(v) == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert _precision(v) == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_wrong_dtypes_and_widths_are_named(device):
     leaves = Case().to(device, torch.float32)
     with pytest.raises(ValueError, match=r"v: expected dtype torch.float32 as of q_content, got torch.float64"):
