@@ -274,6 +274,39 @@ def test_compiles_without_a_graph_break(device):
     torch.testing.assert_close(compiled(*leaves), attention(*leaves))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_replays_in_a_cuda_graph(device):
+    """Captured once: new inputs give their own result, and every replay draws its own dropout."""
+    case, other = Case(queries=20), Case(queries=20)
+    leaves, upstream = case.to(device, torch.float16), case.upstream.to(device, torch.float16)
+    kept = torch.zeros((), device=device)
+
+    def step():
+        out = attend(leaves, "triton")
+        dropped = attend(leaves, "triton", dropout_p=0.5)
+        kept.copy_(dropped.sum())
+        return out, *torch.autograd.grad(out, leaves, upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        for leaf, new in zip(leaves, other.to(device, torch.float16), strict=True):
+            leaf.copy_(new)
+    sums = []
+    for _ in range(3):
+        graph.replay()
+        sums.append(kept.item())
+    assert len(set(sums)) == 3
+    other.upstream = case.upstream
+    assert all(torch.equal(a, b) for a, b in zip(found, other.run(device, torch.float16, "triton"), strict=True))
+
+
 def loop(q_content, q_spatial, k_content, k_spatial, v, padding, scale):
     """One weight at a time: softmax over the valid keys of the sum of two products."""
     out = torch.zeros(*q_content.shape[:3], v.shape[-1], dtype=v.dtype)
