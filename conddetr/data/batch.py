@@ -1,38 +1,306 @@
-"""From samples to batches."""
+"""From samples to batches: which images, in which order, padded to which shape, loaded by whom.
 
-from collections.abc import Iterator
+A batch is planned in the main process, from (seed, epoch) and the sizes of the images, and carried out by whichever
+worker is free. So neither workers nor prefetching change what is trained on, and (epoch, batches done) is all that
+must be remembered to go on in the middle of an epoch.
+"""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from conddetr.model.detr import pad_images
+from conddetr.data.images import to_model_input
+from conddetr.data.transforms import Plan, augmentation_generator
+
+SHAPE_STRIDE = 32
+"""Bucket shapes are multiples of this many pixels, the stride of a ResNet."""
+_SHAPE_SAMPLES = 2000
 
 
-def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, Tensor | None, list[dict]]:
-    """Samples of a data set -> batch [B, 3, H, W], valid_hw [B, 2] or None, targets (kept on the CPU)."""
-    images, targets = zip(*samples, strict=True)
-    return *pad_images(list(images)), list(targets)
+@dataclass
+class Batch:
+    """B images padded to one shape, and their N objects in two tensors."""
 
-
-class EpochSampler(Sampler[int]):
-    """A seeded permutation per epoch; call `set_epoch` before each.
-
-    For an endless data set every epoch draws new indices, past those of the epochs before.
-    """
-
-    def __init__(self, length: int, seed: int, endless: bool) -> None:
-        self.length, self.seed, self.endless = length, seed, endless
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of this epoch."""
-        self.epoch = epoch
+    images: Tensor
+    """[B, 3, H, W] uint8, zeros in the padding: a quarter of the bytes to copy that floats would be."""
+    sizes: Tensor
+    """[B, 2] int32, valid height and width of each image in pixels, from the top left corner."""
+    labels: Tensor
+    """[N] int64; on the CPU always: matching reads them there."""
+    boxes: Tensor
+    """[N, 4] float32, cxcywh in [0, 1] of the valid image; on the CPU always."""
+    counts: tuple[int, ...]
+    """Objects per image; their sum is N."""
+    image_ids: tuple[int, ...]
+    original_sizes: tuple[tuple[int, int], ...]
+    """Height and width of each image file, in pixels."""
+    padded: bool
+    """Whether any image is smaller than the batch."""
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.images)
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        offset = self.epoch * self.length if self.endless else 0
-        return (offset + index for index in torch.randperm(self.length, generator=generator).tolist())
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, for copies that do not wait; a `DataLoader` calls it."""
+        names = ("images", "sizes", "labels", "boxes")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+    def to(self, device: torch.device) -> "Batch":
+        """Images and sizes on the device, copied without waiting where they are pinned."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            sizes=self.sizes.to(device, non_blocking=True),
+        )
+
+    def model_input(self) -> Tensor:
+        """[B, 3, H, W] float32, normalised with ImageNet's statistics, zeros in the padding."""
+        images = to_model_input(self.images)
+        return images if self.mask is None else images.masked_fill_(self.mask[:, None], 0)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, H, W] bool, True = padding; None where nothing is padded."""
+        if not self.padded:
+            return None
+        height, width = (torch.arange(side, device=self.sizes.device) for side in self.images.shape[-2:])
+        return (height[:, None] >= self.sizes[:, 0, None, None]) | (width >= self.sizes[:, 1, None, None])
+
+    @property
+    def targets(self) -> list[dict]:
+        """Per image: `labels` [n], `boxes` [n, 4], `image_id`, `original_size`; views, nothing is copied."""
+        columns = (self.labels.split(self.counts), self.boxes.split(self.counts), self.image_ids, self.original_sizes)
+        names = ("labels", "boxes", "image_id", "original_size")
+        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def collate(samples: Sequence[tuple[Tensor, dict]], shape: tuple[int, int] | None = None) -> Batch:
+    """Put samples of a data set's `load` together.
+
+    Args:
+        samples: image [3, h, w] uint8 and target, see `CocoDetection.load`.
+        shape: (H, W) to pad to, at the bottom and right; default: the largest height and width.
+    """
+    images, targets = zip(*samples, strict=True)
+    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int32)
+    height, width = shape or sizes.amax(0).tolist()
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for padded, image in zip(batch, images, strict=True):
+        padded[:, : image.shape[1], : image.shape[2]] = image
+    return Batch(
+        batch,
+        sizes,
+        torch.cat([target["labels"] for target in targets]),
+        torch.cat([target["boxes"] for target in targets]),
+        tuple(len(target["labels"]) for target in targets),
+        tuple(target["image_id"] for target in targets),
+        tuple(target["original_size"] for target in targets),
+        bool((sizes != torch.tensor([height, width])).any()),
+    )
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One batch before it is loaded."""
+
+    indices: list[int]
+    plans: list[Plan]
+    shape: tuple[int, int]
+    """(H, W) to pad to."""
+
+
+class EpochBatches(Sampler[BatchPlan]):
+    """The batches of one epoch for one rank; call `set_epoch` before each epoch.
+
+    Training: a seeded permutation, cut into global batches (all ranks together), of which rank r takes every
+    `world`-th image from r on; what is too little for a global batch at the end is left out. The number of batches
+    is the same in every epoch and on every rank. For an endless data set every epoch has new images.
+
+    Evaluation: the images r, r + world, r + 2·world, … in order, each once.
+
+    With `pad_buckets`, images are grouped by the shape that they are padded to, and training shuffles the batches.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pad_buckets: int = 0,
+    ) -> None:
+        """Arguments and errors as those of `make_loader`."""
+        if train and len(dataset) < batch_size * world:
+            ranks = f" on each of {world} ranks" if world > 1 else ""
+            raise ValueError(f"batch_size: {batch_size}{ranks} is more than the {len(dataset)} training images.")
+        self.dataset, self.batch_size, self.train = dataset, batch_size, train
+        self.seed, self.rank, self.world = seed, rank, world
+        self.shapes = _bucket_shapes(dataset, seed, pad_buckets) if pad_buckets else []
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch, and how many of its batches were already done."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        if self.train:
+            return len(self.dataset) // (self.batch_size * self.world)
+        mine = len(range(self.rank, len(self.dataset), self.world))
+        return -(-mine // self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        indices = self._order()
+        plans = {index: self._plan(index) for index in indices} if self.shapes else {}
+        size = self.batch_size * (self.world if self.train else 1)
+        batches = self._grouped(indices, plans, size) if self.shapes else _cut(indices, size)
+        batches = batches[: len(self)]
+        if self.train and self.shapes:
+            # Grouping fills the batches of rare shapes late; training should not see them late.
+            order = torch.randperm(len(batches), generator=self._generator()).tolist()
+            batches = [batches[position] for position in order]
+        for batch in batches[self.start :]:
+            of_batch = {index: plans.get(index) or self._plan(index) for index in batch}
+            shape = self._shape(list(of_batch.values()))
+            mine = batch[self.rank :: self.world] if self.train else batch
+            yield BatchPlan(mine, [of_batch[index] for index in mine], shape)
+
+    def largest_shape(self) -> tuple[int, int]:
+        """(H, W) that no batch exceeds: what memory must suffice for."""
+        if self.shapes:
+            return self.shapes[-1]
+        short, long = self.dataset.largest_shape()
+        # One image lies in landscape or portrait; a batch of both needs a square.
+        return (short, long) if self.batch_size == 1 else (long, long)
+
+    def _order(self) -> list[int]:
+        """Images of this epoch: those of all ranks for training, of this one for evaluation."""
+        if not self.train:
+            return list(range(self.rank, len(self.dataset), self.world))
+        offset = self.epoch * len(self.dataset) if self.dataset.endless else 0
+        permutation = torch.randperm(len(self.dataset), generator=self._generator())
+        return (permutation + offset).tolist()
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+
+    def _plan(self, index: int) -> Plan:
+        return self.dataset.plan(index, augmentation_generator(self.seed, self.epoch, index))
+
+    def _shape(self, plans: list[Plan]) -> tuple[int, int]:
+        height, width = max(plan.height for plan in plans), max(plan.width for plan in plans)
+        return _smallest_fit(self.shapes, height, width) if self.shapes else (height, width)
+
+    def _grouped(self, indices: list[int], plans: dict[int, Plan], size: int) -> list[list[int]]:
+        """Full batches of one shape each, in the order in which they fill; then the remainders by shape."""
+        groups: dict[tuple[int, int], list[int]] = {shape: [] for shape in self.shapes}
+        full = []
+        for index in indices:
+            shape = _smallest_fit(self.shapes, plans[index].height, plans[index].width)
+            groups[shape].append(index)
+            if len(groups[shape]) == size:
+                full.append(groups[shape])
+                groups[shape] = []
+        # Sorted so that at most one batch mixes landscape and portrait, and needs the square.
+        rest = [index for group in groups.values() for index in group]
+        rest.sort(key=lambda index: (plans[index].height > plans[index].width, plans[index].height * plans[index].width))
+        return full + _cut(rest, size)
+
+
+class _BatchReader(Dataset):
+    """Carries batch plans out, in a worker process or in the main one."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, batch: BatchPlan) -> Batch:
+        samples = [self.dataset.load(index, plan) for index, plan in zip(batch.indices, batch.plans, strict=True)]
+        return collate(samples, batch.shape)
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    train: bool,
+    workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pad_buckets: int = 0,
+    device: torch.device | None = None,
+) -> DataLoader:
+    """A loader of `Batch`es; its `sampler` is an `EpochBatches`.
+
+    Args:
+        dataset: `CocoDetection` or `SyntheticShapes`.
+        batch_size: images per step and rank.
+        train: shuffled and without an incomplete batch, or in order and complete; see `EpochBatches`.
+        workers: processes that load, kept from epoch to epoch; 0: the calling process loads.
+        seed: of order and augmentation; with the epoch, nothing else has a say in them.
+        rank, world: this process and how many share the epoch.
+        pad_buckets: pad to one of this many shapes (and one more: the square for the one batch per epoch that mixes
+            what is left), so that compiled code sees few; 0: pad to the largest image of the batch.
+        device: where the batches go; pinned memory if it is a CUDA device.
+
+    Raises:
+        ValueError: fewer training images than one batch on every rank.
+    """
+    return DataLoader(
+        _BatchReader(dataset),
+        batch_size=None,
+        sampler=EpochBatches(dataset, batch_size, train, seed, rank, world, pad_buckets),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device is not None and device.type == "cuda",
+    )
+
+
+def _cut(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _smallest_fit(shapes: list[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
+    """The first, so smallest, of the shapes that holds height × width; the last one holds everything."""
+    return next(shape for shape in shapes if shape[0] >= height and shape[1] >= width)
+
+
+def _bucket_shapes(dataset: Dataset, seed: int, count: int) -> list[tuple[int, int]]:
+    """`count` shapes by area, and last the square that holds everything.
+
+    Landscape and portrait of the largest image are always among them; each further one is the multiple of the stride
+    that saves most padded pixels on a sample of the data set.
+    """
+    short, long = (_round_up(side) for side in dataset.largest_shape())
+    shapes = [(long, long)]
+    if count > 1:
+        shapes += [(short, long), (long, short)]
+    sizes = np.array([_round_up(side) for plan in _sample_plans(dataset, seed) for side in (plan.height, plan.width)])
+    sizes = sizes.reshape(-1, 2)
+    candidates = np.array([(h, w) for h in np.unique(sizes[:, 0]) for w in np.unique(sizes[:, 1])])
+    # cost[c, i]: pixels of image i in candidate c.
+    fits = (candidates[:, None] >= sizes[None]).all(-1)
+    cost = np.where(fits, candidates.prod(1)[:, None], long * long)
+    best = np.array([[h * w if h >= y and w >= x else long * long for y, x in sizes] for h, w in shapes]).min(0)
+    while len(shapes) <= count:
+        totals = np.minimum(cost, best).sum(1)
+        if totals.min() >= best.sum():
+            break
+        shapes.append(tuple(candidates[totals.argmin()].tolist()))
+        best = np.minimum(best, cost[totals.argmin()])
+    return sorted(set(shapes), key=lambda shape: (shape[0] * shape[1], shape))
+
+
+def _sample_plans(dataset: Dataset, seed: int) -> list[Plan]:
+    step = max(1, len(dataset) // _SHAPE_SAMPLES)
+    return [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(0, len(dataset), step)]
+
+
+def _round_up(side: int) -> int:
+    return -(-side // SHAPE_STRIDE) * SHAPE_STRIDE

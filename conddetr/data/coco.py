@@ -3,15 +3,17 @@
 import json
 import logging
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from conddetr.data.images import read_image
+from conddetr.data.images import read_image, to_model_input
+from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply, augmentation_generator
 
 log = logging.getLogger(__name__)
 
@@ -30,33 +32,45 @@ class CocoDetection(Dataset):
     those that keep no area are left out and counted in `dropped_boxes`.
     """
 
+    endless = False
+
     def __init__(
-        self, image_dir: str | Path, annotation_file: str | Path, transform: Callable[[Tensor, dict], tuple]
+        self,
+        image_dir: str | Path,
+        annotation_file: str | Path,
+        transform: TrainTransform | EvalTransform,
+        image_ids: Collection[int] | None = None,
     ) -> None:
         """Read and check the annotations.
 
         Args:
             image_dir: folder of the images.
             annotation_file: JSON in COCO's format.
-            transform: called with the image [3, H, W] and the target; a `TrainTransform` or `EvalTransform`.
+            transform: what happens to each image.
+            image_ids: the images to use; default: all.
 
         Raises:
             FileNotFoundError: no such folder or file.
-            ValueError: the annotations do not follow COCO's format; names the file and the entry.
+            ValueError: the annotations do not follow COCO's format, or lack an image that was asked for; names the
+                file and the entry.
         """
         self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.image_dir} does not exist.")
         self.transform = transform
-        self.content = load_annotations(self.annotation_file)
+        content = load_annotations(self.annotation_file)
         self.classes = [
             {"id": category["id"], "name": category["name"]}
-            for category in sorted(self.content["categories"], key=lambda category: category["id"])
+            for category in sorted(content["categories"], key=lambda category: category["id"])
         ]
-        self._label_of = {category["id"]: label for label, category in enumerate(self.classes)}
-        self._images = {image["id"]: image for image in self.content["images"]}
-        self.image_ids = sorted(self._images)
-        self._targets, self.dropped_boxes = self._make_targets()
+        images = {image["id"]: image for image in content["images"]}
+        self.image_ids = sorted(images if image_ids is None else image_ids)
+        absent = [image_id for image_id in self.image_ids if image_id not in images]
+        if absent:
+            raise ValueError(f"Annotation file {self.annotation_file} has no image id {absent[0]}.")
+        self._files = [images[image_id]["file_name"] for image_id in self.image_ids]
+        self._sizes = torch.tensor([(images[i]["height"], images[i]["width"]) for i in self.image_ids]).reshape(-1, 2)
+        self._pack_targets(content["annotations"])
         if self.dropped_boxes:
             log.warning(
                 "%s: %d boxes without area inside their image are left out.",
@@ -68,59 +82,87 @@ class CocoDetection(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        """The transformed image and its target: `labels` [n], `boxes` [n, 4], `image_id`, `original_size`."""
-        image_id = self.image_ids[index]
-        image, info = self._read(image_id), self._images[image_id]
-        if tuple(image.shape[-2:]) != (info["height"], info["width"]):
+        """The normalised image and its target, as the first epoch of seed 0 shows them; see `load`."""
+        image, target = self.load(index, self.plan(index, augmentation_generator(0, 0, index)))
+        return to_model_input(image), target
+
+    def plan(self, index: int, generator: Random) -> Plan:
+        """Draw what happens to an image; nothing is read."""
+        return self.transform.plan(*self._sizes[index].tolist(), generator)
+
+    def largest_shape(self) -> tuple[int, int]:
+        """Short and long side, in pixels, that no planned image exceeds."""
+        return self.transform.largest_shape()
+
+    def load(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
+        """Read an image and carry a plan out.
+
+        Returns:
+            [3, plan.height, plan.width] uint8, and the target: `labels` [n] int64, `boxes` [n, 4] cxcywh in [0, 1],
+            `image_id`, `original_size` (height, width).
+
+        Raises:
+            FileNotFoundError, ValueError: the image is missing, damaged, or not of the size that the annotations
+                say; names the file and the image id.
+        """
+        image, image_id = self._read(index), self.image_ids[index]
+        height, width = self._sizes[index].tolist()
+        if tuple(image.shape[-2:]) != (height, width):
             raise ValueError(
-                f"Image file {self.image_dir / info['file_name']} (image id {image_id}): {self.annotation_file} "
-                f"says height × width {info['height']}×{info['width']}, the file, turned upright by its EXIF tag, has "
+                f"Image file {self.image_dir / self._files[index]} (image id {image_id}): {self.annotation_file} "
+                f"says height × width {height}×{width}, the file, turned upright by its EXIF tag, has "
                 f"{image.shape[1]}×{image.shape[2]}."
             )
-        labels, boxes = self._targets[image_id]
-        return self.transform(
-            image,
-            {
-                "labels": labels,
-                "boxes": boxes,
-                "image_id": image_id,
-                "original_size": (info["height"], info["width"]),
-            },
-        )
+        start, end = self._offsets[index : index + 2].tolist()
+        target = {
+            "labels": self._labels[start:end],
+            "boxes": self._boxes[start:end],
+            "image_id": image_id,
+            "original_size": (height, width),
+        }
+        return apply(image, target, plan)
 
     def ground_truth(self) -> dict:
-        """The annotations in COCO's format, for evaluation."""
-        return self.content
+        """The annotations of these images in COCO's format, for evaluation; read from the file again.
 
-    def _read(self, image_id: int) -> Tensor:
+        They are not kept: lists and dicts of a large set would be copied into every worker process, page by page.
+        """
+        content = load_annotations(self.annotation_file)
+        chosen = set(self.image_ids)
+        return {
+            "images": [image for image in content["images"] if image["id"] in chosen],
+            "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
+            "categories": content["categories"],
+        }
+
+    def _read(self, index: int) -> Tensor:
         try:
-            return read_image(self.image_dir / self._images[image_id]["file_name"])
+            return read_image(self.image_dir / self._files[index])
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{error} It is image id {image_id} of {self.annotation_file}.") from error
+            raise type(error)(f"{error} It is image id {self.image_ids[index]} of {self.annotation_file}.") from error
 
-    def _make_targets(self) -> tuple[dict[int, tuple[Tensor, Tensor]], int]:
-        annotations = defaultdict(list)
-        for annotation in self.content["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
-        targets, dropped = {}, 0
-        for image_id, info in self._images.items():
-            kept = []
-            for annotation in annotations[image_id]:
-                if annotation["iscrowd"]:
-                    continue
-                box = _clipped_box(annotation["bbox"], info["height"], info["width"])
-                if box is None:
-                    dropped += 1
-                else:
-                    kept.append((self._label_of[annotation["category_id"]], box))
-            targets[image_id] = (
-                torch.tensor([label for label, _ in kept], dtype=torch.int64),
-                torch.tensor([box for _, box in kept], dtype=torch.float32).reshape(-1, 4),
-            )
-        return targets, dropped
+    def _pack_targets(self, annotations: list[dict]) -> None:
+        """Boxes of all images in one tensor [N, 4], those of image i from `_offsets[i]` to `_offsets[i + 1]`."""
+        label_of = {category["id"]: label for label, category in enumerate(self.classes)}
+        sizes = dict(zip(self.image_ids, self._sizes.tolist(), strict=True))
+        kept: dict[int, list[tuple[int, list[float]]]] = {image_id: [] for image_id in self.image_ids}
+        self.dropped_boxes = 0
+        for annotation in annotations:
+            image_id = annotation["image_id"]
+            if annotation["iscrowd"] or image_id not in kept:
+                continue
+            box = _clipped_box(annotation["bbox"], *sizes[image_id])
+            if box is None:
+                self.dropped_boxes += 1
+            else:
+                kept[image_id].append((label_of[annotation["category_id"]], box))
+        targets = [target for of_image in kept.values() for target in of_image]
+        self._labels = torch.tensor([label for label, _ in targets], dtype=torch.int64)
+        self._boxes = torch.tensor([box for _, box in targets], dtype=torch.float32).reshape(-1, 4)
+        self._offsets = torch.tensor([0, *(len(of_image) for of_image in kept.values())]).cumsum(0)
 
 
-def coco_split(root: str | Path, split: str, transform: Callable[[Tensor, dict], tuple]) -> CocoDetection:
+def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDetection:
     """`train` or `val` of a folder in COCO's official 2017 layout; errors as `CocoDetection`."""
     root = Path(root)
     return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform)

@@ -1,12 +1,15 @@
 """An endless, seeded set of textured shapes on clutter: a detection task that needs no download."""
 
+from random import Random
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from conddetr.data.transforms import finish
+from conddetr.data.images import to_model_input
+from conddetr.data.transforms import Plan, finish
 
 CLASSES = ("disk", "square", "triangle")
 MAX_SHAPES = 4
@@ -37,7 +40,25 @@ class SyntheticShapes(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        """The normalised image and its target: `labels`, `boxes` cxcywh, `image_id`, `original_size`."""
+        """The normalised image and its target; see `load`."""
+        image, target = self.load(index, self.plan(index))
+        return to_model_input(image), target
+
+    def plan(self, index: int, generator: Random | None = None) -> Plan:
+        """Nothing happens to a drawn image: every one is new."""
+        return Plan(False, None, self.image_size, self.image_size)
+
+    def largest_shape(self) -> tuple[int, int]:
+        """Short and long side of every image, in pixels."""
+        return self.image_size, self.image_size
+
+    def load(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
+        """Draw an image.
+
+        Returns:
+            [3, S, S] uint8, and the target: `labels` [n] int64, `boxes` [n, 4] cxcywh in [0, 1], `image_id`,
+            `original_size` (height, width).
+        """
         pixels, labels, boxes = self.draw(index)
         target = {
             "labels": torch.tensor(labels, dtype=torch.int64),
@@ -45,7 +66,7 @@ class SyntheticShapes(Dataset):
             "image_id": index,
             "original_size": (self.image_size, self.image_size),
         }
-        return finish(torch.from_numpy(pixels).permute(2, 0, 1), target)
+        return torch.from_numpy(pixels).permute(2, 0, 1), finish(target, plan.height, plan.width)
 
     def draw(self, index: int) -> tuple[np.ndarray, list[int], list[list[float]]]:
         """Pixels [S, S, 3] uint8, labels, and xyxy boxes in pixels."""

@@ -1,16 +1,21 @@
 """Augmentation of training images, with their boxes.
 
+What happens to an image is planned first, from its size and a generator alone, and applied later: so the shapes of a
+whole epoch are known before one image is read, and a plan does not depend on which process reads it.
+
 Source: DETR section A.4; `make_coco_transforms` of `datasets/coco.py` in the official code.
 """
 
-import torch
+import random
+from dataclasses import dataclass
+
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F
 
 from conddetr.config import ModelConfig
-from conddetr.data.images import resized_shape, to_model_input
+from conddetr.data.images import resized_shape
 
 _REFERENCE_SIZE = 800
 _SCALES = tuple(range(480, 801, 32))
@@ -18,11 +23,34 @@ _CROP_SCALES = (400, 500, 600)
 _CROP_RANGE = (384, 600)
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A resize to (`height`, `width`), then the rectangle [top, top + rows) × [left, left + columns) of it; pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one image, in this order."""
+
+    flip: bool
+    """Mirror left and right."""
+    crop: Crop | None
+    height: int
+    """Of the result, in pixels."""
+    width: int
+
+
 class TrainTransform:
     """Random flip, then either a multi-scale resize, or a resize, a random crop and that resize.
 
-    All sizes are the official ones times `config.image_size` / 800. Randomness comes from torch's global
-    generator, which a data loader seeds per worker.
+    All sizes are the official ones times `config.image_size` / 800.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -32,24 +60,30 @@ class TrainTransform:
         self.crop_range = [round(size * factor) for size in _CROP_RANGE]
         self.max_size = config.max_image_size
 
-    def __call__(self, image: Tensor, target: dict) -> tuple[Tensor, dict]:
-        """image [3, H, W], target with `boxes` [n, 4] xyxy pixels and `labels` [n] -> as `finish`."""
-        boxes = target["boxes"]
-        if _coin():
-            image, boxes = _flip(image, boxes)
-        if _coin():
-            image, boxes = _resize(image, boxes, _choice(self.crop_scales), None)
-            image, boxes = self._crop(image, boxes)
-        image, boxes = _resize(image, boxes, _choice(self.scales), self.max_size)
-        return finish(image, {**target, "boxes": boxes})
+    def plan(self, height: int, width: int, generator: random.Random) -> Plan:
+        """Draw what happens to an image of this size."""
+        flip = _coin(generator)
+        crop = self._plan_crop(height, width, generator) if _coin(generator) else None
+        size = (height, width) if crop is None else (crop.rows, crop.columns)
+        return Plan(flip, crop, *resized_shape(*size, _choice(self.scales, generator), self.max_size))
 
-    def _crop(self, image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, target: dict, generator: random.Random) -> tuple[Tensor, dict]:
+        """Plan and apply; arguments and result as those of `apply`."""
+        return apply(image, target, self.plan(*image.shape[-2:], generator))
+
+    def largest_shape(self) -> tuple[int, int]:
+        """Short and long side, in pixels, that no result exceeds."""
+        return max(self.scales), self.max_size
+
+    def _plan_crop(self, height: int, width: int, generator: random.Random) -> Crop:
+        short_side = _choice(self.crop_scales, generator)
+        # Without a bound the long side is still kept finite: a 1×2000 strip would ask for a million pixels.
+        resized = resized_shape(height, width, short_side, 8 * short_side)
         low, high = self.crop_range
-        height, width = (_integer(min(low, side), min(side, high)) for side in image.shape[-2:])
-        top = _integer(0, image.shape[-2] - height)
-        left = _integer(0, image.shape[-1] - width)
-        boxes = boxes - boxes.new_tensor([left, top, left, top])
-        return F.crop(image, top, left, height, width), clip_boxes_to_image(boxes, (height, width))
+        rows, columns = (_integer(min(low, side), min(side, high), generator) for side in resized)
+        top = _integer(0, resized[0] - rows, generator)
+        left = _integer(0, resized[1] - columns, generator)
+        return Crop(*resized, top, left, rows, columns)
 
 
 class EvalTransform:
@@ -58,23 +92,53 @@ class EvalTransform:
     def __init__(self, config: ModelConfig) -> None:
         self.short_side, self.max_size = config.image_size, config.max_image_size
 
-    def __call__(self, image: Tensor, target: dict) -> tuple[Tensor, dict]:
+    def plan(self, height: int, width: int, generator: random.Random | None = None) -> Plan:
+        """What happens to an image of this size; `generator` is not used."""
+        return Plan(False, None, *resized_shape(height, width, self.short_side, self.max_size))
+
+    def __call__(self, image: Tensor, target: dict, generator: random.Random | None = None) -> tuple[Tensor, dict]:
         """As `TrainTransform.__call__`."""
-        image, boxes = _resize(image, target["boxes"], self.short_side, self.max_size)
-        return finish(image, {**target, "boxes": boxes})
+        return apply(image, target, self.plan(*image.shape[-2:]))
+
+    def largest_shape(self) -> tuple[int, int]:
+        """Short and long side, in pixels, that no result exceeds."""
+        return self.short_side, self.max_size
 
 
-def finish(image: Tensor, target: dict) -> tuple[Tensor, dict]:
-    """Normalise: image to float32 with ImageNet's statistics, boxes from xyxy pixels to cxcywh in [0, 1].
+def apply(image: Tensor, target: dict, plan: Plan) -> tuple[Tensor, dict]:
+    """Carry a plan out.
 
-    Boxes that a crop left without area go, with their labels.
+    Args:
+        image: [3, H, W] uint8, of the size the plan was made for.
+        target: `labels` [n] int64 and `boxes` [n, 4] float32, xyxy in pixels; other entries are passed on.
+
+    Returns:
+        image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes that the crop left
+        without area go, with their labels.
     """
-    height, width = image.shape[-2:]
+    boxes = target["boxes"]
+    if plan.flip:
+        image, boxes = _flip(image, boxes)
+    if plan.crop is not None:
+        image, boxes = _resize(image, boxes, plan.crop.height, plan.crop.width)
+        image, boxes = _crop(image, boxes, plan.crop)
+    image, boxes = _resize(image, boxes, plan.height, plan.width)
+    return image, finish({**target, "boxes": boxes}, plan.height, plan.width)
+
+
+def finish(target: dict, height: int, width: int) -> dict:
+    """Boxes from xyxy in pixels of a height × width image to cxcywh in [0, 1]; those without area go."""
     boxes = target["boxes"]
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     scale = boxes.new_tensor([width, height, width, height])
     boxes = box_convert(boxes[keep], "xyxy", "cxcywh") / scale
-    return to_model_input(image), {**target, "boxes": boxes, "labels": target["labels"][keep]}
+    return {**target, "boxes": boxes, "labels": target["labels"][keep]}
+
+
+def augmentation_generator(seed: int, epoch: int, index: int) -> random.Random:
+    """The generator of one image in one epoch: no two (seed, epoch, index) share one, no process has a say in it."""
+    # Seeds of any length, so no hash is needed; Python promises equal `random()` for equal seeds in all its versions.
+    return random.Random((seed << 96) | (epoch << 64) | index)
 
 
 def _flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,22 +146,25 @@ def _flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     return F.horizontal_flip(image), F.horizontal_flip(canvas).as_subclass(Tensor)
 
 
-def _resize(image: Tensor, boxes: Tensor, short_side: int, max_side: int | None) -> tuple[Tensor, Tensor]:
-    height, width = image.shape[-2:]
-    # Without a bound the long side is still kept finite: a 1×2000 strip would ask for a million pixels.
-    bound = max_side if max_side is not None else 8 * short_side
-    new_height, new_width = resized_shape(height, width, short_side, bound)
-    ratio = boxes.new_tensor([new_width / width, new_height / height]).repeat(2)
-    return F.resize(image, [new_height, new_width], antialias=True), boxes * ratio
+def _crop(image: Tensor, boxes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
+    boxes = boxes - boxes.new_tensor([crop.left, crop.top, crop.left, crop.top])
+    boxes = clip_boxes_to_image(boxes, (crop.rows, crop.columns))
+    return F.crop(image, crop.top, crop.left, crop.rows, crop.columns), boxes
 
 
-def _coin() -> bool:
-    return bool(torch.rand(()) < 0.5)
+def _resize(image: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    ratio = boxes.new_tensor([width / image.shape[-1], height / image.shape[-2]]).repeat(2)
+    return F.resize(image, [height, width], antialias=True), boxes * ratio
 
 
-def _integer(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
+def _coin(generator: random.Random) -> bool:
+    return generator.random() < 0.5
 
 
-def _choice(values: list[int]) -> int:
-    return values[_integer(0, len(values) - 1)]
+def _integer(low: int, high: int, generator: random.Random) -> int:
+    """Uniform in [low, high], from `random()` alone, the one method that Python promises not to change."""
+    return low + int(generator.random() * (high - low + 1))
+
+
+def _choice(values: list[int], generator: random.Random) -> int:
+    return values[_integer(0, len(values) - 1, generator)]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from conddetr.data.batch import collate
+from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.progress import Progress
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
@@ -48,7 +48,7 @@ def evaluate(
             f"The data set has {len(unknown)} categories that the model does not know, first "
             f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
         )
-    batches = DataLoader(dataset, batch_size, collate_fn=collate, num_workers=workers)
+    batches = make_loader(dataset, batch_size, train=False, workers=workers, device=device)
     with Progress("evaluate", total=len(dataset)) as progress:
         results = detect(model, batches, category_ids, device, progress.advance)
     return coco_metrics(dataset.ground_truth(), results)
@@ -57,7 +57,7 @@ def evaluate(
 @torch.no_grad()
 def detect(
     model: DETR,
-    batches: Iterable[tuple[Tensor, Tensor | None, list[dict]]],
+    batches: Iterable[Batch],
     category_ids: list[int],
     device: torch.device,
     on_batch: Callable[[int], None] = lambda images: None,
@@ -66,7 +66,7 @@ def detect(
 
     Args:
         model: any preset; left in the mode it was in.
-        batches: as `collate` makes them; targets carry `image_id` and `original_size`.
+        batches: of any loader.
         category_ids: COCO category id of every label of the model.
         device: where to run.
         on_batch: called after every batch with its number of images, for progress.
@@ -77,13 +77,13 @@ def detect(
     was_training = model.training
     model.eval()
     results = []
-    for images, valid_hw, targets in batches:
-        outputs = model(images.to(device), valid_hw=None if valid_hw is None else valid_hw.to(device))
-        sizes = [target["original_size"] for target in targets]
-        detections = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
-        for target, found in zip(targets, detections, strict=True):
-            results += _coco_results(target["image_id"], found, category_ids)
-        on_batch(len(targets))
+    for batch in batches:
+        batch = batch.to(device)
+        outputs = model(batch.model_input(), batch.mask)
+        detections = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
+        for image_id, found in zip(batch.image_ids, detections, strict=True):
+            results += _coco_results(image_id, found, category_ids)
+        on_batch(len(batch))
     model.train(was_training)
     return results
 

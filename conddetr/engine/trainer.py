@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conddetr.data.batch import EpochSampler, collate
+from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint
 from conddetr.engine.evaluator import evaluate, require_pycocotools
 from conddetr.engine.progress import Progress, console
@@ -87,7 +87,6 @@ class Trainer:
         self.output_dir = Path(output_dir)
         self.optimizer = make_optimizer(model, config)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_drop)
-        self.sampler = EpochSampler(len(train_set), config.seed, endless=getattr(train_set, "endless", False))
         self.start_epoch = 0
         self.resumed_from: Path | None = None
         self.seconds = 0.0
@@ -123,19 +122,14 @@ class Trainer:
             done = f"{self.start_epoch} epochs of {self.config.epochs}"
             raise ValueError(f"epochs: {self.resumed_from} already holds {done}: ask for more.")
         seed_everything(self.config.seed + self.start_epoch)
-        batches = DataLoader(
+        batches = make_loader(
             self.train_set,
             self.config.batch_size,
-            sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=self.config.workers,
-            persistent_workers=self.config.workers > 0,
-            drop_last=True,
+            train=True,
+            workers=self.config.workers,
+            seed=self.config.seed,
+            device=self.device,
         )
-        if len(batches) == 0:
-            raise ValueError(
-                f"batch_size: {self.config.batch_size} is more than the {len(self.train_set)} training images."
-            )
         metrics: dict[str, float] = {}
         for epoch in range(self.start_epoch, self.config.epochs):
             record = {
@@ -157,33 +151,31 @@ class Trainer:
     def _epoch(self, epoch: int, batches: DataLoader) -> dict[str, float]:
         """Train one epoch; returns mean losses and speed."""
         self.model.train()
-        self.sampler.set_epoch(epoch)
+        batches.sampler.set_epoch(epoch)
         sums: dict[str, float] = defaultdict(float)
         images, start = 0, time.perf_counter()
         before = self.seconds
         with Progress(f"epoch {epoch + 1}/{self.config.epochs}", total=len(self.train_set)) as progress:
             for step, batch in enumerate(batches, start=1):
-                for name, value in self._step(*batch).items():
+                for name, value in self._step(batch).items():
                     sums[name] += value
-                images += len(batch[0])
+                images += len(batch)
                 self.seconds = before + time.perf_counter() - start
-                progress.advance(len(batch[0]), _note(sums, step))
+                progress.advance(len(batch), _note(sums, step))
                 if self._out_of_time():
                     break
         speed = images / (self.seconds - before)
         return {**{name: value / step for name, value in sums.items()}, "images_per_second": speed}
 
-    def _step(self, images: Tensor, valid_hw: Tensor | None, targets: list[dict]) -> dict[str, float]:
-        images = images.to(self.device, non_blocking=True)
-        valid_hw = None if valid_hw is None else valid_hw.to(self.device, non_blocking=True)
-        losses = self.criterion(self.model(images, valid_hw=valid_hw), targets)
+    def _step(self, batch: Batch) -> dict[str, float]:
+        batch = batch.to(self.device)
+        losses = self.criterion(self.model(batch.model_input(), batch.mask), batch.targets)
         names, values = zip(*losses.items(), strict=True)
         # One copy to the host for all that is logged.
         values = dict(zip(names, torch.stack([value.detach() for value in values]).tolist(), strict=True))
         if not np.isfinite(values["loss"]):
             bad = [name for name, value in values.items() if not np.isfinite(value)]
-            ids = [target["image_id"] for target in targets]
-            raise FloatingPointError(f"The loss is not finite: {bad[1:] or bad} on image ids {ids}.")
+            raise FloatingPointError(f"The loss is not finite: {bad[1:] or bad} on image ids {list(batch.image_ids)}.")
         self.optimizer.zero_grad()
         losses["loss"].backward()
         if self.config.clip_max_norm > 0:

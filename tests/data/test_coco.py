@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conddetr.config import resolve
-from conddetr.data.batch import collate
+from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split
 from conddetr.data.transforms import EvalTransform
 
@@ -54,10 +54,10 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
 
 def test_images_without_boxes_stay(small_coco):
     small_coco.content["annotations"] = []
-    images, valid_hw, targets = collate([load(small_coco)[index] for index in range(4)])
-    assert images.shape[0] == len(targets) == 4
-    assert (images.shape[2:], valid_hw.tolist()) == ((128, 192), [[128, 192], [128, 165], [128, 144], [128, 128]])
-    assert all(target["boxes"].shape == (0, 4) for target in targets)
+    batch = next(iter(make_loader(load(small_coco), 4, train=False)))
+    assert batch.images.shape[0] == len(batch.targets) == 4
+    assert batch.mask is not None
+    assert all(target["boxes"].shape == (0, 4) for target in batch.targets)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from conddetr.data.batch import EpochSampler
 from conddetr.data.synthetic import MAX_OVERLAP, MAX_SHAPES, SyntheticShapes, _overlap
 
 
@@ -39,16 +38,3 @@ def test_ground_truth_is_that_of_the_samples():
         assert [a["category_id"] - 1 for a in annotations] == target["labels"].tolist()
         for annotation, (cx, cy, w, h) in zip(annotations, (target["boxes"] * 128).tolist(), strict=True):
             np.testing.assert_allclose(annotation["bbox"], [cx - w / 2, cy - h / 2, w, h], atol=1e-3)
-
-
-def test_sampler_permutes_and_never_repeats_an_endless_set():
-    endless, finite = EpochSampler(10, 0, endless=True), EpochSampler(10, 0, endless=False)
-    seen = []
-    for epoch in range(3):
-        endless.set_epoch(epoch)
-        finite.set_epoch(epoch)
-        order = list(finite)
-        assert sorted(order) == list(range(10))
-        assert order == list(finite)
-        seen += list(endless)
-    assert sorted(seen) == list(range(30))

@@ -1,0 +1,165 @@
+"""Batches: what is trained on depends on seed, epoch and index alone; shapes are few; ranks share without overlap."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conddetr.config import resolve
+from conddetr.data.batch import make_loader
+from conddetr.data.coco import CocoDetection, coco_split
+from conddetr.data.images import to_model_input
+from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.transforms import EvalTransform, TrainTransform
+
+CONFIG = resolve("conditional-detr-tiny")
+SIZES = ((60, 90), (90, 60), (50, 120), (70, 70))
+
+
+@pytest.fixture
+def mixed(small_coco):
+    """24 training images in four sizes, one object each."""
+    small_coco.content.update(images=[], annotations=[])
+    rng = np.random.default_rng(1)
+    for index in range(24):
+        height, width = SIZES[index % 4]
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            small_coco.images / f"{index}.png"
+        )
+        small_coco.content["images"].append(
+            {"id": index, "file_name": f"{index}.png", "height": height, "width": width}
+        )
+        small_coco.annotate(index, [5.0, 5.0, 40.0, 30.0], 3)
+    small_coco.write()
+    return coco_split(small_coco.root, "train", TrainTransform(CONFIG))
+
+
+class Wide(CocoDetection):
+    """Sizes of a large set without its files: plans alone are looked at."""
+
+    def __init__(self, count):
+        self.transform, self.image_ids = TrainTransform(resolve("conditional-detr-r50")), range(count)
+        generator = torch.Generator().manual_seed(3)
+        self._sizes = torch.randint(300, 641, (count, 2), generator=generator)
+
+
+def same(first, second):
+    """Whether two batches are bit for bit the same."""
+    return (
+        torch.equal(first.images, second.images)
+        and torch.equal(first.sizes, second.sizes)
+        and torch.equal(first.boxes, second.boxes)
+        and first.image_ids == second.image_ids
+    )
+
+
+def epoch_of(loader, epoch, start=0):
+    loader.sampler.set_epoch(epoch, start)
+    return list(loader)
+
+
+@pytest.mark.parametrize("pad_buckets", [0, 3])
+def test_workers_and_random_states_change_nothing(mixed, pad_buckets):
+    whole = make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets)
+    with_workers = make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets, workers=2)
+    for epoch in (0, 1):
+        expected = epoch_of(whole, epoch)
+        torch.manual_seed(epoch + 100)
+        assert all(same(a, b) for a, b in zip(expected, epoch_of(with_workers, epoch), strict=True))
+    # From the middle of an epoch, in a fresh loader: the same images and the same draws.
+    resumed = epoch_of(make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets), 1, start=4)
+    assert all(same(a, b) for a, b in zip(expected[4:], resumed, strict=True))
+    assert not same(epoch_of(whole, 2)[0], expected[0])
+    other = make_loader(mixed, 4, train=True, seed=6, pad_buckets=pad_buckets)
+    assert not same(epoch_of(other, 1)[0], expected[0])
+
+
+@pytest.mark.parametrize("pad_buckets", [0, 1, 2, 6])
+def test_an_epoch_has_every_image_once_in_few_shapes(pad_buckets):
+    dataset = Wide(1003)
+    sampler = make_loader(dataset, 8, train=True, pad_buckets=pad_buckets).sampler
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        seen = [index for batch in batches for index in batch.indices]
+        assert len(batches) == len(sampler) == 1003 // 8
+        assert len(seen) == len(set(seen)) == 8 * (1003 // 8)
+        largest = sampler.largest_shape()
+        for batch in batches:
+            assert all(plan.height <= batch.shape[0] and plan.width <= batch.shape[1] for plan in batch.plans)
+            assert batch.shape[0] <= largest[0]
+            assert batch.shape[1] <= largest[1]
+        if pad_buckets:
+            shapes = [batch.shape for batch in batches]
+            assert len(set(shapes)) <= pad_buckets + 1
+            assert shapes.count((1344, 1344)) <= (1 if pad_buckets > 1 else len(shapes))
+
+
+def test_more_buckets_waste_less():
+    def padding(buckets):
+        sampler = make_loader(Wide(1000), 8, train=True, pad_buckets=buckets).sampler
+        batches = list(sampler)
+        valid = sum(plan.height * plan.width for batch in batches for plan in batch.plans)
+        return sum(8 * batch.shape[0] * batch.shape[1] for batch in batches) / valid
+
+    assert padding(2) > padding(4) > padding(8)
+    # Eight fixed shapes pad less than the official code does, with a shape of its own for every batch.
+    assert padding(8) < padding(0)
+
+
+def test_ranks_share_global_batches():
+    dataset = Wide(101)
+    single = make_loader(dataset, 8, train=True, seed=2, pad_buckets=4).sampler
+    ranks = [make_loader(dataset, 4, train=True, seed=2, pad_buckets=4, rank=r, world=2).sampler for r in range(2)]
+    for sampler in (single, *ranks):
+        sampler.set_epoch(3)
+    for whole, first, second in zip(single, *ranks, strict=True):
+        assert whole.indices[0::2] == first.indices
+        assert whole.indices[1::2] == second.indices
+        assert whole.shape == first.shape == second.shape
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("pad_buckets", [0, 4])
+def test_evaluation_sees_every_image_once(world, pad_buckets):
+    dataset = Wide(13)
+    dataset.transform = EvalTransform(resolve("conditional-detr-r50"))
+    seen = []
+    for rank in range(world):
+        sampler = make_loader(dataset, 2, train=False, rank=rank, world=world, pad_buckets=pad_buckets).sampler
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        seen += [index for batch in batches for index in batch.indices]
+    assert sorted(seen) == list(range(13))
+
+
+def test_an_endless_set_never_repeats():
+    loader = make_loader(SyntheticShapes(10, seed=1), 5, train=True)
+    seen = [image_id for epoch in range(3) for batch in epoch_of(loader, epoch) for image_id in batch.image_ids]
+    assert sorted(seen) == list(range(30))
+
+
+def test_padding_is_zero_and_masked_and_targets_are_those_of_their_image(mixed):
+    for batch in epoch_of(make_loader(mixed, 4, train=True, pad_buckets=2), 0):
+        pixels = batch.model_input()
+        for index, target in enumerate(batch.targets):
+            height, width = batch.sizes[index].tolist()
+            assert not batch.mask[index, :height, :width].any()
+            assert batch.mask[index].sum() == batch.mask[index].numel() - height * width
+            valid = to_model_input(batch.images[index, :, :height, :width])
+            torch.testing.assert_close(pixels[index, :, :height, :width], valid, atol=0, rtol=0)
+            assert not pixels[index, :, height:].any()
+            assert not pixels[index, :, :, width:].any()
+            assert target["image_id"] == batch.image_ids[index]
+            assert len(target["boxes"]) == len(target["labels"]) == batch.counts[index]
+        assert torch.equal(torch.cat([target["boxes"] for target in batch.targets]), batch.boxes)
+
+
+def test_equal_sizes_need_no_mask():
+    batch = next(iter(make_loader(SyntheticShapes(4, seed=1), 4, train=True)))
+    assert batch.mask is None
+
+
+def test_too_few_images_for_one_batch_are_named():
+    with pytest.raises(ValueError, match="batch_size: 4 on each of 3 ranks is more than the 10 training images"):
+        make_loader(SyntheticShapes(10, seed=1), 4, train=True, world=3)
