@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
     demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
 
+    bench = commands.add_parser("bench-data", help="training images/s on one core, official chain against ours")
+    bench.set_defaults(run=_bench_data)
+    bench.add_argument("--coco-path", required=True, metavar="DIR", help="COCO's 2017 layout")
+    bench.add_argument("--preset", default="conditional-detr-r50", choices=list(PRESETS), help="for its image sizes")
+    bench.add_argument("--count", type=int, default=100, help="images to use at most")
+    bench.add_argument("--rounds", type=int, default=5, help="passes over the images")
+
     env = commands.add_parser("env", help="versions, and which implementation each operation uses here")
     env.set_defaults(run=_env)
     env.add_argument("--device", help="as torch names it; default: CUDA where there is one")
@@ -186,6 +193,18 @@ def _demo(options: argparse.Namespace) -> None:
     metrics = Trainer(model, train_set, val_set, config, options.out, _device(options.device)).fit()
     detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
     report(metrics, draw_samples(detector, val_set, options.out))
+
+
+def _bench_data(options: argparse.Namespace) -> None:
+    from conddetr.data.bench import bench_data
+    from conddetr.data.coco import coco_split
+    from conddetr.data.transforms import TrainTransform
+    from conddetr.engine.progress import console
+
+    dataset = coco_split(options.coco_path, "train", TrainTransform(PRESETS[options.preset]))
+    result = bench_data(dataset, options.count, options.rounds)
+    console.print(result.table())
+    console.print(result.agreement(), highlight=False, soft_wrap=True)
 
 
 def _env(options: argparse.Namespace) -> None:

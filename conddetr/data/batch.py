@@ -88,7 +88,8 @@ def collate(samples: Sequence[tuple[Tensor, dict]], shape: tuple[int, int] | Non
     images, targets = zip(*samples, strict=True)
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int32)
     height, width = shape or sizes.amax(0).tolist()
-    batch = images[0].new_zeros(len(images), 3, height, width)
+    # Colours interleaved, as images come from their files: rows are copied whole.
+    batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
     for padded, image in zip(batch, images, strict=True):
         padded[:, : image.shape[1], : image.shape[2]] = image
     return Batch(
@@ -209,7 +210,7 @@ class EpochBatches(Sampler[BatchPlan]):
                 groups[shape] = []
         # Sorted so that at most one batch mixes landscape and portrait, and needs the square.
         rest = [index for group in groups.values() for index in group]
-        rest.sort(key=lambda index: (plans[index].height > plans[index].width, plans[index].height * plans[index].width))
+        rest.sort(key=lambda i: (plans[i].height > plans[i].width, plans[i].height * plans[i].width))
         return full + _cut(rest, size)
 
 

