@@ -43,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
     evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
     evaluate.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
+    evaluate.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
+    evaluate.add_argument(
+        "--per-class", action="store_true", help="also print a table of the classes, and write it to --out"
+    )
 
     predict = commands.add_parser("predict", help="draw detections on images")
     predict.set_defaults(run=_predict)
@@ -144,15 +148,25 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
-    from conddetr.engine.evaluator import evaluate
-    from conddetr.engine.progress import console, metrics_table
+    from conddetr.engine.evaluator import coco_library, coco_result, detect
+    from conddetr.engine.progress import class_table, console, metrics_table
+
+    # Better refused now than after the detections are made.
+    coco_library()
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
     _, val_set = _data_sets(options.coco_path, detector.model.config, 1, 200)
-    metrics = evaluate(detector.model, detector.classes, val_set, detector.device, options.batch_size, options.workers)
-    console.print(metrics_table(f"COCO metrics of {options.checkpoint}, in percent", metrics))
+    found = detect(detector.model, detector.classes, val_set, detector.device, options.batch_size, options.workers)
+    if options.results:
+        found.write(options.results)
+    result = coco_result(val_set.ground_truth(), found)
+    if options.per_class:
+        console.print(class_table("classes, in percent", result.per_class))
+    console.print(metrics_table(f"COCO metrics of {options.checkpoint}, in percent", result.metrics))
     if options.out:
-        Path(options.out).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
+        content = {**result.metrics, **per_class}
+        Path(options.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -219,7 +233,7 @@ def _env(options: argparse.Namespace) -> None:
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     console.print(f"Python {platform.python_version()}, device {device} ({name})", highlight=False)
-    for package in ("torch", "torchvision", "triton", "pycocotools"):
+    for package in ("torch", "torchvision", "triton", "pycocotools", "faster-coco-eval"):
         try:
             found = version(package)
         except PackageNotFoundError:

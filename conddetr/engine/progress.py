@@ -2,6 +2,7 @@
 
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,6 +16,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from conddetr.engine.evaluator import ClassMetrics
 
 console = Console()
 
@@ -55,10 +59,27 @@ class Progress:
         self._bar.update(self._task, advance=images, rate=rate, note=note)
 
 
+def class_table(title: str, classes: "list[ClassMetrics]") -> Table:
+    """AP and recall of every class in percent, best first, as a table for the terminal."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("class")
+    for name in ("objects", "AP", "AP50", "AP75", "AR100"):
+        table.add_column(name, justify="right")
+    for row in sorted(classes, key=lambda row: -row.ap):
+        values = (row.ap, row.ap50, row.ap75, row.ar100)
+        table.add_row(row.name, str(row.objects), *(_percent(value) for value in values))
+    return table
+
+
 def metrics_table(title: str, metrics: dict[str, float]) -> Table:
     """COCO's twelve numbers in percent, as a table for the terminal."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in metrics:
         table.add_column(name, justify="right")
-    table.add_row(*(f"{100 * value:.1f}" if value >= 0 else "–" for value in metrics.values()))
+    table.add_row(*(_percent(value) for value in metrics.values()))
     return table
+
+
+def _percent(value: float) -> str:
+    """A dash where nothing counts."""
+    return f"{100 * value:.1f}" if value >= 0 else "–"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint
-from conddetr.engine.evaluator import evaluate, require_pycocotools
+from conddetr.engine.evaluator import coco_library, evaluate
 from conddetr.engine.progress import Progress, console
 from conddetr.model.detr import DETR
 from conddetr.zoo import build_criterion
@@ -111,10 +111,10 @@ class Trainer:
             FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
             ValueError: fewer training images than a batch, or a prediction that is not a number.
             FloatingPointError: the loss is not finite; names the images.
-            ModuleNotFoundError: pycocotools is not installed.
+            ModuleNotFoundError: no library for COCO's metrics is installed.
         """
         # Every run ends with an evaluation: better refused now than after the last epoch.
-        require_pycocotools()
+        coco_library()
         earlier = self.output_dir / "checkpoint.pt"
         if earlier.exists() and self.resumed_from is None:
             raise FileExistsError(f"{earlier} is from an earlier run: resume it, delete it or name another folder.")
@@ -194,7 +194,7 @@ class Trainer:
             self.device,
             self.config.batch_size,
             self.config.workers,
-        )
+        ).metrics
 
     def _save(self, epoch: int, metrics: dict[str, float]) -> None:
         save_checkpoint(

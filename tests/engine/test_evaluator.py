@@ -1,14 +1,32 @@
-"""Evaluation: perfect, empty and unknown."""
+"""Evaluation: perfect, empty, unknown; both libraries agree; ranks share a data set and add up."""
 
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 import conddetr
 from conddetr.data.coco import load_annotations
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.engine.evaluator import METRICS, coco_metrics, evaluate
+from conddetr.engine.evaluator import (
+    LIBRARIES,
+    METRICS,
+    Detections,
+    coco_library,
+    coco_result,
+    detect,
+    evaluate,
+)
 
-pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+pytestmark = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in LIBRARIES), reason="no library for COCO's metrics is installed"
+)
+
+CPU = torch.device("cpu")
 
 
 class Oracle(torch.nn.Module):
@@ -32,27 +50,91 @@ class Oracle(torch.nn.Module):
         return {"pred_logits": logits, "pred_boxes": boxes}
 
 
-CPU = torch.device("cpu")
+def from_annotations(annotations, score=0.9):
+    """Detections that are those annotations."""
+    return Detections(
+        np.array([a["image_id"] for a in annotations], np.int64),
+        np.array([a["category_id"] for a in annotations], np.int64),
+        np.array([a["bbox"] for a in annotations], np.float32).reshape(-1, 4),
+        np.full(len(annotations), score, np.float32),
+    )
+
+
+def noisy(images, per_image, classes, seed=0):
+    """Random annotations in COCO's format, crowds among them, and detections that find some of them."""
+    rng = np.random.default_rng(seed)
+    count = images * 8
+    boxes = np.concatenate([rng.uniform(0, 500, (count, 2)), np.exp(rng.uniform(1.5, 5.5, (count, 2)))], 1)
+    annotations = [
+        {
+            "id": index + 1,
+            "image_id": 7 * (index // 8),
+            "category_id": int(rng.integers(1, classes + 1)),
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": int(rng.random() < 0.02),
+        }
+        for index, box in enumerate(boxes.tolist())
+    ]
+    truth = {
+        "images": [{"id": 7 * index, "height": 800, "width": 800} for index in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": index + 1, "name": f"class {index}"} for index in range(classes + 1)],
+    }
+    of_image = rng.integers(0, 8, (images, per_image)) + 8 * np.arange(images)[:, None]
+    chosen = [annotations[index] for index in of_image.flatten().tolist()]
+    found = from_annotations(chosen)
+    size = found.boxes[:, 2:].copy()
+    found.boxes[:, :2] += rng.normal(0, 0.05, size.shape) * size
+    found.boxes[:, 2:] *= np.exp(rng.normal(0, 0.05, size.shape))
+    wrong = rng.random(len(found)) < 0.3
+    found.category_ids[wrong] = rng.integers(1, classes + 3, wrong.sum())
+    found.scores = (rng.random(len(found)) * np.where(wrong, 0.6, 1)).astype(np.float32)
+    return truth, found
 
 
 def test_the_truth_scores_one_and_a_shift_less():
     dataset = SyntheticShapes(30, seed=3)
     perfect = evaluate(Oracle(dataset), dataset.classes, dataset, CPU, batch_size=4)
-    assert list(perfect) == list(METRICS)
-    assert perfect["AP"] == pytest.approx(1.0, abs=1e-6)
-    shifted = evaluate(Oracle(dataset, shift=0.03), dataset.classes, dataset, CPU, batch_size=7)
+    assert list(perfect.metrics) == list(METRICS)
+    assert perfect.metrics["AP"] == pytest.approx(1.0, abs=1e-6)
+    assert [row.ap for row in perfect.per_class] == pytest.approx([1.0] * 3, abs=1e-6)
+    shifted = evaluate(Oracle(dataset, shift=0.03), dataset.classes, dataset, CPU, batch_size=7).metrics
     assert shifted["AP"] < 0.8 < shifted["AP50"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_both_libraries_agree_on_every_number(seed):
+    for library in LIBRARIES:
+        pytest.importorskip(library, reason="compares both libraries")
+    truth, found = noisy(images=60, per_image=12, classes=6, seed=seed)
+    fast, slow = (coco_result(truth, found, library) for library in LIBRARIES)
+    assert list(fast.metrics) == list(METRICS)
+    assert fast.metrics == pytest.approx(slow.metrics, abs=1e-12)
+    assert 0.05 < fast.metrics["AP"] < 0.95
+    for ours, theirs in zip(fast.per_class, slow.per_class, strict=True):
+        assert vars(ours) == pytest.approx(vars(theirs), abs=1e-12)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_classes_average_to_the_whole(library):
+    pytest.importorskip(library, reason="asks for this library")
+    truth, found = noisy(images=40, per_image=20, classes=5)
+    result = coco_result(truth, found, library)
+    counted = [row for row in result.per_class if row.objects]
+    assert np.mean([row.ap for row in counted]) == pytest.approx(result.metrics["AP"])
+    assert np.mean([row.ap50 for row in counted]) == pytest.approx(result.metrics["AP50"])
+    assert np.mean([row.ap75 for row in counted]) == pytest.approx(result.metrics["AP75"])
+    assert np.mean([row.ar100 for row in counted]) == pytest.approx(result.metrics["AR100"])
+    # The last class has no object: nothing counts.
+    assert dataclasses.astuple(result.per_class[-1])[1:] == (0, -1, -1, -1, -1)
+    assert sum(row.objects for row in counted) == sum(not a["iscrowd"] for a in truth["annotations"])
+
+
 def test_images_without_a_detection_count_against_recall():
-    dataset = SyntheticShapes(10, seed=3)
-    truth = dataset.ground_truth()
-    results = [
-        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 1.0}
-        for a in truth["annotations"]
-        if a["image_id"] < 5
-    ]
-    assert coco_metrics(truth, results)["AR100"] < 0.9
+    truth = SyntheticShapes(10, seed=3).ground_truth()
+    found = from_annotations([a for a in truth["annotations"] if a["image_id"] < 5])
+    assert coco_result(truth, found).metrics["AR100"] < 0.9
 
 
 def test_annotations_without_area_and_crowd_flag(small_coco):
@@ -60,15 +142,77 @@ def test_annotations_without_area_and_crowd_flag(small_coco):
         del annotation["area"], annotation["iscrowd"]
     small_coco.write()
     truth = load_annotations(small_coco.file)
-    results = [{**annotation, "score": 0.9} for annotation in truth["annotations"]]
-    assert coco_metrics(truth, results)["AP"] == pytest.approx(1.0, abs=1e-6)
+    assert coco_result(truth, from_annotations(truth["annotations"])).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_no_detection_at_all_is_zero():
-    assert set(coco_metrics(SyntheticShapes(2, seed=3).ground_truth(), []).values()) == {0.0}
+    result = coco_result(SyntheticShapes(2, seed=3).ground_truth(), Detections.join([]))
+    assert set(result.metrics.values()) == {0.0}
 
 
 def test_unknown_categories_are_named(tiny_model):
     dataset = SyntheticShapes(2, seed=3)
     with pytest.raises(ValueError, match=r"1 categories that the model does not know, first id 3 \('triangle'\)"):
         evaluate(tiny_model, [*dataset.classes[:2], {"id": 9, "name": "star"}], dataset, CPU)
+
+
+def test_results_file_is_cocos_format(tmp_path):
+    _, found = noisy(images=3, per_image=4, classes=2)
+    found.write(tmp_path / "new" / "results.json")
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
+    assert len(results) == 12
+    assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert results[0]["bbox"] == found.boxes[0].tolist()
+
+
+def test_a_library_that_is_missing_or_unknown_is_named(monkeypatch):
+    with pytest.raises(ValueError, match="expected one of faster_coco_eval, pycocotools, got 'coco'"):
+        coco_library("coco")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="need faster_coco_eval: pip install faster-coco-eval"):
+        coco_library("faster_coco_eval")
+    with pytest.raises(ModuleNotFoundError, match="pip install pycocotools"):
+        coco_library()
+
+
+def _detect_on_rank(rank, world, rendezvous, state, queue):
+    """One of two processes; the ranks' loads differ: 5 and 4 images."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    model = conddetr.build("conditional-detr-tiny", num_classes=3)
+    model.load_state_dict(state)
+    dataset = SyntheticShapes(9, seed=3)
+    found = detect(model, dataset.classes, dataset, CPU, batch_size=1, rank=rank, world=world)
+    if rank == 0:
+        queue.put(found)
+    else:
+        assert found is None
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
+    dataset = SyntheticShapes(9, seed=3)
+    expected = detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1)
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    ranks = [
+        context.Process(target=_detect_on_rank, args=(rank, 2, tmp_path / "meet", tiny_model.state_dict(), queue))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    found = queue.get(timeout=60)
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert len(np.unique(found.image_ids)) == 9
+    np.testing.assert_array_equal(found.image_ids, expected.image_ids)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+
+
+def test_memory_per_detection_is_flat():
+    _, found = noisy(images=10, per_image=10, classes=2)
+    joined = Detections.join([found] * 5)
+    assert sum(array.nbytes for array in vars(joined).values()) == 36 * 500

@@ -1,0 +1,84 @@
+"""COCO's twelve numbers of 5,000 images × 100 synthetic detections, by every library that computes them.
+
+python benchmarks/evaluation.py
+"""
+
+import argparse
+import importlib.util
+
+import numpy as np
+from harness import console, measure, write_result
+from rich.table import Table
+
+from conddetr.engine.evaluator import LIBRARIES, CocoResult, Detections, coco_result
+
+OBJECTS = 7
+"""Per image, as in COCO."""
+CLASSES = 80
+
+
+def synthetic(images: int, per_image: int, seed: int = 0) -> tuple[dict, Detections]:
+    """Random annotations in COCO's format, and detections near them, right and wrong."""
+    rng = np.random.default_rng(seed)
+    boxes = np.concatenate(
+        [rng.uniform(0, 500, (images * OBJECTS, 2)), np.exp(rng.uniform(2, 5.5, (images * OBJECTS, 2)))], axis=1
+    )
+    categories = rng.integers(1, CLASSES + 1, len(boxes))
+    truth = {
+        "images": [{"id": index, "height": 640, "width": 640} for index in range(images)],
+        "annotations": [
+            {
+                "id": index + 1,
+                "image_id": index // OBJECTS,
+                "category_id": category,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            for index, (box, category) in enumerate(zip(boxes.tolist(), categories.tolist(), strict=True))
+        ],
+        "categories": [{"id": index, "name": str(index)} for index in range(1, CLASSES + 1)],
+    }
+    image_ids = np.arange(images).repeat(per_image)
+    near = image_ids * OBJECTS + rng.integers(0, OBJECTS, len(image_ids))
+    found = boxes[near]
+    found[:, :2] += rng.normal(0, 0.1, (len(near), 2)) * found[:, 2:]
+    right = rng.random(len(near)) < 0.3
+    labels = np.where(right, categories[near], rng.integers(1, CLASSES + 1, len(near)))
+    scores = rng.random(len(near)) * np.where(right, 1, 0.5)
+    return truth, Detections(image_ids, labels, found.astype(np.float32), scores.astype(np.float32))
+
+
+def main() -> None:
+    """Check that all agree, time them in turn, print, write the raw samples."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    libraries = [name for name in LIBRARIES if importlib.util.find_spec(name)]
+    truth, found = synthetic(options.images, 100)
+    results: dict[str, CocoResult] = {}
+
+    def run(library: str) -> None:
+        results[library] = coco_result(truth, found, library)
+
+    # The first calls are the check; libraries that disagree are not timed.
+    for library in libraries:
+        run(library)
+    expected = results[libraries[0]].metrics
+    for library in libraries:
+        np.testing.assert_allclose(list(results[library].metrics.values()), list(expected.values()), atol=1e-12)
+    samples = measure({name: lambda name=name: run(name) for name in libraries}, options.rounds, warmup=0)
+    table = Table(title=f"COCO metrics of {options.images} images × 100 detections, seconds")
+    for column in ("library", "median", "fastest", "slowest", "AP"):
+        table.add_column(column)
+    for name, seconds in samples.items():
+        figures = (np.median(seconds), min(seconds), max(seconds))
+        table.add_row(name, *(f"{value:.2f}" for value in figures), f"{100 * expected['AP']:.2f}")
+    console.print(table)
+    settings = {"images": options.images, "detections": 100, "rounds": options.rounds}
+    console.print(f"wrote {write_result('evaluation', settings, samples)}")
+
+
+if __name__ == "__main__":
+    main()
