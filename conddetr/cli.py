@@ -1,4 +1,4 @@
-"""The command line: `conddetr train | eval | predict | demo | env`."""
+"""The command line: `conddetr train | eval | predict | validate-data | bench-data | demo | env`."""
 
 import argparse
 import dataclasses
@@ -14,14 +14,13 @@ from conddetr.kernels.registry import BackendError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 with one line on stderr for bad input."""
+    """Run one command; returns the exit status: 0, 1 where a data set has errors, 2 with one line for bad input."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(demo)
     demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
     demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
+
+    validate = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
+    validate.set_defaults(run=_validate)
+    source = validate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout, both splits")
+    source.add_argument("--annotations", metavar="FILE", help="one file in COCO's format; needs --images")
+    validate.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
+    validate.add_argument("--report", metavar="FILE", help="also write what was found there, as JSON")
+    validate.add_argument("--processes", type=int, help="that read images; default: one per core")
 
     bench = commands.add_parser("bench-data", help="training images/s on one core, official chain against ours")
     bench.set_defaults(run=_bench_data)
@@ -150,6 +158,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
     from conddetr.engine.progress import class_table, console, metrics_table
+    from conddetr.files import write_text
 
     # Better refused now than after the detections are made.
     coco_library()
@@ -166,7 +175,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.out:
         per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
         content = {**result.metrics, **per_class}
-        Path(options.out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(options.out, json.dumps(content, indent=1) + "\n")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -207,6 +216,38 @@ def _demo(options: argparse.Namespace) -> None:
     metrics = Trainer(model, train_set, val_set, config, options.out, _device(options.device)).fit()
     detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
     report(metrics, draw_samples(detector, val_set, options.out))
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from conddetr.data.validate import validate
+    from conddetr.engine.progress import Progress, console
+    from conddetr.files import write_text
+
+    if options.annotations and not options.images:
+        raise ValueError("--images: name the folder of the images of --annotations.")
+    root = Path(options.coco_path or "")
+    sources = (
+        [(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json") for split in ("train", "val")]
+        if options.coco_path
+        else [(options.images, options.annotations)]
+    )
+    reports = []
+    for image_dir, annotation_file in sources:
+        with Progress("validate", total=None) as progress:
+            report = validate(
+                image_dir,
+                annotation_file,
+                options.processes,
+                lambda done, total: progress.advance(done, total=total),
+            )
+        console.print(report.summary(), highlight=False, soft_wrap=True)
+        console.print(*report.tables(), sep="\n")
+        reports.append(report)
+    ok = all(report.ok for report in reports)
+    if options.report:
+        content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
+        write_text(options.report, json.dumps(content, indent=1) + "\n")
+    return 0 if ok else 1
 
 
 def _bench_data(options: argparse.Namespace) -> None:

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,65 @@ from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply,
 
 log = logging.getLogger(__name__)
 
-_REQUIRED = {
+_LIMIT = 2**31
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    # Of the comparisons, NaN fails both and integers of any length are allowed in.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "id": (_is_id, "an integer ≥ 0"),
+    "image_id": (_is_id, "an integer ≥ 0"),
+    "category_id": (_is_id, "an integer ≥ 0"),
+    # A null byte is in no file name.
+    "file_name": (lambda value: isinstance(value, str) and value != "" and "\0" not in value, "a file name"),
+    "name": (lambda value: isinstance(value, str), "a text"),
+    "height": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
+    "width": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
+    "bbox": (
+        lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
+        "4 finite numbers",
+    ),
+    "area": (_is_number, "a finite number"),
+    "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
+}
+"""What a value of each field must be, as (check, description)."""
+
+FIELDS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "bbox", "category_id"),
     "categories": ("id", "name"),
 }
+"""The lists of an annotation file, and the fields that their entries must have."""
+
+
+def entry_fault(section: str, entry: Any) -> str | None:
+    """What is wrong with one entry of a list of `FIELDS`, or None."""
+    if not isinstance(entry, dict):
+        return f"expected an object, got {type(entry).__name__}"
+    absent = [name for name in FIELDS[section] if name not in entry]
+    if absent:
+        return f"has no {absent[0]!r}"
+    optional = ("area", "iscrowd") if section == "annotations" else ()
+    for name in (*FIELDS[section], *(name for name in optional if name in entry)):
+        is_valid, expected = _CHECKS[name]
+        if not is_valid(entry[name]):
+            return f"{name}: expected {expected}, got {str(entry[name])[:60]}"
+    return None
 
 
 class CocoDetection(Dataset):
@@ -191,7 +245,8 @@ def load_annotations(path: Path) -> dict:
         raise FileNotFoundError(f"Annotation file {path} does not exist.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    # A deeply nested file exhausts the parser's stack.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
     _check_annotations(path, content)
     for annotation in content["annotations"]:
@@ -202,13 +257,13 @@ def load_annotations(path: Path) -> dict:
 
 
 def _check_annotations(path: Path, content: dict) -> None:
-    for section, keys in _REQUIRED.items():
+    for section in FIELDS:
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
             raise ValueError(f"Annotation file {path}: expected a list under the key {section!r}.")
         for position, entry in enumerate(content[section]):
-            absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if absent:
-                raise ValueError(f"Annotation file {path}: {section}[{position}] has no {absent[0]!r}.")
+            fault = entry_fault(section, entry)
+            if fault:
+                raise ValueError(f"Annotation file {path}: {section}[{position}]{_id_of(entry)}: {fault}.")
         repeated = [key for key, count in Counter(entry["id"] for entry in content[section]).items() if count > 1]
         if repeated:
             raise ValueError(f"Annotation file {path}: id {repeated[0]} stands more than once in {section!r}.")
@@ -220,13 +275,10 @@ def _check_annotations(path: Path, content: dict) -> None:
             raise ValueError(f"{where} has category_id {annotation['category_id']}, which is not in 'categories'.")
         if annotation["image_id"] not in images:
             raise ValueError(f"{where} has image_id {annotation['image_id']}, which is not in 'images'.")
-        box = annotation["bbox"]
-        if not (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(isinstance(value, (int, float)) and math.isfinite(value) for value in box)
-        ):
-            raise ValueError(f"{where} (image id {annotation['image_id']}): bbox must be 4 finite numbers, got {box}.")
+
+
+def _id_of(entry: Any) -> str:
+    return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
 
 
 def _clipped_box(bbox: list[float], height: int, width: int) -> list[float] | None:

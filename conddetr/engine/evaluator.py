@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torchvision.ops import box_convert
 
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.progress import Progress
+from conddetr.files import write_text
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 
@@ -64,11 +64,7 @@ class Detections:
 
     def write(self, path: str | Path) -> None:
         """Write COCO's results JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_coco()), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(self.to_coco()))
 
 
 @dataclass

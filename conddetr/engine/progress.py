@@ -24,9 +24,12 @@ console = Console()
 
 
 class Progress:
-    """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal."""
+    """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal.
 
-    def __init__(self, title: str, total: int) -> None:
+    `total` may be None, for work whose amount is not known yet.
+    """
+
+    def __init__(self, title: str, total: int | None) -> None:
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -52,11 +55,11 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, images: int, note: str = "") -> None:
-        """Count `images` more as done."""
+    def advance(self, images: int, note: str = "", total: int | None = None) -> None:
+        """Count `images` more as done, of `total` where that was not known before."""
         task = self._bar.tasks[self._task]
         rate = f"{task.speed:.1f}" if task.speed else "…"
-        self._bar.update(self._task, advance=images, rate=rate, note=note)
+        self._bar.update(self._task, advance=images, rate=rate, note=note, total=total)
 
 
 def class_table(title: str, classes: "list[ClassMetrics]") -> Table:

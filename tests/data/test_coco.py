@@ -65,12 +65,17 @@ def test_images_without_boxes_stay(small_coco):
     [
         (lambda c: c["annotations"][0].update(category_id=5), "annotation id 1 has category_id 5, which is not in"),
         (lambda c: c["annotations"][0].update(image_id=9), "annotation id 1 has image_id 9, which is not in 'images'"),
-        (lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 4]), r"annotation id 2 \(image id 101\): bbox"),
-        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"bbox must be 4 finite numbers, got \[1, 2, 3\]"),
-        (lambda c: c["annotations"][1].update(bbox="all"), "bbox must be 4 finite numbers, got all"),
-        (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
+        (
+            lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 4]),
+            r"\[1\] \(id 2\): bbox: expected",
+        ),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"bbox: expected 4 finite numbers, got \[1, 2, 3\]"),
+        (lambda c: c["annotations"][1].update(bbox="all"), "bbox: expected 4 finite numbers, got all"),
+        (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] \(id 3\): has no 'bbox'"),
         (lambda c: c["annotations"][2].update(id=1), "id 1 stands more than once in 'annotations'"),
-        (lambda c: c["images"][3].pop("height"), r"images\[3\] has no 'height'"),
+        (lambda c: c["images"][3].pop("height"), r"images\[3\] \(id 103\): has no 'height'"),
+        (lambda c: c["images"][1].update(id="x"), r"images\[1\] \(id x\): id: expected an integer ≥ 0, got x"),
+        (lambda c: c["annotations"][0].update(iscrowd=[]), "iscrowd: expected 0 or 1"),
         (lambda c: c.pop("categories"), "expected a list under the key 'categories'"),
     ],
 )
