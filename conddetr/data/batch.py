@@ -60,15 +60,16 @@ class Batch:
     def model_input(self) -> Tensor:
         """[B, 3, H, W] float32, normalised with ImageNet's statistics, zeros in the padding."""
         images = to_model_input(self.images)
-        return images if self.mask is None else images.masked_fill_(self.mask[:, None], 0)
+        if self.padded:
+            height, width = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+            rows, columns = (height >= self.sizes[:, :1])[:, None, :, None], (width >= self.sizes[:, 1:])[:, None, None]
+            images.masked_fill_(rows | columns, 0)
+        return images
 
     @property
-    def mask(self) -> Tensor | None:
-        """[B, H, W] bool, True = padding; None where nothing is padded."""
-        if not self.padded:
-            return None
-        height, width = (torch.arange(side, device=self.sizes.device) for side in self.images.shape[-2:])
-        return (height[:, None] >= self.sizes[:, 0, None, None]) | (width >= self.sizes[:, 1, None, None])
+    def valid_hw(self) -> Tensor | None:
+        """`sizes`, or None where nothing is padded: what the model takes."""
+        return self.sizes if self.padded else None
 
     @property
     def targets(self) -> list[dict]:

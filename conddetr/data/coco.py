@@ -234,6 +234,49 @@ def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTra
     return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform)
 
 
+def folder_sets(
+    images: str | Path,
+    annotations: str | Path,
+    train_transform: TrainTransform,
+    eval_transform: EvalTransform,
+    val_fraction: float = 0.1,
+    val_images: str | Path | None = None,
+    val_annotations: str | Path | None = None,
+) -> tuple[CocoDetection, CocoDetection]:
+    """Training and validation set of any folder with images and one annotation file.
+
+    Args:
+        images: folder of the images.
+        annotations: JSON in COCO's format.
+        train_transform, eval_transform: what happens to the images of each set.
+        val_fraction: of the images that are set aside for validation, at least one; always the same ones.
+        val_images: folder of the validation images; default: `images`.
+        val_annotations: a file of their own; nothing is set aside then.
+
+    Raises:
+        ValueError: `val_fraction` is not between 0 and 1, fewer than two images to divide, or as `CocoDetection`.
+        FileNotFoundError: no such folder or file.
+    """
+    val_images = val_images or images
+    if val_annotations:
+        return (
+            CocoDetection(images, annotations, train_transform),
+            CocoDetection(val_images, val_annotations, eval_transform),
+        )
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction: expected a value between 0 and 1, got {val_fraction}.")
+    ids = sorted(image["id"] for image in load_annotations(Path(annotations))["images"])
+    if len(ids) < 2:
+        raise ValueError(f"Annotation file {annotations}: expected at least 2 images to divide, got {len(ids)}.")
+    # In the order of random numbers that belong to the ids: an image added later moves hardly any other.
+    ids.sort(key=lambda image_id: Random(image_id).random())
+    count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
+    return (
+        CocoDetection(images, annotations, train_transform, ids[count:]),
+        CocoDetection(val_images, annotations, eval_transform, ids[:count]),
+    )
+
+
 def load_annotations(path: Path) -> dict:
     """Read a COCO annotation file and check what the detector relies on.
 

@@ -167,7 +167,7 @@ def _detect(
     parts = []
     for batch in batches:
         batch = batch.to(device)
-        outputs = model(batch.model_input(), batch.mask)
+        outputs = model(batch.model_input(), valid_hw=batch.valid_hw)
         found = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
         parts.append(_pack(batch.image_ids, found, category_ids))
         on_batch(len(batch))

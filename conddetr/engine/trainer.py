@@ -169,7 +169,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> dict[str, float]:
         batch = batch.to(self.device)
-        losses = self.criterion(self.model(batch.model_input(), batch.mask), batch.targets)
+        losses = self.criterion(self.model(batch.model_input(), valid_hw=batch.valid_hw), batch.targets)
         names, values = zip(*losses.items(), strict=True)
         # One copy to the host for all that is logged.
         values = dict(zip(names, torch.stack([value.detach() for value in values]).tolist(), strict=True))

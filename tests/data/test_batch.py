@@ -139,13 +139,11 @@ def test_an_endless_set_never_repeats():
     assert sorted(seen) == list(range(30))
 
 
-def test_padding_is_zero_and_masked_and_targets_are_those_of_their_image(mixed):
+def test_padding_is_zero_and_targets_are_those_of_their_image(mixed):
     for batch in epoch_of(make_loader(mixed, 4, train=True, pad_buckets=2), 0):
         pixels = batch.model_input()
         for index, target in enumerate(batch.targets):
             height, width = batch.sizes[index].tolist()
-            assert not batch.mask[index, :height, :width].any()
-            assert batch.mask[index].sum() == batch.mask[index].numel() - height * width
             valid = to_model_input(batch.images[index, :, :height, :width])
             torch.testing.assert_close(pixels[index, :, :height, :width], valid, atol=0, rtol=0)
             assert not pixels[index, :, height:].any()
@@ -155,9 +153,10 @@ def test_padding_is_zero_and_masked_and_targets_are_those_of_their_image(mixed):
         assert torch.equal(torch.cat([target["boxes"] for target in batch.targets]), batch.boxes)
 
 
-def test_equal_sizes_need_no_mask():
+def test_equal_sizes_have_no_padding():
     batch = next(iter(make_loader(SyntheticShapes(4, seed=1), 4, train=True)))
-    assert batch.mask is None
+    assert batch.valid_hw is None
+    assert torch.equal(batch.model_input(), to_model_input(batch.images))
 
 
 def test_too_few_images_for_one_batch_are_named():

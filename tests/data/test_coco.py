@@ -2,14 +2,18 @@
 
 import json
 import logging
+from random import Random
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conddetr.config import resolve
 from conddetr.data.batch import make_loader
-from conddetr.data.coco import coco_split
-from conddetr.data.transforms import EvalTransform
+from conddetr.data.coco import coco_split, folder_sets
+from conddetr.data.images import read_reduced
+from conddetr.data.transforms import EvalTransform, TrainTransform
 
 TRANSFORM = EvalTransform(resolve("conditional-detr-tiny"))
 
@@ -55,8 +59,8 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
 def test_images_without_boxes_stay(small_coco):
     small_coco.content["annotations"] = []
     batch = next(iter(make_loader(load(small_coco), 4, train=False)))
-    assert batch.images.shape[0] == len(batch.targets) == 4
-    assert batch.mask is not None
+    assert batch.images.shape == (4, 3, 128, 192)
+    assert batch.valid_hw.tolist() == [[128, 192], [128, 165], [128, 144], [128, 128]]
     assert all(target["boxes"].shape == (0, 4) for target in batch.targets)
 
 
@@ -112,6 +116,54 @@ def test_wrong_size_in_the_annotations_is_named(small_coco):
     small_coco.content["images"][0]["width"] = 91
     with pytest.raises(ValueError, match=r"0\.jpg \(image id 100\).*60×91.*60×90"):
         load(small_coco)[0]
+
+
+def test_a_folder_with_one_file_is_divided(small_coco):
+    training = TrainTransform(resolve("conditional-detr-tiny"))
+    sources = (small_coco.images, small_coco.file)
+    train, val = folder_sets(*sources, training, TRANSFORM, val_fraction=0.3)
+    assert (len(train), len(val)) == (3, 1)
+    assert sorted(train.image_ids + val.image_ids) == [100, 101, 102, 103]
+    assert folder_sets(*sources, training, TRANSFORM, val_fraction=0.3)[1].image_ids == val.image_ids
+    truth = val.ground_truth()
+    assert [image["id"] for image in truth["images"]] == val.image_ids
+    assert [annotation["image_id"] for annotation in truth["annotations"]] == val.image_ids
+    assert len(train[0][1]["labels"]) <= 1
+    val_file = small_coco.root / "annotations" / "instances_val2017.json"
+    train, val = folder_sets(
+        *sources, training, TRANSFORM, val_images=small_coco.root / "val2017", val_annotations=val_file
+    )
+    assert (len(train), len(val)) == (4, 2)
+    with pytest.raises(ValueError, match=r"val_fraction: expected a value between 0 and 1, got 1\.5"):
+        folder_sets(*sources, training, TRANSFORM, val_fraction=1.5)
+
+
+def test_boxes_stay_on_their_objects_when_a_file_is_decoded_at_reduced_size(small_coco):
+    pixels = np.zeros((1200, 1600, 3), np.uint8)
+    pixels[300:700, 240:800] = 255
+    exif = Image.Exif()
+    for orientation in (1, 6):
+        exif[0x0112] = orientation
+        # Tag 6: stored turned by 90° counter-clockwise, shown turned back.
+        stored = np.rot90(pixels, k=1) if orientation == 6 else pixels
+        Image.fromarray(np.ascontiguousarray(stored)).save(small_coco.images / f"big{orientation}.jpg", exif=exif)
+        small_coco.content["images"].append(
+            {"id": 200 + orientation, "file_name": f"big{orientation}.jpg", "height": 1200, "width": 1600}
+        )
+        small_coco.annotate(200 + orientation, [240, 300, 560, 400], 3)
+    small_coco.write()
+    dataset = coco_split(
+        small_coco.root, "train", EvalTransform(resolve("conditional-detr-tiny"), reduced_decoding=True)
+    )
+    for index in (4, 5):
+        decoded, size = read_reduced(dataset.path(index), 128, 171)
+        assert (tuple(decoded.shape), size) == ((3, 300, 400), (1200, 1600))
+        image, target = dataset.load(index, dataset.plan(index, Random(0)))
+        white = image.float().mean(0) > 127
+        rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
+        cx, cy, w, h = (target["boxes"][0] * torch.tensor([171, 128, 171, 128])).tolist()
+        found = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+        assert found == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=1)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -1,0 +1,98 @@
+"""The worst batch first: whether memory suffices is known after seconds, not after hours."""
+
+import resource
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from conddetr.data.batch import Batch
+
+OBJECTS = 100
+"""Per image of the tried batch, more than nearly every real image has; at most one per query."""
+
+
+def preflight(
+    model: nn.Module,
+    loss_of: Callable[[Batch], Tensor],
+    shape: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+) -> str:
+    """One forward and backward pass of the largest batch that can come, in training mode.
+
+    Weights, buffers, gradients and torch's random state are afterwards what they were before.
+
+    Args:
+        model: a `DETR` on `device`.
+        loss_of: the training forward pass of one batch on `device`, to the total loss; raises nothing of its own.
+        shape: (H, W) of the images, `loader.sampler.largest_shape()`.
+        batch_size: images per step on this device.
+        device: where training will run.
+
+    Returns:
+        What was tried and how much memory it took, in one line.
+
+    Raises:
+        ValueError: memory does not suffice; says how much was asked for and what to lower.
+    """
+    batch = worst_batch(shape, batch_size, min(OBJECTS, model.config.num_queries), device)
+    tried = f"{batch_size} images of {shape[0]}×{shape[1]} with {batch.counts[0]} objects each"
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    was_training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng([device] if is_cuda else []):
+            loss_of(batch).backward()
+        used = torch.cuda.max_memory_allocated(device) if is_cuda else 1024 * _peak_kib()
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(device).total_memory
+        raise ValueError(
+            f"preflight: {tried} do not fit into the {total / 2**30:.1f} GiB of {device}. Lower batch_size (and "
+            "accumulate gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
+        ) from error
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        if is_cuda:
+            torch.cuda.empty_cache()
+    # AdamW's two moments come with the first step, and stay.
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    limit = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if is_cuda else ""
+    return (
+        f"preflight: {tried} take {used / 2**30:.2f}{limit} GiB at most on {device}, "
+        f"AdamW's moments {moments / 2**30:.2f} GiB more"
+    )
+
+
+def worst_batch(shape: tuple[int, int], batch_size: int, objects: int, device: torch.device) -> Batch:
+    """Noise images of one shape, the last one not filling it, with as many objects each; images on `device`."""
+    height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    # One byte repeated down the rows: cheap to make at any size.
+    images = torch.randint(256, (batch_size, 3, 1, width), dtype=torch.uint8, generator=generator)
+    sizes = torch.tensor([shape] * batch_size, dtype=torch.int32)
+    # Padding takes its own ways through the model.
+    sizes[-1] = torch.tensor([max(1, height - 1), max(1, width - 1)], dtype=torch.int32)
+    count = batch_size * objects
+    batch = Batch(
+        images.expand(-1, -1, height, -1).contiguous(memory_format=torch.channels_last),
+        sizes,
+        torch.zeros(count, dtype=torch.int64),
+        torch.rand(count, 4, generator=generator) * 0.2 + 0.4,
+        (objects,) * batch_size,
+        (-1,) * batch_size,
+        (shape,) * batch_size,
+        padded=True,
+    )
+    return batch.to(device)
+
+
+def _peak_kib() -> int:
+    """The most memory this process has held, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,49 @@
+"""Preflight tries the largest batch and leaves everything as it was."""
+
+import copy
+
+import pytest
+import torch
+
+import conddetr
+from conddetr.data.batch import make_loader
+from conddetr.data.synthetic import SyntheticShapes
+from conddetr.engine.preflight import preflight
+
+CPU = torch.device("cpu")
+
+
+def loss_with(model, seen):
+    criterion = conddetr.build_criterion(model.config)
+
+    def loss_of(batch):
+        seen.append((model.training, tuple(batch.images.shape), batch.counts))
+        return criterion(model(batch.model_input(), valid_hw=batch.valid_hw), batch.targets)["loss"]
+
+    return loss_of
+
+
+def test_the_largest_batch_is_tried_and_nothing_changes():
+    model = conddetr.build("conditional-detr-tiny", num_classes=3, dropout=0.1).eval()
+    before, state, seen = copy.deepcopy(model.state_dict()), torch.get_rng_state(), []
+    loader = make_loader(SyntheticShapes(8, seed=1, image_size=100), 2, train=True, pad_buckets=2)
+    assert loader.sampler.largest_shape() == (128, 128)
+    line = preflight(model, loss_with(model, seen), loader.sampler.largest_shape(), 2, CPU)
+    assert seen == [(True, (2, 3, 128, 128), (25, 25))]
+    assert line.startswith("preflight: 2 images of 128×128 with 25 objects each take ")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+
+
+def test_too_little_memory_says_what_to_lower(monkeypatch):
+    model = conddetr.build("conditional-detr-tiny", num_classes=3)
+
+    def exhausted(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    properties = type("Properties", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with pytest.raises(ValueError, match=r"64 images of 800×1333 .* do not fit into the 80\.0 GiB of cpu. Lower batch"):
+        preflight(model, exhausted, (800, 1333), 64, CPU)
