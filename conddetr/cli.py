@@ -219,30 +219,35 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from conddetr.data.validate import validate
+    from conddetr.data.validate import note_shared_images, validate
     from conddetr.engine.progress import Progress, console
     from conddetr.files import write_text
 
     if options.annotations and not options.images:
         raise ValueError("--images: name the folder of the images of --annotations.")
-    root = Path(options.coco_path or "")
-    sources = (
-        [(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json") for split in ("train", "val")]
-        if options.coco_path
-        else [(options.images, options.annotations)]
-    )
+    sources = {"train": (options.images, options.annotations)}
+    if options.coco_path:
+        root = Path(options.coco_path)
+        sources = {
+            split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
+            for split in ("train", "val")
+        }
     reports = []
-    for image_dir, annotation_file in sources:
-        with Progress("validate", total=None) as progress:
+    for split, (images, annotations) in sources.items():
+        with Progress(f"validate {split}", total=None) as progress:
             report = validate(
-                image_dir,
-                annotation_file,
+                images,
+                annotations,
+                split == "train",
                 options.processes,
                 lambda done, total: progress.advance(done, total=total),
             )
+        reports.append(report)
+    if len(reports) == 2:
+        note_shared_images(*reports)
+    for report in reports:
         console.print(report.summary(), highlight=False, soft_wrap=True)
         console.print(*report.tables(), sep="\n")
-        reports.append(report)
     ok = all(report.ok for report in reports)
     if options.report:
         content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}

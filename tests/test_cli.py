@@ -31,6 +31,11 @@ def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
     assert main(command) == 0
     assert len(json.loads(out.read_text())) == 12
     assert "AP50" in capsys.readouterr().out
+    results = tmp_path / "results.json"
+    assert main([*command, "--results", str(results), "--per-class"]) == 0
+    assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
+    assert [row["name"] for row in json.loads(out.read_text())["per_class"]] == ["disk", "square", "triangle"]
+    assert "triangle" in capsys.readouterr().out
 
 
 def test_predict_draws(trained, tmp_path):
@@ -56,6 +61,13 @@ def test_real_images_through_every_command(coco_path, tmp_path):
     image = sorted((coco_path / "val2017").glob("*.jpg"))[0]
     assert main(["predict", str(image), "--checkpoint", checkpoint, "--out", str(tmp_path / "drawn")]) == 0
     assert (tmp_path / "drawn" / f"{image.stem}.png").is_file()
+
+
+def test_bench_data_prints_both_chains(coco_path, capsys):
+    assert main(["bench-data", "--coco-path", str(coco_path), "--count", "4", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "official" in printed
+    assert "no pixel differs by more than" in printed
 
 
 def test_env_says_what_runs_and_why(capsys):

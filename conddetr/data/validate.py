@@ -56,6 +56,8 @@ class ValidationReport:
     classes: dict[str, int] = field(default_factory=dict)
     """Boxes per class name, crowds not counted."""
     findings: list[Finding] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    """File name by the hash of its bytes; not part of the written report."""
 
     @property
     def ok(self) -> bool:
@@ -70,7 +72,9 @@ class ValidationReport:
 
     def to_dict(self) -> dict:
         """Everything, for JSON."""
-        return {"ok": self.ok, **asdict(self)}
+        content = {"ok": self.ok, **asdict(self)}
+        del content["digests"]
+        return content
 
     def summary(self) -> str:
         """The data set in one line."""
@@ -101,6 +105,7 @@ class ValidationReport:
 def validate(
     image_dir: str | Path,
     annotation_file: str | Path,
+    train: bool = True,
     processes: int | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> ValidationReport:
@@ -109,6 +114,7 @@ def validate(
     Args:
         image_dir: folder of the images.
         annotation_file: JSON in COCO's format.
+        train: whether to judge also if there is enough, and enough of each class, to train on.
         processes: that read images; default: one per core.
         on_image: called with the number of images just done and of all, for progress.
 
@@ -123,7 +129,9 @@ def validate(
     report.images = len(images)
     _check_categories(categories, report)
     _check_annotations(images, annotations, categories, report)
-    _check_balance(images, annotations, categories, report)
+    _count_objects(images, annotations, categories, report)
+    if train:
+        _check_amounts(report)
     _check_files(images, Path(image_dir), report, processes, on_image)
     return report
 
@@ -212,10 +220,9 @@ def _check_annotations(
         report.add(severity, kind, message, places[key])
 
 
-def _check_balance(
+def _count_objects(
     images: list[dict], annotations: list[dict], categories: list[dict], report: ValidationReport
 ) -> None:
-    """Counts per class, images without objects, and whether there is enough to train from scratch."""
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     report.boxes, report.crowds = len(objects), len(annotations) - len(objects)
     counts = Counter(annotation["category_id"] for annotation in objects)
@@ -223,9 +230,12 @@ def _check_balance(
     filled = {annotation["image_id"] for annotation in objects}
     empty = [f"image {image['id']}" for image in images if image["id"] not in filled]
     report.add("warning", "images without objects", "They teach what is background; too many slow learning.", empty)
-    if images and not objects:
-        report.add("error", "no objects", "There is nothing to learn from.", [report.annotation_file])
-        return
+    nothing = [report.annotation_file] if images and not objects else []
+    report.add("error", "no objects", "There is nothing to learn from.", nothing)
+
+
+def _check_amounts(report: ValidationReport) -> None:
+    """Whether there is enough, and enough of each class, to train on."""
     absent = [name for name, count in report.classes.items() if count == 0]
     report.add("warning", "class without objects", "It can not be learned.", absent)
     rare = [f"{name}: {count}" for name, count in report.classes.items() if 0 < count < MIN_OBJECTS_PER_CLASS]
@@ -234,12 +244,18 @@ def _check_balance(
     if present and max(present) > BALANCE * min(present):
         message = f"The largest class has more than {BALANCE:.0f} times the objects of the smallest."
         report.add("warning", "unbalanced classes", message, [f"{max(present)} and {min(present)} objects"])
-    if len(images) < MIN_IMAGES_FROM_SCRATCH:
+    if report.images < MIN_IMAGES_FROM_SCRATCH:
         message = (
             f"Fewer than {MIN_IMAGES_FROM_SCRATCH:,} images: a detection transformer learns from data alone what "
             "others have built in. Start from a trained detector's weights, not only from a pretrained backbone."
         )
-        report.add("warning", "too small to train from scratch", message, [f"{len(images)} images"])
+        report.add("warning", "too small to train from scratch", message, [f"{report.images} images"])
+
+
+def note_shared_images(train: ValidationReport, val: ValidationReport) -> None:
+    """Warn in the report of the validation set of images that are in the training set too, byte for byte."""
+    shared = [f"{name} = {train.digests[digest]}" for digest, name in val.digests.items() if digest in train.digests]
+    val.add("warning", "images of the training set", "What is measured on them says nothing about new images.", shared)
 
 
 def _check_files(
@@ -266,8 +282,9 @@ def _check_files(
         ("size mismatch", "Boxes would be off: the file has another size than the annotations say."),
     ):
         report.add("error", kind, message, faults[kind])
+    report.digests = {digest: names[0] for digest, names in files_of.items()}
     groups = [" = ".join(names) for names in files_of.values() if len(names) > 1]
-    report.add("warning", "identical images", "The same bytes under several names; between splits this leaks.", groups)
+    report.add("warning", "identical images", "The same bytes under several names.", groups)
 
 
 _Inspection = tuple[str, tuple[str, str] | None, str]

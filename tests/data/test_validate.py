@@ -116,7 +116,12 @@ def test_the_command_prints_writes_and_sets_the_status(small_coco, tmp_path, cap
     assert "4 images, 4 boxes, 0 crowds, 3 classes" in capsys.readouterr().out
     content = json.loads(out.read_text())
     assert content["ok"] is True
-    assert [data_set["images"] for data_set in content["data_sets"]] == [4, 2]
+    train, val = content["data_sets"]
+    assert (train["images"], val["images"]) == (4, 2)
+    # The fixture's two sets are drawn from one seed: the same pixels.
+    found = {finding["kind"]: finding for finding in val["findings"]}
+    assert set(found) == {"images of the training set"}
+    assert found["images of the training set"]["examples"] == ["0.jpg = 0.jpg", "1.jpg = 1.jpg"]
     (small_coco.images / "1.jpg").unlink()
     assert main(["validate-data", "--annotations", str(small_coco.file), "--images", str(small_coco.images)]) == 1
     assert "missing file" in capsys.readouterr().out
