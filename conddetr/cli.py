@@ -246,7 +246,7 @@ def _validate(options: argparse.Namespace) -> int:
     if len(reports) == 2:
         note_shared_images(*reports)
     for report in reports:
-        console.print(report.summary(), highlight=False, soft_wrap=True)
+        console.print(report.summary(), highlight=False, soft_wrap=True, markup=False)
         console.print(*report.tables(), sep="\n")
     ok = all(report.ok for report in reports)
     if options.report:

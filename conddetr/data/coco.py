@@ -30,7 +30,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Of the comparisons, NaN fails both and integers of any length are allowed in.
+    # NaN fails both comparisons, and integers of any length can be compared.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
 
 
@@ -47,10 +47,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda value: isinstance(value, str), "a text"),
     "height": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
     "width": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
-    "bbox": (
-        lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
-        "4 finite numbers",
-    ),
+    "bbox": (_is_box, "4 finite numbers"),
     "area": (_is_number, "a finite number"),
     "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
 }

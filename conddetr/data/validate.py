@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from conddetr.data.coco import FIELDS, entry_fault
 from conddetr.data.images import read_image
@@ -88,7 +89,7 @@ class ValidationReport:
         classes.add_column("boxes", justify="right")
         ordered = sorted(self.classes.items(), key=lambda item: -item[1])
         for name, count in ordered[:_SHOWN_CLASSES]:
-            classes.add_row(name, str(count))
+            classes.add_row(Text(name), str(count))
         if ordered[_SHOWN_CLASSES:]:
             rest = [count for _, count in ordered[_SHOWN_CLASSES:]]
             classes.add_row(f"{len(rest)} more, of at most {rest[0]}", str(sum(rest)))
@@ -96,9 +97,10 @@ class ValidationReport:
         for column in ("", "what", "count", "meaning", "first places"):
             findings.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for found in sorted(self.findings, key=lambda finding: finding.severity):
-            style = "red" if found.severity == "error" else "yellow"
-            severity = f"[{style}]{found.severity}[/]"
-            findings.add_row(severity, found.kind, str(found.count), found.message, "\n".join(found.examples))
+            severity = Text(found.severity, style="red" if found.severity == "error" else "yellow")
+            # As text: brackets in names would be read as markup.
+            row = (found.kind, str(found.count), found.message, "\n".join(found.examples))
+            findings.add_row(severity, *map(Text, row))
         return [classes, findings]
 
 

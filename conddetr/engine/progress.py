@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from conddetr.engine.evaluator import ClassMetrics
@@ -70,7 +71,7 @@ def class_table(title: str, classes: "list[ClassMetrics]") -> Table:
         table.add_column(name, justify="right")
     for row in sorted(classes, key=lambda row: -row.ap):
         values = (row.ap, row.ap50, row.ap75, row.ar100)
-        table.add_row(row.name, str(row.objects), *(_percent(value) for value in values))
+        table.add_row(Text(row.name), str(row.objects), *(_percent(value) for value in values))
     return table
 
 

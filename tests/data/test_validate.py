@@ -1,6 +1,7 @@
 """Validation names every kind of damage, counts it, and never crashes; nor does loading, without a named cause."""
 
 import copy
+import io
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
 from conddetr.cli import main
 from conddetr.config import resolve
@@ -81,6 +83,15 @@ def test_every_kind_of_damage_is_named(small_coco, spoil, severity, kind, place)
     assert kinds(report, severity).get(kind) == 1
     assert place in next(finding for finding in report.findings if finding.kind == kind).examples[0]
     assert report.ok == (severity == "warning")
+
+
+def test_names_are_not_read_as_markup(small_coco):
+    small_coco.content["images"][0]["file_name"] = "[/red][bold]x.jpg"
+    small_coco.content["categories"][1]["name"] = "[/dog]"
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(*report_of(small_coco).tables())
+    assert "[/red][bold]x.jpg" in printed.getvalue()
+    assert "[/dog]" in printed.getvalue()
 
 
 def test_unbalanced_classes_are_said(small_coco):
@@ -172,14 +183,18 @@ def test_any_value_anywhere_in_the_annotations(small_coco, data):
     small_coco.file.write_text(json.dumps(content))
     report = validate(small_coco.images, small_coco.file, processes=1)
     json.dumps(report.to_dict())
+    Console(file=io.StringIO()).print(*report.tables())
     check_loading(small_coco, report)
 
 
 @FUZZ
 @given(data=st.data())
 def test_images_cut_or_changed_anywhere(small_coco, data):
-    path = small_coco.images / data.draw(st.sampled_from(["0.jpg", "x.png"]))
-    Image.new("RGB", (90, 60), (200, 30, 10)).save(small_coco.images / "x.png")
+    path = small_coco.images / data.draw(st.sampled_from(["0.jpg", "x.jpg", "x.png"]))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name in ("x.png", "x.jpg"):
+        Image.new("RGB", (90, 60), (200, 30, 10)).save(small_coco.images / name, exif=exif)
     small_coco.content["images"][0]["file_name"] = path.name
     original = path.read_bytes()
     changed = bytearray(original[: data.draw(st.integers(0, len(original)))])
