@@ -158,11 +158,11 @@ class EpochBatches(Sampler[BatchPlan]):
         return -(-mine // self.batch_size)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        indices = self._order()
-        plans = {index: self._plan(index) for index in indices} if self.shapes else {}
         size = self.batch_size * (self.world if self.train else 1)
+        # What an epoch leaves out is left out by chance, not by shape.
+        indices = self._order()[: len(self) * size]
+        plans = {index: self._plan(index) for index in indices} if self.shapes else {}
         batches = self._grouped(indices, plans, size) if self.shapes else _cut(indices, size)
-        batches = batches[: len(self)]
         if self.train and self.shapes:
             # Grouping fills the batches of rare shapes late; training should not see them late.
             order = torch.randperm(len(batches), generator=self._generator()).tolist()
@@ -261,6 +261,8 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device is not None and device.type == "cuda",
+        # Else every pass would draw from torch's global generator, and dropout with it would differ.
+        generator=torch.Generator(),
     )
 
 

@@ -65,7 +65,9 @@ def test_workers_and_random_states_change_nothing(mixed, pad_buckets):
     for epoch in (0, 1):
         expected = epoch_of(whole, epoch)
         torch.manual_seed(epoch + 100)
+        state = torch.get_rng_state()
         assert all(same(a, b) for a, b in zip(expected, epoch_of(with_workers, epoch), strict=True))
+        assert torch.equal(torch.get_rng_state(), state)
     # From the middle of an epoch, in a fresh loader: the same images and the same draws.
     resumed = epoch_of(make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets), 1, start=4)
     assert all(same(a, b) for a, b in zip(expected[4:], resumed, strict=True))
