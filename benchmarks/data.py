@@ -7,7 +7,7 @@ import argparse
 import os
 
 import torch
-from harness import console, write_result
+from harness import console, write
 
 from conddetr.config import PRESETS
 from conddetr.data.bench import bench_data
@@ -32,7 +32,7 @@ def main() -> None:
     console.print(result.table())
     console.print(result.agreement())
     settings = {"preset": options.preset, "rounds": options.rounds}
-    console.print(f"wrote {write_result('data', settings, vars(result))}")
+    console.print(f"wrote {write('data', {'settings': settings, 'results': vars(result)})}")
 
 
 if __name__ == "__main__":

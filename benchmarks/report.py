@@ -63,8 +63,9 @@ def _draw_problem(axis: plt.Axes, result: Result, names: list[str]) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """The result files of one device; what `tune.py` tried is no result."""
-    return sorted(path for path in folder.glob("*.json") if path.stem != "tune")
+    """The files of one device with times of operations; `tune`, `data` and `evaluation` hold other things."""
+    others = ("tune", "data", "evaluation")
+    return sorted(path for path in folder.glob("*.json") if path.stem not in others)
 
 
 def markdown(results: Path) -> str:
