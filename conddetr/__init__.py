@@ -2,6 +2,7 @@
 
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
+from conddetr.interop.accelerate import AccelerationReport, accelerate
 from conddetr.interop.official import LoadReport, load_weights
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
@@ -9,11 +10,13 @@ from conddetr.zoo import Preset, build, build_criterion, presets
 
 __all__ = [
     "DETR",
+    "AccelerationReport",
     "Detection",
     "Detector",
     "LoadReport",
     "ModelConfig",
     "Preset",
+    "accelerate",
     "build",
     "build_criterion",
     "load_weights",

@@ -1,0 +1,115 @@
+"""Our operations in a detector that somebody already has, in place."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from io import StringIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from conddetr.kernels import registry
+from conddetr.model.detr import DETR
+from conddetr.model.transformer import ConditionalCrossAttention, ConditionalDecoder
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of module of a model."""
+
+    name: str
+    count: int
+    """How many of them the model has."""
+    note: str
+    """What runs now, or why nothing else does."""
+
+
+@dataclass
+class AccelerationReport:
+    """What `accelerate` did; `print` shows it as a table."""
+
+    replaced: list[Part] = field(default_factory=list)
+    left: list[Part] = field(default_factory=list)
+    """As they were, with the reason."""
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, header_style="bold")
+        for title in ("", "part", "count", "note"):
+            table.add_column(title, justify="right" if title == "count" else "left")
+        for title, parts in (("accelerated", self.replaced), ("left as it was", self.left)):
+            for part in parts:
+                table.add_row(title, part.name, str(part.count), part.note)
+        return table
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=120).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
+    """Make a model run on our operations, in place. Weights, state dict, outputs and training interface stay.
+
+    Args:
+        model: transformers' `ConditionalDetrForObjectDetection`, or ours. Doing it again only changes the backend.
+        backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
+            after this; where no kernel can, transformers' own attention runs. Any other name of
+            `conddetr.kernels.registry.BACKENDS` is an error where it can not run.
+
+    Returns:
+        What was replaced, what was left, and why.
+
+    Raises:
+        TypeError: another model.
+        ValueError: no such backend.
+        RuntimeError: the requested backend can not run where the model is now; says why.
+    """
+    parameter = next(model.parameters())
+    choice = registry.choose(backend, parameter.device, parameter.dtype)
+    if isinstance(model, DETR):
+        return _switch_backend(model, backend, choice)
+    if not _is_huggingface(model):
+        raise TypeError(
+            f"model: expected transformers' ConditionalDetrForObjectDetection or a conddetr model, got "
+            f"{type(model).__module__}.{type(model).__qualname__}. Weights of the official repository's model go into "
+            f"ours: conddetr.load_weights(conddetr.build(preset, backend=...), official.state_dict())."
+        )
+    from conddetr.interop.accelerated import huggingface
+
+    report = AccelerationReport()
+    huggingface.accelerate(model, backend, choice, report)
+    return report
+
+
+def _is_huggingface(model: nn.Module) -> bool:
+    """By name, so that transformers is imported by those who use it only."""
+    return any(
+        base.__name__ == "ConditionalDetrForObjectDetection" and base.__module__.startswith("transformers.")
+        for base in type(model).__mro__
+    )
+
+
+def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
+    model.config = dataclasses.replace(model.config, backend=backend)
+    report = AccelerationReport()
+    for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
+        modules = [module for module in model.modules() if isinstance(module, kind)]
+        for module in modules:
+            module.backend = backend
+        if modules:
+            report.replaced.append(Part(name, len(modules), f"backend {describe(choice, parameter_of(model))}"))
+    if not report.replaced:
+        report.left.append(Part("decoder", 1, "the original DETR has no conditional attention"))
+    return report
+
+
+def parameter_of(model: nn.Module) -> torch.Tensor:
+    """Any parameter: it stands for the model's device and dtype."""
+    return next(model.parameters())
+
+
+def describe(choice: registry.Choice, parameter: torch.Tensor) -> str:
+    """One phrase: which backend runs where, and what kept the others out."""
+    refused = "".join(f"; {name}: {reason}" for name, reason in choice.refused.items())
+    return f"{choice.backend} on {parameter.device.type}{refused}"

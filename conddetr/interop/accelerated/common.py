@@ -1,0 +1,122 @@
+"""What the replaced modules of all versions of transformers share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from conddetr.kernels import conditional_attention, registry, sine_embedding
+
+
+def runs_ours(backend: str, tensor: Tensor) -> bool:
+    """Whether our operation takes this call: the backend was asked for by name, or `auto` finds a kernel.
+
+    Where `auto` finds none, plain PyTorch is what transformers has too, and its own choice of it stays.
+    """
+    dtype = tensor.dtype
+    if torch.is_autocast_enabled(tensor.device.type):
+        dtype = torch.get_autocast_dtype(tensor.device.type)
+    return backend != "auto" or registry.choose(backend, tensor.device, dtype).backend != "eager"
+
+
+@contextmanager
+def as_shipped(module: nn.Module) -> Iterator[None]:
+    """The module is of transformers' own class meanwhile: what it records of its layers goes by the class's name."""
+    ours = type(module)
+    module.__class__ = ours.__base__
+    try:
+        yield
+    finally:
+        module.__class__ = ours
+
+
+def key_padding(mask: Tensor | None) -> Tensor | None:
+    """transformers' masks -> [B, N] bool, True = padding.
+
+    Args:
+        mask: [B, N], nonzero = valid; or [B, 1, Q or 1, N], the same for every query: bool, True = valid, or floating,
+            0 = valid and very negative = padding; None: nothing is padding.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        return ~mask.to(torch.bool)
+    keys = mask[:, 0, 0]
+    return keys < 0 if keys.is_floating_point() else ~keys.to(torch.bool)
+
+
+def cross_attention(
+    q_content: Tensor,
+    q_spatial: Tensor,
+    k_content: Tensor,
+    k_spatial: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Conditional attention of split heads: [B, Q, h, d] queries, [B, N, h, d] keys and values -> [B, Q, C]."""
+    attended = conditional_attention(
+        q_content,
+        q_spatial,
+        k_content,
+        k_spatial,
+        v,
+        key_padding_mask=padding,
+        dropout_p=dropout_p,
+        backend=backend,
+    )
+    return attended.flatten(-2)
+
+
+def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None, options: dict) -> bool:
+    """Whether `decode` says all that this call of a decoder wants.
+
+    Attention maps, hidden states, tuples, layer drop, and gradient checkpointing where the decoder itself does it
+    (early 4.5x) are left to transformers.
+    """
+    config = decoder.config
+    wants_more = any(
+        options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")
+    )
+    is_tuple = options.get("return_dict") is False
+    is_checkpointed = getattr(decoder, "gradient_checkpointing", False)
+    has_layer_drop = decoder.training and (decoder.layerdrop > 0 or is_checkpointed)
+    has_memory = memory is not None and mask is not None and mask.dim() == 2
+    return has_memory and not (wants_more or is_tuple or has_layer_drop)
+
+
+def decode(
+    decoder: nn.Module,
+    tokens: Tensor,
+    object_query: Tensor,
+    run_layer: Callable[[nn.Module, Tensor, Tensor, bool], Tensor],
+) -> dict[str, Tensor | None]:
+    """The decoder's loop: reference points and their embedding once, then layer by layer with λ ⊙ p_s.
+
+    Args:
+        decoder: transformers' decoder.
+        tokens: [B, Q, C] decoder embedding at the start.
+        object_query: [B, Q, C].
+        run_layer: (layer, tokens, spatial query, is first) -> tokens.
+
+    Returns:
+        The fields of transformers' decoder output: `last_hidden_state` [B, Q, C], `intermediate_hidden_states`
+        [L, B, Q, C] or None, `reference_points` [Q, B, 2].
+    """
+    reference = decoder.ref_point_head(object_query).sigmoid()
+    p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend)
+    intermediate = []
+    for index, layer in enumerate(decoder.layers):
+        spatial_query = p_s if index == 0 else decoder.query_scale(tokens) * p_s
+        tokens = run_layer(layer, tokens, spatial_query, index == 0)
+        if decoder.config.auxiliary_loss:
+            # As transformers does it: the next layer, too, goes on from the normalised tokens.
+            tokens = decoder.layernorm(tokens)
+            intermediate.append(tokens)
+    return {
+        "last_hidden_state": decoder.layernorm(tokens),
+        "intermediate_hidden_states": torch.stack(intermediate) if intermediate else None,
+        "reference_points": reference.transpose(0, 1),
+    }

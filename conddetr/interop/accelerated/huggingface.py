@@ -1,0 +1,120 @@
+"""Which modules of transformers' Conditional DETR have a replacement, and the replacing.
+
+A module gets our subclass of its own class: parameters, hooks, copies, pickles and data parallelism go on as they were,
+and nothing of the package itself is touched.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import transformers
+from torch import nn
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+
+from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of
+from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
+from conddetr.kernels import registry
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Our subclass of one of their classes."""
+
+    name: str
+    ours: type[nn.Module]
+    needs_kernel: bool
+    """Whether it gives way to the original where `auto` finds no kernel."""
+
+    @property
+    def original(self) -> type[nn.Module]:
+        """Their class."""
+        return self.ours.__base__
+
+    def misfit(self) -> str | None:
+        """The reason against it: their `forward` takes other arguments than the one that ours was written for."""
+        found, expected = (_arguments(kind.forward) for kind in (self.original, self.ours))
+        if found == expected:
+            return None
+        return f"forward of transformers {transformers.__version__} takes {found}, expected {expected}"
+
+
+def _arguments(function: object) -> list[str]:
+    """Names of the arguments of a method, without self and further keywords."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def replacements() -> list[Replacement]:
+    """Those that the structure of the installed version has."""
+    found = []
+    if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+        from conddetr.interop.accelerated import projections_in_attention as structure
+
+        found.append(Replacement("cross-attention", structure.CrossAttention, needs_kernel=True))
+    elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
+        from conddetr.interop.accelerated import projections_in_layer as structure
+
+        found.append(Replacement("encoder self-attention", structure.EncoderSelfAttention, needs_kernel=False))
+        found.append(Replacement("decoder attention", structure.DecoderAttention, needs_kernel=True))
+    else:
+        return found
+    return [*found, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder, needs_kernel=True)]
+
+
+def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
+    """Replace what can be replaced, and say so in the report.
+
+    Args:
+        model: `ConditionalDetrForObjectDetection`, changed in place.
+        backend: as asked for; `choice` is what it means where the model is now.
+    """
+    for replacement in replacements():
+        _replace_modules(model, replacement, backend, choice, report)
+    _replace_loss(model, report)
+    for name, count, note in (
+        ("backbone", 1, "convolutions are PyTorch's"),
+        (
+            "encoder layers",
+            len(model.model.encoder.layers),
+            f"attention is {_attention_name(model)}; use torch.compile",
+        ),
+    ):
+        report.left.append(Part(name, count, note))
+
+
+def _replace_modules(
+    model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice, report: AccelerationReport
+) -> None:
+    modules = [module for module in model.modules() if type(module) in (replacement.original, replacement.ours)]
+    reason = replacement.misfit()
+    if reason is None and not modules:
+        reason = f"no module is a {replacement.original.__name__}"
+    if reason is not None:
+        report.left.append(Part(replacement.name, len(modules), reason))
+        return
+    for module in modules:
+        module.__class__ = replacement.ours
+        module.backend = backend
+    note = "PyTorch's fused operation"
+    if replacement.needs_kernel:
+        gives_way = backend == "auto" and choice.backend == "eager"
+        note = describe(choice, parameter_of(model))
+        note = f"transformers' own runs until there is a kernel: {note}" if gives_way else note
+    report.replaced.append(Part(replacement.name, len(modules), note))
+
+
+def _replace_loss(model: nn.Module, report: AccelerationReport) -> None:
+    name = "matcher and loss"
+    if model.loss_function not in (DeformableDetrForObjectDetectionLoss, detection_loss):
+        report.left.append(Part(name, 1, "the model has a loss function of its own"))
+    elif model.config.focal_alpha != MATCHING_ALPHA:
+        reason = f"focal_alpha {model.config.focal_alpha}: transformers uses {MATCHING_ALPHA} for matching all the same"
+        report.left.append(Part(name, 1, reason))
+    else:
+        model.loss_function = detection_loss
+        report.replaced.append(Part(name, 1, "all layers at once"))
+
+
+def _attention_name(model: nn.Module) -> str:
+    return f"transformers' {getattr(model.config, '_attn_implementation', 'eager')}"

@@ -1,0 +1,110 @@
+"""transformers from 5.1 on: the attention modules hold the projections of queries, keys and values."""
+
+from torch import Tensor, nn
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+
+from conddetr.interop.accelerated.common import (
+    as_shipped,
+    cross_attention,
+    decode,
+    is_plain_call,
+    key_padding,
+    runs_ours,
+)
+
+
+class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
+    """Nothing is concatenated and no score is written. Attention maps, where wanted, come from transformers."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        query_sine_embed: Tensor,
+        encoder_position_embeddings: Tensor,
+        query_position_embeddings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class, which documents the arguments; no attention weights."""
+        wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
+        is_known_mask = attention_mask is None or isinstance(attention_mask, Tensor)
+        if wants_weights or not is_known_mask or not runs_ours(self.backend, hidden_states):
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states,
+                query_sine_embed,
+                encoder_position_embeddings,
+                query_position_embeddings,
+                attention_mask,
+                **kwargs,
+            )
+        q_content = self.q_content_proj(hidden_states)
+        q_spatial = self.q_pos_sine_proj(query_sine_embed)
+        if query_position_embeddings is not None:
+            # (q + q_p)·(k + k_p) + q_s·k_p = (q + q_p)·k + (q + q_p + q_s)·k_p leaves the keys alone.
+            q_content = q_content + self.q_pos_proj(query_position_embeddings)
+            q_spatial = q_content + q_spatial
+        attended = cross_attention(
+            *map(
+                self._split,
+                (
+                    q_content,
+                    q_spatial,
+                    self.k_content_proj(encoder_hidden_states),
+                    self.k_pos_proj(encoder_position_embeddings),
+                    self.v_proj(encoder_hidden_states),
+                ),
+            ),
+            padding=key_padding(attention_mask),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return self.o_proj(attended), None
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim))
+
+
+class Decoder(theirs.ConditionalDetrDecoder):
+    """The sine embedding in one kernel; the mask of the keys is handed on as it is."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        object_queries_position_embeddings: Tensor | None = None,
+        **kwargs: object,
+    ) -> theirs.ConditionalDetrDecoderOutput:
+        """As the base class, which documents the arguments."""
+        is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
+        if not (is_plain and runs_ours(self.backend, encoder_hidden_states)):
+            with as_shipped(self):
+                return self.forward(
+                    inputs_embeds,
+                    attention_mask,
+                    encoder_hidden_states,
+                    encoder_attention_mask,
+                    spatial_position_embeddings,
+                    object_queries_position_embeddings,
+                    **kwargs,
+                )
+
+        def run_layer(layer: nn.Module, tokens: Tensor, spatial_query: Tensor, is_first: bool) -> Tensor:
+            return layer(
+                tokens,
+                None,
+                spatial_position_embeddings,
+                object_queries_position_embeddings,
+                spatial_query,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                is_first=is_first,
+                **kwargs,
+            )
+
+        fields = decode(self, inputs_embeds, object_queries_position_embeddings, run_layer)
+        return theirs.ConditionalDetrDecoderOutput(**fields)

@@ -1,0 +1,118 @@
+"""transformers 4.5x and 5.0: the decoder layers hold the projections, and all attention is plain matrix products."""
+
+from torch import Tensor, nn
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+
+from conddetr.interop.accelerated.common import cross_attention, decode, is_plain_call, key_padding, runs_ours
+from conddetr.model.transformer import self_attention
+
+
+class EncoderSelfAttention(theirs.DetrAttention):
+    """PyTorch's fused attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        object_queries: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class; no attention weights."""
+        if output_attentions or key_value_states is not None or spatial_position_embeddings is not None:
+            return super().forward(
+                hidden_states,
+                attention_mask,
+                object_queries,
+                key_value_states,
+                spatial_position_embeddings,
+                output_attentions,
+            )
+        placed = hidden_states if object_queries is None else hidden_states + object_queries
+        query, key, value = self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states)
+        dropout_p = self.dropout if self.training else 0.0
+        attended = self_attention(query, key, value, self.num_heads, key_padding(attention_mask), dropout_p)
+        return self.out_proj(attended), None
+
+
+class DecoderAttention(theirs.ConditionalDetrAttention):
+    """Self-attention of the queries, or conditional cross-attention: then queries and keys are twice as wide, and
+    each head has its content half first, its spatial half after it.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_states: Tensor | None = None,
+        value_states: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class; no attention weights."""
+        is_conditional = self.embed_dim == 2 * self.out_dim
+        if output_attentions or (is_conditional and not runs_ours(self.backend, hidden_states)):
+            return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
+        padding = key_padding(attention_mask)
+        dropout_p = self.dropout if self.training else 0.0
+        if is_conditional:
+            heads = [x.unflatten(-1, (self.num_heads, -1)) for x in (hidden_states, key_states, value_states)]
+            attended = cross_attention(
+                *heads[0].chunk(2, dim=-1), *heads[1].chunk(2, dim=-1), heads[2], padding, dropout_p, self.backend
+            )
+        else:
+            attended = self_attention(hidden_states, key_states, value_states, self.num_heads, padding, dropout_p)
+        return self.out_proj(attended), None
+
+
+class Decoder(theirs.ConditionalDetrDecoder):
+    """The sine embedding in one kernel; the mask of the keys is handed on as it is."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        object_queries: Tensor | None = None,
+        query_position_embeddings: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> theirs.ConditionalDetrDecoderOutput | tuple:
+        """As the base class, which documents the arguments."""
+        options = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, options)
+        if not (is_plain and runs_ours(self.backend, encoder_hidden_states)):
+            return super().forward(
+                inputs_embeds,
+                attention_mask,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                object_queries,
+                query_position_embeddings,
+                **options,
+                **kwargs,
+            )
+
+        def run_layer(layer: nn.Module, tokens: Tensor, spatial_query: Tensor, is_first: bool) -> Tensor:
+            return layer(
+                tokens,
+                None,
+                object_queries,
+                query_position_embeddings,
+                spatial_query,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                output_attentions=False,
+                is_first=is_first,
+            )[0]
+
+        fields = decode(self, inputs_embeds, query_position_embeddings, run_layer)
+        return theirs.ConditionalDetrDecoderOutput(**fields)

@@ -1,0 +1,263 @@
+"""An accelerated model against itself before: in float64, and within twice its own float32 error."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import conddetr
+from conddetr.interop.accelerate import accelerate
+from conddetr.kernels import registry
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
+
+from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig  # noqa: E402
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
+
+from conddetr.interop.accelerated import common  # noqa: E402
+from conddetr.interop.accelerated.huggingface import replacements  # noqa: E402
+from conddetr.interop.accelerated.loss import detection_loss  # noqa: E402
+
+BACKENDS = ("eager", "triton")
+
+
+def small_config(**options):
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
+    sizes = {
+        "d_model": 64,
+        "encoder_layers": 1,
+        "decoder_layers": 3,
+        "num_queries": 12,
+        "num_labels": 5,
+        "dropout": 0.0,
+    }
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
+    sources = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return ConditionalDetrConfig(backbone_config=backbone, **sources, **sizes, **options)
+
+
+def small_model(**options):
+    """Random weights under which queries differ and attention is sharp: fresh ones hide mistakes."""
+    model = ConditionalDetrForObjectDetection(small_config(**options))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            gain = 3.0 if re.search(r"(content|pos|sine)_proj", name) else 1.0
+            nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
+        elif "proj" in name:
+            nn.init.normal_(parameter, std=0.3)
+    nn.init.normal_(model.model.query_position_embeddings.weight)
+    return model.eval()
+
+
+def batch(is_padded, dtype=torch.float32):
+    pixels = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = torch.ones(2, 160, 224, dtype=torch.int64)
+    if is_padded:
+        mask[1, 100:] = 0
+        mask[1, :, 130:] = 0
+        pixels = pixels * mask[:, None]
+    boxes = torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.6, 0.3, 0.2, 0.4], [0.5, 0.5, 0.9, 0.8]], dtype=dtype)
+    labels = [
+        {"class_labels": torch.tensor([1, 4, 1]), "boxes": boxes},
+        {"class_labels": torch.tensor([2]), "boxes": boxes[:1]},
+    ]
+    return {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
+
+
+def run(model, inputs):
+    """Outputs, losses and gradients, by name."""
+    out = model(**inputs)
+    model.zero_grad()
+    out.loss.backward()
+    found = {"logits": out.logits, "boxes": out.pred_boxes, "loss": out.loss, "state": out.last_hidden_state}
+    found |= {f"loss {name}": value for name, value in out.loss_dict.items()}
+    found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_losses_and_gradients_stay(backend, is_padded, training):
+    model = small_model(auxiliary_loss=training).train(training)
+    truth = run(copy.deepcopy(model).double(), batch(is_padded, torch.float64))
+    assert truth["logits"].std(1).min() > 0.02, "the queries are alike: this test would see nothing"
+    before = run(model, batch(is_padded))
+    accelerate(model, backend)
+    after = run(model, batch(is_padded))
+    assert list(after) == list(before)
+    # Gradients that are zero in exact arithmetic (key biases) show the rounding of those that are not.
+    largest = max(value.abs().max() for name, value in truth.items() if name.startswith("gradient"))
+    for name, expected in truth.items():
+        error = (after[name] - expected).abs().max()
+        scale = largest if name.startswith("gradient") else expected.abs().max().clamp(min=1)
+        allowed = 2 * (before[name] - expected).abs().max() + 1e-6 * scale
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_exact_in_float64():
+    model = small_model(auxiliary_loss=True).double().train()
+    inputs = batch(True, torch.float64)
+    before = run(model, inputs)
+    accelerate(model, "eager")
+    after = run(model, inputs)
+    worst = max((after[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < worst < 1e-9, "0 would mean that nothing was replaced"
+
+
+def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("our attention ran")
+
+    monkeypatch.setattr(common, "conditional_attention", refuse)
+    model = small_model()
+    accelerate(model, "eager")
+    with pytest.raises(AssertionError, match="our attention ran"):
+        model(**batch(True))
+    monkeypatch.setattr(registry, "choose", lambda *_: registry.Choice("eager", {"triton": "no GPU here"}))
+    report = accelerate(model, "auto")
+    assert (
+        "transformers' own runs until there is a kernel: eager on cpu; triton: no GPU here" in report.replaced[-2].note
+    )
+    run(model, batch(True))
+
+
+def test_state_dict_class_copies_and_pickles_stay():
+    model = small_model()
+    state = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    accelerate(model, "eager")
+    assert type(model) is ConditionalDetrForObjectDetection
+    assert [(name, value.data_ptr()) for name, value in model.state_dict().items()] == [
+        (name, pointer) for name, (pointer, _) in state.items()
+    ]
+    with torch.no_grad():
+        expected = model(**batch(True)).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(**batch(True)).logits, expected)
+            accelerated = {replacement.ours for replacement in replacements()}
+            assert accelerated <= {type(module) for module in twin.modules()}
+
+
+def test_twice_is_once():
+    model = small_model()
+    first = accelerate(model, "eager")
+    classes = [type(module) for module in model.modules()]
+    assert accelerate(model, "eager") == first
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_attention_maps_and_hidden_states_come_from_transformers():
+    model = small_model(attn_implementation="eager")
+    wanted = {"output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        before = model(**batch(True), **wanted)
+        accelerate(model, "eager")
+        after = model(**batch(True), **wanted)
+    for name in ("cross_attentions", "decoder_attentions", "encoder_attentions", "decoder_hidden_states"):
+        assert len(after[name]) == len(before[name]) > 0
+        assert all(torch.equal(a, b) for a, b in zip(after[name], before[name], strict=True)), name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    if not small_model().supports_gradient_checkpointing:
+        pytest.skip("transformers before 5 has no gradient checkpointing for this model")
+    model = small_model(auxiliary_loss=True).train()
+    accelerate(model, "eager")
+    before = run(model, batch(True))
+    model.gradient_checkpointing_enable()
+    after = run(model, batch(True))
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+
+
+def test_dropout_of_attention_weights_is_transformers_own_probability():
+    model = small_model(attention_dropout=0.5)
+    accelerate(model, "eager")
+    with torch.no_grad():
+        still = [model(**batch(False)).logits for _ in range(2)]
+        model.train()
+        # Only the decoder's cross-attention: the rest of the randomness off.
+        for module in model.modules():
+            is_cross = type(module) in {r.ours for r in replacements()} and hasattr(module, "k_proj") is False
+            for name in ("attention_dropout", "dropout"):
+                if isinstance(getattr(module, name, None), float) and not is_cross:
+                    setattr(module, name, 0.0)
+        moving = [model(**batch(False)).logits for _ in range(2)]
+    assert torch.equal(*still)
+    assert not torch.equal(*moving)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0), (15, 1)], ids=str)
+@pytest.mark.parametrize("has_auxiliary", [False, True])
+def test_loss_is_the_one_of_transformers(counts, has_auxiliary):
+    config = small_config(auxiliary_loss=has_auxiliary, bbox_loss_coefficient=3, class_cost=1)
+    shape = (config.decoder_layers, 2, config.num_queries)
+    logits = (torch.randn(*shape, config.num_labels, dtype=torch.float64) * 2).requires_grad_()
+    raw = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
+    labels = [
+        {"class_labels": torch.randint(5, (count,)), "boxes": torch.rand(count, 4, dtype=torch.float64) * 0.4 + 0.2}
+        for count in counts
+    ]
+
+    def evaluate(function):
+        boxes = raw.sigmoid()
+        auxiliary = (logits, boxes) if has_auxiliary else (None, None)
+        loss, parts, outputs = function(logits[-1], labels, logits.device, boxes[-1], config, *auxiliary)
+        return loss, parts, outputs, torch.autograd.grad(loss, (logits, raw))
+
+    expected, found = evaluate(DeformableDetrForObjectDetectionLoss), evaluate(detection_loss)
+    assert torch.allclose(found[0], expected[0], rtol=1e-6)
+    assert set(found[1]) == set(expected[1])
+    assert all(torch.allclose(found[1][k].double(), expected[1][k].double(), rtol=1e-6) for k in expected[1])
+    assert (found[2] is None) == (expected[2] is None)
+    for a, b in zip(found[2] or [], expected[2] or [], strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[3], expected[3], strict=True))
+
+
+def test_what_can_not_be_accelerated_is_left_and_listed(monkeypatch):
+    model = small_model(focal_alpha=0.5)
+    monkeypatch.setattr(theirs.ConditionalDetrDecoder, "forward", lambda self, something_new: something_new)
+    report = accelerate(model, "eager")
+    notes = {part.name: part.note for part in report.left}
+    assert "something_new" in notes["sine embedding, λ ⊙ p_s"]
+    assert "focal_alpha 0.5" in notes["matcher and loss"]
+    assert type(model.model.decoder) is theirs.ConditionalDetrDecoder
+    assert model.loss_function is DeformableDetrForObjectDetectionLoss
+    assert "left as it was  matcher and loss" in str(report)
+
+    model = small_model()
+    model.loss_function = lambda *args: None
+    assert "loss function of its own" in str(accelerate(model))
+
+
+def test_other_models_and_backends_are_refused():
+    with pytest.raises(TypeError, match=r"torch.nn.modules.linear.Linear.*conddetr.load_weights"):
+        accelerate(nn.Linear(1, 1))
+    model = small_model()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        accelerate(model, "fast")
+    with pytest.raises(RuntimeError, match="float64"):
+        accelerate(model.double(), "triton")
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_our_own_model_changes_its_backend(tiny_model):
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        before = tiny_model(image)["pred_logits"]
+        report = accelerate(tiny_model, "triton")
+        after = tiny_model(image)["pred_logits"]
+    assert [part.count for part in report.replaced] == [1, 2]
+    assert tiny_model.config.backend == "triton"
+    assert torch.allclose(after, before, atol=1e-5)
+    original = conddetr.build("detr-tiny", num_classes=3)
+    assert "original DETR" in str(accelerate(original, "eager"))
