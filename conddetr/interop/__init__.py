@@ -1,1 +1,13 @@
-"""Weights of other implementations."""
+"""Weights and models of other implementations."""
+
+from conddetr.interop.convert import ParityReport, convert_from_huggingface, convert_to_huggingface, parity
+from conddetr.interop.huggingface import from_huggingface, to_huggingface
+
+__all__ = [
+    "ParityReport",
+    "convert_from_huggingface",
+    "convert_to_huggingface",
+    "from_huggingface",
+    "parity",
+    "to_huggingface",
+]

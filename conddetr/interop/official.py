@@ -1,4 +1,4 @@
-"""Loading weights: ours, and those of the official Conditional DETR and DETR (the names are the same)."""
+"""Loading weights: ours, those of the official Conditional DETR and DETR (the names are the same), HuggingFace's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from conddetr.engine.checkpoint import read_checkpoint
+from conddetr.interop.huggingface import from_huggingface, is_huggingface
 
 
 @dataclass
@@ -44,7 +45,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
 
     Args:
         model: from `build`.
-        source: a checkpoint file (ours or official), or a state dict (bare or under the key `model`).
+        source: a checkpoint file (ours or official), or a state dict (bare or under the key `model`), also of
+            transformers' `ConditionalDetrForObjectDetection` with timm's ResNet.
         strict: raise unless everything fits. False: take what fits; the report says what did not.
 
     Returns:
@@ -57,6 +59,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
     if isinstance(source, (str, Path)):
         source = read_checkpoint(source)
     state = extract_state_dict(source)
+    if is_huggingface(state):
+        state = from_huggingface(state)
     own = model.state_dict()
     report = LoadReport()
     accepted = {}
