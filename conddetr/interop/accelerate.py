@@ -54,7 +54,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
     Args:
         model: transformers' `ConditionalDetrForObjectDetection`, or ours. Doing it again only changes the backend.
         backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
-            after this; where no kernel can, transformers' own attention runs. Any other name of
+            after this; where no kernel can, transformers' own runs. Any other name of
             `conddetr.kernels.registry.BACKENDS` is an error where it can not run.
 
     Returns:

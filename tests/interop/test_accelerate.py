@@ -39,8 +39,8 @@ def small_config(**options):
     }
     for side in ("encoder", "decoder"):
         sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
-    sources = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
-    return ConditionalDetrConfig(backbone_config=backbone, **sources, **sizes, **options)
+    source = {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone}
+    return ConditionalDetrConfig(use_pretrained_backbone=False, **{**source, **sizes, **options})
 
 
 def small_model(**options):
@@ -112,6 +112,24 @@ def test_exact_in_float64():
     assert 0 < worst < 1e-9, "0 would mean that nothing was replaced"
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet26"])
+def test_backbone_of_timm_is_exact_in_float64(name):
+    pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
+    model = small_model(use_timm_backbone=True, backbone=name, backbone_config=None).double().train()
+    for module in model.modules():
+        if isinstance(module, theirs.ConditionalDetrFrozenBatchNorm2d):
+            for buffer in (module.weight, module.running_var, module.bias, module.running_mean):
+                buffer.uniform_(0.5, 1.5)
+    inputs = batch(True, torch.float64)
+    before = run(model, inputs)
+    report = accelerate(model)
+    assert "backbone" in [part.name for part in report.replaced]
+    after = run(model, inputs)
+    for value_name, expected in before.items():
+        assert torch.allclose(after[value_name], expected, rtol=1e-8, atol=1e-8), value_name
+    assert not torch.equal(after["logits"], before["logits"]), "nothing was replaced"
+
+
 def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("our attention ran")
@@ -123,10 +141,20 @@ def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
         model(**batch(True))
     monkeypatch.setattr(registry, "choose", lambda *_: registry.Choice("eager", {"triton": "no GPU here"}))
     report = accelerate(model, "auto")
-    assert (
-        "transformers' own runs until there is a kernel: eager on cpu; triton: no GPU here" in report.replaced[-2].note
-    )
+    notes = {part.name: part.note for part in report.left}
+    assert "transformers' own runs (eager on cpu; triton: no GPU here)" in notes["sine embedding, λ ⊙ p_s"]
     run(model, batch(True))
+
+
+@pytest.mark.parametrize("name", ["resnet26d", "mobilenetv3_small_050", "seresnet18"])
+def test_other_backbones_are_left_and_listed(name):
+    pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
+    model = ConditionalDetrForObjectDetection(small_config(use_timm_backbone=True, backbone=name, backbone_config=None))
+    before = type(model.model.backbone)
+    report = accelerate(model, "eager")
+    assert "backbone" in [part.name for part in report.left]
+    assert type(model.model.backbone) is before
+    model(**batch(True)).loss.backward()
 
 
 def test_state_dict_class_copies_and_pickles_stay():

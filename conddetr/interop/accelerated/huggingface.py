@@ -13,6 +13,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of
+from conddetr.interop.accelerated.backbone import ConvEncoder, misfit
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
 
@@ -23,8 +24,13 @@ class Replacement:
 
     name: str
     ours: type[nn.Module]
-    needs_kernel: bool
-    """Whether it gives way to the original where `auto` finds no kernel."""
+    note: str = ""
+    """What is faster, where that does not depend on a backend."""
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether it gives way to the original where `auto` finds no kernel."""
+        return not self.note
 
     @property
     def original(self) -> type[nn.Module]:
@@ -51,15 +57,15 @@ def replacements() -> list[Replacement]:
     if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
         from conddetr.interop.accelerated import projections_in_attention as structure
 
-        found.append(Replacement("cross-attention", structure.CrossAttention, needs_kernel=True))
+        found.append(Replacement("cross-attention", structure.CrossAttention))
     elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
         from conddetr.interop.accelerated import projections_in_layer as structure
 
-        found.append(Replacement("encoder self-attention", structure.EncoderSelfAttention, needs_kernel=False))
-        found.append(Replacement("decoder attention", structure.DecoderAttention, needs_kernel=True))
+        found.append(Replacement("encoder self-attention", structure.EncoderSelfAttention, "PyTorch's fused attention"))
+        found.append(Replacement("decoder attention", structure.DecoderAttention))
     else:
         return found
-    return [*found, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder, needs_kernel=True)]
+    return [*found, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder)]
 
 
 def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
@@ -72,19 +78,25 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
     for replacement in replacements():
         _replace_modules(model, replacement, backend, choice, report)
     _replace_loss(model, report)
-    for name, count, note in (
-        ("backbone", 1, "convolutions are PyTorch's"),
-        (
-            "encoder layers",
-            len(model.model.encoder.layers),
-            f"attention is {_attention_name(model)}; use torch.compile",
-        ),
-    ):
-        report.left.append(Part(name, count, note))
+    _replace_backbone(model, backend, report)
+    if not hasattr(theirs, "DetrAttention"):
+        attention = f"transformers' {model.config._attn_implementation} attention (attn_implementation)"
+        report.left.append(Part("encoder self-attention", len(model.model.encoder.layers), attention))
+
+
+def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
+    replacement = Replacement("backbone", ConvEncoder, "batch norms folded into the convolutions, channels-last")
+    encoders = [module for module in model.modules() if isinstance(module, replacement.original)]
+    reasons = [replacement.misfit(), *map(misfit, encoders)]
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None:
+        report.left.append(Part(replacement.name, len(encoders), reason))
+        return
+    _replace_modules(model, replacement, backend, None, report)
 
 
 def _replace_modules(
-    model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice, report: AccelerationReport
+    model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice | None, report: AccelerationReport
 ) -> None:
     modules = [module for module in model.modules() if type(module) in (replacement.original, replacement.ours)]
     reason = replacement.misfit()
@@ -96,12 +108,14 @@ def _replace_modules(
     for module in modules:
         module.__class__ = replacement.ours
         module.backend = backend
-    note = "PyTorch's fused operation"
-    if replacement.needs_kernel:
-        gives_way = backend == "auto" and choice.backend == "eager"
-        note = describe(choice, parameter_of(model))
-        note = f"transformers' own runs until there is a kernel: {note}" if gives_way else note
-    report.replaced.append(Part(replacement.name, len(modules), note))
+    if not replacement.needs_kernel:
+        report.replaced.append(Part(replacement.name, len(modules), replacement.note))
+        return
+    note = describe(choice, parameter_of(model))
+    if backend == "auto" and choice.backend == "eager":
+        report.left.append(Part(replacement.name, len(modules), f"no kernel here, so transformers' own runs ({note})"))
+    else:
+        report.replaced.append(Part(replacement.name, len(modules), note))
 
 
 def _replace_loss(model: nn.Module, report: AccelerationReport) -> None:
@@ -114,7 +128,3 @@ def _replace_loss(model: nn.Module, report: AccelerationReport) -> None:
     else:
         model.loss_function = detection_loss
         report.replaced.append(Part(name, 1, "all layers at once"))
-
-
-def _attention_name(model: nn.Module) -> str:
-    return f"transformers' {getattr(model.config, '_attn_implementation', 'eager')}"

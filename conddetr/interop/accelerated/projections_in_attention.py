@@ -1,4 +1,4 @@
-"""transformers 5 (tried: 5.23), but for its first: the attention modules hold the projections of queries, keys and values."""
+"""Late transformers 5 (tried: 5.23): the attention modules hold the projections of queries, keys and values."""
 
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs

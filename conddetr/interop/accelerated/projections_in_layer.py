@@ -1,4 +1,4 @@
-"""transformers 4.5x (tried: 4.57) and 5.0: the decoder layers hold the projections, and all attention is plain matrix products."""
+"""transformers 4.5x (tried: 4.57) and 5.0: the decoder layers hold the projections; attention is matrix products."""
 
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
