@@ -10,7 +10,7 @@ from torch import nn
 
 import conddetr
 from conddetr.interop.accelerate import accelerate
-from conddetr.kernels import registry
+from conddetr.kernels import conditional_attention, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
@@ -204,21 +204,20 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
-def test_dropout_of_attention_weights_is_transformers_own_probability():
-    model = small_model(attention_dropout=0.5)
+def test_dropout_is_transformers_own_and_in_training_only(monkeypatch):
+    seen = []
+
+    def record(*args, dropout_p, **options):
+        seen.append(dropout_p)
+        return conditional_attention(*args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(common, "conditional_attention", record)
+    model = small_model(attention_dropout=0.25, dropout=0.5)
     accelerate(model, "eager")
     with torch.no_grad():
-        still = [model(**batch(False)).logits for _ in range(2)]
-        model.train()
-        # Only the decoder's cross-attention: the rest of the randomness off.
-        for module in model.modules():
-            is_cross = type(module) in {r.ours for r in replacements()} and hasattr(module, "k_proj") is False
-            for name in ("attention_dropout", "dropout"):
-                if isinstance(getattr(module, name, None), float) and not is_cross:
-                    setattr(module, name, 0.0)
-        moving = [model(**batch(False)).logits for _ in range(2)]
-    assert torch.equal(*still)
-    assert not torch.equal(*moving)
+        for training in (False, True):
+            model.train(training)(**batch(False))
+    assert seen == [0.0] * 3 + [0.25] * 3
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0), (15, 1)], ids=str)

@@ -1,6 +1,6 @@
 """What the replaced modules of all versions of transformers share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -90,16 +90,20 @@ def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None
 def decode(
     decoder: nn.Module,
     tokens: Tensor,
+    memory: Tensor,
+    mask: Tensor,
+    position: Tensor,
     object_query: Tensor,
-    run_layer: Callable[[nn.Module, Tensor, Tensor, bool], Tensor],
+    **options: object,
 ) -> dict[str, Tensor | None]:
     """The decoder's loop: reference points and their embedding once, then layer by layer with λ ⊙ p_s.
 
     Args:
         decoder: transformers' decoder.
         tokens: [B, Q, C] decoder embedding at the start.
+        memory, position: [B, N, C]; mask: [B, N], nonzero = valid.
         object_query: [B, Q, C].
-        run_layer: (layer, tokens, spatial query, is first) -> tokens.
+        options: handed on to the layers.
 
     Returns:
         The fields of transformers' decoder output: `last_hidden_state` [B, Q, C], `intermediate_hidden_states`
@@ -110,7 +114,20 @@ def decode(
     intermediate = []
     for index, layer in enumerate(decoder.layers):
         spatial_query = p_s if index == 0 else decoder.query_scale(tokens) * p_s
-        tokens = run_layer(layer, tokens, spatial_query, index == 0)
+        is_first = index == 0
+        # By place, as transformers does it: checkpointing saves those.
+        found = layer(
+            tokens,
+            None,
+            position,
+            object_query,
+            spatial_query,
+            memory,
+            encoder_attention_mask=mask,
+            is_first=is_first,
+            **options,
+        )
+        tokens = found[0] if isinstance(found, tuple) else found
         if decoder.config.auxiliary_loss:
             # As transformers does it: the next layer, too, goes on from the normalised tokens.
             tokens = decoder.layernorm(tokens)

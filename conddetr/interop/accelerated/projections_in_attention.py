@@ -1,6 +1,6 @@
 """Late transformers 5 (tried: 5.23): the attention modules hold the projections of queries, keys and values."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerated.common import (
@@ -93,18 +93,13 @@ class Decoder(theirs.ConditionalDetrDecoder):
                     **kwargs,
                 )
 
-        def run_layer(layer: nn.Module, tokens: Tensor, spatial_query: Tensor, is_first: bool) -> Tensor:
-            return layer(
-                tokens,
-                None,
-                spatial_position_embeddings,
-                object_queries_position_embeddings,
-                spatial_query,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                is_first=is_first,
-                **kwargs,
-            )
-
-        fields = decode(self, inputs_embeds, object_queries_position_embeddings, run_layer)
+        fields = decode(
+            self,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            spatial_position_embeddings,
+            object_queries_position_embeddings,
+            **kwargs,
+        )
         return theirs.ConditionalDetrDecoderOutput(**fields)

@@ -1,6 +1,6 @@
 """transformers 4.5x (tried: 4.57) and 5.0: the decoder layers hold the projections; attention is matrix products."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerated.common import cross_attention, decode, is_plain_call, key_padding, runs_ours
@@ -101,18 +101,12 @@ class Decoder(theirs.ConditionalDetrDecoder):
                 **kwargs,
             )
 
-        def run_layer(layer: nn.Module, tokens: Tensor, spatial_query: Tensor, is_first: bool) -> Tensor:
-            return layer(
-                tokens,
-                None,
-                object_queries,
-                query_position_embeddings,
-                spatial_query,
-                encoder_hidden_states,
-                encoder_attention_mask=encoder_attention_mask,
-                output_attentions=False,
-                is_first=is_first,
-            )[0]
-
-        fields = decode(self, inputs_embeds, query_position_embeddings, run_layer)
+        fields = decode(
+            self,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            object_queries,
+            query_position_embeddings,
+        )
         return theirs.ConditionalDetrDecoderOutput(**fields)
