@@ -65,7 +65,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
         ValueError: no such backend.
         RuntimeError: the requested backend can not run where the model is now; says why.
     """
-    parameter = next(model.parameters())
+    parameter = parameter_of(model)
     choice = registry.choose(backend, parameter.device, parameter.dtype)
     if isinstance(model, DETR):
         return _switch_backend(model, backend, choice)

@@ -129,6 +129,15 @@ def test_backbone_of_timm_is_exact_in_float64(name):
         assert torch.allclose(after[value_name], expected, rtol=1e-8, atol=1e-8), value_name
     assert not torch.equal(after["logits"], before["logits"]), "nothing was replaced"
 
+    # What is kept for inference follows the weights.
+    with torch.no_grad():
+        first = model(**inputs).logits
+        assert torch.allclose(first, before["logits"], rtol=1e-8, atol=1e-8)
+        next(m for m in model.modules() if isinstance(m, theirs.ConditionalDetrConvEncoder)).model["bn1"].bias += 1
+        second = model(**inputs).logits
+    assert not torch.allclose(second, first, atol=1e-3)
+    assert torch.allclose(second, run(model, inputs)["logits"], rtol=1e-8, atol=1e-8)
+
 
 def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
     def refuse(*args, **kwargs):
@@ -260,7 +269,9 @@ def test_what_can_not_be_accelerated_is_left_and_listed(monkeypatch):
     assert model.loss_function is DeformableDetrForObjectDetectionLoss
     assert "left as it was  matcher and loss" in str(report)
 
+    monkeypatch.setattr("conddetr.interop.accelerated.huggingface.replacements", list)
     model = small_model()
+    assert f"its structure in transformers {transformers.__version__} is unknown" in str(accelerate(model))
     model.loss_function = lambda *args: None
     assert "loss function of its own" in str(accelerate(model))
 

@@ -3,6 +3,8 @@
 conv(x)·s + t is a convolution with weights scaled by s and bias t: two passes over every feature map less, each way.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +20,31 @@ _PLAIN = {"conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "act1", "act2", "act3"
 class ConvEncoder(theirs.ConditionalDetrConvEncoder):
     """In channels-last, which convolutions prefer on CPUs and on GPUs in half precision."""
 
+    _kept: tuple[tuple, "Folded"] | None = None
+
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[B, 3, H, W] and its mask [B, H, W] -> of each stage, the feature map and its mask [B, h, w] bool."""
+        folded = self._folded()
         x = pixel_values.contiguous(memory_format=torch.channels_last)
-        x = self.model["maxpool"](_conv_norm(x, self.model["conv1"], self.model["bn1"]).relu_())
+        x = self.model["maxpool"](_convolve(x, self.model["conv1"], folded).relu_())
         found = []
         for stage in _STAGES:
             for block in self.model[stage]:
-                x = _residual_block(x, block)
+                x = _residual_block(x, block, folded)
             found.append((x, resize_mask(pixel_mask, tuple(x.shape[-2:]))))
         return found
+
+    def _folded(self) -> "Folded":
+        """Anew where gradients are recorded, else kept until a weight changes."""
+        pairs = list(_pairs(self.model))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._kept = None
+            return {conv: _fold(conv, norm) for conv, norm in pairs}
+        tensors = (x for conv, norm in pairs for x in (conv.weight, *norm.buffers()))
+        key = tuple((x.data_ptr(), None if x.is_inference() else x._version, x.dtype) for x in tensors)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, {conv: _fold(conv, norm) for conv, norm in pairs})
+        return self._kept[1]
 
 
 def misfit(encoder: theirs.ConditionalDetrConvEncoder) -> str | None:
@@ -70,17 +87,34 @@ def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
     return is_plain and type(norm) is theirs.ConditionalDetrFrozenBatchNorm2d
 
 
-def _residual_block(x: Tensor, block: nn.Module) -> Tensor:
-    shortcut = x if block.downsample is None else _conv_norm(x, *block.downsample)
+Folded = dict[nn.Conv2d, tuple[Tensor, Tensor]]
+"""Weight and bias of each convolution together with the norm behind it."""
+
+
+def _fold(conv: nn.Conv2d, norm: theirs.ConditionalDetrFrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    scale = norm.weight * (norm.running_var + 1e-5).rsqrt()
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+def _pairs(body: nn.Module) -> Iterator[tuple[nn.Conv2d, theirs.ConditionalDetrFrozenBatchNorm2d]]:
+    """Every convolution with the norm behind it."""
+    yield body["conv1"], body["bn1"]
+    for stage in _STAGES:
+        for block in body[stage]:
+            if block.downsample is not None:
+                yield tuple(block.downsample)
+            for index in range(1, _CONVOLUTIONS[type(block).__name__] + 1):
+                yield getattr(block, f"conv{index}"), getattr(block, f"bn{index}")
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
+    return F.conv2d(x, *folded[conv], conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _residual_block(x: Tensor, block: nn.Module, folded: Folded) -> Tensor:
+    shortcut = x if block.downsample is None else _convolve(x, block.downsample[0], folded)
     count = _CONVOLUTIONS[type(block).__name__]
     for index in range(1, count + 1):
-        x = _conv_norm(x, getattr(block, f"conv{index}"), getattr(block, f"bn{index}"))
+        x = _convolve(x, getattr(block, f"conv{index}"), folded)
         x = x.relu_() if index < count else x
     return (x + shortcut).relu_()
-
-
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: theirs.ConditionalDetrFrozenBatchNorm2d) -> Tensor:
-    scale = norm.weight * (norm.running_var + 1e-5).rsqrt()
-    weight = conv.weight * scale[:, None, None, None]
-    bias = norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -75,8 +75,14 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
         model: `ConditionalDetrForObjectDetection`, changed in place.
         backend: as asked for; `choice` is what it means where the model is now.
     """
-    for replacement in replacements():
+    found = replacements()
+    for replacement in found:
         _replace_modules(model, replacement, backend, choice, report)
+    if not found:
+        layers = len(model.model.decoder.layers)
+        report.left.append(
+            Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
+        )
     _replace_loss(model, report)
     _replace_backbone(model, backend, report)
     if not hasattr(theirs, "DetrAttention"):
@@ -87,12 +93,11 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     replacement = Replacement("backbone", ConvEncoder, "batch norms folded into the convolutions, channels-last")
     encoders = [module for module in model.modules() if isinstance(module, replacement.original)]
-    reasons = [replacement.misfit(), *map(misfit, encoders)]
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason is not None:
+    reason = next((reason for reason in map(misfit, encoders) if reason is not None), None)
+    if reason is None:
+        _replace_modules(model, replacement, backend, None, report)
+    else:
         report.left.append(Part(replacement.name, len(encoders), reason))
-        return
-    _replace_modules(model, replacement, backend, None, report)
 
 
 def _replace_modules(
