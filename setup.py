@@ -1,10 +1,161 @@
-"""Maps the two source trees onto one installed package; all metadata is in pyproject.toml.
+"""Maps the two source trees onto one package and builds `conddetr._C`, the native kernels. Flags: docs/building.md.
 
-`kernels/` is installed as `conddetr.kernels`: a top-level `kernels` would collide with the package
-of that name on PyPI.
+`kernels/` is installed as `conddetr.kernels`: a top-level `kernels` would collide with the package of that name on
+PyPI. All other metadata is in pyproject.toml.
 """
 
-from setuptools import find_packages, setup
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+# No errno and no traps, as vector code needs. Infinities and NaN keep their meaning, and sums their order.
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+# The stable ABI of this release and later ones: one binary for all.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# `csrc/*/kernels.cpp` are compiled once for each of these; the machine that runs them chooses.
+LEVELS = {"plain": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma"]
+    LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+
+def is_wanted(variable: str, what: str, found: str | None, remedy: str) -> bool:
+    """Whether to build a part: as the environment variable says, else where the tool for it was found."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{variable}: expected 0, 1 or nothing, got {value!r} (docs/building.md).")
+    if value == "1" and not found:
+        raise SystemExit(f"{variable}=1, but no {what} was found: {remedy}.")
+    if value == "" and not found:
+        print(f"conddetr: no {what} was found, building without; if you want it, {remedy}.", file=sys.stderr)
+    return value != "0" and found is not None
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX, or the first of the usual names that is there."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((name for name in names if shutil.which(name.split()[0])), None)
+
+
+def find_cuda() -> str | None:
+    """The folder of the CUDA toolkit: CUDA_HOME, that of the nvcc on the path, or the usual one."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    return next((str(folder) for folder in folders if folder and (Path(folder) / "bin" / "nvcc").exists()), None)
+
+
+def jobs() -> int:
+    """Compilers at a time: MAX_JOBS, or one for each core as long as each has 2 GiB of free memory."""
+    if os.environ.get("MAX_JOBS"):
+        return int(os.environ["MAX_JOBS"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    meminfo = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    return max(1, min(cores, int(free[1]) >> 21)) if free else cores
+
+
+class BuildNative(build_ext):
+    """Compiles with ninja: in parallel, with other flags for some files, and again only what changed."""
+
+    def build_extension(self, extension: Extension) -> None:
+        """One shared library of all sources."""
+        import ninja
+
+        library = Path(self.get_ext_fullpath(extension.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Not setuptools' temporary folder: a second build finds the objects of the first.
+        kind = "sanitized" if os.environ.get("CONDDETR_SANITIZE") else "native"
+        folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_plan(folder, [ROOT / source for source in extension.sources], library)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), "-j", str(jobs())]
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise SystemExit(
+                "conddetr: the native kernels do not compile here, see above. CONDDETR_CUDA=0 leaves out the CUDA "
+                "part, CONDDETR_NATIVE=0 installs without native kernels (docs/building.md)."
+            )
+
+
+def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
+    """build.ninja: each source with its flags, then the link; and build_info.h, what `build_info()` tells."""
+    import pybind11
+    import torch
+    from ninja.ninja_syntax import Writer
+
+    cuda = find_cuda() if any(source.suffix == ".cu" for source in sources) else None
+    architectures = os.environ.get("CONDDETR_CUDA_ARCHS", "80;90a").split(";") if cuda else []
+    sanitize = os.environ.get("CONDDETR_SANITIZE")
+    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
+    torch_folder = Path(torch.__file__).parent
+    include = [f"-I{path}" for path in (ROOT / "csrc", folder, torch_folder / "include")]
+    # Headers of others are not held to our warnings.
+    include += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    link += [f"-L{cuda}/lib64", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"] if cuda else []
+    write_build_info(folder / "build_info.h", cuda, architectures, checks)
+    with (folder / "build.ninja").open("w") as file:
+        plan = Writer(file, width=120)
+        plan.variable("flags", [*DEFINES, *include])
+        compile_cxx = [find_compiler(), "-MMD -MF $out.d $flags", *CXX_FLAGS, *checks, "$level -c $in -o $out"]
+        plan.rule("cxx", " ".join(compile_cxx), depfile="$out.d", deps="gcc", description="compiling $out")
+        gencode = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+        nvcc = [f"{cuda}/bin/nvcc", "-MMD -MF $out.d $flags", *NVCC_FLAGS, *gencode, "-c $in -o $out"]
+        plan.rule("nvcc", " ".join(nvcc), depfile="$out.d", deps="gcc", description="compiling $out")
+        plan.rule("link", " ".join([find_compiler(), "-shared", *checks, "$in -o $out", *link]))
+        objects = []
+        for source in sources:
+            name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+            if source.suffix == ".cu":
+                objects += plan.build(f"{name}.cu.o", "nvcc", str(source))
+                continue
+            for level, flags in LEVELS.items() if source.name == "kernels.cpp" else [("", [])]:
+                chosen = [f"-DCONDDETR_LEVEL={level}", *flags] if level else []
+                out = f"{name}-{level}.o" if level else f"{name}.o"
+                objects += plan.build(out, "cxx", str(source), variables={"level": chosen})
+        plan.build(str(library), "link", objects)
+
+
+def write_build_info(path: Path, cuda: str | None, architectures: list[str], checks: list[str]) -> None:
+    """Only if it changed, so that nothing is compiled again for nothing."""
+    version = subprocess.run([*find_compiler().split(), "--version"], capture_output=True, text=True).stdout
+    nvcc = cuda and subprocess.run([f"{cuda}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    values = {
+        "COMPILER": version.splitlines()[0] if version else "unknown",
+        "CUDA": re.search(r"release (\S+),", nvcc)[1] if nvcc else "",
+        "ARCHITECTURES": ";".join(architectures),
+        "FLAGS": " ".join([*CXX_FLAGS, *checks]),
+        "LEVELS": ";".join(LEVELS),
+    }
+    text = "".join(f'#define CONDDETR_{name} "{value}"\n' for name, value in values.items())
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def native_extension() -> list[Extension]:
+    """The extension, or nothing where there is no compiler or nobody wants it."""
+    if not is_wanted("CONDDETR_NATIVE", "C++ compiler", find_compiler(), "install g++ (Debian: apt install g++)"):
+        # One that an earlier editable install left would still be found.
+        for stale in (ROOT / "conddetr").glob("_C.*"):
+            stale.unlink()
+        return []
+    found = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*"))
+    sources = [str(path) for path in found if path.suffix == ".cpp"]
+    if is_wanted("CONDDETR_CUDA", "CUDA toolkit", find_cuda(), "install CUDA 12.8 or newer, or set CUDA_HOME"):
+        sources += [str(path) for path in found if path.suffix == ".cu"]
+    headers = [str(path) for path in found if path.suffix in (".h", ".cu")]
+    return [Extension("conddetr._C", sources, depends=headers)]
+
 
 detector_packages = find_packages(include=["conddetr", "conddetr.*"])
 kernel_packages = ["conddetr.kernels"] + [f"conddetr.kernels.{name}" for name in find_packages("kernels")]
@@ -12,4 +163,6 @@ kernel_packages = ["conddetr.kernels"] + [f"conddetr.kernels.{name}" for name in
 setup(
     packages=detector_packages + kernel_packages,
     package_dir={"conddetr": "conddetr", "conddetr.kernels": "kernels"},
+    ext_modules=native_extension(),
+    cmdclass={"build_ext": BuildNative},
 )

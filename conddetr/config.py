@@ -12,7 +12,7 @@ BACKBONES = ("resnet50", "resnet101", "tiny")
 CSQ_FORMS = ("full", "C", "T", "P", "I")
 REFERENCE_POINTS = ("generated", "learned", "zero")
 CROSS_ATTENTION_POSITIONS = ("all-layers", "first-layer")
-BACKENDS = ("eager", "triton", "auto")
+BACKENDS = ("eager", "triton", "native", "auto")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("triton", "eager")
-"""In the order in which `auto` tries them."""
+from conddetr.kernels import native
+
+BACKENDS = ("triton", "eager", "native")
+"""In the order in which `auto` tries them; plain PyTorch always runs, so that those after it must be named."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -55,6 +57,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     """The reason against an implementation, or None if it can run. Plain PyTorch always can."""
     if backend == "eager":
         return None
+    if backend == "native":
+        return native.why_not(device, dtype)
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton; Linux only)."
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -70,3 +74,13 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
 def is_interpreting() -> bool:
     """Whether Triton's interpreter was asked for, by its own environment variable."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def namespaces() -> list[str]:
+    """Where operators are registered, under one schema each: Triton's always, the native ones where they are built."""
+    return ["conddetr"] if native.NOT_LOADED else ["conddetr", "conddetr_native"]
+
+
+def operators(backend: str) -> object:
+    """`torch.ops.…` of a backend that is not eager."""
+    return torch.ops.conddetr_native if backend == "native" else torch.ops.conddetr

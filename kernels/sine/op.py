@@ -17,7 +17,7 @@ def sine_embedding(points: Tensor, dim: int = 256, temperature: float = 10000.0,
         points: [..., 2] as (x, y) in [0, 1], floating.
         dim: channels of the result, a multiple of 4.
         temperature: base of the geometric series of wavelengths.
-        backend: `auto`, `triton` or `eager`.
+        backend: `auto`, `triton`, `native` or `eager`.
 
     Returns:
         [..., dim] of the dtype of `points` (float64 if it is float64): the half of y first, then that of x; in each,
@@ -28,9 +28,10 @@ def sine_embedding(points: Tensor, dim: int = 256, temperature: float = 10000.0,
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(points, dim)
-    if registry.choose(backend, points.device, points.dtype).backend == "eager":
+    choice = registry.choose(backend, points.device, points.dtype).backend
+    if choice == "eager":
         return reference.sine_embedding(points, dim, temperature)
-    return torch.ops.conddetr.sine_embedding(points.contiguous(), None, dim, temperature)
+    return registry.operators(choice).sine_embedding(points.contiguous(), None, dim, temperature)
 
 
 def conditional_spatial_query(
@@ -54,12 +55,15 @@ def conditional_spatial_query(
     if transform.device != points.device:
         raise ValueError(f"transform: expected device {points.device} as of points, got {transform.device}.")
     dtype = torch.promote_types(points.dtype, transform.dtype)
-    if registry.choose(backend, points.device, dtype).backend == "eager":
+    choice = registry.choose(backend, points.device, dtype).backend
+    if choice == "eager":
         return reference.conditional_spatial_query(points, transform, temperature)
+    if choice == "native":
+        points, transform = points.to(dtype), transform.to(dtype)
     leading = torch.broadcast_shapes(points.shape[:-1], transform.shape[:-1])
     points = points.expand(*leading, 2).contiguous()
     transform = transform.expand(*leading, transform.shape[-1]).contiguous()
-    return torch.ops.conddetr.sine_embedding(points, transform, transform.shape[-1], temperature)
+    return registry.operators(choice).sine_embedding(points, transform, transform.shape[-1], temperature)
 
 
 def _check(points: Tensor, dim: int) -> None:
@@ -82,12 +86,6 @@ def _forward(points: Tensor, transform: Tensor | None, dim: int, temperature: fl
     return triton.forward(points, transform, dim, temperature)
 
 
-@_forward.register_fake
-def _(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
-    like = points if transform is None else transform
-    return points.new_empty((*points.shape[:-1], dim), dtype=torch.promote_types(points.dtype, like.dtype))
-
-
 @torch.library.custom_op(
     "conddetr::sine_embedding_backward",
     mutates_args=(),
@@ -101,8 +99,14 @@ def _backward(
     return triton.backward(grad.contiguous(), points, transform, dim, temperature)
 
 
-@_backward.register_fake
-def _(grad: Tensor, points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
+    like = points if transform is None else transform
+    return points.new_empty((*points.shape[:-1], dim), dtype=torch.promote_types(points.dtype, like.dtype))
+
+
+def _fake_backward(
+    grad: Tensor, points: Tensor, transform: Tensor | None, dim: int, temperature: float
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(points), points.new_empty(0) if transform is None else torch.empty_like(transform)
 
 
@@ -111,12 +115,19 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tens
     ctx.save_for_backward(points, transform)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    points, transform = ctx.saved_tensors
-    grad_points, grad_transform = torch.ops.conddetr.sine_embedding_backward(
-        grad, points, transform, ctx.dim, ctx.temperature
-    )
-    return grad_points, None if transform is None else grad_transform, None, None
+def _register(namespace: str) -> None:
+    """Shapes and gradients of the operators, the same whatever computes them."""
+
+    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+        points, transform = ctx.saved_tensors
+        backward = getattr(torch.ops, namespace).sine_embedding_backward
+        grad_points, grad_transform = backward(grad, points, transform, ctx.dim, ctx.temperature)
+        return grad_points, None if transform is None else grad_transform, None, None
+
+    torch.library.register_fake(f"{namespace}::sine_embedding", _fake_forward)
+    torch.library.register_fake(f"{namespace}::sine_embedding_backward", _fake_backward)
+    torch.library.register_autograd(f"{namespace}::sine_embedding", differentiate, setup_context=_setup)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
+for _namespace in registry.namespaces():
+    _register(_namespace)

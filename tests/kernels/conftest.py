@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from conddetr.kernels import native
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -19,3 +21,13 @@ def _poisoned_memory():
 def device() -> torch.device:
     """CUDA where there is one."""
     return DEVICE
+
+
+@pytest.fixture(params=["triton", "native"])
+def backend(request, device) -> str:
+    """Each implementation by hand in turn; `native` skips, with the reason, where it is not built for this device."""
+    if request.param == "native":
+        reason = native.why_not(device, torch.float32)
+        if reason is not None:
+            pytest.skip(reason)
+    return request.param

@@ -383,7 +383,7 @@ def test_wrong_shapes_are_named(name, shape, message):
             {"valid_hw": torch.ones(2, 2, dtype=torch.int32), "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool)},
             "expected one of them at most, got both",
         ),
-        ({"backend": "magic"}, "backend: expected one of auto, triton, eager, got 'magic'"),
+        ({"backend": "magic"}, "backend: expected one of auto, triton, eager, native, got 'magic'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -28,5 +28,5 @@ def test_explicit_requests_that_can_not_run(monkeypatch):
     monkeypatch.setattr(registry, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="the package triton is not installed"):
         registry.choose("triton", CPU, torch.float32)
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, native, got 'cuda'"):
         registry.choose("cuda", CPU, torch.float32)

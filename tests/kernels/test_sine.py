@@ -6,14 +6,14 @@ import pytest
 import torch
 from golden_rule import read_arrays
 
-from conddetr.kernels import conditional_spatial_query, sine_embedding
+from conddetr.kernels import conditional_spatial_query, native, registry, sine_embedding
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_official_embedding(backend, device):
     golden = read_arrays("p5_cdetr")
-    found = sine_embedding(golden["sine/pos"].to(device), backend=backend)
-    torch.testing.assert_close(found.cpu(), golden["sine/embed"], atol=2e-6, rtol=0)
+    for name in ("eager", backend):
+        found = sine_embedding(golden["sine/pos"].to(device), backend=name)
+        torch.testing.assert_close(found.cpu(), golden["sine/embed"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dim", [4, 64, 256])
@@ -32,7 +32,10 @@ def test_against_the_formula(dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "dim"), [((1,), 4), ((3, 5), 20), ((2, 33), 256)])
-def test_kernels_match_the_reference(shape, dim, dtype, device):
+def test_kernels_match_the_reference(shape, dim, dtype, backend, device):
+    reason = registry.why_not(backend, device, dtype, is_auto=False)
+    if reason is not None:
+        pytest.skip(reason)
     points, transform = torch.rand(*shape, 2), torch.randn(*shape, dim)
     upstream = torch.randn(*shape, dim)
 
@@ -43,22 +46,21 @@ def test_kernels_match_the_reference(shape, dim, dtype, device):
         return embedding.detach(), query.detach(), *torch.autograd.grad(total, (p, t), upstream.to(device, dtype))
 
     test_dtype = dtype
-    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
+    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run(backend, dtype)
     for ours, theirs, truth in zip(found, plain, exact, strict=True):
         assert ours.dtype == dtype
         error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
         assert error <= 2 * budget + 4 * torch.finfo(dtype).eps * truth.abs().max().item()
 
 
-def test_points_far_outside_stay_exact(device):
+def test_points_far_outside_stay_exact(backend, device):
     """Angles are reduced in turns, so that a point at 1000 costs precision only by its own rounding."""
     points = torch.tensor([[1000.25, -7.5], [-3.0, 12.125]], device=device)
-    found = sine_embedding(points, 8, backend="triton")
+    found = sine_embedding(points, 8, backend=backend)
     exact = sine_embedding(points.double(), 8, backend="eager")
     torch.testing.assert_close(found.double(), exact, atol=5e-4, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_spatial_query_broadcasts(backend, device):
     points = torch.rand(3, 2, device=device, requires_grad=True)
     transform = torch.randn(2, 3, 8, device=device, requires_grad=True)
@@ -68,21 +70,26 @@ def test_spatial_query_broadcasts(backend, device):
     assert points.grad.shape == (3, 2)
 
 
-def test_reference_gradients():
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_gradients_in_float64(name):
+    if name == "native" and native.NOT_LOADED:
+        pytest.skip(native.NOT_LOADED)
     points = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
     transform = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(conditional_spatial_query, (points, transform))
+    assert torch.autograd.gradcheck(lambda *x: conditional_spatial_query(*x, backend=name), (points, transform))
+    assert torch.autograd.gradcheck(lambda x: sine_embedding(x, 8, backend=name), (points,))
 
 
 @pytest.mark.parametrize("has_transform", [False, True])
-def test_operator_registration(has_transform, device):
+def test_operator_registration(has_transform, backend, device):
     points = torch.rand(5, 2, device=device, requires_grad=True)
     transform = torch.randn(5, 8, device=device, requires_grad=True) if has_transform else None
-    torch.library.opcheck(torch.ops.conddetr.sine_embedding.default, (points, transform, 8, 10000.0))
+    operator = registry.operators(backend).sine_embedding.default
+    torch.library.opcheck(operator, (points, transform, 8, 10000.0))
 
 
-def test_no_points(device):
-    assert sine_embedding(torch.empty(0, 2, device=device), 8, backend="triton").shape == (0, 8)
+def test_no_points(backend, device):
+    assert sine_embedding(torch.empty(0, 2, device=device), 8, backend=backend).shape == (0, 8)
 
 
 def test_errors(device):

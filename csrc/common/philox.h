@@ -1,0 +1,48 @@
+// Philox4x32-10 (Salmon et al., SC 2011), and the dropout mask made from it: that of Triton's `tl.randint4x`.
+#pragma once
+
+#include <stdint.h>
+
+#include "common/portable.h"
+
+namespace conddetr::philox {
+
+constexpr uint32_t kMultiplierA = 0xD2511F53u, kMultiplierB = 0xCD9E8D57u;
+constexpr uint32_t kWeylA = 0x9E3779B9u, kWeylB = 0xBB67AE85u;
+constexpr int kRounds = 10;
+
+struct Four {
+  uint32_t lane[4];
+};
+
+// Four random numbers for a seed and a counter; the upper half of the 128-bit counter is zero.
+CONDDETR_BOTH Four randint4x(uint64_t seed, uint64_t counter) {
+  uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t a = uint64_t(kMultiplierA) * c0, b = uint64_t(kMultiplierB) * c2;
+    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
+    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c1 = uint32_t(b);
+    c3 = uint32_t(a);
+    k0 += kWeylA;
+    k1 += kWeylB;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// A weight survives if the upper 24 bits of its number, as a fraction of 1, are at least p (a float32, as in Triton).
+// Compared as integers: keep if (number >> 8) >= threshold(p). Exact.
+CONDDETR_BOTH uint32_t threshold(float p) {
+  const double scaled = double(p) * 16777216.0;
+  const uint32_t whole = uint32_t(scaled);
+  return whole + (double(whole) < scaled);
+}
+
+// The counter of four consecutive keys of one query. `query_index` = (image · heads + head) · queries + query;
+// keys are counted by ordinal, in row-major order over the valid rectangle; `keys` is N, padded or not.
+CONDDETR_BOTH uint64_t counter(int64_t query_index, int64_t keys, int64_t ordinal) {
+  return uint64_t(query_index * ((keys + 3) / 4) + ordinal / 4);
+}
+
+}  // namespace conddetr::philox

@@ -1,0 +1,8 @@
+// What a header needs that is compiled for both CPU and GPU.
+#pragma once
+
+#if defined(__CUDACC__)
+#define CONDDETR_BOTH __host__ __device__ __forceinline__
+#else
+#define CONDDETR_BOTH inline __attribute__((always_inline))
+#endif
