@@ -11,7 +11,14 @@
 #include "build_info.h"
 #include "common/levels.h"
 
+#define CONDDETR_ATTENTION_INPUTS                                                                                  \
+  "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "            \
+  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) {
+  library.def("conditional_attention(" CONDDETR_ATTENTION_INPUTS ") -> (Tensor out, Tensor lse)");
+  library.def("conditional_attention_backward(" CONDDETR_ATTENTION_INPUTS
+              ", Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");
   library.def(
       "sine_embedding_backward(Tensor grad, Tensor points, Tensor? transform, int dim, float temperature) "

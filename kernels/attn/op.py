@@ -40,7 +40,7 @@ def conditional_attention(
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
-        backend: `auto`, `triton` (d, ds and dv from 16 to 128) or `eager`.
+        backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` or `eager`.
 
     Returns:
         [B, Q, h, dv]; zeros for an image whose keys are all padding.
@@ -56,7 +56,8 @@ def conditional_attention(
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
-    if _choose(backend, q_content, q_spatial, v) == "eager":
+    choice = _choose(backend, q_content, q_spatial, v)
+    if choice == "eager":
         if columns is not None:
             if valid_hw is not None:
                 key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
@@ -72,7 +73,7 @@ def conditional_attention(
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     valid = None if valid_hw is None else valid_hw.contiguous()
-    return torch.ops.conddetr.conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
+    return registry.operators(choice).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
 
 
 def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> str:
@@ -173,13 +174,6 @@ def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     return triton.forward(triton.Inputs(*inputs))
 
 
-@_forward.register_fake
-def _(*inputs: object) -> tuple[Tensor, Tensor]:
-    q_content, v = inputs[0], inputs[5]
-    batch, queries, heads, _ = q_content.shape
-    return v.new_empty((batch, queries, heads, v.shape[-1])), v.new_empty((batch, heads, queries), dtype=torch.float32)
-
-
 @torch.library.custom_op(
     "conddetr::conditional_attention_backward",
     mutates_args=(),
@@ -192,8 +186,14 @@ def _backward(*inputs: object) -> tuple[Tensor, ...]:
     return triton.backward(triton.Inputs(*inputs), grad, out, lse)
 
 
-@_backward.register_fake
-def _(*inputs: object) -> tuple[Tensor, ...]:
+def _fake_forward(*inputs: object) -> tuple[Tensor, Tensor]:
+    q_content, v = inputs[0], inputs[5]
+    batch, queries, heads, _ = q_content.shape
+    sums = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return v.new_empty((batch, queries, heads, v.shape[-1])), v.new_empty((batch, heads, queries), dtype=sums)
+
+
+def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     columns = inputs[4]
     return tuple(
         inputs[0].new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
@@ -207,14 +207,21 @@ def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tupl
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-    *tensors, out, lse = ctx.saved_tensors
-    gradients = list(
-        torch.ops.conddetr.conditional_attention_backward(*tensors, ctx.scale, ctx.dropout_p, grad, out, lse)
-    )
-    if tensors[4] is None:
-        gradients[4] = None
-    return *gradients, None, None, None, None, None
+def _register(namespace: str) -> None:
+    """Shapes and gradients of the operators, the same whatever computes them."""
+
+    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+        *tensors, out, lse = ctx.saved_tensors
+        backward = getattr(torch.ops, namespace).conditional_attention_backward
+        gradients = list(backward(*tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
+        if tensors[4] is None:
+            gradients[4] = None
+        return *gradients, None, None, None, None, None
+
+    torch.library.register_fake(f"{namespace}::conditional_attention", _fake_forward)
+    torch.library.register_fake(f"{namespace}::conditional_attention_backward", _fake_backward)
+    torch.library.register_autograd(f"{namespace}::conditional_attention", differentiate, setup_context=_setup)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
+for _namespace in registry.namespaces():
+    _register(_namespace)

@@ -11,10 +11,16 @@ import torch
 from golden_rule import read_arrays
 from torch.utils.checkpoint import checkpoint
 
-from conddetr.kernels import conditional_attention
+from conddetr.kernels import conditional_attention, native, registry
 from conddetr.kernels.attn.reference import attention_weights, dense_spatial_keys, rectangle_padding
 
 NAMES = ("q_content", "q_spatial", "k_content", "rows", "columns", "v")
+
+
+def skip_unless_runs(backend, device, dtype=torch.float32):
+    reason = registry.why_not(backend, device, dtype, is_auto=False)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 class Case:
@@ -83,37 +89,38 @@ SHAPES = {
 
 @pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_match_the_reference(shape, kind, device):
+def test_kernels_match_the_reference(shape, kind, backend, device):
     case = Case(**SHAPES[shape])
     options = padding_options(kind, case, device)
     exact = case.run(device, torch.float64, "eager", **options)
     plain = case.run(device, torch.float32, "eager", **options)
-    assert_within_budget(case.run(device, torch.float32, "triton", **options), plain, exact)
+    assert_within_budget(case.run(device, torch.float32, backend, **options), plain, exact)
 
 
 @pytest.mark.parametrize("kind", ["none", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dense", [False, True])
-def test_dtypes_and_dense_keys(dtype, dense, kind, device):
+def test_dtypes_and_dense_keys(dtype, dense, kind, backend, device):
     case = Case(queries=20, height=5, width=13, content=32, spatial=32, value=32, dense=dense)
+    skip_unless_runs(backend, device, dtype)
     options = padding_options(kind, case, device)
     exact = case.run(device, torch.float64, "eager", **options)
     plain = case.run(device, dtype, "eager", **options)
-    assert_within_budget(case.run(device, dtype, "triton", **options), plain, exact)
+    assert_within_budget(case.run(device, dtype, backend, **options), plain, exact)
 
 
-def test_scale(device):
+def test_scale(backend, device):
     case = Case()
     exact = case.run(device, torch.float64, "eager", scale=0.3)
     plain = case.run(device, torch.float32, "eager", scale=0.3)
-    assert_within_budget(case.run(device, torch.float32, "triton", scale=0.3), plain, exact)
+    assert_within_budget(case.run(device, torch.float32, backend, scale=0.3), plain, exact)
 
 
-def test_golden_cross_attention(device):
+def test_golden_cross_attention(backend, device):
     golden = read_arrays("p1")
     names = ("ca3_q_content_q20", "sine_proj_l3_q20", "ca3_k_content", "ca3_k_pos", "ca3_v")
     leaves = [golden[name].unflatten(-1, (8, 32)).to(device).requires_grad_() for name in names]
-    out = attend(leaves, "triton", key_padding_mask=golden["mask"].flatten(1).to(device))
+    out = attend(leaves, backend, key_padding_mask=golden["mask"].flatten(1).to(device))
     torch.testing.assert_close(out.flatten(-2).cpu(), golden["ca3_pre_out_proj_q20"], atol=1e-5, rtol=0)
     gradient = torch.randn(2, 20, 256, generator=torch.Generator().manual_seed(7)).to(device)
     grads = [g.cpu() for g in torch.autograd.grad(out.flatten(-2), leaves, gradient)]
@@ -125,30 +132,32 @@ def test_golden_cross_attention(device):
         torch.testing.assert_close(found.flatten(-2), golden[name], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("name", ["eager", "triton", "native"])
 @pytest.mark.parametrize("kind", ["valid_hw", "mask"])
-def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(backend, kind, device):
+def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, device):
+    skip_unless_runs(name, device)
     case = Case()
     options = {"valid_hw": torch.tensor([[0, 3], [4, 7]], dtype=torch.int32, device=device)}
     if kind == "mask":
         options = {"key_padding_mask": torch.tensor([[True] * 28, [False] * 28], device=device)}
-    for tensor in case.run(device, torch.float32, backend, **options):
+    for tensor in case.run(device, torch.float32, name, **options):
         assert (tensor[0] == 0).all()
         assert torch.isfinite(tensor).all()
         assert (tensor[1] != 0).any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_valid_hw_beyond_the_grid_is_clamped_where_it_is_not_looked_at(backend, device, monkeypatch):
+@pytest.mark.parametrize("name", ["eager", "triton", "native"])
+def test_valid_hw_beyond_the_grid_is_clamped_where_it_is_not_looked_at(name, device, monkeypatch):
+    skip_unless_runs(name, device)
     monkeypatch.setattr("conddetr.kernels.attn.op._check_rectangles", lambda *rectangles: None)
     case = Case()
     wild = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
     tame = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
-    for a, b in zip(*(case.run(device, torch.float32, backend, valid_hw=v) for v in (wild, tame)), strict=True):
+    for a, b in zip(*(case.run(device, torch.float32, name, valid_hw=v) for v in (wild, tame)), strict=True):
         assert torch.equal(a, b)
 
 
-def test_strided_inputs(device):
+def test_strided_inputs(backend, device):
     """Parts of one packed projection, keys in another memory order, a transposed last dimension."""
     case = Case(queries=9)
     packed = [tensor.detach() for tensor in case.to(device, torch.float32)]
@@ -161,16 +170,16 @@ def test_strided_inputs(device):
         packed[5].repeat(1, 2, 1, 1)[:, ::2],
     ]
     contiguous = [tensor.contiguous() for tensor in strided]
-    assert torch.equal(attend(strided, "triton"), attend(contiguous, "triton"))
+    assert torch.equal(attend(strided, backend), attend(contiguous, backend))
 
 
-def test_repeats_are_bitwise_equal(device):
+def test_repeats_are_bitwise_equal(backend, device):
     case = Case(queries=40, height=6, width=9)
     valid = torch.tensor([[5, 9], [6, 4]], dtype=torch.int32, device=device)
     runs = []
     for _ in range(5):
         torch.manual_seed(3)
-        runs.append(case.run(device, torch.float32, "triton", valid_hw=valid, dropout_p=0.2))
+        runs.append(case.run(device, torch.float32, backend, valid_hw=valid, dropout_p=0.2))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
@@ -204,25 +213,26 @@ def dropped_weights(backend, case, device, p, seed):
     return attend(leaves, backend, dropout_p=p)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_dropout_drops_weights_and_scales_the_rest(backend, device):
+@pytest.mark.parametrize("name", ["eager", "triton", "native"])
+def test_dropout_drops_weights_and_scales_the_rest(name, device):
+    skip_unless_runs(name, device)
     case = Case(queries=300, height=8, width=8)
-    kept = dropped_weights(backend, case, device, 0.0, 0)
-    dropped = dropped_weights(backend, case, device, 0.25, 0)
+    kept = dropped_weights(name, case, device, 0.0, 0)
+    dropped = dropped_weights(name, case, device, 0.25, 0)
     survived = dropped != 0
     # 76,800 independent draws: five standard deviations are 0.008; per query and key 0.13 of 300.
     assert survived.double().mean().item() == pytest.approx(0.75, abs=0.008)
     assert ((survived.double().mean(dim=1) - 0.75).abs() < 0.14).all()
     torch.testing.assert_close(dropped[survived], kept[survived] / 0.75)
-    assert torch.equal(dropped, dropped_weights(backend, case, device, 0.25, 0))
-    assert not torch.equal(dropped, dropped_weights(backend, case, device, 0.25, 1))
+    assert torch.equal(dropped, dropped_weights(name, case, device, 0.25, 0))
+    assert not torch.equal(dropped, dropped_weights(name, case, device, 0.25, 1))
     neighbours = survived[:, 1:] == survived[:, :-1]
     assert neighbours.double().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.01)
 
 
-def test_backward_uses_the_mask_of_forward(device):
+def test_backward_uses_the_mask_of_forward(backend, device):
     case, p = Case(queries=20, height=5, width=6, value=30), 0.3
-    mask = (dropped_weights("triton", case, device, p, seed=5) != 0).permute(0, 2, 1, 3)
+    mask = (dropped_weights(backend, case, device, p, seed=5) != 0).permute(0, 2, 1, 3)
 
     def exact(dtype):
         leaves = case.to(device, dtype)
@@ -232,11 +242,11 @@ def test_backward_uses_the_mask_of_forward(device):
         return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, dtype))
 
     torch.manual_seed(5)
-    found = case.run(device, torch.float32, "triton", dropout_p=p)
+    found = case.run(device, torch.float32, backend, dropout_p=p)
     assert_within_budget(found, exact(torch.float32), exact(torch.float64))
 
 
-def test_checkpointing_repeats_the_dropout(device):
+def test_checkpointing_repeats_the_dropout(backend, device):
     case = Case(queries=20)
 
     def gradients(run):
@@ -245,7 +255,7 @@ def test_checkpointing_repeats_the_dropout(device):
         return torch.autograd.grad(run(*leaves).square().sum(), leaves)
 
     def attention(*leaves):
-        return attend(leaves, "triton", dropout_p=0.3)
+        return attend(leaves, backend, dropout_p=0.3)
 
     plain = gradients(attention)
     again = gradients(lambda *leaves: checkpoint(attention, *leaves, use_reentrant=False))
@@ -253,22 +263,22 @@ def test_checkpointing_repeats_the_dropout(device):
 
 
 @pytest.mark.parametrize("form", ["separable", "dense", "dropout"])
-def test_operator_registration(form, device):
+def test_operator_registration(form, backend, device):
     leaves = Case(dense=form == "dense").to(device, torch.float32)
     if form == "dense":
         leaves.insert(4, None)
     valid = None if form == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
     seed = torch.tensor([7], device=device) if form == "dropout" else None
     arguments = (*leaves, valid, None, seed, 0.2, 0.1 if form == "dropout" else 0.0)
-    torch.library.opcheck(torch.ops.conddetr.conditional_attention.default, arguments)
+    torch.library.opcheck(registry.operators(backend).conditional_attention.default, arguments)
 
 
-def test_compiles_without_a_graph_break(device):
+def test_compiles_without_a_graph_break(backend, device):
     leaves = Case().to(device, torch.float32)
     valid = torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
 
     def attention(*leaves):
-        return attend(leaves, "triton", valid_hw=valid) * 2
+        return attend(leaves, backend, valid_hw=valid) * 2
 
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), attention(*leaves))
@@ -329,10 +339,21 @@ def test_reference_against_a_loop(scale):
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_reference_gradients():
-    valid = torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)
-    leaves = Case(queries=2, height=2, width=3, heads=1).to("cpu", torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: attend(x, valid_hw=valid), leaves)
+@pytest.mark.parametrize("name", ["eager", "native"])
+@pytest.mark.parametrize("form", ["separable", "mask", "dense", "dropout"])
+def test_gradients_in_float64(form, name):
+    """Against finite differences; `native` in the instantiation that exists for this."""
+    skip_unless_runs(name, torch.device("cpu"), torch.float64)
+    leaves = Case(queries=2, height=2, width=3, content=3, spatial=2, value=4, heads=1, dense=form == "dense")
+    options = {"valid_hw": torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)} if form == "separable" else {}
+    if form == "mask":
+        options = {"key_padding_mask": torch.tensor([[True, False, False, True, False, False], [False] * 6])}
+
+    def attention(*leaves):
+        torch.manual_seed(5)
+        return attend(leaves, name, dropout_p=0.3 if form == "dropout" else 0.0, **options)
+
+    assert torch.autograd.gradcheck(attention, leaves.to("cpu", torch.float64))
 
 
 def test_separable_keys_are_the_sum_of_rows_and_columns():
