@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu sanitize clean
 
 # Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
 demo: $(READY)
@@ -51,6 +51,15 @@ gpu:
 	$(PYTHON) benchmarks/sine.py --seconds 15 --cudagraph --points 2400
 	$(PYTHON) benchmarks/decoder.py --seconds 60 --dtypes bfloat16
 	$(PYTHON) benchmarks/report.py
+
+# CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
+SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py -k "native or instruction or threads or rise"
+sanitize: $(READY)
+	$(BIN)/python -m pip install -qq pybind11 ninja
+	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \
+	    $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --upgrade --target build/sanitized .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q $(SUITE)
 
 $(READY): pyproject.toml setup.py
 	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"

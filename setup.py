@@ -51,9 +51,9 @@ def find_compiler() -> str | None:
 
 
 def find_cuda() -> str | None:
-    """The folder of the CUDA toolkit: CUDA_HOME, that of the nvcc on the path, or the usual one."""
-    nvcc = shutil.which("nvcc")
-    folders = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    """The folder of the CUDA toolkit: CUDA_HOME if that is set, else that of the nvcc on the path, or the usual one."""
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    folders = [named] if named else [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
     return next((str(folder) for folder in folders if folder and (Path(folder) / "bin" / "nvcc").exists()), None)
 
 
@@ -98,7 +98,7 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
     cuda = find_cuda() if any(source.suffix == ".cu" for source in sources) else None
     architectures = os.environ.get("CONDDETR_CUDA_ARCHS", "80;90a").split(";") if cuda else []
     sanitize = os.environ.get("CONDDETR_SANITIZE")
-    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g"] if sanitize else []
+    checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitize else []
     torch_folder = Path(torch.__file__).parent
     include = [f"-I{path}" for path in (ROOT / "csrc", folder, torch_folder / "include")]
     # Headers of others are not held to our warnings.
@@ -147,9 +147,6 @@ def write_build_info(path: Path, cuda: str | None, architectures: list[str], che
 def native_extension() -> list[Extension]:
     """The extension, or nothing where there is no compiler or nobody wants it."""
     if not is_wanted("CONDDETR_NATIVE", "C++ compiler", find_compiler(), "install g++ (Debian: apt install g++)"):
-        # One that an earlier editable install left would still be found.
-        for stale in (ROOT / "conddetr").glob("_C.*"):
-            stale.unlink()
         return []
     found = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*.*"))
     sources = [str(path) for path in found if path.suffix == ".cpp"]

@@ -274,7 +274,7 @@ def _env(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from conddetr.engine.progress import console
-    from conddetr.kernels import registry
+    from conddetr.kernels import native, registry
 
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
@@ -285,6 +285,7 @@ def _env(options: argparse.Namespace) -> None:
         except PackageNotFoundError:
             found = "not installed"
         console.print(f"{package} {found}", highlight=False)
+    console.print(f"native kernels: {native.NOT_LOADED or native.describe()}", highlight=False, soft_wrap=True)
     dtypes = (torch.float32, torch.bfloat16)
     choices = [registry.choose("auto", device, dtype) for dtype in dtypes]
     table = Table(title="what backend=auto picks")

@@ -1,6 +1,7 @@
 """The compiled kernels of `csrc/`: loads them, and says why they are not there. How to build: docs/building.md."""
 
 import importlib
+import os
 
 import torch
 
@@ -12,6 +13,8 @@ HOW_TO_BUILD = "python -m pip install --no-build-isolation --editable . in the s
 
 def _load() -> str | None:
     """Import `conddetr._C`, which registers `torch.ops.conddetr_native`; the reason if that fails."""
+    if os.environ.get("CONDDETR_NATIVE") == "0":
+        return "the environment variable CONDDETR_NATIVE is 0."
     try:
         importlib.import_module("conddetr._C")
     except ModuleNotFoundError:
@@ -52,3 +55,10 @@ def build_info() -> dict[str, object]:
     if NOT_LOADED is not None:
         raise RuntimeError(NOT_LOADED)
     return importlib.import_module("conddetr._C").build_info()
+
+
+def describe() -> str:
+    """One line: what was built, with what, and the instruction set that is used on this CPU."""
+    info, level = build_info(), importlib.import_module("conddetr._C").cpu_level()
+    cuda = "no CUDA" if info["cuda"] is None else f"CUDA {info['cuda']} for {', '.join(info['architectures'])}"
+    return f"CPU ({level} of {', '.join(info['cpu_levels'])}), {cuda}; {info['compiler']}"

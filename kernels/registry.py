@@ -8,8 +8,8 @@ import torch
 
 from conddetr.kernels import native
 
-BACKENDS = ("triton", "eager", "native")
-"""In the order in which `auto` tries them; plain PyTorch always runs, so that those after it must be named."""
+BACKENDS = ("triton", "native", "eager")
+"""In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -16,8 +16,12 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Channels of the left factor that lie side by side; wider heads take several rounds.
+// Channels of the left factor that lie side by side, and that are summed in one go; wider heads take several rounds.
+#if defined(__FMA__)
 constexpr int kDepth = 32;
+#else
+constexpr int kDepth = 16;  // twice the roundings
+#endif
 // Scores of one query in a tile, with room for a vector that starts at the last of them.
 constexpr int kStride = kTileKeys + 4 * kLanes<float>;
 constexpr int kAlign = 64;
@@ -322,10 +326,11 @@ CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, Vector<Real>* tota
   return largest_of<Real>(worst);
 }
 
-// Measures each query's scores against their maximum from now on: what was summed so far shrinks.
+// Measures each query's scores against their maximum from now on, if it is higher than before: what was summed so far
+// shrinks. Before the first tile there is no reference and nothing was summed.
 template <typename Real>
 void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const Shape<Real>& shape,
-                     const Start<Real>& start, Real* sums) {
+                     const Start<Real>& start, Real* sums, bool is_first) {
   constexpr int L = kLanes<Real>;
   for (int m = 0; m < kRows; ++m) {
     Real* row = scores + m * kStride;
@@ -334,12 +339,13 @@ void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const S
       const Vector<Real> next = load_vector(row + i);
       highest = next > highest ? next : highest;
     }
-    const Real rise = largest_of<Real>(highest);
+    const Real largest = largest_of<Real>(highest), rise = is_first || largest > 0 ? largest : Real(0);
     for (int64_t i = 0; i < keys; i += L) store_vector(row + i, load_vector(row + i) - rise);
-    const Vector<Real> shrink = exp2<Real>(broadcast(-rise));
     running.reference[m] += rise;
-    running.total[m] *= shrink;
     for (int64_t y = 0; y < shape.height; ++y) start.rows[m * shape.height + y] -= rise;
+    if (is_first) continue;
+    const Vector<Real> shrink = exp2<Real>(broadcast(-rise));
+    running.total[m] *= shrink;
     for (int64_t panel = 0; panel * kPanel<Real> < shape.values; ++panel) {
       Real* sum = sums + (panel * kRows + m) * kPanel<Real>;
       for (int i = 0; i < kPanel<Real>; i += L) store_vector(sum + i, load_vector(sum + i) * shrink);
@@ -421,13 +427,13 @@ struct Forward {
   void visit(const Keys& visited, const Tile& tile, int64_t block, Real* scores, bool is_first) {
     Running<Real>& state = running[block];
     Real* block_sums = sums + block * kRows * shape.values;
-    if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums);
+    if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, true);
     const Running<Real> before = state;
     if (make_weights<Real>(scores, tile.keys, state.total) > Real(1 << 30)) {
       state = before;
       start_scores<Real>(p, visited, tile, shape, start(block), scores);
       multiply_content(tile, block, scores);
-      raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums);
+      raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, false);
       make_weights<Real>(scores, tile.keys, state.total);
     }
     if (p.dropout_p > 0) drop(visited, tile, block, scores);

@@ -246,6 +246,97 @@ def test_backward_uses_the_mask_of_forward(backend, device):
     assert_within_budget(found, exact(torch.float32), exact(torch.float64))
 
 
+@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+def test_native_drops_what_triton_drops(kind, device):
+    """With the same seed; keys are counted alike whatever the padding."""
+    skip_unless_runs("triton", device)
+    skip_unless_runs("native", device)
+    case = Case(queries=50, height=7, width=13, value=91, heads=1)
+    leaves = case.to(device, torch.float32)
+    leaves[-1] = torch.eye(91, device=device)[None, :, None].repeat(2, 1, 1, 1)
+    options = padding_options(kind, case, device)
+    masks = []
+    for name in ("triton", "native"):
+        torch.manual_seed(2)
+        masks.append(attend(leaves, name, dropout_p=0.3, **options) != 0)
+    assert torch.equal(*masks)
+    assert 0.3 < masks[0].double().mean().item() / (1 - 0.3) <= 1.05
+
+
+@pytest.fixture
+def restored_cpu():
+    """Puts number of threads and instruction set back."""
+    if native.NOT_LOADED is not None:
+        pytest.skip(native.NOT_LOADED)
+    from conddetr import _C
+
+    threads, level = torch.get_num_threads(), _C.cpu_level()
+    yield _C
+    torch.set_num_threads(threads)
+    _C.use_cpu_level(level)
+
+
+def test_any_number_of_threads_gives_the_same_bits(restored_cpu):
+    case = Case(queries=301, height=9, width=37, batch=1)
+    options = {"valid_hw": torch.tensor([[8, 35]], dtype=torch.int32), "dropout_p": 0.1}
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        runs.append(case.run("cpu", torch.float32, "native", **options))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("level", ["plain", "avx2"])
+def test_every_instruction_set_matches_the_reference(level, shape, restored_cpu):
+    if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
+        pytest.skip(f"this processor has no {level}")
+    case = Case(**SHAPES[shape])
+    options = padding_options("valid_hw", case, "cpu")
+    exact = case.run("cpu", torch.float64, "eager", **options)
+    plain = case.run("cpu", torch.float32, "eager", **options)
+    assert_within_budget(case.run("cpu", torch.float32, "native", **options), plain, exact)
+    for found, truth in zip(case.run("cpu", torch.float64, "native", **options), exact, strict=True):
+        torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_native_exponential(level, restored_cpu):
+    """The stated bound, on weights of 2^x: with identity as values the output is the weights, key 0 has x = 0."""
+    if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
+        pytest.skip(f"this processor has no {level}")
+    x = torch.cat([torch.zeros(1), -torch.rand(3000) * 100])
+    ones, zeros, keys = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.arange(3001)
+    found = []
+    for part in keys.split(1001):
+        values = torch.zeros(3001, 1001)
+        values[part, torch.arange(len(part))] = 1
+        leaves = (ones, zeros, x[None, :, None, None], torch.zeros(1, 3001, 1, 1), values[None, :, None, : len(part)])
+        found.append(attend(leaves, "native", scale=math.log(2)).flatten())
+    weights = torch.cat(found).double()
+    error = weights / weights[0] / 2 ** x.double() - 1
+    # 2e-7, and one rounding each of the two weights.
+    assert error.abs().max().item() < 2e-7 + 2 * 6e-8
+
+
+def test_scores_that_rise_late_or_overflow(restored_cpu):
+    """The reference of the online softmax is that of the first keys; far larger scores must still be right."""
+    case = Case(queries=20, height=1, width=300, dense=True)
+    leaves = [leaf.detach() for leaf in case.to("cpu", torch.float32)]
+    leaves[2][:, 150:200] *= 60
+    leaves[2][:, 250:] *= 400
+    exact = attend([leaf.double() for leaf in leaves])
+    score = torch.einsum("bqhd,bnhd->bhqn", leaves[0], leaves[2]).abs().max() * 32**-0.5
+    # The rounding of a score is an error of its weight.
+    assert (attend(leaves, "native") - exact).abs().max() <= torch.finfo(torch.float32).eps * score * leaves[-1].max()
+    leaves[0][0, 3] = math.nan
+    found = attend(leaves, "native")
+    assert found[0, 3].isnan().all()
+    assert found[0, 4:].isfinite().all()
+
+
 def test_checkpointing_repeats_the_dropout(backend, device):
     case = Case(queries=20)
 
@@ -404,7 +495,7 @@ def test_wrong_shapes_are_named(name, shape, message):
             {"valid_hw": torch.ones(2, 2, dtype=torch.int32), "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool)},
             "expected one of them at most, got both",
         ),
-        ({"backend": "magic"}, "backend: expected one of auto, triton, eager, native, got 'magic'"),
+        ({"backend": "magic"}, "backend: expected one of auto, triton, native, eager, got 'magic'"),
     ],
 )
 def test_wrong_options_are_named(options, message):

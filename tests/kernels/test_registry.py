@@ -3,21 +3,29 @@
 import pytest
 import torch
 
-from conddetr.kernels import registry
+from conddetr.kernels import native, registry
 
 CPU = torch.device("cpu")
 
 
-def test_auto_on_a_cpu_is_eager_and_says_why(monkeypatch):
+def test_auto_on_a_cpu_is_native_where_built_and_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if native.NOT_LOADED is None:
+        choice = registry.choose("auto", CPU, torch.float32)
+        assert choice.backend == "native"
+        assert "run on NVIDIA GPUs, the tensors are on cpu" in choice.refused["triton"]
+        choice = registry.choose("auto", CPU, torch.float16)
+        assert choice.backend == "eager"
+        assert "on cpu its kernels take float32, bfloat16, float64, not float16" in choice.refused["native"]
+    monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
     choice = registry.choose("auto", CPU, torch.float32)
     assert choice.backend == "eager"
-    assert "run on NVIDIA GPUs, the tensors are on cpu" in choice.refused["triton"]
+    assert choice.refused["native"] == "the native kernels are not built."
 
 
 def test_the_interpreter_must_be_asked_for(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert registry.choose("auto", CPU, torch.float32).backend == "eager"
+    assert "ask for it by name" in registry.choose("auto", CPU, torch.float32).refused["triton"]
     assert registry.choose("triton", CPU, torch.float32).backend == "triton"
 
 
@@ -28,5 +36,5 @@ def test_explicit_requests_that_can_not_run(monkeypatch):
     monkeypatch.setattr(registry, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="the package triton is not installed"):
         registry.choose("triton", CPU, torch.float32)
-    with pytest.raises(ValueError, match="backend: expected one of auto, triton, eager, native, got 'cuda'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, triton, native, eager, got 'cuda'"):
         registry.choose("cuda", CPU, torch.float32)

@@ -1,0 +1,84 @@
+"""The native library, and the flags that it is built with (docs/building.md)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conddetr.kernels import native, registry
+
+ROOT = Path(__file__).parent.parent
+needs_library = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
+
+
+def run_setup(**environment):
+    """setup.py with other flags; `--version` stops before anything is compiled."""
+    command = [sys.executable, "setup.py", "-q", "--version"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"CONDDETR_CUDA": "1", "CUDA_HOME": "/nowhere"}, "CONDDETR_CUDA=1, but no CUDA toolkit was found: install"),
+        ({"CONDDETR_NATIVE": "1", "CXX": "no-such-compiler"}, "CONDDETR_NATIVE=1, but no C++ compiler was found"),
+        ({"CONDDETR_CUDA": "yes"}, "CONDDETR_CUDA: expected 0, 1 or nothing, got 'yes'"),
+    ],
+)
+def test_what_was_asked_for_and_is_missing_is_an_error(flags, message):
+    run = run_setup(**flags)
+    assert run.returncode == 1
+    assert message in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"CXX": "no-such-compiler"}, "conddetr: no C++ compiler was found, building without; if you want it, install"),
+        ({"CUDA_HOME": "/nowhere", "CONDDETR_NATIVE": "0"}, ""),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(flags, said):
+    run = run_setup(**flags)
+    assert run.returncode == 0, run.stderr
+    ours = [line for line in run.stderr.splitlines() if line.startswith("conddetr:")]
+    assert len(ours) == bool(said)
+    assert all(line.startswith(said) for line in ours)
+
+
+@needs_library
+def test_build_info():
+    info = native.build_info()
+    assert set(info) == {"compiler", "cuda", "architectures", "flags", "cpu_levels"}
+    assert "-ffp-contract=fast" in info["flags"].split()
+    assert info["cpu_levels"][0] == "plain"
+    assert (info["cuda"] is None) == (info["architectures"] == [])
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["conditional_attention", "sine_embedding"])
+@pytest.mark.parametrize("suffix", ["", "_backward"])
+def test_schemas_are_those_of_the_other_kernels(name, suffix):
+    ours, theirs = (getattr(registry.operators(backend), name + suffix).default for backend in ("native", "triton"))
+    assert str(ours._schema).replace("conddetr_native::", "conddetr::") == str(theirs._schema)
+
+
+def test_without_the_library_a_request_says_what_to_do():
+    code = (
+        "import torch; from conddetr.kernels import registry; cpu = torch.device('cpu')\n"
+        "assert registry.choose('auto', cpu, torch.float32).backend == 'eager'\n"
+        "registry.choose('native', cpu, torch.float32)"
+    )
+    environment = {**os.environ, "CONDDETR_NATIVE": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "BackendError: backend 'native' can not run here: the environment variable CONDDETR_NATIVE" in run.stderr
+
+
+def test_dtypes_without_native_kernels():
+    if native.NOT_LOADED is not None:
+        pytest.skip(native.NOT_LOADED)
+    with pytest.raises(RuntimeError, match="on cpu its kernels take float32, bfloat16, float64, not float16"):
+        registry.choose("native", torch.device("cpu"), torch.float16)
