@@ -9,7 +9,7 @@
 
 #include "attn/kernels.h"
 
-#include "common/philox.h"
+#include "common/philox_simd.h"
 #include "common/simd.h"
 #include "common/softmax.h"
 
@@ -228,7 +228,7 @@ void start_scores(const Problem& p, const Keys& keys, const Tile& tile, const Sh
   }
 }
 
-// Four consecutive random numbers at a time, for the keys of one run.
+// Which weights survive, for the keys of one tile.
 template <typename Real>
 struct Dropout {
   explicit Dropout(const Problem& p)
@@ -238,16 +238,18 @@ struct Dropout {
 
   // kept[i] = factor or 0 for the keys of a tile, of one query.
   void fill(const Problem& p, const Keys& keys, const Tile& tile, int64_t query_index, Real* kept) const {
-    uint32_t numbers[kTileKeys + 8];
-    for (int r = 0; r < tile.runs; ++r) {
+    uint32_t numbers[kTileKeys + 8 + 4 * kCounters];
+    for (int r = 0; r < tile.runs;) {
       const Run& run = keys.runs[tile.first_run + r];
-      const int64_t skipped = run.ordinal % 4, groups = (skipped + run.length + 3) / 4;
-      const uint64_t counter = philox::counter(query_index, p.keys, run.ordinal);
-      for (int64_t g = 0; g < groups; ++g) {
-        const philox::Four four = philox::randint4x(p.seed, counter + uint64_t(g));
-        for (int i = 0; i < 4; ++i) numbers[4 * g + i] = four.lane[i];
+      // Rows of a rectangle follow one another: their numbers are drawn together.
+      int64_t length = 0;
+      for (; r < tile.runs && keys.runs[tile.first_run + r].ordinal == run.ordinal + length; ++r) {
+        length += keys.runs[tile.first_run + r].length;
       }
-      for (int i = 0; i < run.length; ++i) {
+      const int64_t skipped = run.ordinal % 4, groups = (skipped + length + 3) / 4;
+      const uint64_t counter = philox::counter(query_index, p.keys, run.ordinal);
+      for (int64_t g = 0; g < groups; g += kCounters) random_numbers(p.seed, counter + uint64_t(g), numbers + 4 * g);
+      for (int64_t i = 0; i < length; ++i) {
         kept[run.offset + i] = (numbers[skipped + i] >> 8) >= threshold ? factor : Real(0);
       }
     }
