@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from conddetr.cli import main
+from conddetr.kernels import registry
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -73,8 +74,9 @@ def test_bench_data_prints_both_chains(coco_path, capsys):
 def test_env_says_what_runs_and_why(capsys):
     assert main(["env", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert "conditional_attention" in printed
-    assert "eager" in printed
+    assert "native kernels: " in printed
+    (row,) = [line for line in printed.splitlines() if "conditional_attention" in line]
+    assert registry.choose("auto", torch.device("cpu"), torch.float32).backend in row
     assert "triton is refused: " in printed
 
 
