@@ -1,4 +1,4 @@
-"""The command line: `conddetr train | eval | predict | validate-data | bench-data | demo | env`."""
+"""The command line: `conddetr train | eval | predict | attention | validate-data | bench-data | demo | env`."""
 
 import argparse
 import dataclasses
@@ -54,6 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", default="runs/predict", help="folder for the drawn images")
     predict.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
 
+    attention = commands.add_parser("attention", help="draw where each head of the decoder looks for an object")
+    attention.set_defaults(run=_attention)
+    attention.add_argument("image", metavar="IMAGE")
+    _add_checkpoint(attention)
+    which = attention.add_mutually_exclusive_group()
+    which.add_argument("--query", type=int, metavar="N", help="object query, from 0, whatever it found")
+    which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, a picture each")
+    attention.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
+    attention.add_argument("--out", default="runs/attention", help="folder for the pictures")
+
     demo = commands.add_parser("demo", help="train a tiny detector for minutes, evaluate it, draw")
     demo.set_defaults(run=_demo)
     _add_data(demo)
@@ -90,7 +100,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours, or an official one")
     parser.add_argument("--preset", choices=list(PRESETS), help="of an official checkpoint; default: found")
-    if parser.prog.endswith("predict"):
+    if parser.prog.endswith(("predict", "attention")):
         parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
 
 
@@ -188,10 +198,26 @@ def _predict(options: argparse.Namespace) -> None:
     for path in options.images:
         image = read_image(path)
         found = detector.predict(image, options.threshold)[0]
-        captions = [f"{name} {score:.2f}" for name, score in zip(found.names, found.scores.tolist(), strict=True)]
         file = Path(options.out) / f"{Path(path).stem}.png"
-        save_detections(file, image, found.boxes, found.labels.tolist(), captions)
+        save_detections(file, image, found.boxes, found.labels.tolist(), found.captions)
         console.print(f"{path}: {len(found)} objects; wrote {file}", highlight=False, soft_wrap=True)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    from conddetr.data.images import read_image
+    from conddetr.detector import Detector
+    from conddetr.engine.progress import console
+    from conddetr.viz.attention import attention_figure
+    from conddetr.viz.boxes import save_figure
+
+    detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
+    image = read_image(options.image)
+    queries = None if options.query is None else [options.query]
+    found, maps = detector.attention(image, queries, options.top, options.layer)
+    for index, (caption, query) in enumerate(zip(found.captions, found.queries.tolist(), strict=True)):
+        file = Path(options.out) / f"{Path(options.image).stem}-layer{maps.layer}-query{query}.png"
+        save_figure(attention_figure(image, found, index, maps), file)
+        console.print(f"{caption}: wrote {file}", highlight=False, soft_wrap=True)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from conddetr.model.postprocess import postprocess
 
 if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
+    from conddetr.viz.attention import AttentionMaps
 
 
 @dataclass
@@ -29,11 +30,18 @@ class Detection:
     """[n] int64, index into the detector's `classes`."""
     boxes: Tensor
     """[n, 4] float32 xyxy in pixels of the image as given."""
+    queries: Tensor
+    """[n] int64, the object query that found each."""
     names: list[str]
     """Class name of each object."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def captions(self) -> list[str]:
+        """Name and score of each object, for pictures."""
+        return [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
 
 
 class Detector:
@@ -114,9 +122,51 @@ class Detector:
         config = self.model.config
         pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
         found = postprocess(self.model([pixels]), [tuple(image.shape[-2:])], top_k, config.activation)[0]
-        keep = found["scores"] >= threshold
-        scores, labels, boxes = (found[key][keep].cpu() for key in ("scores", "labels", "boxes"))
-        return Detection(scores, labels, boxes, [self.classes[label]["name"] for label in labels.tolist()])
+        return self._detection(found, found["scores"] >= threshold)
+
+    def _detection(self, found: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
+        parts = [found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries")]
+        return Detection(*parts, [self.classes[label]["name"] for label in parts[1].tolist()])
+
+    @torch.inference_mode()
+    def attention(
+        self, image: "ImageLike", queries: Sequence[int] | None = None, top_k: int = 1, layer: int = -1
+    ) -> "tuple[Detection, AttentionMaps]":
+        """Where one decoder layer looks when it finds objects; drawn by `conddetr.viz.attention.attention_figure`.
+
+        Args:
+            image: as for `predict`.
+            queries: object queries to show, each with its best class; default: those of the best detections.
+            top_k: how many, where `queries` does not say which.
+            layer: decoder layer, from 0; negative: from the end.
+
+        Returns:
+            What the queries found, one object each, and the maps of all queries.
+
+        Raises:
+            ValueError: no such query or layer, or `top_k` below 1.
+            FileNotFoundError, ValueError, TypeError: as `predict`.
+        """
+        from conddetr.data.images import prepare, read_image
+        from conddetr.viz.attention import attention_maps
+
+        config = self.model.config
+        if top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {top_k}.")
+        for query in queries or ():
+            if not 0 <= query < config.num_queries:
+                raise ValueError(f"queries: expected 0 to {config.num_queries - 1}, got {query}.")
+        image = read_image(image)
+        pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
+        output, maps = attention_maps(self.model, pixels, layer)
+        candidates = output["pred_logits"][0].numel()
+        found = postprocess(output, [tuple(image.shape[-2:])], candidates, config.activation)[0]
+        # Best first, so the first place of a query is its best class.
+        places: dict[int, int] = {}
+        for place, query in enumerate(found["queries"].tolist()):
+            places.setdefault(query, place)
+        chosen = list(places)[:top_k] if queries is None else queries
+        return self._detection(found, [places[query] for query in chosen]), maps
 
 
 def _official_config(content: dict, preset: str | None, path: str | Path) -> configs.ModelConfig:

@@ -48,6 +48,21 @@ def test_predict_draws(trained, tmp_path):
         assert drawn.width > drawn.height >= 300
 
 
+def test_attention_draws_a_picture_for_each_object(trained, tmp_path, capsys):
+    image = tmp_path / "gray.png"
+    Image.new("L", (90, 60), 128).save(image)
+    command = ["attention", str(image), "--checkpoint", str(trained / "checkpoint.pt"), "--out", str(tmp_path / "maps")]
+    assert main([*command, "--top", "2"]) == 0
+    assert main([*command, "--query", "7", "--layer", "0"]) == 0
+    files = sorted(file.name for file in (tmp_path / "maps").iterdir())
+    assert files[0] == "gray-layer0-query7.png"
+    assert [name.startswith("gray-layer1-query") for name in files] == [False, True, True]
+    with Image.open(tmp_path / "maps" / files[0]) as drawn:
+        assert drawn.width > 800
+    assert main([*command, "--layer", "2"]) == 2
+    assert "layer: expected 0 to 1, or negative from the end, got 2" in capsys.readouterr().err
+
+
 def test_demo_on_synthetic_images(tmp_path):
     assert main(["demo", "--seconds", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= {f.name for f in tmp_path.iterdir()}

@@ -52,6 +52,28 @@ def test_boxes_are_in_pixels_of_the_image_as_given(checkpoint):
     assert none.boxes.shape == (0, 4)
 
 
+def test_attention_of_the_best_and_of_named_queries(checkpoint):
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+    image = torch.rand(3, 50, 100)
+    [ranked] = detector.predict(image, threshold=0.0)
+    best, maps = detector.attention(image, top_k=4)
+    assert maps.weights.shape == (3, 25, 4, 7, 14)
+    # Every query once, in the order of its best class.
+    queries = list(dict.fromkeys(ranked.queries.tolist()))
+    assert best.queries.tolist() == queries[:4]
+    assert best.captions[0] == f"{ranked.names[0]} {ranked.scores[0]:.2f}"
+
+    named, _ = detector.attention(image, queries=[queries[3], 7], layer=0)
+    torch.testing.assert_close(named.boxes[0], best.boxes[3])
+    logits = detector.model([conddetr.data.images.prepare(image, 128, 213)])["pred_logits"][0, 7]
+    assert named.labels[1] == logits.argmax()
+    torch.testing.assert_close(named.scores[1], logits.detach().max().sigmoid())
+    with pytest.raises(ValueError, match="queries: expected 0 to 24, got 25"):
+        detector.attention(image, queries=[25])
+    with pytest.raises(ValueError, match="top_k: expected at least 1, got 0"):
+        detector.attention(image, top_k=0)
+
+
 def test_one_pixel_image(checkpoint):
     [found] = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").predict(torch.rand(3, 1, 1), 0.0)
     assert torch.isfinite(found.boxes).all()

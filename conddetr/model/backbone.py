@@ -31,6 +31,7 @@ class ResNetBackbone(nn.Module):
 
     def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool) -> None:
         super().__init__()
+        self.stride = 16 if dilation else 32
         make, weights = _RESNETS[name]
         body = make(
             weights=None,
@@ -123,6 +124,7 @@ class TinyBackbone(nn.Module):
     """
 
     num_channels = 128
+    stride = 16
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ def _conv_norm_relu(channels_in: int, channels: int, stride: int) -> nn.Sequenti
 
 
 def build_backbone(config: ModelConfig) -> nn.Module:
-    """The backbone that `config` names; `num_channels` is the width of its output."""
+    """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels."""
     if config.backbone == "tiny":
         return TinyBackbone().requires_grad_(config.train_backbone)
     return ResNetBackbone(config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone)

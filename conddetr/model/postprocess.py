@@ -21,8 +21,8 @@ def postprocess(
             best class of every query, the last logit being no-object).
 
     Returns:
-        Per image: `scores` [n] in [0, 1], `labels` [n] int64, `boxes` [n, 4] xyxy in pixels; floats have the
-        dtype of the outputs, at least float32.
+        Per image: `scores` [n] in [0, 1], `labels` [n] int64, `boxes` [n, 4] xyxy in pixels, `queries` [n] int64, the
+        object query of each; floats have the dtype of the outputs, at least float32.
 
     Raises:
         ValueError: batch sizes differ, `top_k` below 1, or an unknown activation.
@@ -48,6 +48,6 @@ def postprocess(
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
     boxes = boxes * torch.stack([width, height, width, height], dim=1).unsqueeze(1)
     return [
-        {"scores": image_scores, "labels": image_labels, "boxes": image_boxes}
-        for image_scores, image_labels, image_boxes in zip(scores, labels, boxes, strict=True)
+        dict(zip(("scores", "labels", "boxes", "queries"), image, strict=True))
+        for image in zip(scores, labels, boxes, query, strict=True)
     ]

@@ -3,89 +3,191 @@
 Source: figures 1 and 3 of the Conditional DETR paper.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from conddetr.kernels.attn import attention_weights, dense_spatial_keys
 from conddetr.model.detr import DETR
-from conddetr.model.transformer import ConditionalCrossAttention
+from conddetr.model.transformer import ConditionalDecoderLayer, Keys
 from conddetr.viz.boxes import draw_boxes
+
+if TYPE_CHECKING:
+    from conddetr.detector import Detection
+
+KINDS = ("spatial", "content", "combined")
+"""The three maps of a head, in the order in which they are stored and drawn."""
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Where the cross-attention of one decoder layer looks."""
+
+    weights: Tensor
+    """[3, Q, heads, h, w] float32 on the CPU, over the feature map: softmax of the spatial product alone, of the
+    content product alone, and of their sum, which is what the model uses. Each map sums to 1."""
+    formulas: tuple[str, str]
+    """The spatial and the content product in the paper's letters, as matplotlib writes them."""
+    layer: int
+    """Index of the decoder layer, from 0."""
+    cell: tuple[float, float]
+    """Height and width of a cell of the feature map as parts of the image."""
+
+
+class _Products(NamedTuple):
+    """Queries [1, Q, C] and keys [1, N, C] whose two products are the scores of an attention."""
+
+    q_spatial: Tensor
+    k_spatial: Tensor
+    q_content: Tensor
+    k_content: Tensor
+    formulas: tuple[str, str]
 
 
 @torch.no_grad()
-def attention_maps(model: DETR, image: Tensor) -> tuple[dict, Tensor]:
-    """Run a model on one image and take the weights of every cross-attention.
+def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, AttentionMaps]:
+    """Run a model on one image and see where one decoder layer looks.
+
+    The products are made from what goes into the cross-attention, so they do not depend on the kernels that run it:
+
+    - Conditional DETR: spatial p_q·p_k and content c_q·c_k, as concatenated. In its first layer positions are added to
+      the content as well: (c_q + o_q)·(c_k + p_k), o_q being the projected object query.
+    - DETR: it adds positions to the content and projects both together; the projection being linear, the same scores
+      are a spatial (c_q + o_q)·p_k plus a content (c_q + o_q)·c_k.
 
     Args:
         model: either family; put into eval mode.
         image: [3, H, W] normalised, on the model's device.
+        layer: decoder layer, from 0; negative: from the end.
 
     Returns:
-        The model's output, and attention weights [L, heads, Q, h, w] over the feature map, float, on the CPU;
-        each map sums to 1.
+        The model's output, and the maps of all queries.
+
+    Raises:
+        ValueError: there is no such layer.
     """
-    model.eval()
     layers = model.transformer.decoder.layers
-    modules = [layer.multihead_attn if model.config.family == "detr" else layer.cross_attn for layer in layers]
-    maps: list[Tensor] = []
-    shapes: list[torch.Size] = []
-    hooks = [module.register_forward_hook(_record(maps), with_kwargs=True) for module in modules]
-    hooks.append(model.backbone.register_forward_hook(lambda *call: shapes.append(call[-1].shape[-2:])))
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"layer: expected 0 to {len(layers) - 1}, or negative from the end, got {layer}.")
+    layer %= len(layers)
+    attention = layers[layer].multihead_attn if model.config.family == "detr" else layers[layer].cross_attn
+    inputs: list[tuple] = []
+    features: list[Tensor] = []
+    hooks = [
+        attention.register_forward_hook(lambda module, args, output: inputs.append(args)),
+        model.backbone.register_forward_hook(lambda module, args, output: features.append(output)),
+    ]
+    model.eval()
     try:
         output = model([image])
     finally:
         for hook in hooks:
             hook.remove()
-    return output, torch.stack(maps).unflatten(-1, tuple(shapes[0])).cpu()
+    if model.config.family == "detr":
+        products, width = _products(attention, *inputs[0]), model.config.hidden_dim
+    else:
+        products, width = _conditional_products(layers[layer], *inputs[0]), 2 * model.config.hidden_dim
+    heads = model.config.num_heads
+    weights = _weights(products, heads, (width // heads) ** -0.5)
+    weights = weights.unflatten(-1, tuple(features[0].shape[-2:])).cpu()
+    stride = model.backbone[0].stride
+    cell = (stride / image.shape[-2], stride / image.shape[-1])
+    return output, AttentionMaps(weights, products.formulas, layer, cell)
 
 
-def _record(maps: list[Tensor]) -> Any:
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if isinstance(module, ConditionalCrossAttention):
-            q_content, q_spatial, keys, grid = args
-            k_spatial = dense_spatial_keys(*keys.spatial) if isinstance(keys.spatial, tuple) else keys.spatial
-            query = torch.cat([module.split(q_content), module.split(q_spatial)], dim=-1)
-            key = torch.cat([module.split(keys.content), module.split(k_spatial)], dim=-1)
-            weights = attention_weights(query, key, grid.padding, query.shape[-1] ** -0.5)
-        else:
-            # Not module(...): that would run this hook again.
-            options = {**kwargs, "need_weights": True, "average_attn_weights": False}
-            weights = module.forward(*args, **options)[1]
-        maps.append(weights[0])
-
-    return hook
+def _weights(products: _Products, num_heads: int, scale: float) -> Tensor:
+    """-> [3, Q, heads, N]."""
+    split = [part.float().unflatten(-1, (num_heads, -1)) for part in products[:4]]
+    (q_spatial, k_spatial, q_content, k_content) = split
+    both = torch.cat([q_spatial, q_content], dim=-1), torch.cat([k_spatial, k_content], dim=-1)
+    pairs = ((q_spatial, k_spatial), (q_content, k_content), both)
+    return torch.cat([attention_weights(query, key, None, scale) for query, key in pairs]).transpose(1, 2)
 
 
-def attention_figure(
-    image: Tensor,
-    ground_truth: tuple[Tensor, Sequence[int], Sequence[str]],
-    detections: tuple[Tensor, Sequence[int], Sequence[str]],
-    maps: Tensor,
-) -> Figure:
-    """One row per detected object: the box beside the ground truth, then a map per decoder layer.
+def _conditional_products(
+    layer: ConditionalDecoderLayer, q_content: Tensor, q_spatial: Tensor, keys: Keys, *_: Any
+) -> _Products:
+    """The halves that the official code concatenates."""
+    k_spatial = dense_spatial_keys(*keys.spatial) if isinstance(keys.spatial, tuple) else keys.spatial
+    if layer.is_first:
+        # Here arrive q and q + q_s, of which the layer makes q·k + (q + q_s)·k_p. The official halves of the same sum
+        # are q·(k + k_p) and q_s·k_p.
+        formulas = (r"$p_q^\top p_k$", r"$(c_q + o_q)^\top (c_k + p_k)$")
+        return _Products(q_spatial - q_content, k_spatial, q_content, keys.content + k_spatial, formulas)
+    return _Products(q_spatial, k_spatial, q_content, keys.content, (r"$p_q^\top p_k$", r"$c_q^\top c_k$"))
+
+
+def _products(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, memory: Tensor) -> _Products:
+    """The original DETR's scores, parted by what the key projection is applied to: positions or memory."""
+    (q_weight, k_weight, _), (q_bias, k_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    projected = F.linear(query, q_weight, q_bias)
+    formulas = (r"$(c_q + o_q)^\top p_k$", r"$(c_q + o_q)^\top c_k$")
+    k_spatial, k_content = F.linear(key - memory, k_weight), F.linear(memory, k_weight, k_bias)
+    return _Products(projected, k_spatial, projected, k_content, formulas)
+
+
+def attention_figure(image: Tensor, found: "Detection", index: int, maps: AttentionMaps) -> Figure:
+    """The paper's figure for one detection: spatial, content and combined maps below each other, a column per head.
+
+    A map's colours end at its own peak, or at four times the uniform weight if the peak is below that, so that a flat
+    map looks flat; the number in its corner is the peak as a multiple of the uniform weight.
 
     Args:
-        image: [3, H, W] float in [0, 1].
-        ground_truth: boxes [m, 4] xyxy in pixels, labels, captions.
-        detections: boxes [n, 4], labels, captions of the objects to show, n ≥ 1.
-        maps: [L, n, h, w] attention of the query behind each of them, averaged over heads.
+        image: [3, H, W] uint8 or float in [0, 1].
+        found: objects in that image.
+        index: which of them is shown.
+        maps: from `attention_maps`, of the same image.
     """
-    boxes, labels, captions = detections
-    num_layers = len(maps)
-    figure = Figure(figsize=(2.2 * (num_layers + 2), 2.3 * len(boxes)), layout="constrained")
-    grid = figure.subplots(len(boxes), num_layers + 2, squeeze=False)
-    height, width = image.shape[-2:]
-    for row, axes in enumerate(grid):
-        draw_boxes(axes[0], image, *ground_truth, title="ground truth")
-        one = (boxes[row : row + 1], labels[row : row + 1], captions[row : row + 1])
-        draw_boxes(axes[1], image, *one, title="detection")
-        for layer in range(num_layers):
-            draw_boxes(axes[2 + layer], image, one[0], one[1], [""], title=f"attention, layer {layer + 1}")
-            heat = maps[layer, row].numpy()
-            extent = (0, width, height, 0)
-            axes[2 + layer].imshow(heat, cmap="inferno", alpha=0.65, extent=extent, interpolation="bilinear")
+    query, box, caption = int(found.queries[index]), found.boxes[index], found.captions[index]
+    weights = maps.weights[:, query]
+    heads = weights.shape[1]
+    aspect = min(max(image.shape[-2] / image.shape[-1], 0.4), 2.0)
+    figure = Figure(figsize=(1.4 * (heads + 2.8), 1.4 * 3 * aspect + 0.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    figure.suptitle(f"{caption} · query {query} · decoder layer {maps.layer}", fontsize=11)
+    grid = figure.add_gridspec(3, heads + 1, width_ratios=[2.4] + [1.0] * heads)
+    draw_boxes(figure.add_subplot(grid[:, 0]), image, box[None], [int(found.labels[index])], [caption])
+    for row, (kind, formula) in enumerate(zip(KINDS, (*maps.formulas, "sum of both"), strict=True)):
+        for head in range(heads):
+            axes = figure.add_subplot(grid[row, head + 1])
+            _draw_map(axes, image, box, weights[row, head], maps.cell)
+            if row == 0:
+                axes.set_title(f"head {head}", fontsize=9)
+            if head == 0:
+                axes.set_ylabel(f"{kind}\n{formula}", fontsize=9)
     return figure
+
+
+def _draw_map(axes: Axes, image: Tensor, box: Tensor, weights: Tensor, cell: tuple[float, float]) -> None:
+    """One map [h, w] over the grey image, with the box.
+
+    Strided convolutions with symmetric padding look at pixel stride · j for cell j, so that is where its centre goes.
+    """
+    height, width = image.shape[-2:]
+    gray = image.float().mean(0)
+    axes.imshow(gray.numpy(), cmap="gray", vmin=0, vmax=2.2 * float(gray.max()))
+    peak, uniform = float(weights.max()), 1 / weights.numel()
+    end = max(peak, 4 * uniform)
+    # One cell more at the bottom and right, where the last one ends before the image does. Not matplotlib's
+    # interpolation: its smooth filters lower a peak of one cell.
+    shade = F.pad(weights[None, None] / end, (0, 1, 0, 1), mode="replicate")
+    shade = F.interpolate(shade, scale_factor=8, mode="bicubic")[0, 0].clamp(0, 1)
+    (rows, columns), cell_height, cell_width = weights.shape, cell[0] * height, cell[1] * width
+    extent = (-0.5 * cell_width, (columns + 0.5) * cell_width, (rows + 0.5) * cell_height, -0.5 * cell_height)
+    axes.imshow(shade.numpy(), cmap="inferno", vmin=0, vmax=1, alpha=shade.sqrt().numpy(), extent=extent)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    x0, y0, x1, y1 = box.tolist()
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linewidth=1))
+    axes.text(
+        0.97, 0.03, f"×{peak / uniform:.0f}", transform=axes.transAxes, color="white", fontsize=7,
+        horizontalalignment="right", verticalalignment="bottom",
+        bbox={"facecolor": "black", "edgecolor": "none", "pad": 1, "alpha": 0.6},
+    )  # fmt: skip
+    axes.set_xticks([])
+    axes.set_yticks([])

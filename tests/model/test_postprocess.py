@@ -18,6 +18,8 @@ def test_official_detections(case, activation):
         torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
         assert torch.equal(found["labels"], golden[f"img{index}/labels"][order])
         torch.testing.assert_close(found["boxes"], golden[f"img{index}/boxes"][order], atol=1e-3, rtol=1e-6)
+        centers = outputs["pred_boxes"][index, found["queries"], :2] * torch.tensor(sizes[index][::-1])
+        torch.testing.assert_close((found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2, centers)
 
 
 def test_fewer_candidates_than_top_k():

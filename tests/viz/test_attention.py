@@ -1,28 +1,52 @@
-"""Attention maps are the weights that the model used."""
+"""Attention maps are the weights that the model used, parted as in the paper, and drawn where the cells are."""
 
 import pytest
 import torch
+from torch import nn
 
 import conddetr
-from conddetr.viz.attention import attention_maps
+from conddetr.kernels.attn import dense_spatial_keys
+from conddetr.model.position import sine_position_encoding
+from conddetr.viz.attention import AttentionMaps, attention_figure, attention_maps
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def build(preset, **options):
+    torch.manual_seed(0)
+    model = conddetr.build(preset, num_classes=3, **options).eval().to(DEVICE)
+    return model, torch.randn(3, 64, 96, device=DEVICE)
+
+
+def outputs_of(modules, run):
+    """What each of the named modules returned while `run` ran."""
+    found = {}
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: found.update({name: output}))
+        for name, module in modules.items()
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize(
     ("preset", "backend"),
     [("conditional-detr-tiny", "eager"), ("conditional-detr-tiny", "triton"), ("detr-tiny", "eager")],
 )
-def test_maps_reproduce_the_output_of_the_attention(preset, backend):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = conddetr.build(preset, num_classes=3, backend=backend).eval().to(device)
-    image = torch.randn(3, 64, 96, device=device)
+def test_combined_maps_reproduce_the_output_of_the_attention(preset, backend, layer):
+    model, image = build(preset, backend=backend)
     seen = []
-    layer = model.transformer.decoder.layers[1]
+    block = model.transformer.decoder.layers[layer]
     is_conditional = preset.startswith("conditional")
-    module = layer.cross_attn if is_conditional else layer.multihead_attn
+    module = block.cross_attn if is_conditional else block.multihead_attn
     module.register_forward_hook(lambda module, args, output: seen.append((args, output)))
-    output, maps = attention_maps(model, image)
-    assert maps.shape == (2, 4, 25, 4, 6)
-    torch.testing.assert_close(maps.sum((-2, -1)), torch.ones(2, 4, 25))
+    output, maps = attention_maps(model, image, layer)
+    assert maps.weights.shape == (3, 25, 4, 4, 6)
+    assert maps.layer == layer
+    torch.testing.assert_close(maps.weights.sum((-2, -1)), torch.ones(3, 25, 4))
     torch.testing.assert_close(output["pred_logits"], model([image])["pred_logits"])
 
     args, attended = seen[0]
@@ -30,8 +54,95 @@ def test_maps_reproduce_the_output_of_the_attention(preset, backend):
         value = args[2].value
     else:
         attended = attended[0]
-        weight, bias = module.in_proj_weight[128:], module.in_proj_bias[128:]
-        value = torch.nn.functional.linear(args[2], weight, bias)
+        value = nn.functional.linear(args[2], module.in_proj_weight[128:], module.in_proj_bias[128:])
     heads = value[0].unflatten(-1, (4, 16)).transpose(0, 1)
-    expected = module.out_proj((maps[1].flatten(-2).to(device) @ heads).transpose(0, 1).flatten(-2))
+    combined = maps.weights[2].transpose(0, 1).flatten(-2).to(DEVICE)
+    expected = module.out_proj((combined @ heads).transpose(0, 1).flatten(-2))
     torch.testing.assert_close(expected, attended[0].detach(), atol=1e-5, rtol=1e-4)
+
+    # Scores add up, so weights multiply.
+    product = (maps.weights[0] * maps.weights[1]).flatten(-2)
+    product = (product / product.sum(-1, keepdim=True)).unflatten(-1, (4, 6))
+    torch.testing.assert_close(product, maps.weights[2], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_spatial_maps_are_those_of_the_paper(layer):
+    """softmax of p_q·p_k / √32 (two halves of 16 per head), whatever else a layer adds to its queries and keys."""
+    model, image = build("conditional-detr-tiny")
+    block = model.transformer.decoder.layers[layer]
+    seen = outputs_of({"query": block.ca_qpos_sine_proj, "key": block.ca_kpos_proj}, lambda: model([image]))
+    query, key = (seen[name].reshape(-1, 4, 16) for name in ("query", "key"))
+    expected = (torch.einsum("qhd,nhd->qhn", query, key) * 32**-0.5).softmax(-1).unflatten(-1, (4, 6)).detach().cpu()
+    torch.testing.assert_close(attention_maps(model, image, layer)[1].weights[0], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_spatial_maps_of_detr_score_the_projected_positions():
+    model, image = build("detr-tiny")
+    attention = model.transformer.decoder.layers[1].multihead_attn
+    seen = []
+    hook = attention.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model([image])
+    hook.remove()
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    position = sine_position_encoding(torch.zeros(1, 4, 6, dtype=torch.bool, device=DEVICE), 64)
+    query = nn.functional.linear(seen[0], weight[:64], bias[:64]).reshape(-1, 4, 16)
+    key = nn.functional.linear(position, weight[64:128]).reshape(-1, 4, 16)
+    expected = (torch.einsum("qhd,nhd->qhn", query, key) / 4).softmax(-1).unflatten(-1, (4, 6)).detach().cpu()
+    torch.testing.assert_close(attention_maps(model, image)[1].weights[0], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_detr_without_positions_has_flat_spatial_maps():
+    model, image = build("detr-tiny", cross_attention_positions="first-layer")
+    torch.testing.assert_close(attention_maps(model, image, 1)[1].weights[0], torch.full((25, 4, 4, 6), 1 / 24))
+
+
+def test_fused_kernels_show_the_same_maps():
+    plain, image = build("conditional-detr-tiny")
+    fused, _ = build("conditional-detr-tiny", backend="triton")
+    fused.load_state_dict(plain.state_dict())
+    keys = []
+    hook = fused.transformer.decoder.layers[0].cross_attn.register_forward_hook(lambda *call: keys.append(call[1][2]))
+    for layer in range(2):
+        found = attention_maps(fused, image, layer)[1].weights
+        torch.testing.assert_close(found, attention_maps(plain, image, layer)[1].weights, atol=1e-6, rtol=1e-3)
+    hook.remove()
+    assert dense_spatial_keys(*keys[0].spatial).shape == (1, 24, 64)
+
+
+def test_there_is_no_third_layer():
+    model, image = build("conditional-detr-tiny")
+    with pytest.raises(ValueError, match="layer: expected 0 to 1, or negative from the end, got 2"):
+        attention_maps(model, image, 2)
+
+
+def test_a_cell_is_drawn_where_its_receptive_field_is():
+    """A feature map of 8×8 cells over 128×128 pixels: what cell (4, 3) depends on, and where its peak is drawn."""
+    backbone = conddetr.build("conditional-detr-tiny").eval().backbone
+    for parameter in backbone.parameters():
+        nn.init.ones_(parameter)
+    pixels = torch.ones(1, 3, 128, 128, requires_grad=True)
+    backbone(pixels)[0, 0, 4, 3].backward()
+    touched = pixels.grad[0, 0].nonzero().float()
+    center_y, center_x = ((touched.min(0).values + touched.max(0).values) / 2).tolist()
+
+    weights = torch.zeros(3, 1, 2, 8, 8)
+    weights[..., 4, 3] = 1
+    maps = AttentionMaps(weights, ("spatial", "content"), layer=0, cell=(16 / 128, 16 / 128))
+    box = torch.tensor([[10.0, 20.0, 40.0, 50.0]])
+    found = conddetr.Detection(torch.tensor([0.5]), torch.tensor([1]), box, torch.tensor([0]), ["cat"])
+    # Twice the size: the model saw the image resized.
+    figure = attention_figure(torch.rand(3, 256, 256), found, 0, maps)
+    assert len(figure.axes) == 1 + 3 * 2
+    axes = figure.axes[1]
+    gray, shade = axes.images
+    left, right, bottom, top = shade.get_extent()
+    values = torch.as_tensor(shade.get_array())
+    row, column = (values == values.max()).nonzero().float().mean(0).tolist()
+    y = top + (row + 0.5) / values.shape[0] * (bottom - top)
+    x = left + (column + 0.5) / values.shape[1] * (right - left)
+    assert (y, x) == pytest.approx((2 * center_y, 2 * center_x), abs=1.0)
+    assert axes.get_xlim() == (-0.5, 255.5)
+    assert tuple(gray.get_extent()) == (-0.5, 255.5, 255.5, -0.5)
+    assert axes.patches[0].get_bbox().extents.tolist() == box[0].tolist()
+    assert "cat 0.50" in figure.get_suptitle()
