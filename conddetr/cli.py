@@ -1,4 +1,4 @@
-"""The command line: `conddetr train | eval | predict | attention | validate-data | bench-data | demo | env`."""
+"""The command line: `conddetr train | eval | predict | attention | export | validate-data | bench-data | demo | env`."""
 
 import argparse
 import dataclasses
@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, a picture each")
     attention.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
     attention.add_argument("--out", default="runs/attention", help="folder for the pictures")
+
+    export = commands.add_parser("export", help="write a file that runs without this package, and check it")
+    export.set_defaults(run=_export)
+    _add_checkpoint(export)
+    export.add_argument("--format", default="onnx", choices=("torch", "onnx"), help="default: onnx")
+    export.add_argument("--out", metavar="FILE", help="default: runs/export/model.onnx, or model.pt2 for torch")
+    export.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fix the image size; default: any")
 
     demo = commands.add_parser("demo", help="train a tiny detector for minutes, evaluate it, draw")
     demo.set_defaults(run=_demo)
@@ -218,6 +225,25 @@ def _attention(options: argparse.Namespace) -> None:
         file = Path(options.out) / f"{Path(options.image).stem}-layer{maps.layer}-query{query}.png"
         save_figure(attention_figure(image, found, index, maps), file)
         console.print(f"{caption}: wrote {file}", highlight=False, soft_wrap=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from conddetr.detector import Detector
+    from conddetr.engine.progress import console
+    from conddetr.export import SUFFIXES
+
+    detector = Detector.from_checkpoint(options.checkpoint, options.preset, "cpu")
+    path = options.out or f"runs/export/model{SUFFIXES[options.format]}"
+    with console.status("exporting, then comparing the file with the model"):
+        report = detector.export(path, options.format, options.size and tuple(options.size))
+    megabytes = report.path.stat().st_size / 1e6
+    for line in (
+        f"input images {report.input_shape} float32; outputs logits and boxes",
+        f"differs from the model by at most {report.difference:.1e}, on batches of shape "
+        f"{', '.join(map(str, report.checked))}",
+        f"wrote {report.path} ({megabytes:.1f} MB)",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from conddetr.model.postprocess import postprocess
 
 if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
+    from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
 
 
@@ -167,6 +168,12 @@ class Detector:
             places.setdefault(query, place)
         chosen = list(places)[:top_k] if queries is None else queries
         return self._detection(found, [places[query] for query in chosen]), maps
+
+    def export(self, path: str | Path, format: str = "onnx", size: tuple[int, int] | None = None) -> "ExportReport":
+        """Write a file that runs without this package and check it against the model; see `conddetr.export.export`."""
+        from conddetr.export import export
+
+        return export(self.model, path, format, size, self.classes)
 
 
 def _official_config(content: dict, preset: str | None, path: str | Path) -> configs.ModelConfig:

@@ -63,6 +63,16 @@ def test_attention_draws_a_picture_for_each_object(trained, tmp_path, capsys):
     assert "layer: expected 0 to 1, or negative from the end, got 2" in capsys.readouterr().err
 
 
+def test_export_writes_a_checked_file(trained, tmp_path, capsys):
+    out = tmp_path / "model.pt2"
+    command = ["export", "--checkpoint", str(trained / "checkpoint.pt"), "--format", "torch", "--out", str(out)]
+    assert main([*command, "--size", "64", "96"]) == 0
+    assert out.is_file()
+    printed = capsys.readouterr().out
+    assert "[batch, 3, 64, 96]" in printed
+    assert "differs from the model by at most" in printed
+
+
 def test_demo_on_synthetic_images(tmp_path):
     assert main(["demo", "--seconds", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= {f.name for f in tmp_path.iterdir()}

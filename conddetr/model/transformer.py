@@ -208,7 +208,7 @@ class ConditionalDecoderLayer(FeedForward):
 
     def project_keys(self, memory: Tensor, position: Tensor) -> Keys:
         """This layer's keys, dense: memory [B, N, C] and position [B or 1, N, C]."""
-        k_spatial = self.ca_kpos_proj(position).expand(len(memory), -1, -1)
+        k_spatial = self.ca_kpos_proj(position).expand(memory.shape[0], -1, -1)
         return Keys(self.ca_kcontent_proj(memory), k_spatial, self.ca_v_proj(memory))
 
     def _spatial_query(self, embedding: Tensor, self_attended: Tensor, p_s: Tensor, query_scale: MLP | None) -> Tensor:
@@ -252,7 +252,7 @@ def project_all_keys(
     # The first cell of a row or column is valid if any is.
     rows = F.linear(cells[:, :, 0, :half], weight[:, :half], bias)
     columns = F.linear(cells[:, 0, :, half:], weight[:, half:])
-    spatial = [part.expand(len(memory), -1, -1).chunk(len(layers), dim=-1) for part in (rows, columns)]
+    spatial = [part.expand(memory.shape[0], -1, -1).chunk(len(layers), dim=-1) for part in (rows, columns)]
     return [
         Keys(content, (row, column), value)
         for content, value, row, column in zip(projected[0::2], projected[1::2], *spatial, strict=True)

@@ -43,7 +43,7 @@ def draw_boxes(
             # Above the box, or inside it where there is no room above.
             side = "bottom" if y0 > 0.08 * image.shape[1] else "top"
             axes.text(
-                x0, y0, caption, fontsize=7, color="white", verticalalignment=side, clip_on=True,
+                max(x0, 0), y0, caption, fontsize=7, color="white", verticalalignment=side, clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.9},
             )  # fmt: skip
 

@@ -116,7 +116,8 @@ def _check_tensors(
             raise ValueError(f"{name}: expected dtype {q_content.dtype} as of q_content, got {tensor.dtype}.")
         if tensor.device != q_content.device:
             raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
-    if min(batch, queries, heads, width, spatial, v.shape[-1]) < 1 or k_content.shape[1] < 1:
+    # Not min(...) < 1: that would compare sizes with each other, which an exported model must not.
+    if 0 in (batch, queries, heads, width, spatial, v.shape[-1], k_content.shape[1]):
         raise ValueError(f"q_content {tuple(q_content.shape)}, v {tuple(v.shape)}: expected no empty dimension.")
     if columns is not None and rows.shape[1] * columns.shape[1] != keys:
         raise ValueError(f"k_spatial: expected rows × columns = {keys} keys, got {rows.shape[1]} × {columns.shape[1]}.")
