@@ -115,11 +115,12 @@ def _check_arguments(path: Path, format: str, size: tuple[int, int] | None) -> N
 
 
 def _eager_copy(model: DETR) -> DETR:
-    """The same weights on the CPU, in float32 and without kernels."""
+    """The same weights on the CPU, in float32 and without kernels; memory is shared where they are so already."""
     config = replace(model.config, backend="eager", aux_loss=False, pretrained_backbone=False)
-    copy = DETR(config)
-    copy.load_state_dict(model.state_dict())
-    return copy.eval().requires_grad_(False)
+    with torch.device("meta"):
+        copy = DETR(config)
+    copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()}, assign=True)
+    return copy.float().eval().requires_grad_(False)
 
 
 class _Deployed(nn.Module):

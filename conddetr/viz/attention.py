@@ -90,7 +90,7 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
         for hook in hooks:
             hook.remove()
     if model.config.family == "detr":
-        products, width = _products(attention, *inputs[0]), model.config.hidden_dim
+        products, width = _detr_products(attention, *inputs[0]), model.config.hidden_dim
     else:
         products, width = _conditional_products(layers[layer], *inputs[0]), 2 * model.config.hidden_dim
     heads = model.config.num_heads
@@ -103,8 +103,7 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
 
 def _weights(products: _Products, num_heads: int, scale: float) -> Tensor:
     """-> [3, Q, heads, N]."""
-    split = [part.float().unflatten(-1, (num_heads, -1)) for part in products[:4]]
-    (q_spatial, k_spatial, q_content, k_content) = split
+    q_spatial, k_spatial, q_content, k_content = (part.float().unflatten(-1, (num_heads, -1)) for part in products[:4])
     both = torch.cat([q_spatial, q_content], dim=-1), torch.cat([k_spatial, k_content], dim=-1)
     pairs = ((q_spatial, k_spatial), (q_content, k_content), both)
     return torch.cat([attention_weights(query, key, None, scale) for query, key in pairs]).transpose(1, 2)
@@ -123,7 +122,7 @@ def _conditional_products(
     return _Products(q_spatial, k_spatial, q_content, keys.content, (r"$p_q^\top p_k$", r"$c_q^\top c_k$"))
 
 
-def _products(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, memory: Tensor) -> _Products:
+def _detr_products(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, memory: Tensor) -> _Products:
     """The original DETR's scores, parted by what the key projection is applied to: positions or memory."""
     (q_weight, k_weight, _), (q_bias, k_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = F.linear(query, q_weight, q_bias)
@@ -171,7 +170,8 @@ def _draw_map(axes: Axes, image: Tensor, box: Tensor, weights: Tensor, cell: tup
     """
     height, width = image.shape[-2:]
     gray = image.float().mean(0)
-    axes.imshow(gray.numpy(), cmap="gray", vmin=0, vmax=2.2 * float(gray.max()))
+    # Dark, so that the map stands out; an image may be black.
+    axes.imshow(gray.numpy(), cmap="gray", vmin=0, vmax=2.2 * max(float(gray.max()), 1e-6))
     peak, uniform = float(weights.max()), 1 / weights.numel()
     end = max(peak, 4 * uniform)
     # One cell more at the bottom and right, where the last one ends before the image does. Not matplotlib's
