@@ -71,7 +71,8 @@ def export(
         classes: `id` and `name` of every label.
 
     Raises:
-        ValueError: unknown format, a path with another ending, or a size below 1.
+        ValueError: unknown format, a path with another ending, or a size below 1; or no size, where this PyTorch needs
+            one (2.11 does for a ResNet).
         ImportError: packages for ONNX are missing; names them.
         OSError: the file can not be written.
         FloatingPointError: outputs of the file differ from the model's by more than `TOLERANCE`, or are not finite.
@@ -141,8 +142,15 @@ class _Deployed(nn.Module):
 def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, str], stride: int) -> torch.export.ExportedProgram:
     least = {"batch": 1, "height": stride + 1, "width": stride + 1}
     dims = {axis: torch.export.Dim(name, min=least[name]) for axis, name in dimensions.items()}
-    with torch.no_grad():
-        return torch.export.export(module, (example,), dynamic_shapes={"images": dims})
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (example,), dynamic_shapes={"images": dims})
+    except torch._dynamo.exc.UserError as error:
+        # PyTorch 2.11 takes max pooling of a free size for one of even or of odd sizes only.
+        raise ValueError(
+            f"PyTorch {torch.__version__} can not trace this model for any image size: fix one with size=(H, W), on the "
+            f"command line --size H W, or use a newer PyTorch."
+        ) from error
 
 
 def _description(model: DETR, size: tuple[int, int] | None, classes: Sequence[dict[str, Any]]) -> dict[str, Any]:
