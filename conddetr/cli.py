@@ -1,4 +1,4 @@
-"""The command line: `conddetr train | eval | predict | attention | export | validate-data | bench-data | demo | env`."""
+"""The command line: `conddetr train | eval | predict | attention | export | ...`; `conddetr --help` lists all."""
 
 import argparse
 import dataclasses

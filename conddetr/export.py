@@ -148,8 +148,8 @@ def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, str], strid
     except torch._dynamo.exc.UserError as error:
         # PyTorch 2.11 takes max pooling of a free size for one of even or of odd sizes only.
         raise ValueError(
-            f"PyTorch {torch.__version__} can not trace this model for any image size: fix one with size=(H, W), on the "
-            f"command line --size H W, or use a newer PyTorch."
+            f"PyTorch {torch.__version__} can not trace this model for any image size: fix one with size=(H, W), on "
+            "the command line --size H W, or use a newer PyTorch."
         ) from error
 
 
