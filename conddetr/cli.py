@@ -9,15 +9,29 @@ from pathlib import Path
 
 import torch
 
-from conddetr.config import PRESETS, ModelConfig
+from conddetr.config import PRESETS
+from conddetr.engine.checkpoint import LATEST
+from conddetr.engine.config import resolve_run
+from conddetr.engine.distributed import InterruptedRunError
 from conddetr.kernels.registry import BackendError
+from conddetr.options import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 where a data set has errors, 2 with one line for bad input."""
-    options = _parser().parse_args(arguments)
+    """Run one command.
+
+    Returns:
+        The exit status: 0; 1 where a data set has errors; 2 with one line on stderr for bad input; 143, as of a
+        process that SIGTERM ended, when a signal stopped training after its state was saved.
+    """
+    options, unknown = _parser().parse_known_args(arguments)
     try:
+        if unknown:
+            raise ValueError(unknown_flag(options.parser, unknown))
         return options.run(options) or 0
+    except InterruptedRunError as error:
+        print(f"conddetr {options.command}: {error} Go on with --resume auto.", file=sys.stderr)
+        return 143
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2
@@ -27,17 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="conddetr", description="Train and run Conditional DETR.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    train = commands.add_parser("train", help="train a detector")
+    train = commands.add_parser(
+        "train",
+        help="train a detector",
+        allow_abbrev=False,
+        description="Train a detector. Defaults are the paper's for the large presets and a few CPU minutes for the "
+        "tiny ones. Flags of the official repository are accepted too.",
+    )
     train.set_defaults(run=_train)
-    _add_data(train)
-    _add_model(train)
-    train.add_argument("--out", default="runs/train", help="folder for checkpoint.pt and log.jsonl")
-    train.add_argument("--resume", metavar="FILE", help="continue from the epoch end in this checkpoint")
-    _add_training(train)
+    add_options(train)
 
     evaluate = commands.add_parser("eval", help="COCO's twelve numbers of a checkpoint")
     evaluate.set_defaults(run=_evaluate)
-    _add_data(evaluate)
+    add_data_options(evaluate)
+    _add_device(evaluate)
     _add_checkpoint(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
     evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
@@ -51,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     _add_checkpoint(predict)
+    _add_device(predict)
     predict.add_argument("--out", default="runs/predict", help="folder for the drawn images")
     predict.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
 
@@ -58,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     attention.set_defaults(run=_attention)
     attention.add_argument("image", metavar="IMAGE")
     _add_checkpoint(attention)
+    _add_device(attention)
     which = attention.add_mutually_exclusive_group()
     which.add_argument("--query", type=int, metavar="N", help="object query, from 0, whatever it found")
     which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, a picture each")
@@ -73,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train a tiny detector for minutes, evaluate it, draw")
     demo.set_defaults(run=_demo)
-    _add_data(demo)
+    demo.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
+    _add_device(demo)
     demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
     demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
 
@@ -95,93 +115,59 @@ def _parser() -> argparse.ArgumentParser:
 
     env = commands.add_parser("env", help="versions, and which implementation each operation uses here")
     env.set_defaults(run=_env)
-    env.add_argument("--device", help="as torch names it; default: CUDA where there is one")
+    _add_device(env)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours, or an official one")
     parser.add_argument("--preset", choices=list(PRESETS), help="of an official checkpoint; default: found")
-    if parser.prog.endswith(("predict", "attention")):
-        parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="conditional-detr-tiny", choices=list(PRESETS))
-    parser.add_argument(
-        "--pretrained-backbone",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start a ResNet from torchvision's ImageNet weights, downloaded on first use",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="override a model option, e.g. csq=I",
-    )
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    from conddetr.engine.trainer import TrainConfig
-
-    group = parser.add_argument_group(
-        "training", "Defaults are the paper's for the large presets and a few CPU minutes for the tiny ones."
-    )
-    for field in dataclasses.fields(TrainConfig):
-        group.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=None)
-    group.add_argument("--train-images", type=int, default=1600, help="synthetic images per epoch")
-    group.add_argument("--val-images", type=int, default=200, help="synthetic images to evaluate on")
 
 
 def _train(options: argparse.Namespace) -> None:
+    from conddetr.detector import Detector
     from conddetr.engine.progress import console, metrics_table
-    from conddetr.engine.trainer import TrainConfig, Trainer, seed_everything, tiny_train_config
-    from conddetr.zoo import build
+    from conddetr.engine.run import train
 
-    preset = PRESETS[options.preset]
-    # A resumed run brings its own weights, and the tiny backbone has no others.
-    pretrained = options.pretrained_backbone and preset.backbone != "tiny" and not options.resume
-    overrides = {"pretrained_backbone": pretrained, **_parse_overrides(options.set)}
-    config = tiny_train_config() if preset.backbone == "tiny" else TrainConfig()
-    for field in dataclasses.fields(TrainConfig):
-        value = getattr(options, field.name)
-        if value is not None:
-            setattr(config, field.name, value)
-    train_set, val_set = _data_sets(
-        options.coco_path,
-        dataclasses.replace(preset, **_sizes(overrides)),
-        options.train_images,
-        options.val_images,
-    )
-    seed_everything(config.seed)
-    model = build(options.preset, num_classes=len(train_set.classes), **overrides)
-    _print_start(options.preset, model, len(train_set), len(val_set))
-    trainer = Trainer(model, train_set, val_set, config, options.out, _device(options.device))
-    if options.resume:
-        trainer.resume(options.resume)
-    metrics = trainer.fit()
-    console.print(metrics_table("COCO metrics, in percent", metrics))
-    console.print(f"wrote {Path(options.out) / 'checkpoint.pt'}", highlight=False, soft_wrap=True)
+    chosen, notes = chosen_options(options)
+    run = resolve_run(chosen)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    checkpoint = Path(run.output_dir) / LATEST
+    if not run.eval:
+        trainer = train(run)
+        if not trainer.is_main:
+            return
+        metrics = trainer.metrics
+        console.print(f"wrote {checkpoint}", highlight=False, soft_wrap=True)
+    elif run.resume:
+        # The official way to evaluate a checkpoint.
+        checkpoint = checkpoint if run.resume == "auto" else Path(run.resume)
+        detector = Detector.from_checkpoint(checkpoint, device=run.device or None)
+        metrics = detector.evaluate(run.train.batch_size, run.train.workers, **dataclasses.asdict(run.data))
+    else:
+        raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")
+    console.print(metrics_table(f"COCO metrics of {checkpoint}, in percent", metrics))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
     from conddetr.engine.progress import class_table, console, metrics_table
+    from conddetr.engine.run import data_sets
     from conddetr.files import write_text
 
     # Better refused now than after the detections are made.
     coco_library()
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
-    _, val_set = _data_sets(options.coco_path, detector.model.config, 1, 200)
+    _, val_set = data_sets(chosen_data(options), detector.config)
     found = detect(detector.model, detector.classes, val_set, detector.device, options.batch_size, options.workers)
     if options.results:
         found.write(options.results)
@@ -249,25 +235,19 @@ def _export(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from conddetr.demo import draw_samples, report
     from conddetr.detector import Detector
-    from conddetr.engine.trainer import Trainer, seed_everything, tiny_train_config
-    from conddetr.zoo import build
+    from conddetr.engine.checkpoint import remove_run
+    from conddetr.engine.run import train
 
-    preset = "conditional-detr-tiny"
-    config = tiny_train_config()
-    config.time_limit = options.seconds
-    train_set, val_set = _data_sets(options.coco_path, PRESETS[preset], 1600, 200)
+    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": options.out}
     if options.coco_path:
         # A small real set is passed over many times within the same minutes.
-        config.epochs, config.lr_drop, config.eval_every = 100, 80, 50
-    seed_everything(config.seed)
-    model = build(preset, num_classes=len(train_set.classes))
-    _print_start(preset, model, len(train_set), len(val_set))
+        chosen.update(epochs=100, lr_drop=80, eval_every=50)
+    run = resolve_run({**chosen, "device": options.device or "", "time_limit": options.seconds})
     # A second demonstration replaces the first.
-    for name in ("checkpoint.pt", "log.jsonl"):
-        (Path(options.out) / name).unlink(missing_ok=True)
-    metrics = Trainer(model, train_set, val_set, config, options.out, _device(options.device)).fit()
-    detector = Detector.from_checkpoint(Path(options.out) / "checkpoint.pt", device=options.device)
-    report(metrics, draw_samples(detector, val_set, options.out))
+    remove_run(options.out)
+    trainer = train(run, show_config=False)
+    detector = Detector.from_checkpoint(Path(options.out) / LATEST, device=options.device)
+    report(trainer.metrics, draw_samples(detector, trainer.val_set, options.out))
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -350,49 +330,5 @@ def _env(options: argparse.Namespace) -> None:
         console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)
 
 
-def _data_sets(coco_path: str | None, config: ModelConfig, train_images: int, val_images: int) -> tuple:
-    """Training and validation set: COCO's layout where a folder is named, else synthetic shapes."""
-    from conddetr.data.coco import coco_split
-    from conddetr.data.synthetic import SyntheticShapes
-    from conddetr.data.transforms import EvalTransform, TrainTransform
-
-    if coco_path:
-        return (
-            coco_split(coco_path, "train", TrainTransform(config)),
-            coco_split(coco_path, "val", EvalTransform(config)),
-        )
-    size = config.image_size
-    return SyntheticShapes(train_images, seed=1, image_size=size), SyntheticShapes(val_images, 2, size)
-
-
-def _parse_overrides(pairs: list[str]) -> dict[str, object]:
-    """`name=value` pairs, the value read as the type of the field."""
-    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-    overrides: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected OPTION=VALUE, got {pair!r}.")
-        kind = types.get(name, str)
-        overrides[name] = text.lower() in ("1", "true", "yes") if kind is bool else kind(text)
-    return overrides
-
-
-def _sizes(overrides: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in overrides.items() if name in ("image_size", "max_image_size")}
-
-
 def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _print_start(preset: str, model: torch.nn.Module, train: int, val: int) -> None:
-    from conddetr.engine.progress import console
-
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    console.print(
-        f"{preset}: {total:,} parameters, {trainable:,} trainable; {train} training and {val} validation images",
-        highlight=False,
-        soft_wrap=True,
-    )

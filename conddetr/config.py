@@ -133,6 +133,11 @@ def nearest(name: str, known: list[str]) -> str:
     return f"{hint} Known: {', '.join(known)}."
 
 
+def preset_name(family: str, backbone: str, dilation: bool) -> str:
+    """The preset of these `ModelConfig` fields."""
+    return f"{family}-{'dc5-' if dilation else ''}{backbone.replace('resnet', 'r')}"
+
+
 def resolve(preset: str, **overrides: Any) -> ModelConfig:
     """The preset's configuration with `overrides` applied and checked.
 
@@ -155,19 +160,20 @@ def from_dict(values: dict[str, Any]) -> ModelConfig:
         if key not in known:
             raise ValueError(f"Unknown model option {key!r}.{nearest(key, known)}")
     config = replace(ModelConfig(), **values)
-    _check_types(config)
+    check_types(config, "Model option")
     _check_choices(config)
     _check_ranges(config)
     return config
 
 
-def _check_types(config: ModelConfig) -> None:
+def check_types(config: Any, what: str) -> None:
+    """Raise a ValueError for a field of a dataclass whose value is not of its type; an int passes as a float."""
     for field in fields(config):
         value = getattr(config, field.name)
         accepted = (int, float) if field.type is float else (field.type,)
         if type(value) not in accepted:
             raise ValueError(
-                f"Model option {field.name}: expected {field.type.__name__}, got {type(value).__name__} {value!r}."
+                f"{what} {field.name}: expected {field.type.__name__}, got {type(value).__name__} {value!r}."
             )
 
 

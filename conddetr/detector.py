@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conddetr import config as configs
-from conddetr.engine.checkpoint import read_checkpoint
+from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint, save_weights
 from conddetr.interop.official import extract_state_dict, identify, load_weights
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
@@ -46,23 +46,116 @@ class Detection:
 
 
 class Detector:
-    """A model with its class list; from `Detector.from_checkpoint`."""
+    """A model with its class list: to be trained, `Detector("conditional-detr-r50")`, or trained,
+    `Detector.from_checkpoint(file)`.
+    """
 
-    def __init__(self, model: DETR, classes: Sequence[dict[str, Any]], device: str | None = None) -> None:
+    def __init__(
+        self,
+        model: DETR | str,
+        classes: Sequence[dict[str, Any]] = (),
+        device: str | None = None,
+        **overrides: Any,
+    ) -> None:
         """
         Args:
-            model: any preset.
-            classes: `id` (category id of the data set) and `name` of every label.
+            model: with weights; or the name of a preset, to be trained first.
+            classes: `id` (category id of the data set) and `name` of every label of a model with weights.
             device: as torch names it; default CUDA where there is one.
+            overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
-            ValueError: the number of classes is not the model's.
+            ValueError: the number of classes is not the model's; unknown preset or override.
         """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if isinstance(model, str):
+            self.config = configs.resolve(model, **overrides)
+            self._options: dict[str, Any] = {"preset": model, **overrides}
+            self._model: DETR | None = None
+            self.classes: list[dict[str, Any]] = []
+            return
+        if overrides:
+            raise ValueError(f"{next(iter(overrides))}: options change a preset, not a model that is built.")
         if len(classes) != model.config.num_classes:
             raise ValueError(f"classes: expected {model.config.num_classes} as the model has, got {len(classes)}.")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        self.config = model.config
+        self._options = _options_of(self.config)
+        self._model = model.to(self.device).eval()
         self.classes = list(classes)
+
+    @property
+    def model(self) -> DETR:
+        """The model, in eval mode.
+
+        Raises:
+            ValueError: it was never trained.
+        """
+        if self._model is None:
+            raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
+        return self._model
+
+    def train(self, **options: Any) -> dict[str, float]:
+        """Train on a data set and leave checkpoints, log and curves in a folder; the detector is then ready to use.
+
+        A detector that has weights starts from them, without its class head where the classes are others.
+
+        Args:
+            options: fields of `RunConfig`, `DataConfig` and `TrainConfig` in `conddetr.engine.config`: the options of
+                `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
+
+        Returns:
+            COCO's twelve numbers of the last evaluation.
+
+        Raises:
+            ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
+                not fit.
+            OSError: a file is missing or can not be written.
+            FloatingPointError: losses stay not finite; names the first such tensor and the images.
+        """
+        from conddetr.engine.config import resolve_run
+        from conddetr.engine.run import train
+
+        run = resolve_run({**self._options, "device": str(self.device), **options})
+        content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
+        trainer = train(run, start=content)
+        self.device = trainer.device
+        self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
+        self.config = self._model.config
+        self._options = _options_of(self.config)
+        return trainer.metrics
+
+    def evaluate(self, batch_size: int = 2, workers: int = 2, **data: Any) -> dict[str, float]:
+        """COCO's twelve numbers on a validation set.
+
+        Args:
+            batch_size: images per forward pass.
+            workers: processes that load images.
+            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`.
+
+        Raises:
+            ValueError: unknown option; the data set has classes that the detector does not know.
+            FileNotFoundError: no such data set.
+        """
+        from conddetr.engine.config import resolve_run
+        from conddetr.engine.evaluator import evaluate
+        from conddetr.engine.run import data_sets
+
+        _, val_set = data_sets(resolve_run(data).data, self.model.config)
+        return evaluate(self.model, self.classes, val_set, self.device, batch_size, workers).metrics
+
+    def save(self, path: str | Path) -> Path:
+        """Write weights, configuration and classes, to be read by `from_checkpoint`.
+
+        Args:
+            path: ending in `.safetensors` or `.pt`.
+        """
+        path = Path(path)
+        if path.suffix not in (".safetensors", ".pt"):
+            raise ValueError(f"path: expected a name ending in .safetensors or .pt, got {str(path)!r}.")
+        content = {"model": self.model.state_dict(), "config": self.config.to_dict(), "classes": self.classes}
+        save = save_weights if path.suffix == ".safetensors" else save_checkpoint
+        save(path, content)
+        return path
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, preset: str | None = None, device: str | None = None) -> "Detector":
@@ -176,6 +269,10 @@ class Detector:
         return export(self.model, path, format, size, self.classes)
 
 
+def _options_of(config: configs.ModelConfig) -> dict[str, Any]:
+    return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **config.to_dict()}
+
+
 def _official_config(content: dict, preset: str | None, path: str | Path) -> configs.ModelConfig:
     """The configuration of an official checkpoint, from its weights and stored arguments."""
     found = identify(extract_state_dict(content))
@@ -183,8 +280,8 @@ def _official_config(content: dict, preset: str | None, path: str | Path) -> con
         raise ValueError(f"Checkpoint {path}: the weights are neither Conditional DETR's nor DETR's.")
     if preset is None:
         arguments = content.get("args", argparse.Namespace())
-        dilated = "dc5-" if getattr(arguments, "dilation", False) else ""
-        preset = f"{found['family']}-{dilated}{str(found['backbone']).replace('resnet', 'r')}"
+        dilation = bool(getattr(arguments, "dilation", False))
+        preset = configs.preset_name(found["family"], found["backbone"], dilation)
     return configs.resolve(preset, num_classes=found["num_classes"], num_queries=found["num_queries"])
 
 

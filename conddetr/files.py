@@ -1,16 +1,39 @@
 """Files written whole or not at all."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file, creating its folder; `path` holds either what it held before or the whole text."""
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A name to write to; at the end it becomes `path`, which holds either what it held before or the whole new file.
+
+    The folder is created; file and folder are on the disk when this ends.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        _flush(partial)
         os.replace(partial, path)
+        # The new name is safe only when the folder is on the disk too.
+        _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file as `atomic_file` does."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

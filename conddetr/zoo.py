@@ -1,6 +1,6 @@
 """Building models and criteria, and the table of presets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conddetr import config as configs
@@ -57,3 +57,22 @@ def build(preset: str, **overrides: Any) -> DETR:
 def build_criterion(config: configs.ModelConfig) -> Criterion:
     """The training loss that goes with a model: `build_criterion(model.config)`."""
     return Criterion(config)
+
+
+def gflops(config: configs.ModelConfig) -> float:
+    """Multiply-adds, in 10⁹, of the forward pass of one image of `config.image_size` by 4/3 of it.
+
+    Tiny presets: a square. Counted by torch without computing anything; 800×1066 for the large presets.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    short = config.image_size
+    long = short if config.backbone == "tiny" else short * 4 // 3
+    with FakeTensorMode():
+        model = DETR(replace(config, pretrained_backbone=False, backend="eager")).eval()
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.empty(1, 3, short, long))
+    return counter.get_total_flops() / 2e9

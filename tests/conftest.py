@@ -16,6 +16,8 @@ from PIL import Image
 
 import conddetr
 
+pytest.register_assert_rewrite("small_runs")
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -1,5 +1,6 @@
 """Every command, on synthetic and on real images."""
 
+import argparse
 import json
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from PIL import Image
 
 from conddetr.cli import main
+from conddetr.config import resolve
+from conddetr.engine.config import read_config, resolve_run
 from conddetr.kernels import registry
+from conddetr.options import add_options, chosen_options
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -81,8 +85,10 @@ def test_demo_on_synthetic_images(tmp_path):
 def test_real_images_through_every_command(coco_path, tmp_path):
     out = tmp_path / "run"
     data = ["--coco-path", str(coco_path)]
-    assert main(["train", *data, *QUICK, "--time-limit", "5", "--out", str(out)]) == 0
+    tiny = ["--preset", "conditional-detr-tiny"]
+    assert main(["train", *data, *tiny, *QUICK, "--time-limit", "5", "--out", str(out)]) == 0
     checkpoint = str(out / "checkpoint.pt")
+    assert main(["train", *data, *tiny, "--resume", checkpoint, "--eval"]) == 0
     assert main(["eval", *data, "--checkpoint", checkpoint, "--workers", "0"]) == 0
     image = sorted((coco_path / "val2017").glob("*.jpg"))[0]
     assert main(["predict", str(image), "--checkpoint", checkpoint, "--out", str(tmp_path / "drawn")]) == 0
@@ -110,24 +116,86 @@ def test_a_backend_that_can_not_run_is_one_line(tmp_path, capsys, monkeypatch):
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
-    assert main([*command, "--set", "backend=triton"]) == 2
+    assert main([*command, "--backend", "triton"]) == 2
     assert "backend 'triton' can not run here" in capsys.readouterr().err
 
 
-def test_options_reach_the_model_and_the_training(tmp_path):
-    command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
-    assert main([*command, "--set", "csq=I", "--set", "aux_loss=false", "--lr", "0.002"]) == 0
+def test_options_reach_the_model_and_the_training(tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "conditional-detr-tiny"\nlr = 0.5\n[model]\ncsq = "I"\n[train]\nepochs = 1\n')
+    command = ["train", "--config", str(file), "--batch-size", "4", "--train-images", "4", "--val-images", "1"]
+    # Flags win over the file; the official spelling is the same option.
+    assert main([*command, "--out", str(tmp_path), "--no_aux_loss", "--lr", "0.002", "--dist_url", "x"]) == 0
     record = json.loads((tmp_path / "log.jsonl").read_text())
     assert record["lr"] == 0.002
     assert "loss_ce_0" not in record
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["model"]["csq"], config["train"]["epochs"]) == ("I", 1)
+    printed = capsys.readouterr().out
+    assert "--dist_url changes nothing here: torchrun says where the processes meet." in printed
+    assert "csq=I" in printed
+    assert "GFLOPs" in printed
+
+
+OFFICIAL = """--coco_path ../data/coco --output_dir output/r50 --dilation --batch_size 1 --lr 1e-4 --lr_backbone 1e-5
+    --weight_decay 1e-4 --epochs 50 --lr_drop 40 --clip_max_norm 0.1 --backbone resnet101 --position_embedding sine
+    --enc_layers 5 --dec_layers 4 --dim_feedforward 1024 --hidden_dim 128 --dropout 0.2 --nheads 4 --num_queries 100
+    --no_aux_loss --set_cost_class 3 --set_cost_bbox 4 --set_cost_giou 1 --mask_loss_coef 1 --dice_loss_coef 1
+    --cls_loss_coef 3 --bbox_loss_coef 4 --giou_loss_coef 1 --focal_alpha 0.3 --dataset_file coco --remove_difficult
+    --device cpu --seed 7 --resume auto --start_epoch 0 --eval --num_workers 3 --world_size 1 --dist_url env://"""
+
+
+def test_every_official_flag_is_our_option():
+    options = argparse.ArgumentParser()
+    add_options(options)
+    chosen, notes = chosen_options(options.parse_args(OFFICIAL.split()))
+    run = resolve_run(chosen)
+    assert (run.preset, run.output_dir, run.resume, run.eval) == (
+        "conditional-detr-dc5-r101",
+        "output/r50",
+        "auto",
+        True,
+    )
+    assert (run.data.coco_path, run.train.batch_size, run.train.workers, run.train.seed) == ("../data/coco", 1, 3, 7)
+    model = run.model
+    assert (model.encoder_layers, model.decoder_layers, model.ffn_dim, model.hidden_dim) == (5, 4, 1024, 128)
+    assert (model.dropout, model.num_heads, model.num_queries, model.aux_loss) == (0.2, 4, 100, False)
+    assert (model.class_cost, model.bbox_cost, model.giou_cost, model.focal_alpha) == (3.0, 4.0, 1.0, 0.3)
+    assert (model.class_weight, model.bbox_weight, model.giou_weight) == (3.0, 4.0, 1.0)
+    assert model.pretrained_backbone
+    assert len(notes) == 6
+    # Without any flag the defaults are the official ones.
+    plain = resolve_run({"coco_path": "coco"})
+    assert plain.model == resolve("conditional-detr-r50", pretrained_backbone=True)
+    assert (plain.train.lr, plain.train.lr_backbone, plain.train.lr_drop, plain.train.batch_size) == (1e-4, 1e-5, 40, 2)
+
+
+def test_resolved_options_are_read_again(tmp_path):
+    run = resolve_run({"coco_path": "coco", "epochs": 3, "num_queries": 7, "resume": "auto"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(run.to_dict()))
+    assert resolve_run(read_config(file)) == run
+    with pytest.raises(ValueError, match=r"Unknown option 'epoch'\. Did you mean 'epochs'"):
+        resolve_run({"train": {"epoch": 3}})
+    with pytest.raises(ValueError, match="Training option epochs: expected int, got str 'many'"):
+        resolve_run({"epochs": "many"})
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        read_config(file)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--coco-path", "/nowhere"], "Image folder /nowhere/train2017 does not exist"),
-        (["train", "--set", "csw=I"], "Did you mean 'csq'"),
-        (["train", "--set", "csq"], "expected OPTION=VALUE, got 'csq'"),
+        (["train", "--csw", "I"], "unknown option '--csw'. Did you mean '--csq'?"),
+        (["train", "--csq", "X"], "Model option csq: unknown value 'X'"),
+        (["train", "--epochs", "0"], "Training option epochs: expected at least 1, got 0"),
+        (["train", "--config", "/nowhere.toml"], "Configuration file /nowhere.toml does not exist"),
+        (["train", "--masks"], "--masks True: segmentation is not built"),
+        (["train", "--dataset_file", "coco_panoptic"], "--dataset_file coco_panoptic: other data sets"),
+        (["train", "--eval"], "--eval needs --resume FILE"),
+        (["train", "--train-images", "8", "--resume", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
         (["eval", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
         (["predict", "a.jpg", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
     ],

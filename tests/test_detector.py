@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_rule import read_arrays, rule_inputs, rule_model
 from PIL import Image
+from small_runs import SMALL_MODEL
 
 import conddetr
 from conddetr.engine.checkpoint import save_checkpoint
@@ -108,3 +109,25 @@ def test_foreign_checkpoints_and_wrong_class_lists_are_named(tmp_path, tiny_mode
         conddetr.Detector.from_checkpoint(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="classes: expected 3 as the model has, got 2"):
         conddetr.Detector(tiny_model, CLASSES[:2])
+
+
+def test_train_evaluate_save_and_go_on(tmp_path):
+    pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    data = {"train_images": 8, "val_images": 4}
+    detector = conddetr.Detector("conditional-detr-tiny", device="cpu", **SMALL_MODEL)
+    with pytest.raises(ValueError, match="no weights yet: train it"):
+        detector.predict(torch.rand(3, 20, 20))
+    with pytest.raises(ValueError, match=r"Unknown option 'epoch'\. Did you mean 'epochs'"):
+        detector.train(epoch=3)
+    metrics = detector.train(output_dir=str(tmp_path / "a"), epochs=1, **data)
+    assert detector.evaluate(workers=0, **data) == pytest.approx(metrics)
+    assert [category["name"] for category in detector.classes] == ["disk", "square", "triangle"]
+    again = conddetr.Detector.from_checkpoint(detector.save(tmp_path / "a.safetensors"), device="cpu")
+    assert again.config == detector.config
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), detector.model.parameters(), strict=True))
+    # A trained detector goes on from its weights: with no learning rate it keeps them.
+    weights = [parameter.clone() for parameter in again.model.parameters()]
+    again.train(output_dir=str(tmp_path / "b"), epochs=1, lr=0.0, lr_backbone=0.0, **data)
+    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), weights, strict=True))
+    with pytest.raises(ValueError, match="expected a name ending in"):
+        detector.save(tmp_path / "a.onnx")

@@ -30,7 +30,7 @@ class Progress:
     `total` may be None, for work whose amount is not known yet.
     """
 
-    def __init__(self, title: str, total: int | None) -> None:
+    def __init__(self, title: str, total: int | None, disable: bool = False) -> None:
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -42,7 +42,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not sys.stdout.isatty(),
+            disable=disable or not sys.stdout.isatty(),
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, rate="…", note="")

@@ -1,219 +1,320 @@
-"""Training: one process, one device.
+"""Training: epochs, evaluations and checkpoints, of a run that may be killed at any moment.
 
 Source of the recipe: Conditional DETR, section 4.1; `main.py` and `engine.py` of the official code.
 """
 
+import functools
 import json
-import random
+import math
 import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from conddetr.data.batch import Batch, make_loader
-from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint
+from conddetr.engine import distributed
+from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
+from conddetr.engine.config import RunConfig
+from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import coco_library, evaluate
+from conddetr.engine.log import RunLog
+from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, console
+from conddetr.engine.step import Stepper
+from conddetr.files import write_text
 from conddetr.model.detr import DETR
-from conddetr.zoo import build_criterion
+
+STOP_TIME, STOP_SIGNAL = 1.0, 2.0
+"""Wishes to stop, by urgency: as if the epochs were over; at once, saving the state."""
 
 
 @dataclass
-class TrainConfig:
-    """How to train. The defaults are the paper's 50-epoch schedule, per GPU."""
+class Position:
+    """What of a run is to be done next."""
 
-    epochs: int = 50
-    batch_size: int = 2
-    """Images per step."""
-    lr: float = 1e-4
-    """Learning rate of everything but the backbone."""
-    lr_backbone: float = 1e-5
-    """Learning rate of the backbone."""
-    lr_drop: int = 40
-    """Epoch at which both learning rates are divided by ten."""
-    weight_decay: float = 1e-4
-    clip_max_norm: float = 0.1
-    """Largest norm of the gradient of all parameters together; 0 turns clipping off."""
-    eval_every: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    workers: int = 2
-    """Processes that load images; 0 loads them in the training process."""
-    seed: int = 42
-    time_limit: float = 0.0
-    """Stop training after so many seconds, evaluation not counted, as if the epochs were over; 0: no limit."""
-
-
-def tiny_train_config() -> TrainConfig:
-    """The defaults for the tiny presets on the synthetic set: a few minutes on two CPU cores."""
-    return TrainConfig(epochs=16, batch_size=8, lr=7e-4, lr_backbone=7e-4, lr_drop=13, eval_every=8, workers=0)
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done; all of them: it remains to be evaluated."""
+    step: int = 0
+    """Steps of the whole run that are done."""
 
 
 class Trainer:
-    """Trains a model and leaves `checkpoint.pt` and `log.jsonl` in a folder after every epoch."""
+    """Trains a model, evaluates it, and leaves checkpoints, `log.jsonl` and curves in the run's folder.
 
-    def __init__(
-        self,
-        model: DETR,
-        train_set: Dataset,
-        val_set: Dataset,
-        config: TrainConfig,
-        output_dir: str | Path,
-        device: torch.device,
-    ) -> None:
+    With several processes (`torchrun`) each has its own trainer; the first one writes.
+    """
+
+    def __init__(self, model: DETR, train_set: Dataset, val_set: Dataset, run: RunConfig, device: torch.device) -> None:
         """
         Args:
             model: with as many classes as the data set has.
             train_set, val_set: `CocoDetection` or `SyntheticShapes`.
-            config: how to train.
-            output_dir: created if absent.
+            run: how to train, and the folder to write to, created if absent.
             device: where to train.
 
         Raises:
-            ValueError: the model's number of classes is not the data set's.
+            ValueError: the model's number of classes is not the data set's, or fewer images than a batch.
         """
         if model.config.num_classes != len(train_set.classes):
             raise ValueError(
                 f"num_classes: the data set has {len(train_set.classes)} classes, "
                 f"the model was built for {model.config.num_classes}."
             )
-        self.model, self.config, self.device = model.to(device), config, device
-        self.criterion = build_criterion(model.config).to(device)
+        self.model, self.device = model.to(device), device
+        self.run, self.config = replace(run, model=model.config), run.train
         self.train_set, self.val_set = train_set, val_set
-        self.output_dir = Path(output_dir)
-        self.optimizer = make_optimizer(model, config)
-        self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, config.lr_drop)
-        self.start_epoch = 0
-        self.resumed_from: Path | None = None
-        self.seconds = 0.0
-        """Time spent training so far."""
-
-    def resume(self, path: str | Path) -> None:
-        """Continue from the end of the epoch that a checkpoint of the same run holds."""
-        content = read_checkpoint(path)
-        absent = [key for key in ("model", "optimizer", "schedule", "epoch") if key not in content]
-        if absent:
-            raise ValueError(f"Checkpoint {path} can not be resumed: it has no {absent[0]!r}, only weights.")
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
-        self.start_epoch = content["epoch"] + 1
-        self.resumed_from = Path(path)
-
-    def fit(self) -> dict[str, float]:
-        """Train to the end; returns the metrics of the last evaluation.
-
-        Raises:
-            FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
-            ValueError: fewer training images than a batch, or a prediction that is not a number.
-            FloatingPointError: the loss is not finite; names the images.
-            ModuleNotFoundError: no library for COCO's metrics is installed.
-        """
-        # Every run ends with an evaluation: better refused now than after the last epoch.
-        coco_library()
-        earlier = self.output_dir / "checkpoint.pt"
-        if earlier.exists() and self.resumed_from is None:
-            raise FileExistsError(f"{earlier} is from an earlier run: resume it, delete it or name another folder.")
-        if self.start_epoch >= self.config.epochs:
-            done = f"{self.start_epoch} epochs of {self.config.epochs}"
-            raise ValueError(f"epochs: {self.resumed_from} already holds {done}: ask for more.")
-        seed_everything(self.config.seed + self.start_epoch)
-        batches = make_loader(
-            self.train_set,
+        self.folder = Path(run.output_dir)
+        self.is_main = distributed.is_main()
+        """Whether this process writes."""
+        self.loader = make_loader(
+            train_set,
             self.config.batch_size,
             train=True,
             workers=self.config.workers,
             seed=self.config.seed,
-            device=self.device,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            pad_buckets=self.config.pad_buckets,
+            device=device,
         )
-        metrics: dict[str, float] = {}
-        for epoch in range(self.start_epoch, self.config.epochs):
-            record = {
-                "epoch": epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                **self._epoch(epoch, batches),
-            }
-            self.schedule.step()
-            is_last = epoch + 1 == self.config.epochs or self._out_of_time()
-            if is_last or (epoch + 1) % self.config.eval_every == 0:
-                metrics = self._evaluate()
-                record.update(metrics)
-            self._save(epoch, metrics)
-            self._log(record)
-            if is_last:
-                break
-        return metrics
+        steps_per_epoch = math.ceil(len(self.loader) / self.config.accumulate)
+        self.stepper = Stepper(model, self.config, device, steps_per_epoch)
+        self.position = Position()
+        self.resumed_from: Path | None = None
+        self.seconds = 0.0
+        """Time spent training so far."""
+        self.best_ap = -1.0
+        self.metrics: dict[str, float] = {}
+        """Of the last evaluation."""
+        self._speed = (0, 0.0)
 
-    def _epoch(self, epoch: int, batches: DataLoader) -> dict[str, float]:
-        """Train one epoch; returns mean losses and speed."""
-        self.model.train()
-        batches.sampler.set_epoch(epoch)
-        sums: dict[str, float] = defaultdict(float)
-        images, start = 0, time.perf_counter()
-        before = self.seconds
-        with Progress(f"epoch {epoch + 1}/{self.config.epochs}", total=len(self.train_set)) as progress:
-            for step, batch in enumerate(batches, start=1):
-                for name, value in self._step(batch).items():
-                    sums[name] += value
-                images += len(batch)
-                self.seconds = before + time.perf_counter() - start
-                progress.advance(len(batch), _note(sums, step))
-                if self._out_of_time():
+    @property
+    def trained(self) -> DETR:
+        """The model to use: the moving average of the weights where there is one."""
+        return self.stepper.average.model if self.stepper.average else self.model
+
+    def resume(self, path: str | Path) -> None:
+        """Go on exactly where the checkpoint of a run was saved, in the middle of an epoch too.
+
+        A damaged `checkpoint.pt` is replaced by the one before it, with a warning.
+
+        Raises:
+            FileNotFoundError, ValueError: no checkpoint of a run; or of another model, class list, or (inside an
+                epoch) another order of the images; says what differs.
+        """
+        path, content = read_latest(path)
+        absent = [key for key in ("model", "optimizer", "position", "run") if key not in content]
+        if absent:
+            raise ValueError(
+                f"Checkpoint {path} can not be resumed: it has no {absent[0]!r}, only weights. "
+                f"Start from them with --weights {path}."
+            )
+        self._check_same_model(path, content)
+        position = Position(**content["position"])
+        if position.batch:
+            self._check_same_batches(path, content)
+        self.stepper.load_state(content)
+        self.position, self.resumed_from = position, path
+        self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
+
+    def _check_same_model(self, path: Path, content: dict) -> None:
+        advice = f"To keep everything that fits and start anew from it: --weights {path}."
+        saved, own = content["classes"], self.train_set.classes
+        if saved != own:
+            raise ValueError(
+                f"Checkpoint {path} can not be resumed: it knows {len(saved)} classes ({_listed(saved)}), "
+                f"the data set has {len(own)} ({_listed(own)}). {advice}"
+            )
+        own = self.model.config.to_dict()
+        differing = _differences(content["config"], own, {"pretrained_backbone", "backend"})
+        if differing:
+            raise ValueError(f"Checkpoint {path} is of another model: {differing}. {advice}")
+
+    def _check_same_batches(self, path: Path, content: dict) -> None:
+        decisive = ("batch_size", "accumulate", "seed", "pad_buckets")
+        saved = {**{name: content["run"]["train"].get(name) for name in decisive}, **content["data"]}
+        own = {**{name: getattr(self.config, name) for name in decisive}, **self._data()}
+        differing = _differences(saved, own)
+        if differing:
+            raise ValueError(
+                f"Checkpoint {path} was saved inside an epoch, and its batches would now be others: {differing}. "
+                f"Resume it as it was, or from the end of an epoch."
+            )
+
+    def _data(self) -> dict[str, int]:
+        return {"images": len(self.train_set), "processes": distributed.world_size()}
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end; returns the metrics of the last evaluation. A run that is complete stays as it is.
+
+        Raises:
+            FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
+            FloatingPointError: more steps than may be skipped were not finite; names the first such tensor and images.
+            InterruptedRunError: SIGTERM or SIGINT came; the state is saved.
+            ModuleNotFoundError: no library for COCO's metrics is installed.
+        """
+        # Every run ends with an evaluation: better refused now than after the last epoch.
+        coco_library()
+        if self.resumed_from is None and has_run(self.folder):
+            raise FileExistsError(
+                f"{self.folder / LATEST} is from an earlier run: resume it, delete it or name another folder."
+            )
+        if self.position.epoch >= self.config.epochs:
+            # Killed after its last save, or restarted by a scheduler: that is no error.
+            if self.is_main:
+                done = f"{self.position.epoch} epochs of {self.config.epochs}"
+                console.print(f"{self.resumed_from} holds {done}: nothing to train.", highlight=False, soft_wrap=True)
+            return self.metrics
+        if self.config.preflight:
+            self._preflight()
+        with StopRequest() as request, CheckpointWriter() as writer:
+            log = self._open_log() if self.is_main else None
+            while self.position.epoch < self.config.epochs:
+                stop = self._train_epoch(request, writer)
+                if stop == STOP_SIGNAL:
+                    self._save(writer)
+                    writer.wait()
+                    raise InterruptedRunError(
+                        f"{request.name or 'A signal'} came: the state is in {self.folder / LATEST}."
+                    )
+                self._finish_epoch(log, writer, out_of_time=stop == STOP_TIME)
+                if stop == STOP_TIME:
                     break
-        speed = images / (self.seconds - before)
-        return {**{name: value / step for name, value in sums.items()}, "images_per_second": speed}
+            if log is not None:
+                log.close()
+        return self.metrics
 
-    def _step(self, batch: Batch) -> dict[str, float]:
-        batch = batch.to(self.device)
-        losses = self.criterion(self.model(batch.model_input(), valid_hw=batch.valid_hw), batch.targets)
-        names, values = zip(*losses.items(), strict=True)
-        # One copy to the host for all that is logged.
-        values = dict(zip(names, torch.stack([value.detach() for value in values]).tolist(), strict=True))
-        if not np.isfinite(values["loss"]):
-            bad = [name for name, value in values.items() if not np.isfinite(value)]
-            raise FloatingPointError(f"The loss is not finite: {bad[1:] or bad} on image ids {list(batch.image_ids)}.")
-        self.optimizer.zero_grad()
-        losses["loss"].backward()
-        if self.config.clip_max_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_max_norm)
-        self.optimizer.step()
-        return values
+    def _preflight(self) -> None:
+        shape = self.loader.sampler.largest_shape()
+        line = preflight(self.model, self.stepper.loss_of, shape, self.config.batch_size, self.device)
+        if self.is_main:
+            console.print(line, highlight=False, soft_wrap=True)
 
-    def _out_of_time(self) -> bool:
-        return 0 < self.config.time_limit <= self.seconds
+    def _open_log(self) -> RunLog:
+        write_text(self.folder / "config.json", json.dumps(self.run.to_dict(), indent=1) + "\n")
+        return RunLog(self.folder, self.position.epoch)
+
+    def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
+        """Train what remains of the epoch; returns the wish to stop that all processes agreed on."""
+        self.model.train()
+        self.loader.sampler.set_epoch(self.position.epoch, self.position.batch)
+        images, before, start = 0, self.seconds, time.perf_counter()
+        title = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
+        with Progress(title, len(self.train_set), disable=not self.is_main) as progress:
+            progress.advance(self.position.batch * self.config.batch_size * distributed.world_size())
+            for window in _windows(self.loader, self.config.accumulate):
+                self.stepper(window, self.position.step, self._wish(request))
+                self.position.batch += len(window)
+                self.position.step += 1
+                count = sum(len(batch) for batch in window) * distributed.world_size()
+                images += count
+                self.seconds = before + time.perf_counter() - start
+                progress.advance(count, self._note())
+                if self.stepper.stop:
+                    break
+                if self._is_time_to_save():
+                    self._save(writer)
+        self.stepper.flush()
+        self.seconds = before + time.perf_counter() - start
+        self._speed = (images, self.seconds - before)
+        return self.stepper.stop
+
+    def _wish(self, request: StopRequest) -> float:
+        if request.name:
+            return STOP_SIGNAL
+        return STOP_TIME if 0 < self.config.time_limit <= self.seconds else 0.0
+
+    def _is_time_to_save(self) -> bool:
+        every = self.config.save_every_steps
+        return every > 0 and self.position.step % every == 0 and self.position.batch < len(self.loader)
+
+    def _finish_epoch(self, log: RunLog | None, writer: CheckpointWriter, out_of_time: bool) -> None:
+        """Evaluate if it is time, log, and save."""
+        epoch = self.position.epoch
+        is_last = out_of_time or epoch + 1 == self.config.epochs
+        is_best = False
+        record = {"epoch": epoch, **self._record()}
+        if is_last or (epoch + 1) % self.config.eval_every == 0:
+            # Whatever happens to the evaluation, the epoch is not lost.
+            self._save(writer)
+            self.metrics = self._evaluate()
+            record.update(self.metrics)
+            is_best = self.metrics.get("AP", -1.0) > self.best_ap
+            self.best_ap = max(self.best_ap, self.metrics.get("AP", -1.0))
+        self.stepper.start_epoch()
+        self.position = Position(epoch + 1, 0, self.position.step)
+        # The record first: killed in between, the resumed run evaluates again and replaces it.
+        if log is not None:
+            log.write(record, is_last)
+            self._print(record)
+        keep = self.config.save_every > 0 and (epoch + 1) % self.config.save_every == 0
+        self._save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
+
+    def _record(self) -> dict[str, float]:
+        images, seconds = self._speed
+        rates = self.stepper.learning_rates(self.position.step - 1)
+        record = {
+            "step": self.position.step,
+            "lr": rates[0],
+            "lr_backbone": rates[1],
+            **self.stepper.epoch_means(),
+            "skipped_steps": self.stepper.skipped,
+            "seconds": self.seconds,
+            "images_per_second": images / seconds if seconds else 0.0,
+        }
+        if self.device.type == "cuda":
+            record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return record
 
     def _evaluate(self) -> dict[str, float]:
-        return evaluate(
-            self.model,
+        """The twelve numbers; empty on every rank but the first."""
+        result = evaluate(
+            self.trained,
             self.train_set.classes,
             self.val_set,
             self.device,
             self.config.batch_size,
             self.config.workers,
-        ).metrics
-
-    def _save(self, epoch: int, metrics: dict[str, float]) -> None:
-        save_checkpoint(
-            self.output_dir / "checkpoint.pt",
-            {
-                "model": self.model.state_dict(),
-                "config": self.model.config.to_dict(),
-                "classes": self.train_set.classes,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "epoch": epoch,
-                "metrics": metrics,
-                "train_config": asdict(self.config),
-            },
+            distributed.rank(),
+            distributed.world_size(),
         )
+        return result.metrics if result else {}
 
-    def _log(self, record: dict[str, float]) -> None:
-        with open(self.output_dir / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def _save(self, writer: CheckpointWriter, epoch: int = 0, is_best: bool = False, keep: bool = False) -> None:
+        self.stepper.flush()
+        state = self.stepper.state()
+        if not self.is_main:
+            return
+        content = {
+            **state,
+            "config": self.model.config.to_dict(),
+            "classes": self.train_set.classes,
+            "position": asdict(self.position),
+            "data": self._data(),
+            "seconds": self.seconds,
+            "best_ap": self.best_ap,
+            "metrics": self.metrics,
+            "run": self.run.to_dict(),
+        }
+        writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
+
+    def _note(self) -> str:
+        """For the progress bar: mean losses so far, and memory."""
+        shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
+        means = self.stepper.means
+        parts = [f"{title} {means[name]:.3f}" for title, name in shown.items() if name in means]
+        if self.stepper.skipped:
+            parts.append(f"{self.stepper.skipped} skipped")
+        if self.device.type == "cuda":
+            parts.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
+        return "  ".join(parts)
+
+    def _print(self, record: dict[str, float]) -> None:
         line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  loss {record['loss']:.3f}"
         line += f"  {record['images_per_second']:.1f} images/s  {self.seconds:.0f} s"
         if "AP" in record:
@@ -221,28 +322,24 @@ class Trainer:
         console.print(line, highlight=False)
 
 
-def _note(sums: dict[str, float], steps: int) -> str:
-    """Mean losses so far, for the progress bar."""
-    shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
-    return "  ".join(f"{title} {sums[name] / steps:.3f}" for title, name in shown.items())
+def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """`size` batches at a time; at the end of the epoch what is left."""
+    window: list[Batch] = []
+    for batch in batches:
+        window.append(batch)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
 
 
-def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with one learning rate for the backbone and another for the rest; frozen parameters left out."""
-    groups: dict[bool, list[Tensor]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("backbone.")].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": groups[False]}, {"params": groups[True], "lr": config.lr_backbone}],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def _listed(classes: list[dict[str, Any]]) -> str:
+    names = [category["name"] for category in classes[:4]]
+    return ", ".join(names) + (", …" if len(classes) > 4 else "")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and Python."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _differences(saved: dict[str, Any], own: dict[str, Any], ignored: Iterable[str] = ()) -> str:
+    """`name was …, is …` for every value that differs."""
+    names = [name for name in own if name not in ignored and saved.get(name) != own[name]]
+    return ", ".join(f"{name} was {saved.get(name)!r}, is {own[name]!r}" for name in names)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -84,10 +85,42 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
     return report
 
 
+def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Path | Mapping[str, Any]) -> LoadReport:
+    """Load everything but the class head where the weights were trained on another class list.
+
+    Args:
+        model: from `build`; its class head stays as it is if it is not loaded.
+        classes: `id` and `name` of every label of the model.
+        source: as `load_weights`. Where it holds a moving average, that is taken. A file without a class list fits
+            if the number of classes does.
+
+    Returns:
+        The report; the class head is in `mismatched` if it was left out.
+
+    Raises:
+        ValueError: something besides the class head does not fit (the model is unchanged).
+        FileNotFoundError: no such file.
+    """
+    content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
+    state = extract_state_dict(content)
+    head = {name: value for name, value in model.state_dict().items() if name.startswith("class_embed.")}
+    same_shape = all(name in state and state[name].shape == value.shape for name, value in head.items())
+    if same_shape and content.get("classes", classes) == classes:
+        return load_weights(model, state)
+    report = load_weights(model, {**state, **head})
+    report.loaded -= len(head)
+    for name, value in head.items():
+        found = tuple(state[name].shape) if name in state else "nothing"
+        report.mismatched.append(f"{name}: expected {tuple(value.shape)} of other classes, got {found}; starts anew")
+    return report
+
+
 def extract_state_dict(source: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, without the prefix that DistributedDataParallel adds."""
-    state = source["model"] if isinstance(source.get("model"), Mapping) else source
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    """The tensors of a checkpoint, of the moving average where there is one, without the prefix that
+    DistributedDataParallel adds.
+    """
+    state = source.get("ema") or source.get("model") or source
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("Expected a state dict (name → tensor) or a checkpoint with one under the key 'model'.")
     return {name.removeprefix("module."): value for name, value in state.items()}
 

@@ -3,6 +3,8 @@
 Source: DETR section 3.1, Conditional DETR section 3.4; `SetCriterion` of the official code.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,14 +32,38 @@ class Criterion(nn.Module):
         }
         class_weight = torch.ones(config.num_logits)
         class_weight[-1] = config.no_object_weight
+        self.no_object_weight = class_weight[-1].item()
         self.register_buffer("class_weight", class_weight, persistent=False)
 
-    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
+    def normalizer(self, counts: Sequence[int], num_queries: int, device: torch.device) -> Tensor:
+        """What sums over images are divided by: averaged over the processes, so that averaging their gradients gives
+        the gradient of one big batch.
+
+        Args:
+            counts: objects of each image: of one batch, or of all batches whose gradients are added up.
+            num_queries: predictions per image.
+            device: of the predictions.
+
+        Returns:
+            [2] float64: objects, at least 1; and the summed weights of the `detr` family's cross-entropy.
+        """
+        matched = sum(min(count, num_queries) for count in counts)
+        unmatched = len(counts) * num_queries - matched
+        sums = torch.tensor([sum(counts), matched + unmatched * self.no_object_weight], dtype=torch.float64)
+        sums = sums.to(device, non_blocking=True)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        sums[0].clamp_(min=1)
+        return sums
+
+    def forward(self, outputs: dict, targets: list[dict], normalizer: Tensor | None = None) -> dict[str, Tensor]:
         """The losses.
 
         Args:
             outputs: as the model returns them.
             targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh in [0, 1].
+            normalizer: from the method of that name, where more than this batch makes a step; default: this batch's.
 
         Returns:
             Scalars: `loss`, the weighted total; `loss_ce`, `loss_bbox`, `loss_giou`, unweighted, of the last
@@ -54,16 +80,19 @@ class Criterion(nn.Module):
         check_targets(targets, logits.shape[1], self.config.num_classes)
 
         matched = _flatten(match(logits.detach(), boxes.detach(), targets, self.config), targets, logits)
-        num_boxes = _global_num_boxes(targets, logits.device)
+        if normalizer is None:
+            counts = [len(target["labels"]) for target in targets]
+            normalizer = self.normalizer(counts, logits.shape[2], logits.device)
+        num_boxes, class_weights = normalizer.to(dtype)
         losses = {
-            **self._classification(logits, matched, num_boxes),
+            **self._classification(logits, matched, class_weights if self.config.family == "detr" else num_boxes),
             **_box_losses(boxes, matched, num_boxes),
         }
         logs = _logs(logits.detach(), matched, targets)
         total = sum(self.weights[name] * value.sum() for name, value in losses.items())
         return {"loss": total, **_name_by_layer({**losses, **logs})}
 
-    def _classification(self, logits: Tensor, matched: "_Matched", num_boxes: Tensor) -> dict[str, Tensor]:
+    def _classification(self, logits: Tensor, matched: "_Matched", divisor: Tensor) -> dict[str, Tensor]:
         """Classification loss per layer, [L]."""
         num_layers, batch, queries, classes = logits.shape
         if self.config.family == "detr":
@@ -71,13 +100,11 @@ class Criterion(nn.Module):
             target[matched.layer, matched.image, matched.query] = matched.labels
             weight = self.class_weight.to(logits.dtype)
             loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-            per_layer = loss.view(num_layers, -1).sum(1) / weight[target].flatten(1).sum(1)
         else:
             target = torch.zeros_like(logits)
             target[matched.layer, matched.image, matched.query, matched.labels] = 1.0
             loss = sigmoid_focal_loss(logits, target, self.config.focal_alpha, self.config.focal_gamma)
-            per_layer = loss.flatten(1).sum(1) / num_boxes
-        return {"loss_ce": per_layer}
+        return {"loss_ce": loss.view(num_layers, -1).sum(1) / divisor}
 
 
 class _Matched:
@@ -88,17 +115,23 @@ class _Matched:
 
 
 def _flatten(indices: list, targets: list[dict], logits: Tensor) -> _Matched:
-    """Matching of each layer and image -> index tensors over all of them, on the device of `logits`."""
+    """Matching of each layer and image -> index tensors over all of them, on the device of `logits`.
+
+    The copies are small and from memory of their own: `non_blocking` keeps them from waiting for the device.
+    """
     device = logits.device
     image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(indices[0])])
     query = torch.stack([torch.cat([query for query, _ in layer]) for layer in indices])
     offsets = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
     index = torch.stack([torch.cat([obj + offsets[b] for b, (_, obj) in enumerate(layer)]) for layer in indices])
-    labels = torch.cat([target["labels"] for target in targets]).to(device)
-    boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets]).to(device, logits.dtype)
-    index = index.to(device)
+    labels = torch.cat([target["labels"] for target in targets]).to(device, non_blocking=True)
+    boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets]).to(
+        device, logits.dtype, non_blocking=True
+    )
+    index = index.to(device, non_blocking=True)
     layer = torch.arange(len(indices), device=device)[:, None].expand_as(index)
-    return _Matched(layer, image.to(device).expand_as(index), query.to(device), labels[index], boxes[index])
+    image, query = (part.to(device, non_blocking=True) for part in (image, query))
+    return _Matched(layer, image.expand_as(index), query, labels[index], boxes[index])
 
 
 def _box_losses(boxes: Tensor, matched: _Matched, num_boxes: Tensor) -> dict[str, Tensor]:
@@ -120,7 +153,7 @@ def _logs(logits: Tensor, matched: _Matched, targets: list[dict]) -> dict[str, T
     """
     best = logits[-1, matched.image[-1], matched.query[-1]].argmax(-1)
     correct = (best == matched.labels[-1]).sum()
-    counts = torch.tensor([len(target["labels"]) for target in targets], device=logits.device)
+    counts = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
     predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
     return {
         "class_error": 100 - 100 * correct / max(best.numel(), 1),
@@ -138,15 +171,6 @@ def _name_by_layer(values: dict[str, Tensor]) -> dict[str, Tensor]:
         *earlier, named[name] = value.unbind()
         named.update({f"{name}_{layer}": scalar for layer, scalar in enumerate(earlier)})
     return named
-
-
-def _global_num_boxes(targets: list[dict], device: torch.device) -> Tensor:
-    """Objects per process, averaged over the processes and at least 1."""
-    count = torch.tensor(float(sum(len(target["labels"]) for target in targets)), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=1)
 
 
 def check_targets(targets: list[dict], batch: int, num_classes: int) -> None:

@@ -14,6 +14,10 @@ from conddetr.config import ModelConfig
 from conddetr.loss.boxes import generalized_iou
 
 
+class NonFiniteCostError(ValueError):
+    """The predictions or the boxes hold NaN or infinity, so there is no assignment of least cost."""
+
+
 def pad_targets(targets: list[dict], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pack the objects of a batch into two tensors, in one copy each.
 
@@ -89,7 +93,7 @@ def match(logits: Tensor, boxes: Tensor, targets: list[dict], config: ModelConfi
         query.
 
     Raises:
-        ValueError: a cost is not finite; names the layer and the image.
+        NonFiniteCostError: a cost is not finite; names the layer and the image.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -103,7 +107,7 @@ def match(logits: Tensor, boxes: Tensor, targets: list[dict], config: ModelConfi
             try:
                 pair = linear_sum_assignment(cost[:, :count])
             except ValueError as error:
-                raise ValueError(
+                raise NonFiniteCostError(
                     f"Matching decoder layer {layer}, image {image} of the batch: the cost is not finite. "
                     f"The predictions (or the boxes of the targets) hold NaN or infinity."
                 ) from error

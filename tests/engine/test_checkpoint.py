@@ -2,11 +2,20 @@
 
 import argparse
 import pickle
+import threading
 
 import pytest
 import torch
 
-from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint
+from conddetr.engine.checkpoint import (
+    LATEST,
+    PREVIOUS,
+    CheckpointWriter,
+    read_checkpoint,
+    save_checkpoint,
+    save_latest,
+    save_weights,
+)
 
 
 def test_round_trip(tmp_path):
@@ -56,3 +65,47 @@ def test_damaged_files_are_named(tmp_path, keep):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
         read_checkpoint(tmp_path / "none.pt")
+
+
+def test_the_writer_saves_what_was_true_when_asked(tmp_path):
+    """Weights change while the file is written, and again before the next one."""
+    weight, release = torch.zeros(1000), threading.Event()
+
+    def slow(content):
+        assert release.wait(10)
+        save_latest(tmp_path, content)
+
+    with CheckpointWriter() as writer:
+        writer.submit(slow, {"weight": weight, "nested": [{"step": 1}, weight[:2]]})
+        weight.fill_(1.0)
+        release.set()
+        writer.submit(slow, {"weight": weight, "nested": [{"step": 2}, weight[:2]]})
+        weight.fill_(2.0)
+    for name, value in ((PREVIOUS, 0.0), (LATEST, 1.0)):
+        content = read_checkpoint(tmp_path / name)
+        assert torch.equal(content["weight"], torch.full((1000,), value))
+        assert content["nested"][0]["step"] == value + 1
+        assert torch.equal(content["nested"][1], torch.full((2,), value))
+
+
+def test_errors_of_the_writer_are_raised(tmp_path):
+    def full(content):
+        raise OSError("No space left on device")
+
+    writer = CheckpointWriter()
+    writer.submit(full, {"weight": torch.zeros(1)})
+    with pytest.raises(OSError, match="No space left"):
+        writer.submit(full, {"weight": torch.zeros(1)})
+    with pytest.raises(OSError, match="No space left"), CheckpointWriter() as writer:
+        writer.submit(full, {"weight": torch.zeros(1)})
+
+
+def test_safetensors_hold_weights_configuration_and_classes(tmp_path):
+    content = {"model": {"a.b": torch.randn(3, 2).t()}, "config": {"dropout": 0.1}, "classes": [{"id": 1, "name": "ö"}]}
+    save_weights(tmp_path / "a.safetensors", content)
+    found = read_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(found["model"]["a.b"], content["model"]["a.b"])
+    assert (found["config"], found["classes"]) == (content["config"], content["classes"])
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"a\.safetensors can not be read: damaged"):
+        read_checkpoint(tmp_path / "a.safetensors")

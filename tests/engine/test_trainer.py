@@ -1,58 +1,85 @@
-"""Training: it learns, writes what it should, resumes, and names a bad batch."""
+"""Training: it learns, writes what it should, resumes, and names what is wrong."""
 
 import json
 
 import pytest
 import torch
+from small_runs import assert_equal
+from small_runs import small_trainer as trainer
 
 import conddetr
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.checkpoint import read_checkpoint
-from conddetr.engine.trainer import TrainConfig, Trainer, make_optimizer
+from conddetr.engine.config import RunConfig
+from conddetr.engine.trainer import Trainer
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
-CPU = torch.device("cpu")
-FAST = {"batch_size": 4, "workers": 0, "lr": 1e-3, "lr_backbone": 1e-3}
+
+def weights(folder, name="checkpoint.pt"):
+    return read_checkpoint(folder / name)["model"]
 
 
-def trainer(tmp_path, images=16, model_options=None, **options):
-    torch.manual_seed(0)
-    model = conddetr.build("conditional-detr-tiny", num_classes=3, **(model_options or {}))
-    config = TrainConfig(**{**FAST, "epochs": 2, **options})
-    return Trainer(model, SyntheticShapes(images, 1), SyntheticShapes(4, 2), config, tmp_path, CPU)
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_loss_falls_and_files_are_complete(tmp_path):
-    metrics = trainer(tmp_path, images=96, epochs=4, eval_every=4).fit()
-    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in records] == [0, 1, 2, 3]
-    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
-    assert "AP" not in records[0]
-    assert records[-1]["AP50"] == metrics["AP50"]
+    metrics = trainer(
+        tmp_path, images=96, epochs=4, eval_every=2, save_every=3, ema_decay=0.9, lr=3e-3, lr_backbone=3e-3
+    ).fit()
+    lines = records(tmp_path)
+    assert [record["epoch"] for record in lines] == [0, 1, 2, 3]
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert "AP" not in lines[0]
+    assert lines[-1]["AP50"] == metrics["AP50"]
     assert len(metrics) == 12
     content = read_checkpoint(tmp_path / "checkpoint.pt")
-    assert content["epoch"] == 3
-    assert content["config"]["num_classes"] == 3
+    assert content["position"] == {"epoch": 4, "batch": 0, "step": 96}
+    assert content["config"]["num_classes"] == content["run"]["model"]["num_classes"] == 3
+    assert content["run"]["train"]["save_every"] == 3
     assert [c["name"] for c in content["classes"]] == ["disk", "square", "triangle"]
+    assert json.loads((tmp_path / "config.json").read_text()) == content["run"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert read_checkpoint(tmp_path / "epoch-0003.pt")["position"]["epoch"] == 3
+    # What is evaluated is the moving average; it is the best so far, and what others load.
+    assert_equal(weights(tmp_path, "checkpoint.safetensors"), content["ema"])
+    best = max((line for line in lines if "AP" in line), key=lambda line: line["AP"])
+    assert read_checkpoint(tmp_path / "best.pt")["metrics"]["AP"] == best["AP"]
+    detector = conddetr.Detector.from_checkpoint(tmp_path / "checkpoint.pt", device="cpu")
+    assert_equal(detector.model.state_dict(), content["ema"])
 
 
 def test_two_runs_are_equal(tmp_path):
     for name in ("a", "b"):
         trainer(tmp_path / name).fit()
-    first, second = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("a", "b"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_resume_continues_where_it_stopped(tmp_path):
+def test_more_epochs_go_on_where_it_stopped(tmp_path):
     trainer(tmp_path / "whole", epochs=3).fit()
     trainer(tmp_path / "cut", epochs=1).fit()
     second = trainer(tmp_path / "cut", epochs=3)
     second.resume(tmp_path / "cut" / "checkpoint.pt")
     second.fit()
-    first, second = (read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "cut"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1, 2]
+
+
+def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
+    trainer(tmp_path / "whole").fit()
+    trainer(tmp_path / "cut", epochs=1).fit()
+    latest = tmp_path / "cut" / "checkpoint.pt"
+    latest.write_bytes(latest.read_bytes()[:1000])
+    with open(tmp_path / "cut" / "log.jsonl", "a") as file:
+        file.write('{"epoch": 1, "loss": 0.')
+    again = trainer(tmp_path / "cut")
+    again.resume(latest)
+    assert "checkpoint.pt can not be read" in caplog.text
+    assert "Going on from" in caplog.text
+    again.fit()
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1]
 
 
 def test_an_earlier_run_is_not_overwritten(tmp_path):
@@ -70,35 +97,35 @@ def test_missing_metrics_are_said_before_training(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_alone_are_not_resumed(tmp_path):
+def test_what_can_not_be_resumed_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt can not be resumed: it has no 'optimizer'"):
+    with pytest.raises(ValueError, match=r"weights\.pt can not be resumed: it has no 'optimizer'.*--weights"):
         trainer(tmp_path).resume(tmp_path / "weights.pt")
+    run = trainer(tmp_path, epochs=1, save_every_steps=3, eval_every=9)
+    run._finish_epoch = lambda *args, **options: pytest.fail("stop here")
+    with pytest.raises(pytest.fail.Exception):
+        run.fit()
+    file = tmp_path / "checkpoint.pt"
+    assert read_checkpoint(file)["position"] == {"epoch": 0, "batch": 3, "step": 3}
+    with pytest.raises(ValueError, match="of another model: num_queries was 8, is 9"):
+        trainer(tmp_path, model_options={"num_queries": 9}).resume(file)
+    with pytest.raises(ValueError, match="its batches would now be others: batch_size was 4, is 8"):
+        trainer(tmp_path, batch_size=8).resume(file)
+    other = trainer(tmp_path)
+    other.train_set.classes = [{"id": 5, "name": "star"}, *other.train_set.classes[1:]]
+    with pytest.raises(ValueError, match=r"knows 3 classes \(disk, .*the data set has 3 \(star, .*--weights"):
+        other.resume(file)
 
 
-def test_learning_rates_and_their_drop(tmp_path):
+def test_learning_rates_follow_the_schedule(tmp_path):
     run = trainer(tmp_path, epochs=3, lr_drop=2, lr_backbone=1e-4)
     rates = []
-    step = run._step
-
-    def spy(*batch):
-        rates.append(tuple(group["lr"] for group in run.optimizer.param_groups))
-        return step(*batch)
-
-    run._step = spy
+    run.stepper.optimizer.register_step_pre_hook(
+        lambda optimizer, *args: rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+    )
     run.fit()
     assert rates[0] == rates[7] == (1e-3, 1e-4)
     assert rates[8] == rates[11] == pytest.approx((1e-4, 1e-5))
-
-
-def test_every_trainable_parameter_is_optimised_once():
-    model = conddetr.build("conditional-detr-r50", hidden_dim=32, encoder_layers=1, decoder_layers=1)
-    groups = make_optimizer(model, TrainConfig()).param_groups
-    counted = [id(p) for group in groups for p in group["params"]]
-    assert sorted(counted) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert [group["lr"] for group in groups] == [1e-4, 1e-5]
-    backbone = sum(p.numel() for p in groups[1]["params"])
-    assert backbone == 23232512
 
 
 def test_gradients_are_clipped(tmp_path):
@@ -111,25 +138,35 @@ def test_gradients_are_clipped(tmp_path):
 def test_time_limit_stops_and_still_evaluates(tmp_path):
     metrics = trainer(tmp_path, images=4000, epochs=50, time_limit=0.5).fit()
     assert len(metrics) == 12
-    assert read_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 0
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["position"]["epoch"] == 1
 
 
-def test_loss_that_is_not_finite_names_the_images(tmp_path):
-    run = trainer(tmp_path)
-    with torch.no_grad():
-        run.model.bbox_embed.layers[-1].bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="decoder layer 0, image 0 of the batch"):
+def test_loss_that_is_not_finite_stops_after_so_many_steps(tmp_path, caplog):
+    run = trainer(tmp_path, max_skipped_steps=2, save_every_steps=1)
+    whole = run.stepper._losses
+
+    def spoiled(forward, batch, normalizer):
+        # From the fourth step on a weight of the classification loss overflows.
+        run.stepper.criterion.weights["loss_ce"] = float("inf") if run.position.step >= 3 else 2.0
+        return whole(forward, batch, normalizer)
+
+    run.stepper._losses = spoiled
+    message = (
+        r"first the loss term loss \(1 of 1 values\), on image ids \[\d+, \d+, \d+, \d+\]. It is step number 3 to be"
+    )
+    with pytest.raises(FloatingPointError, match=message):
         run.fit()
-    run = trainer(tmp_path)
-    run.criterion.weights["loss_ce"] = float("inf")
-    with pytest.raises(FloatingPointError, match=r"not finite: \['loss'\] on image ids \[\d+, \d+, \d+, \d+\]"):
-        run.fit()
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert "Step 3 is not finite" in caplog.text
+    assert "Skipped, 1 of at most 2" in caplog.text
+    # The checkpoint is that of the last good step.
+    saved = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert all(torch.isfinite(value).all() for value in saved["model"].values())
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
 
 
 def test_wrong_class_count_and_too_large_batch_are_named(tmp_path):
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match="the data set has 3 classes, the model was built for 91"):
-        Trainer(model, SyntheticShapes(4, 1), SyntheticShapes(4, 2), TrainConfig(), tmp_path, CPU)
+        Trainer(model, SyntheticShapes(4, 1), SyntheticShapes(4, 2), RunConfig(), torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size: 100 is more than the 16 training images"):
-        trainer(tmp_path, batch_size=100).fit()
+        trainer(tmp_path, batch_size=100)

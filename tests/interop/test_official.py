@@ -7,6 +7,10 @@ import torch
 from golden_rule import read_json, rule_weight
 
 import conddetr
+from conddetr.engine.checkpoint import save_checkpoint
+from conddetr.interop.official import start_from
+
+CLASSES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "toothbrush"}]
 
 
 def official_state(name):
@@ -66,3 +70,22 @@ def test_what_is_no_state_dict_is_refused(tiny_model):
         conddetr.load_weights(tiny_model, {"epoch": 3})
     with pytest.raises(ValueError, match="no DETR or Conditional DETR that is known here"):
         conddetr.load_weights(tiny_model, {"fc.weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("classes", [CLASSES, [{**CLASSES[0], "name": "star"}, *CLASSES[1:]], CLASSES[:2]])
+def test_other_classes_keep_everything_but_the_class_head(tmp_path, tiny_model, classes):
+    """Weights of three classes into models of the same ones, of three others, and of two."""
+    save_checkpoint(tmp_path / "a.pt", {"model": tiny_model.state_dict(), "classes": CLASSES})
+    model = conddetr.build("conditional-detr-tiny", num_classes=len(classes))
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    report = start_from(model, classes, tmp_path / "a.pt")
+    is_same = classes == CLASSES
+    for name, value in model.state_dict().items():
+        is_head = name.startswith("class_embed.")
+        expected = own[name] if is_head and not is_same else tiny_model.state_dict()[name]
+        assert torch.equal(value, expected), name
+    assert report.loaded == len(own) - (0 if is_same else 2)
+    assert ("class_embed.weight: expected" in str(report)) != is_same
+    other = conddetr.build("conditional-detr-tiny", num_classes=2, num_queries=9)
+    with pytest.raises(ValueError, match=r"query_embed\.weight: expected \(9, 64\), got \(25, 64\)"):
+        start_from(other, classes, tmp_path / "a.pt")

@@ -1,0 +1,219 @@
+"""What a training run is made of: typed options, from a file and from overrides, checked and printable."""
+
+import ast
+import inspect
+import json
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from conddetr import config as models
+from conddetr.config import ModelConfig, check_types, nearest
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's 50-epoch schedule, per GPU."""
+
+    epochs: int = 50
+    batch_size: int = 2
+    """Images per process and forward pass."""
+    accumulate: int = 1
+    """Batches per step; losses are divided by the objects of them all, so the step is that of one big batch."""
+    lr: float = 1e-4
+    """Learning rate of everything but the backbone."""
+    lr_backbone: float = 1e-5
+    """Learning rate of the backbone."""
+    schedule: str = "step"
+    """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they fall to zero."""
+    lr_drop: int = 40
+    """Epochs between the divisions by ten of the `step` schedule."""
+    warmup_steps: int = 0
+    """Steps over which the learning rates rise linearly to their value."""
+    weight_decay: float = 1e-4
+    clip_max_norm: float = 0.1
+    """Largest norm of the gradient of all parameters together; 0 turns clipping off."""
+    ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights, e.g. 0.9997; it is what is then evaluated. 0: none."""
+    ema_ramp: int = 2000
+    """Steps over which the decay rises to its value: decay · (1 - exp(-step / ramp))."""
+    precision: str = "float32"
+    """`float32`, or `bfloat16`: autocast for the model; losses and weights stay float32."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    save_every: int = 0
+    """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
+    save_every_steps: int = 500
+    """Steps between checkpoints inside an epoch; 0: at the ends of epochs only."""
+    max_skipped_steps: int = 10
+    """Steps of a run that may be skipped because the loss or a gradient is not finite, before training stops."""
+    workers: int = 2
+    """Processes that load images; 0 loads them in the training process."""
+    pad_buckets: int = 0
+    """Pad batches to one of this many shapes; 0: to the largest image of the batch."""
+    preflight: bool = False
+    """Try the largest batch first, to see whether the memory suffices."""
+    seed: int = 42
+    time_limit: float = 0.0
+    """Stop training after so many seconds, evaluation not counted, as if the epochs were over; 0: no limit."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "Training option")
+        for name, allowed in (("schedule", ("step", "cosine")), ("precision", ("float32", "bfloat16"))):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"Training option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
+        at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
+        for option in fields(self):
+            least = 1 if option.name in at_least_one else 0
+            if option.type in (int, float) and getattr(self, option.name) < least:
+                raise ValueError(
+                    f"Training option {option.name}: expected at least {least}, got {getattr(self, option.name)}."
+                )
+        if self.ema_decay >= 1:
+            raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
+
+
+def tiny_train_config(**overrides: Any) -> TrainConfig:
+    """The defaults for the tiny presets on the synthetic set: a few minutes on two CPU cores."""
+    tiny = TrainConfig(epochs=16, batch_size=8, lr=7e-4, lr_backbone=7e-4, lr_drop=13, eval_every=8, workers=0)
+    return replace(tiny, **overrides)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images and annotations come from."""
+
+    coco_path: str = ""
+    """Folder in COCO's 2017 layout; neither this nor `annotations`: synthetic shapes."""
+    annotations: str = ""
+    """One annotation file in COCO's format, instead of `coco_path`."""
+    images: str = ""
+    """Folder of the images of `annotations`."""
+    val_fraction: float = 0.1
+    """Share of the images of `annotations` that is set aside for validation."""
+    val_annotations: str = ""
+    """Annotation file of the validation images; nothing is set aside then."""
+    val_folder: str = ""
+    """Folder of the images of `val_annotations`; default: `images`."""
+    train_images: int = 1600
+    """Synthetic images per epoch."""
+    val_images: int = 200
+    """Synthetic images to evaluate on."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "Data option")
+        if self.annotations and self.coco_path:
+            raise ValueError("Data options coco_path and annotations: give one of them.")
+        if self.annotations and not self.images:
+            raise ValueError("Data option images: name the folder of the images of `annotations`.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, resolved: `resolve_run` makes it."""
+
+    preset: str = ""
+    """Name of the model; default: `conditional-detr-r50`, on synthetic shapes `conditional-detr-tiny`."""
+    output_dir: str = "runs/train"
+    """Folder for checkpoints, log and curves."""
+    resume: str = ""
+    """Go on from this checkpoint; `auto`: from the folder's own, if there is one."""
+    weights: str = ""
+    """Start from these weights; a class head trained on other classes is left out."""
+    device: str = ""
+    """As torch names it; default: CUDA where there is one."""
+    eval: bool = False
+    """Only evaluate the checkpoint that `resume` names."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, as stored in checkpoints and in `config.json`; `resolve_run` reads them again."""
+        return asdict(self)
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+
+
+def option_types() -> dict[str, type]:
+    """Every option of a run by name, with its type. The class count is no option: it comes from the data."""
+    own = [option for option in fields(RunConfig) if option.name not in SECTIONS]
+    parts = [option for section in SECTIONS.values() for option in fields(section)]
+    return {option.name: option.type for option in own + parts if option.name != "num_classes"}
+
+
+def option_help() -> dict[str, str]:
+    """What the docstrings under the fields say of each option."""
+    found = {}
+    for config in (RunConfig, *SECTIONS.values()):
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+        for before, after in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                found[before.target.id] = " ".join(after.value.value.split())
+    return found
+
+
+def resolve_run(values: Mapping[str, Any]) -> RunConfig:
+    """A checked run from options by name; what is absent takes the preset's defaults.
+
+    Args:
+        values: options of `RunConfig`, `ModelConfig`, `DataConfig` and `TrainConfig`, flat or under the keys
+            `model`, `data` and `train`.
+
+    Raises:
+        ValueError: unknown option (with the nearest name), a wrong type, or a value out of range.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(value if key in SECTIONS and isinstance(value, Mapping) else {key: value})
+    flat.pop("num_classes", None)
+    known = option_types()
+    for key in flat:
+        if key not in known:
+            raise ValueError(f"Unknown option {key!r}.{nearest(key, list(known))}")
+
+    def part(section: type) -> dict[str, Any]:
+        return {option.name: flat[option.name] for option in fields(section) if option.name in flat}
+
+    run = part(RunConfig)
+    data = DataConfig(**part(DataConfig))
+    usual = "conditional-detr-r50" if data.coco_path or data.annotations else "conditional-detr-tiny"
+    preset = run.pop("preset", "") or usual
+    chosen = part(ModelConfig)
+    is_tiny = chosen.get("backbone", models.resolve(preset).backbone) == "tiny"
+    # A ResNet that starts from nothing learns little; the tiny backbone has no other weights.
+    model = models.resolve(preset, **{"pretrained_backbone": not is_tiny, **chosen})
+    train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
+    run["preset"] = models.preset_name(model.family, model.backbone, model.dilation)
+    resolved = RunConfig(model=model, data=data, train=train, **run)
+    check_types(resolved, "Run option")
+    return resolved
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Options from a TOML or JSON file, as `resolve_run` takes them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither TOML nor JSON, or not a table; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Configuration file {path} does not exist.")
+    if path.suffix not in (".toml", ".json"):
+        raise ValueError(f"Configuration file {path}: expected a name ending in .toml or .json.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"Configuration file {path} is not {path.suffix[1:].upper()}: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Configuration file {path}: expected options by name, found {type(content).__name__}.")
+    return content

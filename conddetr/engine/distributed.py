@@ -1,0 +1,113 @@
+"""Several processes (`torchrun`) as one run, and one process as a run of one.
+
+Every function here also works, and costs nothing, without a process group.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def process_group(device: str = "") -> Iterator[torch.device]:
+    """Join the group that torchrun's environment describes, if any; yields the device of this process.
+
+    Args:
+        device: as torch names it; default: CUDA where there is one. Under torchrun each process takes the GPU of
+            its local rank. CUDA talks through NCCL, all else through Gloo.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes in the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes logs and checkpoints."""
+    return rank() == 0
+
+
+def reduce_max(values: Tensor) -> Tensor:
+    """The largest value of each entry over all processes, in place; every process has it."""
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
+def reduce_mean(values: Tensor) -> Tensor:
+    """The mean of each entry over all processes, in place; every process has it."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """One value of every process, in the order of ranks; every process has them all."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class InterruptedRunError(RuntimeError):
+    """A signal stopped the run after its state was saved."""
+
+
+class StopRequest:
+    """Turns the first SIGTERM or SIGINT (Ctrl-C) into a request to stop; a second one acts as usual.
+
+    A context manager for the main thread; elsewhere signals can not be caught and it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        """Name of the signal that came; empty: none."""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            caught = (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._on_signal) for number in caught}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

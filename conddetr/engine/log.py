@@ -1,0 +1,63 @@
+"""What a run leaves to look at: `log.jsonl`, `curves.png`, and TensorBoard's events where that is installed."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+
+from conddetr.files import write_text
+
+DRAWING_SHARE = 0.05
+"""Curves are drawn again only when that takes less than this part of the time since they were last drawn."""
+
+
+class RunLog:
+    """The records of a run, one per epoch."""
+
+    def __init__(self, folder: Path, epoch: int) -> None:
+        """Open the log of a run that goes on at `epoch`: later records, and what a kill left incomplete, go."""
+        self.folder, self.file = folder, folder / "log.jsonl"
+        self.records = [record for record in read_log(self.file) if record["epoch"] < epoch]
+        write_text(self.file, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._board = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
+        self._draw_after = 0.0
+
+    def write(self, record: dict[str, float], is_last: bool) -> None:
+        """Add an epoch's record; it is on the disk when this returns. Curves are drawn if it is time."""
+        self.records.append(record)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, record["epoch"])
+            self._board.flush()
+        start = time.perf_counter()
+        if is_last or start >= self._draw_after:
+            # Here, not above: matplotlib takes half a second to import.
+            from conddetr.viz.curves import draw_curves
+
+            draw_curves(self.records, self.folder / "curves.png")
+            end = time.perf_counter()
+            self._draw_after = end + (end - start) / DRAWING_SHARE
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The records of a `log.jsonl`, without lines that were cut short; none where there is no file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records

@@ -1,0 +1,65 @@
+"""What changes the weights: AdamW's parameter groups, the learning rates' course, and the moving average."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from conddetr.engine.config import TrainConfig
+from conddetr.model.detr import DETR
+
+
+def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW with one learning rate for the backbone and another for the rest; frozen parameters left out."""
+    groups: dict[bool, list[Tensor]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("backbone.")].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": groups[False]}, {"params": groups[True], "lr": config.lr_backbone}],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """What both learning rates are multiplied by in step `step`, counted from 0 over the whole run.
+
+    A function of the step alone: there is no state to save.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "step":
+        return warmup * 0.1 ** (step // steps_per_epoch // config.lr_drop)
+    total = max(1, config.epochs * steps_per_epoch - config.warmup_steps)
+    done = min(1.0, max(0, step - config.warmup_steps) / total)
+    return warmup * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def learning_rates(config: TrainConfig, step: int, steps_per_epoch: int) -> tuple[float, float]:
+    """Of the transformer and of the backbone, the groups of `make_optimizer`; arguments as `schedule_factor`."""
+    factor = schedule_factor(config, step, steps_per_epoch)
+    return config.lr * factor, config.lr_backbone * factor
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights; buffers are copied. `model` is ready for evaluation."""
+
+    def __init__(self, model: DETR, decay: float, ramp: int) -> None:
+        """
+        Args:
+            model: the one that trains.
+            decay: of the average, per step, in [0, 1).
+            ramp: the decay of step t is decay · (1 - exp(-t / ramp)): at first the weights change fast.
+        """
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.ramp = decay, ramp
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take over the weights after step `step`, counted from 0."""
+        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        if buffers := list(self.model.buffers()):
+            torch._foreach_copy_(buffers, list(model.buffers()))

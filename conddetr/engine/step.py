@@ -1,0 +1,256 @@
+"""One step of training: forward, losses, backward, clipping, update, moving average.
+
+The host waits for the device once per batch, to match predictions and objects. Everything else that it wants to know
+(was the step sound, the losses, whether to stop) is decided on the device and read one step later, behind that wait.
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from conddetr.data.batch import Batch
+from conddetr.engine import distributed
+from conddetr.engine.config import TrainConfig
+from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
+from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer
+from conddetr.loss.matcher import NonFiniteCostError
+from conddetr.model.detr import DETR
+from conddetr.zoo import build_criterion
+
+log = logging.getLogger(__name__)
+
+
+class Stepper:
+    """Holds all that a step changes: weights, optimizer, moving average, and the sums of the losses of an epoch."""
+
+    def __init__(self, model: DETR, config: TrainConfig, device: torch.device, steps_per_epoch: int) -> None:
+        """
+        Args:
+            model: on `device`.
+            config: how to train.
+            device: of the model.
+            steps_per_epoch: for the schedule.
+        """
+        self.model, self.config, self.device = model, config, device
+        self.steps_per_epoch = steps_per_epoch
+        self.criterion = build_criterion(model.config).to(device)
+        self.optimizer = make_optimizer(model, config)
+        self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
+        if config.compile:
+            model.compile()
+        self.forward = _distributed(model, device)
+        self.skipped = 0
+        """Steps of the run that changed nothing because they were not finite."""
+        self.stop = 0.0
+        """The most urgent wish to stop of any process, as of the last step that was read."""
+        self.means: dict[str, float] = {}
+        """Mean losses of this process in this epoch, as of the last step that was read."""
+        self._statistics = NormStatistics(model)
+        self._names: list[str] = []
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)
+        self._report = _Report()
+        self._last: tuple[Sequence[Batch], Tensor, int] | None = None
+
+    def __call__(self, window: Sequence[Batch], step: int, stop: float = 0.0) -> None:
+        """Train on the batches of one step.
+
+        Args:
+            window: batches whose gradients are added up, as if they were one.
+            step: its number in the whole run, from 0.
+            stop: this process's wish to stop, the larger the more urgent; 0: none. The answer is in `self.stop`
+                after the next step.
+
+        Raises:
+            FloatingPointError: more than `max_skipped_steps` steps were not finite; names the cause.
+        """
+        window = [batch.to(self.device) for batch in window]
+        seed_step(self.config.seed, step)
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(step), strict=True):
+            group["lr"] = rate
+        normalizer = self._normalizer(window)
+        self._statistics.keep()
+        self.optimizer.zero_grad()
+        logged = self._backward(window, normalizer)
+        self._update(logged, step, stop)
+        self._last = (window, normalizer, step)
+
+    def _normalizer(self, window: Sequence[Batch]) -> Tensor:
+        counts = [count for batch in window for count in batch.counts]
+        return self.criterion.normalizer(counts, self.model.config.num_queries, self.device)
+
+    def _backward(self, window: Sequence[Batch], normalizer: Tensor) -> Tensor:
+        """Add up the gradients; returns the values to log in the order of `_names`, float64."""
+        logged = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in window:
+            with self._gradients_stay(batch is not window[-1]):
+                losses = self._losses(self.forward, batch, normalizer)
+                # Matching has just waited for the device: what the last step reported is here.
+                self._read()
+                losses["loss"].backward()
+            self._names = list(losses)
+            # Losses are divided by the objects of the whole window already, errors by those of a batch.
+            values = [v if name.startswith("loss") else v / len(window) for name, v in losses.items()]
+            logged = logged + torch.stack([value.detach().double() for value in values])
+        return logged
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The total loss of one batch, as a step computes it, without any other process."""
+        normalizer = self._normalizer([batch])
+        return self._losses(self.model, batch.to(self.device), normalizer)["loss"]
+
+    def _losses(self, forward: nn.Module, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            outputs = forward(batch.model_input(), valid_hw=batch.valid_hw)
+        try:
+            return self.criterion(outputs, batch.targets, normalizer)
+        except NonFiniteCostError:
+            return poisoned_losses(self.criterion, outputs, batch.targets, normalizer)
+
+    def _gradients_stay(self, stay: bool) -> contextlib.AbstractContextManager:
+        """Whether gradients stay in this process for now: only the last batch of a window exchanges them."""
+        if stay and isinstance(self.forward, DistributedDataParallel):
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _update(self, logged: Tensor, step: int, stop: float) -> None:
+        gradients = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+        flags = torch.tensor([0.0, stop]).to(self.device, non_blocking=True)
+        flags[0] = ~(torch.isfinite(norm) & torch.isfinite(logged[0]))
+        distributed.reduce_max(flags)
+        if self.config.clip_max_norm > 0:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_max_norm, norm)
+        # Fused AdamW looks at it on the device, and changes nothing where it is 1.
+        self.optimizer.found_inf = flags[0]
+        self.optimizer.step()
+        self._statistics.restore(flags[0] > 0)
+        if self.average is not None:
+            self.average.update(self.model, step)
+        counted = torch.cat([torch.ones_like(logged[:1]), logged])
+        self._sums = torch.where(flags[0] > 0, 0.0, counted) + (self._sums if len(self._sums) else 0.0)
+        self._report.send(torch.cat([flags, self._sums]))
+
+    def _read(self) -> None:
+        """Take in what the last step reported, once."""
+        values = self._report.take()
+        if values is None:
+            return
+        is_bad, self.stop, count, *sums = values
+        self.means = {name: total / max(count, 1.0) for name, total in zip(self._names, sums, strict=True)}
+        if is_bad:
+            self._skip()
+
+    def _skip(self) -> None:
+        window, normalizer, step = self._last
+        self.skipped += 1
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            seed_step(self.config.seed, step)
+            cause = find_cause(self.model, self.criterion, window, normalizer, self.config.precision == "bfloat16")
+        causes = [
+            f"{found}{f' of rank {number}' if distributed.world_size() > 1 else ''}"
+            for number, found in enumerate(distributed.gather(cause))
+            if found
+        ]
+        ids = [number for batch in window for number in batch.image_ids]
+        what = "; ".join(causes) or f"the norm of all gradients together, on image ids {ids}"
+        allowed = self.config.max_skipped_steps
+        message = f"Step {step} is not finite: first {what}."
+        if self.skipped > allowed:
+            raise FloatingPointError(f"{message} It is step number {self.skipped} to be skipped, {allowed} may be.")
+        if distributed.is_main():
+            log.warning("%s Skipped, %d of at most %d.", message, self.skipped, allowed)
+
+    def learning_rates(self, step: int) -> tuple[float, float]:
+        """Of the transformer and of the backbone in a step."""
+        return learning_rates(self.config, step, self.steps_per_epoch)
+
+    def flush(self) -> None:
+        """Wait for the last step, and take in its report."""
+        self._read()
+
+    def epoch_means(self) -> dict[str, float]:
+        """Mean losses of the epoch so far over all processes, without the skipped steps."""
+        count, *totals = distributed.reduce_mean(self._sums.clone()).tolist() or [0.0]
+        return {name: total / max(count, 1.0) for name, total in zip(self._names, totals, strict=False)}
+
+    def start_epoch(self) -> None:
+        """Begin new sums of the losses."""
+        self._sums = self._sums.new_zeros(0)
+        self.means = {}
+
+    def state(self) -> dict:
+        """All that a step changes, to be saved; call `flush` before. Every process must call it."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict() if self.average else {},
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
+            "sums": distributed.gather(self._sums.cpu()),
+            "names": self._names,
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Back to what `state` returned; the options of the optimizer stay those of the configuration."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["ema"] or state["model"])
+        own, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        groups = [{**a, "lr": b["lr"], "params": b["params"]} for a, b in zip(own, saved, strict=True)]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.skipped = state["skipped"]
+        # Inside an epoch a run goes on with as many processes; at its end nothing is summed up yet.
+        if len(state["sums"]) == distributed.world_size():
+            self._sums = state["sums"][distributed.rank()].to(self.device)
+        self._names = list(state["names"])
+
+
+def _distributed(model: DETR, device: torch.device) -> nn.Module:
+    if distributed.world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # The first decoder layer does not use λ: alone, it leaves the MLP that predicts it without gradient.
+        find_unused_parameters=model.config.decoder_layers == 1,
+    )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed torch's generators from (seed, step, rank).
+
+    So dropout is a function of the step alone, and no state of a generator need be saved to go on exactly.
+    """
+    sequence = np.random.SeedSequence((seed, step, distributed.rank()))
+    torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+class _Report:
+    """A small tensor on its way from the device to the host."""
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def send(self, values: Tensor) -> None:
+        """Start the copy; do not wait for it."""
+        self._values = values
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(values.device).record_event()
+
+    def take(self) -> list[float] | None:
+        """The values, once; None if there are none."""
+        if self._values is None:
+            return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values, self._values = self._values.tolist(), None
+        return values

@@ -1,0 +1,123 @@
+"""The options of `conddetr train` as command-line flags: every field of the configuration, and the official flags.
+
+A flag is spelled with hyphens or with underscores. Official flags are those of `main.py` of Conditional DETR and DETR.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from conddetr.config import nearest
+from conddetr.engine.config import DataConfig, option_help, option_types, read_config
+
+OFFICIAL_NAMES = {
+    "enc_layers": "encoder_layers",
+    "dec_layers": "decoder_layers",
+    "dim_feedforward": "ffn_dim",
+    "nheads": "num_heads",
+    "set_cost_class": "class_cost",
+    "set_cost_bbox": "bbox_cost",
+    "set_cost_giou": "giou_cost",
+    "cls_loss_coef": "class_weight",
+    "bbox_loss_coef": "bbox_weight",
+    "giou_loss_coef": "giou_weight",
+    "eos_coef": "no_object_weight",
+    "num_workers": "workers",
+    "out": "output_dir",
+}
+"""Other names of our options."""
+
+WITHOUT_MEANING = {
+    "start_epoch": "a checkpoint knows where it stopped",
+    "world_size": "torchrun says how many processes there are",
+    "dist_url": "torchrun says where the processes meet",
+    "remove_difficult": "the official code does not use it either",
+    "mask_loss_coef": "there is no mask head",
+    "dice_loss_coef": "there is no mask head",
+}
+"""Official flags that change nothing here, and why: accepted, with one line that says so."""
+
+FIXED = {
+    "dataset_file": ("coco", "other data sets go through COCO's annotation format"),
+    "position_embedding": ("sine", "learned positions are not built"),
+    "coco_panoptic_path": (None, "panoptic segmentation is not built"),
+    "frozen_weights": (None, "it is for segmentation, which is not built"),
+    "masks": (None, "segmentation is not built"),
+    "pre_norm": (None, "only the paper's post-norm is built"),
+}
+"""Official flags with the only value that is accepted (None: none), and why others are refused."""
+
+_SWITCHES = ("remove_difficult", "masks", "pre_norm")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`, a flag for every option of a run, and the official flags."""
+    parser.add_argument("--config", metavar="FILE", help="options from a TOML or JSON file; flags override them")
+    _add_flags(parser, option_types())
+    for name in (*WITHOUT_MEANING, *FIXED):
+        action = {"action": "store_true"} if name in _SWITCHES else {}
+        parser.add_argument(
+            *_spellings(name), dest=f"official_{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **action
+        )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `DataConfig`; `chosen_data` reads them."""
+    _add_flags(parser, {option.name: option.type for option in fields(DataConfig)})
+
+
+def chosen_data(options: argparse.Namespace) -> DataConfig:
+    """The data that the flags of `add_data_options` name; errors as those of `DataConfig`."""
+    given = vars(options)
+    return DataConfig(**{option.name: given[option.name] for option in fields(DataConfig) if option.name in given})
+
+
+def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> None:
+    """A flag for each option, absent from the result where it is not given."""
+    help_of = option_help()
+    for name, kind in types.items():
+        names = [name, *(alias for alias, ours in OFFICIAL_NAMES.items() if ours == name)]
+        flags = [flag for spelled in names for flag in _spellings(spelled)]
+        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        text = help_of.get(name, "").replace("%", "%%").replace("`", "")
+        if kind is bool:
+            parser.add_argument(*flags, action="store_true", help=text, **settings)
+            negative = [flag for spelled in names for flag in _spellings(f"no_{spelled}")]
+            parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **settings)
+        else:
+            parser.add_argument(*flags, type=kind, help=text, metavar=kind.__name__.upper(), **settings)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys(("--" + name.replace("_", "-"), "--" + name)))
+
+
+def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What the user chose, the file first and the flags over it, and a line for every flag without meaning here.
+
+    Raises:
+        ValueError: an official flag asks for what is not built; names it.
+        FileNotFoundError: no such configuration file.
+    """
+    given = vars(options)
+    notes = []
+    for name, reason in WITHOUT_MEANING.items():
+        if f"official_{name}" in given:
+            notes.append(f"--{name} changes nothing here: {reason}.")
+    for name, (accepted, reason) in FIXED.items():
+        value = given.get(f"official_{name}", accepted)
+        if value != accepted:
+            raise ValueError(f"--{name} {value}: {reason}.")
+    chosen = read_config(options.config) if options.config else {}
+    types = option_types()
+    # A file's sections are flattened by `resolve_run`; flags come last there, so they win.
+    chosen.update({name: given[name] for name in types if name in given})
+    return chosen, notes
+
+
+def unknown_flag(parser: argparse.ArgumentParser, flags: Sequence[str]) -> str:
+    """The error message for what a parser left over."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    flag = next((flag for flag in flags if flag.startswith("--")), flags[0])
+    return f"unknown option {flag!r}.{nearest(flag.partition('=')[0], sorted(known))}"

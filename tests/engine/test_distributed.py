@@ -1,0 +1,41 @@
+"""Several processes, and several batches per step, are one big batch; a signal to one rank stops them all."""
+
+import os
+import signal
+
+import pytest
+import torch
+from small_runs import assert_same_run, counter, finish, run_to_the_end, start_ranks, steps_of_a_resnet, wait_for_steps
+
+from conddetr.engine.checkpoint import read_checkpoint
+
+
+@pytest.mark.parametrize(("family", "ways"), [("conditional-detr", [(2, 1), (1, 2)]), ("detr", [(2, 2)])])
+def test_two_processes_and_two_batches_are_one_big_batch(tmp_path, family, ways):
+    ways = [(1, 1), *ways]
+    for ranks, batches in ways:
+        finish(*start_ranks(ranks, steps_of_a_resnet, tmp_path / f"{ranks}{batches}", family, batches))
+    whole, *others = [torch.load(tmp_path / f"{ranks}{batches}") for ranks, batches in ways]
+    largest = max(gradient.abs().max() for gradient in whole["gradients"].values())
+    assert largest > 0.1
+    for found in others:
+        assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        for name, gradient in whole["gradients"].items():
+            torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-5 * float(largest), rtol=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
+    pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    options = {"images": 96, "epochs": 2, "model_options": {"dropout": 0.1}, "ema_decay": 0.9, "eval_every": 2}
+    finish(*start_ranks(2, run_to_the_end, tmp_path / "whole", options, counter()))
+    steps = counter()
+    ranks = start_ranks(2, run_to_the_end, tmp_path / "cut", options, steps)
+    wait_for_steps(ranks[1], steps, 5)
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 143
+    position = read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["position"]
+    assert 0 < position["step"] < 24
+    finish(*start_ranks(2, run_to_the_end, tmp_path / "cut", options, counter()))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

@@ -1,0 +1,78 @@
+"""Steps that are not finite change nothing, and their cause is named."""
+
+import pytest
+import torch
+from small_runs import assert_equal, small_trainer
+
+from conddetr.data.batch import collate
+from conddetr.data.transforms import augmentation_generator
+
+
+def batches(run, count):
+    """`count` batches of four training images."""
+    dataset = run.train_set
+    samples = [dataset.load(i, dataset.plan(i, augmentation_generator(0, 0, i))) for i in range(4 * count)]
+    return [collate(samples[first : first + 4]) for first in range(0, 4 * count, 4)]
+
+
+def spoil_output(run):
+    run.model.transformer.encoder.layers[0].linear1.register_forward_hook(lambda module, args, out: out / 0)
+
+
+def spoil_loss(run):
+    run.stepper.criterion.weights["loss_bbox"] = float("inf")
+
+
+def spoil_gradient(run):
+    run.model.input_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def spoil_weight(run):
+    with torch.no_grad():
+        run.model.bbox_embed.layers[-1].bias.fill_(float("nan"))
+
+
+CAUSES = [
+    (spoil_output, r"first the output of module transformer\.encoder\.layers\.0\.linear1 \(2048 of 2048 values\)"),
+    (spoil_loss, r"first the loss term loss \(1 of 1 values\)"),
+    (spoil_gradient, r"first the gradient of input_proj\.weight \(2048 of 2048 values\)"),
+    (spoil_weight, r"first the weight bbox_embed\.layers\.2\.bias \(4 of 4 values\)"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "cause"), CAUSES)
+def test_the_first_tensor_and_the_images_are_named(tmp_path, spoil, cause):
+    run = small_trainer(tmp_path, max_skipped_steps=0)
+    spoil(run)
+    [batch] = batches(run, 1)
+    run.stepper([batch], 0)
+    with pytest.raises(FloatingPointError, match=cause + r", on image ids \[0, 1, 2, 3\]"):
+        run.stepper.flush()
+
+
+def test_a_skipped_step_changes_nothing(tmp_path, caplog):
+    """Weights, statistics, optimizer: a run with a spoiled step in the middle equals one without that step."""
+    plain, spoiled = (small_trainer(tmp_path / name, max_skipped_steps=1) for name in ("plain", "spoiled"))
+    parts = batches(plain, 3)
+    for step in (0, 2):
+        plain.stepper([parts[step]], step)
+    is_spoiled = False
+
+    def spoil(module, args, output):
+        return output * float("nan") if is_spoiled else output
+
+    # Behind the backbone, so that its statistics see sound values of a step that does not count.
+    spoiled.model.input_proj.register_forward_hook(spoil)
+    for step in range(3):
+        is_spoiled = step == 1
+        spoiled.stepper([parts[step]], step)
+        if is_spoiled:
+            spoiled.stepper.flush()
+    for run in (plain, spoiled):
+        run.stepper.flush()
+    assert "Step 1 is not finite: first the output of module input_proj" in caplog.text
+    assert spoiled.stepper.skipped == 1
+    first, second = (run.stepper.state() for run in (plain, spoiled))
+    assert first.pop("skipped") == 0
+    assert second.pop("skipped") == 1
+    assert_equal(second, first)

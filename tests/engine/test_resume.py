@@ -1,0 +1,48 @@
+"""Killed anywhere and resumed, a run ends as if nothing had happened, bit for bit."""
+
+import random
+import signal
+
+import pytest
+from small_runs import assert_same_run, counter, finish, run_to_the_end, start, wait_for_steps
+
+pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+
+OPTIONS = {
+    "images": 24,
+    "model_options": {"dropout": 0.1},
+    "epochs": 2,
+    "accumulate": 2,
+    "ema_decay": 0.9,
+    "schedule": "cosine",
+    "warmup_steps": 3,
+    "save_every_steps": 1,
+}
+STEPS = 6
+KILLS = 20
+
+
+def test_sigkill_at_random_points(tmp_path):
+    steps = counter()
+    finish(start(run_to_the_end, tmp_path / "whole", OPTIONS, steps))
+    assert steps.value == STEPS
+    chance = random.Random(0)
+    kills, run = [], 0
+    while len(kills) < KILLS:
+        # Each run is killed again and again until it gets to its end before it is killed.
+        folder, steps, target = tmp_path / str(run), counter(), chance.randint(0, STEPS)
+        process = start(run_to_the_end, folder, OPTIONS, steps)
+        wait_for_steps(process, steps, target)
+        # Between steps, in the next one, while a checkpoint is written, or in the evaluation of the epoch.
+        process.join(chance.uniform(0.0, 0.2))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills.append(steps.value)
+        else:
+            assert process.exitcode == 0
+            assert_same_run(folder, tmp_path / "whole")
+            run += 1
+    finish(start(run_to_the_end, tmp_path / str(run), OPTIONS, counter()))
+    assert_same_run(tmp_path / str(run), tmp_path / "whole")
+    assert sum(count > 0 for count in kills) >= KILLS / 2

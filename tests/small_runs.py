@@ -1,0 +1,178 @@
+"""Training runs of a second or two, in this process or in others, for the tests of the engine."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import conddetr
+from conddetr.data.batch import collate
+from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.transforms import augmentation_generator
+from conddetr.engine.checkpoint import BEST, LATEST, has_run, read_checkpoint
+from conddetr.engine.config import RunConfig, TrainConfig
+from conddetr.engine.distributed import InterruptedRunError, process_group, rank, world_size
+from conddetr.engine.step import Stepper
+from conddetr.engine.trainer import Trainer
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = [
+    "conddetr.engine.trainer",
+    "conddetr.data.synthetic",
+    "conddetr.viz.curves",
+    "matplotlib.figure",
+    "pycocotools.cocoeval",
+    "scipy.optimize",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+]
+"""What a run imports late; a module that is not installed is passed over."""
+SMALL_MODEL = {
+    "hidden_dim": 16,
+    "num_heads": 2,
+    "ffn_dim": 32,
+    "encoder_layers": 1,
+    "num_queries": 8,
+    "image_size": 64,
+    "max_image_size": 64,
+}
+SMALL_TRAINING = {"epochs": 2, "batch_size": 4, "workers": 0, "lr": 1e-3, "lr_backbone": 1e-3}
+
+
+def small_trainer(
+    folder: Path,
+    images: int = 16,
+    model_options: dict | None = None,
+    **options: object,
+) -> Trainer:
+    """A trainer of a tiny model on synthetic shapes; `options` are those of `TrainConfig`."""
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    model = conddetr.build("conditional-detr-tiny", num_classes=3, **{**SMALL_MODEL, **(model_options or {})})
+    run = RunConfig(output_dir=str(folder), train=TrainConfig(**{**SMALL_TRAINING, **options}))
+    size = model.config.image_size
+    return Trainer(model, SyntheticShapes(images, 1, size), SyntheticShapes(4, 2, size), run, device)
+
+
+def counter() -> ctypes.c_int:
+    """A number that processes share, without a lock that a killed process would keep."""
+    return CONTEXT.RawValue(ctypes.c_int, 0)
+
+
+def run_to_the_end(folder: Path, options: dict, steps: ctypes.c_int) -> None:
+    """Train with `small_trainer`, going on where a killed run stopped; counts its steps in `steps`."""
+    torch.set_num_threads(1)
+    with process_group("cpu"):
+        trainer = small_trainer(folder, **options)
+        if has_run(folder):
+            trainer.resume(folder / LATEST)
+
+        def count(*_: object) -> None:
+            steps.value += 1
+
+        trainer.stepper.optimizer.register_step_post_hook(count)
+        try:
+            trainer.fit()
+        except InterruptedRunError:
+            sys.exit(143)
+
+
+def steps_of_a_resnet(file: Path, family: str, batches_per_step: int) -> None:
+    """Two steps on fixed batches of four images, shared by all ranks; saves gradients and losses.
+
+    The norms of the ResNet are frozen, so images of a batch do not see each other. Every second image, so every image
+    of the second rank of two, has no object.
+    """
+    torch.set_num_threads(1)
+    with process_group("cpu") as device:
+        torch.manual_seed(0)
+        small = {**SMALL_MODEL, "num_classes": 3, "dropout": 0.0, "decoder_layers": 2}
+        model = conddetr.build(f"{family}-r50", **small).train()
+        # The learning rate is next to nothing: Adam's division would turn rounding into differences.
+        config = TrainConfig(lr=1e-7, lr_backbone=1e-7, clip_max_norm=0.0)
+        stepper = Stepper(model, config, device, steps_per_epoch=2)
+        shapes = SyntheticShapes(8, seed=1, image_size=64)
+        samples = [shapes.load(index, shapes.plan(index, augmentation_generator(0, 0, index))) for index in range(8)]
+        for _, target in samples[1::2]:
+            target.update(labels=target["labels"][:0], boxes=target["boxes"][:0])
+        for step, whole in enumerate((samples[:4], samples[4:])):
+            mine = whole[rank() :: world_size()]
+            size = len(mine) // batches_per_step
+            stepper([collate(mine[first : first + size]) for first in range(0, len(mine), size)], step)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        losses = {name: value for name, value in stepper.epoch_means().items() if name.startswith("loss")}
+        if rank() == 0:
+            torch.save({"gradients": gradients, "losses": losses}, file)
+
+
+def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Call a function of this module in a new process, forked from one that has imported everything."""
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    process = CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def start_ranks(size: int, function: Callable[..., None], *arguments: object) -> Sequence[BaseProcess]:
+    """Call a function of this module on every rank of a process group, with torchrun's environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [start(_as_rank, number, size, port, function, *arguments) for number in range(size)]
+
+
+def _as_rank(number: int, size: int, port: int, function: Callable[..., None], *arguments: object) -> None:
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    function(*arguments)
+
+
+def wait_for_steps(process: BaseProcess, steps: ctypes.c_int, target: int) -> None:
+    """Return when the process has done so many steps, or has ended."""
+    while process.is_alive() and steps.value < target:
+        time.sleep(0.001)
+
+
+def finish(*processes: BaseProcess) -> None:
+    """Wait for processes that must end well."""
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Everything that two runs saved and logged is equal bit for bit, but for the clock."""
+    assert_equal(*[read_checkpoint(folder / BEST) for folder in (found, expected)])
+    contents = [read_checkpoint(folder / LATEST) for folder in (found, expected)]
+    logs = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, expected)
+    ]
+    for content in contents:
+        del content["seconds"], content["run"]["output_dir"]
+    for record in logs[0] + logs[1]:
+        del record["seconds"], record["images_per_second"]
+    assert logs[0] == logs[1]
+    assert_equal(*contents)
+
+
+def assert_equal(found: object, expected: object) -> None:
+    """Equality of nested dicts and lists with tensors in them."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_equal(found[key], value)
+    elif isinstance(expected, (list, tuple)):
+        for one, other in zip(found, expected, strict=True):
+            assert_equal(one, other)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
