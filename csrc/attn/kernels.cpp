@@ -155,7 +155,7 @@ CONDDETR_INLINE void multiply(const Real* left, const Real* panels, int64_t dept
   for (int64_t first = 0; first < depth; first += kDepth) {
     const int64_t count = depth - first < kDepth ? depth - first : kDepth;
     for (int64_t panel = 0; panel * kPanel<Real> < columns; ++panel) {
-      product<kDepth, 1, true>(count, left + first * kRows, panels + (panel * depth + first) * kPanel<Real>,
+      product<kDepth, 1>(count, left + first * kRows, panels + (panel * depth + first) * kPanel<Real>,
                                c + panel * c_panel, c_stride);
     }
   }

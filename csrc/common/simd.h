@@ -93,17 +93,12 @@ CONDDETR_INLINE Vector<Real> first_lanes(Vector<Real> value, int64_t count) {
 
 // C[kRows][panel] += A B: the only matrix product there is. B is a packed panel, [depth][kPanel]; element (m, k) of A
 // is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant offset.
-// With kApart the products are summed from zero and added at the end, which rounds less than one long sum.
+// The products are summed from zero and added at the end, which rounds less than one long sum.
 // Not inlined: all registers are its own.
-template <int kRowStride, int kDepthStride, bool kApart = false, typename Real>
+template <int kRowStride, int kDepthStride, typename Real>
 __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real* b, Real* c, int64_t c_stride) {
   constexpr int L = kLanes<Real>;
-  Vector<Real> sums[kRows][2];
-#pragma GCC unroll 12
-  for (int m = 0; m < kRows; ++m) {
-    sums[m][0] = kApart ? Vector<Real>{} : load_vector(c + m * c_stride);
-    sums[m][1] = kApart ? Vector<Real>{} : load_vector(c + m * c_stride + L);
-  }
+  Vector<Real> sums[kRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector<Real> left = load_vector(b), right = load_vector(b + L);
 #pragma GCC unroll 12
@@ -117,12 +112,8 @@ __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real*
   }
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
-    if constexpr (kApart) {
-      sums[m][0] += load_vector(c + m * c_stride);
-      sums[m][1] += load_vector(c + m * c_stride + L);
-    }
-    store_vector(c + m * c_stride, sums[m][0]);
-    store_vector(c + m * c_stride + L, sums[m][1]);
+    store_vector(c + m * c_stride, load_vector(c + m * c_stride) + sums[m][0]);
+    store_vector(c + m * c_stride + L, load_vector(c + m * c_stride + L) + sums[m][1]);
   }
 }
 
