@@ -2,7 +2,6 @@
 // `torch.ops.conddetr_native.*`; they are those of `torch.ops.conddetr.*` (kernels/*/op.py), word for word.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>

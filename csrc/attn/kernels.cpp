@@ -260,15 +260,14 @@ int64_t query_index(const Problem& p, int64_t image, int64_t head, int64_t query
   return (image * p.heads + head) * p.queries + query;
 }
 
-// R and C as panels, and the tile of keys and values: what is packed once and used by all queries.
+// R and C as panels, used by all queries.
 template <typename T>
-void pack_grid(const Problem& p, const Shape<Compute<T>>& shape, int64_t image, int64_t head, Compute<T>* columns,
-               Compute<T>* rows, int32_t* positions) {
+void pack_grid(const Problem& p, int64_t image, int64_t head, Compute<T>* columns, Compute<T>* rows,
+               int32_t* positions) {
   if (!p.is_separable()) return;
   for (int64_t i = 0; i < p.width || i < p.height; ++i) positions[i] = int32_t(i);
   pack_transposed(columns, p.ds, at<T>(p.columns, image, head), p.columns.item, positions, p.width, p.ds);
   pack_transposed(rows, p.ds, at<T>(p.spatial, image, head), p.spatial.item, positions, p.height, p.ds);
-  (void)shape;
 }
 
 // Packs kRows queries, scaled so that scores are in base 2, and multiplies their spatial part with R and C.
@@ -390,7 +389,7 @@ struct Forward {
   void run() {
     fill(sums, size_t(blocks * kRows * shape.values) * sizeof(Real));
     fill(values, size_t(kTileKeys * shape.values) * sizeof(Real));
-    pack_grid<T>(p, shape, task.image, task.head, columns, rows, positions);
+    pack_grid<T>(p, task.image, task.head, columns, rows, positions);
     for (int64_t block = 0; block < blocks; ++block) {
       running[block] = {};
       pack_queries<T>(p, shape, task.image, task.head, first_query(block), count(block), columns, rows,
@@ -552,7 +551,7 @@ struct Backward {
   }
 
   void pack() {
-    pack_grid<T>(p, shape, task.image, task.head, columns, rows, positions);
+    pack_grid<T>(p, task.image, task.head, columns, rows, positions);
     fill(queries, size_t(sums.queries * shape.content) * sizeof(Real));
     fill(upstream, size_t(sums.queries * shape.values) * sizeof(Real));
     fill(keys, size_t(kTileKeys * shape.content) * sizeof(Real));
