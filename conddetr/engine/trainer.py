@@ -118,6 +118,9 @@ class Trainer:
         position = Position(**content["position"])
         if position.batch:
             self._check_same_batches(path, content)
+        else:
+            # With other batches an epoch has another number of steps, and the schedule goes by epochs.
+            position.step = position.epoch * self.stepper.steps_per_epoch
         self.stepper.load_state(content)
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]

@@ -66,6 +66,23 @@ def test_more_epochs_go_on_where_it_stopped(tmp_path):
     assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1, 2]
 
 
+def test_the_schedule_goes_by_epochs_when_the_batches_change(tmp_path):
+    trainer(tmp_path, epochs=2, lr_drop=2).fit()
+    run = trainer(tmp_path, epochs=3, lr_drop=2, batch_size=8)
+    run.resume(tmp_path / "checkpoint.pt")
+    run.fit()
+    assert [record["lr"] for record in records(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+def test_a_complete_run_stays_as_it_is(tmp_path):
+    metrics = trainer(tmp_path, epochs=1).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    again = trainer(tmp_path, epochs=1)
+    again.resume(tmp_path / "checkpoint.pt")
+    assert again.fit() == metrics
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     trainer(tmp_path / "whole").fit()
     trainer(tmp_path / "cut", epochs=1).fit()
