@@ -55,7 +55,6 @@ gpu:
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
 SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py -k "native or instruction or threads or rise"
 sanitize: $(READY)
-	$(BIN)/python -m pip install -qq pybind11 ninja
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \
 	    $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --upgrade --target build/sanitized .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
@@ -64,11 +63,13 @@ sanitize: $(READY)
 $(READY): pyproject.toml setup.py
 	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --editable ".[test]"
+	# First what the build needs: it then takes this PyTorch, not a second one of several GB.
+	$(BIN)/python -m pip install -qq "setuptools>=77" wheel pybind11 ninja torch torchvision
+	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]"
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)
-	$(BIN)/python -m pip install -qq --editable ".[bench]"
+	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[bench]"
 	touch $@
 
 clean:
