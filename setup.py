@@ -21,6 +21,8 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 # No errno and no traps, as vector code needs. Infinities and NaN keep their meaning, and sums their order.
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+# Declares how the stable ABI gives the current stream.
+NVCC_FLAGS += ["-DUSE_CUDA"]
 # The stable ABI of this release and later ones: one binary for all.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # `csrc/*/kernels.cpp` are compiled once for each of these; the machine that runs them chooses.
@@ -152,7 +154,7 @@ def native_extension() -> list[Extension]:
     sources = [str(path) for path in found if path.suffix == ".cpp"]
     if is_wanted("CONDDETR_CUDA", "CUDA toolkit", find_cuda(), "install CUDA 12.8 or newer, or set CUDA_HOME"):
         sources += [str(path) for path in found if path.suffix == ".cu"]
-    headers = [str(path) for path in found if path.suffix in (".h", ".cu")]
+    headers = [str(path) for path in found if path.suffix in (".h", ".cu", ".cuh")]
     return [Extension("conddetr._C", sources, depends=headers)]
 
 
