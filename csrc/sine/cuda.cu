@@ -3,7 +3,6 @@
 #include "common/cuda.h"
 
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "sine/kernels.cuh"
@@ -23,12 +22,6 @@ void check(const Tensor& points, const std::optional<Tensor>& transform, int64_t
                   "transform: expected the dtype and device of points");
 }
 
-unsigned blocks(int64_t count, int64_t per_block) {
-  const int64_t found = (count + per_block - 1) / per_block;
-  STD_TORCH_CHECK(found <= std::numeric_limits<int32_t>::max(), "points: too many, ", count);
-  return unsigned(found);
-}
-
 template <typename T>
 Tensor run_forward(const Tensor& points, const std::optional<Tensor>& transform, int64_t dim, float log2_temperature) {
   std::vector<int64_t> shape(points.sizes().begin(), points.sizes().end());
@@ -36,9 +29,8 @@ Tensor run_forward(const Tensor& points, const std::optional<Tensor>& transform,
   Tensor out = torch::stable::new_empty(points, shape);
   const int64_t count = points.numel() / 2;
   if (count == 0) return out;
-  forward_kernel<T><<<blocks(count * (dim / kVector), kThreads), kThreads, 0, current_stream(points)>>>(
-      data<T>(points), data_or_null<T>(transform), data<T>(out), count, int(dim), log2_temperature);
-  check_launch("sine_embedding");
+  launch("sine_embedding", forward_kernel<T>, blocks_for(count * (dim / kVector), kThreads), kThreads, 0, points,
+         data<T>(points), data_or_null<T>(transform), data<T>(out), count, int(dim), log2_temperature);
   return out;
 }
 
@@ -49,10 +41,9 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad, const Tensor& points
   Tensor grad_transform = transform ? torch::stable::empty_like(*transform) : torch::stable::new_empty(points, {0});
   const int64_t count = points.numel() / 2;
   if (count == 0) return {grad_points, grad_transform};
-  backward_kernel<T><<<blocks(count, kThreads / kLanes), kThreads, 0, current_stream(points)>>>(
-      data<T>(grad), data<T>(points), data_or_null<T>(transform), data<T>(grad_points),
-      transform ? data<T>(grad_transform) : nullptr, count, int(dim), log2_temperature);
-  check_launch("sine_embedding_backward");
+  launch("sine_embedding_backward", backward_kernel<T>, blocks_for(count, kThreads / kLanes), kThreads, 0, points,
+         data<T>(grad), data<T>(points), data_or_null<T>(transform), data<T>(grad_points),
+         transform ? data<T>(grad_transform) : nullptr, count, int(dim), log2_temperature);
   return {grad_points, grad_transform};
 }
 
@@ -78,7 +69,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& points, co
   CONDDETR_RETURN_FOR_DTYPE(points, run_backward, upstream, points, aligned_or_none(transform), dim, log2_temperature)
 }
 
-STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CUDA, library) {
+CONDDETR_CUDA_OPERATORS(library) {
   library.impl("sine_embedding", TORCH_BOX(&forward));
   library.impl("sine_embedding_backward", TORCH_BOX(&backward));
 }

@@ -1,0 +1,217 @@
+// Conditional attention on NVIDIA GPUs: operators, checks, memory, launches. The mathematics is in kernels.cuh.
+
+#include "common/cuda.h"
+
+#include <cmath>
+#include <limits>
+
+#include "attn/kernels.cuh"
+
+namespace conddetr::attn {
+namespace {
+
+// The arguments that both operators have; see kernels/attn/op.py.
+struct Inputs {
+  Tensor q_content, q_spatial, k_content, k_spatial;
+  std::optional<Tensor> columns;
+  Tensor v;
+  std::optional<Tensor> valid_hw, key_padding_mask, seed;
+  double scale, dropout_p;
+
+  int64_t batch() const { return q_content.size(0); }
+  int64_t queries() const { return q_content.size(1); }
+  int64_t heads() const { return q_content.size(2); }
+  int64_t keys() const { return k_content.size(1); }
+  int64_t height() const { return columns ? k_spatial.size(1) : 1; }
+  int64_t width() const { return columns ? columns->size(1) : keys(); }
+  int64_t tiles() const { return Octets{{int32_t(height()), int32_t(width())}}.tiles(); }
+
+  // Throws if a kernel would read what is not there; copies what does not lie in steps of 16 bytes.
+  void prepare() {
+    STD_TORCH_CHECK(q_content.dim() == 4 && k_content.dim() == 4 && k_spatial.dim() == 4,
+                    "q_content, k_content, k_spatial: expected four dimensions");
+    STD_TORCH_CHECK(!columns || columns->dim() == 4, "columns: expected four dimensions");
+    prepare(q_content, "q_content", queries());
+    prepare(q_spatial, "q_spatial", queries());
+    prepare(k_content, "k_content", keys());
+    prepare(k_spatial, "k_spatial", columns ? height() : keys());
+    if (columns) prepare(*columns, "columns", width());
+    prepare(v, "v", keys());
+    STD_TORCH_CHECK(height() * width() == keys() && keys() < int64_t(1) << 30 && queries() < int64_t(1) << 30,
+                    "expected H · W keys, and fewer than 2^30 keys and queries");
+    STD_TORCH_CHECK(batch() < 65536 && heads() < 65536, "expected fewer than 65536 images and heads");
+    check(valid_hw, "valid_hw", ScalarType::Int, 2 * batch());
+    check(key_padding_mask, "key_padding_mask", ScalarType::Bool, batch() * keys());
+    check(seed, "seed", ScalarType::Long, 1);
+    STD_TORCH_CHECK(dropout_p == 0 || seed, "seed: expected one with dropout");
+  }
+
+  void prepare(Tensor& tensor, const char* name, int64_t items) const {
+    STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch() && tensor.size(1) == items &&
+                        tensor.size(2) == heads() && tensor.size(3) == kWidth,
+                    name, ": expected shape [", batch(), ", ", items, ", ", heads(), ", ", kWidth, "]");
+    STD_TORCH_CHECK(tensor.scalar_type() == q_content.scalar_type() &&
+                        tensor.get_device_index() == q_content.get_device_index(),
+                    name, ": expected the dtype and device of q_content");
+    const int64_t step = 16 / tensor.element_size();
+    const bool is_in_steps =
+        tensor.stride(0) % step == 0 && tensor.stride(1) % step == 0 && tensor.stride(2) % step == 0;
+    if (tensor.stride(3) != 1 || !is_in_steps) tensor = torch::stable::contiguous(tensor);
+    tensor = aligned(tensor);
+  }
+
+  void check(const std::optional<Tensor>& tensor, const char* name, ScalarType dtype, int64_t numbers) const {
+    STD_TORCH_CHECK(!tensor || (tensor->scalar_type() == dtype && tensor->is_contiguous() &&
+                                tensor->numel() == numbers && tensor->get_device_index() == q_content.get_device_index()),
+                    name, ": expected ", numbers, " contiguous numbers of the schema's dtype, on the device of q_content");
+  }
+};
+
+template <typename T>
+Rows<T> rows(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Which weights dropout keeps, one bit each; none without dropout.
+std::optional<Tensor> kept(const Inputs& inputs) {
+  if (inputs.dropout_p == 0) return std::nullopt;
+  const int64_t count = inputs.batch() * inputs.heads() * inputs.queries() * inputs.tiles();
+  Tensor keep = torch::stable::new_empty(inputs.v, {count}, ScalarType::Long);
+  launch("conditional_attention (dropout)", keep_kernel, blocks_for(count, kKeepThreads), kKeepThreads, 0, inputs.v,
+         data<uint64_t>(keep), data<int64_t>(*inputs.seed), data_or_null<int32_t>(inputs.valid_hw), count,
+         int(inputs.queries()), int(inputs.keys()), int(inputs.heads()), int(inputs.height()), int(inputs.width()),
+         int(inputs.tiles()), philox::threshold(float(inputs.dropout_p)));
+  return keep;
+}
+
+template <typename T>
+Problem<T> problem(const Inputs& inputs, const std::optional<Tensor>& keep) {
+  Problem<T> p{};
+  p.q_content = rows<T>(inputs.q_content);
+  p.q_spatial = rows<T>(inputs.q_spatial);
+  p.k_content = rows<T>(inputs.k_content);
+  p.spatial = rows<T>(inputs.k_spatial);
+  if (inputs.columns) p.columns = rows<T>(*inputs.columns);
+  p.v = rows<T>(inputs.v);
+  p.queries = int(inputs.queries());
+  p.keys = int(inputs.keys());
+  p.heads = int(inputs.heads());
+  p.height = int(inputs.height());
+  p.width = int(inputs.width());
+  p.valid_hw = data_or_null<int32_t>(inputs.valid_hw);
+  p.padding = data_or_null<bool>(inputs.key_padding_mask);
+  p.keep = data_or_null<uint64_t>(keep);
+  p.keep_tiles = int(inputs.tiles());
+  p.scale = float(inputs.scale);
+  p.log2_scale = inputs.scale == 0 ? std::numeric_limits<float>::min() : float(inputs.scale * 1.4426950408889634);
+  p.hidden = -std::copysign(std::numeric_limits<float>::infinity(), p.log2_scale);
+  p.kept_factor = float(1.0 / (1.0 - inputs.dropout_p));
+  return p;
+}
+
+int64_t checked(int64_t bytes, const Inputs& inputs) {
+  const int64_t limit = shared_limit(inputs.v);
+  STD_TORCH_CHECK(bytes <= limit, "k_spatial: a grid of ", inputs.height(), " × ", inputs.width(), " needs ", bytes,
+                  " bytes of shared memory, this GPU has ", limit, "; use backend=\"triton\"");
+  return bytes;
+}
+
+dim3 grid(const Inputs& inputs, int64_t tiles) {
+  return dim3(unsigned(tiles), unsigned(inputs.heads()), unsigned(inputs.batch()));
+}
+
+int64_t tiles_of(int64_t items) { return (items + kTile - 1) / kTile; }
+
+template <typename T, bool kSeparable>
+std::tuple<Tensor, Tensor> forward_form(const Inputs& inputs) {
+  Tensor out = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.queries(), inputs.heads(), kWidth});
+  Tensor lse = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
+  const std::optional<Tensor> keep = kept(inputs);
+  const int64_t bytes = checked(shared_bytes<T, kSeparable>(inputs.height(), inputs.width()).forward, inputs);
+  launch("conditional_attention", forward_kernel<T, kSeparable>, grid(inputs, tiles_of(inputs.queries())), kThreads,
+         bytes, inputs.v, problem<T>(inputs, keep), data<T>(out), data<float>(lse));
+  return {out, lse};
+}
+
+// Of q_content, q_spatial, k_content, k_spatial, columns (empty for dense keys) and v.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T, bool kSeparable>
+Gradients backward_form(const Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse) {
+  const int64_t batch = inputs.batch(), queries = inputs.queries(), heads = inputs.heads();
+  const auto like = [](const Tensor& tensor, int64_t items) {
+    return torch::stable::new_empty(tensor, {tensor.size(0), items, tensor.size(2), kWidth});
+  };
+  // What belongs to keys outside the valid rectangle is never written.
+  const auto like_keys = [&](const Tensor& tensor) {
+    return inputs.valid_hw ? torch::stable::new_zeros(tensor, {batch, inputs.keys(), heads, kWidth})
+                           : like(tensor, inputs.keys());
+  };
+  Tensor grad_qc = like(inputs.q_content, queries), grad_qs = like(inputs.q_spatial, queries);
+  Tensor grad_kc = like_keys(inputs.k_content), grad_v = like_keys(inputs.v);
+  Tensor grad_ks = like(inputs.k_spatial, inputs.k_spatial.size(1));
+  Tensor grad_columns =
+      kSeparable ? like(*inputs.columns, inputs.width()) : torch::stable::new_empty(inputs.v, {0});
+  Tensor delta = torch::stable::new_empty(lse, {batch, heads, queries});
+  const int64_t lines = inputs.height() + inputs.width();
+  Tensor sums = torch::stable::new_empty(lse, {kSeparable ? batch * heads * lines * queries : 0});
+
+  const std::optional<Tensor> keep = kept(inputs);
+  const Problem<T> p = problem<T>(inputs, keep);
+  const Upstream<T> upstream{data<T>(grad), data<T>(out), data<float>(lse), data<float>(delta)};
+  const SharedBytes bytes = shared_bytes<T, kSeparable>(inputs.height(), inputs.width());
+  launch("conditional_attention_backward (queries)", backward_query_kernel<T, kSeparable>,
+         grid(inputs, tiles_of(queries)), kThreads, checked(bytes.backward_query, inputs), inputs.v, p, upstream,
+         data<T>(grad_qc), data<T>(grad_qs), data<float>(sums));
+  launch("conditional_attention_backward (keys)", backward_key_kernel<T, kSeparable>, grid(inputs, inputs.tiles()),
+         kThreads, checked(bytes.backward_key, inputs), inputs.v, p, upstream, data<T>(grad_kc), data<T>(grad_ks),
+         data<T>(grad_v));
+  if constexpr (kSeparable) {
+    launch("conditional_attention_backward (rows and columns)", backward_table_kernel<T>, grid(inputs, tiles_of(lines)),
+           kThreads, 2 * Tile<T>::kBytes, inputs.v, p, data<float>(sums), data<T>(grad_ks), data<T>(grad_columns));
+  }
+  return {grad_qc, grad_qs, grad_kc, grad_ks, grad_columns, grad_v};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> run_forward(const Inputs& inputs) {
+  return inputs.columns ? forward_form<T, true>(inputs) : forward_form<T, false>(inputs);
+}
+
+template <typename T>
+Gradients run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse) {
+  return inputs.columns ? backward_form<T, true>(inputs, grad, out, lse)
+                        : backward_form<T, false>(inputs, grad, out, lse);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content,
+                                   const Tensor& k_spatial, const std::optional<Tensor>& columns, const Tensor& v,
+                                   const std::optional<Tensor>& valid_hw, const std::optional<Tensor>& key_padding_mask,
+                                   const std::optional<Tensor>& seed, double scale, double dropout_p) {
+  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale, dropout_p};
+  const DeviceGuard guard(v.get_device_index());
+  inputs.prepare();
+  CONDDETR_RETURN_FOR_DTYPE(v, run_forward, inputs)
+}
+
+Gradients backward(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content, const Tensor& k_spatial,
+                   const std::optional<Tensor>& columns, const Tensor& v, const std::optional<Tensor>& valid_hw,
+                   const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed, double scale,
+                   double dropout_p, const Tensor& grad, const Tensor& out, const Tensor& lse) {
+  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale, dropout_p};
+  const DeviceGuard guard(v.get_device_index());
+  inputs.prepare();
+  Tensor upstream = torch::stable::contiguous(grad), result = torch::stable::contiguous(out);
+  inputs.prepare(upstream, "grad", inputs.queries());
+  inputs.prepare(result, "out", inputs.queries());
+  inputs.check(lse, "lse", ScalarType::Float, inputs.batch() * inputs.heads() * inputs.queries());
+  CONDDETR_RETURN_FOR_DTYPE(v, run_backward, inputs, upstream, result, lse)
+}
+
+CONDDETR_CUDA_OPERATORS(library) {
+  library.impl("conditional_attention", TORCH_BOX(&forward));
+  library.impl("conditional_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace
+}  // namespace conddetr::attn

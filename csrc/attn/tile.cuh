@@ -1,0 +1,196 @@
+// Tiles in shared memory and the two matrix products of attention, by one warp.
+//
+// A warp has 16 rows; lane 4g + t holds of a product, for each octet of columns, columns 2t and 2t+1 of row g and then
+// of row g + 8. That is how tensor cores hand it out; float32, which is summed without them, keeps to the same layout.
+#pragma once
+
+#include "common/portable.h"
+#include "common/warp.cuh"
+
+namespace conddetr::attn {
+
+constexpr int kWidth = 32;     // channels of a head
+constexpr int kTile = 64;      // rows of a tile
+constexpr int kWarpRows = 16;
+constexpr int kThreads = kTile / kWarpRows * kLanes;
+
+// [64, 32] in shared memory. Rows are cut into chunks of 16 bytes, and chunk c of row r lies where chunk c ^ (r, or r / 2
+// for the four chunks of a 16-bit row) would: eight rows of one chunk then are in eight different groups of four
+// banks, and so are the rows that a copy writes at a time.
+template <typename T>
+struct Tile {
+  static constexpr int kPerChunk = 16 / int(sizeof(T));
+  static constexpr int kChunks = kWidth / kPerChunk;
+  static constexpr int kBytes = kTile * kWidth * int(sizeof(T));
+
+  T* data;
+
+  CONDDETR_BOTH T* chunk(int row, int chunk) const {
+    const int turn = kChunks == 8 ? row : row / 2;
+    return data + row * kWidth + (chunk ^ (turn & (kChunks - 1))) * kPerChunk;
+  }
+  CONDDETR_BOTH T* at(int row, int channel) const {
+    return chunk(row, channel / kPerChunk) + channel % kPerChunk;
+  }
+};
+
+// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative.
+template <typename T, typename ItemOf>
+__device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t stride, ItemOf item_of) {
+  constexpr int kChunks = Tile<T>::kChunks;
+#pragma unroll
+  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+    const int64_t item = item_of(row);
+    copy_async(tile.chunk(row, chunk), base + (item < 0 ? 0 : item * stride) + chunk * Tile<T>::kPerChunk, item >= 0);
+  }
+}
+
+// Sixteen rows of a tile from `first` on, as the left operand of a product.
+template <typename T>
+struct Fragment {
+  uint32_t part[2][4];
+
+  __device__ __forceinline__ Fragment(Tile<T> tile, int first) {
+    const int lane = threadIdx.x % kLanes, row = first + lane % 16;
+#pragma unroll
+    for (int step = 0; step < 2; ++step) load_matrices<false>(part[step], tile.chunk(row, 2 * step + lane / 16));
+  }
+};
+
+// Float32 is read from the tile where it is used, which must stay.
+template <>
+struct Fragment<float> {
+  Tile<float> tile;
+  int first;
+
+  __device__ __forceinline__ Fragment(Tile<float> tile, int first) : tile(tile), first(first) {}
+};
+
+// sum[16, 16] += left[16, 32] · (rows `first` to `first` + 15 of the tile)ᵀ
+template <typename T>
+__device__ __forceinline__ void multiply_rows(float (&sum)[2][4], const Fragment<T>& left, Tile<T> tile, int first) {
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int octet = 0; octet < 2; ++octet) {
+    uint32_t right[4];
+    load_matrices<false>(right, tile.chunk(first + 8 * octet + lane % 8, lane / 8));
+    multiply<T>(sum[octet], left.part[0], right[0], right[1]);
+    multiply<T>(sum[octet], left.part[1], right[2], right[3]);
+  }
+}
+
+template <>
+__device__ __forceinline__ void multiply_rows<float>(float (&sum)[2][4], const Fragment<float>& left,
+                                                     Tile<float> tile, int first) {
+  const int g = threadIdx.x % kLanes / 4, t = threadIdx.x % 4;
+#pragma unroll 2  // further unrolled it would hoist loads until registers spill
+  for (int chunk = 0; chunk < Tile<float>::kChunks; ++chunk) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int octet = i / 4, row = i / 2 % 2, column = i % 2;
+      const float4 a = *reinterpret_cast<const float4*>(left.tile.chunk(left.first + g + 8 * row, chunk));
+      const float4 b = *reinterpret_cast<const float4*>(tile.chunk(first + 8 * octet + 2 * t + column, chunk));
+      float& target = sum[octet][2 * row + column];
+      target += a.x * b.x;
+      target += a.y * b.y;
+      target += a.z * b.z;
+      target += a.w * b.w;
+    }
+  }
+}
+
+// sum[16, 32] += left[16, 16] · (rows `first` to `first` + 15 of the tile); left is rounded to T.
+template <typename T>
+__device__ __forceinline__ void multiply_columns(float (&sum)[4][4], const float (&left)[2][4], Tile<T> tile,
+                                                 int first) {
+  const int lane = threadIdx.x % kLanes;
+  const uint32_t packed[4] = {pack<T>(left[0][0], left[0][1]), pack<T>(left[0][2], left[0][3]),
+                              pack<T>(left[1][0], left[1][1]), pack<T>(left[1][2], left[1][3])};
+#pragma unroll
+  for (int chunk = 0; chunk < 4; chunk += 2) {
+    uint32_t right[4];
+    load_matrices<true>(right, tile.chunk(first + lane % 16, chunk + lane / 16));
+    multiply<T>(sum[chunk], packed, right[0], right[1]);
+    multiply<T>(sum[chunk + 1], packed, right[2], right[3]);
+  }
+}
+
+// Float32 adds up 16 products first, then their sum: over hundreds of rows the error grows more slowly.
+template <>
+__device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], const float (&left)[2][4],
+                                                        Tile<float> tile, int first) {
+  const int lane = threadIdx.x % kLanes, t = lane % 4;
+  float part[4][4] = {};
+#pragma unroll 1  // likewise
+  for (int owner = 0; owner < 4; ++owner) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int octet = i / 2, column = i % 2, row = first + 8 * octet + 2 * owner + column;
+      const float upper = from_lane(left[octet][column], lane - t + owner);
+      const float lower = from_lane(left[octet][2 + column], lane - t + owner);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 right = *reinterpret_cast<const float2*>(tile.at(row, 8 * j + 2 * t));
+        part[j][0] += upper * right.x;
+        part[j][1] += upper * right.y;
+        part[j][2] += lower * right.x;
+        part[j][3] += lower * right.y;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] += part[i / 4][i % 4];
+}
+
+// sum[16, 8] += the sums of the octets of left[16, 16] in columns 2 · group and 2 · group + 1: the product with a matrix
+// of ones and zeros.
+template <typename T>
+__device__ __forceinline__ void add_octets(float (&sum)[4], const float (&left)[2][4], int group) {
+  const int g = threadIdx.x % kLanes / 4;
+  const uint32_t packed[4] = {pack<T>(left[0][0], left[0][1]), pack<T>(left[0][2], left[0][3]),
+                              pack<T>(left[1][0], left[1][1]), pack<T>(left[1][2], left[1][3])};
+  const uint32_t ones = pack<T>(1.0f, 1.0f);
+  multiply<T>(sum, packed, g == 2 * group ? ones : 0, g == 2 * group + 1 ? ones : 0);
+}
+
+template <>
+__device__ __forceinline__ void add_octets<float>(float (&sum)[4], const float (&left)[2][4], int group) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int octet = i % 2, row = i / 2;
+    float total = left[octet][2 * row] + left[octet][2 * row + 1];
+    total += from_lane_xor(total, 1);
+    total += from_lane_xor(total, 2);
+    if (t == group) sum[2 * row + octet] += total;
+  }
+}
+
+// Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp uses;
+// nothing where that is negative.
+template <typename T, typename ItemOf>
+__device__ __forceinline__ void store_rows(T* base, int64_t stride, const float (&value)[4][4], Tile<T> tile, int first,
+                                           ItemOf item_of) {
+  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  warp_barrier();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *tile.at(first + g + 8 * (i / 2), 8 * j + 2 * t + i % 2) = from_float<T>(value[j][i]);
+    }
+  }
+  warp_barrier();
+  constexpr int kChunks = Tile<T>::kChunks;
+#pragma unroll
+  for (int i = 0; i < kWarpRows * kChunks / kLanes; ++i) {
+    const int index = i * kLanes + lane, row = first + index / kChunks, chunk = index % kChunks;
+    const int64_t item = item_of(row);
+    if (item < 0) continue;
+    *reinterpret_cast<uint4*>(base + item * stride + chunk * Tile<T>::kPerChunk) =
+        *reinterpret_cast<const uint4*>(tile.chunk(row, chunk));
+  }
+}
+
+}  // namespace conddetr::attn
