@@ -104,7 +104,7 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include = [f"-I{path}" for path in (ROOT / "csrc", folder, torch_folder / "include")]
     # Headers of others are not held to our warnings.
-    include += [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    include += [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     link += [f"-L{cuda}/lib64", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"] if cuda else []
     write_build_info(folder / "build_info.h", cuda, architectures, checks)

@@ -10,6 +10,9 @@
 namespace conddetr::attn {
 namespace {
 
+// The largest grid of the presets, 1333 × 1333 pixels at stride 16, fits GPUs with the smallest shared memory.
+static_assert(shared_bytes<bf16, true>(84, 84).backward_query <= 99 * 1024);
+
 // The arguments that both operators have; see kernels/attn/op.py.
 struct Inputs {
   Tensor q_content, q_spatial, k_content, k_spatial;

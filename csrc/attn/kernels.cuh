@@ -61,7 +61,7 @@ struct Lane {
 
 __device__ __forceinline__ bool has_bit(uint64_t bits, int index) { return bits >> index & 1; }
 
-// Of the four groups of 16 columns of a tile, so many are unrolled going back; with more, registers spill.
+// Of the four groups of 16 columns of a tile, so many at most are unrolled going back; with more, registers spill.
 template <typename T>
 constexpr int kUnrolledGroups = sizeof(T) == 2 ? 2 : 1;
 
@@ -619,7 +619,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     wait_group<1>();
     barrier();
     const int at = block % 2;
-#pragma unroll kUnrolledGroups<T>
+#pragma unroll kSeparable ? kUnrolledGroups<T> : 1
     for (int group = 0; group < 4; ++group) {
       float scores[2][4], grad_weights[2][4];
       clear(scores);

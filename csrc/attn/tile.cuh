@@ -80,22 +80,27 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[2][4], const Fragment
   }
 }
 
+// Float32 adds up eight products before they join the sum: the error grows more slowly.
 template <>
 __device__ __forceinline__ void multiply_rows<float>(float (&sum)[2][4], const Fragment<float>& left,
                                                      Tile<float> tile, int first) {
   const int g = threadIdx.x % kLanes / 4, t = threadIdx.x % 4;
-#pragma unroll 2  // further unrolled it would hoist loads until registers spill
-  for (int chunk = 0; chunk < Tile<float>::kChunks; ++chunk) {
+#pragma unroll 1  // unrolled it would hoist loads until registers spill
+  for (int pair = 0; pair < Tile<float>::kChunks; pair += 2) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int octet = i / 4, row = i / 2 % 2, column = i % 2;
-      const float4 a = *reinterpret_cast<const float4*>(left.tile.chunk(left.first + g + 8 * row, chunk));
-      const float4 b = *reinterpret_cast<const float4*>(tile.chunk(first + 8 * octet + 2 * t + column, chunk));
-      float& target = sum[octet][2 * row + column];
-      target += a.x * b.x;
-      target += a.y * b.y;
-      target += a.z * b.z;
-      target += a.w * b.w;
+      float part = 0;
+#pragma unroll
+      for (int chunk = pair; chunk < pair + 2; ++chunk) {
+        const float4 a = *reinterpret_cast<const float4*>(left.tile.chunk(left.first + g + 8 * row, chunk));
+        const float4 b = *reinterpret_cast<const float4*>(tile.chunk(first + 8 * octet + 2 * t + column, chunk));
+        part += a.x * b.x;
+        part += a.y * b.y;
+        part += a.z * b.z;
+        part += a.w * b.w;
+      }
+      sum[octet][2 * row + column] += part;
     }
   }
 }
@@ -116,7 +121,7 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[4][4], const float
   }
 }
 
-// Float32 adds up 16 products first, then their sum: over hundreds of rows the error grows more slowly.
+// Float32 adds up 16 products before they join the sum, as above.
 template <>
 __device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], const float (&left)[2][4],
                                                         Tile<float> tile, int first) {

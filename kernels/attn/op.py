@@ -40,7 +40,7 @@ def conditional_attention(
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
-        backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` or `eager`.
+        backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` (on a GPU: all of them 32) or `eager`.
 
     Returns:
         [B, Q, h, dv]; zeros for an image whose keys are all padding.
@@ -77,16 +77,23 @@ def conditional_attention(
 
 
 def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> str:
-    """The backend's name; widths that the kernels do not take are a reason against them like any other."""
+    """The backend's name; widths that its kernels do not take are a reason against it like any other."""
     choice = registry.choose(backend, v.device, v.dtype).backend
-    widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
+    reason = _why_not_widths(choice, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
+    if reason is None:
+        return choice
+    if backend != "auto":
+        raise registry.BackendError(f"backend {choice!r} can not run here: {reason}")
+    return "eager"
+
+
+def _why_not_widths(choice: str, device: torch.device, widths: tuple[int, int, int]) -> str | None:
+    """The reason against a backend for d, ds and dv, or None."""
     if choice == "triton" and not all(16 <= width <= 128 for width in widths):
-        if backend != "auto":
-            raise registry.BackendError(
-                f"backend 'triton' can not run here: d, ds, dv must be from 16 to 128, got {widths}."
-            )
-        return "eager"
-    return choice
+        return f"d, ds, dv must be from 16 to 128, got {widths}."
+    if choice == "native" and device.type == "cuda" and widths != (32, 32, 32):
+        return f"on a GPU d, ds, dv must be 32, got {widths} (triton takes 16 to 128)."
+    return None
 
 
 def _check_tensors(

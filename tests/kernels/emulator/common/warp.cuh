@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -43,9 +45,8 @@ inline dim3 blockIdx, threadIdx;
 
 namespace conddetr {
 
-struct bf16 {
-  uint16_t bits;
-};
+using bf16 = c10::BFloat16;
+using fp16 = c10::Half;
 
 constexpr int kLanes = 32;
 
@@ -64,9 +65,11 @@ struct Copy {
   int group;
 };
 
+constexpr size_t kStack = 64 * 1024;
+
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(256 * 1024);
+  std::unique_ptr<char[]> stack{new char[kStack]};
   std::vector<Copy> copies;
   int group = 0;
   const Team* waits_for = nullptr;
@@ -145,8 +148,8 @@ inline void run_block(int threads, size_t shared, std::function<void()> kernel) 
   for (Team& team : block->warps) team.size = kLanes;
   for (Thread& thread : block->threads) {
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
     makecontext(&thread.context, run_thread, 0);
   }
   std::vector<int> order(threads);
@@ -173,31 +176,17 @@ inline void run_block(int threads, size_t shared, std::function<void()> kernel) 
 
 }  // namespace emulator
 
-inline float to_float(float value) { return value; }
-inline float to_float(bf16 value) {
-  const uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
 template <typename T>
-T from_float(float value);
-template <>
-inline float from_float<float>(float value) {
-  return value;
+float to_float(T value) {
+  return float(value);
 }
-template <>
-inline bf16 from_float<bf16>(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  if (value != value) return {0x7FC0};
-  return {uint16_t((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
+template <typename T>
+T from_float(float value) {
+  return T(value);
 }
-
 template <typename T>
 uint32_t pack(float first, float second) {
-  return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
+  return T(first).x | uint32_t(T(second).x) << 16;
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -262,7 +251,7 @@ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
   const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
   float left[16][16], right[16][8];
   const auto unpack = [](const char* shown, int word, int half) {
-    return to_float(T{reinterpret_cast<const uint16_t*>(shown)[2 * word + half]});
+    return to_float(T(reinterpret_cast<const uint16_t*>(shown)[2 * word + half], T::from_bits()));
   };
   const auto shown_a = emulator::show(a, sizeof a);
   for (int from = 0; from < kLanes; ++from) {

@@ -1,0 +1,47 @@
+"""Every CUDA source compiles without a GPU, and the machine code is what it should be.
+
+Three architectures here, with the most and the fewest registers used so far among them; all six by
+`python -m conddetr.kernels.aot_cuda`.
+"""
+
+import pytest
+
+from conddetr.kernels import aot_cuda
+
+ARCHITECTURES = ("80", "90a", "120")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    pytest.importorskip("triton", reason="cuobjdump comes with the package triton, which is not installed")
+    if aot_cuda.find_nvcc() is None:
+        pytest.skip("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    return aot_cuda.compile_all(ARCHITECTURES)
+
+
+def test_nothing_is_in_local_memory(compiled):
+    wrong = [f"{found.kernel} for sm_{found.architecture}: {aot_cuda.problems(found)}" for found in compiled]
+    assert not [line for line in wrong if not line.endswith("[]")]
+
+
+def test_every_kernel_is_there_once_for_each_architecture(compiled):
+    expected = {"attn keep_kernel"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        expected |= {f"sine {kernel} {dtype}" for kernel in ("forward_kernel", "backward_kernel")}
+        expected.add(f"attn backward_table_kernel {dtype}")
+        for kernel in ("forward_kernel", "backward_query_kernel", "backward_key_kernel"):
+            expected |= {f"attn {kernel} {dtype} {form}" for form in ("dense", "separable")}
+    for architecture in ARCHITECTURES:
+        found = [kernel.kernel for kernel in compiled if kernel.architecture == architecture]
+        assert sorted(found) == sorted(expected)
+        assert len(found) == len(set(found))
+
+
+def test_problems_are_seen():
+    good = aot_cuda.Compiled("attn forward_kernel bf16 dense", "80", 168, 0, 0, 0, 96)
+    assert not aot_cuda.problems(good)
+    spilled = aot_cuda.Compiled("attn forward_kernel bf16 dense", "80", 168, 16, 24, 4, 0)
+    assert aot_cuda.problems(spilled) == [
+        "16 bytes of stack, 24 spilled, 4 local memory instructions",
+        "no tensor core instruction",
+    ]
