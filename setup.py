@@ -56,7 +56,9 @@ def find_cuda() -> str | None:
     """The folder of the CUDA toolkit: CUDA_HOME if that is set, else that of the nvcc on the path, or the usual one."""
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     folders = [named] if named else [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
-    return next((str(folder) for folder in folders if folder and (Path(folder) / "bin" / "nvcc").exists()), None)
+    # A script called nvcc may stand outside the toolkit: there are no headers beside it.
+    parts = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((str(f) for f in folders if f and all((Path(f) / part).exists() for part in parts)), None)
 
 
 def jobs() -> int:
