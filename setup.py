@@ -139,7 +139,7 @@ def write_build_info(path: Path, cuda: str | None, architectures: list[str], che
     values = {
         "COMPILER": version.splitlines()[0] if version else "unknown",
         "CUDA": re.search(r"release (\S+),", nvcc)[1] if nvcc else "",
-        "ARCHITECTURES": ";".join(architectures),
+        "ARCHITECTURES": " ".join(architectures),
         "FLAGS": " ".join([*CXX_FLAGS, *checks]),
         "LEVELS": ";".join(LEVELS),
     }
