@@ -67,8 +67,9 @@ constexpr int kUnrolledGroups = sizeof(T) == 2 ? 2 : 1;
 
 constexpr uint64_t kAll = ~0ull;
 
-// Blocks that a multiprocessor holds at least, as far as registers go: 168 for each thread.
-constexpr int kBlocks = 3;
+// Blocks that a multiprocessor holds at least, as far as registers go: 168 for each thread, or all 255.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;
 
 // Hands out a block's shared memory.
 struct Shared {
@@ -282,7 +283,7 @@ constexpr SharedBytes shared_bytes(int64_t height, int64_t width) {
 
 // A block has 64 queries of one head of one image, a warp 16 of them; keys go by in tiles, two in flight.
 template <typename T, bool kSeparable>
-__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(Problem<T> p, T* out, float* lse) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T> p, T* out, float* lse) {
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Octets octets = p.octets(image);
   const int tiles = octets.tiles();
@@ -383,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(Problem<T> p
 // Gradients of both queries, and delta = grad · out. With separable keys, `sums` [batch, heads, width + height, queries]
 // gets the gradient of scores summed over rows for each column, then over columns for each row, of the valid rectangle.
 template <typename T, bool kSeparable>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_query_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial, float* sums) {
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Octets octets = p.octets(image);
@@ -555,7 +556,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // Gradients of content keys, values and dense spatial keys, contiguous [batch, keys, heads, 32], inside the valid
 // rectangle. A block has one tile of keys, a warp 16 of them as rows; queries go by as columns.
 template <typename T, bool kSeparable>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_key_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial, T* grad_v) {
   const int tile = blockIdx.x, head = blockIdx.y, image = blockIdx.z;
   const Octets octets = p.octets(image);
@@ -658,7 +659,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 // Gradients of separable keys, contiguous [batch, height or width, heads, 32], from `sums` of backward_query_kernel. A
 // block has 64 lines of it, a warp 16; zeros outside the valid rectangle.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_table_kernel(Problem<T> p, const float* sums, T* grad_rows, T* grad_columns) {
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Rectangle valid = p.octets(image).valid;
