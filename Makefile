@@ -60,10 +60,10 @@ sanitize: $(READY)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q $(SUITE)
 
+# First what the build needs: it then takes this PyTorch, not a second one of several GB.
 $(READY): pyproject.toml setup.py
 	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
-	# First what the build needs: it then takes this PyTorch, not a second one of several GB.
 	$(BIN)/python -m pip install -qq "setuptools>=77" wheel pybind11 ninja torch torchvision
 	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]"
 	touch $@
