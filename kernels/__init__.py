@@ -1,6 +1,18 @@
-"""The operations of Conditional DETR, one folder each. This package knows nothing of detection."""
+"""The operations of Conditional DETR, one folder each. This package knows nothing of models, images or training."""
 
 from conddetr.kernels.attn import conditional_attention
+from conddetr.kernels.boxes import matched_box_loss
+from conddetr.kernels.cost import matching_cost
+from conddetr.kernels.focal import focal_loss
+from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 
-__all__ = ["conditional_attention", "conditional_spatial_query", "sine_embedding"]
+__all__ = [
+    "conditional_attention",
+    "conditional_spatial_query",
+    "focal_loss",
+    "linear_assignment",
+    "matched_box_loss",
+    "matching_cost",
+    "sine_embedding",
+]

@@ -21,11 +21,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.boxes import triton as boxes
+from conddetr.kernels.cost import triton as cost
+from conddetr.kernels.focal import triton as focal
+from conddetr.kernels.match import triton as match
 from conddetr.kernels.sine import triton as sine
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one block may use (CUDA programming guide, compute capabilities)."""
+
+
+ROOMS = (attn, boxes, cost, focal, match, sine)
+"""Where the kernels are."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,19 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from loss_jobs()
+
+
+def loss_jobs() -> Iterator[Job]:
+    """The kernels of the training loss, for 91 classes and 300 queries."""
+    for kernel in ("focal_kernel", "focal_backward_kernel"):
+        yield Job(kernel, "91 classes", "bf16", tuple(focal.launch(91).items()))
+    for variant, softmax in (("focal", False), ("softmax", True)):
+        tiles = {"SOFTMAX": softmax, "BLOCK_N": cost.BLOCK_N, "BLOCK_Q": cost.BLOCK_Q}
+        yield Job("cost_kernel", variant, "fp32", tuple(tiles.items()))
+    for kernel in ("box_loss_kernel", "box_loss_backward_kernel"):
+        yield Job(kernel, "", "fp32", (("BLOCK", boxes.BLOCK),))
+    yield Job("match_kernel", "300 queries", "fp32", tuple(match.launch(300).items()))
 
 
 def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is_separable: bool) -> Iterator[Job]:
@@ -100,7 +121,7 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
 
 def compile_job(job: Job, architecture: int) -> Compiled:
     """Compile one job for one architecture and read its machine code."""
-    function = getattr(attn, job.kernel, None) or getattr(sine, job.kernel)
+    function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")
     launch = {name: options.pop(name) for name in compiler if name in options}
@@ -130,21 +151,27 @@ def compile_job(job: Job, architecture: int) -> Compiled:
     )
 
 
+_KINDS = {
+    "*fp32": ("lse", "delta", "grad_ks", "partial", "grad_loss", "log_total", "cost"),
+    "*i32": ("valid_hw", "counts"),
+    "*i64": ("seed_pointer", "target", "labels", "assignment"),
+    "*i1": ("padding",),
+    "fp32": ("scale", "log2_scale", "dropout_p", "log2_temperature", "alpha", "gamma", "present", "absent",
+             "class_weight", "bbox_weight", "giou_weight"),
+    "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
+            "classes"),
+}  # fmt: skip
+_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
+          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX"}  # fmt: skip
+
+
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
     """The type of an argument, by its name."""
-    pointers = {"lse": "*fp32", "delta": "*fp32", "grad_ks": "*fp32", "valid_hw": "*i32", "padding": "*i1",
-                "seed_pointer": "*i64"}  # fmt: skip
-    needs = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
-             "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM"}  # fmt: skip
-    if name in options or (name in needs and not options[needs[name]]):
+    if name in options or (name in _NEEDS and not options[_NEEDS[name]]):
         return "constexpr"
-    if name in pointers:
-        return pointers[name]
-    if name in ("scale", "log2_scale", "dropout_p", "log2_temperature"):
-        return "fp32"
-    if name.startswith("stride") or name in ("queries", "keys", "heads", "height", "width", "count"):
+    if name.startswith("stride"):
         return "i32"
-    return f"*{dtype}"
+    return next((kind for kind, names in _KINDS.items() if name in names), f"*{dtype}")
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -172,7 +199,8 @@ def problems(found: Compiled) -> list[str]:
         wrong.append(f"{found.stack_bytes} bytes of stack, {found.local_instructions} local memory instructions")
     if found.shared_kib > SHARED_LIMIT[found.architecture]:
         wrong.append(f"{found.shared_kib:.0f} KiB of shared memory, the limit is {SHARED_LIMIT[found.architecture]}")
-    if "embed" not in found.kernel and "ieee" not in found.variant and not found.tensor_core_instructions:
+    is_product = hasattr(attn, found.kernel) and "ieee" not in found.variant
+    if is_product and not found.tensor_core_instructions:
         wrong.append("no tensor core instruction")
     return wrong
 

@@ -12,6 +12,10 @@ BACKENDS = ("triton", "native", "eager")
 """In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
 
 
+WITHOUT_NATIVE = ("triton", "eager")
+"""What operations offer that have no native kernels."""
+
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it is not imported for this."""
 
@@ -30,13 +34,14 @@ class Choice:
     """Every implementation that `auto` would have preferred, with the reason against it."""
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose(requested: str, device: torch.device, dtype: torch.dtype, offered: tuple[str, ...] = BACKENDS) -> Choice:
     """Pick an implementation.
 
     Args:
         requested: `auto`, or one of `BACKENDS`, which then must be able to run.
         device: of the tensors.
         dtype: of the tensors.
+        offered: those of `BACKENDS` that the operation has.
 
     Raises:
         ValueError: no such backend.
@@ -46,7 +51,9 @@ def choose(requested: str, device: torch.device, dtype: torch.dtype) -> Choice:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {requested!r}.")
     refused: dict[str, str] = {}
     for backend in BACKENDS if requested == "auto" else (requested,):
-        reason = why_not(backend, device, dtype, requested == "auto")
+        reason = "this operation has no such kernels."
+        if backend in offered:
+            reason = why_not(backend, device, dtype, requested == "auto")
         if reason is None:
             return Choice(backend, refused)
         refused[backend] = reason

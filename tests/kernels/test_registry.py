@@ -38,3 +38,12 @@ def test_explicit_requests_that_can_not_run(monkeypatch):
         registry.choose("triton", CPU, torch.float32)
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, native, eager, got 'cuda'"):
         registry.choose("cuda", CPU, torch.float32)
+
+
+def test_a_backend_that_the_operation_has_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    choice = registry.choose("auto", CPU, torch.float32, ("eager",))
+    assert choice.backend == "eager"
+    assert choice.refused["triton"] == "this operation has no such kernels."
+    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: this operation has no such kernels"):
+        registry.choose("triton", CPU, torch.float32, ("eager",))

@@ -1,0 +1,96 @@
+"""Losses of matched boxes: the public function, its checks, and the operator behind the kernels.
+
+Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+"""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.boxes import reference
+
+
+def matched_box_loss(
+    boxes: Tensor, objects: Tensor, assignment: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Sums over the matched pairs of |a - b| and of 1 - GIoU(a, b) (DETR, section 3.1).
+
+    Args:
+        boxes: [L, B, Q, 4] predictions as (cx, cy, w, h) with sizes ≥ 0, floating.
+        objects: [B, N, 4] in the same form, floating; gets no gradient.
+        assignment: [L, B, Q] int64, which object of its image each prediction is matched with, -1 for none.
+        backend: `auto`, `triton` or `eager`.
+
+    Returns:
+        L1 and GIoU loss, [L] each, float32 (float64 if `boxes` is). They and their gradients are finite for
+        coordinates up to 1e18.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    _check(boxes, objects, assignment)
+    choice = registry.choose(backend, boxes.device, boxes.dtype, registry.WITHOUT_NATIVE).backend
+    if choice == "eager" or boxes.numel() == 0:
+        return reference.matched_box_loss(boxes, objects.detach(), assignment)
+    losses = torch.ops.conddetr.matched_box_loss(boxes.contiguous(), objects.contiguous(), assignment.contiguous())
+    return losses[:, 0], losses[:, 1]
+
+
+def _check(boxes: Tensor, objects: Tensor, assignment: Tensor) -> None:
+    if boxes.dim() != 4 or boxes.shape[-1] != 4 or not boxes.is_floating_point():
+        raise ValueError(f"boxes: expected [L, B, Q, 4], floating, got {tuple(boxes.shape)} {boxes.dtype}.")
+    expected = (boxes.shape[1], objects.shape[1] if objects.dim() == 3 else "N", 4)
+    if tuple(objects.shape) != expected or not objects.is_floating_point():
+        raise ValueError(f"objects: expected {expected}, floating, got {tuple(objects.shape)} {objects.dtype}.")
+    if assignment.shape != boxes.shape[:-1] or assignment.dtype != torch.int64:
+        raise ValueError(
+            f"assignment: expected {tuple(boxes.shape[:-1])} torch.int64, "
+            f"got {tuple(assignment.shape)} {assignment.dtype}."
+        )
+    for name, tensor in (("objects", objects), ("assignment", assignment)):
+        if tensor.device != boxes.device:
+            raise ValueError(f"{name}: expected device {boxes.device} as of boxes, got {tensor.device}.")
+
+
+@torch.library.custom_op(
+    "conddetr::matched_box_loss",
+    mutates_args=(),
+    schema="(Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
+)
+def _forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    from conddetr.kernels.boxes import triton
+
+    return triton.forward(boxes, objects, assignment)
+
+
+@_forward.register_fake
+def _(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    return boxes.new_empty((boxes.shape[0], 2), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "conddetr::matched_box_loss_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
+)
+def _backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    from conddetr.kernels.boxes import triton
+
+    return triton.backward(grad.contiguous(), boxes, objects, assignment)
+
+
+@_backward.register_fake
+def _(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    return torch.empty_like(boxes)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+    return torch.ops.conddetr.matched_box_loss_backward(grad, *ctx.saved_tensors), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)

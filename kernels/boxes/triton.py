@@ -1,0 +1,149 @@
+"""L1 and generalised IoU of matched boxes, forward and backward, in one launch each.
+
+A program handles a block of one layer's predictions, matched or not. The gradient of a box that is not matched is
+written as zero by the same program, so nothing is cleared before, and nothing is added atomically.
+
+All arithmetic is float32. Boxes are taken apart by axis: width and height have the same formulas.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128
+"""Predictions per program."""
+
+
+@triton.jit
+def load_box(boxes, index, mask):
+    """cx, cy, w, h of boxes [..., 4] in float32; zeros where masked."""
+    cx = tl.load(boxes + 4 * index, mask=mask, other=0.0).to(tl.float32)
+    cy = tl.load(boxes + 4 * index + 1, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(boxes + 4 * index + 2, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(boxes + 4 * index + 3, mask=mask, other=0.0).to(tl.float32)
+    return cx, cy, w, h
+
+
+@triton.jit
+def extents(center_a, size_a, center_b, size_b):
+    """On one axis: lengths of a and b from corner to corner, of their intersection, and of their hull."""
+    a0, a1 = center_a - 0.5 * size_a, center_a + 0.5 * size_a
+    b0, b1 = center_b - 0.5 * size_b, center_b + 0.5 * size_b
+    shared = tl.maximum(tl.minimum(a1, b1) - tl.maximum(a0, b0), 0.0)
+    return a1 - a0, b1 - b0, shared, tl.maximum(a1, b1) - tl.minimum(a0, b0)
+
+
+@triton.jit
+def area_ratio(part, whole):
+    """part / whole; 0 where the whole is no area (below the smallest normal number)."""
+    is_area = whole >= 1.1754943508222875e-38
+    return tl.where(is_area, part / tl.where(is_area, whole, 1.0), 0.0)
+
+
+@triton.jit
+def generalized_iou(ax, ay, aw, ah, bx, by, bw, bh):
+    """Of boxes (cx, cy, w, h) that broadcast against each other."""
+    width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
+    height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
+    intersection, hull = width * height, hull_width * hull_height
+    union = width_a * height_a + width_b * height_b - intersection
+    return area_ratio(intersection, union) - area_ratio(hull - union, hull)
+
+
+@triton.jit
+def above(a, b):
+    """Derivative of max(a, b) by a: shared at a tie, as PyTorch shares it."""
+    return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
+
+
+@triton.jit
+def axis_gradient(center_a, size_a, center_b, size_b, by_length, by_shared, by_hull):
+    """Gradients of a's center and size, from those of the lengths that `extents` returns of it."""
+    a0, a1 = center_a - 0.5 * size_a, center_a + 0.5 * size_a
+    b0, b1 = center_b - 0.5 * size_b, center_b + 0.5 * size_b
+    by_shared = tl.where(tl.minimum(a1, b1) > tl.maximum(a0, b0), by_shared, 0.0)
+    by_a0 = -by_length - by_shared * above(a0, b0) - by_hull * above(b0, a0)
+    by_a1 = by_length + by_shared * above(b1, a1) + by_hull * above(a1, b1)
+    return by_a0 + by_a1, 0.5 * (by_a1 - by_a0)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def load_pairs(boxes, objects, assignment, predictions, queries, capacity, BLOCK: tl.constexpr):
+    """A block of one layer's predictions: their index and mask, whether each is matched, both boxes of a pair."""
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < predictions
+    index = tl.program_id(1).to(tl.int64) * predictions + position
+    matched = tl.load(assignment + index, mask=inside, other=-1)
+    is_matched = (matched >= 0) & (matched < capacity)
+    image = (position // queries).to(tl.int64)
+    ax, ay, aw, ah = load_box(boxes, index, is_matched)
+    bx, by, bw, bh = load_box(objects, image * capacity + matched, is_matched)
+    return index, inside, is_matched, ax, ay, aw, ah, bx, by, bw, bh
+
+
+@triton.jit
+def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, capacity, BLOCK: tl.constexpr):
+    """partial[layer, block] = (L1, GIoU loss) of the matched ones in a block of predictions."""
+    _, _, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
+        boxes, objects, assignment, predictions, queries, capacity, BLOCK
+    )
+    l1 = tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh)
+    overlap = tl.where(is_matched, 1.0 - generalized_iou(ax, ay, aw, ah, bx, by, bw, bh), 0.0)
+    slot = partial + 2 * (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    tl.store(slot, tl.sum(l1, axis=0))
+    tl.store(slot + 1, tl.sum(overlap, axis=0))
+
+
+@triton.jit
+def box_loss_backward_kernel(
+    grad_loss, boxes, objects, assignment, grad, predictions, queries, capacity, BLOCK: tl.constexpr
+):
+    """Gradient of every prediction; grad_loss [L, 2] of the two losses."""
+    index, inside, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
+        boxes, objects, assignment, predictions, queries, capacity, BLOCK
+    )
+    of_l1 = tl.load(grad_loss + 2 * tl.program_id(1))
+    of_giou = -tl.load(grad_loss + 2 * tl.program_id(1) + 1)
+    width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
+    height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
+    intersection, hull = width * height, hull_width * hull_height
+    union = width_a * height_a + width_b * height_b - intersection
+    by_union = of_giou * (area_ratio(1.0, hull) - area_ratio(area_ratio(intersection, union), union))
+    by_intersection = of_giou * area_ratio(1.0, union) - by_union
+    by_hull = -of_giou * area_ratio(area_ratio(union, hull), hull)
+    by_cx, by_w = axis_gradient(ax, aw, bx, bw, by_union * height_a, by_intersection * height, by_hull * hull_height)
+    by_cy, by_h = axis_gradient(ay, ah, by, bh, by_union * width_a, by_intersection * width, by_hull * hull_width)
+    dtype = grad.dtype.element_ty
+    tl.store(grad + 4 * index, tl.where(is_matched, by_cx + of_l1 * sign(ax - bx), 0.0).to(dtype), mask=inside)
+    tl.store(grad + 4 * index + 1, tl.where(is_matched, by_cy + of_l1 * sign(ay - by), 0.0).to(dtype), mask=inside)
+    tl.store(grad + 4 * index + 2, tl.where(is_matched, by_w + of_l1 * sign(aw - bw), 0.0).to(dtype), mask=inside)
+    tl.store(grad + 4 * index + 3, tl.where(is_matched, by_h + of_l1 * sign(ah - bh), 0.0).to(dtype), mask=inside)
+
+
+def _sizes(boxes: Tensor, objects: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """The grid; predictions per layer, queries and capacity."""
+    layers, batch, queries, _ = boxes.shape
+    return (triton.cdiv(batch * queries, BLOCK), layers), (batch * queries, queries, objects.shape[1])
+
+
+def forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    """Contiguous boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [L, 2] float32."""
+    grid, sizes = _sizes(boxes, objects)
+    partial = boxes.new_empty((grid[1], grid[0], 2), dtype=torch.float32)
+    box_loss_kernel[grid](boxes, objects, assignment, partial, *sizes, BLOCK=BLOCK)
+    return partial.sum(1)
+
+
+def backward(grad_loss: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    """Gradient of the boxes, in their dtype; grad_loss [L, 2] float32; all contiguous."""
+    grid, sizes = _sizes(boxes, objects)
+    grad = torch.empty_like(boxes)
+    box_loss_backward_kernel[grid](grad_loss, boxes, objects, assignment, grad, *sizes, BLOCK=BLOCK)
+    return grad

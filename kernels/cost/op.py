@@ -1,0 +1,102 @@
+"""Matching cost: the public function, its checks, and the operator behind the kernel. There is no gradient.
+
+Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+"""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.cost import reference
+
+
+@torch.no_grad()
+def matching_cost(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    objects: Tensor,
+    counts: Tensor,
+    *,
+    activation: str = "sigmoid",
+    class_weight: float = 2.0,
+    bbox_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Cost of matching every prediction with every object of its own image (DETR, section 3.1).
+
+    class_weight · class cost + bbox_weight · L1 - giou_weight · GIoU
+
+    Args:
+        logits: [L, B, Q, K], floating.
+        boxes: [L, B, Q, 4] as (cx, cy, w, h), floating.
+        labels: [B, N] int64 in [0, K), padded to N.
+        objects: [B, N, 4] as (cx, cy, w, h), floating, padded to N.
+        counts: [B] int32, how many of the N are objects of that image.
+        activation: `sigmoid`: the class cost comes from the focal loss; `softmax`: it is minus the probability.
+        class_weight, bbox_weight, giou_weight: of the three terms.
+        alpha, gamma: of the focal loss.
+        backend: `auto`, `triton` or `eager`.
+
+    Returns:
+        [L, B, N, Q] float32 (float64 if `logits` is), contiguous; zeros past an image's count.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    _check(logits, boxes, labels, objects, counts, activation)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # The sum that a softmax divides by, once per prediction; only the classes of objects are looked at after it.
+    log_total = logits.to(dtype).logsumexp(-1) if activation == "softmax" else None
+    weights = (class_weight, bbox_weight, giou_weight)
+    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE).backend
+    if choice == "eager" or labels.numel() * logits.numel() == 0:
+        return reference.matching_cost(logits, boxes, labels, objects, counts, log_total, weights, alpha, gamma)
+    tensors = [x.contiguous() for x in (logits, boxes, labels, objects, counts)]
+    return torch.ops.conddetr.matching_cost(*tensors, log_total, *weights, alpha, gamma)
+
+
+def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, counts: Tensor, activation: str) -> None:
+    if logits.dim() != 4:
+        raise ValueError(f"logits: expected [L, B, Q, K], got shape {tuple(logits.shape)}.")
+    batch = logits.shape[1]
+    capacity = labels.shape[1] if labels.dim() == 2 else "N"
+    for name, tensor, shape, dtype in (
+        ("logits", logits, tuple(logits.shape), None),
+        ("boxes", boxes, (*logits.shape[:3], 4), None),
+        ("labels", labels, (batch, capacity), torch.int64),
+        ("objects", objects, (batch, capacity, 4), None),
+        ("counts", counts, (batch,), torch.int32),
+    ):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected dtype {dtype or 'floating'}, got {tensor.dtype}.")
+        if tensor.device != logits.device:
+            raise ValueError(f"{name}: expected device {logits.device} as of logits, got {tensor.device}.")
+    if activation not in ("sigmoid", "softmax"):
+        raise ValueError(f"activation: expected sigmoid or softmax, got {activation!r}.")
+
+
+@torch.library.custom_op(
+    "conddetr::matching_cost",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor boxes, Tensor labels, Tensor objects, Tensor counts, Tensor? log_total, "
+    "float class_weight, float bbox_weight, float giou_weight, float alpha, float gamma) -> Tensor",
+)
+def _forward(*inputs: object) -> Tensor:
+    from conddetr.kernels.cost import triton
+
+    *tensors, class_weight, bbox_weight, giou_weight, alpha, gamma = inputs
+    return triton.forward(*tensors, (class_weight, bbox_weight, giou_weight), alpha, gamma)
+
+
+@_forward.register_fake
+def _(*inputs: object) -> Tensor:
+    logits, labels = inputs[0], inputs[2]
+    layers, batch, queries, _ = logits.shape
+    return logits.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)

@@ -1,0 +1,33 @@
+"""Focal loss in plain PyTorch: the truth that every kernel is held to.
+
+Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5; `sigmoid_focal_loss` of the official
+Conditional DETR, before its division by the number of boxes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_weights(alpha: float) -> tuple[float, float]:
+    """Weights of the class that is there and of those that are not; a negative alpha turns them off."""
+    return (1.0, 1.0) if alpha < 0 else (alpha, 1.0 - alpha)
+
+
+def modulated_loss(logits: Tensor, gamma: float) -> Tensor:
+    """σ(x)^γ · log(1 + e^x), elementwise: the loss of a class that is absent. That of one present is it of -x."""
+    # The default threshold of 20 is too coarse for float64.
+    return logits.sigmoid() ** gamma * F.softplus(logits, threshold=40)
+
+
+def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """logits [L, ..., K] and target [L, ...] -> [L]; see `op.py`."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    present, absent = class_weights(alpha)
+    # Every class as if absent, less the target's: cheaper than a one-hot tensor in every term.
+    index = target.clamp(min=0).unsqueeze(-1)
+    x, is_present = logits.gather(-1, index), index == target.unsqueeze(-1)
+    of_absent = modulated_loss(logits, gamma)
+    of_absent.scatter_(-1, index, torch.where(is_present, 0.0, modulated_loss(x, gamma)))
+    of_present = torch.where(is_present, modulated_loss(-x, gamma), 0.0)
+    return absent * of_absent.flatten(1).sum(1) + present * of_present.flatten(1).sum(1)

@@ -1,0 +1,102 @@
+"""Focal loss in one pass over the logits, and its gradient in another.
+
+The backward pass computes the derivative again from the logits. Storing it in the forward pass instead would move more
+bytes (four tensors' worth rather than three: it must still be read and scaled once the gradient from above is known),
+keep a copy as large as the logits, and round it twice in half precision.
+
+A program handles a block of rows, one row of K logits per prediction. All arithmetic is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from conddetr.kernels.focal.reference import class_weights
+
+BLOCK_ELEMENTS = 2048
+"""Logits per program: enough loads in flight for bandwidth, few enough registers not to spill."""
+
+
+@triton.jit
+def logistic(x):
+    """σ(x) and log(1 + e^x), float32: without overflow, and exact to rounding on both sides of zero."""
+    e = tl.exp(-tl.abs(x))
+    one_more = 1.0 + e
+    # log(1 + e) with the rounding of 1 + e divided out again.
+    log1p = tl.where(one_more == 1.0, e, tl.log(one_more) * (e / tl.where(one_more == 1.0, 1.0, one_more - 1.0)))
+    return tl.where(x >= 0, 1.0, e) / one_more, tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def load_block(logits, target, rows, CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and mask [BLOCK, PADDED] of a block of one layer's rows, the logits, and whether each is the target's."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    inside = row < rows
+    first = tl.program_id(1).to(tl.int64) * rows
+    offset = (first + row)[:, None] * CLASSES + column[None, :]
+    mask = inside[:, None] & (column < CLASSES)[None, :]
+    x = tl.load(logits + offset, mask=mask, other=0.0).to(tl.float32)
+    wanted = tl.load(target + first + row, mask=inside, other=-1)
+    return offset, mask, x, column[None, :] == wanted[:, None]
+
+
+@triton.jit
+def focal_kernel(
+    logits, target, partial, rows, gamma, present, absent,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial[layer, block] = the loss of a block of rows."""
+    _, mask, x, is_target = load_block(logits, target, rows, CLASSES, PADDED, BLOCK)
+    # Each class is a binary problem; z is the logit of the wrong answer.
+    z = tl.where(is_target, -x, x)
+    _, softplus = logistic(z)
+    _, of_right = logistic(-z)
+    loss = tl.where(is_target, present, absent) * tl.exp(-gamma * of_right) * softplus
+    total = tl.sum(tl.sum(tl.where(mask, loss, 0.0), axis=1), axis=0)
+    tl.store(partial + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), total)
+
+
+@triton.jit
+def focal_backward_kernel(
+    grad_loss, logits, target, grad, rows, gamma, present, absent,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad = grad_loss[layer] · derivative of the loss of each logit."""
+    offset, mask, x, is_target = load_block(logits, target, rows, CLASSES, PADDED, BLOCK)
+    z = tl.where(is_target, -x, x)
+    wrong, softplus = logistic(z)
+    right, of_right = logistic(-z)
+    weight = tl.where(is_target, -present, absent) * tl.load(grad_loss + tl.program_id(1))
+    slope = weight * tl.exp(-gamma * of_right) * (gamma * right * softplus + wrong)
+    tl.store(grad + offset, slope.to(grad.dtype.element_ty), mask=mask)
+
+
+def launch(classes: int) -> dict[str, int]:
+    """Block sizes for a number of classes."""
+    padded = triton.next_power_of_2(classes)
+    return {"CLASSES": classes, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded)}
+
+
+def _grid(logits: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
+    """Rows per layer, the grid, and the block sizes."""
+    sizes = launch(logits.shape[-1])
+    rows = logits[0, ..., 0].numel()
+    return rows, (triton.cdiv(rows, sizes["BLOCK"]), len(logits)), sizes
+
+
+def forward(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Contiguous logits [L, ..., K] and target [L, ...] -> [L] float32; the order of the sum is fixed."""
+    rows, grid, sizes = _grid(logits)
+    partial = logits.new_empty((grid[1], grid[0]), dtype=torch.float32)
+    focal_kernel[grid](logits, target, partial, rows, gamma, *class_weights(alpha), **sizes)
+    return partial.sum(1)
+
+
+def backward(grad_loss: Tensor, logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Gradient of contiguous logits, in their dtype; grad_loss [L] float32, contiguous."""
+    rows, grid, sizes = _grid(logits)
+    grad = torch.empty_like(logits)
+    focal_backward_kernel[grid](grad_loss, logits, target, grad, rows, gamma, *class_weights(alpha), **sizes)
+    return grad

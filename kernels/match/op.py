@@ -1,0 +1,96 @@
+"""Linear assignment: the public function, its checks, and the operator behind the kernel. There is no gradient."""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.match import reference
+
+MAX_QUERIES = 4096
+"""More do not fit into the registers of one block."""
+
+
+@torch.no_grad()
+def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
+    """The assignment of least total cost, of every problem in a batch (DETR, section 3.1).
+
+    Every object gets a query of its own; where there are more objects than queries, `eager` gives each query an object
+    and the others refuse. The optimum is exact: float64 sums of the costs given. Where several are
+    equally good, backends may differ.
+
+    NaN and +inf are costs that are only paid where there is no other way, -inf one that is always worth it; so there
+    is a valid assignment whatever comes in.
+
+    Args:
+        cost: [..., B, N, Q] float32 (scipy takes any floating dtype), of object n and query q.
+        counts: [B] int32, how many of the N are objects, on the device of `cost`; the others are not looked at.
+        backend: `auto`, `triton` (all problems in one launch, no wait for the device; at most 4096 queries, no
+            more objects than queries), or
+            `eager` (scipy, on the host).
+
+    Returns:
+        [..., B, Q] int64, the object that each query gets, -1 for none.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a count is out of range; names the image. On a GPU, where
+            looking at `counts` would stop the host, it is clamped.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    _check(cost, counts)
+    if cost.numel() == 0:
+        return torch.full((*cost.shape[:-2], cost.shape[-1]), -1, dtype=torch.int64, device=cost.device)
+    if _choose(cost, counts, backend) == "eager":
+        return reference.linear_assignment(cost, counts)
+    return torch.ops.conddetr.linear_assignment(cost.contiguous(), counts.contiguous())
+
+
+def _choose(cost: Tensor, counts: Tensor, backend: str) -> str:
+    choice = registry.choose(backend, cost.device, cost.dtype, registry.WITHOUT_NATIVE).backend
+    reason = None
+    if cost.dtype != torch.float32:
+        reason = f"cost must be torch.float32, got {cost.dtype}."
+    elif cost.shape[-1] > MAX_QUERIES:
+        reason = f"its kernel takes at most {MAX_QUERIES} queries, got {cost.shape[-1]}."
+    elif cost.shape[-2] > cost.shape[-1] and _most(counts) > cost.shape[-1]:
+        reason = f"its kernel takes at most as many objects as queries, {cost.shape[-1]}, got {_most(counts)}."
+    if choice == "eager" or reason is None:
+        return choice
+    if backend == "auto":
+        return "eager"
+    raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+
+
+def _check(cost: Tensor, counts: Tensor) -> None:
+    if cost.dim() < 3 or not cost.is_floating_point():
+        raise ValueError(f"cost: expected [..., B, N, Q], floating, got {tuple(cost.shape)} {cost.dtype}.")
+    if tuple(counts.shape) != cost.shape[-3:-2] or counts.dtype != torch.int32:
+        raise ValueError(
+            f"counts: expected {tuple(cost.shape[-3:-2])} torch.int32, got {tuple(counts.shape)} {counts.dtype}."
+        )
+    if counts.device != cost.device:
+        raise ValueError(f"counts: expected device {cost.device} as of cost, got {counts.device}.")
+    if min(_values(counts), default=0) < 0 or _most(counts) > cost.shape[-2]:
+        raise ValueError(f"counts: expected from 0 to N = {cost.shape[-2]} objects, got {counts.tolist()}.")
+
+
+def _values(counts: Tensor) -> list[int]:
+    """The counts, where looking at them does not stop the host; else none."""
+    return counts.tolist() if counts.device.type == "cpu" and not torch.compiler.is_compiling() else []
+
+
+def _most(counts: Tensor) -> int:
+    return max(_values(counts), default=0)
+
+
+@torch.library.custom_op(
+    "conddetr::linear_assignment", mutates_args=(), schema="(Tensor cost, Tensor counts) -> Tensor"
+)
+def _forward(cost: Tensor, counts: Tensor) -> Tensor:
+    from conddetr.kernels.match import triton
+
+    return triton.forward(cost, counts)
+
+
+@_forward.register_fake
+def _(cost: Tensor, counts: Tensor) -> Tensor:
+    return cost.new_empty((*cost.shape[:-2], cost.shape[-1]), dtype=torch.int64)

@@ -1,0 +1,178 @@
+"""Linear assignment: every backend against scipy's optimum and brute force, on random and on malicious costs."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from conddetr.kernels import linear_assignment
+
+# Of each family and size: a hundred thousand in all on a GPU; under the interpreter one takes hundredths of a second.
+PROBLEMS = 5_000 if torch.cuda.is_available() else 8
+
+
+def spread(shape, rng):
+    """Magnitudes from 1e-30 to 1e30, both signs."""
+    return rng.choice([-1, 1], shape) * 10.0 ** rng.uniform(-30, 30, shape)
+
+
+def forbidden(shape, rng):
+    """A third of the pairs is forbidden; the diagonal never is, so that there is a way."""
+    cost = rng.normal(size=shape)
+    cost[rng.random(shape) < 1 / 3] = np.inf
+    for index in range(shape[1]):
+        cost[:, index, index] = 100.0
+    return cost
+
+
+FAMILIES = {
+    "normal": lambda shape, rng: rng.normal(size=shape),
+    "few values, many ties": lambda shape, rng: rng.integers(-2, 3, shape),
+    "all equal": lambda shape, rng: np.full(shape, 0.1),
+    "product: long augmenting paths": lambda shape, rng: np.outer(
+        np.arange(1, shape[1] + 1), np.arange(shape[2], 0, -1)
+    ),
+    "almost ties": lambda shape, rng: 1 + np.finfo(np.float32).eps * rng.integers(0, 4, shape),
+    "huge range": spread,
+    "denormal": lambda shape, rng: 1e-44 * rng.integers(-9, 9, shape),
+    "largest floats": lambda shape, rng: rng.choice([-3.4e38, 3.4e38], shape),
+    "forbidden pairs": forbidden,
+    "one query wanted by all": lambda shape, rng: rng.random(shape) - 9 * (np.arange(shape[2]) == 1),
+}
+
+
+def make(family, problems, objects, queries):
+    shape = (problems, objects, queries)
+    cost = FAMILIES[family](shape, np.random.default_rng(0))
+    return torch.from_numpy(np.broadcast_to(cost, shape).astype(np.float32))
+
+
+def total(cost, assignment):
+    """Exactly rounded sum of the costs of the pairs [n, Q] of one problem."""
+    query = (assignment >= 0).nonzero()[:, 0]
+    return math.fsum(cost[assignment[query], query].tolist())
+
+
+def assert_optimal(cost, assignment, count):
+    """A matching of `count` objects, each once, that costs what scipy's does."""
+    cost = cost[:count].double()
+    assert sorted(assignment[assignment >= 0].tolist()) == list(range(count))
+    index, query = linear_sum_assignment(cost.numpy())
+    best = cost[index, query]
+    assert abs(total(cost, assignment) - math.fsum(best.tolist())) <= 1e-12 * best.abs().sum().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("objects", "queries"), [(4, 6), (5, 5)])
+def test_costs_what_scipy_finds(objects, queries, family, device):
+    cost = make(family, PROBLEMS, objects, queries)
+    counts = torch.arange(PROBLEMS, dtype=torch.int32) % objects + 1
+    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
+    for problem, assignment, count in zip(cost, found, counts.tolist(), strict=True):
+        assert_optimal(problem, assignment, count)
+
+
+@pytest.mark.parametrize(("objects", "queries"), [(1, 300), (40, 300), (33, 33), (1, 1)])
+def test_sizes_of_the_model(objects, queries, device):
+    cost = make("normal", 2, objects, queries)
+    counts = torch.tensor([objects, objects // 2], dtype=torch.int32)
+    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
+    for problem, assignment, count in zip(cost, found, counts.tolist(), strict=True):
+        assert_optimal(problem, assignment, count)
+
+
+def test_three_hundred_of_three_hundred(device):
+    if device.type == "cpu":
+        pytest.skip("minutes under the interpreter")
+    cost, counts = make("normal", 64, 300, 300), torch.full((64,), 300, dtype=torch.int32)
+    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
+    for problem, assignment in zip(cost, found, strict=True):
+        assert_optimal(problem, assignment, 300)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_least_cost_by_brute_force(backend, device):
+    cost = make("normal", 3, 3, 5).to(device)
+    found = linear_assignment(cost, torch.full((3,), 3, dtype=torch.int32, device=device), backend)
+    for problem, assignment in zip(cost.cpu().double(), found.cpu(), strict=True):
+        ways = itertools.permutations(range(5), 3)
+        best = min(sum(problem[row, query].item() for row, query in enumerate(way)) for way in ways)
+        assert total(problem, assignment) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_costs_that_are_not_finite_still_give_an_assignment(backend, device):
+    inf, nan = float("inf"), float("nan")
+    cost = torch.tensor(
+        [
+            [[nan, nan, nan], [nan, nan, nan]],  # nothing is known
+            [[nan, 5.0, inf], [inf, 1.0, nan]],  # one object must pay: the one that would cost 5
+            [[-inf, 0.0, 9.0], [-1.0, nan, 3.0]],  # -inf is always worth it
+            [[inf, 1e-30, 2e-30], [inf, 3e-30, 1e-30]],  # what is not needed costs no precision
+        ],
+        device=device,
+    )
+    found = linear_assignment(cost, torch.full((4,), 2, dtype=torch.int32, device=device), backend).tolist()
+    assert sorted(found[0]) == [-1, 0, 1]
+    assert found[1][1] == 1
+    assert sorted(found[1]) == [-1, 0, 1]
+    assert found[2] == [0, -1, 1]
+    assert found[3] == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_layers_share_the_counts_of_their_images(backend, device):
+    cost = make("normal", 6, 3, 4).view(3, 2, 3, 4).to(device)
+    found = linear_assignment(cost, torch.tensor([3, 1], dtype=torch.int32, device=device), backend)
+    assert found.shape == (3, 2, 4)
+    assert ((found >= 0).sum(-1).cpu() == torch.tensor([3, 1])).all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_no_objects(backend, device):
+    for capacity in (0, 2):
+        cost, counts = torch.zeros(2, capacity, 5, device=device), torch.zeros(2, dtype=torch.int32, device=device)
+        assert (linear_assignment(cost, counts, backend) == -1).all()
+
+
+def test_more_objects_than_queries(device):
+    cost, counts = make("normal", 1, 4, 2), torch.tensor([4], dtype=torch.int32)
+    # scipy gives each query an object.
+    found = linear_assignment(cost, counts, "eager")
+    index, query = linear_sum_assignment(cost[0].numpy())
+    assert found[0, query].tolist() == index.tolist()
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match="at most as many objects as queries, 2, got 4"):
+            linear_assignment(cost, counts, "triton")
+    # A GPU does not look: what is too much is clamped, and the search ends.
+    found = torch.ops.conddetr.linear_assignment(cost.to(device), counts.to(device))
+    assert sorted(found[0].tolist()) == [0, 1]
+
+
+def test_repeats_bit_for_bit(device):
+    cost = make("few values, many ties", 4, 4, 9).to(device)
+    counts = torch.full((4,), 4, dtype=torch.int32, device=device)
+    first, second = (linear_assignment(cost, counts, "triton") for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_operator_registration(device):
+    cost, counts = make("normal", 2, 2, 3).to(device), torch.tensor([2, 1], dtype=torch.int32, device=device)
+    torch.library.opcheck(torch.ops.conddetr.linear_assignment.default, (cost, counts))
+
+
+def test_errors():
+    cost, counts = torch.zeros(2, 3, 4), torch.tensor([3, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"cost: expected \[..., B, N, Q\], floating, got \(3, 4\) torch.float32"):
+        linear_assignment(cost[0], counts)
+    with pytest.raises(ValueError, match=r"counts: expected \(2,\) torch.int32, got \(2,\) torch.int64"):
+        linear_assignment(cost, counts.long())
+    with pytest.raises(ValueError, match=r"counts: expected from 0 to N = 3 objects, got \[4, 1\]"):
+        linear_assignment(cost, torch.tensor([4, 1], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="at most 4096 queries, got 5000"):
+        linear_assignment(torch.zeros(2, 3, 5000), counts, "triton")
+    with pytest.raises(RuntimeError, match=r"take float32, float16 and bfloat16, not torch.float64"):
+        linear_assignment(cost.double(), counts, "triton")
