@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conddetr import config as configs
+from conddetr.kernels import registry
 from conddetr.loss.criterion import Criterion
 from conddetr.model.detr import DETR
 
@@ -54,9 +55,22 @@ def build(preset: str, **overrides: Any) -> DETR:
     return DETR(configs.resolve(preset, **overrides))
 
 
-def build_criterion(config: configs.ModelConfig) -> Criterion:
-    """The training loss that goes with a model: `build_criterion(model.config)`."""
-    return Criterion(config)
+def build_criterion(
+    config: configs.ModelConfig,
+    backend: str | None = None,
+    max_targets: int | None = None,
+    check_finite: bool | None = None,
+) -> Criterion:
+    """The training loss that goes with a model: `build_criterion(model.config)`.
+
+    Args:
+        config: of the model.
+        backend: default: the model's; `auto` where that is one which losses have not.
+        max_targets, check_finite: see `Criterion`.
+    """
+    if backend is None:
+        backend = config.backend if config.backend in registry.WITHOUT_NATIVE else "auto"
+    return Criterion(config, backend, max_targets, check_finite)
 
 
 def gflops(config: configs.ModelConfig) -> float:

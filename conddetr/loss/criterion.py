@@ -9,22 +9,40 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from conddetr.config import ModelConfig
-from conddetr.loss.boxes import generalized_iou
-from conddetr.loss.matcher import match
+from conddetr.kernels import focal_loss, matched_box_loss
+from conddetr.loss.matcher import assign
+from conddetr.loss.targets import PackedTargets, pack_targets
 
 
 class Criterion(nn.Module):
     """Matches predictions and objects, then computes the losses of every decoder layer at once.
 
-    All arithmetic is float32 or wider, whatever the dtype of the predictions.
+    All arithmetic is float32 or wider, whatever the dtype of the predictions. On fused kernels everything stays on
+    the device, and the host waits for nothing.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: str = "auto",
+        max_targets: int | None = None,
+        check_finite: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            config: of the model.
+            backend: of matching and losses: `auto`, `triton`, or `eager` (plain PyTorch, and scipy on the host).
+            max_targets: objects per image that every batch is padded to, so that all have one shape, as CUDA graphs
+                need it; None: those of the batch's fullest image.
+            check_finite: raise where a matching cost is NaN or infinite; that waits for the device. If not, such a
+                pair is matched only where nothing else is left, and the losses are what the predictions make them:
+                NaN, most likely. None: check where matching is on the host anyway.
+        """
         super().__init__()
         self.config = config
+        self.backend, self.max_targets, self.check_finite = backend, max_targets, check_finite
         self.weights = {
             "loss_ce": config.class_weight,
             "loss_bbox": config.bbox_weight,
@@ -34,6 +52,14 @@ class Criterion(nn.Module):
         class_weight[-1] = config.no_object_weight
         self.no_object_weight = class_weight[-1].item()
         self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def pack(self, targets: list[dict], device: torch.device) -> PackedTargets:
+        """What `forward` makes of targets given as a list; beforehand, the step itself need not copy anything.
+
+        Raises:
+            ValueError: targets do not fit; names the image, what was expected and what was found.
+        """
+        return pack_targets(targets, self.config.num_classes, self.max_targets).to(device)
 
     def normalizer(self, counts: Sequence[int], num_queries: int, device: torch.device) -> Tensor:
         """What sums over images are divided by: averaged over the processes, so that averaging their gradients gives
@@ -57,17 +83,20 @@ class Criterion(nn.Module):
         sums[0].clamp_(min=1)
         return sums
 
-    def forward(self, outputs: dict, targets: list[dict], normalizer: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict, targets: list[dict] | PackedTargets, normalizer: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The losses.
 
         Args:
             outputs: as the model returns them.
-            targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh in [0, 1].
+            targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh in [0, 1], best on
+                the CPU, where they are checked; or what `pack` made of them.
             normalizer: from the method of that name, where more than this batch makes a step; default: this batch's.
 
         Returns:
-            Scalars: `loss`, the weighted total; `loss_ce`, `loss_bbox`, `loss_giou`, unweighted, of the last
-            layer, and with suffix `_0`, `_1`… of the earlier ones; for logging, without gradient,
+            Scalars on the device: `loss`, the weighted total; `loss_ce`, `loss_bbox`, `loss_giou`, unweighted, of the
+            last layer, and with suffix `_0`, `_1`… of the earlier ones; for logging, without gradient,
             `class_error` in percent and `cardinality_error[_i]` in objects.
 
         Raises:
@@ -75,89 +104,61 @@ class Criterion(nn.Module):
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits, boxes = (torch.stack([layer[k] for layer in layers]) for k in ("pred_logits", "pred_boxes"))
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logits, boxes = logits.to(dtype), boxes.to(dtype)
-        check_targets(targets, logits.shape[1], self.config.num_classes)
-
-        matched = _flatten(match(logits.detach(), boxes.detach(), targets, self.config), targets, logits)
+        if not isinstance(targets, PackedTargets):
+            targets = self.pack(targets, logits.device)
+        if len(targets.counts) != logits.shape[1]:
+            raise ValueError(f"targets: expected {logits.shape[1]}, one per image, got {len(targets.counts)}.")
+        assignment = assign(logits, boxes, targets, self.config, self.backend, self.check_finite)
         if normalizer is None:
-            counts = [len(target["labels"]) for target in targets]
-            normalizer = self.normalizer(counts, logits.shape[2], logits.device)
-        num_boxes, class_weights = normalizer.to(dtype)
+            normalizer = self.normalizer(targets.counts, logits.shape[2], logits.device)
+        num_boxes, class_weights = normalizer.to(torch.promote_types(logits.dtype, torch.float32))
+        classes = _matched_classes(assignment, targets.labels)
+        l1, overlap = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
         losses = {
-            **self._classification(logits, matched, class_weights if self.config.family == "detr" else num_boxes),
-            **_box_losses(boxes, matched, num_boxes),
+            "loss_ce": self._classification(logits, classes, num_boxes, class_weights),
+            "loss_bbox": l1 / num_boxes,
+            "loss_giou": overlap / num_boxes,
         }
-        logs = _logs(logits.detach(), matched, targets)
+        logs = _logs(logits.detach(), classes, targets.device_counts)
         total = sum(self.weights[name] * value.sum() for name, value in losses.items())
         return {"loss": total, **_name_by_layer({**losses, **logs})}
 
-    def _classification(self, logits: Tensor, matched: "_Matched", divisor: Tensor) -> dict[str, Tensor]:
+    def _classification(self, logits: Tensor, classes: Tensor, num_boxes: Tensor, class_weights: Tensor) -> Tensor:
         """Classification loss per layer, [L]."""
-        num_layers, batch, queries, classes = logits.shape
         if self.config.family == "detr":
-            target = matched.labels.new_full((num_layers, batch, queries), classes - 1)
-            target[matched.layer, matched.image, matched.query] = matched.labels
+            logits = logits.to(num_boxes.dtype)
+            target = torch.where(classes < 0, logits.shape[-1] - 1, classes)
             weight = self.class_weight.to(logits.dtype)
             loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-        else:
-            target = torch.zeros_like(logits)
-            target[matched.layer, matched.image, matched.query, matched.labels] = 1.0
-            loss = sigmoid_focal_loss(logits, target, self.config.focal_alpha, self.config.focal_gamma)
-        return {"loss_ce": loss.view(num_layers, -1).sum(1) / divisor}
+            return loss.view(len(logits), -1).sum(1) / class_weights
+        return focal_loss(logits, classes, self.config.focal_alpha, self.config.focal_gamma, self.backend) / num_boxes
 
 
-class _Matched:
-    """Matched pairs of all layers. Every layer has the same number of pairs M, so all are [L, M]."""
-
-    def __init__(self, layer: Tensor, image: Tensor, query: Tensor, labels: Tensor, boxes: Tensor) -> None:
-        self.layer, self.image, self.query, self.labels, self.boxes = layer, image, query, labels, boxes
-
-
-def _flatten(indices: list, targets: list[dict], logits: Tensor) -> _Matched:
-    """Matching of each layer and image -> index tensors over all of them, on the device of `logits`.
-
-    The copies are small and from memory of their own: `non_blocking` keeps them from waiting for the device.
-    """
-    device = logits.device
-    image = torch.cat([torch.full_like(query, b) for b, (query, _) in enumerate(indices[0])])
-    query = torch.stack([torch.cat([query for query, _ in layer]) for layer in indices])
-    offsets = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
-    index = torch.stack([torch.cat([obj + offsets[b] for b, (_, obj) in enumerate(layer)]) for layer in indices])
-    labels = torch.cat([target["labels"] for target in targets]).to(device, non_blocking=True)
-    boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets]).to(
-        device, logits.dtype, non_blocking=True
-    )
-    index = index.to(device, non_blocking=True)
-    layer = torch.arange(len(indices), device=device)[:, None].expand_as(index)
-    image, query = (part.to(device, non_blocking=True) for part in (image, query))
-    return _Matched(layer, image.expand_as(index), query, labels[index], boxes[index])
-
-
-def _box_losses(boxes: Tensor, matched: _Matched, num_boxes: Tensor) -> dict[str, Tensor]:
-    """L1 and GIoU loss of the matched pairs per layer, [L] each."""
-    predicted = boxes[matched.layer, matched.image, matched.query]
-    giou = generalized_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(matched.boxes, "cxcywh", "xyxy"))
-    return {
-        "loss_bbox": (predicted - matched.boxes).abs().sum((1, 2)) / num_boxes,
-        "loss_giou": (1 - giou).sum(1) / num_boxes,
-    }
+def _matched_classes(assignment: Tensor, labels: Tensor) -> Tensor:
+    """Class of the object that each query got, -1 for none: [L, B, Q], [B, N] -> [L, B, Q]."""
+    if labels.shape[1] == 0:
+        return assignment
+    of_object = labels.expand(len(assignment), -1, -1).gather(2, assignment.clamp(min=0))
+    return torch.where(assignment < 0, assignment, of_object)
 
 
 @torch.no_grad()
-def _logs(logits: Tensor, matched: _Matched, targets: list[dict]) -> dict[str, Tensor]:
+def _logs(logits: Tensor, classes: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Class error in percent of the last layer (scalar) and cardinality error in objects per layer, [L].
 
     As in the official code, cardinality counts queries whose best class is not the last logit; that counts
     objects in DETR, where the last is no-object, and says little in Conditional DETR.
     """
-    best = logits[-1, matched.image[-1], matched.query[-1]].argmax(-1)
-    correct = (best == matched.labels[-1]).sum()
-    counts = torch.tensor([len(target["labels"]) for target in targets]).to(logits.device, non_blocking=True)
-    predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    is_matched = classes[-1] >= 0
+    correct = (is_matched & (logits[-1].argmax(-1) == classes[-1])).sum()
+    # Of equal logits the first counts as the best. `amax` takes a quarter of the time of `argmax` on a CPU.
+    is_object = torch.zeros_like(classes, dtype=torch.bool)
+    if logits.shape[-1] > 1:
+        is_object = logits[..., :-1].amax(-1) >= logits[..., -1]
     return {
-        "class_error": 100 - 100 * correct / max(best.numel(), 1),
-        "cardinality_error": (predicted - counts).abs().to(logits.dtype).mean(1),
+        "class_error": 100 - 100 * correct.to(dtype) / is_matched.sum().clamp(min=1),
+        "cardinality_error": (is_object.sum(-1) - counts).abs().to(dtype).mean(1),
     }
 
 
@@ -171,24 +172,3 @@ def _name_by_layer(values: dict[str, Tensor]) -> dict[str, Tensor]:
         *earlier, named[name] = value.unbind()
         named.update({f"{name}_{layer}": scalar for layer, scalar in enumerate(earlier)})
     return named
-
-
-def check_targets(targets: list[dict], batch: int, num_classes: int) -> None:
-    """Raise a ValueError that names the image, what was expected and what was found."""
-    if len(targets) != batch:
-        raise ValueError(f"targets: expected {batch}, one per image, got {len(targets)}.")
-    for image, target in enumerate(targets):
-        labels, boxes = target["labels"], target["boxes"]
-        if labels.dim() != 1 or labels.dtype != torch.int64:
-            raise ValueError(
-                f"targets[{image}]['labels']: expected [n] int64, got {tuple(labels.shape)} {labels.dtype}."
-            )
-        if tuple(boxes.shape) != (len(labels), 4) and (len(labels) or boxes.numel()):
-            raise ValueError(f"targets[{image}]['boxes']: expected shape {(len(labels), 4)}, got {tuple(boxes.shape)}.")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-            raise ValueError(
-                f"targets[{image}]['labels']: expected values in [0, {num_classes}), got "
-                f"{int(labels.min())}…{int(labels.max())}. Build the model with a larger num_classes."
-            )
-        if len(labels) and not (torch.isfinite(boxes).all() and (boxes[:, 2:] >= 0).all()):
-            raise ValueError(f"targets[{image}]['boxes']: expected finite cxcywh with sizes ≥ 0, got {boxes.tolist()}.")

@@ -7,7 +7,9 @@ import torch
 from golden_rule import read_arrays
 
 from conddetr.config import resolve
-from conddetr.loss.matcher import focal_cost, match, matching_cost, pad_targets
+from conddetr.kernels.cost import focal_cost
+from conddetr.loss.matcher import match, matching_cost
+from conddetr.loss.targets import pack_targets
 
 CONDITIONAL, DETR = resolve("conditional-detr-r50"), resolve("detr-r50")
 
@@ -34,10 +36,9 @@ def stored(case, unit):
 )
 def test_official_costs_and_assignments(case, unit, config):
     logits, boxes, targets, costs, indices = stored(case, unit)
-    labels, objects = pad_targets(targets, logits.device)
-    found = matching_cost(logits[None], boxes[None], labels, objects, config)[0]
+    found = matching_cost(logits[None], boxes[None], pack_targets(targets, config.num_classes), config)[0]
     for image, cost in enumerate(costs):
-        torch.testing.assert_close(found[image, :, : cost.shape[1]], cost, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found[image, : cost.shape[1]].T, cost, atol=2e-5, rtol=1e-5)
     for pair, expected in zip(match(logits[None], boxes[None], targets, config)[0], indices, strict=True):
         assert torch.equal(torch.stack(pair), expected)
 
@@ -45,11 +46,11 @@ def test_official_costs_and_assignments(case, unit, config):
 def test_least_cost_by_brute_force():
     logits, boxes = torch.randn(2, 1, 5, 91), torch.rand(2, 1, 5, 4)
     targets = [{"labels": torch.tensor([3, 8, 3]), "boxes": torch.rand(3, 4)}]
-    costs = matching_cost(logits, boxes, *pad_targets(targets, logits.device), CONDITIONAL)
+    costs = matching_cost(logits, boxes, pack_targets(targets, 91), CONDITIONAL)
     for layer, [(query, index)] in enumerate(match(logits, boxes, targets, CONDITIONAL)):
-        found = costs[layer, 0, query, index].sum().item()
+        found = costs[layer, 0, index, query].sum().item()
         best = min(
-            sum(costs[layer, 0, q, t].item() for t, q in enumerate(queries))
+            sum(costs[layer, 0, t, q].item() for t, q in enumerate(queries))
             for queries in itertools.permutations(range(5), 3)
         )
         assert found == pytest.approx(best, rel=1e-6)
@@ -61,7 +62,7 @@ def test_cost_is_finite_and_wide_for_extreme_logits(dtype):
     logits = torch.tensor([-largest, -100.0, 0.0, 100.0, largest]).to(dtype).view(1, 1, 5, 1)
     boxes = torch.zeros(1, 1, 5, 4, dtype=dtype)
     targets = [{"labels": torch.tensor([0]), "boxes": torch.zeros(1, 4)}]
-    cost = matching_cost(logits, boxes, *pad_targets(targets, logits.device), CONDITIONAL)
+    cost = matching_cost(logits, boxes, pack_targets(targets, 91), CONDITIONAL)
     assert cost.dtype == torch.float32
     assert torch.isfinite(cost).all()
 
@@ -71,7 +72,7 @@ def test_focal_cost_is_the_formula():
     p = logits.sigmoid()
     positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
-    found = focal_cost(logits, torch.zeros(1, 1, dtype=torch.int64), 0.25, 2.0)
+    found = focal_cost(logits, 0.25, 2.0)
     torch.testing.assert_close(found, positive - negative, atol=1e-9, rtol=1e-9)
 
 
