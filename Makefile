@@ -33,6 +33,8 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
 	$(BIN)/python benchmarks/sine.py
 	$(BIN)/python benchmarks/decoder.py
+	$(BIN)/python benchmarks/focal.py
+	$(BIN)/python benchmarks/match.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/report.py
 
@@ -42,7 +44,7 @@ bench: $(VENV)/.ready-bench
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs an NVIDIA GPU'"
 	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -q tests/kernels tests/model/test_backend.py tests/model/test_golden.py \
+	$(PYTHON) -m pytest -q tests/kernels tests/loss tests/model/test_backend.py tests/model/test_golden.py \
 	    --ignore tests/kernels/test_aot.py
 	$(PYTHON) tests/sanitize.py --seconds 40
 	$(PYTHON) benchmarks/attn.py --seconds 120
@@ -50,6 +52,8 @@ gpu:
 	$(PYTHON) benchmarks/sine.py --seconds 30
 	$(PYTHON) benchmarks/sine.py --seconds 15 --cudagraph --points 2400
 	$(PYTHON) benchmarks/decoder.py --seconds 60 --dtypes bfloat16
+	$(PYTHON) benchmarks/focal.py --seconds 10
+	$(PYTHON) benchmarks/match.py --seconds 30
 	$(PYTHON) benchmarks/report.py
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.

@@ -80,18 +80,23 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def usable(
-    runs: dict[str, Run], answer: Callable[[Run], dict[str, Tensor]], exact: dict[str, Tensor], is_random: bool
+    runs: dict[str, Run],
+    answer: Callable[[Run], dict[str, Tensor]],
+    exact: dict[str, Tensor],
+    is_random: bool,
+    peer_factor: float = 10,
 ) -> tuple[dict[str, Run], dict[str, str]]:
     """Run each once: those that compute the right thing, and the reason against each that does not.
 
-    Right is an error of at most twice that of plain PyTorch for ours, ten times for a peer: that it computes something
-    else would show by far more, and how well it rounds is not asked here.
+    Right is an error of at most twice that of plain PyTorch for ours, `peer_factor` times for a peer: that it computes
+    something else would show by far more, and how well it rounds is not asked here.
 
     Args:
         runs: implementation → call; the first is plain PyTorch, which sets the error budget.
         answer: call → its outputs and gradients by name.
         exact: the same in float64, without dropout.
         is_random: dropout is on. No two answers are then equal, but their mean squares of error must be.
+        peer_factor: how many times the error of plain PyTorch a peer may have.
 
     Raises:
         SystemExit: one of ours is wrong; nothing is timed.
@@ -108,7 +113,7 @@ def usable(
         errors = {key: _error(found[key], exact[key], is_random) for key in exact}
         floors = {key: 4 * torch.finfo(found[key].dtype).eps * exact[key].abs().max().item() for key in exact}
         budget = budget or errors
-        factor = 2 if name.startswith(OURS) else 10
+        factor = 2 if name.startswith(OURS) else peer_factor
         wrong = [
             f"error of {key} {error:.2e}, {next(iter(runs))} {budget[key]:.2e}"
             for key, error in errors.items()
