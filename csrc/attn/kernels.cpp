@@ -156,7 +156,7 @@ CONDDETR_INLINE void multiply(const Real* left, const Real* panels, int64_t dept
     const int64_t count = depth - first < kDepth ? depth - first : kDepth;
     for (int64_t panel = 0; panel * kPanel<Real> < columns; ++panel) {
       product<kDepth, 1>(count, left + first * kRows, panels + (panel * depth + first) * kPanel<Real>,
-                               c + panel * c_panel, c_stride);
+                         c + panel * c_panel, c_stride);
     }
   }
 }

@@ -93,7 +93,7 @@ CONDDETR_INLINE Vector<Real> first_lanes(Vector<Real> value, int64_t count) {
 
 // C[kRows][panel] += A B: the only matrix product there is. B is a packed panel, [depth][kPanel]; element (m, k) of A
 // is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant offset.
-// The products are summed from zero and added at the end, which rounds less than one long sum.
+// The products are summed from zero and added to C at the end, which rounds less than one long sum.
 // Not inlined: all registers are its own.
 template <int kRowStride, int kDepthStride, typename Real>
 __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real* b, Real* c, int64_t c_stride) {

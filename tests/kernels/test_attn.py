@@ -328,6 +328,15 @@ def test_native_exponential(level, restored_cpu):
     assert error.abs().max().item() < 2e-7 + 2 * 6e-8
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_native_sums_over_many_keys(dense):
+    """The grid of DC5, where one long sum would lose to PyTorch's blocks."""
+    skip_unless_runs("native", torch.device("cpu"))
+    case = Case(queries=300, height=50, width=67, content=32, spatial=32, value=32, batch=1, heads=2, dense=dense)
+    exact, plain = (case.run("cpu", dtype, "eager") for dtype in (torch.float64, torch.float32))
+    assert_within_budget(case.run("cpu", torch.float32, "native"), plain, exact)
+
+
 def test_scores_that_rise_late_or_overflow(restored_cpu):
     """The reference of the online softmax is that of the first keys; far larger scores must still be right."""
     case = Case(queries=20, height=1, width=300, content=16, spatial=16, value=16, dense=True)
