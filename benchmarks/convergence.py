@@ -5,17 +5,23 @@
     python benchmarks/convergence.py --small --at-most 1 # one more training, then stop
 
 Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
-best of three learning rates, by the training loss at the end of short runs. What is trained is kept after each run in
+best of three learning rates, by the training loss at the end of short runs. On a CPU trainings run side by side, one
+per core, so seconds are those of one thread. What is trained is kept after each run in
 `results/paper/convergence-<plan>.json`: called again, the script goes on with what is missing. The images are the
 synthetic shapes, or those of `--coco-path DIR`.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -29,6 +35,7 @@ import matplotlib.pyplot as plt
 import torch
 from harness import RESULTS, console
 from machine import DEVICE, environment
+from rich.progress import track
 from rich.table import Table
 from torch.utils.data import Dataset
 
@@ -128,12 +135,12 @@ def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
 
 
 def trainings(plan: Plan, rates: dict[str, float]) -> list[Training]:
-    """The runs that are compared, those that matter most first: every arm once, then again with other seeds."""
+    """The runs that are compared, of families whose rate is known; every arm once, then again with other seeds."""
     return [
         Training(arm, rates[arm.family], seed, plan.epochs * arm.stretch, False)
         for seed in range(max(arm.seeds for arm in plan.arms))
         for arm in plan.arms
-        if seed < arm.seeds
+        if seed < arm.seeds and arm.family in rates
     ]
 
 
@@ -166,8 +173,16 @@ def data_sets(plan: Plan) -> tuple[Dataset, Dataset]:
     )
 
 
-def train(plan: Plan, training: Training, train_set: Dataset, val_set: Dataset) -> list[dict[str, float]]:
+def train(plan: Plan, training: Training, deadline: float = math.inf) -> dict[str, Any] | None:
+    """One training, as it stands in the result file; None where the deadline, by `time.time`, is over."""
+    if time.time() > deadline:
+        return None
+    return {**training.key, "curve": learn(plan, training), "environment": environment()}
+
+
+def learn(plan: Plan, training: Training) -> list[dict[str, float]]:
     """Train once; per epoch: step, seconds of training, mean loss, and AP and AP50 where evaluated."""
+    train_set, val_set = data_sets(plan)
     config = tiny_train_config()
     config.epochs, config.batch_size, config.seed = training.epochs, plan.batch_size, training.seed
     config.lr = config.lr_backbone = training.lr
@@ -175,7 +190,8 @@ def train(plan: Plan, training: Training, train_set: Dataset, val_set: Dataset) 
     config.eval_every = training.epochs if training.is_probe else plan.eval_every * training.arm.stretch
     seed_everything(config.seed)
     model = build(training.arm, len(train_set.classes), plan.backend)
-    with tempfile.TemporaryDirectory() as folder:
+    # Trainings run side by side: their lines would mix.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         Trainer(model, train_set, val_set, config, folder, DEVICE).fit()
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     steps = len(train_set) // plan.batch_size
@@ -187,14 +203,9 @@ def train(plan: Plan, training: Training, train_set: Dataset, val_set: Dataset) 
     return curve
 
 
-def missing(plan: Plan, runs: list[dict]) -> Iterator[Training]:
-    """What is still to be trained; `runs` may grow meanwhile."""
-
-    def is_done(training: Training) -> bool:
-        return any(training.key.items() <= run.items() for run in runs)
-
-    yield from (probe for probe in probes(plan) if not is_done(probe))
-    yield from (training for training in trainings(plan, chosen_rates(plan, runs)) if not is_done(training))
+def missing(wanted: Iterable[Training], runs: list[dict]) -> list[Training]:
+    """Those that are not among the runs."""
+    return [training for training in wanted if not any(training.key.items() <= run.items() for run in runs)]
 
 
 def read(path: Path, plan: Plan) -> list[dict]:
@@ -214,6 +225,31 @@ def write(path: Path, plan: Plan, runs: list[dict]) -> None:
     partial = path.with_suffix(".part")
     partial.write_text(f'{{\n "plan": {json.dumps(asdict(plan))},\n "runs": [\n  {lines}\n ]\n}}\n')
     partial.replace(path)
+
+
+def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None, deadline: float) -> None:
+    """Train what `runs` lacks, the short runs first, and add it there and to the file."""
+    # Threads of one small model wait for each other more than they help: one each, on as many cores as there are.
+    workers = 1 if DEVICE.type == "cuda" else os.cpu_count()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        todo = missing(probes(plan), runs)[:at_most]
+        _collect({pool.submit(train, plan, training, deadline) for training in todo}, path, plan, runs)
+        at_most = None if at_most is None else at_most - len(todo)
+        todo = missing(trainings(plan, chosen_rates(plan, runs)), runs)[:at_most]
+        _collect({pool.submit(train, plan, training, deadline) for training in todo}, path, plan, runs)
+
+
+def _collect(futures: set[Future], path: Path, plan: Plan, runs: list[dict]) -> None:
+    for future in track(as_completed(futures), "training", total=len(futures), console=console):
+        run = future.result()
+        if run is not None:
+            runs.append(run)
+            write(path, plan, runs)
+            last = run["curve"][-1]
+            line = f"{run['arm']}, learning rate {run['lr']:g}, seed {run['seed']}: step {last['step']}, "
+            line += f"loss {last['loss']:.2f}, AP {100 * last['AP']:.1f}, AP50 {100 * last['AP50']:.1f}"
+            console.print(line, highlight=False)
 
 
 def evaluated(run: dict) -> list[dict[str, float]]:
@@ -292,20 +328,14 @@ def main() -> None:
     which.add_argument("--gpu", dest="plan", action="store_const", const="gpu", help="one GPU, with the ablations")
     parser.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout instead of synthetic shapes")
     parser.add_argument("--at-most", type=int, default=0, metavar="N", help="stop after N trainings; 0: train all")
-    parser.add_argument("--seconds", type=float, default=0, help="begin no training after so long; 0: no limit")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     options = parser.parse_args()
     if options.plan == "gpu" and DEVICE.type != "cuda":
         parser.error("--gpu needs an NVIDIA GPU")
     plan = replace(PLANS[options.plan], coco_path=options.coco_path)
     path = RESULTS / "paper" / f"convergence-{plan.name}{'-coco' if plan.coco_path else ''}.json"
-    runs, started, sets = read(path, plan), time.monotonic(), data_sets(plan)
-    for count, training in enumerate(missing(plan, runs), start=1):
-        kind = "short run" if training.is_probe else "training"
-        console.print(f"{kind}: {training.arm.name}, learning rate {training.lr:g}, seed {training.seed}")
-        runs.append({**training.key, "environment": environment(), "curve": train(plan, training, *sets)})
-        write(path, plan, runs)
-        if count == options.at_most or 0 < options.seconds < time.monotonic() - started:
-            break
+    runs = read(path, plan)
+    train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds)
     if compared(runs):
         console.print(table(runs))
         console.print(f"wrote {path} and {draw(path, runs)}", highlight=False, soft_wrap=True)
