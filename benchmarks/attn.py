@@ -43,6 +43,7 @@ class Problem:
     dropout: float
     padded: bool
     backward: bool
+    queries: int = QUERIES
 
     @property
     def title(self) -> str:
@@ -61,7 +62,7 @@ class Problem:
         """Random inputs, the same for every call."""
         generator = torch.Generator().manual_seed(0)
         height, width = GRIDS[self.grid]
-        sizes = (QUERIES, QUERIES, height * width, height, width, height * width, QUERIES)
+        sizes = (self.queries, self.queries, height * width, height, width, height * width, self.queries)
         made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
         *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
         valid = self.valid_hw() if self.padded else None
@@ -78,8 +79,8 @@ class Problem:
         """
         valid = self.valid_hw().double()
         keys = valid.prod(dim=1).sum().item()
-        scores = HEADS * QUERIES * keys
-        outputs = self.batch * QUERIES
+        scores = HEADS * self.queries * keys
+        outputs = self.batch * self.queries
         inputs = 2 * outputs + 2 * keys + valid.sum().item()
         numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
         size = numbers * HEADS * WIDTH * self.dtype.itemsize
@@ -206,7 +207,7 @@ def flex(problem: Problem, tensors: Tensors) -> Attend:
             return ~tensors.padding[image, key]
 
         height, width = GRIDS[problem.grid]
-        return create_block_mask(is_valid, problem.batch, None, QUERIES, height * width, device=DEVICE)
+        return create_block_mask(is_valid, problem.batch, None, problem.queries, height * width, device=DEVICE)
 
     @torch.compile(dynamic=False)
     def attend(mask: object) -> Tensor:

@@ -63,8 +63,11 @@ def _draw_problem(axis: plt.Axes, result: Result, names: list[str]) -> None:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of one device with times of operations; `tune`, `data` and `evaluation` hold other things."""
-    others = ("tune", "data", "evaluation")
+    """The files of one device with times of operations; none in `paper`, which is no device, and others hold no times
+    that bars could show."""
+    if folder.name == "paper":
+        return []
+    others = ("tune", "data", "evaluation", "scaling")
     return sorted(path for path in folder.glob("*.json") if path.stem not in others)
 
 

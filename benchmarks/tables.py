@@ -306,7 +306,7 @@ def evaluated(file: Path, coco: str) -> tuple[float, ...]:
 
     detector = conddetr.Detector.from_checkpoint(file)
     images = coco_split(coco, "val", EvalTransform(detector.model.config))
-    found = evaluate(detector.model, detector.classes, images, detector.device)
+    found = evaluate(detector.model, detector.classes, images, detector.device).metrics
     return tuple(100 * found[name] for name in COLUMNS)
 
 

@@ -14,8 +14,7 @@ SHIPPED = kernels.launch_settings(90, "half", 32)
 
 def test_every_setting_computes_the_same(monkeypatch):
     monkeypatch.setitem(attn.GRIDS, "small", (2, 3))
-    monkeypatch.setattr(attn, "QUERIES", 5)
-    problem = attn.Problem("small", 2, torch.float32, 0.1, True, False)
+    problem = attn.Problem("small", 2, torch.float32, 0.1, True, False, queries=5)
     tiles = [kernels.Tiles(16, 16, 4, 1), kernels.Tiles(32, 16, 4, 2)]
     results = []
 
