@@ -1,0 +1,60 @@
+"""The tables count what they say, and the committed ones agree with the paper."""
+
+import json
+
+import harness
+import pytest
+import tables
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+COMMITTED = json.loads((harness.RESULTS / "paper" / "tables.json").read_text())
+
+
+def test_a_multiply_add_is_one():
+    linear = torch.nn.Linear(30, 50, bias=False)
+    assert tables.count(lambda: linear(torch.zeros(7, 30))) == pytest.approx(7 * 30 * 50 / 1e9)
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_attention_counts_scores_and_values(separable):
+    batch, queries, height, width, heads, d, ds, dv = 2, 5, 3, 4, 2, 16, 32, 8
+    with FakeTensorMode():
+        make = lambda n, width: torch.empty(batch, n, heads, width)  # noqa: E731
+        spatial = (make(height, ds), make(width, ds)) if separable else (make(height * width, ds), None)
+        inputs = (make(queries, d), make(queries, ds), make(height * width, d), *spatial, make(height * width, dv))
+        found = tables.count(
+            lambda: torch.ops.conddetr.conditional_attention(*inputs, None, None, None, scale=1.0, dropout_p=0.0)
+        )
+    assert found == pytest.approx(batch * heads * queries * height * width * (d + ds + dv) / 1e9)
+
+
+def test_mean_over_images():
+    def forward(height, width):
+        torch.zeros(height, 10) @ torch.zeros(10, width)
+
+    assert tables.average(forward, {(2, 3): 3, (4, 5): 1}) == pytest.approx((3 * 60 + 200) / 4 / 1e9)
+
+
+def test_sizes_are_those_of_the_validation_images(small_coco):
+    # 60×90 and 70×90, the long side bounded by 1333.
+    assert tables.image_sizes(str(small_coco.root), 9) == {(800, 1200): 1, (800, 1029): 1}
+    assert set(tables.image_sizes(None, 2)) == {(800, 1067), (800, 1199)}
+
+
+def test_the_committed_page_is_that_of_the_committed_figures():
+    assert (harness.RESULTS / "paper" / "tables.md").read_text() == tables.markdown(COMMITTED)
+    rows = {title: [tables.asdict(row) for row in rows] for title, rows in tables.TABLES.items()}
+    assert json.loads(json.dumps(rows)) == COMMITTED["tables"]
+
+
+@pytest.mark.parametrize("row", [row for row in tables.TABLES[next(iter(tables.TABLES))] if "Deform" not in row.model])
+def test_models_are_as_large_as_the_papers(row):
+    found = COMMITTED["measured"][row.measured_as]
+    assert 1e-6 * found["parameters"] == pytest.approx(row.parameters, rel=0.02)
+    assert found["gflops"] == pytest.approx(row.gflops, rel=0.02)
+
+
+def test_no_ap_without_weights():
+    assert COMMITTED["measured AP"] == {}
+    assert tables.lines_of(COMMITTED, next(iter(tables.TABLES)))[1][0][-1] == "–"
