@@ -1,6 +1,6 @@
 """Tables 1, 2 and 3 of the Conditional DETR paper: published figures, and ours measured beside them.
 
-    python benchmarks/tables.py                          # image sizes of CONDDETR_COCO, else a list of common ones
+    python benchmarks/tables.py                          # image sizes of CONDDETR_COCO, else those of a sample
     python benchmarks/tables.py --weights-dir DIR        # also AP, from checkpoints DIR/<preset>-<epochs>.pth
 
 A multiply-add counts as one; only convolutions and matrix products count, those of attention included, as in the DETR
@@ -13,7 +13,9 @@ Writes results/paper/tables.json and, from it, tables.md.
 
 import argparse
 import json
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,18 +38,13 @@ from conddetr.data.images import resized_shape
 from conddetr.kernels import registry
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
-COMMON_SIZES = {
-    (480, 640): 17,
-    (427, 640): 8,
-    (640, 480): 5,
-    (426, 640): 4,
-    (428, 640): 3,
-    (375, 500): 3,
-    (425, 640): 2,
-    (640, 427): 2,
-    (640, 426): 2,
-}
-"""Sizes (height, width) that more than one of 72 validation images of COCO has, with how many do."""
+SAMPLE = (
+    "480×640:17 427×640:8 640×480:5 426×640:4 428×640:3 375×500:3 425×640:2 640×427:2 640×426:2 640×586:1 "
+    "640×621:1 449×640:1 429×640:1 640×634:1 559×640:1 461×640:1 612×612:1 500×375:1 461×614:1 408×640:1 "
+    "424×640:1 423×640:1 432×640:1 640×425:1 500×351:1 640×428:1 511×640:1 240×320:1 333×500:1 640×383:1 "
+    "406×640:1 414×640:1 371×640:1 400×640:1 334×500:1"
+)
+"""height×width:images of a sample of COCO's validation images."""
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Sizes = dict[tuple[int, int], int]
 
@@ -221,7 +218,7 @@ def ours(sizes: Sizes, preset: str, **overrides: str) -> Measured:
     with FakeTensorMode():
         parameters = size_of(conddetr.build(preset, **overrides))
         nominal, executed = gflops("eager"), None
-        if preset.startswith("conditional") and registry.HAS_TRITON:
+        if preset.startswith("conditional") and not overrides and registry.HAS_TRITON:
             # Nothing is launched: what a kernel returns is known from its fake implementation.
             os.environ["TRITON_INTERPRET"] = "1"
             executed = gflops("triton")
@@ -250,7 +247,8 @@ def faster_rcnn(sizes: Sizes, backbone: str) -> Measured:
 
 
 def deformable_detr(sizes: Sizes, **options: object) -> Measured:
-    """HuggingFace's. It needs values, so it is really computed, and for the most frequent size alone."""
+    """HuggingFace's. It needs values, so it is really computed: for the least and the greatest area, between which the
+    count is all but linear."""
     if not (find_spec("transformers") and find_spec("timm")):
         return Measured(not_measured="needs transformers and timm")
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
@@ -259,9 +257,12 @@ def deformable_detr(sizes: Sizes, **options: object) -> Measured:
         use_timm_backbone=True, backbone="resnet50", use_pretrained_backbone=False, num_labels=91, **options
     )
     model = DeformableDetrForObjectDetection(config).requires_grad_(False)
-    size, images = max(sizes.items(), key=lambda item: item[1])
-    gflops = count(lambda: model(pixel_values=torch.rand(1, 3, *size)))
-    return Measured(size_of(model), gflops, None, images)
+    least, greatest = (pick(sizes, key=math.prod) for pick in (min, max))
+    ends = [count(partial(model, pixel_values=torch.rand(1, 3, *size))) for size in (least, greatest)]
+    images = sum(sizes.values())
+    mean_area = sum(n * math.prod(size) for size, n in sizes.items()) / images
+    share = (mean_area - math.prod(least)) / max(math.prod(greatest) - math.prod(least), 1)
+    return Measured(size_of(model), ends[0] + share * (ends[1] - ends[0]), None, images)
 
 
 MODELS: dict[str, Callable[[Sizes], Measured]] = {
@@ -275,21 +276,24 @@ MODELS: dict[str, Callable[[Sizes], Measured]] = {
 }
 
 
-def image_sizes(root: str | None, most: int) -> Sizes:
+def image_sizes(root: str | None) -> Sizes:
     """Resized height and width → number of images, the most frequent first.
 
     Args:
-        root: folder in COCO's 2017 layout, whose validation images are taken; None: `COMMON_SIZES`.
-        most: of that many sizes; rarer ones are left out.
+        root: folder in COCO's 2017 layout, whose first 100 validation images are taken, as the DETR paper does; None:
+            `SAMPLE`.
     """
-    found: Counter = Counter(COMMON_SIZES)
     if root:
         annotations = json.loads((Path(root) / "annotations" / "instances_val2017.json").read_text(encoding="utf-8"))
-        found = Counter((image["height"], image["width"]) for image in annotations["images"])
+        images = sorted(annotations["images"], key=lambda image: image["id"])[:100]
+        found = Counter((image["height"], image["width"]) for image in images)
+    else:
+        parsed = (re.fullmatch(r"(\d+)×(\d+):(\d+)", entry).groups() for entry in SAMPLE.split())
+        found = Counter({(int(height), int(width)): int(images) for height, width, images in parsed})
     resized: Counter = Counter()
     for (height, width), images in found.items():
         resized[resized_shape(height, width, SHORT_SIDE, LONG_SIDE)] += images
-    return dict(resized.most_common(most))
+    return dict(resized.most_common())
 
 
 def checkpoint(folder: Path, row: Row) -> Path:
@@ -321,10 +325,10 @@ def content_of(measured: dict[str, Measured], ap: dict[str, tuple[float, ...]], 
     }
 
 
-def lines_of(content: dict, title: str) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of one table."""
+def lines_of(content: dict, title: str, most: int = len(COLUMNS)) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of one table, with at most that many columns of published AP."""
     rows = content["tables"][title]
-    names = COLUMNS[: len(rows[0]["ap"])]
+    names = COLUMNS[:most][: len(rows[0]["ap"])]
     headings = ["model", "epochs", "GFLOPs, paper", "measured", "difference", "executed"]
     headings += ["M parameters, paper", "measured", *names, "AP, measured"]
     lines = []
@@ -338,7 +342,7 @@ def lines_of(content: dict, title: str) -> tuple[list[str], list[list[str]]]:
                 *(row["model"], str(row["epochs"]), f"{row['gflops']:g}", _cell(gflops), difference),
                 *(_cell(found.get("executed_gflops")), _cell(row["parameters"], 0)),
                 _cell(found.get("parameters") and 1e-6 * found["parameters"]),
-                *(f"{value:.1f}" for value in row["ap"]),
+                *(f"{value:.1f}" for value in row["ap"][: len(names)]),
                 _cell(ap and ap[0]),
             ]
         )
@@ -353,7 +357,7 @@ NOTES = (
     "GFLOPs: multiply-adds, in 10⁹, of convolutions and matrix products; `executed`: with the fused kernels, which "
     "project the spatial keys as rows and columns instead of cell by cell.",
     "Faster RCNN: torchvision's, its second stage on 1000 proposals.",
-    "Deformable DETR: HuggingFace's, for the most frequent size alone; sampling is no matrix product and not counted.",
+    "Deformable DETR: HuggingFace's; sampling is no matrix product and not counted.",
     "TSP-FCOS and TSP-RCNN: published only, no maintained implementation is known.",
     "UP-DETR: the detector is DETR's; its pre-training is not part of this project.",
 )
@@ -381,10 +385,10 @@ def markdown(content: dict) -> str:
 def print_tables(content: dict) -> None:
     """All tables in the terminal."""
     for title in content["tables"]:
-        headings, lines = lines_of(content, title)
+        headings, lines = lines_of(content, title, most=1)
         table = Table(title=title)
         for index, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if index else "left")
+            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for line in lines:
             table.add_row(*line)
         console.print(table)
@@ -402,13 +406,12 @@ def main() -> None:
     """Count, evaluate what there are weights of, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="holds <preset>-<epochs>.pth; needs COCO")
-    parser.add_argument("--sizes", type=int, default=16, help="count for that many image sizes, the most frequent")
     options = parser.parse_args()
     coco = os.environ.get("CONDDETR_COCO")
     if options.weights_dir and not coco:
         parser.error("--weights-dir: set CONDDETR_COCO to a folder in COCO's 2017 layout")
-    sizes = image_sizes(coco, options.sizes)
-    source = "the most frequent of the validation images" if coco else "common ones of COCO"
+    sizes = image_sizes(coco)
+    source = "the first validation images of the data set" if coco else "a sample of COCO's validation images"
     measured = {name: count_of(sizes) for name, count_of in track(MODELS.items(), "counting", console=console)}
     ap = {}
     if options.weights_dir:

@@ -38,8 +38,8 @@ def test_mean_over_images():
 
 def test_sizes_are_those_of_the_validation_images(small_coco):
     # 60×90 and 70×90, the long side bounded by 1333.
-    assert tables.image_sizes(str(small_coco.root), 9) == {(800, 1200): 1, (800, 1029): 1}
-    assert set(tables.image_sizes(None, 2)) == {(800, 1067), (800, 1199)}
+    assert tables.image_sizes(str(small_coco.root)) == {(800, 1200): 1, (800, 1029): 1}
+    assert sum(tables.image_sizes(None).values()) == 72
 
 
 def test_the_committed_page_is_that_of_the_committed_figures():
