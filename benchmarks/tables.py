@@ -354,9 +354,10 @@ def _cell(value: float | None, digits: int = 1) -> str:
 
 
 NOTES = (
-    "GFLOPs: multiply-adds, in 10⁹, of convolutions and matrix products; `executed`: with the fused kernels, which "
-    "project the spatial keys as rows and columns instead of cell by cell.",
-    "Faster RCNN: torchvision's, its second stage on 1000 proposals.",
+    "GFLOPs: multiply-adds, in 10⁹, of convolutions and matrix products; `executed`: with the Triton kernels, which "
+    "take spatial keys projected as rows and columns instead of cell by cell.",
+    "Faster RCNN: torchvision's, its second stage on 1000 proposals, the most that it keeps; how many the published "
+    "count had is not known.",
     "Deformable DETR: HuggingFace's; sampling is no matrix product and not counted.",
     "TSP-FCOS and TSP-RCNN: published only, no maintained implementation is known.",
     "UP-DETR: the detector is DETR's; its pre-training is not part of this project.",
