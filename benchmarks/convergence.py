@@ -5,7 +5,7 @@
     python benchmarks/convergence.py --small --at-most 1 # one more training, then stop
 
 Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
-best of four learning rates, by the training loss at the end of short runs. On a CPU trainings run side by side, one
+best of five learning rates, by the training loss at the end of short runs. On a CPU trainings run side by side, one
 per core, so seconds are those of one thread. What is trained is kept after each run in
 `results/paper/convergence-<plan>.json`: called again, the script goes on with what is missing. The images are the
 synthetic shapes, or those of `--coco-path DIR`.
@@ -45,7 +45,7 @@ from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform, TrainTransform
 from conddetr.engine.trainer import Trainer, seed_everything, tiny_train_config
 
-RATES = (1.5e-4, 3e-4, 7e-4, 1.5e-3)
+RATES = (7e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3)
 """Learning rates among which each family's is chosen."""
 METRICS = ("AP", "AP50")
 
