@@ -155,7 +155,7 @@ def attention_figure(image: Tensor, found: "Detection", index: int, maps: Attent
     for row, (kind, formula) in enumerate(zip(KINDS, (*maps.formulas, "sum of both"), strict=True)):
         for head in range(heads):
             axes = figure.add_subplot(grid[row, head + 1])
-            _draw_map(axes, image, box, weights[row, head], maps.cell)
+            draw_map(axes, image, box, weights[row, head], maps.cell)
             if row == 0:
                 axes.set_title(f"head {head}", fontsize=9)
             if head == 0:
@@ -163,7 +163,7 @@ def attention_figure(image: Tensor, found: "Detection", index: int, maps: Attent
     return figure
 
 
-def _draw_map(axes: Axes, image: Tensor, box: Tensor, weights: Tensor, cell: tuple[float, float]) -> None:
+def draw_map(axes: Axes, image: Tensor, box: Tensor, weights: Tensor, cell: tuple[float, float]) -> None:
     """One map [h, w] over the grey image, with the box.
 
     Strided convolutions with symmetric padding look at pixel stride · j for cell j, so that is where its centre goes.
