@@ -10,11 +10,11 @@ scaling.png.
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 from harness import Result, arguments, console, measure, parse, print_table, usable, write
 from machine import DEVICE, Run
+from torch.profiler import ProfilerActivity, profile
 
 import conddetr
 
@@ -37,7 +38,6 @@ BATCHES = (1, 2, 4, 8, 16)
 COMPILED = ("torch.compile of it", "FlexAttention")
 """Compiled anew for each size: minutes, of which none would be measured."""
 STEP_PRESET = "conditional-detr-r50" if DEVICE.type == "cuda" else "conditional-detr-tiny"
-STATUS = Path("/proc/self/status")
 
 
 def problems(backward: bool) -> dict[str, dict[int, attn.Problem]]:
@@ -80,22 +80,20 @@ def training_step(batch: int, options: argparse.Namespace) -> Result:
 
 
 def with_host_memory(result: Result, runs: dict[str, Run]) -> Result:
-    """The result, its memory filled in on a CPU where the system tells it (Linux)."""
-    if DEVICE.type == "cuda" or not STATUS.exists():
+    """The result, its memory filled in on a CPU."""
+    if DEVICE.type == "cuda":
         return result
     return Result(**{**vars(result), "peak_extra_bytes": {name: _host_peak(run) for name, run in runs.items()}})
 
 
 def _host_peak(run: Run) -> int:
-    """Bytes of resident memory at their highest during a call, less what was there before it."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    run()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(entry: str) -> int:
-    return 1024 * int(re.search(rf"{entry}:\s+(\d+) kB", STATUS.read_text())[1])
+    """Bytes that PyTorch's allocator gave out during a call, at their highest."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # Positive when given out, negative when given back.
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
 
 
 def draw(path: Path) -> Path:
@@ -108,11 +106,10 @@ def draw(path: Path) -> Path:
         for name in dict.fromkeys(name for row in rows for name in row["seconds"]):
             timed = [(row["value"], 1e3 * median(row["seconds"][name])) for row in rows if name in row["seconds"]]
             above.plot(*zip(*timed, strict=True), marker="o", markersize=3, label=name)
-            memory = [(row["value"], row["peak_extra_bytes"].get(name, 0) / 2**20) for row in rows]
-            # Below a page or two the system does not count.
-            seen = [(value, mebibytes) for value, mebibytes in memory if mebibytes >= 0.1]
-            if seen:
-                below.plot(*zip(*seen, strict=True), marker="o", markersize=3, label=name)
+            memory = [
+                (row["value"], row["peak_extra_bytes"][name] / 2**20) for row in rows if name in row["peak_extra_bytes"]
+            ]
+            below.plot(*zip(*memory, strict=True), marker="o", markersize=3, label=name)
         floors = [(row["value"], 1e3 * max(row["work"]["floors"].values())) for row in rows if row["work"]]
         if floors:
             above.plot(*zip(*floors, strict=True), "k--", linewidth=1, label="floor")
