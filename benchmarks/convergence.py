@@ -43,7 +43,8 @@ import conddetr
 from conddetr.data.coco import coco_split
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform, TrainTransform
-from conddetr.engine.trainer import Trainer, seed_everything, tiny_train_config
+from conddetr.engine.config import RunConfig, tiny_train_config
+from conddetr.engine.trainer import Trainer
 
 RATES = (7e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3)
 """Learning rates among which each family's is chosen."""
@@ -183,16 +184,21 @@ def train(plan: Plan, training: Training, deadline: float = math.inf) -> dict[st
 def learn(plan: Plan, training: Training) -> list[dict[str, float]]:
     """Train once; per epoch: step, seconds of training, mean loss, and AP and AP50 where evaluated."""
     train_set, val_set = data_sets(plan)
-    config = tiny_train_config()
-    config.epochs, config.batch_size, config.seed = training.epochs, plan.batch_size, training.seed
-    config.lr = config.lr_backbone = training.lr
-    config.lr_drop = plan.lr_drop * training.arm.stretch
-    config.eval_every = training.epochs if training.is_probe else plan.eval_every * training.arm.stretch
-    seed_everything(config.seed)
+    config = tiny_train_config(
+        epochs=training.epochs,
+        batch_size=plan.batch_size,
+        lr=training.lr,
+        lr_backbone=training.lr,
+        lr_drop=plan.lr_drop * training.arm.stretch,
+        eval_every=training.epochs if training.is_probe else plan.eval_every * training.arm.stretch,
+        seed=training.seed,
+        precision="bfloat16" if DEVICE.type == "cuda" else "float32",
+    )
+    torch.manual_seed(training.seed)
     model = build(training.arm, len(train_set.classes), plan.backend)
     # Trainings run side by side: their lines would mix.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        Trainer(model, train_set, val_set, config, folder, DEVICE).fit()
+        Trainer(model, train_set, val_set, RunConfig(output_dir=folder, train=config), DEVICE).fit()
         records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     steps = len(train_set) // plan.batch_size
     curve, seconds = [], 0.0

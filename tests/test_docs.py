@@ -46,6 +46,8 @@ def test_commands_exist(page, line):
     elif program == "python" and words[1] == "-m":
         module = words[2].removeprefix("conddetr.").replace(".", "/")
         assert words[2] == "pip" or (ROOT / f"{module}.py").exists() or (ROOT / "conddetr" / f"{module}.py").exists()
+    elif program == "torchrun":
+        check_command_line(words[words.index("conddetr") + 1 :])
     elif program == "python":
         text = (ROOT / words[1]).read_text() + (ROOT / "benchmarks" / "harness.py").read_text()
         assert all(f'"{word}"' in text for word in words[2:] if word[:2] == "--" and word != "--help")
