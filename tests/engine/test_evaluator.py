@@ -191,6 +191,16 @@ def _detect_on_rank(rank, world, rendezvous, state, queue):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def _one_thread():
+    """As the ranks have: another number of threads rounds differently, and detections of nearly one score swap."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
     dataset = SyntheticShapes(9, seed=3)
     expected = detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1)
@@ -207,9 +217,8 @@ def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
         process.join(timeout=60)
         assert process.exitcode == 0
     assert len(np.unique(found.image_ids)) == 9
-    np.testing.assert_array_equal(found.image_ids, expected.image_ids)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
-    np.testing.assert_allclose(found.boxes, expected.boxes, atol=1e-3)
+    for name, values in vars(found).items():
+        np.testing.assert_array_equal(values, getattr(expected, name), err_msg=name)
 
 
 def test_memory_per_detection_is_flat():
