@@ -17,6 +17,10 @@ def test_auto_on_a_cpu_is_native_where_built_and_says_why(monkeypatch):
         choice = registry.choose("auto", CPU, torch.float16)
         assert choice.backend == "eager"
         assert "on cpu its kernels take float32, bfloat16, float64, not float16" in choice.refused["native"]
+        choice = registry.choose("auto", CPU, torch.float64)
+        assert choice.backend == "eager"
+        assert "ask for it by name" in choice.refused["native"]
+        assert registry.choose("native", CPU, torch.float64).backend == "native"
     monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
     choice = registry.choose("auto", CPU, torch.float32)
     assert choice.backend == "eager"
