@@ -5,7 +5,6 @@ Source: Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -26,6 +25,9 @@ def rank_non_finite(cost: np.ndarray) -> np.ndarray:
 
 def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     """cost [..., B, N, Q] and counts [B] -> [..., B, Q] int64, on the device of `cost`; see `op.py`."""
+    # Here, not above: it takes 0.4 s to import.
+    from scipy.optimize import linear_sum_assignment
+
     *leading, capacity, queries = cost.shape
     problems = cost.detach().cpu().reshape(-1, capacity, queries).numpy()
     counts = counts.tolist()
