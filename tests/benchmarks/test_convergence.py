@@ -1,6 +1,5 @@
 """The comparison is fair, goes on where it stopped, and draws what is in its file."""
 
-import json
 from dataclasses import replace
 
 import convergence
@@ -70,12 +69,3 @@ def test_picture_and_table(tmp_path):
     columns = convergence.table(runs).columns
     assert list(columns[0].cells) == ["a", "b"]
     assert next(iter(columns[6].cells)) == "45.0 (20.0–70.0)"
-
-
-def test_the_committed_runs_are_those_of_the_script():
-    path = convergence.RESULTS / "paper" / "convergence-small.json"
-    plan = convergence.PLANS["small"]
-    runs = convergence.read(path, plan)
-    assert convergence.missing(convergence.probes(plan), runs) == []
-    assert convergence.missing(convergence.trainings(plan, convergence.chosen_rates(plan, runs)), runs) == []
-    assert json.loads(path.read_text())["plan"]["name"] == "small"

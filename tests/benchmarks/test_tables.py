@@ -49,10 +49,9 @@ def test_the_committed_page_is_that_of_the_committed_figures():
 
 
 @pytest.mark.parametrize("row", [row for row in tables.TABLES[next(iter(tables.TABLES))] if "Deform" not in row.model])
-def test_models_are_as_large_as_the_papers(row):
+def test_models_have_as_many_parameters_as_the_papers(row):
     found = COMMITTED["measured"][row.measured_as]
     assert 1e-6 * found["parameters"] == pytest.approx(row.parameters, rel=0.02)
-    assert found["gflops"] == pytest.approx(row.gflops, rel=0.02)
 
 
 def test_no_ap_without_weights():
