@@ -119,10 +119,11 @@ __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real*
 
 template <typename Real>
 struct Exp2;
-// Minimax of degree 5 on [-1/2, 1/2], exactly 1 at 0: relative error 1.1e-7, and 2e-7 with all rounding.
+// Least squares of degree 6 on [-1/2, 1/2], exactly 1 at 0: relative error 1.6e-8, below that of all rounding.
 template <>
 struct Exp2<float> {
-  static constexpr float series[] = {1.0f, 0.6931470f, 0.24022242f, 0.055507336f, 0.009671513f, 0.0013264727f};
+  static constexpr float series[] = {1.0f,          0.693147182f,   0.240226477f,   0.0555032901f,
+                                     0.00961837359f, 0.00133998483f, 0.000153707049f};
   static constexpr float round = 12582912.0f, lowest = -126.0f, highest = 127.0f;
   static constexpr int mantissa = 23;
 };

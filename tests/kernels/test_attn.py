@@ -324,7 +324,7 @@ def test_native_exponential(level, restored_cpu):
         found.append(attend(leaves, "native", scale=math.log(2)).flatten())
     weights = torch.cat(found).double()
     error = weights / weights[0] / 2 ** x.double() - 1
-    # 2e-7, and one rounding each of the two weights.
+    # 2e-7 with all rounding, and one rounding each of the two weights.
     assert error.abs().max().item() < 2e-7 + 2 * 6e-8
 
 
