@@ -222,14 +222,17 @@ def flex(problem: Problem, tensors: Tensors) -> Attend:
 
 
 def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients in float64, dense spatial keys' summed to those of rows and columns: the same for all."""
-    found = {name: tensor.detach().double() for name, tensor in found.items()}
+    """Output and gradients in float64, the same for all: dense spatial keys' are summed to those of rows and columns.
+
+    Summed in their own dtype, as PyTorch does where it differentiates `dense_spatial_keys`.
+    """
+    found = {name: tensor.detach() for name, tensor in found.items()}
     if "k_spatial" in found:
         dense = found.pop("k_spatial")
         height, width = next(grid for grid in GRIDS.values() if grid[0] * grid[1] == dense.shape[1])
         dense = dense.unflatten(1, (height, width))
         found |= {"rows": dense.sum(2), "columns": dense.sum(1)}
-    return found
+    return {name: tensor.double() for name, tensor in found.items()}
 
 
 def exact(tensors: Tensors) -> dict[str, Tensor]:

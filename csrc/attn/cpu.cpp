@@ -154,12 +154,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_content, const Tensor& q_spat
   const int64_t groups = p.batch * p.heads, threads = torch::stable::get_num_threads();
   const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, p.queries / kBlockQueries));
   const int64_t step = (p.queries + parts * kBlockQueries - 1) / (parts * kBlockQueries) * kBlockQueries;
-  torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / parts, first = task % parts * step;
-      const Task part{group / p.heads, group % p.heads, first, std::min(first + step, p.queries)};
-      if (part.begin < part.end) CONDDETR_CALL(forward, p, result, part);
-    }
+  for_each_task(groups * parts, [&](int64_t task) {
+    const int64_t group = task / parts, first = task % parts * step;
+    const Task part{group / p.heads, group % p.heads, first, std::min(first + step, p.queries)};
+    if (part.begin < part.end) CONDDETR_CALL(forward, p, result, part);
   });
   return {out, lse};
 }
@@ -199,17 +197,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   CONDDETR_CALL(partial_bytes, p, bytes);
   const Tensor partials = torch::stable::new_empty(v, {groups * parts * int64_t(bytes)}, ScalarType::Byte);
   char* memory = static_cast<char*>(data(partials));
-  torch::stable::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / parts, part = task % parts, tiles = p.visited[group / p.heads].count;
-      const Task some{group / p.heads, group % p.heads, tiles * part / parts, tiles * (part + 1) / parts};
-      CONDDETR_CALL(backward, p, given, gradients, some, memory + task * bytes);
-    }
+  for_each_task(groups * parts, [&](int64_t task) {
+    const int64_t group = task / parts, part = task % parts, tiles = p.visited[group / p.heads].count;
+    const Task some{group / p.heads, group % p.heads, tiles * part / parts, tiles * (part + 1) / parts};
+    CONDDETR_CALL(backward, p, given, gradients, some, memory + task * bytes);
   });
-  torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) {
-      CONDDETR_CALL(finish, p, gradients, group / p.heads, group % p.heads, memory + group * parts * bytes, parts);
-    }
+  for_each_task(groups, [&](int64_t group) {
+    CONDDETR_CALL(finish, p, gradients, group / p.heads, group % p.heads, memory + group * parts * bytes, parts);
   });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }

@@ -9,6 +9,8 @@
 
 #include "attn/kernels.h"
 
+#include <cmath>
+
 #include "common/philox_simd.h"
 #include "common/simd.h"
 #include "common/softmax.h"
@@ -81,7 +83,7 @@ void pack_left(Compute<T>* to, const T* from, int64_t stride, int64_t items, int
       Compute<T>* target = to + position / kDepth * kDepth * kRows + m * kDepth + position % kDepth;
       const T* source = from + m * stride + channel;
       if (m < items) {
-        for (int64_t i = 0; i < count; ++i) target[i] = load(source[i]) * factor;
+        scale(target, source, count, factor);
       } else {
         for (int64_t i = 0; i < count; ++i) target[i] = 0;
       }
@@ -129,7 +131,7 @@ void pack_straight(Compute<T>* to, int64_t length, const T* from, int64_t stride
       const int64_t position = offset + channel, room = kPanel<Real> - position % kPanel<Real>;
       const int64_t count = channels - channel < room ? channels - channel : room;
       Real* target = to + (position / kPanel<Real> * length + item) * kPanel<Real> + position % kPanel<Real>;
-      for (int64_t i = 0; i < count; ++i) target[i] = load(source[channel + i]) * factor;
+      scale(target, source + channel, count, factor);
       channel += count;
     }
   }
@@ -148,15 +150,20 @@ void unpack_row(T* to, const Compute<T>* from, int64_t c_panel, int64_t offset, 
   }
 }
 
-// C[kRows][columns] += left factor × panels; `c_panel` numbers between panels of C, `c_stride` between its rows.
-template <typename Real>
+// C[kRows][columns] += left factor × panels, or = without kAdd; `c_panel` numbers between panels of C, `c_stride`
+// between its rows.
+template <bool kAdd = true, typename Real>
 CONDDETR_INLINE void multiply(const Real* left, const Real* panels, int64_t depth, int64_t columns, Real* c,
                               int64_t c_panel, int64_t c_stride) {
   for (int64_t first = 0; first < depth; first += kDepth) {
     const int64_t count = depth - first < kDepth ? depth - first : kDepth;
     for (int64_t panel = 0; panel * kPanel<Real> < columns; ++panel) {
-      product<kDepth, 1>(count, left + first * kRows, panels + (panel * depth + first) * kPanel<Real>,
-                         c + panel * c_panel, c_stride);
+      const Real* right = panels + (panel * depth + first) * kPanel<Real>;
+      if (kAdd || first > 0) {
+        product<kDepth, 1>(count, left + first * kRows, right, c + panel * c_panel, c_stride);
+      } else {
+        product<kDepth, 1, false>(count, left + first * kRows, right, c + panel * c_panel, c_stride);
+      }
     }
   }
 }
@@ -421,7 +428,7 @@ struct Forward {
   }
 
   void multiply_content(const Tile& tile, int64_t block, Real* scores) {
-    multiply<Real>(left + block * left_size(shape.depth), keys, shape.depth, tile.keys, scores, kPanel<Real>, kStride);
+    multiply(left + block * left_size(shape.depth), keys, shape.depth, tile.keys, scores, kPanel<Real>, kStride);
   }
 
   // From the scores of one block of queries and one tile of keys to their part of the output.
@@ -474,6 +481,9 @@ struct Forward {
   int32_t* positions;
 };
 
+// Log-sum-exps between -kModerate and kModerate are of moderate size: no power of two is too large or too small then.
+constexpr int kModerate = 24;
+
 // Backward: kBlockQueries queries × one tile at a time. With P the weights after dropout and dS the gradient of the
 // scores: dq_c = dS·K, dk_c = dSᵀ·q_c, dv = Pᵀ·dO. Sums of dS over rows and columns of the grid are all that the
 // spatial parts need (`Finish`), so that no gradient of a dense spatial key is ever made.
@@ -510,6 +520,7 @@ struct Backward {
     upstream_left = memory.take<Real>(blocks * left_size(p.dv));
     queries = memory.take<Real>(sums.queries * shape.content);
     upstream = memory.take<Real>(sums.queries * shape.values);
+    scaled = memory.take<Real>(sums.queries * p.dv);
     delta = memory.take<Real>(sums.queries);
     start_columns = memory.take<Real>(blocks * kRows * shape.width);
     start_rows = memory.take<Real>(blocks * kRows * shape.height);
@@ -558,32 +569,37 @@ struct Backward {
     for (int64_t i = 0; i < p.queries; ++i) positions[i] = int32_t(i);
     const T* q_content = at<T>(p.q_content, task.image, task.head);
     const T* q_spatial = at<T>(p.q_spatial, task.image, task.head);
-    const int64_t stride = p.heads * p.dv;
     pack_straight(queries, sums.queries, q_content, p.q_content.item, positions, p.queries, 0, p.d, Real(p.scale));
     if (!p.is_separable()) {
       pack_straight(queries, sums.queries, q_spatial, p.q_spatial.item, positions, p.queries, p.d, p.ds, Real(p.scale));
     }
-    pack_straight(upstream, sums.queries, row_of(u.grad, 0), stride, positions, p.queries, 0, p.dv, Real(1));
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t query = block * kRows;
       pack_queries<T>(p, shape, task.image, task.head, query, count(block), columns, rows,
                       left + block * left_size(shape.depth), spatial_left, start(block));
-      pack_left(upstream_left + block * left_size(p.dv), row_of(u.grad, query), stride, count(block), 0, p.dv, Real(1));
-      for (int64_t m = 0; m < kRows; ++m) pack_row(block, m, query + m);
+      for (int64_t m = 0; m < kRows; ++m) pack_row(block, m);
+      pack_left(upstream_left + block * left_size(p.dv), scaled + query * p.dv, p.dv, count(block), 0, p.dv, Real(1));
     }
+    pack_straight(upstream, sums.queries, scaled, p.dv, positions, p.queries, 0, p.dv, Real(1));
   }
 
-  // delta = dO·O of a query; and its scores start from -lse, so that 2^score is the weight.
-  void pack_row(int64_t block, int64_t m, int64_t query) {
-    Real total = 0, lse = Real(1e30);
+  // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Where the scores are of moderate size
+  // there is no shift, so that they are rounded once less and as the small numbers that they are. The factor goes to
+  // dO, and delta = dO·O with it.
+  void pack_row(int64_t block, int64_t m) {
+    const int64_t query = block * kRows + m;
+    Real factor = 0, total = 0;
     if (m < count(block)) {
-      const T *grad = row_of(u.grad, query), *out = row_of(u.out, query);
-      for (int64_t i = 0; i < p.dv; ++i) total += load(grad[i]) * load(out[i]);
-      lse = static_cast<const Real*>(u.lse)[query_index(p, task.image, task.head, query)];
+      const Real lse = static_cast<const Real*>(u.lse)[query_index(p, task.image, task.head, query)];
+      const bool is_seen = lse != Real(INFINITY);  // it has a key
+      const Real shift = !is_seen || (lse > -kModerate && lse < kModerate) ? Real(0) : std::round(lse);
+      if (is_seen) factor = std::exp2(shift - lse);
+      Real* row = start(block).rows + m * shape.height;
+      for (int64_t y = 0; shift != 0 && y < shape.height; ++y) row[y] -= shift;
+      scale(scaled + query * p.dv, row_of(u.grad, query), p.dv, factor);
+      total = dot(row_of(u.grad, query), row_of(u.out, query), p.dv) * factor;
     }
-    delta[block * kRows + m] = total;
-    Real* row = start(block).rows + m * shape.height;
-    for (int64_t y = 0; y < shape.height; ++y) row[y] -= lse > Real(1e30) ? Real(1e30) : lse;
+    delta[query] = total;
   }
 
   void pack_tile(const Tile& tile) {
@@ -616,31 +632,27 @@ struct Backward {
     accumulate(tile, weights, upstream + first * kRows * P, shape.values, value_sums);
   }
 
-  // Weights and slopes (dS before `scale`) of kRows queries.
+  // Weights and slopes (dS before `scale`) of kRows queries; weights before their factor, see `pack_row`.
   void differentiate(const Keys& visited, const Tile& tile, int64_t block, Real* weight, Real* slope) {
-    const bool has_dropout = p.dropout_p > 0;
     start_scores<Real>(p, visited, tile, shape, start(block), weight);
-    for (int m = 0; m < kRows; ++m) {
-      const Vector<Real> negative = broadcast(has_dropout ? Real(0) : -delta[block * kRows + m]);
-      for (int i = 0; i < kTileKeys; i += L) store_vector(slope + m * kStride + i, negative);
-    }
-    multiply<Real>(left + block * left_size(shape.depth), keys_transposed, shape.depth, tile.keys, weight, P, kStride);
-    multiply<Real>(upstream_left + block * left_size(p.dv), values_transposed, p.dv, tile.keys, slope, P, kStride);
+    multiply(left + block * left_size(shape.depth), keys_transposed, shape.depth, tile.keys, weight, P, kStride);
+    multiply<false>(upstream_left + block * left_size(p.dv), values_transposed, p.dv, tile.keys, slope, P, kStride);
+    const Dropout<Real> dropout(p);
     for (int m = 0; m < kRows; ++m) {
       Real *w = weight + m * kStride, *s = slope + m * kStride;
-      if (!has_dropout) {
-        for (int i = 0; i < tile.keys; i += L) {
-          const Vector<Real> value = exp2<Real>(load_vector(w + i));
-          store_vector(w + i, value);
-          store_vector(s + i, load_vector(s + i) * value);
-        }
-      } else {
-        const Dropout<Real> dropout(p);
+      const Vector<Real> less = broadcast(delta[block * kRows + m]);
+      if (p.dropout_p > 0) {
         dropout.fill(p, visited, tile, query_index(p, task.image, task.head, block * kRows + m), kept);
         for (int i = 0; i < tile.keys; i += L) {
           const Vector<Real> value = exp2<Real>(load_vector(w + i)), factor = load_vector(kept + i);
           store_vector(w + i, value * factor);
-          store_vector(s + i, value * (load_vector(s + i) * factor - delta[block * kRows + m]));
+          store_vector(s + i, value * (load_vector(s + i) * factor - less));
+        }
+      } else {
+        for (int i = 0; i < tile.keys; i += L) {
+          const Vector<Real> value = exp2<Real>(load_vector(w + i));
+          store_vector(w + i, value);
+          store_vector(s + i, value * (load_vector(s + i) - less));
         }
       }
       // Nothing but zeros for keys that are not there: their sums stay zero.
@@ -700,7 +712,7 @@ struct Backward {
   Arena arena;
   const Partial<Real> sums;
   const int64_t blocks;
-  Real *left, *upstream_left, *queries, *upstream, *delta, *start_columns, *start_rows, *columns, *rows, *spatial_left;
+  Real *left, *upstream_left, *queries, *upstream, *scaled, *delta, *start_columns, *start_rows, *columns, *rows, *spatial_left;
   Real *keys_transposed, *values_transposed, *keys, *weights, *slopes, *key_sums, *value_sums, *kept;
   int32_t* positions;
 };
@@ -770,9 +782,9 @@ struct Finish {
       const int64_t count = p.queries - query < kRows ? p.queries - query : kRows;
       fill(out, size_t(kRows * shape.spatial) * sizeof(Real));
       pack_left(left, sums.rows + query * shape.height, shape.height, count, 0, p.height, Real(1));
-      multiply<Real>(left, rows, p.height, p.ds, out, kRows * P, P);
+      multiply(left, rows, p.height, p.ds, out, kRows * P, P);
       pack_left(left, sums.columns + query * shape.width, shape.width, count, 0, p.width, Real(1));
-      multiply<Real>(left, columns, p.width, p.ds, out, kRows * P, P);
+      multiply(left, columns, p.width, p.ds, out, kRows * P, P);
       write(static_cast<T*>(g.q_spatial) + ((image * p.queries + query) * p.heads + head) * p.ds, count);
     }
   }
@@ -786,7 +798,7 @@ struct Finish {
       }
       fill(out, size_t(kRows * shape.spatial) * sizeof(Real));
       pack_left(left, turned, p.queries, count, 0, p.queries, Real(1));
-      multiply<Real>(left, queries, p.queries, p.ds, out, kRows * P, P);
+      multiply(left, queries, p.queries, p.ds, out, kRows * P, P);
       write(static_cast<T*>(gradient) + ((image * items + item) * p.heads + head) * p.ds, count);
     }
   }

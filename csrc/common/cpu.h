@@ -1,6 +1,9 @@
 // What the operators on the CPU share: dtypes, checks, threads.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -26,6 +29,17 @@ inline void* data(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
 
 inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+// Calls task(0) … task(count - 1) from torch's threads, each of which takes the next one when it is free: images of
+// different valid sizes make tasks of different lengths.
+template <typename Function>
+void for_each_task(int64_t count, const Function& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
 }
 
 }  // namespace conddetr

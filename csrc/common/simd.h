@@ -75,6 +75,32 @@ CONDDETR_INLINE void store_vector(Real* to, Vector<Real> value) {
   memcpy(to, &value, sizeof value);
 }
 
+// The larger and the smaller of both; b where one of them is NaN.
+template <typename Real>
+CONDDETR_INLINE Vector<Real> larger(Vector<Real> a, Vector<Real> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // GCC makes two instructions of the comparison.
+  if constexpr (sizeof(Real) == 4) return (Vector<Real>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
+}
+
+template <typename Real>
+CONDDETR_INLINE Vector<Real> smaller(Vector<Real> a, Vector<Real> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) return (Vector<Real>)_mm256_min_ps((__m256)a, (__m256)b);
+#endif
+  return a < b ? a : b;
+}
+
+// to[i] = from[i] · factor
+template <typename T, typename Real>
+CONDDETR_INLINE void scale(Real* to, const T* from, int64_t count, Real factor) {
+  constexpr int L = kLanes<Real>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store_vector(to + i, load_vector(from + i) * factor);
+  for (; i < count; ++i) to[i] = load(from[i]) * factor;
+}
 
 template <typename Real>
 CONDDETR_INLINE Real largest_of(Vector<Real> value) {
@@ -91,11 +117,11 @@ CONDDETR_INLINE Vector<Real> first_lanes(Vector<Real> value, int64_t count) {
   return lane < decltype(lane[0] + 0)(count) ? value : Vector<Real>{};
 }
 
-// C[kRows][panel] += A B: the only matrix product there is. B is a packed panel, [depth][kPanel]; element (m, k) of A
-// is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant offset.
+// C[kRows][panel] += A B, or = A B: the only matrix product there is. B is a packed panel, [depth][kPanel]; element
+// (m, k) of A is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant offset.
 // The products are summed from zero and added to C at the end, which rounds less than one long sum.
 // Not inlined: all registers are its own.
-template <int kRowStride, int kDepthStride, typename Real>
+template <int kRowStride, int kDepthStride, bool kAdd = true, typename Real>
 __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real* b, Real* c, int64_t c_stride) {
   constexpr int L = kLanes<Real>;
   Vector<Real> sums[kRows][2] = {};
@@ -112,8 +138,9 @@ __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real*
   }
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
-    store_vector(c + m * c_stride, load_vector(c + m * c_stride) + sums[m][0]);
-    store_vector(c + m * c_stride + L, load_vector(c + m * c_stride + L) + sums[m][1]);
+    Real* row = c + m * c_stride;
+    store_vector(row, kAdd ? load_vector(row) + sums[m][0] : sums[m][0]);
+    store_vector(row + L, kAdd ? load_vector(row + L) + sums[m][1] : sums[m][1]);
   }
 }
 
@@ -156,8 +183,8 @@ CONDDETR_INLINE Vector<Real> exp2(Vector<Real> x) {
     whole = (Vector<Real>)_mm512_roundscale_ps((__m512)x, 8);
 #endif
   } else {
-    x = x < E::lowest ? broadcast<Real>(E::lowest) : x;
-    x = x > E::highest ? broadcast<Real>(E::highest) : x;
+    x = larger<Real>(broadcast<Real>(E::lowest), x);
+    x = smaller<Real>(broadcast<Real>(E::highest), x);
     // Adding 1.5 · 2^mantissa rounds to a whole number, and leaves it in the lowest bits.
     shifted = x + E::round;
     whole = shifted - E::round;
@@ -205,6 +232,18 @@ CONDDETR_INLINE Real sum_of(Vector<Real> value) {
   } else {
     return value[0];
   }
+}
+
+// Σ a[i] · b[i]
+template <typename T>
+CONDDETR_INLINE Compute<T> dot(const T* a, const T* b, int64_t count) {
+  constexpr int L = kLanes<Compute<T>>;
+  Vector<Compute<T>> sums = {};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) sums += load_vector(a + i) * load_vector(b + i);
+  Compute<T> total = sum_of<Compute<T>>(sums);
+  for (; i < count; ++i) total += load(a[i]) * load(b[i]);
+  return total;
 }
 
 // A square of kLanes × kLanes numbers, transposed: log2(kLanes) rounds of perfect shuffles of the rows.
