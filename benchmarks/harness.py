@@ -251,11 +251,16 @@ def read_results(path: Path) -> list[Result]:
 
 
 def rows(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: time with spread, speed-up over the best peer, rates, memory, multiple of the floor."""
+    """Headings and cells: time with spread, speed-up over the best peer, rates, memory, multiple of the floor.
+
+    "of peak": the matrix products that are needed, in this time, as a share of what the device's units can do.
+    """
     headings = ["implementation", "ms", "10–90 %", "vs best peer"]
     if result.work:
         headings += ["TFLOP/s"] * (result.work.flops > 0) + ["GB/s"]
     headings += ["extra MiB"] * bool(result.peak_extra_bytes) + ["× floor"] * bool(result.work)
+    has_products = bool(result.work) and "products" in result.work.floors
+    headings += ["of peak"] * has_products
     peers = [median(values) for name, values in result.seconds.items() if not name.startswith(OURS)]
     best = min(peers, default=math.nan)
     lines = []
@@ -269,6 +274,8 @@ def rows(result: Result) -> tuple[list[str], list[list[str]]]:
             line.append(f"{result.peak_extra_bytes[name] / 2**20:.1f}")
         if result.work:
             line.append(f"{middle / result.work.floor:.2f}")
+        if has_products:
+            line.append(f"{result.work.floors['products'] / middle:.0%}")
         lines.append(line)
     return headings, lines
 

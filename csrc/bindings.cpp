@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "common/levels.h"
+#include "peak/kernels.h"
 
 #define CONDDETR_ATTENTION_INPUTS                                                                                  \
   "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "            \
@@ -74,4 +75,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_level", &use_cpu_level, pybind11::arg("level"),
              "Use another of the instruction sets in build_info(), for tests and benchmarks. False if this processor "
              "can not run it; nothing changes then.");
+  module.def("peak_flops", &conddetr::peak::multiply_adds_per_second,
+             "Floating-point operations per second of float32 multiply-adds in registers, on all of torch's threads.");
 }

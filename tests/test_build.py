@@ -1,5 +1,6 @@
 """The native library, and the flags that it is built with (docs/building.md)."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -83,3 +84,21 @@ def test_dtypes_without_native_kernels():
         pytest.skip(native.NOT_LOADED)
     with pytest.raises(RuntimeError, match="on cpu its kernels take float32, bfloat16, float64, not float16"):
         registry.choose("native", torch.device("cpu"), torch.float16)
+
+
+@needs_library
+def test_peak_is_that_of_the_widest_vectors():
+    library = importlib.import_module("conddetr._C")
+    level, threads = library.cpu_level(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = native.peak_flops()
+        library.use_cpu_level("plain")
+        plain = native.peak_flops()
+    finally:
+        library.use_cpu_level(level)
+        torch.set_num_threads(threads)
+    # Two and four times as wide; on a busy machine a rate may come out at less, but never at more than it is.
+    assert 1e9 < best < 1e12
+    if level != "plain":
+        assert plain < 0.9 * best

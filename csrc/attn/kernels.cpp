@@ -9,8 +9,6 @@
 
 #include "attn/kernels.h"
 
-#include <cmath>
-
 #include "common/philox_simd.h"
 #include "common/simd.h"
 #include "common/softmax.h"
@@ -592,8 +590,8 @@ struct Backward {
     if (m < count(block)) {
       const Real lse = static_cast<const Real*>(u.lse)[query_index(p, task.image, task.head, query)];
       const bool is_seen = lse != Real(INFINITY);  // it has a key
-      const Real shift = !is_seen || (lse > -kModerate && lse < kModerate) ? Real(0) : std::round(lse);
-      if (is_seen) factor = std::exp2(shift - lse);
+      const Real shift = !is_seen || (lse > -kModerate && lse < kModerate) ? Real(0) : ::round(lse);
+      if (is_seen) factor = ::exp2(shift - lse);
       Real* row = start(block).rows + m * shape.height;
       for (int64_t y = 0; shift != 0 && y < shape.height; ++y) row[y] -= shift;
       scale(scaled + query * p.dv, row_of(u.grad, query), p.dv, factor);

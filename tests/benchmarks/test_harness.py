@@ -65,9 +65,9 @@ def test_flash_says_why_it_refuses_a_mask():
 
 def test_table():
     headings, lines = harness.rows(RESULT)
-    assert headings == ["implementation", "ms", "10–90 %", "vs best peer", "TFLOP/s", "GB/s", "× floor"]
-    assert lines[0] == ["peer", "4", "4–4", "1.00", "1", "50", "2.00"]
-    assert lines[2] == ["ours", "3", "3–3", "1.33", "1.33", "66.7", "1.50"]
+    assert headings == ["implementation", "ms", "10–90 %", "vs best peer", "TFLOP/s", "GB/s", "× floor", "of peak"]
+    assert lines[0] == ["peer", "4", "4–4", "1.00", "1", "50", "2.00", "50%"]
+    assert lines[2] == ["ours", "3", "3–3", "1.33", "1.33", "66.7", "1.50", "67%"]
     assert harness.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
 
 
