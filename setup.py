@@ -104,9 +104,11 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
     sanitize = os.environ.get("CONDDETR_SANITIZE")
     checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitize else []
     torch_folder = Path(torch.__file__).parent
-    include = [f"-I{path}" for path in (ROOT / "csrc", folder, torch_folder / "include")]
-    # Headers of others are not held to our warnings.
-    include += [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    include = [f"-I{path}" for path in (ROOT / "csrc", folder)]
+    # Headers of others are not held to our warnings. pybind11's come before PyTorch's own copy of them, which refuses
+    # to be used with the stable ABI.
+    others = (pybind11.get_include(), torch_folder / "include", sysconfig.get_path("include"))
+    include += [f"-isystem {path}" for path in others]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     link += [f"-L{cuda}/lib64", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"] if cuda else []
     write_build_info(folder / "build_info.h", cuda, architectures, checks)
