@@ -3,13 +3,19 @@
 A run's folder holds `checkpoint.pt`, the state after the latest save; `checkpoint.previous.pt`, the one before it;
 `best.pt`, the weights of the best evaluation; and `epoch-N.pt` where asked for. The weights of `checkpoint.pt` and
 `best.pt` stand beside them as `.safetensors`.
+
+A `.pt` file is what `torch.load` reads, with all tensors of one dtype in a flat one; `read_checkpoint` returns them by
+name.
 """
 
 import argparse
 import json
 import logging
+import math
 import os
 import pickle
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from conddetr.files import atomic_file
@@ -28,59 +34,163 @@ log = logging.getLogger(__name__)
 LATEST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 BEST = "best.pt"
+FORMAT = "conddetr checkpoint 1"
+
+
+class Packed:
+    """A copy in host memory of nested dicts and lists, their tensors one after the other in a flat one per dtype.
+
+    Pickling a tensor takes Python some 20 µs, during which no other thread runs; there are a thousand in a run, and
+    training would stand still. Few big ones are written without Python.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """Copy `content`; the copies of tensors on a GPU may arrive later, which `unpack` and `write` wait for."""
+        found: list[tuple[tuple, Tensor]] = []
+        self.plain = _without_tensors(content, (), found)
+        self.layout = _layout(found)
+        sizes: dict[str, int] = {}
+        for _, dtype, shape in self.layout:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+        self._gpu = next((tensor.device for _, tensor in found if tensor.is_cuda), None)
+        self.flat = {
+            dtype: torch.empty(size, dtype=getattr(torch, dtype), pin_memory=self._gpu is not None)
+            for dtype, size in sizes.items()
+        }
+        self._views = _views(self.layout, self.flat)
+        self._copy(found)
+
+    def refill(self, content: Mapping[str, Any]) -> bool:
+        """Copy `content` into the same memory; False, and nothing done, if its tensors are others.
+
+        New memory for every checkpoint would take longer than the copy.
+        """
+        found: list[tuple[tuple, Tensor]] = []
+        plain = _without_tensors(content, (), found)
+        if _layout(found) != self.layout:
+            return False
+        self.plain = plain
+        self._copy(found)
+        return True
+
+    @torch.no_grad()
+    def _copy(self, found: list[tuple[tuple, Tensor]]) -> None:
+        if found:
+            torch._foreach_copy_(self._views, [tensor for _, tensor in found], non_blocking=True)
+        # On a GPU the copies are queued before whatever changes the weights next: training need not wait for them.
+        self._arrived = torch.cuda.current_stream(self._gpu).record_event() if self._gpu else None
+
+    def _wait(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    def unpack(self) -> dict[str, Any]:
+        """The nested content; its tensors are views of the flat ones."""
+        self._wait()
+        return _with_tensors(self.plain, self.layout, self._views)
+
+    def write(self, path: Path) -> None:
+        """Write a file for `torch.load`."""
+        self._wait()
+        content = {"format": FORMAT, "plain": self.plain, "layout": json.dumps(self.layout), "tensors": self.flat}
+        torch.save(content, path)
+
+
+def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]]) -> Any:
+    """The same structure with None for every tensor; `found` gets them with their keys, from the outermost."""
+    if isinstance(value, Tensor):
+        found.append((path, value))
+        return None
+    if isinstance(value, dict):
+        return {key: _without_tensors(item, (*path, key), found) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(item, (*path, index), found) for index, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(plain: Any, layout: list, tensors: list[Tensor]) -> Any:
+    """A copy of what `_without_tensors` returned, with the tensors back in their places."""
+    content = _without_tensors(plain, (), [])
+    for (path, _, _), tensor in zip(layout, tensors, strict=True):
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = tensor
+    return content
+
+
+def _layout(found: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, str, tuple[int, ...]]]:
+    """Keys, dtype and shape of every tensor, in the order in which they lie in the flat ones."""
+    return [(path, _name(tensor.dtype), tuple(tensor.shape)) for path, tensor in found]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _views(layout: list, flat: dict[str, Tensor]) -> list[Tensor]:
+    """The tensors of a layout as views of the flat ones."""
+    places, views = dict.fromkeys(flat, 0), []
+    for _, dtype, shape in layout:
+        first = places[dtype]
+        places[dtype] = first + math.prod(shape)
+        views.append(flat[dtype][first : places[dtype]].view(shape))
+    return views
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint so that `path` holds either the old file or the whole new one, never a part."""
-    with atomic_file(Path(path)) as partial:
-        torch.save(dict(content), partial)
+    _save(Path(path), Packed(content))
 
 
-def save_latest(folder: Path, content: Mapping[str, Any]) -> None:
+def _save(path: Path, packed: Packed) -> None:
+    with atomic_file(path) as partial:
+        packed.write(partial)
+
+
+def save_latest(folder: Path, packed: Packed) -> None:
     """Write `checkpoint.pt`; the one that was there becomes `checkpoint.previous.pt`."""
     with atomic_file(folder / LATEST) as partial:
-        torch.save(dict(content), partial)
+        packed.write(partial)
         if (folder / LATEST).exists():
             os.replace(folder / LATEST, folder / PREVIOUS)
 
 
-def save_run(folder: Path, content: Mapping[str, Any], epoch: int, is_best: bool, keep: bool) -> None:
+def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool) -> None:
     """Write the state of a run into its folder.
 
     Args:
         folder: of the run.
-        content: of `checkpoint.pt`.
+        packed: the content of `checkpoint.pt`.
         epoch: the number of epochs done, at the end of one; 0: inside an epoch, where only `checkpoint.pt` is written.
         is_best: also write `best.pt`.
         keep: also write `epoch-N.pt`.
     """
     if epoch:
-        # The moving average is what was evaluated.
+        content = packed.unpack()
         weights = {key: content[key] for key in ("config", "classes", "metrics")}
+        # The moving average is what was evaluated.
         weights["model"] = content["ema"] or content["model"]
         save_weights((folder / LATEST).with_suffix(".safetensors"), weights)
         if is_best:
             save_checkpoint(folder / BEST, weights)
             save_weights((folder / BEST).with_suffix(".safetensors"), weights)
         if keep:
-            save_checkpoint(folder / f"epoch-{epoch:04}.pt", content)
+            _save(folder / f"epoch-{epoch:04}.pt", packed)
     # Last: it says that the others are there. Killed before, the resumed run writes them again.
-    save_latest(folder, content)
-
-
-def remove_run(folder: str | Path) -> None:
-    """Delete what a run left in its folder; pictures and TensorBoard's events stay."""
-    for pattern in ("checkpoint*.pt", "epoch-*.pt", "best.pt", "*.safetensors", "log.jsonl"):
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    save_latest(folder, packed)
 
 
 def save_weights(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write the weights of a checkpoint as safetensors; its `config` and `classes` become JSON in the metadata."""
     metadata = {"format": "pt", "config": json.dumps(content["config"]), "classes": json.dumps(content["classes"])}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in content["model"].items()}
+    # The library refuses tensors that share memory.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in content["model"].items()
+    }
     with atomic_file(Path(path)) as partial:
-        partial.write_bytes(save(tensors, metadata))
+        save_file(tensors, partial, metadata)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -107,7 +217,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: expected a dict, found {type(content).__name__}.")
-    return content
+    if "format" not in content:
+        return content
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"Checkpoint {path}: its format is {content['format']!r}, this version reads {FORMAT!r}. "
+            "Read it with the version of conddetr that wrote it."
+        )
+    layout = json.loads(content["layout"])
+    # Copies: one tensor that is kept would else keep all of them.
+    return _with_tensors(content["plain"], layout, [view.clone() for view in _views(layout, content["tensors"])])
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -148,40 +267,24 @@ class CheckpointWriter:
     """Writes in a thread of its own, one job after the other, while training goes on.
 
     A context manager: at the end it waits for the last job. An error of a job is raised at the next one, or there.
-    It keeps host memory of the size of what it writes: new memory for every checkpoint takes longer than the copy.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _yield_to_others)
         self._pending: Future | None = None
-        self._memory: dict[tuple, Tensor] = {}
+        self._packed: Packed | None = None
 
-    def submit(self, job: Callable[[dict[str, Any]], None], content: dict[str, Any]) -> None:
+    def submit(self, job: Callable[[Packed], None], content: Mapping[str, Any]) -> None:
         """Copy `content` to host memory now, and call `job` with the copy soon."""
         self.wait()
-        pairs: list[tuple[Tensor, Tensor]] = []
-        copied = self._copy(content, (), pairs)
-        for own, source in pairs:
-            own.copy_(source, non_blocking=True)
-        # On a GPU the copies are queued before whatever changes the weights next: training need not wait for them.
-        device = next((source.device for _, source in pairs if source.is_cuda), None)
-        arrived = torch.cuda.current_stream(device).record_event() if device else None
-        self._pending = self._thread.submit(_run, job, copied, arrived)
+        if self._packed is None or not self._packed.refill(content):
+            self._packed = Packed(content)
+        self._pending = self._thread.submit(job, self._packed)
 
-    def _copy(self, value: Any, path: tuple, pairs: list[tuple[Tensor, Tensor]]) -> Any:
-        """The same structure with tensors in our memory; `pairs` gets what is to be copied: to, from."""
-        if isinstance(value, Tensor):
-            own = self._memory.get(path)
-            if own is None or own.shape != value.shape or own.dtype != value.dtype:
-                own = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self._memory[path] = own
-            pairs.append((own, value.detach()))
-            return own
-        if isinstance(value, dict):
-            return {key: self._copy(item, (*path, key), pairs) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._copy(item, (*path, index), pairs) for index, item in enumerate(value)]
-        return value
+    @property
+    def is_writing(self) -> bool:
+        """Whether a job is not done yet."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
         """Return when all is written; raises what went wrong."""
@@ -200,7 +303,8 @@ class CheckpointWriter:
             self.wait()
 
 
-def _run(job: Callable[[dict[str, Any]], None], content: dict[str, Any], arrived: torch.cuda.Event | None) -> None:
-    if arrived is not None:
-        arrived.synchronize()
-    job(content)
+def _yield_to_others() -> None:
+    """Let the calling thread run only where no other wants to: training on a CPU uses every core."""
+    if sys.platform == "linux":
+        # There, and only there, every thread has a priority of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

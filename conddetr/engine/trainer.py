@@ -180,7 +180,7 @@ class Trainer:
             while self.position.epoch < self.config.epochs:
                 stop = self._train_epoch(request, writer)
                 if stop == STOP_SIGNAL:
-                    self._save(writer)
+                    self.save(writer)
                     writer.wait()
                     raise InterruptedRunError(
                         f"{request.name or 'A signal'} came: the state is in {self.folder / LATEST}."
@@ -221,7 +221,7 @@ class Trainer:
                 if self.stepper.stop:
                     break
                 if self._is_time_to_save():
-                    self._save(writer)
+                    self.save(writer)
         self.stepper.flush()
         self.seconds = before + time.perf_counter() - start
         self._speed = (images, self.seconds - before)
@@ -244,7 +244,7 @@ class Trainer:
         record = {"epoch": epoch, **self._record()}
         if is_last or (epoch + 1) % self.config.eval_every == 0:
             # Whatever happens to the evaluation, the epoch is not lost.
-            self._save(writer)
+            self.save(writer)
             self.metrics = self._evaluate()
             record.update(self.metrics)
             is_best = self.metrics.get("AP", -1.0) > self.best_ap
@@ -256,7 +256,7 @@ class Trainer:
             log.write(record, is_last)
             self._print(record)
         keep = self.config.save_every > 0 and (epoch + 1) % self.config.save_every == 0
-        self._save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
+        self.save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
 
     def _record(self) -> dict[str, float]:
         images, seconds = self._speed
@@ -288,7 +288,8 @@ class Trainer:
         )
         return result.metrics if result else {}
 
-    def _save(self, writer: CheckpointWriter, epoch: int = 0, is_best: bool = False, keep: bool = False) -> None:
+    def save(self, writer: CheckpointWriter, epoch: int = 0, is_best: bool = False, keep: bool = False) -> None:
+        """Write the state of the run in the background; every process must call it. Arguments as `save_run`."""
         self.stepper.flush()
         state = self.stepper.state()
         if not self.is_main:

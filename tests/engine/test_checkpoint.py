@@ -1,11 +1,15 @@
 """Checkpoints: whole or not at all, and no code inside."""
 
 import argparse
+import os
 import pickle
+import sys
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from small_runs import assert_equal
 
 from conddetr.engine.checkpoint import (
     LATEST,
@@ -25,6 +29,45 @@ def test_round_trip(tmp_path):
     assert torch.equal(found["model"]["weight"], content["model"]["weight"])
     assert (found["epoch"], found["classes"]) == (4, content["classes"])
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.pt"]
+
+
+def test_every_kind_of_content_comes_back(tmp_path):
+    shared = torch.randn(4, 6)
+    content = {
+        "model": {"a.b": shared.t(), "empty": torch.zeros(0, 3), "half": torch.randn(5).bfloat16()},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 7: {}},
+            "param_groups": [{"params": [0, 7], "lr": 0.1}],
+        },
+        "sums": [torch.ones(2, dtype=torch.float64), torch.arange(3)],
+        "flags": torch.tensor([True, False]),
+        "nothing": None,
+        "ema": {},
+        "names": [],
+        "nan": [torch.tensor(float("nan"))],
+    }
+    save_checkpoint(tmp_path / "a.pt", content)
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert found.pop("nan")[0].isnan()
+    del content["nan"]
+    assert_equal(found, content)
+    assert found["model"]["half"].dtype == torch.bfloat16
+    assert found["sums"][0].dtype == torch.float64
+    # No tensor keeps the memory of the others.
+    assert found["flags"].untyped_storage().nbytes() == 2
+
+
+def test_a_file_of_few_tensors_is_read_by_torch_alone(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", {"model": {str(number): torch.zeros(2) for number in range(100)}})
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["tensors"]["float32"].shape == (200,)
+
+
+def test_other_formats_are_named(tmp_path):
+    torch.save({"format": "conddetr checkpoint 9"}, tmp_path / "later.pt")
+    with pytest.raises(
+        ValueError, match=r"later\.pt: its format is 'conddetr checkpoint 9', this version reads '.* 1'"
+    ):
+        read_checkpoint(tmp_path / "later.pt")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -88,6 +131,15 @@ def test_the_writer_saves_what_was_true_when_asked(tmp_path):
         assert torch.equal(content["nested"][1], torch.full((2,), value))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there has a thread a priority of its own")
+def test_the_writer_leaves_the_cores_to_training():
+    found = []
+    with CheckpointWriter() as writer:
+        writer.submit(lambda packed: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())), {})
+    assert found == [19]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+
+
 def test_errors_of_the_writer_are_raised(tmp_path):
     def full(content):
         raise OSError("No space left on device")
@@ -105,6 +157,7 @@ def test_safetensors_hold_weights_configuration_and_classes(tmp_path):
     save_weights(tmp_path / "a.safetensors", content)
     found = read_checkpoint(tmp_path / "a.safetensors")
     assert torch.equal(found["model"]["a.b"], content["model"]["a.b"])
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a.b"], content["model"]["a.b"])
     assert (found["config"], found["classes"]) == (content["config"], content["classes"])
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"a\.safetensors can not be read: damaged"):
