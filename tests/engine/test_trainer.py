@@ -152,6 +152,27 @@ def test_gradients_are_clipped(tmp_path):
     assert norm == pytest.approx(0.05, rel=1e-3)
 
 
+@pytest.mark.parametrize(("option", "tolerance"), [({"compile": True}, 1e-4), ({"precision": "bfloat16"}, 0.02)])
+def test_compiled_and_bfloat16_runs_are_near_the_plain_one(tmp_path, option, tolerance):
+    """Three steps: the losses of each, of which the later ones see the weights that the earlier ones changed."""
+    ways = {"plain": {}, "other": option}
+    losses = {}
+    for name, options in ways.items():
+        run = trainer(tmp_path / name, images=12, epochs=1, eval_every=9, **options)
+        losses[name] = []
+        for step, batch in enumerate(run.loader):
+            run.stepper.start_epoch()
+            run.stepper([batch], step)
+            run.stepper.flush()
+            losses[name].append([run.stepper.means[key] for key in sorted(run.stepper.means) if "loss" in key])
+    plain, other = (torch.tensor(losses[name]) for name in ways)
+    assert plain.shape[0] == 3
+    assert torch.isfinite(other).all()
+    torch.testing.assert_close(other, plain, rtol=tolerance, atol=tolerance)
+    # The option was in force: rounding differs.
+    assert not torch.equal(other, plain)
+
+
 def test_time_limit_stops_and_still_evaluates(tmp_path):
     metrics = trainer(tmp_path, images=4000, epochs=50, time_limit=0.5).fit()
     assert len(metrics) == 12
@@ -185,5 +206,5 @@ def test_wrong_class_count_and_too_large_batch_are_named(tmp_path):
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match="the data set has 3 classes, the model was built for 91"):
         Trainer(model, SyntheticShapes(4, 1), SyntheticShapes(4, 2), RunConfig(), torch.device("cpu"))
-    with pytest.raises(ValueError, match="batch_size: 100 is more than the 16 training images"):
+    with pytest.raises(ValueError, match="batch_size: 100 is more than the 16 training images: lower it"):
         trainer(tmp_path, batch_size=100)
