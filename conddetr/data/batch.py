@@ -119,8 +119,9 @@ class EpochBatches(Sampler[BatchPlan]):
     """The batches of one epoch for one rank; call `set_epoch` before each epoch.
 
     Training: a seeded permutation, cut into global batches (all ranks together), of which rank r takes every
-    `world`-th image from r on; what is too little for a global batch at the end is left out. The number of batches
-    is the same in every epoch and on every rank. For an endless data set every epoch has new images.
+    `world`-th image from r on; what is too little for a global batch at the end is left out, as in the official code:
+    a smaller batch would weigh its images more. The number of batches is the same in every epoch and on every rank.
+    For an endless data set every epoch has new images.
 
     Evaluation: the images r, r + world, r + 2·world, … in order, each once.
 
@@ -140,7 +141,9 @@ class EpochBatches(Sampler[BatchPlan]):
         """Arguments and errors as those of `make_loader`."""
         if train and len(dataset) < batch_size * world:
             ranks = f" on each of {world} ranks" if world > 1 else ""
-            raise ValueError(f"batch_size: {batch_size}{ranks} is more than the {len(dataset)} training images.")
+            raise ValueError(
+                f"batch_size: {batch_size}{ranks} is more than the {len(dataset)} training images: lower it."
+            )
         self.dataset, self.batch_size, self.train = dataset, batch_size, train
         self.seed, self.rank, self.world = seed, rank, world
         self.shapes = _bucket_shapes(dataset, seed, pad_buckets) if pad_buckets else []
