@@ -94,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     demo.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
     _add_device(demo)
-    demo.add_argument("--out", default="runs/demo", help="folder for the checkpoint and the pictures")
+    demo.add_argument(
+        "--out",
+        default="runs/demo",
+        help="folder for the checkpoint and the pictures; one that holds a run stays: DIR-2 is taken",
+    )
     demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
 
     validate = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
@@ -233,21 +237,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from conddetr.demo import draw_samples, report
+    from conddetr.demo import draw_samples, free_folder, report
     from conddetr.detector import Detector
-    from conddetr.engine.checkpoint import remove_run
     from conddetr.engine.run import train
 
-    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": options.out}
+    out = free_folder(options.out)
+    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out)}
     if options.coco_path:
         # A small real set is passed over many times within the same minutes.
         chosen.update(epochs=100, lr_drop=80, eval_every=50)
     run = resolve_run({**chosen, "device": options.device or "", "time_limit": options.seconds})
-    # A second demonstration replaces the first.
-    remove_run(options.out)
     trainer = train(run, show_config=False)
-    detector = Detector.from_checkpoint(Path(options.out) / LATEST, device=options.device)
-    report(trainer.metrics, draw_samples(detector, trainer.val_set, options.out))
+    detector = Detector.from_checkpoint(out / LATEST, device=options.device)
+    report(trainer.metrics, draw_samples(detector, trainer.val_set, out))
 
 
 def _validate(options: argparse.Namespace) -> int:

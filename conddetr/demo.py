@@ -1,5 +1,6 @@
 """The demonstration behind `make demo`: train, evaluate, draw."""
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from conddetr.detector import Detector
+from conddetr.engine.checkpoint import has_run
 from conddetr.engine.progress import console, metrics_table
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
@@ -14,6 +16,13 @@ from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
 ATTENTION_PICTURES = 3
 THRESHOLD = 0.3
 """Least score that is drawn, unless it is an image's best: after minutes of training, scores are still low."""
+
+
+def free_folder(wanted: str | Path) -> Path:
+    """The first of `wanted`, `wanted-2`, `wanted-3`, … that holds no run: an earlier one is not to be lost."""
+    wanted = Path(wanted)
+    names = itertools.chain([wanted.name], (f"{wanted.name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in map(wanted.with_name, names) if not has_run(folder))
 
 
 def draw_samples(detector: Detector, dataset: Dataset, output_dir: str | Path, count: int = 6) -> list[Path]:

@@ -78,8 +78,16 @@ def test_export_writes_a_checked_file(trained, tmp_path, capsys):
 
 
 def test_demo_on_synthetic_images(tmp_path):
-    assert main(["demo", "--seconds", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= {f.name for f in tmp_path.iterdir()}
+    first, second = tmp_path / "demo", tmp_path / "demo-2"
+    command = ["demo", "--seconds", "1", "--out", str(first), "--device", "cpu"]
+    assert main(command) == 0
+    before = (first / "checkpoint.pt").read_bytes()
+    # Nobody's run is lost to a second demonstration.
+    assert main(command) == 0
+    assert (first / "checkpoint.pt").read_bytes() == before
+    for folder in (first, second):
+        files = {file.name for file in folder.iterdir()}
+        assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= files
 
 
 def test_real_images_through_every_command(coco_path, tmp_path):
