@@ -40,8 +40,8 @@ FORMAT = "conddetr checkpoint 1"
 class Packed:
     """A copy in host memory of nested dicts and lists, their tensors one after the other in a flat one per dtype.
 
-    Pickling a tensor takes Python some 20 µs, during which no other thread runs; there are a thousand in a run, and
-    training would stand still. Few big ones are written without Python.
+    Tensors are pickled one by one in Python, during which no other thread runs; a run has a thousand, and training
+    would wait. Few big ones are written without Python.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
