@@ -4,8 +4,8 @@ A run's folder holds `checkpoint.pt`, the state after the latest save; `checkpoi
 `best.pt`, the weights of the best evaluation; and `epoch-N.pt` where asked for. The weights of `checkpoint.pt` and
 `best.pt` stand beside them as `.safetensors`.
 
-A `.pt` file is what `torch.load` reads, with all tensors of one dtype in a flat one; `read_checkpoint` returns them by
-name.
+All `.pt` files are for `torch.load`. That of `best.pt` is a dict with the weights under "model"; the others have all
+tensors of one dtype in a flat one, and `read_checkpoint` returns them by name.
 """
 
 import argparse
@@ -139,13 +139,9 @@ def _views(layout: list, flat: dict[str, Tensor]) -> list[Tensor]:
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds either the old file or the whole new one, never a part."""
-    _save(Path(path), Packed(content))
-
-
-def _save(path: Path, packed: Packed) -> None:
-    with atomic_file(path) as partial:
-        packed.write(partial)
+    """Write nested dicts for `torch.load`; `path` holds either the old file or the whole new one, never a part."""
+    with atomic_file(Path(path)) as partial:
+        torch.save(dict(content), partial)
 
 
 def save_latest(folder: Path, packed: Packed) -> None:
@@ -169,14 +165,15 @@ def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool
     if epoch:
         content = packed.unpack()
         weights = {key: content[key] for key in ("config", "classes", "metrics")}
-        # The moving average is what was evaluated.
-        weights["model"] = content["ema"] or content["model"]
+        # The moving average is what was evaluated. Copies: files of views hold all that these are views of.
+        weights["model"] = {name: value.clone() for name, value in (content["ema"] or content["model"]).items()}
         save_weights((folder / LATEST).with_suffix(".safetensors"), weights)
         if is_best:
             save_checkpoint(folder / BEST, weights)
             save_weights((folder / BEST).with_suffix(".safetensors"), weights)
         if keep:
-            _save(folder / f"epoch-{epoch:04}.pt", packed)
+            with atomic_file(folder / f"epoch-{epoch:04}.pt") as partial:
+                packed.write(partial)
     # Last: it says that the others are there. Killed before, the resumed run writes them again.
     save_latest(folder, packed)
 

@@ -15,6 +15,7 @@ from conddetr.engine.checkpoint import (
     LATEST,
     PREVIOUS,
     CheckpointWriter,
+    Packed,
     read_checkpoint,
     save_checkpoint,
     save_latest,
@@ -46,7 +47,7 @@ def test_every_kind_of_content_comes_back(tmp_path):
         "names": [],
         "nan": [torch.tensor(float("nan"))],
     }
-    save_checkpoint(tmp_path / "a.pt", content)
+    Packed(content).write(tmp_path / "a.pt")
     found = read_checkpoint(tmp_path / "a.pt")
     assert found.pop("nan")[0].isnan()
     del content["nan"]
@@ -58,7 +59,7 @@ def test_every_kind_of_content_comes_back(tmp_path):
 
 
 def test_a_file_of_few_tensors_is_read_by_torch_alone(tmp_path):
-    save_checkpoint(tmp_path / "a.pt", {"model": {str(number): torch.zeros(2) for number in range(100)}})
+    Packed({"model": {str(number): torch.zeros(2) for number in range(100)}}).write(tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["tensors"]["float32"].shape == (200,)
 
 
@@ -97,9 +98,13 @@ def test_code_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 100, 400])
-def test_damaged_files_are_named(tmp_path, keep):
-    path = tmp_path / "cut.pt"
-    save_checkpoint(path, {"model": {"weight": torch.randn(30)}})
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_damaged_files_are_named(tmp_path, keep, is_packed):
+    path, content = tmp_path / "cut.pt", {"model": {"weight": torch.randn(30)}}
+    if is_packed:
+        Packed(content).write(path)
+    else:
+        save_checkpoint(path, content)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cut\.pt can not be read: damaged"):
         read_checkpoint(path)

@@ -45,7 +45,11 @@ def test_loss_falls_and_files_are_complete(tmp_path):
     # What is evaluated is the moving average; it is the best so far, and what others load.
     assert_equal(weights(tmp_path, "checkpoint.safetensors"), content["ema"])
     best = max((line for line in lines if "AP" in line), key=lambda line: line["AP"])
-    assert read_checkpoint(tmp_path / "best.pt")["metrics"]["AP"] == best["AP"]
+    found = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert found["metrics"]["AP"] == best["AP"]
+    assert found["model"].keys() == content["model"].keys()
+    # Nothing but the weights of one model.
+    assert (tmp_path / "best.pt").stat().st_size < (tmp_path / "checkpoint.pt").stat().st_size / 3
     detector = conddetr.Detector.from_checkpoint(tmp_path / "checkpoint.pt", device="cpu")
     assert_equal(detector.model.state_dict(), content["ema"])
 
