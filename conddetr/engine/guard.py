@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: the step is undone on the device, and its cause is found and named."""
 
+import copy
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -57,7 +58,7 @@ def find_cause(model: DETR, criterion: Criterion, window: Sequence[Batch], norma
 
     Args:
         model: not wrapped for several processes.
-        criterion: its losses are looked at in turn.
+        criterion: its losses are looked at in turn, and the matching cost before them.
         window: the batches of the step, on the device.
         normalizer: of the step.
         autocast: whether the step ran in bfloat16.
@@ -66,10 +67,12 @@ def find_cause(model: DETR, criterion: Criterion, window: Sequence[Batch], norma
         What was found and the ids of the images in that batch, as the subject of a sentence; empty: nothing.
     """
     statistics = NormStatistics(model)
+    strict = copy.copy(criterion)
+    strict.check_finite = True
     try:
         with torch.compiler.set_stance("force_eager"):
             for batch in window:
-                found = _first_in_batch(model, criterion, batch, normalizer, autocast)
+                found = _first_in_batch(model, strict, batch, normalizer, autocast)
                 if found:
                     return f"{found}, on image ids {list(batch.image_ids)}"
     finally:

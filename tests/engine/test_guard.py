@@ -32,8 +32,16 @@ def spoil_weight(run):
         run.model.bbox_embed.layers[-1].bias.fill_(float("nan"))
 
 
+def spoil_matching(run):
+    """As on a GPU, where the step itself does not wait to look at the cost."""
+    run.stepper.criterion.check_finite = False
+    predict = run.model._predict
+    run.model._predict = lambda *args: {k: v * float("nan") for k, v in predict(*args).items() if k != "aux_outputs"}
+
+
 CAUSES = [
     (spoil_output, r"first the output of module transformer\.encoder\.layers\.0\.linear1 \(2048 of 2048 values\)"),
+    (spoil_matching, r"first the matching cost \(Matching decoder layer 0, image 0 of the batch: .*\)"),
     (spoil_loss, r"first the loss term loss \(1 of 1 values\)"),
     (spoil_gradient, r"first the gradient of input_proj\.weight \(2048 of 2048 values\)"),
     (spoil_weight, r"first the weight bbox_embed\.layers\.2\.bias \(4 of 4 values\)"),

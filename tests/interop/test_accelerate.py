@@ -10,7 +10,7 @@ from torch import nn
 
 import conddetr
 from conddetr.interop.accelerate import accelerate
-from conddetr.kernels import conditional_attention, registry
+from conddetr.kernels import conditional_attention, native, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
@@ -18,11 +18,11 @@ from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetectio
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
 
-from conddetr.interop.accelerated import common  # noqa: E402
+from conddetr.interop.accelerated import common, loss  # noqa: E402
 from conddetr.interop.accelerated.huggingface import replacements  # noqa: E402
 from conddetr.interop.accelerated.loss import detection_loss  # noqa: E402
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "triton", "native")
 
 
 def small_config(**options):
@@ -86,6 +86,8 @@ def run(model, inputs):
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_losses_and_gradients_stay(backend, is_padded, training):
+    if backend == "native" and native.NOT_LOADED is not None:
+        pytest.skip(native.NOT_LOADED)
     model = small_model(auxiliary_loss=training).train(training)
     truth = run(copy.deepcopy(model).double(), batch(is_padded, torch.float64))
     assert truth["logits"].std(1).min() > 0.02, "the queries are alike: this test would see nothing"
@@ -299,3 +301,18 @@ def test_our_own_model_changes_its_backend(tiny_model):
     assert torch.allclose(after, before, atol=1e-5)
     original = conddetr.build("detr-tiny", num_classes=3)
     assert "original DETR" in str(accelerate(original, "eager"))
+
+
+def test_the_loss_has_the_backend_asked_for(monkeypatch):
+    asked = []
+
+    def record(config):
+        asked.append(config.backend)
+        return conddetr.build_criterion(config)
+
+    monkeypatch.setattr(loss, "_build_criterion", record)
+    model = small_model()
+    for backend in ("eager", "auto"):
+        accelerate(model, backend)
+        model(**batch(False))
+    assert asked == ["eager", "auto"]

@@ -6,6 +6,7 @@ and nothing of the package itself is touched.
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import transformers
 from torch import nn
@@ -83,7 +84,7 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
         report.left.append(
             Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
         )
-    _replace_loss(model, report)
+    _replace_loss(model, backend, report)
     _replace_backbone(model, backend, report)
     if not hasattr(theirs, "DetrAttention"):
         attention = f"transformers' {model.config._attn_implementation} attention (attn_implementation)"
@@ -123,13 +124,14 @@ def _replace_modules(
         report.replaced.append(Part(replacement.name, len(modules), note))
 
 
-def _replace_loss(model: nn.Module, report: AccelerationReport) -> None:
+def _replace_loss(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     name = "matcher and loss"
-    if model.loss_function not in (DeformableDetrForObjectDetectionLoss, detection_loss):
+    found = getattr(model.loss_function, "func", model.loss_function)
+    if found not in (DeformableDetrForObjectDetectionLoss, detection_loss):
         report.left.append(Part(name, 1, "the model has a loss function of its own"))
     elif model.config.focal_alpha != MATCHING_ALPHA:
         reason = f"focal_alpha {model.config.focal_alpha}: transformers uses {MATCHING_ALPHA} for matching all the same"
         report.left.append(Part(name, 1, reason))
     else:
-        model.loss_function = detection_loss
+        model.loss_function = partial(detection_loss, backend=backend)
         report.replaced.append(Part(name, 1, "all layers at once"))

@@ -10,6 +10,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrImageLoss
 
 from conddetr.config import ModelConfig
 from conddetr.loss.criterion import Criterion
+from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
 """transformers matches with this α whatever `config.focal_alpha` says; ours has one for both."""
@@ -23,6 +24,7 @@ def detection_loss(
     config: object,
     outputs_class: Tensor | None = None,
     outputs_coord: Tensor | None = None,
+    backend: str = "auto",
     **kwargs: object,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
     """transformers' `DeformableDetrForObjectDetectionLoss`: the same interface and, up to rounding, values.
@@ -37,6 +39,7 @@ def detection_loss(
         pred_boxes: [B, Q, 4].
         config: transformers' configuration.
         outputs_class, outputs_coord: [L, B, Q, K] and [L, B, Q, 4] of all layers, with `config.auxiliary_loss`.
+        backend: as in `build_criterion`.
         kwargs: of no meaning here, as in the original.
 
     Returns:
@@ -53,21 +56,19 @@ def detection_loss(
         ]
     outputs = {"pred_logits": logits, "pred_boxes": pred_boxes}
     outputs["aux_outputs"] = [{"pred_logits": a["logits"], "pred_boxes": a["pred_boxes"]} for a in auxiliary]
-    found = _criterion(config)(outputs, targets)
-    scale = _object_count_ratio(sum(len(target["labels"]) for target in targets), logits.device)
+    normalizer = _normalizer(sum(len(target["labels"]) for target in targets), logits.device)
+    found = _criterion(config, backend)(outputs, targets, normalizer)
 
     # What the cardinality error counts differs between versions of transformers, so theirs counts.
     counter = DeformableDetrImageLoss(None, config.num_labels, config.focal_alpha, [])
     losses = {}
     for suffix, layer in [("", {"logits": logits}), *((f"_{i}", layer) for i, layer in enumerate(auxiliary))]:
-        losses |= {
-            f"{name}{suffix}": found[f"{name}{suffix}"] * scale for name in ("loss_ce", "loss_bbox", "loss_giou")
-        }
+        losses |= {f"{name}{suffix}": found[f"{name}{suffix}"] for name in ("loss_ce", "loss_bbox", "loss_giou")}
         losses[f"cardinality_error{suffix}"] = counter.loss_cardinality(layer, labels, None, None)["cardinality_error"]
-    return found["loss"] * scale, losses, auxiliary if config.auxiliary_loss else None
+    return found["loss"], losses, auxiliary if config.auxiliary_loss else None
 
 
-def _criterion(config: object) -> Criterion:
+def _criterion(config: object, backend: str) -> Criterion:
     return _build_criterion(
         ModelConfig(
             num_classes=config.num_labels,
@@ -78,28 +79,26 @@ def _criterion(config: object) -> Criterion:
             bbox_cost=config.bbox_cost,
             giou_cost=config.giou_cost,
             focal_alpha=config.focal_alpha,
+            backend=backend,
         )
     )
 
 
-_build_criterion = lru_cache(maxsize=8)(Criterion)
+_build_criterion = lru_cache(maxsize=8)(build_criterion)
 
 
-def _object_count_ratio(count: int, device: torch.device) -> Tensor | float:
-    """Our criterion's divisor over transformers': 1 in a single process.
+def _normalizer(count: int, device: torch.device) -> Tensor:
+    """transformers' divisor, as `Criterion.normalizer` gives ours; the focal loss has no use for its second number.
 
-    Ours is the mean over the processes. Theirs is the count of this process, unless the package accelerate knows of
-    several: then it takes the mean and divides by their number again.
+    It is the count of this process, unless the package accelerate knows of several: then it is the mean over them,
+    divided by their number again.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return 1.0
-    local = torch.tensor(float(count), device=device)
-    mean = local.clone()
-    dist.all_reduce(mean)
-    mean /= dist.get_world_size()
+    sums = torch.tensor([count, 1], dtype=torch.float64).to(device, non_blocking=True)
     processes = _accelerate_processes()
-    theirs = local if processes is None else mean / processes
-    return mean.clamp(min=1) / theirs.clamp(min=1)
+    if processes is not None and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+        sums /= dist.get_world_size() * processes
+    return sums.clamp(min=1)
 
 
 def _accelerate_processes() -> int | None:
