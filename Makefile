@@ -57,7 +57,8 @@ gpu:
 	$(PYTHON) benchmarks/report.py
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
-SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py -k "native or instruction or threads or rise"
+SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py tests/kernels/test_match.py \
+    -k "native or instruction or threads or rise"
 sanitize: $(READY)
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \
 	    $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --upgrade --target build/sanitized .

@@ -309,6 +309,7 @@ def _env(options: argparse.Namespace) -> None:
 
     from conddetr.engine.progress import console
     from conddetr.kernels import native, registry
+    from conddetr.kernels.match.op import choose
 
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
@@ -327,6 +328,7 @@ def _env(options: argparse.Namespace) -> None:
         table.add_column(column)
     for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
+    table.add_row("linear_assignment", *[choose("auto", device, torch.float32)] * len(dtypes))
     console.print(table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
         console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)

@@ -33,7 +33,8 @@ class Criterion(nn.Module):
         """
         Args:
             config: of the model.
-            backend: of matching and losses: `auto`, `triton`, or `eager` (plain PyTorch, and scipy on the host).
+            backend: of matching and losses: `auto`, `triton`, or `eager` (plain PyTorch, and scipy on the host). On a
+                CPU `auto` is plain PyTorch with the native matching, where that is built.
             max_targets: objects per image that every batch is padded to, so that all have one shape, as CUDA graphs
                 need it; None: those of the batch's fullest image.
             check_finite: raise where a matching cost is NaN or infinite; that waits for the device. If not, such a

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import linear_assignment, registry
+from conddetr.kernels import linear_assignment
 from conddetr.kernels import matching_cost as cost_of_pairs
+from conddetr.kernels.match.op import choose
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 
@@ -67,7 +68,8 @@ def assign(
         NonFiniteCostError: a cost is not finite; names the layer and the image.
     """
     queries = logits.shape[2]
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE).backend
+    cost = matching_cost(logits.detach(), boxes.detach(), targets, config, backend)
+    choice = choose(backend, cost.device, cost.dtype)
     if choice != "eager" and max(targets.counts) > queries:
         if backend != "auto":
             image = targets.counts.index(max(targets.counts))
@@ -76,8 +78,7 @@ def assign(
                 "num_queries, or build the criterion with backend='eager', which matches the best of them."
             )
         choice = "eager"
-    cost = matching_cost(logits.detach(), boxes.detach(), targets, config, backend)
-    if choice == "eager" if check_finite is None else check_finite:
+    if choice != "triton" if check_finite is None else check_finite:
         _refuse_non_finite(cost)
     return linear_assignment(cost, targets.device_counts, choice)
 

@@ -24,9 +24,8 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     Args:
         cost: [..., B, N, Q] float32 (scipy takes any floating dtype), of object n and query q.
         counts: [B] int32, how many of the N are objects, on the device of `cost`; the others are not looked at.
-        backend: `auto`, `triton` (all problems in one launch, no wait for the device; at most 4096 queries, no
-            more objects than queries), or
-            `eager` (scipy, on the host).
+        backend: `auto`, `triton` (all problems in one launch, no wait for the device; float32, at most 4096 queries),
+            `native` (on CPUs) or `eager` (scipy, on the host). All but `eager` take no more objects than queries.
 
     Returns:
         [..., B, Q] int64, the object that each query gets, -1 for none.
@@ -39,17 +38,24 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     _check(cost, counts)
     if cost.numel() == 0:
         return torch.full((*cost.shape[:-2], cost.shape[-1]), -1, dtype=torch.int64, device=cost.device)
-    if _choose(cost, counts, backend) == "eager":
+    choice = _choose(cost, counts, backend)
+    if choice == "eager":
         return reference.linear_assignment(cost, counts)
-    return torch.ops.conddetr.linear_assignment(cost.contiguous(), counts.contiguous())
+    return registry.operators(choice).linear_assignment(cost.contiguous(), counts.contiguous())
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that `linear_assignment` takes for costs of a device and dtype, sizes permitting."""
+    offered = registry.BACKENDS if device.type == "cpu" else registry.WITHOUT_NATIVE
+    return registry.choose(backend, device, dtype, offered).backend
 
 
 def _choose(cost: Tensor, counts: Tensor, backend: str) -> str:
-    choice = registry.choose(backend, cost.device, cost.dtype, registry.WITHOUT_NATIVE).backend
+    choice = choose(backend, cost.device, cost.dtype)
     reason = None
-    if cost.dtype != torch.float32:
+    if choice == "triton" and cost.dtype != torch.float32:
         reason = f"cost must be torch.float32, got {cost.dtype}."
-    elif cost.shape[-1] > MAX_QUERIES:
+    elif choice == "triton" and cost.shape[-1] > MAX_QUERIES:
         reason = f"its kernel takes at most {MAX_QUERIES} queries, got {cost.shape[-1]}."
     elif cost.shape[-2] > cost.shape[-1] and _most(counts) > cost.shape[-1]:
         reason = f"its kernel takes at most as many objects as queries, {cost.shape[-1]}, got {_most(counts)}."
@@ -91,6 +97,9 @@ def _forward(cost: Tensor, counts: Tensor) -> Tensor:
     return triton.forward(cost, counts)
 
 
-@_forward.register_fake
-def _(cost: Tensor, counts: Tensor) -> Tensor:
+def _fake_forward(cost: Tensor, counts: Tensor) -> Tensor:
     return cost.new_empty((*cost.shape[:-2], cost.shape[-1]), dtype=torch.int64)
+
+
+for _namespace in registry.namespaces():
+    torch.library.register_fake(f"{_namespace}::linear_assignment", _fake_forward)

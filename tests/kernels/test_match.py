@@ -1,5 +1,6 @@
 """Linear assignment: every backend against scipy's optimum and brute force, on random and on malicious costs."""
 
+import importlib
 import itertools
 import math
 
@@ -8,10 +9,26 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from conddetr.kernels import linear_assignment
+from conddetr.kernels import linear_assignment, native, registry
 
-# Of each family and size: a hundred thousand in all on a GPU; under the interpreter one takes hundredths of a second.
-PROBLEMS = 5_000 if torch.cuda.is_available() else 8
+PROBLEMS = 5_000
+"""Of each family and size: a hundred thousand in all."""
+INTERPRETED = 8
+"""Under Triton's interpreter, where one takes hundredths of a second."""
+
+
+@pytest.fixture(params=["triton", "native"])
+def backend(request) -> str:
+    """Each implementation by hand in turn."""
+    if request.param == "native" and native.NOT_LOADED is not None:
+        pytest.skip(native.NOT_LOADED)
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> torch.device:
+    """CUDA where there is one, but for the native kernel, which is for CPUs."""
+    return torch.device("cuda" if torch.cuda.is_available() and backend != "native" else "cpu")
 
 
 def spread(shape, rng):
@@ -50,60 +67,58 @@ def make(family, problems, objects, queries):
     return torch.from_numpy(np.broadcast_to(cost, shape).astype(np.float32))
 
 
-def total(cost, assignment):
-    """Exactly rounded sum of the costs of the pairs [n, Q] of one problem."""
-    query = (assignment >= 0).nonzero()[:, 0]
-    return math.fsum(cost[assignment[query], query].tolist())
-
-
-def assert_optimal(cost, assignment, count):
-    """A matching of `count` objects, each once, that costs what scipy's does."""
-    cost = cost[:count].double()
-    assert sorted(assignment[assignment >= 0].tolist()) == list(range(count))
-    index, query = linear_sum_assignment(cost.numpy())
-    best = cost[index, query]
-    assert abs(total(cost, assignment) - math.fsum(best.tolist())) <= 1e-12 * best.abs().sum().item()
+def assert_optimal(cost, found, counts):
+    """Matchings [P, Q] of each problem's objects, each once, that cost what scipy's do: cost [P, N, Q], counts [P]."""
+    cost, found, counts = cost.double().numpy(), found.cpu().numpy(), counts.tolist()
+    objects = np.arange(cost.shape[1])[:, None]
+    is_pair = objects == found[:, None]
+    assert (is_pair.sum(2) == (objects[:, 0] < np.array(counts)[:, None])).all()
+    assert ((found >= -1) & (found < cost.shape[1])).all()
+    for problem, pairs, count in zip(cost, is_pair, counts, strict=True):
+        best = problem[linear_sum_assignment(problem[:count])]
+        assert abs(math.fsum(problem[pairs]) - math.fsum(best)) <= 1e-12 * np.abs(best).sum()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("objects", "queries"), [(4, 6), (5, 5)])
-def test_costs_what_scipy_finds(objects, queries, family, device):
-    cost = make(family, PROBLEMS, objects, queries)
-    counts = torch.arange(PROBLEMS, dtype=torch.int32) % objects + 1
-    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
-    for problem, assignment, count in zip(cost, found, counts.tolist(), strict=True):
-        assert_optimal(problem, assignment, count)
+def test_costs_what_scipy_finds(objects, queries, family, backend, device):
+    is_interpreted = backend == "triton" and device.type == "cpu"
+    problems = INTERPRETED if is_interpreted else PROBLEMS
+    cost = make(family, problems, objects, queries)
+    counts = torch.arange(problems, dtype=torch.int32) % objects + 1
+    assert_optimal(cost, linear_assignment(cost.to(device), counts.to(device), backend), counts)
 
 
 @pytest.mark.parametrize(("objects", "queries"), [(1, 300), (40, 300), (33, 33), (1, 1)])
-def test_sizes_of_the_model(objects, queries, device):
+def test_sizes_of_the_model(objects, queries, backend, device):
     cost = make("normal", 2, objects, queries)
     counts = torch.tensor([objects, objects // 2], dtype=torch.int32)
-    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
-    for problem, assignment, count in zip(cost, found, counts.tolist(), strict=True):
-        assert_optimal(problem, assignment, count)
+    assert_optimal(cost, linear_assignment(cost.to(device), counts.to(device), backend), counts)
 
 
-def test_three_hundred_of_three_hundred(device):
-    if device.type == "cpu":
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_hundred_of_three_hundred(family, backend, device):
+    if backend == "triton" and device.type == "cpu":
         pytest.skip("minutes under the interpreter")
-    cost, counts = make("normal", 64, 300, 300), torch.full((64,), 300, dtype=torch.int32)
-    found = linear_assignment(cost.to(device), counts.to(device), "triton").cpu()
-    for problem, assignment in zip(cost, found, strict=True):
-        assert_optimal(problem, assignment, 300)
+    cost, counts = make(family, 4, 300, 300), torch.full((4,), 300, dtype=torch.int32)
+    assert_optimal(cost, linear_assignment(cost.to(device), counts.to(device), backend), counts)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+EVERY = pytest.mark.parametrize("backend", ["eager", "triton", "native"], indirect=True)
+
+
+@EVERY
 def test_least_cost_by_brute_force(backend, device):
     cost = make("normal", 3, 3, 5).to(device)
     found = linear_assignment(cost, torch.full((3,), 3, dtype=torch.int32, device=device), backend)
     for problem, assignment in zip(cost.cpu().double(), found.cpu(), strict=True):
         ways = itertools.permutations(range(5), 3)
         best = min(sum(problem[row, query].item() for row, query in enumerate(way)) for way in ways)
-        assert total(problem, assignment) == pytest.approx(best, abs=1e-12)
+        query = (assignment >= 0).nonzero()[:, 0]
+        assert problem[assignment[query], query].sum().item() == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@EVERY
 def test_costs_that_are_not_finite_still_give_an_assignment(backend, device):
     inf, nan = float("inf"), float("nan")
     cost = torch.tensor(
@@ -123,7 +138,7 @@ def test_costs_that_are_not_finite_still_give_an_assignment(backend, device):
     assert found[3] == [-1, 0, 1]
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@EVERY
 def test_layers_share_the_counts_of_their_images(backend, device):
     cost = make("normal", 6, 3, 4).view(3, 2, 3, 4).to(device)
     found = linear_assignment(cost, torch.tensor([3, 1], dtype=torch.int32, device=device), backend)
@@ -131,37 +146,69 @@ def test_layers_share_the_counts_of_their_images(backend, device):
     assert ((found >= 0).sum(-1).cpu() == torch.tensor([3, 1])).all()
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@EVERY
 def test_no_objects(backend, device):
     for capacity in (0, 2):
         cost, counts = torch.zeros(2, capacity, 5, device=device), torch.zeros(2, dtype=torch.int32, device=device)
         assert (linear_assignment(cost, counts, backend) == -1).all()
 
 
-def test_more_objects_than_queries(device):
+def test_more_objects_than_queries(backend, device):
     cost, counts = make("normal", 1, 4, 2), torch.tensor([4], dtype=torch.int32)
-    # scipy gives each query an object.
-    found = linear_assignment(cost, counts, "eager")
+    # scipy gives each query an object; so does `auto`, where looking at the counts does not stop the host.
     index, query = linear_sum_assignment(cost[0].numpy())
-    assert found[0, query].tolist() == index.tolist()
+    for name in ("eager", "auto"):
+        assert linear_assignment(cost, counts, name)[0, query].tolist() == index.tolist()
     if device.type == "cpu":
         with pytest.raises(RuntimeError, match="at most as many objects as queries, 2, got 4"):
-            linear_assignment(cost, counts, "triton")
-    # A GPU does not look: what is too much is clamped, and the search ends.
-    found = torch.ops.conddetr.linear_assignment(cost.to(device), counts.to(device))
+            linear_assignment(cost, counts, backend)
+    # The operator itself does not look: what is too much is clamped, and the search ends.
+    found = registry.operators(backend).linear_assignment(cost.to(device), counts.to(device))
     assert sorted(found[0].tolist()) == [0, 1]
 
 
-def test_repeats_bit_for_bit(device):
+def test_repeats_bit_for_bit(backend, device):
     cost = make("few values, many ties", 4, 4, 9).to(device)
     counts = torch.full((4,), 4, dtype=torch.int32, device=device)
-    first, second = (linear_assignment(cost, counts, "triton") for _ in range(2))
+    first, second = (linear_assignment(cost, counts, backend) for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_operator_registration(device):
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_threads_and_instruction_sets_give_the_same(backend, device):
+    """Costs of few bits, so that all sums are exact, and a search is the same whatever computes it."""
+    cost = make("few values, many ties", 96, 40, 300)
+    counts = torch.arange(96, dtype=torch.int32) % 41
+    expected, threads = linear_assignment(cost, counts, backend), torch.get_num_threads()
+    level = importlib.import_module("conddetr._C").cpu_level()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(linear_assignment(cost, counts, backend), expected)
+        for name in native.build_info()["cpu_levels"]:
+            if importlib.import_module("conddetr._C").use_cpu_level(name):
+                assert torch.equal(linear_assignment(cost, counts, backend), expected), name
+    finally:
+        torch.set_num_threads(threads)
+        importlib.import_module("conddetr._C").use_cpu_level(level)
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+def test_every_dtype_of_the_native_kernel(backend, device):
+    cost = make("normal", 50, 7, 20)
+    counts = torch.full((50,), 7, dtype=torch.int32)
+    for dtype in native.CPU_DTYPES:
+        rounded = cost.to(dtype)
+        assert_optimal(rounded, linear_assignment(rounded, counts, backend), counts)
+    # Sums that overflow, or nearly: there is a valid assignment all the same.
+    huge = 1.7e308 * cost.double().sign()
+    found = linear_assignment(huge, counts, backend)
+    assert (found.sort().values[:, -7:] == torch.arange(7)).all()
+
+
+def test_operator_registration(backend, device):
     cost, counts = make("normal", 2, 2, 3).to(device), torch.tensor([2, 1], dtype=torch.int32, device=device)
-    torch.library.opcheck(torch.ops.conddetr.linear_assignment.default, (cost, counts))
+    torch.library.opcheck(registry.operators(backend).linear_assignment.default, (cost, counts))
 
 
 def test_errors():
