@@ -132,7 +132,7 @@ class _Deployed(nn.Module):
         self.model = _eager_copy(model)
         backbone = self.model.backbone[0]
         if isinstance(backbone, ResNetBackbone):
-            backbone.body = fold_batch_norms(backbone.body).to(memory_format=torch.contiguous_format)
+            backbone.body = fold_batch_norms(backbone.body)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(images)

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from conddetr.kernels import registry
+from conddetr.model.backbone import ResNetBackbone
 from conddetr.model.detr import DETR
 from conddetr.model.transformer import ConditionalCrossAttention, ConditionalDecoder
 
@@ -93,6 +94,9 @@ def _is_huggingface(model: nn.Module) -> bool:
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
     model.config = dataclasses.replace(model.config, backend=backend)
     report = AccelerationReport()
+    for module in model.modules():
+        if isinstance(module, ResNetBackbone):
+            module.fold = backend != "eager"
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
         for module in modules:

@@ -10,6 +10,7 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, re
 from torchvision.ops import FrozenBatchNorm2d
 
 from conddetr.config import ModelConfig
+from conddetr.model import folding
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +23,17 @@ _RESNETS = {
 class ResNetBackbone(nn.Module):
     """The last stage of a ResNet: stride 32, or 16 with dilation (DC5).
 
-    Batch norm is frozen. The stem and the first stage never train, as in DETR. For inference (no gradient
-    recorded, eval mode) the norms are folded into the convolutions and, on a CPU, the folded copy runs in
-    channels-last; it is made again whenever a weight changed.
+    Batch norm is frozen. The stem and the first stage never train, as in DETR. Without gradients (and in eval mode) the
+    norms are folded into the convolutions; with `fold` also with them. The plain form is the official one: the same but
+    for rounding.
     """
 
     num_channels = 2048
 
-    def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool) -> None:
+    def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool, fold: bool) -> None:
         super().__init__()
+        self.fold = fold
+        """Whether norms are folded in training too."""
         self.stride = 16 if dilation else 32
         make, weights = _RESNETS[name]
         body = make(
@@ -45,31 +48,21 @@ class ResNetBackbone(nn.Module):
             trainable = train and parameter_name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(trainable)
         self.body = body
-        self._folded: tuple[tuple, nn.Module] | None = None
+        self._kept: folding.Kept | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
         inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not inference:
+        if not (self.fold or inference):
             return _features(self.body, images)
-        if images.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
-        return _features(self._folded_body(), images).contiguous()
+        folded, self._kept = folding.fold(self.body, self._kept)
+        *_, features = folding.stages(self.body, folded, images)
+        return features
 
     def train(self, mode: bool = True) -> "ResNetBackbone":
-        """As `nn.Module.train`; forgets the folded copy."""
-        self._folded = None
+        """As `nn.Module.train`; forgets the folded weights."""
+        self._kept = None
         return super().train(mode)
-
-    def _folded_body(self) -> nn.Module:
-        # In a tuple, so that the copy is no submodule: it must not appear in the state dict.
-        key = tuple(
-            (tensor.data_ptr(), None if tensor.is_inference() else tensor._version, tensor.dtype)
-            for tensor in (*self.body.parameters(), *self.body.buffers())
-        )
-        if self._folded is None or self._folded[0] != key:
-            self._folded = (key, fold_batch_norms(self.body))
-        return self._folded[1]
 
 
 def _features(body: nn.Module, images: Tensor) -> Tensor:
@@ -90,11 +83,7 @@ def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weight
 
 
 def fold_batch_norms(body: nn.Module) -> nn.Module:
-    """A copy of a torchvision ResNet with every frozen batch norm folded into the convolution before it.
-
-    Exact up to rounding: conv(x)·s + t = conv'(x) with weights scaled by s and bias t. Convolutions are put
-    in channels-last on a CPU, where that is the faster layout.
-    """
+    """A copy of a torchvision ResNet with every frozen batch norm folded into the convolution before it, for export."""
     with torch.no_grad():
         folded = copy.deepcopy(body)
         for module in folded.modules():
@@ -112,8 +101,6 @@ def fold_batch_norms(body: nn.Module) -> nn.Module:
                         norm.bias,
                     )
                     setattr(module, norm_name, nn.Identity())
-        if next(folded.parameters()).device.type == "cpu":
-            folded = folded.to(memory_format=torch.channels_last)
     return folded.eval().requires_grad_(False)
 
 
@@ -153,4 +140,5 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels."""
     if config.backbone == "tiny":
         return TinyBackbone().requires_grad_(config.train_backbone)
-    return ResNetBackbone(config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone)
+    fold = config.backend != "eager"
+    return ResNetBackbone(config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone, fold)

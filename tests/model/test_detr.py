@@ -1,5 +1,7 @@
 """The detector as a whole: inputs, options, the folded backbone, bad input."""
 
+import copy
+
 import pytest
 import torch
 
@@ -119,6 +121,35 @@ def test_folded_backbone_equals_the_plain_one_and_follows_its_weights(dilation):
             next(backbone.parameters()).mul_(0.5)
     assert plain.shape[-2:] == ((4, 6) if dilation else (2, 3))
     assert not [name for name in backbone.state_dict() if "folded" in name]
+
+
+def test_training_folded_gives_the_gradients_of_the_plain_backbone():
+    plain = conddetr.build("conditional-detr-r50", **SMALL).double().train().backbone
+    for buffer in plain.buffers():
+        buffer.uniform_(0.5, 1.5)
+    folded = copy.deepcopy(plain)
+    folded[0].fold = True
+    compiled = torch.compile(copy.deepcopy(folded), backend="eager", fullgraph=True)
+    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    outputs = [backbone(images) for backbone in (plain, folded, compiled)]
+    assert not torch.equal(*outputs[:2]), "nothing was folded"
+    for backbone, output in zip((plain, folded, compiled), outputs, strict=True):
+        torch.testing.assert_close(output, outputs[0], rtol=1e-9, atol=0)
+        output.square().sum().backward()
+        for (name, found), expected in zip(backbone.named_parameters(), plain.parameters(), strict=True):
+            assert (found.grad is None) == (not found.requires_grad), name
+            if found.requires_grad:
+                # Sums of a float64 whose terms are much larger than they.
+                torch.testing.assert_close(found.grad, expected.grad, rtol=1e-6, atol=1e-9 * expected.grad.abs().max())
+
+
+def test_fused_backends_fold_in_training():
+    model = conddetr.build("conditional-detr-r50", **SMALL, backend="auto")
+    assert model.backbone[0].fold
+    conddetr.accelerate(model, "eager")
+    assert not model.backbone[0].fold
+    conddetr.accelerate(model, "auto")
+    assert model.backbone[0].fold
 
 
 def test_one_pixel_images(tiny_model):
