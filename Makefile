@@ -27,15 +27,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Each operation and the decoder against their peers, then the large preset against the HuggingFace implementation on
-# the same weights; tables and pictures from the result files.
+# Each operation and the decoder against their peers, then inference and training of the large preset against the
+# official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
 	$(BIN)/python benchmarks/sine.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/focal.py
 	$(BIN)/python benchmarks/match.py
-	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/model.py --compiled
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/report.py
 
 # On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, sanitizers, benchmarks, and
@@ -47,13 +48,15 @@ gpu:
 	$(PYTHON) -m pytest -q tests/kernels tests/loss tests/model/test_backend.py tests/model/test_golden.py \
 	    --ignore tests/kernels/test_aot.py
 	$(PYTHON) tests/sanitize.py --seconds 40
-	$(PYTHON) benchmarks/attn.py --seconds 120
+	$(PYTHON) benchmarks/attn.py --seconds 80
 	$(PYTHON) benchmarks/attn.py --seconds 20 --cudagraph --batch 1 2 --grids r50 --dtypes bfloat16
 	$(PYTHON) benchmarks/sine.py --seconds 30
 	$(PYTHON) benchmarks/sine.py --seconds 15 --cudagraph --points 2400
-	$(PYTHON) benchmarks/decoder.py --seconds 60 --dtypes bfloat16
+	$(PYTHON) benchmarks/decoder.py --seconds 40 --dtypes bfloat16
 	$(PYTHON) benchmarks/focal.py --seconds 10
-	$(PYTHON) benchmarks/match.py --seconds 30
+	$(PYTHON) benchmarks/match.py --seconds 20
+	$(PYTHON) benchmarks/train.py --seconds 40
+	$(PYTHON) benchmarks/model.py --seconds 10
 	$(PYTHON) benchmarks/report.py
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.

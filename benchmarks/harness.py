@@ -7,7 +7,8 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ours"
@@ -55,6 +57,10 @@ class Result:
     """Implementation → device memory at its highest, less what was there before the call; empty on a CPU."""
     refused: dict[str, str] = field(default_factory=dict)
     """Implementation → why it was not timed."""
+    images: int = 0
+    """In each call, where a call is a step of a whole model; 0: it is not."""
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Implementation → part of a step → seconds, measured apart from `seconds`."""
 
 
 def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
@@ -203,6 +209,23 @@ def _peak_extra_bytes(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def with_host_memory(result: Result, runs: dict[str, Run]) -> Result:
+    """The result, its memory filled in on a CPU."""
+    if DEVICE.type == "cuda":
+        return result
+    return replace(result, peak_extra_bytes={name: _host_peak(run) for name, run in runs.items()})
+
+
+def _host_peak(run: Run) -> int:
+    """Bytes that PyTorch's allocator gave out during a call, at their highest."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # Positive when given out, negative when given back.
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes, initial=0))
+
+
 def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.Namespace) -> None:
     """Time problem after problem, print each, and keep the result file complete after each.
 
@@ -257,7 +280,8 @@ def rows(result: Result) -> tuple[list[str], list[list[str]]]:
     """
     headings = ["implementation", "ms", "10–90 %", "vs best peer"]
     if result.work:
-        headings += ["TFLOP/s"] * (result.work.flops > 0) + ["GB/s"]
+        headings += ["TFLOP/s"] * (result.work.flops > 0) + ["GB/s"] * (result.work.bytes > 0)
+    headings += ["images/s"] * (result.images > 0)
     headings += ["extra MiB"] * bool(result.peak_extra_bytes) + ["× floor"] * bool(result.work)
     has_products = bool(result.work) and "products" in result.work.floors
     headings += ["of peak"] * has_products
@@ -269,7 +293,9 @@ def rows(result: Result) -> tuple[list[str], list[list[str]]]:
         line = [name, milliseconds(middle), f"{milliseconds(low)}–{milliseconds(high)}", f"{best / middle:.2f}"]
         if result.work:
             line += [f"{1e-12 * result.work.flops / middle:.3g}"] * (result.work.flops > 0)
-            line += [f"{1e-9 * result.work.bytes / middle:.3g}"]
+            line += [f"{1e-9 * result.work.bytes / middle:.3g}"] * (result.work.bytes > 0)
+        if result.images:
+            line.append(f"{result.images / middle:.3g}")
         if result.peak_extra_bytes:
             line.append(f"{result.peak_extra_bytes[name] / 2**20:.1f}")
         if result.work:
@@ -297,6 +323,30 @@ def floors_line(work: Work) -> str:
     return "floor: " + ", ".join(f"{resource} {1e3 * seconds:.3g} ms" for resource, seconds in floors)
 
 
+def part_rows(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: milliseconds of each part of a step, and what share of the machine's products it uses."""
+    names = list(next(iter(result.parts.values())))
+    headings = ["implementation", *names] + ["FLOP utilisation"] * bool(result.work)
+    lines = []
+    for name, parts in result.parts.items():
+        line = [name, *(milliseconds(parts[part]) for part in names)]
+        if result.work:
+            line.append(f"{100 * result.work.floors['products'] / median(result.seconds[name]):.0f} %")
+        lines.append(line)
+    return headings, lines
+
+
+def parts_table(result: Result) -> Table:
+    """`part_rows` for the terminal."""
+    headings, lines = part_rows(result)
+    table = Table(title="where the time goes, ms")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def print_table(result: Result) -> None:
     """One problem in the terminal."""
     headings, lines = rows(result)
@@ -306,5 +356,7 @@ def print_table(result: Result) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
+    if result.parts:
+        console.print(parts_table(result))
     for name, reason in result.refused.items():
         console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)

@@ -1,49 +1,97 @@
-"""Inference of conditional-detr-r50 against the HuggingFace implementation: same weights, same image, same run."""
+"""Inference of whole models: official-style, HuggingFace's and ours, on the same weights and image.
+
+    python benchmarks/model.py
+    python benchmarks/model.py --compiled               # torch.compile too: minutes more
+    python benchmarks/model.py --presets conditional-detr-dc5-r50 detr-r50
+
+Everything is float32, for the outputs are held to those of the first within 1e-4.
+"""
 
 import argparse
 import copy
 import re
+from dataclasses import replace
 from functools import partial
 
 import torch
-from harness import OURS, Result, arguments, console, measure, parse, run_all
+from harness import OURS, Result, arguments, console, measure, parse, run_all, with_host_memory
 from machine import DEVICE
-from torch import Tensor
+from torch import Tensor, nn
 
 import conddetr
 from conddetr.interop import convert_to_huggingface
+from conddetr.kernels import registry
+from conddetr.model.backbone import plain_features
 
 TOLERANCE = {"pred_logits": 1e-4, "pred_boxes": 1e-5}
+Runs = dict[str, partial]
 
 
 def main() -> None:
-    """Time the one problem; write and print the result."""
-    parser = arguments(__doc__, seconds=60)
+    """Time every preset asked for; one result file for all."""
+    parser = arguments(__doc__.splitlines()[0], seconds=60)
+    parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
     options = parse(parser)
-    title = f"conditional-detr-r50, forward, 1×3×{options.size[0]}×{options.size[1]}, float32"
-    run_all("model", {title: partial(run, title, options)}, options)
+    titles = {f"{name}, forward, 1×3×{options.size[0]}×{options.size[1]}, float32": name for name in options.presets}
+    run_all("model", {title: partial(run, title, name, options) for title, name in titles.items()}, options)
 
 
 @torch.inference_mode()
-def run(title: str, options: argparse.Namespace) -> Result:
-    """Check that both give the same output, then time them."""
-    model = conddetr.build("conditional-detr-r50").eval()
+def run(title: str, preset: str, options: argparse.Namespace) -> Result:
+    """Check that all give the same output, then time them."""
+    torch.compiler.reset()
+    model = conddetr.build(preset).eval()
     spread_outputs(model)
     model = model.to(DEVICE)
+    image = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    runs, refused = our_runs(model, image, options.compiled)
+    try:
+        runs |= huggingface_runs(model, image, options.compiled)
+    except (ImportError, ValueError) as error:
+        refused["HuggingFace"] = str(error)
+    expected = runs["official-style eager"]()
+    for name, function in runs.items():
+        console.print(f"  {name}: largest differences {check(expected, function())}", highlight=False)
+    return with_host_memory(replace(measure(title, runs, options, None, refused), images=1), runs)
+
+
+def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
+    """Ours on every backend; before them the official form, whose batch norms stand alone."""
+    official = copy.deepcopy(model)
+    if hasattr(official.backbone[0], "body"):
+        official.backbone[0].forward = partial(plain_features, official.backbone[0].body)
+    runs: Runs = {"official-style eager": partial(official, image), f"{OURS}, eager": partial(model, image)}
+    refused = {}
+    for backend in (name for name in registry.BACKENDS if name != "eager"):
+        fused = copy.deepcopy(model)
+        try:
+            conddetr.accelerate(fused, backend)
+        except registry.BackendError as error:
+            refused[f"{OURS}, {backend}"] = str(error)
+            continue
+        runs[f"{OURS}, {backend}"] = partial(fused, image)
+        if compiled:
+            runs[f"{OURS}, {backend}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
+    return runs, refused
+
+
+def huggingface_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> Runs:
+    """transformers' model as it comes, in channels-last, and accelerated."""
     peer, _ = convert_to_huggingface(model)
-    accelerated = copy.deepcopy(peer)
+    accelerated, turned = copy.deepcopy(peer), copy.deepcopy(peer).to(memory_format=torch.channels_last)
     conddetr.accelerate(accelerated)
-    image = torch.randn(1, 3, *options.size, device=DEVICE)
-    mask = torch.ones(1, *options.size, dtype=torch.int64, device=DEVICE)
+    turned_image = image.contiguous(memory_format=torch.channels_last)
     runs = {
-        "HuggingFace as shipped": partial(huggingface_outputs, peer, image, mask),
-        "HuggingFace, accelerated": partial(huggingface_outputs, accelerated, image, mask),
-        f"{OURS}, eager": partial(model, image),
+        "HuggingFace as shipped": partial(huggingface_outputs, peer, image),
+        "HuggingFace, channels-last": partial(huggingface_outputs, turned, turned_image),
+        f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image),
     }
-    expected, *found = (function() for function in runs.values())
-    console.print(f"largest differences: {[check(expected, outputs) for outputs in found]}", highlight=False)
-    return measure(title, runs, options, None, {})
+    if compiled:
+        compiled_peer = torch.compile(turned, dynamic=False)
+        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, turned_image)
+    return runs
 
 
 def spread_outputs(model: conddetr.DETR) -> None:
@@ -62,8 +110,9 @@ def spread_outputs(model: conddetr.DETR) -> None:
                 value.copy_(0.1 * torch.randn(value.shape, generator=generator))
 
 
-def huggingface_outputs(peer: torch.nn.Module, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """One forward pass, under our names."""
+    mask = torch.ones(1, *image.shape[-2:], dtype=torch.int64, device=DEVICE)
     out = peer(pixel_values=image, pixel_mask=mask)
     return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
 

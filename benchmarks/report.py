@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from harness import OURS, RESULTS, Result, console, milliseconds, read_results, spread
+from harness import OURS, RESULTS, Result, console, milliseconds, part_rows, read_results, spread
 
 DOCS = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end of what report.py writes -->"
@@ -37,7 +37,8 @@ def draw(path: Path) -> Path:
     for axis in axes.flat[len(results) :]:
         axis.axis("off")
     floor = "; dashed: the floor" if any(result.work for result in results) else ""
-    figure.supxlabel(f"milliseconds: median, 10th to 90th percentile{floor}", fontsize=8)
+    parts = "; shades: parts of a step, see the legend" if any(result.parts for result in results) else ""
+    figure.supxlabel(f"milliseconds: median, 10th to 90th percentile{floor}{parts}", fontsize=8)
     figure.tight_layout()
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=100)
@@ -51,6 +52,7 @@ def _draw_problem(axis: plt.Axes, result: Result, names: list[str]) -> None:
         color = "tab:orange" if name.startswith(OURS) else "tab:blue"
         row = names.index(name)
         axis.barh(row, middle, xerr=[[middle - low], [high - middle]], color=color, ecolor="0.2", capsize=2)
+        _draw_parts(axis, row, middle, result.parts.get(name, {}))
     for name in result.refused.keys() & set(names):
         where = {"transform": axis.get_yaxis_transform(), "ha": "center", "va": "center"}
         axis.text(0.5, names.index(name), "refused", fontsize=7, color="0.4", **where)
@@ -60,6 +62,20 @@ def _draw_problem(axis: plt.Axes, result: Result, names: list[str]) -> None:
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_title(textwrap.fill(result.title, 50), fontsize=8)
     axis.tick_params(labelsize=7)
+
+
+def _draw_parts(axis: plt.Axes, row: int, length: float, parts: dict[str, float]) -> None:
+    """A bar of this length cut in the proportions of the parts, each in a darker shade of it."""
+    left, total = 0.0, sum(parts.values())
+    for number, (name, seconds) in enumerate(parts.items()):
+        width = length * seconds / total
+        shade = (0.0, 0.0, 0.0, 0.6 * number / len(parts))
+        axis.barh(
+            row, width, left=left, color=shade, edgecolor="white", linewidth=0.5, label=name if row == 0 else None
+        )
+        left += width
+    if parts and row == 0:
+        axis.legend(fontsize=6, loc="lower right")
 
 
 def files(folder: Path) -> list[Path]:
@@ -86,6 +102,8 @@ def _file_section(path: Path) -> str:
     environment = content["environment"]
     conditions = [f"{key} {value}" for key, value in environment.items() if key != "device" and value != "none"]
     lines = [f"#### `{path.stem}`", "", f"Median milliseconds. {', '.join(conditions)}.", "", *_table(found), ""]
+    for result in (result for result in found if result.parts):
+        lines += [f"Milliseconds of each part, measured by themselves: {result.title}.", "", *_parts_table(result), ""]
     refused: dict[str, list[str]] = {}
     for result in found:
         for name, reason in result.refused.items():
@@ -116,6 +134,12 @@ def _table(results: list[Result]) -> list[str]:
             cells.append(f"{best / result.work.floor:.1f}" if result.work else "–")
         lines.append("| " + " | ".join([result.title, *cells]) + " |")
     return lines
+
+
+def _parts_table(result: Result) -> list[str]:
+    headings, rows = part_rows(result)
+    lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def main() -> None:

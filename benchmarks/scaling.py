@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -25,9 +24,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
-from harness import Result, arguments, console, measure, parse, print_table, usable, write
-from machine import DEVICE, Run
-from torch.profiler import ProfilerActivity, profile
+from harness import Result, arguments, console, measure, parse, print_table, usable, with_host_memory, write
+from machine import DEVICE
 
 import conddetr
 
@@ -77,23 +75,6 @@ def training_step(batch: int, options: argparse.Namespace) -> Result:
     runs = {"ours, auto": run}
     title = f"{STEP_PRESET}, training step, {batch}×3×{size}×{size}"
     return with_host_memory(measure(title, runs, options, None, {}), runs)
-
-
-def with_host_memory(result: Result, runs: dict[str, Run]) -> Result:
-    """The result, its memory filled in on a CPU."""
-    if DEVICE.type == "cuda":
-        return result
-    return Result(**{**vars(result), "peak_extra_bytes": {name: _host_peak(run) for name, run in runs.items()}})
-
-
-def _host_peak(run: Run) -> int:
-    """Bytes that PyTorch's allocator gave out during a call, at their highest."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    # Positive when given out, negative when given back.
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(accumulate(sizes, initial=0))
 
 
 def draw(path: Path) -> Path:

@@ -54,7 +54,7 @@ class ResNetBackbone(nn.Module):
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
         inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if not (self.fold or inference):
-            return _features(self.body, images)
+            return plain_features(self.body, images)
         folded, self._kept = folding.fold(self.body, self._kept)
         *_, features = folding.stages(self.body, folded, images)
         return features
@@ -65,7 +65,8 @@ class ResNetBackbone(nn.Module):
         return super().train(mode)
 
 
-def _features(body: nn.Module, images: Tensor) -> Tensor:
+def plain_features(body: nn.Module, images: Tensor) -> Tensor:
+    """The official form of a ResNet: [B, 3, H, W] -> its last stage, batch norms by themselves."""
     x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
     return body.layer4(body.layer3(body.layer2(body.layer1(x))))
 

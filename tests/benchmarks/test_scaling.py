@@ -8,7 +8,7 @@ import attn
 import pytest
 import scaling
 import torch
-from harness import Result, Work
+from harness import Result, Work, _host_peak
 
 OPTIONS = argparse.Namespace(rounds=3, cudagraph=False)
 
@@ -42,7 +42,7 @@ def test_memory_at_its_highest():
         return second + 1
 
     # Two of the three tensors of 1 MiB live at once.
-    assert scaling._host_peak(run) == pytest.approx(2 * 2**20, rel=1e-3)
+    assert _host_peak(run) == pytest.approx(2 * 2**20, rel=1e-3)
 
 
 def test_picture(tmp_path):

@@ -1,0 +1,262 @@
+"""A step of training whole models: official-style, HuggingFace's and ours, on the same weights, images and objects.
+
+    python benchmarks/train.py
+    python benchmarks/train.py --presets conditional-detr-dc5-r50 detr-r50 --batch 4
+    python benchmarks/train.py --compiled                # torch.compile too: minutes more
+
+The official-style step is our plain PyTorch, which the tests hold to the official numbers, with PyTorch's defaults and
+the official loop's look at every loss. All train the same parameters. Losses are compared, without dropout, before
+anything is timed; steps are then timed with dropout 0.1. Where their time goes is measured apart from that.
+"""
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from statistics import median
+
+import torch
+from harness import OURS, Result, Work, arguments, console, measure, parse, run_all, with_host_memory
+from machine import DEVICE, product_rate
+from model import spread_outputs
+from parts import Parts
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import conddetr
+from conddetr.data.batch import Batch, collate
+from conddetr.engine.config import TrainConfig
+from conddetr.engine.step import Stepper
+from conddetr.interop import convert_to_huggingface
+from conddetr.kernels import registry
+
+OBJECTS = 7
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+"""Largest relative difference of a loss."""
+BREAKDOWN_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size: the model, and what it is trained on."""
+
+    preset: str
+    batch: int
+    size: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        """One line for tables and result files."""
+        shape = f"{self.batch}×3×{self.size[0]}×{self.size[1]}"
+        return f"{self.preset}, training step, {shape}, {str(self.dtype).removeprefix('torch.')}"
+
+    def make(self) -> Batch:
+        """Noise images that fill the batch, with random objects; pinned where there is a GPU to copy to."""
+        generator = torch.Generator().manual_seed(0)
+        samples = []
+        for number in range(self.batch):
+            image = torch.randint(256, (3, *self.size), dtype=torch.uint8, generator=generator)
+            labels = torch.randint(91, (OBJECTS,), generator=generator)
+            boxes = 0.1 + 0.3 * torch.rand(OBJECTS, 4, generator=generator) + torch.tensor([0.25, 0.25, 0.0, 0.0])
+            samples.append((image, {"labels": labels, "boxes": boxes, "image_id": number, "original_size": self.size}))
+        batch = collate(samples)
+        return batch.pin_memory() if DEVICE.type == "cuda" else batch
+
+    def work(self) -> Work:
+        """Products of forward and backward as the paper writes the model, counted without computing them."""
+        with FakeTensorMode():
+            model = conddetr.build(self.preset, backend="eager")
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                output = model(torch.empty(self.batch, 3, *self.size))
+                layers = [output, *output["aux_outputs"]]
+                sum(layer[name].sum() for layer in layers for name in ("pred_logits", "pred_boxes")).backward()
+        flops = counter.get_total_flops()
+        return Work(flops, 0, {"products": flops / product_rate(self.dtype)})
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the problem is."""
+        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One implementation."""
+
+    model: nn.Module
+    losses: Callable[[], dict[str, Tensor]]
+    """Unweighted, by layer, as `Criterion` names them."""
+    step: Callable[[], object]
+    optimizer: torch.optim.Optimizer
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Backbone, encoder and decoder."""
+        inner = self.model.transformer if isinstance(self.model, conddetr.DETR) else self.model.model
+        backbone = self.model.backbone if isinstance(self.model, conddetr.DETR) else inner.backbone
+        return {"backbone": backbone, "encoder": inner.encoder, "decoder": inner.decoder}
+
+
+def our_losses(model: conddetr.DETR, problem: Problem, batch: Batch) -> dict[str, Tensor]:
+    """Of our model, by the criterion of its backend."""
+    criterion = conddetr.build_criterion(model.config).to(DEVICE)
+    with problem.autocast():
+        outputs = model(batch.to(DEVICE).model_input(), valid_hw=batch.valid_hw)
+    return criterion(outputs, batch.targets)
+
+
+def huggingface_losses(peer: nn.Module, problem: Problem, batch: Batch) -> dict[str, Tensor]:
+    """Of transformers' model, by its own loss."""
+    labels = [{"class_labels": t["labels"].to(DEVICE), "boxes": t["boxes"].to(DEVICE)} for t in batch.targets]
+    mask = torch.ones(len(batch), *batch.images.shape[-2:], dtype=torch.int64, device=DEVICE)
+    with problem.autocast():
+        out = peer(pixel_values=batch.to(DEVICE).model_input(), pixel_mask=mask, labels=labels)
+    return {"loss": out.loss, **out.loss_dict}
+
+
+def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool, fused: bool) -> Trained:
+    """The loop that people write.
+
+    Args:
+        model: to be trained.
+        losses: with the total among them.
+        looks: whether the host waits for each loss to look at it, as the official loop does.
+        fused: AdamW's fused kernel, which transformers' Trainer takes; the official code has PyTorch's default.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=fused)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = losses()["loss"]
+        if looks and not math.isfinite(loss.item()):
+            raise SystemExit(f"{type(model).__name__}: the loss is {loss.item()}: not timing.")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 0.1)
+        optimizer.step()
+
+    return Trained(model, losses, step, optimizer)
+
+
+def ours(model: conddetr.DETR, problem: Problem, batch: Batch, compiled: bool) -> Trained:
+    """The step of `conddetr train`."""
+    precision = "bfloat16" if problem.dtype == torch.bfloat16 else "float32"
+    config = TrainConfig(lr=1e-5, precision=precision, compile=compiled)
+    stepper = Stepper(model, config, DEVICE, steps_per_epoch=1)
+    losses = partial(our_losses, model, problem, batch)
+    return Trained(model, losses, lambda: stepper([batch], 0), stepper.optimizer)
+
+
+def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dict[str, Trained], dict[str, str]]:
+    """Name → implementation, all with the same weights; and why others are not there. The first is the official one."""
+    reference = conddetr.build(problem.preset, backend="eager")
+    spread_outputs(reference)
+    reference = reference.to(DEVICE)
+    refused = {}
+    made = {"official-style eager": plain(reference, partial(our_losses, reference, problem, batch), True, False)}
+    try:
+        peers = huggingface(reference)
+    except (ImportError, ValueError) as error:
+        peers = {}
+        refused["HuggingFace"] = str(error)
+    if compiled and peers:
+        peers["HuggingFace, sdpa, compiled"] = copy.deepcopy(peers["HuggingFace, sdpa"])
+        peers["HuggingFace, sdpa, compiled"].compile(dynamic=False)
+    for name, peer in peers.items():
+        made[name] = plain(peer, partial(huggingface_losses, peer, problem, batch), False, True)
+    state = reference.state_dict()
+    for backend in (name for name in registry.BACKENDS if name != "eager"):
+        try:
+            registry.choose(backend, DEVICE, problem.dtype)
+        except registry.BackendError as error:
+            refused[f"{OURS}, {backend}"] = str(error)
+            continue
+        for is_compiled in (False, True)[: 1 + compiled]:
+            model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
+            model.load_state_dict(state)
+            name = f"{OURS}, {backend}{', compiled' * is_compiled}"
+            made[name] = ours(model, problem, batch, is_compiled)
+    return made, refused
+
+
+def huggingface(reference: conddetr.DETR) -> dict[str, nn.Module]:
+    """transformers' model in the forms it comes in, and accelerated; what is frozen in ours is frozen."""
+    peer, _ = convert_to_huggingface(reference)
+    peer.config.auxiliary_loss = True
+    for name, parameter in peer.named_parameters():
+        is_frozen = ".backbone." in name and not any(f".layer{stage}." in name for stage in (2, 3, 4))
+        parameter.requires_grad_(not is_frozen)
+    eager, accelerated = copy.deepcopy(peer), copy.deepcopy(peer)
+    peer.set_attn_implementation("sdpa")
+    eager.set_attn_implementation("eager")
+    conddetr.accelerate(accelerated)
+    names = ("HuggingFace, eager attention", "HuggingFace, sdpa", f"{OURS}, HuggingFace accelerated")
+    return dict(zip(names, (eager, peer, accelerated), strict=True))
+
+
+def check(made: dict[str, Trained], dtype: torch.dtype) -> None:
+    """Refuses to go on where a loss of any layer, or the number of trained parameters, is not that of the first."""
+    expected, sizes = None, set()
+    for name, trained in made.items():
+        sizes.add(sum(p.numel() for group in trained.optimizer.param_groups for p in group["params"]))
+        if len(sizes) > 1:
+            raise SystemExit(f"{name}: trains another number of parameters than those before: {sizes}. Not timing.")
+        trained.model.eval()
+        with torch.no_grad():
+            found = {k: v.double().item() for k, v in trained.losses().items() if k.startswith("loss_")}
+        trained.model.train()
+        expected = expected or found
+        differences = {k: abs(found[k] - value) / abs(value) for k, value in expected.items()}
+        worst = max(differences, key=differences.get)
+        console.print(f"  {name}: {worst} differs by {differences[worst]:.1e}, the most", highlight=False)
+        if not differences[worst] <= TOLERANCE[dtype]:
+            raise SystemExit(f"{name}: {worst} is {found[worst]:.6g}, expected {expected[worst]:.6g}: not timing.")
+
+
+def breakdown(trained: Trained) -> dict[str, float]:
+    """Part → seconds, the median of a few steps."""
+    parts = Parts(trained.parts(), trained.optimizer)
+    try:
+        samples = [parts.time(trained.step) for _ in range(BREAKDOWN_STEPS)]
+    finally:
+        parts.remove()
+    return {name: median(sample[name] for sample in samples) for name in samples[0]}
+
+
+def run(problem: Problem, options: argparse.Namespace) -> Result:
+    """Check all implementations of one problem, then time them."""
+    torch.compiler.reset()
+    made, refused = implementations(problem, problem.make(), options.compiled)
+    check(made, problem.dtype)
+    runs = {name: trained.step for name, trained in made.items()}
+    result = with_host_memory(measure(problem.title, runs, options, problem.work(), refused), runs)
+    # Hooks inside a compiled model would cut it in pieces.
+    parts = {name: breakdown(trained) for name, trained in made.items() if "compiled" not in name}
+    return replace(result, images=problem.batch, parts=parts)
+
+
+def main() -> None:
+    """Time every problem asked for; one result file for all."""
+    cuda = DEVICE.type == "cuda"
+    parser = arguments(__doc__.splitlines()[0], seconds=180)
+    parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1066] if cuda else [480, 640], metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16] if cuda else [2])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["float32"])
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
+    options = parse(parser)
+    if options.cudagraph:
+        parser.error("--cudagraph: whole steps are not captured here")
+    problems = [
+        Problem(preset, batch, tuple(options.size), getattr(torch, dtype))
+        for preset, dtype, batch in product(options.presets, options.dtypes, options.batch)
+    ]
+    run_all("train", {problem.title: partial(run, problem, options) for problem in problems}, options)
+
+
+if __name__ == "__main__":
+    main()
