@@ -104,10 +104,12 @@ def spread_outputs(model: conddetr.DETR) -> None:
         for name, value in model.state_dict().items():
             if re.search(r"\.[sc]a_[qk]\w*_proj\.weight$", name):
                 value.mul_(4.0)
+            elif re.search(r"\.decoder\..*in_proj_weight$", name):
+                value.mul_(6.0)
             elif re.search(r"\.(out_proj|linear2)\.weight$|bn3\.weight$", name):
                 value.mul_(0.4)
             elif name in ("bbox_embed.layers.2.weight", "class_embed.weight"):
-                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+                value.copy_(1.6 / value.shape[1] ** 0.5 * torch.randn(value.shape, generator=generator))
 
 
 def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
