@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import conddetr
-from conddetr.data.batch import collate
+from conddetr.data.batch import Batch, collate
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
 from conddetr.engine.checkpoint import BEST, LATEST, has_run, read_checkpoint
@@ -60,6 +60,13 @@ def small_trainer(
     run = RunConfig(output_dir=str(folder), train=TrainConfig(**{**SMALL_TRAINING, **options}))
     size = model.config.image_size
     return Trainer(model, SyntheticShapes(images, 1, size), SyntheticShapes(4, 2, size), run, device)
+
+
+def batches(run: Trainer, count: int) -> list[Batch]:
+    """`count` batches of four training images."""
+    dataset = run.train_set
+    samples = [dataset.load(i, dataset.plan(i, augmentation_generator(0, 0, i))) for i in range(4 * count)]
+    return [collate(samples[first : first + 4]) for first in range(0, 4 * count, 4)]
 
 
 def counter() -> ctypes.c_int:

@@ -44,6 +44,12 @@ class TrainConfig:
     """`float32`, or `bfloat16`: autocast for the model; losses and weights stay float32."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    cuda_graphs: bool = False
+    """Record forward, losses and backward as one CUDA graph for each shape of a batch; best with `pad_buckets`. Needs
+    one process with an NVIDIA GPU, and backend `auto` or `triton`."""
+    max_targets: int = 0
+    """Objects per image that every batch is padded to, more are an error; 0: those of the fullest image, with
+    `cuda_graphs` as many as the model has queries."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0

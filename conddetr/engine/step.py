@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.config import TrainConfig
+from conddetr.engine.graphs import CudaCapture, StepGraphs, refuse_graphs
 from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
 from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer
 from conddetr.loss.matcher import NonFiniteCostError
+from conddetr.loss.targets import PackedTargets
 from conddetr.model.detr import DETR
 from conddetr.zoo import build_criterion
 
@@ -38,12 +40,18 @@ class Stepper:
         """
         self.model, self.config, self.device = model, config, device
         self.steps_per_epoch = steps_per_epoch
-        self.criterion = build_criterion(model.config).to(device)
+        max_targets = config.max_targets or (model.config.num_queries if config.cuda_graphs else None)
+        self.criterion = build_criterion(model.config, max_targets=max_targets).to(device)
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
         if config.compile:
             model.compile()
         self.forward = _distributed(model, device)
+        self.graphs: StepGraphs | None = None
+        """Of forward, losses and backward, where they are recorded."""
+        if config.cuda_graphs:
+            refuse_graphs(model.config, device)
+            self.graphs = StepGraphs(model, self._losses_of_packed, CudaCapture())
         self.skipped = 0
         """Steps of the run that changed nothing because they were not finite."""
         self.stop = 0.0
@@ -74,7 +82,8 @@ class Stepper:
             group["lr"] = rate
         normalizer = self._normalizer(window)
         self._statistics.keep()
-        self.optimizer.zero_grad()
+        # Graphs add to gradients that stay where they are.
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
         logged = self._backward(window, normalizer)
         self._update(logged, step, stop)
         self._last = (window, normalizer, step)
@@ -88,24 +97,38 @@ class Stepper:
         logged = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in window:
             with self._gradients_stay(batch is not window[-1]):
-                losses = self._losses(self.forward, batch, normalizer)
-                # Matching has just waited for the device: what the last step reported is here.
-                self._read()
-                losses["loss"].backward()
+                losses = self._add_gradients(batch, normalizer)
             self._names = list(losses)
             # Losses are divided by the objects of the whole window already, errors by those of a batch.
             values = [v if name.startswith("loss") else v / len(window) for name, v in losses.items()]
             logged = logged + torch.stack([value.detach().double() for value in values])
         return logged
 
+    def _add_gradients(self, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
+        if self.graphs is not None:
+            losses = self.graphs(batch, self.criterion.pack(batch.targets, self.device), normalizer)
+            self._read()
+            return losses
+        losses = self._losses(self.forward, batch, normalizer)
+        # Matching has just waited for the device: what the last step reported is here.
+        self._read()
+        losses["loss"].backward()
+        return losses
+
     def loss_of(self, batch: Batch) -> Tensor:
         """The total loss of one batch, as a step computes it, without any other process."""
         normalizer = self._normalizer([batch])
         return self._losses(self.model, batch.to(self.device), normalizer)["loss"]
 
-    def _losses(self, forward: nn.Module, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
+    def _outputs(self, forward: nn.Module, batch: Batch) -> dict:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            outputs = forward(batch.model_input(), valid_hw=batch.valid_hw)
+            return forward(batch.model_input(), valid_hw=batch.valid_hw)
+
+    def _losses_of_packed(self, batch: Batch, targets: PackedTargets, normalizer: Tensor) -> dict[str, Tensor]:
+        return self.criterion(self._outputs(self.forward, batch), targets, normalizer)
+
+    def _losses(self, forward: nn.Module, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
+        outputs = self._outputs(forward, batch)
         try:
             return self.criterion(outputs, batch.targets, normalizer)
         except NonFiniteCostError:

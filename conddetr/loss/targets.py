@@ -45,7 +45,7 @@ def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | N
         if count > capacity:
             raise ValueError(
                 f"targets[{image}]: {count} objects, max_targets is {max_targets}: build the criterion with a larger "
-                "max_targets."
+                "max_targets (in training: --max-targets)."
             )
     labels = torch.cat([target["labels"] for target in targets])
     boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets])

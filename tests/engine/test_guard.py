@@ -2,17 +2,7 @@
 
 import pytest
 import torch
-from small_runs import assert_equal, small_trainer
-
-from conddetr.data.batch import collate
-from conddetr.data.transforms import augmentation_generator
-
-
-def batches(run, count):
-    """`count` batches of four training images."""
-    dataset = run.train_set
-    samples = [dataset.load(i, dataset.plan(i, augmentation_generator(0, 0, i))) for i in range(4 * count)]
-    return [collate(samples[first : first + 4]) for first in range(0, 4 * count, 4)]
+from small_runs import assert_equal, batches, small_trainer
 
 
 def spoil_output(run):
