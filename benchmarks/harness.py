@@ -324,16 +324,10 @@ def floors_line(work: Work) -> str:
 
 
 def part_rows(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: milliseconds of each part of a step, and what share of the machine's products it uses."""
+    """Headings and cells: milliseconds of each part of a step."""
     names = list(next(iter(result.parts.values())))
-    headings = ["implementation", *names] + ["FLOP utilisation"] * bool(result.work)
-    lines = []
-    for name, parts in result.parts.items():
-        line = [name, *(milliseconds(parts[part]) for part in names)]
-        if result.work:
-            line.append(f"{100 * result.work.floors['products'] / median(result.seconds[name]):.0f} %")
-        lines.append(line)
-    return headings, lines
+    lines = [[name, *(milliseconds(parts[part]) for part in names)] for name, parts in result.parts.items()]
+    return ["implementation", *names], lines
 
 
 def parts_table(result: Result) -> Table:
