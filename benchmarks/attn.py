@@ -9,6 +9,7 @@ part of its time. Those that can not run are listed with the reason.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -164,9 +165,31 @@ def implementations(problem: Problem, tensors: Tensors) -> dict[str, Implementat
     found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
     for backend, separable in product(registry.BACKENDS, (False, True)):
         if backend != "eager":
+            attend = partial(ours, backend, separable)
             name = f"{OURS}, {backend}, {'separable' if separable else 'dense'}"
-            found[name] = Implementation(partial(ours, backend, separable), tensors, separable)
+            found[name] = Implementation(attend, tensors, separable)
+            if backend == "native" and has_hopper_kernel(problem):
+                found[f"{name}, not Hopper's kernel"] = Implementation(without_hopper(attend), tensors, separable)
     return found
+
+
+def has_hopper_kernel(problem: Problem) -> bool:
+    """Whether `native` has a kernel for this GPU alone, beside that of all GPUs."""
+    is_hopper = DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE)[0] == 9
+    return is_hopper and problem.dtype != torch.float32 and os.environ.get("CONDDETR_HOPPER") != "0"
+
+
+def without_hopper(attend: Attend) -> Attend:
+    """The same by the kernel of all GPUs."""
+
+    def run() -> Tensor:
+        os.environ["CONDDETR_HOPPER"] = "0"
+        try:
+            return attend()
+        finally:
+            del os.environ["CONDDETR_HOPPER"]
+
+    return run
 
 
 def concatenated(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,8 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA")
 FLAGS += ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 REGISTER_LIMIT = 255
+HOPPER = "90a"
+"""Where kernels with `hopper` in their names are. For other architectures they are empty."""
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -43,6 +45,8 @@ class Compiled:
     spilled_bytes: int
     local_instructions: int
     tensor_core_instructions: int
+    serialized: bool = False
+    """Whether the compiler makes each asynchronous product wait for the one before."""
 
 
 def find_nvcc() -> str | None:
@@ -96,17 +100,24 @@ def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
     command = [find_cuobjdump(), "-sass", str(cubin)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", listing, re.DOTALL))
+    serialized = " ".join(re.findall(r".*wgmma.mma_async instructions are serialized.*", messages))
     kernels = []
     for entry in ENTRY.finditer(messages):
+        kernel = readable(entry["name"])
+        is_hopper = "hopper" in kernel
+        if is_hopper and architecture != HOPPER:
+            continue
+        products = r"\bHGMMA\b" if is_hopper else r"\bHMMA\b"
         kernels.append(
             Compiled(
-                kernel=readable(entry["name"]),
+                kernel=kernel,
                 architecture=architecture,
                 registers=int(entry["registers"]),
                 stack_bytes=int(entry["stack"]),
                 spilled_bytes=int(entry["stores"]) + int(entry["loads"]),
                 local_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code[entry["name"]])),
-                tensor_core_instructions=len(re.findall(r"\b(?:HMMA|HGMMA)\b", code[entry["name"]])),
+                tensor_core_instructions=len(re.findall(products, code[entry["name"]])),
+                serialized=entry["name"] in serialized,
             )
         )
     return kernels
@@ -132,6 +143,8 @@ def problems(found: Compiled) -> list[str]:
     is_product = found.kernel.startswith("attn") and "keep" not in found.kernel
     if is_product and "fp32" not in found.kernel and not found.tensor_core_instructions:
         wrong.append("no tensor core instruction")
+    if found.serialized:
+        wrong.append("products wait for each other")
     return wrong
 
 
@@ -155,7 +168,7 @@ def main() -> int:
         parser.error("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     compiled = compile_all(tuple(options.architectures))
     table = Table(title="csrc/*/cuda.cu")
-    for name in ("kernel", "sm", "registers", "stack", "spilled", "local", "tensor core", ""):
+    for name in ("kernel", "sm", "registers", "stack", "spilled", "local", "tensor core", "serialized", ""):
         table.add_column(name)
     for found in compiled:
         table.add_row(*map(str, asdict(found).values()), "; ".join(problems(found)))

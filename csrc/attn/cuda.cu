@@ -1,10 +1,14 @@
-// Conditional attention on NVIDIA GPUs: operators, checks, memory, launches. The mathematics is in kernels.cuh.
+// Conditional attention on NVIDIA GPUs: operators, checks, memory, launches. The mathematics is in kernels.cuh, and in
+// hopper.cuh for the forward pass there.
 
 #include "common/cuda.h"
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 
+#include "attn/hopper.cuh"
 #include "attn/kernels.cuh"
 
 namespace conddetr::attn {
@@ -125,11 +129,33 @@ dim3 grid(const Inputs& inputs, int64_t tiles) {
 
 int64_t tiles_of(int64_t items) { return (items + kTile - 1) / kTile; }
 
+// Whether the environment allows the kernels of hopper.cuh: yes, unless CONDDETR_HOPPER is 0 (to compare).
+bool wants_hopper() {
+  const char* value = std::getenv("CONDDETR_HOPPER");
+  return value == nullptr || std::strcmp(value, "0") != 0;
+}
+
+// Runs the forward kernel of hopper.cuh if it can; false if not.
+template <typename T, bool kSeparable>
+bool forward_on_hopper(const Inputs& inputs, const std::optional<Tensor>& keep, const Tensor& out, const Tensor& lse) {
+  if constexpr (sizeof(T) == 2) {
+    const auto kernel = hopper_forward_kernel<T, kSeparable>;
+    const int64_t bytes = hopper_bytes<T>(kSeparable ? inputs.height() + inputs.width() : 0);
+    if (!wants_hopper() || !has_warpgroups(kernel, inputs.v) || bytes > shared_limit(inputs.v)) return false;
+    const int64_t blocks = (inputs.queries() + kGroupQueries - 1) / kGroupQueries;
+    launch("conditional_attention (Hopper)", kernel, grid(inputs, blocks), kGroupThreads, bytes, inputs.v,
+           problem<T>(inputs, keep), data<T>(out), data<float>(lse));
+    return true;
+  }
+  return false;
+}
+
 template <typename T, bool kSeparable>
 std::tuple<Tensor, Tensor> forward_form(const Inputs& inputs) {
   Tensor out = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.queries(), inputs.heads(), kWidth});
   Tensor lse = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
   const std::optional<Tensor> keep = kept(inputs);
+  if (forward_on_hopper<T, kSeparable>(inputs, keep, out, lse)) return {out, lse};
   const int64_t bytes = checked(shared_bytes<T, kSeparable>(inputs.height(), inputs.width()).forward, inputs);
   launch("conditional_attention", forward_kernel<T, kSeparable>, grid(inputs, tiles_of(inputs.queries())), kThreads,
          bytes, inputs.v, problem<T>(inputs, keep), data<T>(out), data<float>(lse));

@@ -6,6 +6,8 @@
 // of the grid into a table of the same form, from which all spatial gradients follow.
 #pragma once
 
+#include <bit>
+
 #include "attn/octets.h"
 #include "attn/tile.cuh"
 #include "common/softmax.h"
@@ -115,9 +117,9 @@ __device__ __forceinline__ void load_keys(Tile<T> tile, const Rows<T>& rows, con
   });
 }
 
-template <typename T>
+template <int kQueries = kTile, typename T>
 __device__ __forceinline__ void load_queries(Tile<T> tile, const T* base, int64_t stride, int first, int queries) {
-  load_tile(tile, base, stride, [=](int row) -> int64_t { return first + row < queries ? first + row : -1; });
+  load_tile<kQueries>(tile, base, stride, [=](int row) -> int64_t { return first + row < queries ? first + row : -1; });
 }
 
 template <int N>
@@ -234,7 +236,23 @@ __global__ void __launch_bounds__(kKeepThreads)
   keep[index] = bits;
 }
 
-// One tile of the online softmax. On entry scores before the scale, on return weights.
+// 2^x for x <= 0 without the special-function unit: a series about the nearest whole number, which then goes into the
+// exponent. Relative error below 3e-6; zero below 2^-127. A NaN stays one.
+__device__ __forceinline__ float exp2_series(float x) {
+  x = x < -127.0f ? -127.0f : x;
+  const float shifted = x + 12582912.0f;  // 1.5 · 2^23: rounds, and leaves the whole number in the lowest bits
+  const float fraction = x - (shifted - 12582912.0f);
+  float result = 0.009570102f;
+  result = result * fraction + 0.05591786f;
+  result = result * fraction + 0.24024744f;
+  result = result * fraction + 0.6931218f;
+  result = result * fraction + 0.9999993f;
+  return result * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127) << 23);
+}
+
+// One tile of the online softmax. On entry scores before the scale, on return weights. If the scale is known to be
+// positive, the maximum is found before it; of the 16 exponentials of a row, the last `kSeries` are series.
+template <bool kIsPositive = false, int kSeries = 0>
 struct Softmax {
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // of rows g and g + 8; totals of this lane's columns
   float shrink[2];                                               // what sums so far are to be multiplied with
@@ -242,9 +260,13 @@ struct Softmax {
   __device__ void update(float (&scores)[8][4], float log2_scale) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float higher = highest[row];
+      float higher = kIsPositive ? scores[0][2 * row] : highest[row];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) higher = fmaxf(higher, scores[i / 2][2 * row + i % 2] * log2_scale);
+      for (int i = 0; i < 16; ++i) {
+        const float score = scores[i / 2][2 * row + i % 2];
+        higher = fmaxf(higher, kIsPositive ? score : score * log2_scale);
+      }
+      if constexpr (kIsPositive) higher = fmaxf(highest[row], higher * log2_scale);
       higher = fmaxf(higher, from_lane_xor(higher, 1));
       higher = fmaxf(higher, from_lane_xor(higher, 2));
       const float reference = softmax_reference(higher);
@@ -254,7 +276,8 @@ struct Softmax {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         float& score = scores[i / 2][2 * row + i % 2];
-        score = exp2_fast(score * log2_scale - reference);  // fused: rounded once
+        const float power = score * log2_scale - reference;  // fused: rounded once
+        score = i < 16 - kSeries ? exp2_fast(power) : exp2_series(power);
         sum += score;
       }
       total[row] = total[row] * shrink[row] + sum;
@@ -266,6 +289,48 @@ struct Softmax {
     return pair + from_lane_xor(pair, 2);
   }
 };
+
+// Hides the scores of keys that are not seen.
+__device__ __forceinline__ void hide(float (&scores)[8][4], uint64_t visible, float hidden, const Lane& lane) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    if (!has_bit(visible >> 2 * lane.t, i / 4 * 8 + i % 2)) scores[i / 4][i % 4] = hidden;
+  }
+}
+
+// Zeros the weights that dropout does not keep; `first` is the block's first query.
+template <typename T>
+__device__ __forceinline__ void drop(float (&weights)[8][4], const Problem<T>& p, int image, int head, int first,
+                                     int tile, const Lane& lane) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const uint64_t keep = p.keep_word(image, head, first + lane.first_row() + lane.g + 8 * row, tile);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (!has_bit(keep >> 2 * lane.t, i / 2 * 8 + i % 2)) weights[i / 2][2 * row + i % 2] = 0;
+    }
+  }
+}
+
+// Writes the output and lse of a warp's queries, through a tile that is free.
+template <typename T, typename AnySoftmax>
+__device__ __forceinline__ void store_forward(T* out, float* lse, float (&sums)[4][4], const AnySoftmax& softmax,
+                                              const Problem<T>& p, int image, int head, int first, Tile<T> tile,
+                                              const Lane& lane) {
+  const float totals[2] = {softmax.sum(0), softmax.sum(1)};
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= inverse_total(totals[i / 2 % 2]) * p.kept_factor;
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int query = first + lane.first_row() + lane.g + 8 * row;
+    if (lane.t == 0 && query < p.queries) {
+      lse[p.query_index(image, head, query)] = log_sum_exp2(softmax.highest[row], totals[row]);
+    }
+  }
+  const int64_t stride = int64_t(p.heads) * kWidth;
+  store_rows(out + int64_t(image) * p.queries * stride + head * kWidth, stride, sums, tile, lane.first_row(),
+             [=](int row) -> int64_t { return first + row < p.queries ? first + row : -1; });
+}
 
 // Bytes of shared memory of the three large kernels, for a grid of at most this size.
 struct SharedBytes {
@@ -313,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     start.load_column();
   }
 
-  Softmax softmax;
+  Softmax<> softmax;
   float sums[4][4];
   clear(sums);
   for (int tile = 0; tile < tiles; ++tile) {
@@ -337,23 +402,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
       for (int i = 0; i < 8; ++i) weights[2 * group + i / 4][i % 4] = scores[i / 4][i % 4];
     }
     const uint64_t visible = visible_keys(p, image, octets, tile);
-    if (visible != kAll) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        if (!has_bit(visible >> 2 * lane.t, i / 4 * 8 + i % 2)) weights[i / 4][i % 4] = p.hidden;
-      }
-    }
+    if (visible != kAll) hide(weights, visible, p.hidden, lane);
     softmax.update(weights, p.log2_scale);
-    if (p.keep) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        const uint64_t keep = p.keep_word(image, head, first + lane.first_row() + lane.g + 8 * row, tile);
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          if (!has_bit(keep >> 2 * lane.t, i / 2 * 8 + i % 2)) weights[i / 2][2 * row + i % 2] = 0;
-        }
-      }
-    }
+    if (p.keep) drop(weights, p, image, head, first, tile, lane);
 #pragma unroll
     for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= softmax.shrink[i / 2 % 2];
 #pragma unroll
@@ -366,19 +417,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     barrier();
   }
 
-  const float totals[2] = {softmax.sum(0), softmax.sum(1)};
-#pragma unroll
-  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= inverse_total(totals[i / 2 % 2]) * p.kept_factor;
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int query = first + lane.first_row() + lane.g + 8 * row;
-    if (lane.t == 0 && query < p.queries) {
-      lse[p.query_index(image, head, query)] = log_sum_exp2(softmax.highest[row], totals[row]);
-    }
-  }
-  const int64_t stride = int64_t(p.heads) * kWidth;
-  store_rows(out + int64_t(image) * p.queries * stride + head * kWidth, stride, sums, q_content, lane.first_row(),
-             [=](int row) -> int64_t { return first + row < p.queries ? first + row : -1; });
+  store_forward(out, lse, sums, softmax, p, image, head, first, q_content, lane);
 }
 
 // Gradients of both queries, and delta = grad · out. With separable keys, `sums` [batch, heads, width + height, queries]

@@ -14,9 +14,9 @@ constexpr int kTile = 64;      // rows of a tile
 constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
-// [64, 32] in shared memory. Rows are cut into chunks of 16 bytes, and chunk c of row r lies where chunk c ^ (r, or r / 2
+// [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of row r lies where chunk c ^ (r, or r / 2
 // for the four chunks of a 16-bit row) would: eight rows of one chunk then are in eight different groups of four
-// banks, and so are the rows that a copy writes at a time.
+// banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is what Hopper calls 64-byte swizzle.
 template <typename T>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T));
@@ -34,13 +34,14 @@ struct Tile {
   }
 };
 
-// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative.
-template <typename T, typename ItemOf>
+// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative. A block has two
+// threads for each row.
+template <int kRows = kTile, typename T, typename ItemOf>
 __device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t stride, ItemOf item_of) {
-  constexpr int kChunks = Tile<T>::kChunks;
+  constexpr int kChunks = Tile<T>::kChunks, kBlockThreads = kRows * kThreads / kTile;
 #pragma unroll
-  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
-    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+  for (int i = 0; i < kRows * kChunks / kBlockThreads; ++i) {
+    const int index = i * kBlockThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
     const int64_t item = item_of(row);
     copy_async(tile.chunk(row, chunk), base + (item < 0 ? 0 : item * stride) + chunk * Tile<T>::kPerChunk, item >= 0);
   }

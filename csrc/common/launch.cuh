@@ -32,6 +32,18 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
+// Whether this device can run a kernel of hopper.cuh: it is a Hopper, and there is code for sm_90a. Compiled for anything
+// else, such a kernel is empty; with code, its sums alone are more registers than this.
+template <typename... Parameters>
+bool has_warpgroups(void (*kernel)(Parameters...), const Tensor& where) {
+  int major = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, where.get_device_index());
+  cudaFuncAttributes found{};
+  if (error == cudaSuccess && major == 9) error = cudaFuncGetAttributes(&found, kernel);
+  STD_TORCH_CHECK(error == cudaSuccess, "conddetr: ", cudaGetErrorString(error));
+  return found.numRegs > 32;
+}
+
 // Bytes of shared memory that a block may have on this device.
 inline int64_t shared_limit(const Tensor& where) {
   int limit = 0;

@@ -57,9 +57,9 @@ __device__ __forceinline__ V from_lane_xor(V value, int mask) {
 }
 __device__ __forceinline__ uint32_t ballot(bool is_set) { return __ballot_sync(~0u, is_set); }
 
-// The block's shared memory, of the size that it was launched with.
+// The block's shared memory, of the size that it was launched with. The swizzle of tiles repeats every 512 bytes.
 __device__ __forceinline__ char* shared_memory() {
-  extern __shared__ __align__(128) char conddetr_shared[];
+  extern __shared__ __align__(512) char conddetr_shared[];
   return conddetr_shared;
 }
 

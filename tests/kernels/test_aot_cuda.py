@@ -3,6 +3,8 @@
 Three architectures here, to save time; all six by `python -m conddetr.kernels.aot_cuda`.
 """
 
+from itertools import product
+
 import pytest
 
 from conddetr.kernels import aot_cuda
@@ -30,9 +32,11 @@ def test_every_kernel_is_there_once_for_each_architecture(compiled):
         expected.add(f"attn backward_table_kernel {dtype}")
         for kernel in ("forward_kernel", "backward_query_kernel", "backward_key_kernel"):
             expected |= {f"attn {kernel} {dtype} {form}" for form in ("dense", "separable")}
+    pairs = product(("bf16", "fp16"), ("dense", "separable"))
+    hopper = {f"attn hopper_forward_kernel {dtype} {form}" for dtype, form in pairs}
     for architecture in ARCHITECTURES:
         found = [kernel.kernel for kernel in compiled if kernel.architecture == architecture]
-        assert sorted(found) == sorted(expected)
+        assert sorted(found) == sorted(expected | hopper if architecture == "90a" else expected)
         assert len(found) == len(set(found))
 
 
@@ -44,3 +48,11 @@ def test_problems_are_seen():
         "16 bytes of stack, 24 spilled, 4 local memory instructions",
         "no tensor core instruction",
     ]
+    serialized = aot_cuda.Compiled("attn hopper_forward_kernel bf16 dense", "90a", 120, 0, 0, 0, 8, serialized=True)
+    assert aot_cuda.problems(serialized) == ["products wait for each other"]
+
+
+def test_two_blocks_of_hopper_kernels_fit_a_multiprocessor(compiled):
+    registers = [kernel.registers for kernel in compiled if "hopper" in kernel.kernel]
+    assert registers
+    assert all(256 * 2 * count <= 64 * 1024 for count in registers)

@@ -1,9 +1,10 @@
 """The CUDA kernels, on a GPU or, where there is none, unchanged under an emulator on the CPU.
 
-tests/kernels/emulator stands in for warps, shared memory and asynchronous copies, in random order.
+tests/kernels/emulator stands in for warps, shared memory, asynchronous copies and Hopper's products, in random order.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from conddetr.kernels import conditional_attention, conditional_spatial_query, native, registry, sine_embedding
+from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
 from conddetr.kernels.sine import op as sine_op
 
@@ -60,6 +62,20 @@ def device(request, monkeypatch):
     return torch.device("cpu")
 
 
+@pytest.fixture
+def kernel(request, device, monkeypatch):
+    """Which forward kernel takes 16-bit numbers: `generic`, or `hopper`, which the emulator always can."""
+    is_hopper = device.type == "cpu" or torch.cuda.get_device_capability()[0] == 9
+    if request.param == "hopper" and not is_hopper:
+        pytest.skip("this GPU is no Hopper")
+    monkeypatch.setenv("CONDDETR_HOPPER", str(int(request.param == "hopper")))
+    return request.param
+
+
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+KERNELS = [(FLOAT, "generic"), (BFLOAT, "generic"), (BFLOAT, "hopper")]
+
+
 def make_leaves(queries, height, width, batch=2, heads=1, dense=False):
     """q_content, q_spatial, k_content, rows, columns (or dense spatial keys), v in float64."""
     keys = height * width
@@ -94,54 +110,58 @@ def check(leaves, dtype, device, **options):
         assert error <= 2 * budget + 2 * torch.finfo(dtype).eps * largest, (index, error, budget)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize(
     ("queries", "height", "width", "valid"),
     [
         (1, 1, 1, None),
         (70, 9, 11, [[9, 11], [4, 9]]),
+        (130, 10, 16, [[10, 16], [8, 8]]),  # full tiles, and queries in a second block of them
         (17, 3, 21, [[3, 17], [2, 21]]),  # octets of a tile share a row
         (5, 37, 1, [[37, 1], [0, 1]]),
         (3, 1, 70, None),
         (3, 4, 7, [[4, 0], [4, 7]]),
     ],
 )
-def test_separable_keys(queries, height, width, valid, dtype, device):
+def test_separable_keys(queries, height, width, valid, dtype, kernel, device):
     valid = None if valid is None else torch.tensor(valid, dtype=torch.int32)
     check(make_leaves(queries, height, width), dtype, device, valid_hw=valid)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "kernel"), [*KERNELS, (HALF, "generic"), (HALF, "hopper")], indirect=["kernel"])
 @pytest.mark.parametrize("dense", [False, True])
-def test_masks_heads_and_scale(dense, dtype, device):
+def test_masks_heads_and_scale(dense, dtype, kernel, device):
     mask = torch.rand(2, 5 * 13) > 0.6
     mask[1] = torch.arange(65) != 64
     check(make_leaves(7, 5, 13, heads=2, dense=dense), dtype, device, key_padding_mask=mask, scale=-0.2)
 
 
-def test_scale_zero_is_the_mean(device):
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
+def test_scale_zero_is_the_mean(dtype, kernel, device):
     leaves = make_leaves(3, 2, 5)
     valid = torch.tensor([[2, 3], [1, 5]], dtype=torch.int32)
-    out = run(leaves, torch.float32, "native", device, valid_hw=valid, scale=0.0)[0]
-    grid = leaves[-1].float().unflatten(1, (2, 5))
+    out = run(leaves, dtype, "native", device, valid_hw=valid, scale=0.0)[0]
+    grid = leaves[-1].to(dtype).float().unflatten(1, (2, 5))
     expected = torch.stack([grid[0, :2, :3].mean((0, 1)), grid[1, :1].mean((0, 1))])[:, None].expand_as(out)
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected.to(dtype))
 
 
-def test_nothing_visible_gives_zeros(device):
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
+def test_nothing_visible_gives_zeros(dtype, kernel, device):
     for options in (
         {"valid_hw": torch.tensor([[0, 3], [4, 0]], dtype=torch.int32)},
         {"key_padding_mask": torch.ones(2, 28, dtype=torch.bool)},
     ):
-        assert not any(tensor.any() for tensor in run(make_leaves(5, 4, 7), torch.float32, "native", device, **options))
+        assert not any(tensor.any() for tensor in run(make_leaves(5, 4, 7), dtype, "native", device, **options))
 
 
-def test_valid_hw_beyond_the_grid_is_clamped(device, monkeypatch):
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
+def test_valid_hw_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch):
     """A rectangle on a GPU is not looked at before the kernel does."""
     monkeypatch.setattr(attention_op, "_check_rectangles", lambda *_: None)
     leaves = make_leaves(3, 4, 7)
     wild, tame = (torch.tensor(valid, dtype=torch.int32) for valid in ([[99, -4], [99, 1000]], [[4, 0], [4, 7]]))
-    results = [run(leaves, torch.float32, "native", device, valid_hw=valid) for valid in (wild, tame)]
+    results = [run(leaves, dtype, "native", device, valid_hw=valid) for valid in (wild, tame)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -160,12 +180,81 @@ def test_dropout_is_that_of_triton(dense, device):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
-def test_order_of_threads_changes_nothing(device):
+@pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
+def test_order_of_threads_changes_nothing(kernel, device):
     """Runs differ in which warp and lane goes first and when copies arrive: equal bits mean no race."""
     leaves = make_leaves(66, 9, 11, batch=1)
     first = run(leaves, torch.bfloat16, "native", device)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, run(leaves, torch.bfloat16, "native", device), strict=True))
+
+
+def lse_of(leaves, dtype, valid=None, padding=None, scale=64**-0.5):
+    """log2 of the sum of exp(scores) by plain PyTorch, [B, heads, Q]."""
+    q_content, q_spatial, k_content, *spatial, _ = (leaf.to(dtype) for leaf in leaves)
+    if len(spatial) == 2 and valid is not None:
+        padding = rectangle_padding(valid, spatial[0].shape[1], spatial[1].shape[1])
+    dense = dense_spatial_keys(*spatial) if len(spatial) == 2 else spatial[0]
+    pairs = ((q_content, k_content), (q_spatial, dense))
+    scores = scale * sum(torch.einsum("bqhd,bnhd->bhqn", query, key) for query, key in pairs)
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+    return scores.logsumexp(-1) / math.log(2)
+
+
+def forward(leaves, dtype, device, valid=None, padding=None, scale=64**-0.5, dropout_p=0.0):
+    """Output and lse from the native operator itself."""
+    tensors = [leaf.to(device, dtype) for leaf in leaves]
+    if len(tensors) == 5:
+        tensors.insert(4, None)
+    seed = torch.tensor([7], device=device) if dropout_p else None
+    masks = [mask if mask is None else mask.to(device) for mask in (valid, padding)]
+    found = registry.operators("native").conditional_attention(*tensors, *masks, seed, scale, dropout_p)
+    return [tensor.cpu() for tensor in found]
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [*KERNELS, (HALF, "hopper")], indirect=["kernel"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_lse(dense, dtype, kernel, device):
+    leaves = [leaf.to(dtype).double() for leaf in make_leaves(67, 7, 13, heads=2, dense=dense)]
+    options = {"padding": torch.rand(2, 91) > 0.7}
+    if not dense:
+        options = {"valid": torch.tensor([[7, 12], [3, 13]], dtype=torch.int32), "scale": -0.3}
+    exact, plain = (lse_of(leaves, which, **options) for which in (torch.float64, dtype))
+    error, budget = ((x.double() - exact).abs().max() for x in (forward(leaves, dtype, device, **options)[1], plain))
+    assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["hopper"], indirect=True)
+def test_series_on_hopper(kernel, device):
+    """Only keys whose exponentials are series, scores without rounding: the bound that exp2_series states."""
+    leaves = [torch.zeros_like(leaf) for leaf in make_leaves(512, 8, 8, batch=1)]
+    leaves[0][0, :, 0, 0] = 1 + torch.arange(512) / 1024  # times a power of two below: exact in half precision
+    seen = torch.tensor([57, 59, 61, 63])
+    leaves[2][0, seen, 0, 0] = -(2.0 ** torch.arange(-3, 1, dtype=torch.float64))
+    padding = torch.ones(1, 64, dtype=torch.bool).index_fill(1, seen, False)
+    options = {"padding": padding, "scale": 1.0}
+    exact, found = lse_of(leaves, torch.float64, **options), forward(leaves, HALF, device, **options)[1]
+    assert (found.double() - exact).abs().max() < 3e-6 / math.log(2) + 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_dropout_on_hopper_is_that_of_the_generic_kernel(dense, device, monkeypatch):
+    """With values that are one in one channel and in it for one key alone, the output is that key's weight."""
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("this GPU is no Hopper")
+    leaves = make_leaves(70, 5, 13, heads=2, dense=dense)
+    valid = None if dense else torch.tensor([[5, 13], [3, 12]], dtype=torch.int32)
+    for first in range(0, 65, 32):
+        keys = torch.arange(first, min(first + 32, 65))
+        leaves[-1] = torch.zeros_like(leaves[-1])
+        leaves[-1][:, keys, :, keys - first] = 1
+        kept = []
+        for allowed in "01":
+            monkeypatch.setenv("CONDDETR_HOPPER", allowed)
+            kept.append(forward(leaves, BFLOAT, device, valid, dropout_p=0.3)[0] != 0)
+        assert torch.equal(*kept)
+        assert 0.1 < kept[0][..., : len(keys)].float().mean() < 0.9
 
 
 def test_strided_and_unaligned_inputs(device):

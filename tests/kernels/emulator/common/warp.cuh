@@ -66,12 +66,16 @@ struct Copy {
 };
 
 constexpr size_t kStack = 64 * 1024;
+constexpr int kGroup = 128;  // threads of a warpgroup
 
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   std::vector<Copy> copies;
   int group = 0;
+  std::vector<char*> written;                    // chunks of shared memory, by copies; see hopper.cuh
+  std::vector<std::function<void()>> products;  // not yet finished; see hopper.cuh
+  bool may_multiply = false;
   const Team* waits_for = nullptr;
   int generation = 0;
   bool is_done = false;
@@ -79,9 +83,9 @@ struct Thread {
 
 struct Block {
   std::vector<Thread> threads;
-  std::vector<Team> warps;
+  std::vector<Team> warps, groups;
   Team all;
-  std::vector<char> shared;
+  std::vector<char> shared, shown_to_products;
   std::function<void()> kernel;
   ucontext_t scheduler;
 };
@@ -122,6 +126,7 @@ inline void carry_out(const Copy& copy) {
   } else {
     memset(copy.shared, 0, 16);
   }
+  self().written.push_back(static_cast<char*>(copy.shared));
 }
 
 inline void finish_copies(Thread& thread, int groups) {
@@ -142,10 +147,13 @@ inline void run_block(int threads, size_t shared, std::function<void()> kernel) 
   block = std::make_unique<Block>();
   block->threads = std::vector<Thread>(threads);
   block->warps = std::vector<Team>(threads / kLanes);
-  block->shared.assign(shared + 128, char(0xFF));
+  block->groups = std::vector<Team>(threads / kGroup);
+  block->shared.assign(shared + 512, char(0xFF));
+  block->shown_to_products = block->shared;
   block->kernel = std::move(kernel);
   block->all.size = threads;
   for (Team& team : block->warps) team.size = kLanes;
+  for (Team& team : block->groups) team.size = kGroup;
   for (Thread& thread : block->threads) {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -213,7 +221,7 @@ inline uint32_t ballot(bool is_set) {
 
 inline char* shared_memory() {
   const uintptr_t start = reinterpret_cast<uintptr_t>(emulator::block->shared.data());
-  return reinterpret_cast<char*>((start + 127) / 128 * 128);
+  return reinterpret_cast<char*>((start + 511) / 512 * 512);
 }
 
 inline void copy_async(void* shared, const void* global, bool inside) {

@@ -1,0 +1,106 @@
+// The instructions that only Hopper has (sm_90a), for attn/hopper.cuh: products by a warpgroup, four warps that start at a
+// multiple of four. As with warp.cuh, tests without a GPU have another header of this name. Sections are those of the
+// PTX ISA, version 9.0.
+#pragma once
+
+#include <type_traits>
+
+#include "common/warp.cuh"
+
+// Defined where these instructions can be compiled; a kernel that is made of them is empty elsewhere.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CONDDETR_HAS_WARPGROUPS
+#endif
+
+namespace conddetr {
+
+// Writes a[i] + b[i], for eight 16-bit numbers in shared memory, rounded once.
+template <typename T>
+__device__ __forceinline__ void write_sum(T* shared, const T* a, const T* b) {
+  using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+  const uint4 first = *reinterpret_cast<const uint4*>(a), second = *reinterpret_cast<const uint4*>(b);
+  uint4 result;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    reinterpret_cast<Pair*>(&result)[i] =
+        __hadd2(reinterpret_cast<const Pair*>(&first)[i], reinterpret_cast<const Pair*>(&second)[i]);
+  }
+  *reinterpret_cast<uint4*>(shared) = result;
+}
+
+// Products read shared memory by a way of their own, the async proxy (9.7.15.4). This orders what the thread has written
+// there, finished copies too, before what products read; then comes a barrier.
+__device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The compiler does not know that products use registers behind its back: nothing that computes these moves past here.
+template <int N>
+__device__ __forceinline__ void settle(float (&values)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+f"(values[i / 4][i % 4])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void settle(uint32_t (&values)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * N; ++i) asm volatile("" : "+r"(values[i / 4][i % 4])::"memory");
+}
+
+// Before products that use these registers, but for the second and later products with the same sum (9.7.15.7.1).
+template <int N, typename... Lefts>
+__device__ __forceinline__ void begin_products(float (&sum)[N][4], Lefts&... lefts) {
+  settle(sum);
+  (settle(lefts), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Waits for all products; `sum` may be read then.
+template <int N>
+__device__ __forceinline__ void finish_products(float (&sum)[N][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  settle(sum);
+}
+
+#define CONDDETR_SUM(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
+
+// Starts sum = a b, or with `Adds` sum += a b, for a [64, 16], b [16, 8n] and sum [64, 8n], in four warps of 16 rows.
+// Lane 4g + t holds of `sum`, for each octet of columns, columns 2t and 2t+1 of row g, then of row g + 8 (9.7.15.5.1.1.1,
+// figure 149); of `a` the pairs that `multiply` of warp.cuh wants (figure 148). `b` describes a matrix in shared memory
+// (9.7.15.5.1.2.2) whose rows are columns of b, 16 numbers of each (K-major); with `Turned` 16 rows of b (N-major).
+template <typename T, bool Turned, bool Adds>
+__device__ __forceinline__ void multiply_async(float (&sum)[8][4], const uint32_t (&a)[4], uint64_t b) {
+#define CONDDETR_MULTIPLY(type)                                                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                              \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, %37, 1, 1, %38;"          \
+               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3), CONDDETR_SUM(4), CONDDETR_SUM(5),  \
+                 CONDDETR_SUM(6), CONDDETR_SUM(7)                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned))                   \
+               : "memory")
+  if constexpr (std::is_same_v<T, bf16>) {
+    CONDDETR_MULTIPLY("bf16");
+  } else {
+    CONDDETR_MULTIPLY("f16");
+  }
+#undef CONDDETR_MULTIPLY
+}
+
+template <typename T, bool Turned, bool Adds>
+__device__ __forceinline__ void multiply_async(float (&sum)[4][4], const uint32_t (&a)[4], uint64_t b) {
+#define CONDDETR_MULTIPLY(type)                                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, " \
+               "%21, 1, 1, %22;"                                                                                      \
+               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3)                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned))                 \
+               : "memory")
+  if constexpr (std::is_same_v<T, bf16>) {
+    CONDDETR_MULTIPLY("bf16");
+  } else {
+    CONDDETR_MULTIPLY("f16");
+  }
+#undef CONDDETR_MULTIPLY
+}
+
+#undef CONDDETR_SUM
+
+}  // namespace conddetr

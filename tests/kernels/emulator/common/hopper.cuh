@@ -1,0 +1,124 @@
+// Stands in for csrc/common/hopper.cuh: products by a warpgroup on a CPU, as the PTX ISA 9.0 documents them (9.7.15).
+//
+// A product reads what `show_to_products` has shown it of shared memory, nothing newer, and where its description says.
+// It happens at a random moment between its start and `finish_products`: what does not wait reads old numbers.
+#pragma once
+
+#include <array>
+
+#include "common/warp.cuh"
+
+#define CONDDETR_HAS_WARPGROUPS
+
+namespace conddetr {
+
+namespace emulator {
+
+constexpr uint32_t kSharedStart = 1024;  // where a block's dynamic shared memory starts on Hopper
+
+[[noreturn]] inline void refuse(const char* why) {
+  fprintf(stderr, "emulator: %s\n", why);
+  abort();
+}
+
+// A matrix description (9.7.15.5.1.2.2), and where by the canonical layouts (9.7.15.5.1.2.1.3) its numbers are.
+struct Description {
+  uint32_t start, leading, stride, chunks;  // in bytes; chunks of 16 bytes in a row of the swizzle's pattern
+
+  explicit Description(uint64_t bits)
+      : start((bits & 0x3FFF) << 4), leading((bits >> 16 & 0x3FFF) << 4), stride((bits >> 32 & 0x3FFF) << 4) {
+    constexpr uint32_t kChunks[4] = {1, 8, 4, 2};
+    chunks = kChunks[bits >> 62];
+    if (bits & 0x3FFFC000C000C000) refuse("a matrix description with reserved bits, or a base offset");
+  }
+
+  // Number `column` of row `row`: with K-major matrices rows are columns of b, with N-major ones they are those of b.
+  uint32_t address(int row, int column, bool is_n_major) const {
+    const uint32_t chunk = column / 8;
+    uint32_t found = start + row % 8 * chunks * 16 + column % 8 * 2;
+    if (chunks == 1) {
+      found += is_n_major ? row / 8 * leading + chunk * stride : row / 8 * stride + chunk * leading;
+    } else {
+      found += row / 8 * stride + (is_n_major ? chunk % chunks * 16 + chunk / chunks * leading : chunk * 16);
+    }
+    return found ^ (found >> 7 & (chunks - 1)) << 4;
+  }
+
+  uint16_t number(int row, int column, bool is_n_major) const {
+    const uint32_t offset = address(row, column, is_n_major) - kSharedStart;
+    if (offset + 2 > block->shared.size() - 512) refuse("a product reads outside shared memory");
+    uint16_t found;
+    memcpy(&found, block->shown_to_products.data() + (shared_memory() - block->shared.data()) + offset, sizeof found);
+    return found;
+  }
+};
+
+}  // namespace emulator
+
+inline uint32_t shared_address(const void* pointer) {
+  return emulator::kSharedStart + uint32_t(static_cast<const char*>(pointer) - shared_memory());
+}
+
+template <typename T>
+void write_sum(T* shared, const T* a, const T* b) {
+  for (int i = 0; i < 8; ++i) shared[i] = T(float(a[i]) + float(b[i]));
+  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
+}
+
+inline void show_to_products() {
+  for (const char* chunk : emulator::self().written) {
+    const size_t offset = chunk - emulator::block->shared.data();
+    memcpy(emulator::block->shown_to_products.data() + offset, chunk, 16);
+  }
+  emulator::self().written.clear();
+}
+
+template <typename Registers>
+void settle(Registers&) {}
+
+template <typename... Registers>
+void begin_products(Registers&...) {
+  emulator::self().may_multiply = true;
+}
+
+template <int N>
+void finish_products(float (&)[N][4]) {
+  for (const auto& product : emulator::self().products) product();
+  emulator::self().products.clear();
+  emulator::self().may_multiply = false;
+}
+
+template <typename T, bool Turned, bool Adds, int N>
+void multiply_async(float (&sum)[N][4], const uint32_t (&a)[4], uint64_t b) {
+  emulator::Thread& thread = emulator::self();
+  if (!thread.may_multiply) emulator::refuse("a product without begin_products before it");
+  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
+  if (memcmp(emulator::show(&b, sizeof b)[0], &b, sizeof b)) emulator::refuse("lanes describe different matrices");
+  std::array<std::array<float, 16>, 2> left;  // rows g and g + 8
+  const auto shown = emulator::show(a, sizeof a);
+  for (int from = 0; from < 4; ++from) {
+    for (int i = 0; i < 8; ++i) {
+      const uint16_t bits = reinterpret_cast<const uint16_t*>(shown[4 * g + from])[i];
+      left[i / 2 % 2][i / 4 * 8 + 2 * from + i % 2] = to_float(T(bits, T::from_bits()));
+    }
+  }
+  thread.products.push_back([=, &sum] {
+    const emulator::Description right(b);
+    for (int i = 0; i < 4 * N; ++i) {
+      float& result = sum[i / 4][i % 4];
+      const int row = i / 2 % 2, column = i / 4 * 8 + 2 * t + i % 2;
+      if (!Adds) result = 0;
+      for (int k = 0; k < 16; ++k) {
+        const uint16_t bits = Turned ? right.number(k, column, true) : right.number(column, k, false);
+        result += left[row][k] * to_float(T(bits, T::from_bits()));
+      }
+    }
+  });
+  emulator::meet(emulator::block->groups[threadIdx.x / emulator::kGroup]);  // all four warps start it
+  if (emulator::random_numbers() % 2) {
+    for (const auto& product : thread.products) product();
+    thread.products.clear();
+  }
+}
+
+}  // namespace conddetr
