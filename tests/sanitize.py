@@ -16,6 +16,7 @@ from pathlib import Path
 TOOLS = ("memcheck", "racecheck", "initcheck")
 TESTS = (
     "tests/kernels/test_attn.py",
+    "tests/kernels/test_cuda.py",
     "tests/kernels/test_sine.py",
     "tests/kernels/test_focal.py",
     "tests/kernels/test_boxes.py",
