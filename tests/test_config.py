@@ -1,7 +1,5 @@
 """Presets, overrides, and the cost of importing."""
 
-import os
-import statistics
 import subprocess
 import sys
 
@@ -59,11 +57,10 @@ def test_preset_table_is_what_is_measured(preset):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == row.trainable_parameters
 
 
-def test_import_is_cheap():
-    code = "import torch, torchvision, time; t = time.perf_counter(); import conddetr; print(time.perf_counter() - t)"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment).stdout)
-        for _ in range(3)
-    ]
-    assert statistics.median(seconds) < 0.3
+def test_import_loads_no_large_library():
+    """Those are imported where they are used: a command that does not need one does not wait for it."""
+    code = (
+        "import torch, torchvision, sys; known = set(sys.modules); import conddetr; print(*(set(sys.modules) - known))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert {name.split(".")[0] for name in found} <= {"conddetr", "rich", "safetensors"}
