@@ -1,11 +1,12 @@
 """Images of every kind into one form: [3, H, W] RGB tensors."""
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -19,6 +20,16 @@ REDUCED_DECODING_GAP = 2.0
 _ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
 """Values of the EXIF orientation tag with rows and columns swapped."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image with that orientation tag upright; other values mean nothing."""
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -78,7 +89,7 @@ def _read_file(path: Path, target: tuple[int, int] | None = None) -> tuple[Tenso
     try:
         with Image.open(path) as image:
             size = image.size
-            transposed = image.getexif().get(_ORIENTATION) in _TRANSPOSED
+            transposed = _orientation(image) in _TRANSPOSED
             if target is not None:
                 needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
                 # Formats other than JPEG ignore it. PIL counts columns first.
@@ -90,9 +101,19 @@ def _read_file(path: Path, target: tuple[int, int] | None = None) -> tuple[Tenso
         raise ValueError(f"Image file {path}: truncated or damaged ({error}).") from error
 
 
+def _orientation(image: Image.Image) -> object:
+    """The value of the EXIF tag, which can be anything; None without one."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except (struct.error, SyntaxError) as error:
+        raise ValueError(f"its EXIF data can not be read: {error}") from error
+
+
 def _from_pil(image: Image.Image) -> Tensor:
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    # Not ImageOps.exif_transpose: it writes all tags anew and fails where one of them is damaged.
+    orientation = _orientation(image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode.startswith("I"):
         return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None])
     if image.mode == "F":

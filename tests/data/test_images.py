@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conddetr.data.images import prepare, read_image, resized_shape
 
@@ -63,6 +63,37 @@ def test_exif_rotation_is_applied(pixels, tmp_path):
     path = tmp_path / "rotated.png"
     image.save(path, exif=exif)
     assert torch.equal(read_image(path), chw(np.rot90(pixels, k=-1)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_every_orientation_is_that_of_pillow(pixels, orientation):
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = orientation
+    expected = chw(np.asarray(ImageOps.exif_transpose(image)))
+    assert torch.equal(read_image(image), expected)
+
+
+def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    content = exif.tobytes()
+    # Read as another type than it was written, the resolution can not be written again.
+    entry = content.index(b"\x01\x1a\x00\x05")
+    path = tmp_path / "tag.jpg"
+    for kind in range(16):
+        changed = content[: entry + 3] + bytes([kind]) + content[entry + 4 :]
+        Image.fromarray(pixels).save(path, quality=100, subsampling=0, exif=changed)
+        with Image.open(path) as saved:
+            stored = np.asarray(saved)
+        assert torch.equal(read_image(path), chw(np.rot90(stored, k=-1))), kind
+
+
+@pytest.mark.parametrize("length", [8, 12])
+def test_exif_that_can_not_be_read_is_named(pixels, tmp_path, length):
+    path = tmp_path / "exif.png"
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0MXMXMXMX"[:length])
+    with pytest.raises(ValueError, match=r"Image file .*exif\.png: .*its EXIF data can not be read"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.3, 0.6, 0.95])

@@ -24,6 +24,7 @@ FUZZ = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+PICTURE = Image.new("RGB", (90, 60), (200, 30, 10))
 EXPECTED_WARNINGS = {"too small to train from scratch", "rare class", "class without objects"}
 """What the four images of `small_coco` deserve when they are sound."""
 
@@ -190,19 +191,46 @@ def test_any_value_anywhere_in_the_annotations(small_coco, data):
 @FUZZ
 @given(data=st.data())
 def test_images_cut_or_changed_anywhere(small_coco, data):
-    path = small_coco.images / data.draw(st.sampled_from(["0.jpg", "x.jpg", "x.png"]))
+    name = data.draw(st.sampled_from(["0.jpg", "x.jpg", "x.png", "x.webp", "progressive.jpg"]))
+    path = small_coco.images / name
+    if name != "0.jpg":
+        options = {"progressive": True} if name == "progressive.jpg" else {}
+        PICTURE.save(path, exif=exif_data(3), **options)
+    content = path.read_bytes()
+    check_image(small_coco, name, damaged(data, content[: data.draw(st.integers(0, len(content)))]))
+
+
+@FUZZ
+@given(data=st.data())
+def test_exif_changed_anywhere(small_coco, data):
+    name = data.draw(st.sampled_from(["x.jpg", "x.png", "x.webp"]))
+    PICTURE.save(small_coco.images / name, exif=damaged(data, exif_data(6)))
+    check_image(small_coco, name, (small_coco.images / name).read_bytes())
+
+
+def exif_data(orientation: int) -> bytes:
+    """Four tags, one of them in a directory of its own."""
     exif = Image.Exif()
-    exif[0x0112] = 3
-    for name in ("x.png", "x.jpg"):
-        Image.new("RGB", (90, 60), (200, 30, 10)).save(small_coco.images / name, exif=exif)
-    small_coco.content["images"][0]["file_name"] = path.name
+    exif[0x0112], exif[0x010F], exif[0x011A] = orientation, "maker", 72.0
+    exif.get_ifd(0x8769)[0x829A] = 0.01
+    return exif.tobytes()
+
+
+def damaged(data: st.DataObject, content: bytes) -> bytes:
+    """Up to four bytes changed, anywhere."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(0, 4)) if changed else 0):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(changed)
+
+
+def check_image(small_coco, name: str, content: bytes) -> None:
+    """`check_loading` with this file as the first image, in place of what the folder has."""
+    path = small_coco.images / name
     original = path.read_bytes()
-    changed = bytearray(original[: data.draw(st.integers(0, len(original)))])
-    for _ in range(data.draw(st.integers(0, 4))):
-        if changed:
-            changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    small_coco.content["images"][0]["file_name"] = name
     try:
-        path.write_bytes(bytes(changed))
+        path.write_bytes(content)
         small_coco.write()
         check_loading(small_coco, validate(small_coco.images, small_coco.file, processes=1))
     finally:
