@@ -4,17 +4,21 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from conddetr.config import PRESETS
+from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
 from conddetr.engine.config import resolve_run
-from conddetr.engine.distributed import InterruptedRunError
 from conddetr.kernels.registry import BackendError
 from conddetr.options import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
+
+if TYPE_CHECKING:
+    from conddetr.engine.evaluator import CocoResult
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             raise ValueError(unknown_flag(options.parser, unknown))
         return options.run(options) or 0
-    except InterruptedRunError as error:
+    except distributed.InterruptedRunError as error:
         print(f"conddetr {options.command}: {error} Go on with --resume auto.", file=sys.stderr)
         return 143
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
@@ -51,7 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
     add_options(train)
 
-    evaluate = commands.add_parser("eval", help="COCO's twelve numbers of a checkpoint")
+    evaluate = commands.add_parser(
+        "eval",
+        help="COCO's twelve numbers of a checkpoint",
+        description="COCO's twelve numbers of a checkpoint, by default on the data of its training. Under torchrun the "
+        "processes share the images.",
+    )
     evaluate.set_defaults(run=_evaluate)
     add_data_options(evaluate)
     _add_device(evaluate)
@@ -135,7 +144,6 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from conddetr.detector import Detector
     from conddetr.engine.progress import console, metrics_table
     from conddetr.engine.run import train
 
@@ -153,29 +161,57 @@ def _train(options: argparse.Namespace) -> None:
     elif run.resume:
         # The official way to evaluate a checkpoint.
         checkpoint = checkpoint if run.resume == "auto" else Path(run.resume)
-        detector = Detector.from_checkpoint(checkpoint, device=run.device or None)
-        metrics = detector.evaluate(run.train.batch_size, run.train.workers, **dataclasses.asdict(run.data))
+        data = {name: value for name, value in dataclasses.asdict(run.data).items() if name in chosen}
+        # Weights do not tell dilation: an official file without arguments takes it from the flags.
+        preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
+        result = _coco_result(checkpoint, preset, run.device, data, run.train.batch_size, run.train.workers)
+        if result is None:
+            return
+        metrics = result.metrics
     else:
         raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")
     console.print(metrics_table(f"COCO metrics of {checkpoint}, in percent", metrics))
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _coco_result(
+    checkpoint: str | Path,
+    preset: str | None,
+    device: str | None,
+    data: Mapping[str, Any],
+    batch_size: int,
+    workers: int,
+    results: str | None = None,
+) -> "CocoResult | None":
+    """COCO's numbers of a checkpoint, with torchrun's other processes; None on every rank but 0.
+
+    `data` as `evaluation_data` takes it; the detections are written to `results`.
+    """
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
-    from conddetr.engine.progress import class_table, console, metrics_table
-    from conddetr.engine.run import data_sets
-    from conddetr.files import write_text
+    from conddetr.engine.run import data_sets, evaluation_data
 
     # Better refused now than after the detections are made.
     coco_library()
+    with distributed.process_group(device or "") as own_device:
+        detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
+        _, val_set = data_sets(evaluation_data(data, detector.data, detector.classes), detector.config)
+        group = distributed.rank(), distributed.world_size()
+        found = detect(detector.model, detector.classes, val_set, own_device, batch_size, workers, *group)
+    if found is None:
+        return None
+    if results:
+        found.write(results)
+    return coco_result(val_set.ground_truth(), found)
 
-    detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
-    _, val_set = data_sets(chosen_data(options), detector.config)
-    found = detect(detector.model, detector.classes, val_set, detector.device, options.batch_size, options.workers)
-    if options.results:
-        found.write(options.results)
-    result = coco_result(val_set.ground_truth(), found)
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from conddetr.engine.progress import class_table, console, metrics_table
+    from conddetr.files import write_text
+
+    source = options.checkpoint, options.preset, options.device
+    result = _coco_result(*source, chosen_data(options), options.batch_size, options.workers, options.results)
+    if result is None:
+        return
     if options.per_class:
         console.print(class_table("classes, in percent", result.per_class))
     console.print(metrics_table(f"COCO metrics of {options.checkpoint}, in percent", result.metrics))

@@ -80,8 +80,8 @@ class ModelConfig:
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
     backend: str = "eager"
-    """Implementation of the operations: `eager` (plain PyTorch), `triton` (an error where it can not run), or
-    `auto` (the best that can)."""
+    """Implementation of the operations: `eager` (plain PyTorch), `triton` or `native` (an error where it
+    can not run), or `auto` (the best that can)."""
 
     @property
     def num_logits(self) -> int:

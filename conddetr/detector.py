@@ -17,6 +17,7 @@ from conddetr.model.postprocess import postprocess
 
 if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
+    from conddetr.engine.config import DataConfig
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
 
@@ -68,6 +69,8 @@ class Detector:
             ValueError: the number of classes is not the model's; unknown preset or override.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.data: DataConfig | None = None
+        """What it was trained on, if that is known: the default of `evaluate`."""
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
             self._options: dict[str, Any] = {"preset": model, **overrides}
@@ -112,16 +115,17 @@ class Detector:
             OSError: a file is missing or can not be written.
             FloatingPointError: losses stay not finite; names the first such tensor and the images.
         """
-        from conddetr.engine.config import resolve_run
+        from conddetr.engine.config import flatten, resolve_run
         from conddetr.engine.run import train
 
-        run = resolve_run({**self._options, "device": str(self.device), **options})
+        run = resolve_run({**self._options, "device": str(self.device), **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
         trainer = train(run, start=content)
         self.device = trainer.device
         self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
         self.config = self._model.config
         self._options = _options_of(self.config)
+        self.data = run.data
         return trainer.metrics
 
     def evaluate(self, batch_size: int = 2, workers: int = 2, **data: Any) -> dict[str, float]:
@@ -130,17 +134,18 @@ class Detector:
         Args:
             batch_size: images per forward pass.
             workers: processes that load images.
-            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`.
+            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`; default: the data of
+                its training.
 
         Raises:
-            ValueError: unknown option; the data set has classes that the detector does not know.
+            ValueError: unknown option; no data is named and that of the training is not known; the data set has
+                classes that the detector does not know.
             FileNotFoundError: no such data set.
         """
-        from conddetr.engine.config import resolve_run
         from conddetr.engine.evaluator import evaluate
-        from conddetr.engine.run import data_sets
+        from conddetr.engine.run import data_sets, evaluation_data
 
-        _, val_set = data_sets(resolve_run(data).data, self.model.config)
+        _, val_set = data_sets(evaluation_data(data, self.data, self.classes), self.model.config)
         return evaluate(self.model, self.classes, val_set, self.device, batch_size, workers).metrics
 
     def save(self, path: str | Path) -> Path:
@@ -179,7 +184,13 @@ class Detector:
             classes = _official_classes(config.num_classes)
         model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False}))
         load_weights(model, content)
-        return cls(model, classes, device)
+        detector = cls(model, classes, device)
+        if "run" in content:
+            # Here, not above: `import conddetr` does without it.
+            from conddetr.engine.config import resolve_run
+
+            detector.data = resolve_run(content["run"]["data"]).data
+        return detector
 
     @torch.inference_mode()
     def predict(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from conddetr.config import nearest
+from conddetr.config import ModelConfig, nearest
 from conddetr.engine.config import DataConfig, option_help, option_types, read_config
 
 OFFICIAL_NAMES = {
@@ -67,10 +67,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     _add_flags(parser, {option.name: option.type for option in fields(DataConfig)})
 
 
-def chosen_data(options: argparse.Namespace) -> DataConfig:
-    """The data that the flags of `add_data_options` name; errors as those of `DataConfig`."""
+def chosen_data(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `DataConfig` that the flags of `add_data_options` give."""
     given = vars(options)
-    return DataConfig(**{option.name: given[option.name] for option in fields(DataConfig) if option.name in given})
+    return {option.name: given[option.name] for option in fields(DataConfig) if option.name in given}
 
 
 def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> None:
@@ -94,10 +94,10 @@ def _spellings(name: str) -> list[str]:
 
 
 def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """What the user chose, the file first and the flags over it, and a line for every flag without meaning here.
+    """What the user chose, flat, the flags over the file, and a line for every flag without meaning here.
 
     Raises:
-        ValueError: an official flag asks for what is not built; names it.
+        ValueError: an official flag asks for what is not built; names it. The file and `--preset` describe two models.
         FileNotFoundError: no such configuration file.
     """
     given = vars(options)
@@ -110,10 +110,20 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
         if value != accepted:
             raise ValueError(f"--{name} {value}: {reason}.")
     chosen = read_config(options.config) if options.config else {}
-    types = option_types()
-    # A file's sections are flattened by `resolve_run`; flags come last there, so they win.
-    chosen.update({name: given[name] for name in types if name in given})
-    return chosen, notes
+    flags = {name: given[name] for name in option_types() if name in given}
+    _check_preset(chosen, flags)
+    return {**chosen, **flags}, notes
+
+
+def _check_preset(of_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Refuse a preset that the options of a file, which belong to another, would override."""
+    described = [option.name for option in fields(ModelConfig) if option.name in of_file]
+    named = flags.get("preset", of_file.get("preset"))
+    if described and of_file.get("preset", named) != named:
+        raise ValueError(
+            f"--preset {named}: the configuration file is of {of_file['preset']} and sets options of its model, "
+            f"{len(described)} of them, first {described[0]!r}: take preset and model out of the file."
+        )
 
 
 def unknown_flag(parser: argparse.ArgumentParser, flags: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Training runs of a second or two, in this process or in others, for the tests of the engine."""
 
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 import conddetr
+from conddetr.cli import main
 from conddetr.data.batch import Batch, collate
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
@@ -118,6 +120,14 @@ def steps_of_a_resnet(file: Path, family: str, batches_per_step: int) -> None:
         losses = {name: value for name, value in stepper.epoch_means().items() if name.startswith("loss")}
         if rank() == 0:
             torch.save({"gradients": gradients, "losses": losses}, file)
+
+
+def command_line(folder: Path, arguments: list[str]) -> None:
+    """Run `conddetr` as one rank; what it prints goes to `printed-RANK` in the folder."""
+    torch.set_num_threads(1)
+    with open(folder / f"printed-{os.environ['RANK']}", "w") as file, contextlib.redirect_stdout(file):
+        status = main(arguments)
+    sys.exit(status)
 
 
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:

@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
+from golden_rule import rule_model
 from PIL import Image
+from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
-from conddetr.config import resolve
-from conddetr.engine.config import read_config, resolve_run
+from conddetr.config import BACKENDS, resolve
+from conddetr.engine import evaluator
+from conddetr.engine.config import option_help, read_config, resolve_run
 from conddetr.kernels import registry
 from conddetr.options import add_options, chosen_options
 
@@ -41,6 +44,43 @@ def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
     assert [row["name"] for row in json.loads(out.read_text())["per_class"]] == ["disk", "square", "triangle"]
     assert "triangle" in capsys.readouterr().out
+
+
+def test_two_processes_evaluate_as_one(trained, tmp_path):
+    command = ["--device", "cpu", "--val-images", "7", "--batch-size", "2", "--workers", "0"]
+    command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), *command]
+    assert main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-found.json")]) == 0
+    outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-found.json")]
+    finish(*start_ranks(2, command_line, tmp_path, [*command, *outputs]))
+    numbers = json.loads((tmp_path / "one.json").read_text())
+    assert json.loads((tmp_path / "two.json").read_text()) == pytest.approx(numbers, abs=1e-6)
+    one, two = [json.loads((tmp_path / f"{name}-found.json").read_text()) for name in ("one", "two")]
+    assert [found["image_id"] for found in two] == [found["image_id"] for found in one]
+    assert len({found["image_id"] for found in one}) == 7
+    assert "AP50" in (tmp_path / "printed-0").read_text()
+    assert (tmp_path / "printed-1").read_text() == ""
+
+    official = ["train", "--eval", "--resume", str(trained / "checkpoint.pt"), "--device", "cpu", "--val-images", "7"]
+    finish(*start_ranks(2, command_line, tmp_path, official))
+    assert "AP50" in (tmp_path / "printed-0").read_text()
+    assert (tmp_path / "printed-1").read_text() == ""
+
+
+def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, monkeypatch):
+    file = tmp_path / "official.pth"
+    # Without stored arguments nothing in the file tells DC5.
+    torch.save({"model": rule_model("conditional-detr-dc5-r50").state_dict()}, file)
+    configs = []
+
+    def detect(model, *_):
+        configs.append(model.config)
+        return evaluator.Detections.join(())
+
+    monkeypatch.setattr(evaluator, "detect", detect)
+    command = ["train", "--eval", "--resume", str(file), "--coco_path", str(small_coco.root), "--device", "cpu"]
+    assert main([*command, "--dilation"]) == 0
+    assert main(command) == 0
+    assert [config.dilation for config in configs] == [True, False]
 
 
 def test_predict_draws(trained, tmp_path):
@@ -126,6 +166,31 @@ def test_a_backend_that_can_not_run_is_one_line(tmp_path, capsys, monkeypatch):
     command = ["train", *QUICK, "--train-images", "4", "--val-images", "1", "--out", str(tmp_path)]
     assert main([*command, "--backend", "triton"]) == 2
     assert "backend 'triton' can not run here" in capsys.readouterr().err
+
+
+def test_one_model_and_one_value_of_each_option(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(resolve_run({"preset": "conditional-detr-tiny"}).to_dict()))
+    assert main(["train", "--config", str(file), "--preset", "detr-r101"]) == 2
+    assert "--preset detr-r101: the configuration file is of conditional-detr-tiny" in capsys.readouterr().err
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    same = ["--config", str(file), "--preset", "conditional-detr-tiny", "--lr", "0.25"]
+    run = resolve_run(chosen_options(parser.parse_args(same))[0])
+    assert (run.preset, run.train.lr) == ("conditional-detr-tiny", 0.25)
+    # A file that only changes a model leaves its name to the flag.
+    file.write_text('{"model": {"num_queries": 7}, "epochs": 3}')
+    chosen, _ = chosen_options(parser.parse_args(["--config", str(file), "--preset", "detr-r101"]))
+    assert (resolve_run(chosen).preset, resolve_run(chosen).model.num_queries) == ("detr-r101", 7)
+
+    file = tmp_path / "run.toml"
+    file.write_text("lr = 0.5\n[train]\nlr = 0.1\n")
+    assert main(["train", "--config", str(file), "--lr", "0.2"]) == 2
+    assert "run.toml: option 'lr' is given twice" in capsys.readouterr().err
+
+
+def test_help_of_backend_names_them_all():
+    assert all(f"`{backend}`" in option_help()["backend"] for backend in BACKENDS)
 
 
 def test_options_reach_the_model_and_the_training(tmp_path, capsys):

@@ -111,6 +111,17 @@ def test_foreign_checkpoints_and_wrong_class_lists_are_named(tmp_path, tiny_mode
         conddetr.Detector(tiny_model, CLASSES[:2])
 
 
+def test_evaluation_without_data_needs_to_know_them(tiny_model, small_coco):
+    # The ids of the synthetic shapes; but COCO has them too.
+    others = [{**category, "id": number} for number, category in enumerate(CLASSES, 1)]
+    detector = conddetr.Detector(tiny_model, others, device="cpu")
+    with pytest.raises(ValueError, match="its 3 classes, first 'dog', are not those of the synthetic shapes"):
+        detector.evaluate(workers=0)
+    detector = conddetr.Detector(tiny_model, CLASSES, device="cpu")
+    detector.data = conddetr.engine.config.DataConfig(coco_path=str(small_coco.root))
+    assert detector.evaluate(workers=0) == detector.evaluate(workers=0, coco_path=str(small_coco.root))
+
+
 def test_train_evaluate_save_and_go_on(tmp_path):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     data = {"train_images": 8, "val_images": 4}
@@ -120,7 +131,13 @@ def test_train_evaluate_save_and_go_on(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown option 'epoch'\. Did you mean 'epochs'"):
         detector.train(epoch=3)
     metrics = detector.train(output_dir=str(tmp_path / "a"), epochs=1, **data)
-    assert detector.evaluate(workers=0, **data) == pytest.approx(metrics)
+    # Without another word, on the validation images of its training.
+    assert detector.evaluate(workers=0) == pytest.approx(metrics)
+    assert detector.data.val_images == 4
+    resumed = conddetr.Detector.from_checkpoint(tmp_path / "a" / "checkpoint.pt", device="cpu")
+    assert resumed.data == detector.data
+    with pytest.raises(ValueError, match=r"Unknown data option 'val_image'\. Did you mean 'val_images'"):
+        detector.evaluate(val_image=2)
     assert [category["name"] for category in detector.classes] == ["disk", "square", "triangle"]
     again = conddetr.Detector.from_checkpoint(detector.save(tmp_path / "a.safetensors"), device="cpu")
     assert again.config == detector.config

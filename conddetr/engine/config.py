@@ -166,6 +166,22 @@ def option_help() -> dict[str, str]:
     return found
 
 
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name, those of the sections `model`, `data` and `train` beside the others.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        part = value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
+        for name in part:
+            if name in flat:
+                raise ValueError(f"option {name!r} is given twice: at the top and in a section, or in two sections.")
+        flat.update(part)
+    return flat
+
+
 def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     """A checked run from options by name; what is absent takes the preset's defaults.
 
@@ -174,11 +190,9 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
             `model`, `data` and `train`.
 
     Raises:
-        ValueError: unknown option (with the nearest name), a wrong type, or a value out of range.
+        ValueError: unknown option (with the nearest name), one given twice, a wrong type, or a value out of range.
     """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(value if key in SECTIONS and isinstance(value, Mapping) else {key: value})
+    flat = flatten(values)
     flat.pop("num_classes", None)
     known = option_types()
     for key in flat:
@@ -204,11 +218,11 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Options from a TOML or JSON file, as `resolve_run` takes them.
+    """Options by name from a TOML or JSON file, sections flattened.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither TOML nor JSON, or not a table; names the file.
+        ValueError: neither TOML nor JSON, not a table, or an option given twice; names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -222,4 +236,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"Configuration file {path} is not {path.suffix[1:].upper()}: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Configuration file {path}: expected options by name, found {type(content).__name__}.")
-    return content
+    try:
+        return flatten(content)
+    except ValueError as error:
+        raise ValueError(f"Configuration file {path}: {error}") from error

@@ -144,7 +144,7 @@ def detect(
             f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
         )
     batches = make_loader(dataset, batch_size, train=False, workers=workers, rank=rank, world=world, device=device)
-    with Progress("evaluate", total=len(range(rank, len(dataset), world))) as progress:
+    with Progress("evaluate", total=len(range(rank, len(dataset), world)), disable=rank > 0) as progress:
         mine = _detect(model, batches, np.array(category_ids), device, progress.advance)
     if world == 1:
         return mine

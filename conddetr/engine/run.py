@@ -1,12 +1,13 @@
 """A training run from its configuration: the same for the command line and for `Detector.train`."""
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conddetr.config import ModelConfig
+from conddetr.config import ModelConfig, nearest
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.config import DataConfig, RunConfig
@@ -38,6 +39,39 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
         return folder_sets(data.images, data.annotations, *transforms, *own)
     size = model.image_size
     return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
+
+
+def evaluation_data(
+    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]]
+) -> DataConfig:
+    """The data to evaluate a detector on.
+
+    Args:
+        chosen: fields of `DataConfig`; where they name no images they change those of `of_run`.
+        of_run: what the detector was trained on, if that is known.
+        classes: the detector's.
+
+    Raises:
+        ValueError: unknown option (with the nearest name); no images are named, and the detector is not one of
+            synthetic shapes.
+    """
+    from conddetr.data.synthetic import CLASSES
+
+    known = [option.name for option in fields(DataConfig)]
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"Unknown data option {name!r}.{nearest(name, known)}")
+    if chosen.get("coco_path") or chosen.get("annotations"):
+        return DataConfig(**chosen)
+    if of_run is not None:
+        return replace(of_run, **chosen)
+    names = [category["name"] for category in classes]
+    if names != list(CLASSES):
+        raise ValueError(
+            f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} classes, "
+            f"first {names[0]!r}, are not those of the synthetic shapes. Give coco_path, or annotations and images."
+        )
+    return DataConfig(**chosen)
 
 
 def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:
