@@ -18,7 +18,7 @@ from torchvision.ops import box_convert
 
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.progress import Progress
-from conddetr.files import write_text
+from conddetr.files import atomic_file
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 
@@ -29,6 +29,8 @@ LIBRARIES = ("faster_coco_eval", "pycocotools")
 """What can compute them, fastest first. Their numbers are the same."""
 
 MAX_DETECTIONS = 100
+WRITTEN_AT_ONCE = 10_000
+"""Detections that are dicts and text at a time, when they are written."""
 
 
 @dataclass
@@ -63,8 +65,14 @@ class Detections:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def write(self, path: str | Path) -> None:
-        """Write COCO's results JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_coco()))
+        """Write COCO's results JSON, whole or not at all; a part at a time, so that memory stays that of the arrays."""
+        with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+            file.write("[")
+            for first in range(0, len(self), WRITTEN_AT_ONCE):
+                part = Detections(*(column[first : first + WRITTEN_AT_ONCE] for column in vars(self).values()))
+                # Without the brackets of this part's list.
+                file.write((", " if first else "") + json.dumps(part.to_coco())[1:-1])
+            file.write("]")
 
 
 @dataclass
@@ -99,12 +107,13 @@ def evaluate(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    pad_buckets: int = 0,
 ) -> CocoResult | None:
     """COCO's numbers of a model on a data set, with a progress bar; None on every rank but 0.
 
     Arguments and errors as those of `detect` and `coco_result`.
     """
-    detections = detect(model, classes, dataset, device, batch_size, workers, rank, world)
+    detections = detect(model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets)
     return None if detections is None else coco_result(dataset.ground_truth(), detections)
 
 
@@ -117,6 +126,7 @@ def detect(
     workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    pad_buckets: int = 0,
 ) -> Detections | None:
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
@@ -129,6 +139,7 @@ def detect(
         workers: processes that load images.
         rank, world: this process, and how many of torch's default process group share the data set: each takes other
             images. All of them must call this function.
+        pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of each.
 
     Returns:
         The detections of all ranks on rank 0, None on the others.
@@ -143,7 +154,16 @@ def detect(
             f"The data set has {len(unknown)} categories that the model does not know, first "
             f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
         )
-    batches = make_loader(dataset, batch_size, train=False, workers=workers, rank=rank, world=world, device=device)
+    batches = make_loader(
+        dataset,
+        batch_size,
+        train=False,
+        workers=workers,
+        rank=rank,
+        world=world,
+        pad_buckets=pad_buckets,
+        device=device,
+    )
     with Progress("evaluate", total=len(range(rank, len(dataset), world)), disable=rank > 0) as progress:
         mine = _detect(model, batches, np.array(category_ids), device, progress.advance)
     if world == 1:

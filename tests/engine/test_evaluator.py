@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 import torch.multiprocessing as mp
 
 import conddetr
-from conddetr.data.coco import load_annotations
+from conddetr.data.coco import coco_split, load_annotations
 from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.transforms import EvalTransform
 from conddetr.engine.evaluator import (
     LIBRARIES,
     METRICS,
+    WRITTEN_AT_ONCE,
     Detections,
     coco_library,
     coco_result,
@@ -101,6 +104,31 @@ def test_the_truth_scores_one_and_a_shift_less():
     assert [row.ap for row in perfect.per_class] == pytest.approx([1.0] * 3, abs=1e-6)
     shifted = evaluate(Oracle(dataset, shift=0.03), dataset.classes, dataset, CPU, batch_size=7).metrics
     assert shifted["AP"] < 0.8 < shifted["AP50"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 20_001])
+def test_results_are_written_in_little_memory(tmp_path, count):
+    rng = np.random.default_rng(0)
+    columns = rng.integers(0, 9, count), rng.integers(0, 9, count), rng.random((count, 4)), rng.random(count)
+    found = Detections(*columns[:2], *(column.astype(np.float32) for column in columns[2:]))
+    tracemalloc.start()
+    found.write(tmp_path / "results.json")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert json.loads((tmp_path / "results.json").read_text()) == found.to_coco()
+    # Dicts and text take some 860 bytes per detection while they are made; of all at once it would be 14 MB.
+    assert peak < 1000 * WRITTEN_AT_ONCE
+
+
+def test_padding_to_few_shapes_is_that_of_training(small_coco, tiny_model):
+    """A compiled model sees so many shapes."""
+    dataset = coco_split(small_coco.root, "train", EvalTransform(tiny_model.config))
+    seen = []
+    tiny_model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    found = [detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1, pad_buckets=n) for n in (0, 1)]
+    assert len(set(seen[:4])) == 4
+    assert len(set(seen[4:])) == 1
+    assert np.array_equal(found[0].image_ids, found[1].image_ids)
 
 
 @pytest.mark.parametrize("seed", range(3))
