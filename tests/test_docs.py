@@ -68,6 +68,27 @@ def check_command_line(words: list[str]) -> None:
         assert unknown == []
 
 
+def variables(*places: str) -> set[str]:
+    """The environment variables that source files below these places read."""
+    files = [file for place in places for file in (ROOT / place, *(ROOT / place).rglob("*"))]
+    text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"))
+    return set(re.findall(r"""(?:environ(?:\.get\(|\.setdefault\(|\[)|getenv\()["']([A-Z_]+)["']""", text)) - {"PATH"}
+
+
+def test_environment_variables_are_listed():
+    def listed(page: str) -> set[str]:
+        rows = re.findall(r"^\| (`[A-Z_`, ]+`) \|", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+        return set(re.findall(r"[A-Z_]{3,}", " ".join(rows)))
+
+    when_running = variables("conddetr", "kernels", "csrc", "benchmarks", "tests")
+    when_building = variables("setup.py")
+    assert {"CONDDETR_COCO", "CONDDETR_HOPPER", "WORLD_SIZE"} <= when_running
+    assert when_running - when_building <= listed("environment.md")
+    assert when_building <= listed("building.md")
+    ours = {name for name in listed("environment.md") | listed("building.md") if name.startswith("CONDDETR_")}
+    assert ours <= when_running | when_building | {"CONDDETR_CUDA"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
