@@ -138,11 +138,16 @@ def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
     return process
 
 
-def start_ranks(size: int, function: Callable[..., None], *arguments: object) -> Sequence[BaseProcess]:
-    """Call a function of this module on every rank of a process group, with torchrun's environment."""
+def free_port() -> int:
+    """A port where processes of this machine can meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start_ranks(size: int, function: Callable[..., None], *arguments: object) -> Sequence[BaseProcess]:
+    """Call a function of this module on every rank of a process group, with torchrun's environment."""
+    port = free_port()
     return [start(_as_rank, number, size, port, function, *arguments) for number in range(size)]
 
 

@@ -2,10 +2,21 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from small_runs import assert_same_run, counter, finish, run_to_the_end, start_ranks, steps_of_a_resnet, wait_for_steps
+from small_runs import (
+    assert_same_run,
+    counter,
+    finish,
+    free_port,
+    run_to_the_end,
+    start_ranks,
+    steps_of_a_resnet,
+    wait_for_steps,
+)
 
 from conddetr.engine.checkpoint import read_checkpoint
 
@@ -39,3 +50,19 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
     assert 0 < position["step"] < 24
     finish(*start_ranks(2, run_to_the_end, tmp_path / "cut", options, counter()))
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_agents_of_several_machines_meet(tmp_path):
+    """The command of docs/training.md, its two machines being this one; which gets rank 0 is chance."""
+    pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x"]
+    agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    run = ["-m", "conddetr", "train", "--device", "cpu", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
+    run += ["--train-images", "8", "--val-images", "2", "--out", str(tmp_path)]
+    agents = [subprocess.Popen([*agent, *run], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = sorted((process.communicate(timeout=180)[0] for process in agents), key=len)
+    assert [process.returncode for process in agents] == [0, 0]
+    assert "epoch" not in printed[0]
+    assert "8 training and 2 validation images; 2 processes" in printed[1]
+    position = read_checkpoint(tmp_path / "checkpoint.pt")["position"]
+    assert (position["epoch"], position["step"]) == (1, 1)

@@ -1,0 +1,51 @@
+"""What a run shows: TensorBoard's events beside the log, and the bar on a terminal."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from conddetr.engine import progress
+from conddetr.engine.log import RunLog, read_log
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tensorboard_shows_what_the_log_holds(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="reads its events")
+    rest = {"loss_ce": 1.0, "loss_bbox": 0.5, "loss_giou": 0.25, "lr": 1e-4, "lr_backbone": 1e-5}
+    log = RunLog(tmp_path, 0)
+    for epoch, loss in enumerate([3.5, 2.5, 1.5]):
+        log.write({"epoch": epoch, "loss": loss, **rest}, is_last=False)
+    log.close()
+    # The run goes on at its last epoch, which comes out otherwise.
+    log = RunLog(tmp_path, 2)
+    log.write({"epoch": 2, "loss": 1.25, **rest}, is_last=True)
+    log.close()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(0, 3.5), (1, 2.5), (2, 1.25)]
+    assert [record["loss"] for record in read_log(tmp_path / "log.jsonl")] == [3.5, 2.5, 1.25]
+    assert (tmp_path / "curves.png").is_file()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_bar_shows_the_work_on_a_terminal_only(monkeypatch, is_terminal):
+    output = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(progress, "console", Console(file=output, force_terminal=is_terminal, width=120))
+    with progress.Progress("epoch 1/2", total=None) as bar:
+        bar.advance(8, "loss 3.500", total=32)
+        bar.advance(8, "loss 2.500")
+        bar._bar.refresh()
+    shown = output.getvalue()
+    if not is_terminal:
+        assert shown.strip() == ""
+        return
+    for part in ("epoch 1/2", "16/32", "50%", "images/s", "loss 2.500", "left"):
+        assert part in shown
