@@ -1,16 +1,31 @@
 """The documentation: its Python runs, its commands exist, its links lead somewhere."""
 
+import json
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from conddetr.cli import _parser
+import conddetr
+from conddetr.cli import _parser, main
+from conddetr.engine.log import read_log
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
 OTHER_PROGRAMS = ("pip", "pytest")
+POWER_CUT = "timeout --signal KILL 30 "
+"""How README's way kills a run."""
+BUDGET = {"bench-data": ["--count", "4", "--rounds", "1"], "eval": ["--workers", "0"]}
+"""Flags that make a command shorter and change nothing else."""
 
 
 def blocks(page: Path, language: str) -> str:
@@ -24,14 +39,70 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         lines = blocks(page, "sh").replace("\\\n", " ").splitlines()
         lines += re.findall(r"`(conddetr [^`]*)`", page.read_text())
-        found += [(page.name, line.split("#")[0].strip()) for line in lines if line.split("#")[0].strip()]
+        lines = [line.split("#")[0].strip().removeprefix(POWER_CUT) for line in lines]
+        found += [(page.name, line) for line in lines if line]
     return found
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks(page, "python"), page.name, "exec"), {"__name__": page.stem})
+    run_python(page)
+
+
+def run_python(page: Path, **names: object) -> None:
+    """Run all Python of a page, with these names defined."""
+    exec(compile(blocks(page, "python"), page.name, "exec"), {"__name__": page.stem, **names})
+
+
+def test_python_of_readme_runs(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.chdir(tmp_path)
+    classes = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog", "bird"))]
+    conddetr.Detector(tiny_model, classes, "cpu").save(tmp_path / "runs" / "train" / "checkpoint.pt")
+    torch.save({"model": conddetr.build("conditional-detr-r50", num_classes=91).state_dict()}, "official.pth")
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.new("RGB", (80, 60), (200, 90, 30)).save(name)
+    images = [torch.randn(3, 64, 96), torch.randn(3, 80, 64)]
+    target = {"labels": torch.tensor([17]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}
+    run_python(README, images=images, targets=[target, target], sizes=[(64, 96), (80, 64)])
+
+
+def test_the_way_of_readme_leads_from_images_to_an_exported_file(coco_path, tmp_path, monkeypatch, capsys):
+    """Its lines in their order, on fewer epochs and rounds; the power cut comes with the first checkpoint."""
+    pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    onnx = pytest.importorskip("onnx", reason="reads the exported file")
+    monkeypatch.chdir(tmp_path)
+    image = sorted((coco_path / "val2017").glob("*.jpg"))[0]
+    text = blocks(README, "sh").replace("DIR", str(coco_path)).replace("IMAGE.jpg", str(image))
+    lines = [line for line in text.replace("--epochs 30", "--epochs 3").splitlines() if ".venv/bin/conddetr " in line]
+    printed = {}
+    for line in lines:
+        words = shlex.split(line.split("#")[0].removeprefix(POWER_CUT))[1:]
+        if line.startswith(POWER_CUT):
+            train_until_killed(words, Path("runs/train/checkpoint.pt"))
+            continue
+        assert main([*words, *BUDGET.get(words[0], [])]) == 0, line
+        printed[words[0]] = capsys.readouterr().out
+    assert list(printed) == ["validate-data", "train", "eval", "predict", "attention", "export", "bench-data", "env"]
+    assert "going on from runs/train/checkpoint" in printed["train"]
+    assert [record["epoch"] for record in read_log(Path("runs/train/log.jsonl"))] == [0, 1, 2]
+    assert "AP50" in printed["eval"]
+    assert json.loads(Path("report.json").read_text())["ok"]
+    assert {"image_id", "bbox"} < json.loads(Path("detections.json").read_text())[0].keys()
+    [maps] = Path("runs/attention").iterdir()
+    for file in (Path("runs/predict") / f"{image.stem}.png", maps):
+        with Image.open(file) as drawn:
+            assert min(drawn.size) > 300
+    assert onnx.load("model.onnx").graph.input[0].name == "images"
+
+
+def train_until_killed(words: list[str], checkpoint: Path) -> None:
+    """Train in a process of its own, which is killed when there is a checkpoint; fails if it ends before."""
+    run = subprocess.Popen([sys.executable, "-m", "conddetr", *words], stdout=subprocess.DEVNULL)
+    while run.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("page", "line"), commands())
