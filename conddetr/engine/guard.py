@@ -53,8 +53,8 @@ def poisoned_losses(criterion: Criterion, outputs: dict, targets: list[dict], no
 def find_cause(model: DETR, criterion: Criterion, window: Sequence[Batch], normalizer: Tensor, autocast: bool) -> str:
     """Run the batches of a failed step again and name the first tensor that is not finite.
 
-    Changes neither weights, gradients, statistics nor the state of the random generators; the caller seeds them
-    as for the step.
+    Changes neither weights, gradients nor statistics, and writes to none of them: the graph of the next step may wait
+    for its backward pass. The caller seeds the random generators as for the step, and puts them back.
 
     Args:
         model: not wrapped for several processes.
@@ -66,17 +66,13 @@ def find_cause(model: DETR, criterion: Criterion, window: Sequence[Batch], norma
     Returns:
         What was found and the ids of the images in that batch, as the subject of a sentence; empty: nothing.
     """
-    statistics = NormStatistics(model)
     strict = copy.copy(criterion)
     strict.check_finite = True
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            for batch in window:
-                found = _first_in_batch(model, strict, batch, normalizer, autocast)
-                if found:
-                    return f"{found}, on image ids {list(batch.image_ids)}"
-    finally:
-        statistics.restore()
+    with torch.compiler.set_stance("force_eager"):
+        for batch in window:
+            found = _first_in_batch(model, strict, batch, normalizer, autocast)
+            if found:
+                return f"{found}, on image ids {list(batch.image_ids)}"
     return ""
 
 
@@ -90,9 +86,10 @@ def _first_in_batch(model: DETR, criterion: Criterion, batch: Batch, normalizer:
         module.register_forward_hook(lambda module, args, output, name=name: seen.extend(_bad_output(name, output)))
         for name, module in model.named_modules()
     ]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-            outputs = model.forward(images, valid_hw=batch.valid_hw)
+            outputs = torch.func.functional_call(model, buffers, (images,), {"valid_hw": batch.valid_hw})
     finally:
         for hook in hooks:
             hook.remove()
