@@ -57,9 +57,19 @@ class MovingAverage:
         self.decay, self.ramp = decay, ramp
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take over the weights after step `step`, counted from 0."""
+    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+        """Take over the weights after a step.
+
+        Args:
+            model: the one that trains.
+            step: the number of the step, counted from 0.
+            skipped: scalar on the model's device, 1 if the step changed nothing, so that the average stays too; else 0.
+        """
         decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        average = list(self.model.parameters())
+        # Not `_foreach_lerp_`: its weight is a number, and the host would have to wait for it.
+        change = torch._foreach_sub(list(model.parameters()), average)
+        torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
+        torch._foreach_add_(average, change)
         if buffers := list(self.model.buffers()):
             torch._foreach_copy_(buffers, list(model.buffers()))

@@ -154,7 +154,7 @@ class Stepper:
         self.optimizer.step()
         self._statistics.restore(flags[0] > 0)
         if self.average is not None:
-            self.average.update(self.model, step)
+            self.average.update(self.model, step, flags[0])
         counted = torch.cat([torch.ones_like(logged[:1]), logged])
         self._sums = torch.where(flags[0] > 0, 0.0, counted) + (self._sums if len(self._sums) else 0.0)
         self._report.send(torch.cat([flags, self._sums]))

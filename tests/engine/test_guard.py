@@ -50,8 +50,8 @@ def test_the_first_tensor_and_the_images_are_named(tmp_path, spoil, cause):
 
 @pytest.mark.parametrize("waits", [True, False], ids=["read at once", "read behind the next forward pass"])
 def test_a_skipped_step_changes_nothing(tmp_path, caplog, waits):
-    """Weights, statistics, optimizer: a run with a spoiled step in the middle equals one without that step."""
-    plain, spoiled = (small_trainer(tmp_path / name, max_skipped_steps=1) for name in ("plain", "spoiled"))
+    """Weights, statistics, optimizer, average: a run with a spoiled step in the middle equals one without that step."""
+    plain, spoiled = (small_trainer(tmp_path / name, max_skipped_steps=1, ema_decay=0.9, ema_ramp=1) for name in "ab")
     parts = batches(plain, 3)
     for step in (0, 2):
         plain.stepper([parts[step]], step)
