@@ -1,8 +1,8 @@
 """Forward, losses and backward of a batch as one CUDA graph for each shape: the host launches one thing, not thousands.
 
 A graph reads and writes the same memory every time, so a batch is copied into the tensors that its graph was recorded
-with. Gradients are added up outside graphs, in tensors that all of them share; so is the update made, which is few
-launches. Random numbers differ from step to step: graphs read the generators' seeds on the device.
+with. Every graph adds to the same gradients, which stay where they are from step to step; the update, few launches, is
+made outside. Random numbers differ from step to step: graphs read the generators' seeds on the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,7 +67,12 @@ class StepGraphs:
         self.recorded: dict[tuple, _Recorded] = {}
 
     def __call__(self, batch: Batch, targets: PackedTargets, normalizer: Tensor) -> dict[str, Tensor]:
-        """Batch on the device, targets of a capacity that is always the same, normalizer of the step."""
+        """Batch on the device, targets of a capacity that is always the same, normalizer of the step.
+
+        Raises:
+            ValueError: an image has more objects than the model queries; names it.
+        """
+        self._refuse_more_than_queries(batch, targets)
         key = (tuple(batch.images.shape), batch.padded, tuple(targets.labels.shape))
         if key not in self.recorded:
             self.recorded[key] = self._record(batch, targets, normalizer)
@@ -76,6 +81,16 @@ class StepGraphs:
             own.copy_(value, non_blocking=True)
         found.replay()
         return found.losses
+
+    def _refuse_more_than_queries(self, batch: Batch, targets: PackedTargets) -> None:
+        # The criterion matches those on the host; what is recorded never looks at the counts there.
+        queries = self._model.config.num_queries
+        for image_id, count in zip(batch.image_ids, targets.counts, strict=True):
+            if count > queries:
+                raise ValueError(
+                    f"Image id {image_id} has {count} objects, the model {queries} queries: with cuda_graphs none may "
+                    "have more. Raise num_queries, or train without cuda_graphs."
+                )
 
     def _record(self, batch: Batch, targets: PackedTargets, normalizer: Tensor) -> _Recorded:
         images, sizes, labels, boxes, counts, normalizer = (
@@ -92,9 +107,6 @@ class StepGraphs:
             found["loss"].backward()
             losses.update({name: value.detach() for name, value in found.items()})
 
-        for parameter in self._model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         with _unchanged(self._model, images.device):
             for _ in range(WARMUP):
                 run()
@@ -124,10 +136,12 @@ def _inputs(batch: Batch, targets: PackedTargets, normalizer: Tensor) -> list[Te
 def _unchanged(model: DETR, device: torch.device) -> Iterator[None]:
     """Gradients, statistics of batch norms and random generators are afterwards what they were.
 
+    Gradients that are made inside stay, as zeros. Parameters that the losses do not depend on keep None: AdamW decays
+    no weight without gradient.
+
     On a GPU what is done inside runs on a stream of its own, as libraries want it before recording.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    kept = [gradient.clone() for gradient in gradients]
+    kept = {parameter: parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None}
     statistics = NormStatistics(model)
     is_cuda = device.type == "cuda"
     with torch.random.fork_rng([device] if is_cuda else []):
@@ -140,4 +154,6 @@ def _unchanged(model: DETR, device: torch.device) -> Iterator[None]:
         else:
             yield
     statistics.restore()
-    torch._foreach_copy_(gradients, kept)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.copy_(kept.get(parameter, 0.0))

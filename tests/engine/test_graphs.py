@@ -22,7 +22,8 @@ def shapes_of(batch):
     return batch, replace(batch, images=images, padded=True)
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"family": "detr"}], ids=str)
+# With one decoder layer some parameters get no gradient.
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"family": "detr"}, {"decoder_layers": 1}], ids=str)
 def test_steps_equal_those_that_are_not_recorded(tmp_path, options):
     """What is recorded is here run again, from the tensors it was recorded with; all else is as on a GPU."""
     plain, recorded = (
@@ -74,6 +75,17 @@ def test_more_objects_than_the_capacity(tmp_path):
     run = small_trainer(tmp_path, max_targets=1)
     with pytest.raises(ValueError, match=r"objects, max_targets is 1: build the criterion with.*--max-targets"):
         run.stepper(batches(run, 1), 0)
+
+
+def test_more_objects_than_queries(tmp_path):
+    run = small_trainer(tmp_path, max_targets=9)
+    run.stepper.graphs = StepGraphs(run.model, run.stepper._losses_of_packed, lambda record: record)
+    full = {"labels": torch.zeros(9, dtype=torch.int64), "boxes": torch.full((9, 4), 0.5), "original_size": (64, 64)}
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    few = {**full, "labels": full["labels"][:8], "boxes": full["boxes"][:8]}
+    batch = collate([(images[0], {**few, "image_id": 5}), (images[1], {**full, "image_id": 7})])
+    with pytest.raises(ValueError, match="Image id 7 has 9 objects, the model 8 queries: with cuda_graphs none may"):
+        run.stepper([batch], 0)
 
 
 def test_where_steps_can_not_be_recorded(monkeypatch):
