@@ -125,7 +125,8 @@ class EpochBatches(Sampler[BatchPlan]):
 
     Evaluation: the images r, r + world, r + 2·world, … in order, each once.
 
-    With `pad_buckets`, images are grouped by the shape that they are padded to, and training shuffles the batches.
+    With `pad_buckets`, images are grouped by the shape that they are padded to, and training shuffles the batches; a
+    global batch has one shape. Without, every rank pads to the largest of its own images, as in the official code.
     """
 
     def __init__(
@@ -171,17 +172,18 @@ class EpochBatches(Sampler[BatchPlan]):
             order = torch.randperm(len(batches), generator=self._generator()).tolist()
             batches = [batches[position] for position in order]
         for batch in batches[self.start :]:
-            of_batch = {index: plans.get(index) or self._plan(index) for index in batch}
-            shape = self._shape(list(of_batch.values()))
             mine = batch[self.rank :: self.world] if self.train else batch
-            yield BatchPlan(mine, [of_batch[index] for index in mine], shape)
+            # Buckets group all ranks' images: one shape for them all, so that none waits for one with a larger shape.
+            decisive = batch if self.shapes else mine
+            of_batch = {index: plans.get(index) or self._plan(index) for index in decisive}
+            yield BatchPlan(mine, [of_batch[index] for index in mine], self._shape(list(of_batch.values())))
 
     def largest_shape(self) -> tuple[int, int]:
-        """(H, W) that no batch exceeds: what memory must suffice for."""
+        """(H, W) of the largest batch that can come: what memory must suffice for."""
         if self.shapes:
             return self.shapes[-1]
         short, long = self.dataset.largest_shape()
-        # One image lies in landscape or portrait; a batch of both needs a square.
+        # One image lies in landscape or portrait (and takes as much memory); a batch of both needs a square.
         return (short, long) if self.batch_size == 1 else (long, long)
 
     def _order(self) -> list[int]:

@@ -121,6 +121,17 @@ def test_ranks_share_global_batches():
         assert whole.shape == first.shape == second.shape
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_without_buckets_a_rank_pads_to_its_own_images(size):
+    samplers = [make_loader(Wide(100), size, train=True, rank=rank, world=2).sampler for rank in range(2)]
+    for sampler in samplers:
+        largest = sampler.largest_shape()
+        for batch in sampler:
+            assert batch.shape == (max(p.height for p in batch.plans), max(p.width for p in batch.plans))
+            assert np.prod(batch.shape) <= np.prod(largest)
+    assert any(first.shape != second.shape for first, second in zip(*samplers, strict=True))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("pad_buckets", [0, 4])
 def test_evaluation_sees_every_image_once(world, pad_buckets):
