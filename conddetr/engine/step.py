@@ -1,7 +1,8 @@
 """One step of training: forward, losses, backward, clipping, update, moving average.
 
-The host waits for the device once per batch, to match predictions and objects. Everything else that it wants to know
-(was the step sound, the losses, whether to stop) is decided on the device and read one step later, behind that wait.
+Where predictions and objects are matched on the host, it waits for the device once per batch; fused matching waits for
+nothing. All else that the host wants to know (was the step sound, the losses, whether to stop) is decided on the device
+and read one step later, when the next forward pass is under way.
 """
 
 import contextlib
@@ -110,7 +111,8 @@ class Stepper:
             self._read()
             return losses
         losses = self._losses(self.forward, batch, normalizer)
-        # Matching has just waited for the device: what the last step reported is here.
+        # Behind the forward pass: the device has work while the host waits for what the last step reported. Where
+        # matching has just waited for the device, it is here already.
         self._read()
         losses["loss"].backward()
         return losses
