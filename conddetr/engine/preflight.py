@@ -1,5 +1,6 @@
 """The worst batch first: whether memory suffices is known after seconds, not after hours."""
 
+import math
 import resource
 from collections.abc import Callable
 
@@ -15,9 +16,11 @@ OBJECTS = 100
 def preflight(
     model: nn.Module,
     loss_of: Callable[[Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
     shape: tuple[int, int],
     batch_size: int,
     device: torch.device,
+    max_targets: int = 0,
 ) -> str:
     """One forward and backward pass of the largest batch that can come, in training mode.
 
@@ -26,9 +29,11 @@ def preflight(
     Args:
         model: a `DETR` on `device`.
         loss_of: the training forward pass of one batch on `device`, to the total loss; raises nothing of its own.
+        optimizer: AdamW for the model; its two moments come with the first step, and must fit in too.
         shape: (H, W) of the images, `loader.sampler.largest_shape()`.
         batch_size: images per step on this device.
         device: where training will run.
+        max_targets: objects per image that the criterion takes; 0: any number.
 
     Returns:
         What was tried and how much memory it took, in one line.
@@ -36,7 +41,8 @@ def preflight(
     Raises:
         ValueError: memory does not suffice; says how much was asked for and what to lower.
     """
-    batch = worst_batch(shape, batch_size, min(OBJECTS, model.config.num_queries), device)
+    objects = min(OBJECTS, model.config.num_queries, max_targets or OBJECTS)
+    batch = worst_batch(shape, batch_size, objects, device)
     tried = f"{batch_size} images of {shape[0]}×{shape[1]} with {batch.counts[0]} objects each"
     is_cuda = device.type == "cuda"
     if is_cuda:
@@ -49,11 +55,7 @@ def preflight(
             loss_of(batch).backward()
         used = torch.cuda.max_memory_allocated(device) if is_cuda else 1024 * _peak_kib()
     except torch.OutOfMemoryError as error:
-        total = torch.cuda.get_device_properties(device).total_memory
-        raise ValueError(
-            f"preflight: {tried} do not fit into the {total / 2**30:.1f} GiB of {device}. Lower batch_size (and "
-            "accumulate gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
-        ) from error
+        raise ValueError(_too_much(tried, _total(device), device)) from error
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
@@ -61,12 +63,29 @@ def preflight(
             buffer.copy_(buffers[name])
         if is_cuda:
             torch.cuda.empty_cache()
-    # AdamW's two moments come with the first step, and stay.
-    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    limit = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if is_cuda else ""
+    # A resumed run has its moments already: they are among what is used.
+    parameters = [] if optimizer.state else [p for group in optimizer.param_groups for p in group["params"]]
+    moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    total = _total(device)
+    if used + moments > total:
+        needed = f"which take {used / 2**30:.2f} GiB, and AdamW's moments, {moments / 2**30:.2f} GiB more,"
+        raise ValueError(_too_much(f"{tried}, {needed}", total, device))
+    limit = f" of {total / 2**30:.1f}" if is_cuda else ""
     return (
         f"preflight: {tried} take {used / 2**30:.2f}{limit} GiB at most on {device}, "
         f"AdamW's moments {moments / 2**30:.2f} GiB more"
+    )
+
+
+def _total(device: torch.device) -> float:
+    """Bytes of memory of a GPU; without bound elsewhere, where what a process may take is not known."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
+def _too_much(tried: str, total: float, device: torch.device) -> str:
+    return (
+        f"preflight: {tried} do not fit into the {total / 2**30:.1f} GiB of {device}. Lower batch_size (and "
+        "accumulate gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
     )
 
 

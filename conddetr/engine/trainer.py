@@ -193,8 +193,15 @@ class Trainer:
         return self.metrics
 
     def _preflight(self) -> None:
-        shape = self.loader.sampler.largest_shape()
-        line = preflight(self.model, self.stepper.loss_of, shape, self.config.batch_size, self.device)
+        line = preflight(
+            self.model,
+            self.stepper.loss_of,
+            self.stepper.optimizer,
+            self.loader.sampler.largest_shape(),
+            self.config.batch_size,
+            self.device,
+            self.config.max_targets,
+        )
         if self.is_main:
             console.print(line, highlight=False, soft_wrap=True)
 

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from small_runs import batches, small_trainer
 
 import conddetr
 from conddetr.data.batch import make_loader
 from conddetr.data.synthetic import SyntheticShapes
+from conddetr.engine import preflight as module
 from conddetr.engine.preflight import preflight
 
 CPU = torch.device("cpu")
@@ -28,7 +30,8 @@ def test_the_largest_batch_is_tried_and_nothing_changes():
     before, state, seen = copy.deepcopy(model.state_dict()), torch.get_rng_state(), []
     loader = make_loader(SyntheticShapes(8, seed=1, image_size=100), 2, train=True, pad_buckets=2)
     assert loader.sampler.largest_shape() == (128, 128)
-    line = preflight(model, loss_with(model, seen), loader.sampler.largest_shape(), 2, CPU)
+    optimizer = torch.optim.AdamW(model.parameters())
+    line = preflight(model, loss_with(model, seen), optimizer, loader.sampler.largest_shape(), 2, CPU)
     assert seen == [(True, (2, 3, 128, 128), (25, 25))]
     assert line.startswith("preflight: 2 images of 128×128 with 25 objects each take ")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -43,7 +46,25 @@ def test_too_little_memory_says_what_to_lower(monkeypatch):
     def exhausted(batch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    properties = type("Properties", (), {"total_memory": 80 * 2**30})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(module, "_total", lambda device: 80 * 2**30)
+    optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match=r"64 images of 800×1333 .* do not fit into the 80\.0 GiB of cpu. Lower batch"):
-        preflight(model, exhausted, (800, 1333), 64, CPU)
+        preflight(model, exhausted, optimizer, (800, 1333), 64, CPU)
+
+
+def test_capacity_for_objects_is_kept_to(tmp_path, capsys):
+    small_trainer(tmp_path, preflight=True, max_targets=5)._preflight()
+    assert "4 images of 64×64 with 5 objects each take" in capsys.readouterr().out
+
+
+def test_moments_must_fit_in_too_unless_they_are_there(tmp_path, monkeypatch):
+    run = small_trainer(tmp_path, preflight=True)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    monkeypatch.setattr(module, "_peak_kib", lambda: 1000)
+    monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters)
+    run._preflight()
+    monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters - 1)
+    with pytest.raises(ValueError, match=r"4 images .*, and AdamW's moments, .* more, do not fit into the"):
+        run._preflight()
+    run.stepper(batches(run, 1), 0)
+    run._preflight()
