@@ -69,8 +69,8 @@ class Detector:
             ValueError: the number of classes is not the model's; unknown preset or override.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.data: DataConfig | None = None
-        """What it was trained on, if that is known: the default of `evaluate`."""
+        self.run: dict[str, Any] | None = None
+        """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
             self._options: dict[str, Any] = {"preset": model, **overrides}
@@ -125,8 +125,16 @@ class Detector:
         self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
         self.config = self._model.config
         self._options = _options_of(self.config)
-        self.data = run.data
+        self.run = trainer.run.to_dict()
         return trainer.metrics
+
+    @property
+    def data(self) -> "DataConfig | None":
+        """What it was trained on, the default of `evaluate`; None: not known."""
+        # Here, not above: `import conddetr` does without it.
+        from conddetr.engine.config import resolve_run
+
+        return resolve_run(self.run["data"]).data if self.run else None
 
     def evaluate(self, batch_size: int = 2, workers: int = 2, **data: Any) -> dict[str, float]:
         """COCO's twelve numbers on a validation set.
@@ -149,7 +157,7 @@ class Detector:
         return evaluate(self.model, self.classes, val_set, self.device, batch_size, workers).metrics
 
     def save(self, path: str | Path) -> Path:
-        """Write weights, configuration and classes, to be read by `from_checkpoint`.
+        """Write weights, classes, and the configuration of model and run, to be read by `from_checkpoint`.
 
         Args:
             path: ending in `.safetensors` or `.pt`.
@@ -158,6 +166,8 @@ class Detector:
         if path.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"path: expected a name ending in .safetensors or .pt, got {str(path)!r}.")
         content = {"model": self.model.state_dict(), "config": self.config.to_dict(), "classes": self.classes}
+        if self.run is not None:
+            content["run"] = self.run
         save = save_weights if path.suffix == ".safetensors" else save_checkpoint
         save(path, content)
         return path
@@ -185,11 +195,7 @@ class Detector:
         model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False}))
         load_weights(model, content)
         detector = cls(model, classes, device)
-        if "run" in content:
-            # Here, not above: `import conddetr` does without it.
-            from conddetr.engine.config import resolve_run
-
-            detector.data = resolve_run(content["run"]["data"]).data
+        detector.run = content.get("run")
         return detector
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The detector that users hold: from checkpoints of both kinds, on every kind of image."""
 
 import argparse
+import json
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_evaluation_without_data_needs_to_know_them(tiny_model, small_coco):
     with pytest.raises(ValueError, match="its 3 classes, first 'dog', are not those of the synthetic shapes"):
         detector.evaluate(workers=0)
     detector = conddetr.Detector(tiny_model, CLASSES, device="cpu")
-    detector.data = conddetr.engine.config.DataConfig(coco_path=str(small_coco.root))
+    detector.run = {"data": {"coco_path": str(small_coco.root)}}
     assert detector.evaluate(workers=0) == detector.evaluate(workers=0, coco_path=str(small_coco.root))
 
 
@@ -141,6 +142,9 @@ def test_train_evaluate_save_and_go_on(tmp_path):
     assert [category["name"] for category in detector.classes] == ["disk", "square", "triangle"]
     again = conddetr.Detector.from_checkpoint(detector.save(tmp_path / "a.safetensors"), device="cpu")
     assert again.config == detector.config
+    assert again.run == json.loads((tmp_path / "a" / "config.json").read_text())
+    assert again.run["data"]["train_images"] == 8
+    assert conddetr.Detector.from_checkpoint(again.save(tmp_path / "a.pt"), device="cpu").run == again.run
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), detector.model.parameters(), strict=True))
     # A trained detector goes on from its weights: with no learning rate it keeps them.
     weights = [parameter.clone() for parameter in again.model.parameters()]

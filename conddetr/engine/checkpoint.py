@@ -5,10 +5,11 @@ A run's folder holds `checkpoint.pt`, the state after the latest save; `checkpoi
 `best.pt` stand beside them as `.safetensors`.
 
 All `.pt` files are for `torch.load`. That of `best.pt` is a dict with the weights under "model"; the others have all
-tensors of one dtype in a flat one, and `read_checkpoint` returns them by name.
+tensors of one dtype in a flat one and a checksum of everything, and `read_checkpoint` returns them by name.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conddetr.engine import distributed
 from conddetr.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,25 @@ log = logging.getLogger(__name__)
 LATEST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 BEST = "best.pt"
-FORMAT = "conddetr checkpoint 1"
+DAMAGED = ".damaged"
+"""Ending of the name that a damaged `checkpoint.pt` gets when a run goes on from the one before it."""
+METADATA = ("config", "classes", "run")
+"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and the whole run's
+where the weights are of one."""
+FORMAT = "conddetr checkpoint 2"
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ValueError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What the libraries raise for a file that is damaged."""
 
 
 class Packed:
@@ -92,8 +112,35 @@ class Packed:
     def write(self, path: Path) -> None:
         """Write a file for `torch.load`."""
         self._wait()
-        content = {"format": FORMAT, "plain": self.plain, "layout": json.dumps(self.layout), "tensors": self.flat}
+        layout = json.dumps(self.layout)
+        checksum = _checksum(self.plain, layout, self.flat)
+        content = {
+            "format": FORMAT,
+            "checksum": checksum,
+            "plain": self.plain,
+            "layout": layout,
+            "tensors": self.flat,
+        }
         torch.save(content, path)
+
+
+def _checksum(plain: Any, layout: str, flat: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds. The formats of files do not check what is read: a flipped bit would pass."""
+    found = hashlib.blake2b(repr((plain, layout, list(flat))).encode())
+    for tensor in flat.values():
+        found.update(tensor.view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def _unpacked(content: dict[str, Any]) -> dict[str, Any]:
+    """What `Packed.write` wrote, by name; raises a ValueError if it is not that any more."""
+    plain, layout, flat = (content[key] for key in ("plain", "layout", "tensors"))
+    if _checksum(plain, layout, flat) != content["checksum"]:
+        raise ValueError("its checksum is not that of its content")
+    layout = json.loads(layout)
+    # Copies: one tensor that is kept would else keep all of them.
+    return _with_tensors(plain, layout, [view.clone() for view in _views(layout, flat)])
 
 
 def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]]) -> Any:
@@ -164,7 +211,7 @@ def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool
     """
     if epoch:
         content = packed.unpack()
-        weights = {key: content[key] for key in ("config", "classes", "metrics")}
+        weights = {key: content[key] for key in ("config", "classes", "metrics", "run")}
         # The moving average is what was evaluated. Copies: files of views hold all that these are views of.
         weights["model"] = {name: value.clone() for name, value in (content["ema"] or content["model"]).items()}
         save_weights((folder / LATEST).with_suffix(".safetensors"), weights)
@@ -179,8 +226,8 @@ def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool
 
 
 def save_weights(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write the weights of a checkpoint as safetensors; its `config` and `classes` become JSON in the metadata."""
-    metadata = {"format": "pt", "config": json.dumps(content["config"]), "classes": json.dumps(content["classes"])}
+    """Write the weights of a checkpoint as safetensors; what else is in `METADATA` becomes JSON in the metadata."""
+    metadata = {"format": "pt", **{key: json.dumps(content[key]) for key in METADATA if key in content}}
     # The library refuses tensors that share memory.
     tensors = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -207,35 +254,35 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return _read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        if isinstance(content, dict) and content.get("format") == FORMAT:
+            return _unpacked(content)
+    except UNREADABLE as error:
         raise ValueError(
             f"Checkpoint {path} can not be read: damaged, or not a checkpoint of tensors and plain values "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"Checkpoint {path}: expected a dict, found {type(content).__name__}.")
-    if "format" not in content:
-        return content
-    if content["format"] != FORMAT:
+    if "format" in content:
         raise ValueError(
             f"Checkpoint {path}: its format is {content['format']!r}, this version reads {FORMAT!r}. "
             "Read it with the version of conddetr that wrote it."
         )
-    layout = json.loads(content["layout"])
-    # Copies: one tensor that is kept would else keep all of them.
-    return _with_tensors(content["plain"], layout, [view.clone() for view in _views(layout, content["tensors"])])
+    return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         content: dict[str, Any] = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-    content.update({key: json.loads(metadata[key]) for key in ("config", "classes") if key in metadata})
+    content.update({key: json.loads(metadata[key]) for key in METADATA if key in metadata})
     return content
 
 
 def read_latest(path: str | Path) -> tuple[Path, dict[str, Any]]:
     """Read a checkpoint; where a run's `checkpoint.pt` is damaged or missing, the previous one, and say so.
+
+    The damaged file is renamed to `checkpoint.pt.damaged`: the next save would else move it over the one that was read.
 
     Returns:
         The file that was read, and its content.
@@ -251,7 +298,13 @@ def read_latest(path: str | Path) -> tuple[Path, dict[str, Any]]:
         if path.name != LATEST or not previous.is_file():
             raise
         content = read_checkpoint(previous)
-        log.warning("%s Going on from %s instead.", error, previous)
+        damaged = path.with_name(path.name + DAMAGED)
+        renamed = ""
+        # Other processes may be reading it, and find it either damaged or missing.
+        if distributed.is_main() and path.is_file():
+            os.replace(path, damaged)
+            renamed = f" The damaged file is now {damaged}."
+        log.warning("%s Going on from %s instead.%s", error, previous, renamed)
         return previous, content
 
 

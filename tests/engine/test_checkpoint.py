@@ -66,7 +66,7 @@ def test_a_file_of_few_tensors_is_read_by_torch_alone(tmp_path):
 def test_other_formats_are_named(tmp_path):
     torch.save({"format": "conddetr checkpoint 9"}, tmp_path / "later.pt")
     with pytest.raises(
-        ValueError, match=r"later\.pt: its format is 'conddetr checkpoint 9', this version reads '.* 1'"
+        ValueError, match=r"later\.pt: its format is 'conddetr checkpoint 9', this version reads '.* 2'"
     ):
         read_checkpoint(tmp_path / "later.pt")
 
@@ -108,6 +108,37 @@ def test_damaged_files_are_named(tmp_path, keep, is_packed):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cut\.pt can not be read: damaged"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x80])
+def test_a_flipped_bit_changes_nothing_or_is_named(tmp_path, flip):
+    path = tmp_path / "a.pt"
+    plain = {"position": {"epoch": 3}, "optimizer": {"param_groups": [{"params": [0], "lr": 0.1}]}}
+    content = {"model": {"weight": torch.randn(200), "count": torch.arange(5)}, **plain}
+    Packed(content).write(path)
+    whole = path.read_bytes()
+    start = whole.index(content["model"]["weight"].numpy().tobytes())
+    places = {"weights": range(start, start + 800, 7), "plain": range(whole.index(b"position"), start, 5)}
+    for place, offsets in places.items():
+        errors = []
+        for offset in offsets:
+            path.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
+            try:
+                assert_equal(read_checkpoint(path), content)
+            except ValueError as error:
+                errors.append(str(error))
+        assert all("a.pt can not be read: damaged" in error for error in errors)
+        # Between the records of the file is padding that nobody reads.
+        assert len(errors) == len(offsets) if place == "weights" else len(errors) > len(offsets) / 4
+
+
+def test_a_checkpoint_without_a_part_is_named(tmp_path):
+    Packed({"model": {"weight": torch.randn(3)}}).write(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt")
+    for absent in ("checksum", "plain", "layout", "tensors"):
+        torch.save({key: value for key, value in content.items() if key != absent}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=rf"a\.pt can not be read: damaged.*KeyError: '{absent}'"):
+            read_checkpoint(tmp_path / "a.pt")
 
 
 def test_missing_files_are_named(tmp_path):

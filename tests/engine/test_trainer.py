@@ -9,7 +9,7 @@ from small_runs import small_trainer as trainer
 
 import conddetr
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.engine.checkpoint import read_checkpoint
+from conddetr.engine.checkpoint import CheckpointWriter, read_checkpoint
 from conddetr.engine.config import RunConfig
 from conddetr.engine.trainer import Trainer
 
@@ -48,6 +48,8 @@ def test_loss_falls_and_files_are_complete(tmp_path):
     found = torch.load(tmp_path / "best.pt", weights_only=True)
     assert found["metrics"]["AP"] == best["AP"]
     assert found["model"].keys() == content["model"].keys()
+    for name in ("best.pt", "best.safetensors", "checkpoint.safetensors"):
+        assert read_checkpoint(tmp_path / name)["run"] == content["run"]
     # Nothing but the weights of one model.
     assert (tmp_path / "best.pt").stat().st_size < (tmp_path / "checkpoint.pt").stat().st_size / 3
     detector = conddetr.Detector.from_checkpoint(tmp_path / "checkpoint.pt", device="cpu")
@@ -90,14 +92,22 @@ def test_a_complete_run_stays_as_it_is(tmp_path):
 def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     trainer(tmp_path / "whole").fit()
     trainer(tmp_path / "cut", epochs=1).fit()
-    latest = tmp_path / "cut" / "checkpoint.pt"
-    latest.write_bytes(latest.read_bytes()[:1000])
+    latest, previous = (tmp_path / "cut" / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))
+    damaged, good = bytearray(latest.read_bytes()), previous.read_bytes()
+    damaged[len(damaged) // 2] ^= 1
+    latest.write_bytes(damaged)
     with open(tmp_path / "cut" / "log.jsonl", "a") as file:
         file.write('{"epoch": 1, "loss": 0.')
     again = trainer(tmp_path / "cut")
     again.resume(latest)
     assert "checkpoint.pt can not be read" in caplog.text
     assert "Going on from" in caplog.text
+    assert "The damaged file is now" in caplog.text
+    # The next save leaves the file that was read where it is.
+    with CheckpointWriter() as writer:
+        again.save(writer)
+    assert (tmp_path / "cut" / "checkpoint.pt.damaged").read_bytes() == damaged
+    assert previous.read_bytes() == good
     again.fit()
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1]
