@@ -60,6 +60,11 @@ def reduce_max(values: Tensor) -> Tensor:
     return values
 
 
+def any_of(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so; every process must ask. `device`: of this process."""
+    return flag if world_size() == 1 else bool(reduce_max(torch.tensor(float(flag), device=device)))
+
+
 def reduce_mean(values: Tensor) -> Tensor:
     """The mean of each entry over all processes, in place; every process has it."""
     if world_size() > 1:

@@ -108,12 +108,13 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     pad_buckets: int = 0,
+    on_batch: Callable[[], None] | None = None,
 ) -> CocoResult | None:
     """COCO's numbers of a model on a data set, with a progress bar; None on every rank but 0.
 
     Arguments and errors as those of `detect` and `coco_result`.
     """
-    detections = detect(model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets)
+    detections = detect(model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch)
     return None if detections is None else coco_result(dataset.ground_truth(), detections)
 
 
@@ -127,6 +128,7 @@ def detect(
     rank: int = 0,
     world: int = 1,
     pad_buckets: int = 0,
+    on_batch: Callable[[], None] | None = None,
 ) -> Detections | None:
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
@@ -140,6 +142,7 @@ def detect(
         rank, world: this process, and how many of torch's default process group share the data set: each takes other
             images. All of them must call this function.
         pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of each.
+        on_batch: called after every batch, on all ranks equally often; what it raises ends the evaluation.
 
     Returns:
         The detections of all ranks on rank 0, None on the others.
@@ -165,7 +168,16 @@ def detect(
         device=device,
     )
     with Progress("evaluate", total=len(range(rank, len(dataset), world)), disable=rank > 0) as progress:
-        mine = _detect(model, batches, np.array(category_ids), device, progress.advance)
+
+        def after(count: int) -> None:
+            progress.advance(count)
+            if on_batch is not None:
+                on_batch()
+
+        mine = _detect(model, batches, np.array(category_ids), device, after)
+        # The first rank has most images.
+        for _ in range(-(-len(range(0, len(dataset), world)) // batch_size) - len(batches)):
+            after(0)
     if world == 1:
         return mine
     parts: list[Detections | None] | None = [None] * world if rank == 0 else None
@@ -185,13 +197,15 @@ def _detect(
     was_training = model.training
     model.eval()
     parts = []
-    for batch in batches:
-        batch = batch.to(device)
-        outputs = model(batch.model_input(), valid_hw=batch.valid_hw)
-        found = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
-        parts.append(_pack(batch.image_ids, found, category_ids))
-        on_batch(len(batch))
-    model.train(was_training)
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            outputs = model(batch.model_input(), valid_hw=batch.valid_hw)
+            found = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
+            parts.append(_pack(batch.image_ids, found, category_ids))
+            on_batch(len(batch))
+    finally:
+        model.train(was_training)
     return Detections.join(parts)
 
 

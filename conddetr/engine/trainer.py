@@ -181,11 +181,8 @@ class Trainer:
                 stop = self._train_epoch(request, writer)
                 if stop == STOP_SIGNAL:
                     self.save(writer)
-                    writer.wait()
-                    raise InterruptedRunError(
-                        f"{request.name or 'A signal'} came: the state is in {self.folder / LATEST}."
-                    )
-                self._finish_epoch(log, writer, out_of_time=stop == STOP_TIME)
+                    self._interrupt(request, writer)
+                self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME)
                 if stop == STOP_TIME:
                     break
             if log is not None:
@@ -243,7 +240,14 @@ class Trainer:
         every = self.config.save_every_steps
         return every > 0 and self.position.step % every == 0 and self.position.batch < len(self.loader)
 
-    def _finish_epoch(self, log: RunLog | None, writer: CheckpointWriter, out_of_time: bool) -> None:
+    def _interrupt(self, request: StopRequest, writer: CheckpointWriter) -> None:
+        """End the run, its state saved."""
+        writer.wait()
+        raise InterruptedRunError(f"{request.name or 'A signal'} came: the state is in {self.folder / LATEST}.")
+
+    def _finish_epoch(
+        self, log: RunLog | None, writer: CheckpointWriter, request: StopRequest, out_of_time: bool
+    ) -> None:
         """Evaluate if it is time, log, and save."""
         epoch = self.position.epoch
         is_last = out_of_time or epoch + 1 == self.config.epochs
@@ -252,7 +256,7 @@ class Trainer:
         if is_last or (epoch + 1) % self.config.eval_every == 0:
             # Whatever happens to the evaluation, the epoch is not lost.
             self.save(writer)
-            self.metrics = self._evaluate()
+            self.metrics = self._evaluate(request, writer)
             record.update(self.metrics)
             is_best = self.metrics.get("AP", -1.0) > self.best_ap
             self.best_ap = max(self.best_ap, self.metrics.get("AP", -1.0))
@@ -281,8 +285,13 @@ class Trainer:
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return record
 
-    def _evaluate(self) -> dict[str, float]:
-        """The twelve numbers; empty on every rank but the first."""
+    def _evaluate(self, request: StopRequest, writer: CheckpointWriter) -> dict[str, float]:
+        """The twelve numbers; empty on every rank but the first. A signal to any ends the run after the batch."""
+
+        def look_for_signals() -> None:
+            if distributed.any_of(bool(request.name), self.device):
+                self._interrupt(request, writer)
+
         result = evaluate(
             self.trained,
             self.train_set.classes,
@@ -292,6 +301,8 @@ class Trainer:
             self.config.workers,
             distributed.rank(),
             distributed.world_size(),
+            self.config.pad_buckets,
+            look_for_signals,
         )
         return result.metrics if result else {}
 

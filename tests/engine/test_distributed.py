@@ -15,6 +15,7 @@ from small_runs import (
     run_to_the_end,
     start_ranks,
     steps_of_a_resnet,
+    stop_in_evaluation,
     wait_for_steps,
 )
 
@@ -66,3 +67,19 @@ def test_agents_of_several_machines_meet(tmp_path):
     assert "8 training and 2 validation images; 2 processes" in printed[1]
     position = read_checkpoint(tmp_path / "checkpoint.pt")["position"]
     assert (position["epoch"], position["step"]) == (1, 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_the_evaluation_stops_all_after_the_batch(tmp_path, ranks):
+    pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    # Of four images to evaluate on, every rank has two batches or more.
+    options = {"images": 4, "epochs": 2, "batch_size": 1}
+    cut = start_ranks(ranks, stop_in_evaluation, tmp_path / "cut", options)
+    for process in cut:
+        process.join(60)
+        assert process.exitcode == 143
+    position = read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["position"]
+    assert position == {"epoch": 0, "batch": 4 // ranks, "step": 4 // ranks}
+    for folder in ("cut", "whole"):
+        finish(*start_ranks(ranks, run_to_the_end, tmp_path / folder, options, counter()))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

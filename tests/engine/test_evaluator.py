@@ -211,7 +211,11 @@ def _detect_on_rank(rank, world, rendezvous, state, queue):
     model = conddetr.build("conditional-detr-tiny", num_classes=3)
     model.load_state_dict(state)
     dataset = SyntheticShapes(9, seed=3)
-    found = detect(model, dataset.classes, dataset, CPU, batch_size=1, rank=rank, world=world)
+    calls = []
+    found = detect(
+        model, dataset.classes, dataset, CPU, batch_size=1, rank=rank, world=world, on_batch=lambda: calls.append(1)
+    )
+    assert len(calls) == 5
     if rank == 0:
         queue.put(found)
     else:
