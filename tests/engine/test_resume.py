@@ -16,8 +16,10 @@ OPTIONS = {
     "ema_decay": 0.9,
     "schedule": "cosine",
     "warmup_steps": 3,
-    "save_every_steps": 1,
 }
+OFTEN, RARELY = {"save_every_steps": 1}, {"save_every_steps": 4}
+WAYS = [OFTEN, RARELY, OFTEN, RARELY, OFTEN, {**RARELY, "workers": 1}]
+"""How a run is saved and fed, in turn: what it ends with is the same. Workers take long to start, so few have them."""
 STEPS = 6
 KILLS = 20
 
@@ -31,7 +33,7 @@ def test_sigkill_at_random_points(tmp_path):
     while len(kills) < KILLS:
         # Each run is killed again and again until it gets to its end before it is killed.
         folder, steps, target = tmp_path / str(run), counter(), chance.randint(0, STEPS)
-        process = start(run_to_the_end, folder, OPTIONS, steps)
+        process = start(run_to_the_end, folder, {**OPTIONS, **WAYS[len(kills) % len(WAYS)]}, steps)
         wait_for_steps(process, steps, target)
         # Between steps, in the next one, while a checkpoint is written, or in the evaluation of the epoch.
         process.join(chance.uniform(0.0, 0.2))
@@ -43,6 +45,6 @@ def test_sigkill_at_random_points(tmp_path):
             assert process.exitcode == 0
             assert_same_run(folder, tmp_path / "whole")
             run += 1
-    finish(start(run_to_the_end, tmp_path / str(run), OPTIONS, counter()))
+    finish(start(run_to_the_end, tmp_path / str(run), {**OPTIONS, **WAYS[0]}, counter()))
     assert_same_run(tmp_path / str(run), tmp_path / "whole")
     assert sum(count > 0 for count in kills) >= KILLS / 2
