@@ -8,6 +8,7 @@ import torch
 
 import conddetr
 from conddetr.config import PRESETS, from_dict
+from conddetr.engine.config import resolve_run
 from conddetr.zoo import gflops
 
 
@@ -30,6 +31,21 @@ from conddetr.zoo import gflops
 def test_bad_overrides_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         conddetr.build("conditional-detr-r50", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": float("nan")}, "Training option lr: expected a finite number, got nan"),
+        ({"clip_max_norm": float("inf")}, "Training option clip_max_norm: expected a finite number, got inf"),
+        ({"weight_decay": -0.1}, "Training option weight_decay: expected at least 0, got -0.1"),
+        ({"train_images": 0}, "Data option train_images: expected at least 1, got 0"),
+        ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),
+    ],
+)
+def test_options_of_a_run_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_run(options)
 
 
 def test_unknown_preset_suggests_the_nearest():

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import math
 import textwrap
 import tomllib
 from collections.abc import Mapping
@@ -77,10 +78,11 @@ class TrainConfig:
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
         for option in fields(self):
             least = 1 if option.name in at_least_one else 0
-            if option.type in (int, float) and getattr(self, option.name) < least:
-                raise ValueError(
-                    f"Training option {option.name}: expected at least {least}, got {getattr(self, option.name)}."
-                )
+            value = getattr(self, option.name)
+            if option.type is float and not math.isfinite(value):
+                raise ValueError(f"Training option {option.name}: expected a finite number, got {value}.")
+            if option.type in (int, float) and value < least:
+                raise ValueError(f"Training option {option.name}: expected at least {least}, got {value}.")
         if self.ema_decay >= 1:
             raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
 
@@ -118,6 +120,9 @@ class DataConfig:
             raise ValueError("Data options coco_path and annotations: give one of them.")
         if self.annotations and not self.images:
             raise ValueError("Data option images: name the folder of the images of `annotations`.")
+        for name in ("train_images", "val_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Data option {name}: expected at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
