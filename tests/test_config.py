@@ -39,6 +39,8 @@ def test_bad_overrides_are_named(overrides, message):
         ({"lr": float("nan")}, "Training option lr: expected a finite number, got nan"),
         ({"clip_max_norm": float("inf")}, "Training option clip_max_norm: expected a finite number, got inf"),
         ({"weight_decay": -0.1}, "Training option weight_decay: expected at least 0, got -0.1"),
+        ({"check_finite": "allways"}, "check_finite: unknown value 'allways'. Did you mean 'always'"),
+        ({"check_finite": "always", "cuda_graphs": True}, "`always` waits for the device, which cuda_graphs can not"),
         ({"train_images": 0}, "Data option train_images: expected at least 1, got 0"),
         ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),
     ],

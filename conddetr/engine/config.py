@@ -57,6 +57,10 @@ class TrainConfig:
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500
     """Steps between checkpoints inside an epoch; 0: at the ends of epochs only."""
+    check_finite: str = "auto"
+    """Look for NaN and infinity in the matching cost, and skip the step where there is any: `always`, which waits for
+    the device; `never`: such pairs are matched last, and only losses and gradients decide; `auto`: where matching is on
+    the host."""
     max_skipped_steps: int = 10
     """Steps of a run that may be skipped because the loss or a gradient is not finite, before training stops."""
     workers: int = 2
@@ -71,7 +75,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "Training option")
-        for name, allowed in (("schedule", ("step", "cosine")), ("precision", ("float32", "bfloat16"))):
+        choices = {
+            "schedule": ("step", "cosine"),
+            "precision": ("float32", "bfloat16"),
+            "check_finite": ("auto", "always", "never"),
+        }
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"Training option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
@@ -83,6 +92,8 @@ class TrainConfig:
                 raise ValueError(f"Training option {option.name}: expected a finite number, got {value}.")
             if option.type in (int, float) and value < least:
                 raise ValueError(f"Training option {option.name}: expected at least {least}, got {value}.")
+        if self.cuda_graphs and self.check_finite == "always":
+            raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs can not.")
         if self.ema_decay >= 1:
             raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
 

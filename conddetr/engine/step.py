@@ -42,7 +42,8 @@ class Stepper:
         self.model, self.config, self.device = model, config, device
         self.steps_per_epoch = steps_per_epoch
         max_targets = config.max_targets or (model.config.num_queries if config.cuda_graphs else None)
-        self.criterion = build_criterion(model.config, max_targets=max_targets).to(device)
+        check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
+        self.criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite).to(device)
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
         if config.compile:

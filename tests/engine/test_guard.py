@@ -48,6 +48,24 @@ def test_the_first_tensor_and_the_images_are_named(tmp_path, spoil, cause):
         run.stepper.flush()
 
 
+@pytest.mark.parametrize(("check_finite", "skipped"), [("auto", 1), ("always", 1), ("never", 0)])
+def test_a_query_without_a_box_spoils_the_step_only_where_it_is_looked_for(tmp_path, caplog, check_finite, skipped):
+    """It is matched last, so losses and gradients stay finite."""
+    run = small_trainer(tmp_path, check_finite=check_finite, model_options={"num_queries": 20})
+    predict = run.model._predict
+
+    def without_box(*args):
+        found = predict(*args)
+        is_first = (torch.arange(20) == 0)[:, None]
+        return {**found, "pred_boxes": torch.where(is_first, float("nan"), found["pred_boxes"])}
+
+    run.model._predict = without_box
+    run.stepper(batches(run, 1), 0)
+    run.stepper.flush()
+    assert run.stepper.skipped == skipped
+    assert ("first the matching cost (Matching decoder layer 1, image 0 of the batch" in caplog.text) == bool(skipped)
+
+
 @pytest.mark.parametrize("waits", [True, False], ids=["read at once", "read behind the next forward pass"])
 def test_a_skipped_step_changes_nothing(tmp_path, caplog, waits):
     """Weights, statistics, optimizer, average: a run with a spoiled step in the middle equals one without that step."""
