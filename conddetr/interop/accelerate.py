@@ -53,7 +53,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
     """Make a model run on our operations, in place. Weights, state dict, outputs and training interface stay.
 
     Args:
-        model: transformers' `ConditionalDetrForObjectDetection`, or ours. Doing it again only changes the backend.
+        model: transformers' `ConditionalDetrForObjectDetection`; the official repository's model, and by itself its
+            `SetCriterion`, which is a module beside the model there; or ours. Doing it again only changes the backend.
         backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
             after this; where no kernel can, transformers' own runs. Any other name of
             `conddetr.kernels.registry.BACKENDS` is an error where it can not run.
@@ -66,19 +67,28 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
         ValueError: no such backend.
         RuntimeError: the requested backend can not run where the model is now; says why.
     """
+    from conddetr.interop.accelerated import official
+
+    report = AccelerationReport()
+    if official.is_criterion(model):
+        official.accelerate_criterion(model, backend, report)
+        return report
     parameter = parameter_of(model)
     choice = registry.choose(backend, parameter.device, parameter.dtype)
     if isinstance(model, DETR):
         return _switch_backend(model, backend, choice)
+    if official.is_model(model):
+        official.accelerate_model(model, backend, choice, report)
+        return report
     if not _is_huggingface(model):
         raise TypeError(
-            f"model: expected transformers' ConditionalDetrForObjectDetection or a conddetr model, got "
-            f"{type(model).__module__}.{type(model).__qualname__}. Weights of the official repository's model go into "
-            f"ours: conddetr.load_weights(conddetr.build(preset, backend=...), official.state_dict())."
+            f"model: expected transformers' ConditionalDetrForObjectDetection, the official repository's "
+            f"ConditionalDETR or SetCriterion, or a conddetr model, got "
+            f"{type(model).__module__}.{type(model).__qualname__}. Out of DistributedDataParallel it is model.module; "
+            f"weights go into ours by conddetr.load_weights(conddetr.build(preset), state_dict)."
         )
     from conddetr.interop.accelerated import huggingface
 
-    report = AccelerationReport()
     huggingface.accelerate(model, backend, choice, report)
     return report
 

@@ -36,7 +36,7 @@ def fold(body: nn.Module, kept: Kept | None) -> tuple[Folded, Kept | None]:
         The folded weights, and what to keep of them: nothing where gradients are recorded; else they serve again
         until a weight changes.
     """
-    pairs = list(_pairs(body))
+    pairs = list(conv_norm_pairs(body))
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return {conv: _fold(conv, norm) for conv, norm in pairs}, None
     tensors = (x for conv, norm in pairs for x in (conv.weight, *norm.buffers()))
@@ -56,7 +56,7 @@ def stages(body: nn.Module, folded: Folded, images: Tensor) -> Iterator[Tensor]:
         yield x
 
 
-def _pairs(body: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
+def conv_norm_pairs(body: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.Module]]:
     """Every convolution with the norm behind it."""
     yield body.conv1, body.bn1
     for stage in STAGES:

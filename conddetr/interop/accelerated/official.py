@@ -1,0 +1,260 @@
+"""The official Conditional DETR (Atten4Vis/ConditionalDETR): its model and its criterion, on our operations.
+
+A module gets a subclass of its own class, mixed with ours: parameters, hooks, copies and pickles go on as they were.
+Parameter names are the same in both codes, so a transformer of ours stands beside theirs and has the very same
+parameters.
+"""
+
+import inspect
+from collections import OrderedDict
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conddetr import config as configs
+from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of
+from conddetr.interop.official import identify
+from conddetr.kernels import registry
+from conddetr.model import folding
+from conddetr.model.transformer import FeatureGrid
+from conddetr.model.transformer import Transformer as OurTransformer
+from conddetr.zoo import build_criterion
+
+MATCHING_ALPHA = 0.25
+"""The official matcher's α, whatever the criterion's is; ours has one for both."""
+
+_BLOCK = {"conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "relu", "downsample"}
+
+
+def is_model(model: nn.Module) -> bool:
+    """Whether this has the parts, the names and the inner interface of the official `ConditionalDETR`."""
+    parts = ("backbone", "transformer", "input_proj", "query_embed", "class_embed", "bbox_embed")
+    if not all(isinstance(getattr(model, name, None), nn.Module) for name in parts):
+        return False
+    is_conditional = identify(model.state_dict()).get("family") == "conditional-detr"
+    return is_conditional and _arguments(model.transformer) == ["src", "mask", "query_embed", "pos_embed"]
+
+
+def is_criterion(module: nn.Module) -> bool:
+    """Whether this is the official `SetCriterion`: with focal loss, so not that of the original DETR."""
+    names = ("num_classes", "matcher", "weight_dict", "losses", "focal_alpha")
+    is_named = any(base.__name__ == "SetCriterion" for base in type(module).__mro__)
+    return is_named and all(hasattr(module, name) for name in names) and _arguments(module) == ["outputs", "targets"]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+class _Accelerated:
+    """Mixed into their class. What is pickled or copied names their class, and gets ours again."""
+
+    _known: tuple[nn.Module, ...] = ()
+    """Our code reads these modules' parameters; it was written for no others."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        ours, original = type(self).__bases__
+        return _blank, (ours, original), {name: x for name, x in self.__dict__.items() if name != "_kept"}
+
+    def _is_as_known(self) -> bool:
+        """No module was exchanged, none has hooks, which ours would not call, and this is no copy of `DataParallel`."""
+        found = tuple(self.modules())[1:]
+        if len(found) != len(self._known) or getattr(self, "_is_replica", False):
+            return False
+        pairs = zip(found, self._known, strict=True)
+        return all(a is b and not (a._forward_hooks or a._forward_pre_hooks or a._backward_hooks) for a, b in pairs)
+
+
+@lru_cache
+def _subclass(ours: type, original: type) -> type:
+    return type(f"Accelerated{original.__name__}", (ours, original), {"__module__": __name__})
+
+
+def _blank(ours: type, original: type) -> nn.Module:
+    kind = _subclass(ours, original)
+    return kind.__new__(kind)
+
+
+def _mix_in(module: nn.Module, ours: type) -> None:
+    if not isinstance(module, ours):
+        module.__class__ = _subclass(ours, type(module))
+    module._known = tuple(module.modules())[1:]
+
+
+class Transformer(_Accelerated):
+    """Encoder and decoder by ours. Where `_is_as_known` says no, theirs runs."""
+
+    _twin: tuple[OurTransformer]
+    """In a tuple, so that it is no part of the module: it holds theirs' parameters."""
+
+    def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> list[Tensor]:
+        """src and pos_embed [B, C, h, w], mask [B, h, w] bool, True = padding, query_embed [Q, C]
+        -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
+        """
+        if not self._is_as_known():
+            return super().forward(src, mask, query_embed, pos_embed)
+        (twin,) = self._twin
+        if twin.training != self.training:
+            twin.train(self.training)
+        tokens, position = (x.flatten(2).transpose(1, 2) for x in (src, pos_embed))
+        grid = FeatureGrid(tuple(src.shape[-2:]), mask.flatten(1), None)
+        hidden, reference = twin(tokens, grid, position, query_embed)
+        return [hidden, reference.expand(len(src), -1, -1)]
+
+
+class ResNetBody(_Accelerated):
+    """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded."""
+
+    _kept: folding.Kept | None = None
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """[B, 3, H, W] -> the feature maps that are asked for, by name."""
+        if not self._is_as_known():
+            return super().forward(x)
+        folded, self._kept = folding.fold(self, self._kept)
+        maps = dict(zip(folding.STAGES, folding.stages(self, folded, x), strict=True))
+        return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
+
+
+class SetCriterion(_Accelerated):
+    """Matching and losses of all layers at once; the losses are named and scaled as theirs."""
+
+    backend: str
+
+    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
+        """Unweighted losses and errors by name. Outputs that ours does not know (masks, of an encoder) are for theirs.
+
+        Raises:
+            ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
+        """
+        if not set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"}:
+            return super().forward(outputs, targets)
+        targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
+        losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
+        del losses["loss"]
+        return losses
+
+
+_build_criterion = lru_cache(maxsize=8)(build_criterion)
+
+
+def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
+    matcher = criterion.matcher
+    return configs.resolve(
+        "conditional-detr-r50",
+        num_classes=criterion.num_classes,
+        class_cost=matcher.cost_class,
+        bbox_cost=matcher.cost_bbox,
+        giou_cost=matcher.cost_giou,
+        focal_alpha=criterion.focal_alpha,
+        backend=backend,
+    )
+
+
+def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
+    """Replace what can be replaced, and say so in the report.
+
+    Args:
+        model: for which `is_model` holds, changed in place.
+        backend: as asked for; `choice` is what it means where the model is now.
+    """
+    reason = _transformer_misfit(model.transformer)
+    if reason is None:
+        _mix_in(model.transformer, Transformer)
+        model.transformer._twin = (_twin(model.transformer, backend),)
+        report.replaced.append(Part("transformer", 1, f"backend {describe(choice, parameter_of(model))}"))
+    else:
+        report.left.append(Part("transformer", 1, reason))
+    body = getattr(model.backbone[0], "body", model.backbone[0])
+    reason = _body_misfit(body)
+    if reason is None:
+        _mix_in(body, ResNetBody)
+        report.replaced.append(Part("backbone", 1, "batch norms folded into the convolutions, channels-last"))
+    else:
+        report.left.append(Part("backbone", 1, reason))
+    report.left.append(Part("position encoding and heads", 1, "the model's own forward computes them"))
+    report.left.append(Part("matcher and loss", 1, "not part of the model: conddetr.accelerate(criterion)"))
+
+
+def accelerate_criterion(criterion: nn.Module, backend: str, report: AccelerationReport) -> None:
+    """As `accelerate_model`, for what `is_criterion` holds."""
+    reason = None
+    if {"labels", "boxes", "cardinality"} != set(criterion.losses):
+        reason = f"its losses are {', '.join(criterion.losses)}; expected labels, boxes, cardinality"
+    elif not all(hasattr(criterion.matcher, f"cost_{name}") for name in ("class", "bbox", "giou")):
+        reason = f"{type(criterion.matcher).__name__} is no matcher by class, L1 and GIoU"
+    elif criterion.focal_alpha != MATCHING_ALPHA:
+        reason = f"focal_alpha {criterion.focal_alpha}: its matcher uses {MATCHING_ALPHA} all the same"
+    if reason is not None:
+        report.left.append(Part("matcher and loss", 1, reason))
+        return
+    _loss_config(criterion, backend)  # refuses a backend that there is not
+    _mix_in(criterion, SetCriterion)
+    criterion.backend = backend
+    report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
+
+
+def _twin(transformer: nn.Module, backend: str) -> OurTransformer:
+    """Ours, with the parameters of theirs: with their very dictionaries, so that it sees whatever happens to them."""
+    twin, theirs = _same_size(transformer, backend), dict(transformer.named_modules())
+    for name, module in twin.named_modules():
+        if module._parameters:
+            module._parameters = theirs[name]._parameters
+    return twin
+
+
+def _same_size(transformer: nn.Module, backend: str) -> OurTransformer:
+    """Ours, without memory."""
+    first = transformer.decoder.layers[0]
+    config = configs.ModelConfig(
+        hidden_dim=transformer.d_model,
+        num_heads=transformer.nhead,
+        encoder_layers=len(transformer.encoder.layers),
+        decoder_layers=len(transformer.decoder.layers),
+        ffn_dim=first.linear1.out_features,
+        dropout=first.dropout.p,
+        backend=backend,
+    )
+    with torch.device("meta"):
+        return OurTransformer(config)
+
+
+def _transformer_misfit(transformer: nn.Module) -> str | None:
+    """The reason why ours is not the same as this one; None where it is."""
+    layers = [*transformer.encoder.layers, *transformer.decoder.layers]
+    if any(layer.normalize_before or layer.activation is not F.relu for layer in layers):
+        return "expected layers that normalise last, with ReLU"
+    if not transformer.decoder.return_intermediate:
+        return "its decoder returns the last layer only (return_intermediate)"
+    rates = {module.p for module in transformer.modules() if isinstance(module, nn.Dropout)}
+    attentions = [layer.self_attn for layer in layers] + [layer.cross_attn for layer in transformer.decoder.layers]
+    rates |= {attention.dropout for attention in attentions}
+    if len(rates) != 1:
+        return f"expected one rate of dropout, got {sorted(rates)}"
+    found, ours = (
+        {name: tuple(x.shape) for name, x in module.named_parameters()}
+        for module in (transformer, _same_size(transformer, "eager"))
+    )
+    different = sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name))
+    return f"{different[0]}: expected {ours.get(different[0])}, got {found.get(different[0])}" if different else None
+
+
+def _body_misfit(body: nn.Module) -> str | None:
+    names = [name for name, _ in body.named_children()]
+    if names != ["conv1", "bn1", "relu", "maxpool", *folding.STAGES]:
+        return f"{type(body).__name__} is no ResNet of torchvision up to {folding.STAGES[-1]}"
+    if not set(getattr(body, "return_layers", [None])) <= set(folding.STAGES):
+        return "expected torchvision's IntermediateLayerGetter that returns whole stages"
+    for block in (block for stage in folding.STAGES for block in body[stage]):
+        if type(block).__name__ not in folding.CONVOLUTIONS or not {n for n, _ in block.named_children()} <= _BLOCK:
+            return f"{type(block).__name__} has parts that a plain ResNet has not"
+    if not all(_is_foldable(*pair) for pair in folding.conv_norm_pairs(body)):
+        return "expected pairs of convolution without bias and frozen batch norm"
+    return None
+
+
+def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
+    is_plain = type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == "zeros"
+    return is_plain and type(norm).__name__ == "FrozenBatchNorm2d"
