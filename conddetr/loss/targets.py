@@ -27,7 +27,9 @@ class PackedTargets:
 
 
 def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | None = None) -> PackedTargets:
-    """Check the objects of a batch and pack them, where they are: on the host, before they are copied.
+    """Check the objects of a batch and pack them, where they are: best on the host, before they are copied.
+
+    Values on a GPU are looked at there, since the host would wait for them: wrong ones stop the device.
 
     Args:
         targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh, finite, sizes ≥ 0.
@@ -52,12 +54,12 @@ def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | N
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     _check_values(labels, boxes, counts, num_classes)
     place = torch.cat([torch.arange(count) + image * capacity for image, count in enumerate(counts)])
-    place = place.to(labels.device)
+    place = place.to(labels.device, non_blocking=True)
     size = len(counts) * capacity
     return PackedTargets(
         labels.new_zeros(size).index_copy(0, place, labels).view(len(counts), capacity),
         boxes.new_zeros(size, 4).index_copy(0, place, boxes).view(len(counts), capacity, 4),
-        torch.tensor(counts, dtype=torch.int32).to(labels.device),
+        torch.tensor(counts, dtype=torch.int32).to(labels.device, non_blocking=True),
         counts,
     )
 
@@ -79,6 +81,10 @@ def _check_values(labels: Tensor, boxes: Tensor, counts: tuple[int, ...], num_cl
     """All at once; the images are only gone through to name the first that is wrong."""
     is_label = (labels >= 0) & (labels < num_classes)
     is_box = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
+    if labels.device.type != "cpu":
+        message = f"targets: expected labels in [0, {num_classes}) and finite boxes with sizes ≥ 0."
+        torch._assert_async((is_label & is_box).all(), message)
+        return
     if bool((is_label & is_box).all()):
         return
     split = [part.split(counts) for part in (labels, boxes, is_label, is_box)]

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from waiting import RefusesToWait, no_synchronisation
 
 import conddetr
 from conddetr.interop.accelerate import accelerate
@@ -316,3 +318,54 @@ def test_the_loss_has_the_backend_asked_for(monkeypatch):
         accelerate(model, backend)
         model(**batch(False))
     assert asked == ["eager", "auto"]
+
+
+def loss_inputs(config, device="cpu"):
+    """Logits and boxes of all layers, and labels of two images."""
+    shape = (config.decoder_layers, 2, config.num_queries)
+    labels = [{"class_labels": torch.arange(n), "boxes": torch.rand(n, 4) * 0.4 + 0.2} for n in (3, 1)]
+    labels = [{name: value.to(device) for name, value in label.items()} for label in labels]
+    return torch.randn(*shape, config.num_labels).to(device), torch.rand(*shape, 4).to(device), labels
+
+
+def test_not_a_number_goes_on_as_with_transformers():
+    """One image of one layer is not finite: the total neither, the other parts as transformers has them."""
+    config = small_config(auxiliary_loss=True)
+    logits, boxes, labels = loss_inputs(config)
+    logits[1, 0] = float("nan")
+    expected, found = (
+        function(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)
+        for function in (DeformableDetrForObjectDetectionLoss, detection_loss)
+    )
+    assert found[0].isnan()
+    for name, value in expected[1].items():
+        if name == "loss_ce_1":
+            assert found[1][name].isnan()
+        elif not name.endswith("_1"):
+            torch.testing.assert_close(found[1][name].float(), value.float(), rtol=1e-5, atol=1e-6)
+
+
+def accelerated_loss(config, logits, boxes, labels):
+    return detection_loss(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes, "triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_loss_waits_for_nothing():
+    """Forward and backward, with labels that are on the GPU already, as the Trainer has them."""
+    config = small_config(auxiliary_loss=True)
+    logits, boxes, labels = loss_inputs(config, "cuda")
+    logits.requires_grad_()
+    accelerated_loss(config, logits, boxes, labels)  # compiles
+    with no_synchronisation():
+        accelerated_loss(config, logits, boxes, labels)[0].backward()
+
+
+def test_loss_on_a_pretended_gpu_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(registry, "why_not", lambda *_: None)
+    config = small_config(auxiliary_loss=True)
+    accelerated_loss(config, *loss_inputs(config))  # builds what is kept
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = loss_inputs(config, "cuda")
+        with RefusesToWait():
+            total, parts, _ = accelerated_loss(config, *inputs)
+    assert all(value.device.type == "cuda" for value in (total, *parts.values()))

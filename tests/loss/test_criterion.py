@@ -1,14 +1,12 @@
 """Losses against the official numbers, against formulas, and on bad input."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 from golden_rule import read_arrays, read_json
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from waiting import RefusesToWait, no_synchronisation
 
 import conddetr
 from conddetr.kernels import registry
@@ -178,33 +176,6 @@ def test_fused_losses_and_gradients_are_the_eager_ones(preset, dtype):
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
-class RefusesToWait(TorchDispatchMode):
-    """Raises at every operation that would make the host wait for a GPU: whatever needs to know a value."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        needs_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
-        if needs_values:
-            raise AssertionError(f"{function} waits for the device")
-        result = function(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if isinstance(result, torch.Tensor) and result.device.type == "cpu":
-            assert all(x.device.type == "cpu" for x in tensors), f"{function} copies to the host"
-        return result
-
-
-@contextlib.contextmanager
-def _no_synchronisation():
-    """On a GPU PyTorch itself refuses."""
-    if DEVICE.type == "cpu":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
 def test_fused_step_waits_for_nothing(preset):
     """Forward and backward, on the machine's own device."""
@@ -212,7 +183,7 @@ def test_fused_step_waits_for_nothing(preset):
     fused, eager = (criterion(preset, backend=backend).to(DEVICE) for backend in ("triton", "eager"))
     packed = fused.pack([target(0, 1), target()], DEVICE)
     made, _ = on(DEVICE, made)
-    with RefusesToWait(), _no_synchronisation():
+    with RefusesToWait(), no_synchronisation():
         fused(made, packed)["loss"].backward()
     with pytest.raises(AssertionError, match="waits for the device"), RefusesToWait():
         eager(made, packed)

@@ -1,7 +1,7 @@
 """The loss of transformers' Conditional DETR, computed by our criterion."""
 
 import importlib.util
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,9 @@ def detection_loss(
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
     """transformers' `DeformableDetrForObjectDetectionLoss`: the same interface and, up to rounding, values.
 
-    Its habits are kept: the classification loss has weight 1 whatever the configuration says, and with several
-    processes the losses are divided by the mean count of objects over the number of processes.
+    Its habits are kept: the classification loss has weight 1 whatever the configuration says, with several processes
+    the losses are divided by the mean count of objects over the number of processes, and predictions that are not
+    finite are matched all the same. On a GPU the host waits for nothing.
 
     Args:
         logits: [B, Q, K].
@@ -46,7 +47,7 @@ def detection_loss(
         The total; the unweighted losses and the cardinality error, by name; the outputs of the earlier layers.
 
     Raises:
-        ValueError: labels do not fit, or predictions are not finite; names the image.
+        ValueError: labels do not fit; names the image. values on a GPU stop the device instead.
     """
     targets = [{"labels": label["class_labels"].long(), "boxes": label["boxes"]} for label in labels]
     auxiliary = []
@@ -59,13 +60,33 @@ def detection_loss(
     normalizer = _normalizer(sum(len(target["labels"]) for target in targets), logits.device)
     found = _criterion(config, backend)(outputs, targets, normalizer)
 
-    # What the cardinality error counts differs between versions of transformers, so theirs counts.
-    counter = DeformableDetrImageLoss(None, config.num_labels, config.focal_alpha, [])
     losses = {}
-    for suffix, layer in [("", {"logits": logits}), *((f"_{i}", layer) for i, layer in enumerate(auxiliary))]:
+    errors = _cardinality_errors(torch.stack([logits, *(layer["logits"] for layer in auxiliary)]), labels)
+    for suffix, error in zip(["", *(f"_{i}" for i in range(len(auxiliary)))], errors, strict=True):
         losses |= {f"{name}{suffix}": found[f"{name}{suffix}"] for name in ("loss_ce", "loss_bbox", "loss_giou")}
-        losses[f"cardinality_error{suffix}"] = counter.loss_cardinality(layer, labels, None, None)["cardinality_error"]
+        losses[f"cardinality_error{suffix}"] = error
     return found["loss"], losses, auxiliary if config.auxiliary_loss else None
+
+
+@torch.no_grad()
+def _cardinality_errors(logits: Tensor, labels: list[dict[str, Tensor]]) -> list[Tensor]:
+    """[L, B, Q, K] -> of each layer, by how many objects its predictions miss the count."""
+    counts = torch.tensor([len(label["class_labels"]) for label in labels], dtype=torch.float32)
+    counts = counts.to(logits.device, non_blocking=True)
+    is_object = logits.amax(-1).sigmoid() > 0.5 if _counts_scores() else logits.argmax(-1) != logits.shape[-1] - 1
+    return list((is_object.sum(-1).float() - counts).abs().mean(-1).unbind())
+
+
+@lru_cache
+def _counts_scores() -> bool:
+    """Whether this version of transformers counts scores above one half; others count best classes but the last.
+
+    It is asked, with one prediction that only the latter count: its own function makes the host wait in every layer.
+    """
+    unlikely = {"logits": torch.tensor([[[-1.0, -2.0]]])}
+    nothing = [{"class_labels": torch.zeros(0, dtype=torch.int64)}]
+    counter = DeformableDetrImageLoss(None, 2, MATCHING_ALPHA, [])
+    return counter.loss_cardinality(unlikely, nothing, None, None)["cardinality_error"].item() == 0
 
 
 def _criterion(config: object, backend: str) -> Criterion:
@@ -84,7 +105,8 @@ def _criterion(config: object, backend: str) -> Criterion:
     )
 
 
-_build_criterion = lru_cache(maxsize=8)(build_criterion)
+# transformers replaces costs that are not finite and goes on.
+_build_criterion = lru_cache(maxsize=8)(partial(build_criterion, check_finite=False))
 
 
 def _normalizer(count: int, device: torch.device) -> Tensor:
