@@ -69,15 +69,16 @@ def assign(
     """
     queries = logits.shape[2]
     cost = matching_cost(logits.detach(), boxes.detach(), targets, config, backend)
-    choice = choose(backend, cost.device, cost.dtype)
-    if choice != "eager" and max(targets.counts) > queries:
-        if backend != "auto":
-            image = targets.counts.index(max(targets.counts))
-            raise ValueError(
-                f"targets[{image}]: {targets.counts[image]} objects, the model has {queries} queries: raise its "
-                "num_queries, or build the criterion with backend='eager', which matches the best of them."
-            )
-        choice = "eager"
+    most = max(targets.counts)
+    if most > queries and backend == "auto":
+        backend = "eager"
+    choice = choose(backend, cost.device, cost.dtype, queries)
+    if choice != "eager" and most > queries:
+        image = targets.counts.index(most)
+        raise ValueError(
+            f"targets[{image}]: {most} objects, the model has {queries} queries: raise its "
+            "num_queries, or build the criterion with backend='eager', which matches the best of them."
+        )
     if choice != "triton" if check_finite is None else check_finite:
         _refuse_non_finite(cost)
     return linear_assignment(cost, targets.device_counts, choice)

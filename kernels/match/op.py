@@ -44,14 +44,18 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     return registry.operators(choice).linear_assignment(cost.contiguous(), counts.contiguous())
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that `linear_assignment` takes for costs of a device and dtype, sizes permitting."""
+def choose(backend: str, device: torch.device, dtype: torch.dtype, queries: int = 1) -> str:
+    """The implementation that `linear_assignment` takes for costs of a device, dtype and number of queries, as long as
+    no image has more objects.
+    """
     offered = registry.BACKENDS if device.type == "cpu" else registry.WITHOUT_NATIVE
-    return registry.choose(backend, device, dtype, offered).backend
+    choice = registry.choose(backend, device, dtype, offered).backend
+    is_too_wide = choice == "triton" and queries > MAX_QUERIES
+    return "eager" if backend == "auto" and is_too_wide else choice
 
 
 def _choose(cost: Tensor, counts: Tensor, backend: str) -> str:
-    choice = choose(backend, cost.device, cost.dtype)
+    choice = choose(backend, cost.device, cost.dtype, cost.shape[-1])
     reason = None
     if choice == "triton" and cost.dtype != torch.float32:
         reason = f"cost must be torch.float32, got {cost.dtype}."

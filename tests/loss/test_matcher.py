@@ -7,8 +7,10 @@ import torch
 from golden_rule import read_arrays
 
 from conddetr.config import resolve
+from conddetr.kernels import registry
 from conddetr.kernels.cost import focal_cost
-from conddetr.loss.matcher import match, matching_cost
+from conddetr.kernels.match.op import MAX_QUERIES
+from conddetr.loss.matcher import assign, match, matching_cost
 from conddetr.loss.targets import pack_targets
 
 CONDITIONAL, DETR = resolve("conditional-detr-r50"), resolve("detr-r50")
@@ -74,6 +76,18 @@ def test_focal_cost_is_the_formula():
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
     found = focal_cost(logits, 0.25, 2.0)
     torch.testing.assert_close(found, positive - negative, atol=1e-9, rtol=1e-9)
+
+
+def test_more_queries_than_the_kernel_takes(monkeypatch):
+    """Where `auto` would take the kernel, it falls back, as `linear_assignment` itself does."""
+    monkeypatch.setattr(registry, "why_not", lambda backend, *_: None if backend != "native" else "not asked for")
+    logits, boxes = torch.randn(1, 1, MAX_QUERIES + 1, 91), torch.rand(1, 1, MAX_QUERIES + 1, 4)
+    targets = pack_targets([{"labels": torch.tensor([1, 5]), "boxes": torch.rand(2, 4)}], 91)
+    found = assign(logits, boxes, targets, CONDITIONAL)
+    assert torch.equal(found, assign(logits, boxes, targets, CONDITIONAL, "eager"))
+    assert (found >= 0).sum() == 2
+    with pytest.raises(registry.BackendError, match=f"at most {MAX_QUERIES} queries, got {MAX_QUERIES + 1}"):
+        assign(logits, boxes, targets, CONDITIONAL, "triton")
 
 
 def test_not_a_number_names_layer_and_image():
