@@ -24,6 +24,9 @@ class Nested(NamedTuple):
     tensors: torch.Tensor
     mask: torch.Tensor
 
+    def decompose(self):
+        return self.tensors, self.mask
+
 
 def nest(images):
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
@@ -44,8 +47,9 @@ class Backbone(nn.Module):
         self.num_channels = 2048
 
     def forward(self, nested):
-        maps = self.body(nested.tensors)
-        resize = lambda x: F.interpolate(nested.mask[None].float(), size=x.shape[-2:])[0].bool()  # noqa: E731
+        images, mask = nested.decompose()
+        maps = self.body(images)
+        resize = lambda x: F.interpolate(mask[None].float(), size=x.shape[-2:])[0].bool()  # noqa: E731
         return {name: Nested(x, resize(x)) for name, x in maps.items()}
 
 

@@ -1,12 +1,14 @@
 """Whole models from one implementation to the other, each with a report of how far their outputs differ."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from conddetr.interop.accelerated.official import is_model
 from conddetr.interop.huggingface import from_huggingface, to_huggingface
-from conddetr.interop.official import load_weights
+from conddetr.interop.official import identify, load_weights
 from conddetr.model.detr import DETR
 from conddetr.zoo import build
 
@@ -27,6 +29,16 @@ class ParityReport:
         )
 
 
+class _Nested(NamedTuple):
+    """What the official code's `NestedTensor` offers a model."""
+
+    tensors: Tensor
+    mask: Tensor
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        return self.tensors, self.mask
+
+
 @torch.no_grad()
 def parity(
     model_a: nn.Module, model_b: nn.Module, images: Tensor | None = None, mask: Tensor | None = None
@@ -34,7 +46,8 @@ def parity(
     """Run two detectors in evaluation mode on the same images and compare what they predict.
 
     Args:
-        model_a, model_b: ours or transformers' `ConditionalDetrForObjectDetection`, on one device, of one dtype.
+        model_a, model_b: ours, the official repository's, or transformers' `ConditionalDetrForObjectDetection`, on
+            one device, of one dtype.
         images: [B, 3, H, W], normalised; default: two of noise, 128×160, of which the second is padded.
         mask: [B, H, W] bool, True = padding; None: nothing is, unless the images are the default ones.
     """
@@ -60,16 +73,61 @@ def _predict(model: nn.Module, images: Tensor, mask: Tensor) -> dict[str, Tensor
         if isinstance(model, DETR):
             out = model(images, mask)
             return {"pred_logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]}
+        if is_model(model):
+            out = model(_Nested(images, mask))
+            return {"pred_logits": out["pred_logits"], "pred_boxes": out["pred_boxes"]}
         out = model(pixel_values=images, pixel_mask=(~mask).long())
         return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
     finally:
         model.train(was_training)
 
 
+def convert_from_official(model: nn.Module) -> tuple[DETR, ParityReport]:
+    """Our model with the weights of the official repository's `ConditionalDETR`; names and shapes are the same.
+
+    Args:
+        model: with a ResNet-50 or ResNet-101, dilated or not; not changed.
+
+    Returns:
+        Ours, on the same device, in evaluation mode; and the parity of the two.
+
+    Raises:
+        ValueError: the weights are none of such a model; says what does not fit.
+    """
+    state, transformer = model.state_dict(), model.transformer
+    converted = build(
+        "conditional-detr-r50",
+        **identify(state),
+        dilation=model.backbone[0].body["layer4"][1].conv2.dilation != (1, 1),
+        num_heads=transformer.nhead,
+        encoder_layers=len(transformer.encoder.layers),
+        decoder_layers=len(transformer.decoder.layers),
+        ffn_dim=transformer.decoder.layers[0].linear1.out_features,
+        dropout=float(transformer.decoder.layers[0].dropout.p),
+    )
+    load_weights(converted, state)
+    converted.to(next(model.parameters())).eval()
+    return converted, parity(model, converted)
+
+
+def convert_to_official(model: DETR, official: nn.Module) -> ParityReport:
+    """Our weights into a model that the official repository's `build_model` made, in place.
+
+    Returns:
+        The parity of the two.
+
+    Raises:
+        ValueError: its names or shapes are others (it is unchanged); says which.
+    """
+    load_weights(official, model.state_dict())
+    return parity(model, official)
+
+
 def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
     """Our model with the weights of transformers' `ConditionalDetrForObjectDetection`.
 
-    The settings of its loss are not taken over: ours has those of the paper.
+    The settings of its loss are not taken over: ours has those of the paper. In training, `dropout` is that of
+    attention and of the feed-forward's inside too, as in the official code; transformers has rates of their own there.
 
     Args:
         model: with timm's ResNet-50 or ResNet-101; not changed.
@@ -80,7 +138,8 @@ def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
         shows a difference, and the official code's outputs are ours.
 
     Raises:
-        ValueError: it has another backbone, or encoder and decoder differ in heads or width; says which.
+        ValueError: it has another backbone, activation or position encoding, or encoder and decoder differ in heads
+            or width; says which.
     """
     config = model.config
     for encoder, decoder in (
@@ -91,6 +150,9 @@ def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
             raise ValueError(
                 f"{encoder} {getattr(config, encoder)} and {decoder} {getattr(config, decoder)}: expected equal ones."
             )
+    for name, expected in (("activation_function", "relu"), ("position_embedding_type", "sine")):
+        if getattr(config, name) != expected:
+            raise ValueError(f"{name}: expected {expected}, which ours has, got {getattr(config, name)}.")
     converted = build(
         "conditional-detr-r50",
         backbone=_backbone_name(config),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_rule import read_json
+from official_contract import ConditionalDETR, Transformer, with_rule_weights
 
 import conddetr
 from conddetr import interop
@@ -78,6 +79,33 @@ def test_models_there_and_back():
     assert report.differences["pred_logits"] == pytest.approx(1, abs=1e-4)
     assert report.differences["pred_boxes"] < 1e-5
     assert "pred_logits: largest difference 1.0e+00" in str(report)
+
+
+def test_official_models_there_and_back():
+    model = ConditionalDETR(Transformer(layers=1, ffn=64), num_classes=6, num_queries=10)
+    with_rule_weights(model)
+    ours, report = interop.convert_from_official(model)
+    assert report.differences["pred_logits"] < 1e-4 < 1 < report.magnitudes["pred_logits"]
+    assert report.differences["pred_boxes"] < 1e-5
+    with torch.no_grad():
+        ours.class_embed.bias += 1
+    assert interop.parity(model, ours).differences["pred_logits"] == pytest.approx(1, abs=1e-4)
+    assert interop.convert_to_official(ours, model).differences["pred_logits"] < 1e-4
+    state = ours.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"class_embed.weight: expected \(6, 256\), got \(91, 256\)"):
+        interop.convert_to_official(conddetr.build("conditional-detr-r50"), model)
+
+
+@pytest.mark.parametrize(("name", "value"), [("activation_function", "gelu"), ("position_embedding_type", "learned")])
+def test_what_would_change_the_outputs_is_refused(name, value):
+    pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
+    pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
+    peer, _ = interop.convert_to_huggingface(small_resnet_model())
+    setattr(peer.config, name, value)
+    with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+        interop.convert_from_huggingface(peer)
 
 
 @pytest.mark.parametrize(
