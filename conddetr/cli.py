@@ -364,6 +364,8 @@ def _env(options: argparse.Namespace) -> None:
         table.add_column(column)
     for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
+    for operation in ("focal_loss", "matched_box_loss", "matching_cost"):
+        table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
     table.add_row("linear_assignment", *[choose("auto", device, torch.float32)] * len(dtypes))
     console.print(table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
