@@ -22,8 +22,8 @@ def matched_box_loss(
         backend: `auto`, `triton` or `eager`.
 
     Returns:
-        L1 and GIoU loss, [L] each, float32 (float64 if `boxes` is). They and their gradients are finite for
-        coordinates up to 1e18.
+        L1 and GIoU loss, [L] each, float32 (float64 if `boxes` is). They and their gradients are finite for finite
+        boxes, unless the L1 distance itself exceeds the dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+SMALL = 1e-19
+"""Lengths below it, and areas below this part of the hull's, count as none: gradients go with their inverse, and those
+with that of the product."""
 
-def area_ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole; where the whole is no area, 0 and without gradient: 1/0 has no place in either."""
-    tiny = torch.finfo(whole.dtype).tiny
-    return torch.where(whole < tiny, 0.0, part / whole.clamp(min=tiny))
+
+def corners(boxes: Tensor) -> Tensor:
+    """(cx, cy, w, h) -> a quarter of (x0, y0, x1, y1), [..., 4]: exact, and finite for every finite box."""
+    return box_convert(0.25 * boxes, "cxcywh", "xyxy")
 
 
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -21,21 +24,27 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
         a, b: [..., 4] xyxy with x1 ≥ x0 and y1 ≥ y0, floating.
 
     Returns:
-        [...] in [-1, 1]. Finite, like its gradient, also for boxes without area.
+        [...] in [-1, 1]. Finite, like its gradient, also for boxes without area, and for all whose differences are.
 
     Source: Rezatofighi et al., CVPR 2019.
     """
     # By coordinate: products over a last dimension of two are slow, forward and more so backward.
     ax0, ay0, ax1, ay1 = a.unbind(-1)
     bx0, by0, bx1, by1 = b.unbind(-1)
-    # Not `clamp`, whose gradient at 0 is not the same in all versions of PyTorch: boxes that just touch have none.
-    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).relu()
-    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).relu()
-    intersection = width * height
-    union = (ax1 - ax0) * (ay1 - ay0) + (bx1 - bx0) * (by1 - by0) - intersection
     hull_width = torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)
-    hull = hull_width * (torch.maximum(ay1, by1) - torch.minimum(ay0, by0))
-    return area_ratio(intersection, union) - area_ratio(hull - union, hull)
+    hull_height = torch.maximum(ay1, by1) - torch.minimum(ay0, by0)
+    is_area = (hull_width >= SMALL) & (hull_height >= SMALL)
+    # In units of the hull, so that no product overflows.
+    hull_width, hull_height = (torch.where(is_area, x, 1.0) for x in (hull_width, hull_height))
+    # Not `clamp`, whose gradient at 0 is not the same in all versions of PyTorch: boxes that just touch have none.
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).relu() / hull_width
+    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).relu() / hull_height
+    intersection = width * height
+    area_a = (ax1 - ax0) / hull_width * ((ay1 - ay0) / hull_height)
+    area_b = (bx1 - bx0) / hull_width * ((by1 - by0) / hull_height)
+    union = area_a + area_b - intersection
+    iou = torch.where(union < SMALL, 0.0, intersection / union.clamp(min=SMALL))
+    return torch.where(is_area, iou + union - 1, 0.0)
 
 
 def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +53,7 @@ def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tupl
     layer, image, query = matched = (assignment >= 0).nonzero(as_tuple=True)
     predicted = boxes[layer, image, query].to(dtype)
     wanted = objects[image, assignment[matched]].to(dtype)
-    giou = generalized_iou(box_convert(predicted, "cxcywh", "xyxy"), box_convert(wanted, "cxcywh", "xyxy"))
+    giou = generalized_iou(corners(predicted), corners(wanted))
     per_query = boxes.new_zeros((2, *assignment.shape), dtype=dtype)
     losses = torch.stack([(predicted - wanted).abs().sum(-1), 1 - giou])
     # Not `index_add`: its order is not fixed on a GPU.

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.boxes import reference
+
 BLOCK = 128
 """Predictions per program."""
+SMALL = tl.constexpr(reference.SMALL)
 
 
 @triton.jit
@@ -26,29 +29,50 @@ def load_box(boxes, index, mask):
 
 
 @triton.jit
+def ends(center, size):
+    """Where a box begins and ends on one axis, over four: exact, and finite for every finite box."""
+    return 0.25 * center - 0.125 * size, 0.25 * center + 0.125 * size
+
+
+@triton.jit
 def extents(center_a, size_a, center_b, size_b):
-    """On one axis: lengths of a and b from corner to corner, of their intersection, and of their hull."""
-    a0, a1 = center_a - 0.5 * size_a, center_a + 0.5 * size_a
-    b0, b1 = center_b - 0.5 * size_b, center_b + 0.5 * size_b
+    """On one axis: lengths of a and b from corner to corner, of their intersection, and of their hull; over four."""
+    a0, a1 = ends(center_a, size_a)
+    b0, b1 = ends(center_b, size_b)
     shared = tl.maximum(tl.minimum(a1, b1) - tl.maximum(a0, b0), 0.0)
     return a1 - a0, b1 - b0, shared, tl.maximum(a1, b1) - tl.minimum(a0, b0)
 
 
 @triton.jit
+def relative_extents(ax, ay, aw, ah, bx, by, bw, bh):
+    """On both axes: the hull's length, and those of a, b and their intersection in its units, so that no product
+    overflows; and whether the hull has an area. If not, its lengths are 1.
+    """
+    width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
+    height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
+    is_area = (hull_width >= SMALL) & (hull_height >= SMALL)
+    hull_width, hull_height = tl.where(is_area, hull_width, 1.0), tl.where(is_area, hull_height, 1.0)
+    width_a, width_b, width = width_a / hull_width, width_b / hull_width, width / hull_width
+    height_a, height_b, height = height_a / hull_height, height_b / hull_height, height / hull_height
+    return width_a, width_b, width, hull_width, height_a, height_b, height, hull_height, is_area
+
+
+@triton.jit
 def area_ratio(part, whole):
-    """part / whole; 0 where the whole is no area (below the smallest normal number)."""
-    is_area = whole >= 1.1754943508222875e-38
+    """part / whole; 0 where the whole is no area."""
+    is_area = whole >= SMALL
     return tl.where(is_area, part / tl.where(is_area, whole, 1.0), 0.0)
 
 
 @triton.jit
 def generalized_iou(ax, ay, aw, ah, bx, by, bw, bh):
     """Of boxes (cx, cy, w, h) that broadcast against each other."""
-    width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
-    height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
-    intersection, hull = width * height, hull_width * hull_height
+    width_a, width_b, width, _, height_a, height_b, height, _, is_area = relative_extents(
+        ax, ay, aw, ah, bx, by, bw, bh
+    )
+    intersection = width * height
     union = width_a * height_a + width_b * height_b - intersection
-    return area_ratio(intersection, union) - area_ratio(hull - union, hull)
+    return tl.where(is_area, area_ratio(intersection, union) + union - 1.0, 0.0)
 
 
 @triton.jit
@@ -60,12 +84,12 @@ def above(a, b):
 @triton.jit
 def axis_gradient(center_a, size_a, center_b, size_b, by_length, by_shared, by_hull):
     """Gradients of a's center and size, from those of the lengths that `extents` returns of it."""
-    a0, a1 = center_a - 0.5 * size_a, center_a + 0.5 * size_a
-    b0, b1 = center_b - 0.5 * size_b, center_b + 0.5 * size_b
+    a0, a1 = ends(center_a, size_a)
+    b0, b1 = ends(center_b, size_b)
     by_shared = tl.where(tl.minimum(a1, b1) > tl.maximum(a0, b0), by_shared, 0.0)
     by_a0 = -by_length - by_shared * above(a0, b0) - by_hull * above(b0, a0)
     by_a1 = by_length + by_shared * above(b1, a1) + by_hull * above(a1, b1)
-    return by_a0 + by_a1, 0.5 * (by_a1 - by_a0)
+    return 0.25 * (by_a0 + by_a1), 0.125 * (by_a1 - by_a0)
 
 
 @triton.jit
@@ -111,15 +135,21 @@ def box_loss_backward_kernel(
     )
     of_l1 = tl.load(grad_loss + 2 * tl.program_id(1))
     of_giou = -tl.load(grad_loss + 2 * tl.program_id(1) + 1)
-    width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
-    height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
-    intersection, hull = width * height, hull_width * hull_height
+    width_a, width_b, width, hull_width, height_a, height_b, height, hull_height, is_area = relative_extents(
+        ax, ay, aw, ah, bx, by, bw, bh
+    )
+    of_giou = tl.where(is_area, of_giou, 0.0)
+    intersection = width * height
     union = width_a * height_a + width_b * height_b - intersection
-    by_union = of_giou * (area_ratio(1.0, hull) - area_ratio(area_ratio(intersection, union), union))
+    by_union = of_giou * (1.0 - area_ratio(area_ratio(intersection, union), union))
     by_intersection = of_giou * area_ratio(1.0, union) - by_union
-    by_hull = -of_giou * area_ratio(area_ratio(union, hull), hull)
-    by_cx, by_w = axis_gradient(ax, aw, bx, bw, by_union * height_a, by_intersection * height, by_hull * hull_height)
-    by_cy, by_h = axis_gradient(ay, ah, by, bh, by_union * width_a, by_intersection * width, by_hull * hull_width)
+    # Gradients of both axes' lengths in units of the hull; then of the lengths, and of what they are divided by.
+    by_width, by_shared_width = by_union * height_a, by_intersection * height
+    by_hull = -(by_width * width_a + by_union * height_b * width_b + by_shared_width * width) / hull_width
+    by_cx, by_w = axis_gradient(ax, aw, bx, bw, by_width / hull_width, by_shared_width / hull_width, by_hull)
+    by_height, by_shared_height = by_union * width_a, by_intersection * width
+    by_hull = -(by_height * height_a + by_union * width_b * height_b + by_shared_height * height) / hull_height
+    by_cy, by_h = axis_gradient(ay, ah, by, bh, by_height / hull_height, by_shared_height / hull_height, by_hull)
     dtype = grad.dtype.element_ty
     tl.store(grad + 4 * index, tl.where(is_matched, by_cx + of_l1 * sign(ax - bx), 0.0).to(dtype), mask=inside)
     tl.store(grad + 4 * index + 1, tl.where(is_matched, by_cy + of_l1 * sign(ay - by), 0.0).to(dtype), mask=inside)

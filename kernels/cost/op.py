@@ -42,7 +42,8 @@ def matching_cost(
         backend: `auto`, `triton` or `eager`.
 
     Returns:
-        [L, B, N, Q] float32 (float64 if `logits` is), contiguous; zeros past an image's count.
+        [L, B, N, Q] float32 (float64 if `logits` is), contiguous; zeros past an image's count. Finite for finite
+        input: what exceeds the dtype is its largest number.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.

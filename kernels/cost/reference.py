@@ -8,9 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert
 
-from conddetr.kernels.boxes.reference import generalized_iou
+from conddetr.kernels.boxes.reference import corners, generalized_iou
 
 
 def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -52,7 +51,7 @@ def matching_cost(
         cost = -(picked - log_total.to(dtype).unsqueeze(-2)).exp()
     boxes, objects = boxes.to(dtype).unsqueeze(-3), objects.to(dtype).unsqueeze(-2)
     bbox_cost = sum((a - b).abs() for a, b in zip(boxes.unbind(-1), objects.unbind(-1), strict=True))
-    giou = generalized_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(objects, "cxcywh", "xyxy"))
-    cost = weights[0] * cost + weights[1] * bbox_cost - weights[2] * giou
+    giou = generalized_iou(corners(boxes), corners(objects))
+    cost = (weights[0] * cost + weights[1] * bbox_cost - weights[2] * giou).clamp(max=torch.finfo(dtype).max)
     is_padding = torch.arange(labels.shape[1], device=counts.device) >= counts[:, None]
     return cost.masked_fill(is_padding[:, :, None], 0.0).contiguous()

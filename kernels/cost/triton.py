@@ -14,6 +14,7 @@ from conddetr.kernels.focal.triton import logistic
 
 BLOCK_N, BLOCK_Q = 16, 64
 """Objects and queries per program."""
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -55,6 +56,8 @@ def cost_kernel(
     bx, by, bw, bh = bx[:, None], by[:, None], bw[:, None], bh[:, None]
     l1 = tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh)
     value = class_weight * value + bbox_weight * l1 - giou_weight * generalized_iou(ax, ay, aw, ah, bx, by, bw, bh)
+    # Not `minimum`, which may lose NaN.
+    value = tl.where(value > LARGEST, LARGEST, value)
     offset = (problem * capacity + item)[:, None] * queries + query[None, :]
     tl.store(cost + offset, tl.where(inside, value, 0.0), mask=(item < capacity)[:, None] & is_query[None, :])
 

@@ -25,8 +25,8 @@ def focal_loss(
         backend: `auto`, `triton` or `eager`.
 
     Returns:
-        [L] float32 (float64 if `logits` is). It and its gradient are finite for finite logits (`eager`:
-        up to 2e38), unless the sum itself exceeds the dtype.
+        [L] float32 (float64 if `logits` is). It and its gradient are finite for finite logits, unless the sum itself
+        exceeds the dtype.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.

@@ -4,6 +4,8 @@ Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5
 Conditional DETR, before its division by the number of boxes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,10 @@ def class_weights(alpha: float) -> tuple[float, float]:
 
 def modulated_loss(logits: Tensor, gamma: float) -> Tensor:
     """σ(x)^γ · log(1 + e^x), elementwise: the loss of a class that is absent. That of one present is it of -x."""
+    # Beyond the bound σ is 0 or 1 to rounding, and its gradient 0, which a product with the loss's must not spoil.
+    bound = -math.log(torch.finfo(logits.dtype).tiny)
     # The default threshold of 20 is too coarse for float64.
-    return logits.sigmoid() ** gamma * F.softplus(logits, threshold=40)
+    return logits.clamp(-bound, bound).sigmoid() ** gamma * F.softplus(logits, threshold=40)
 
 
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -70,6 +70,20 @@ def test_extreme_logits_stay_finite(backend, device):
     assert (cost[0, 0, 0, 1:] <= cost[0, 0, 0, :-1]).all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's: beyond the dtype is its end
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("size", [1e20, torch.finfo(torch.float32).max])
+def test_huge_boxes_stay_finite_and_not_a_number_shows(size, backend, device):
+    boxes = torch.tensor([[size, size, size, size], [-size, -size, size, size]], device=device).view(1, 1, 2, 4)
+    logits, labels = torch.zeros(1, 1, 2, 1, device=device), torch.zeros(1, 2, dtype=torch.int64, device=device)
+    rest = (labels, boxes[0], torch.full((1,), 2, dtype=torch.int32, device=device))
+    cost = matching_cost(logits, boxes, *rest, backend=backend)
+    assert torch.isfinite(cost).all()
+    assert (cost[0, 0].diagonal() < 0).all(), "equal boxes: only the GIoU and the class count"
+    assert (cost[0, 0, [0, 1], [1, 0]] >= size).all()
+    assert matching_cost(logits, boxes * float("nan"), *rest, backend=backend).isnan().all()
+
+
 def test_a_label_that_is_no_class_never_reads_outside(device):
     logits, boxes, labels, objects, counts = (x.to(device) for x in case(dtype=torch.float32))
     found = [matching_cost(logits, boxes, x, objects, counts, backend="triton") for x in (labels + 99, labels * 0 + 4)]

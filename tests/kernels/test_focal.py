@@ -63,9 +63,10 @@ def test_kernels_match_the_reference(shape, alpha, gamma, dtype, device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on the way to exp(-inf)
-@pytest.mark.parametrize(("backend", "largest"), [("eager", 1e38), ("triton", 3e38)])
-def test_extreme_logits_stay_finite(backend, largest, device):
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_extreme_logits_stay_finite(backend, device):
     """Each logit alone, against the two limits of the formula: 0 where it is right, |x| times a weight where not."""
+    largest = torch.finfo(torch.float32).max
     extremes = torch.tensor([-largest, -1e4, -104.0, 104.0, 1e4, largest], device=device)
     logits = extremes.view(-1, 1, 1).requires_grad_()
     for target, weight in ((0, 0.25), (-1, 0.75)):
