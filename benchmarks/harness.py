@@ -162,10 +162,13 @@ def measure(
         runs: implementation → what to time.
         options: `rounds` calls of each (fewer where they take more than 20 s in all, but 3), `cudagraph`.
         work: of the problem.
-        refused: implementations not among `runs`, with the reason.
+        refused: implementations not among `runs`, with the reason. On a GPU those that need more memory than it has
+            join them.
     """
-    refused = dict(refused)
-    peak = {name: _peak_extra_bytes(run) for name, run in runs.items()} if DEVICE.type == "cuda" else {}
+    refused, peak = dict(refused), {}
+    if DEVICE.type == "cuda":
+        peak = _peaks(runs, refused)
+        runs = {name: runs[name] for name in peak}
     if options.cudagraph:
         runs = _captured(runs, refused)
     timed = clock()
@@ -197,6 +200,18 @@ def _captured(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, Run]:
             continue
         replays[name] = graph.replay
     return replays
+
+
+def _peaks(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, int]:
+    """Memory of each; those that run out of it go to `refused`."""
+    peaks = {}
+    for name, run in runs.items():
+        try:
+            peaks[name] = _peak_extra_bytes(run)
+        except torch.cuda.OutOfMemoryError as error:
+            refused[name] = str(error).splitlines()[0]
+            torch.cuda.empty_cache()
+    return peaks
 
 
 def _peak_extra_bytes(run: Run) -> int:

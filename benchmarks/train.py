@@ -142,10 +142,11 @@ def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool
     return Trained(model, losses, step, optimizer)
 
 
-def ours(model: conddetr.DETR, problem: Problem, batch: Batch, compiled: bool) -> Trained:
-    """The step of `conddetr train`."""
+def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str) -> Trained:
+    """The step of `conddetr train`; its form is `compiled`, `CUDA graphs` or neither."""
     precision = "bfloat16" if problem.dtype == torch.bfloat16 else "float32"
-    config = TrainConfig(lr=1e-5, precision=precision, compile=compiled)
+    options = {"compile": form == "compiled", "cuda_graphs": form == "CUDA graphs"}
+    config = TrainConfig(lr=1e-5, precision=precision, **options)
     stepper = Stepper(model, config, DEVICE, steps_per_epoch=1)
     losses = partial(our_losses, model, problem, batch)
     return Trained(model, losses, lambda: stepper([batch], 0), stepper.optimizer)
@@ -175,11 +176,11 @@ def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dic
         except registry.BackendError as error:
             refused[f"{OURS}, {backend}"] = str(error)
             continue
-        for is_compiled in (False, True)[: 1 + compiled]:
+        for form in ["", *["compiled"] * compiled, *["CUDA graphs"] * (DEVICE.type == "cuda")]:
             model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
             model.load_state_dict(state)
-            name = f"{OURS}, {backend}{', compiled' * is_compiled}"
-            made[name] = ours(model, problem, batch, is_compiled)
+            name = ", ".join(filter(None, (OURS, backend, form)))
+            made[name] = ours(model, problem, batch, form)
     return made, refused
 
 
@@ -234,8 +235,9 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
     check(made, problem.dtype)
     runs = {name: trained.step for name, trained in made.items()}
     result = with_host_memory(measure(problem.title, runs, options, problem.work(), refused), runs)
-    # Hooks inside a compiled model would cut it in pieces.
-    parts = {name: breakdown(trained) for name, trained in made.items() if "compiled" not in name}
+    # Hooks inside a compiled model would cut it in pieces; a replayed graph calls none.
+    whole = [name for name in result.seconds if "compiled" not in name and "CUDA graphs" not in name]
+    parts = {name: breakdown(made[name]) for name in whole}
     return replace(result, images=problem.batch, parts=parts)
 
 

@@ -24,6 +24,18 @@ def test_samples_are_the_time_of_the_call():
     assert min(result.seconds["short"]) < 0.01
 
 
+def test_too_little_memory_is_a_refusal(monkeypatch):
+    def peak(run):
+        if run is None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand much more")
+        return 5
+
+    monkeypatch.setattr(harness, "_peak_extra_bytes", peak)
+    refused = {"other": "not installed"}
+    assert harness._peaks({"small": lambda: None, "big": None}, refused) == {"small": 5}
+    assert refused == {"other": "not installed", "big": "CUDA out of memory. Tried to allocate 9 GiB."}
+
+
 def test_reasons_are_pytorchs_own():
     def forced():
         warnings.warn("Flash attention kernel not used because: (Triggered internally at sdp.h:1.)", stacklevel=1)
