@@ -5,10 +5,15 @@
     python benchmarks/convergence.py --small --at-most 1 # one more training, then stop
 
 Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
-best of five learning rates, by the training loss at the end of short runs. On a CPU trainings run side by side, one
-per core, so seconds are those of one thread. What is trained is kept after each run in
-`results/paper/convergence-<plan>.json`: called again, the script goes on with what is missing. The images are the
-synthetic shapes, or those of `--coco-path DIR`.
+best of three learning rates, by the training loss at the end of short runs. Trainings run side by side, on a CPU one
+per core, so seconds are those of one thread, on a GPU of a share of it. What is trained is kept after each run in
+`results/paper/convergence-<plan>.json`: interrupted and called again, the script goes on with the trainings that are
+missing or failed. The best weights of the first seed of either family stay in `runs/convergence/<plan>`. The images
+are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
+
+The small plan is 6 short runs of 200 steps and 6 of 2400: 15,600 steps, two at a time, which is 18 minutes at 0.14 s
+per step, to which drawing and evaluation add one. The plan for a GPU is 85,200 steps, four at a time, of which the
+longest training has 19,200 and begins first: at most 9 minutes where each of the four makes 50 steps per second.
 """
 
 import argparse
@@ -18,11 +23,15 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,6 +41,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from harness import RESULTS, console
 from machine import DEVICE, environment
@@ -43,12 +53,16 @@ import conddetr
 from conddetr.data.coco import coco_split
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform, TrainTransform
+from conddetr.engine.checkpoint import BEST, read_checkpoint
 from conddetr.engine.config import RunConfig, tiny_train_config
+from conddetr.engine.distributed import InterruptedRunError
 from conddetr.engine.trainer import Trainer
 
-RATES = (7e-5, 1.5e-4, 3e-4, 7e-4, 1.5e-3)
-"""Learning rates among which each family's is chosen."""
 METRICS = ("AP", "AP50")
+KEPT = Path(__file__).parent.parent / "runs" / "convergence"
+"""A folder per plan, with the weights that `figure1.py` draws."""
+GPU_PROCESSES = 4
+"""Trainings side by side on one GPU: a step of so small a model does not fill it."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +102,20 @@ class Plan:
     epochs: int
     lr_drop: int
     probe_epochs: int
-    backend: str
+    rates: tuple[float, ...] = (1.5e-4, 7e-4, 1.5e-3)
+    """Learning rates among which each family's is chosen, ascending."""
+    backend: str = "auto"
     coco_path: str = ""
     train_images: int = 1600
-    """Synthetic images per epoch; never one twice."""
+    """Synthetic images per epoch; never one twice in the plan's epochs, then the same again."""
     val_images: int = 200
     batch_size: int = 8
     eval_every: int = 2
 
 
 PLANS = {
-    "small": Plan("small", PAIR, epochs=12, lr_drop=10, probe_epochs=2, backend="eager"),
-    "gpu": Plan("gpu", PAIR + ABLATIONS, epochs=12, lr_drop=10, probe_epochs=2, backend="auto"),
+    "small": Plan("small", PAIR, epochs=12, lr_drop=10, probe_epochs=1),
+    "gpu": Plan("gpu", PAIR + ABLATIONS, epochs=12, lr_drop=10, probe_epochs=1),
 }
 
 
@@ -122,27 +138,35 @@ class Training:
 def probes(plan: Plan) -> list[Training]:
     """Short runs that decide the learning rate of each family: its first arm, every rate."""
     first = {arm.family: arm for arm in reversed(plan.arms)}
-    return [Training(arm, lr, 0, plan.probe_epochs, True) for arm in reversed(first.values()) for lr in RATES]
+    return [Training(arm, lr, 0, plan.probe_epochs, True) for arm in reversed(first.values()) for lr in plan.rates]
 
 
 def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
     """The rate with the least training loss at the end of the short runs, of families whose short runs are done."""
     rates = {}
     for arm in plan.arms:
-        losses = {run["lr"]: run["curve"][-1]["loss"] for run in runs if run["probe"] and run["arm"] == arm.name}
-        if len(losses) == len(RATES):
+        losses = probe_losses(arm.name, runs)
+        if len(losses) == len(plan.rates) and min(losses.values()) < math.inf:
             rates[arm.family] = min(losses, key=losses.get)
     return rates
 
 
+def probe_losses(arm: str, runs: list[dict]) -> dict[float, float]:
+    """Learning rate → training loss at the end of the arm's short run; infinite where that failed."""
+    short = [run for run in runs if run["probe"] and run["arm"] == arm]
+    return {run["lr"]: math.inf if "failed" in run else run["curve"][-1]["loss"] for run in short}
+
+
 def trainings(plan: Plan, rates: dict[str, float]) -> list[Training]:
-    """The runs that are compared, of families whose rate is known; every arm once, then again with other seeds."""
-    return [
+    """The runs that are compared, of families whose rate is known: the longest first, so that none runs on alone at the
+    end; then every arm once, then again with other seeds."""
+    found = [
         Training(arm, rates[arm.family], seed, plan.epochs * arm.stretch, False)
         for seed in range(max(arm.seeds for arm in plan.arms))
         for arm in plan.arms
         if seed < arm.seeds and arm.family in rates
     ]
+    return sorted(found, key=lambda training: -training.epochs)
 
 
 def build(arm: Arm, num_classes: int, backend: str) -> conddetr.DETR:
@@ -160,30 +184,83 @@ def build(arm: Arm, num_classes: int, backend: str) -> conddetr.DETR:
     return model
 
 
-def data_sets(plan: Plan) -> tuple[Dataset, Dataset]:
-    """Training and validation images, the same for all."""
-    config = conddetr.build(CONDITIONAL).config
+class DrawnShapes(SyntheticShapes):
+    """Synthetic shapes out of the files of `draw_images`: drawing them is a quarter of a training otherwise."""
+
+    def __init__(self, length: int, seed: int, image_size: int, folder: Path) -> None:
+        super().__init__(length, seed, image_size)
+        self.pixels = np.load(folder / f"{seed}.npy", mmap_mode="r")
+        self.objects = json.loads((folder / f"{seed}.json").read_text())
+
+    def draw(self, index: int) -> tuple[np.ndarray, list[int], list[list[float]]]:
+        """As of `SyntheticShapes`; after the last image comes the first again."""
+        index %= len(self.objects)
+        return self.pixels[index].copy(), *self.objects[index]
+
+
+def shapes_of(plan: Plan) -> tuple[SyntheticShapes, SyntheticShapes]:
+    """Training and validation images, to be drawn."""
+    size = conddetr.build(CONDITIONAL).config.image_size
+    return SyntheticShapes(plan.train_images, 1, size), SyntheticShapes(plan.val_images, 2, size)
+
+
+def draw_images(plan: Plan, folder: Path, each: Callable = map) -> None:
+    """Write all synthetic images of a plan: `<seed>.npy` [images, S, S, 3] uint8, `<seed>.json` labels and boxes.
+
+    Args:
+        plan: whose images.
+        folder: for the files.
+        each: `map`, or that of a pool, whose processes share the work.
+    """
+    for shapes, count in zip(shapes_of(plan), (plan.train_images * plan.epochs, plan.val_images), strict=True):
+        path = folder / f"{shapes.seed}.npy"
+        np.lib.format.open_memmap(path, "w+", np.uint8, (count, shapes.image_size, shapes.image_size, 3))
+        parts = [range(first, min(first + 400, count)) for first in range(0, count, 400)]
+        objects = [found for part in each(partial(_draw_part, shapes, path), parts) for found in part]
+        path.with_suffix(".json").write_text(json.dumps(objects))
+
+
+def _draw_part(shapes: SyntheticShapes, path: Path, part: range) -> list[tuple[list[int], list[list[float]]]]:
+    """Draw some images into the file; their labels and boxes."""
+    pixels, objects = np.load(path, mmap_mode="r+"), []
+    for index in part:
+        pixels[index], labels, boxes = shapes.draw(index)
+        objects.append((labels, boxes))
+    return objects
+
+
+def data_sets(plan: Plan, folder: Path) -> tuple[Dataset, Dataset]:
+    """Training and validation images, the same for all; synthetic ones from the files of `draw_images`."""
     if plan.coco_path:
+        config = conddetr.build(CONDITIONAL).config
         return (
             coco_split(plan.coco_path, "train", TrainTransform(config)),
             coco_split(plan.coco_path, "val", EvalTransform(config)),
         )
-    return (
-        SyntheticShapes(plan.train_images, seed=1, image_size=config.image_size),
-        SyntheticShapes(plan.val_images, seed=2, image_size=config.image_size),
-    )
+    return tuple(DrawnShapes(len(shapes), shapes.seed, shapes.image_size, folder) for shapes in shapes_of(plan))
 
 
-def train(plan: Plan, training: Training, deadline: float = math.inf) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Folders:
+    """Where trainings read and write."""
+
+    scratch: Path
+    """Drawn images, and what a training writes; removed at the end."""
+    kept: Path
+    """For weights that stay."""
+
+
+def train(plan: Plan, training: Training, folders: Folders, deadline: float = math.inf) -> dict[str, Any] | None:
     """One training, as it stands in the result file; None where the deadline, by `time.time`, is over."""
     if time.time() > deadline:
         return None
-    return {**training.key, "curve": learn(plan, training), "environment": environment()}
+    return {**training.key, "curve": learn(plan, training, folders), "environment": environment()}
 
 
-def learn(plan: Plan, training: Training) -> list[dict[str, float]]:
+def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, float]]:
     """Train once; per epoch: step, seconds of training, mean loss, and AP and AP50 where evaluated."""
-    train_set, val_set = data_sets(plan)
+    train_set, val_set = data_sets(plan, folders.scratch)
+    on_gpu = DEVICE.type == "cuda"
     config = tiny_train_config(
         epochs=training.epochs,
         batch_size=plan.batch_size,
@@ -192,14 +269,21 @@ def learn(plan: Plan, training: Training) -> list[dict[str, float]]:
         lr_drop=plan.lr_drop * training.arm.stretch,
         eval_every=training.epochs if training.is_probe else plan.eval_every * training.arm.stretch,
         seed=training.seed,
-        precision="bfloat16" if DEVICE.type == "cuda" else "float32",
+        precision="bfloat16" if on_gpu else "float32",
+        cuda_graphs=on_gpu,
+        # Real images come in many shapes and take time to load; a graph is of one shape.
+        pad_buckets=4 if on_gpu and plan.coco_path else 0,
+        workers=2 if on_gpu and plan.coco_path else 0,
     )
     torch.manual_seed(training.seed)
     model = build(training.arm, len(train_set.classes), plan.backend)
     # Trainings run side by side: their lines would mix.
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        Trainer(model, train_set, val_set, RunConfig(output_dir=folder, train=config), DEVICE).fit()
-        records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory(dir=folders.scratch) as name, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(name)
+        Trainer(model, train_set, val_set, RunConfig(output_dir=name, train=config), DEVICE).fit()
+        if training.arm in PAIR and training.seed == 0 and not training.is_probe:
+            keep(training.arm, train_set.classes, folder / BEST, folders.kept)
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = len(train_set) // plan.batch_size
     curve, seconds = [], 0.0
     for record in records:
@@ -209,19 +293,31 @@ def learn(plan: Plan, training: Training) -> list[dict[str, float]]:
     return curve
 
 
+def keep(arm: Arm, classes: list[dict], best: Path, folder: Path) -> None:
+    """Save the best weights as a detector of the arm's own preset, `<preset>.pt`, for `figure1.py`.
+
+    A DETR takes its last class for no object then, see `build`: its boxes and attention are right, its scores are not.
+    """
+    classes = classes[: len(classes) - (arm.preset == DETR)]
+    model = conddetr.build(arm.preset, num_classes=len(classes), **arm.overrides)
+    model.load_state_dict(read_checkpoint(best)["model"])
+    folder.mkdir(parents=True, exist_ok=True)
+    conddetr.Detector(model, classes, "cpu").save(folder / f"{arm.preset}.pt")
+
+
 def missing(wanted: Iterable[Training], runs: list[dict]) -> list[Training]:
     """Those that are not among the runs."""
     return [training for training in wanted if not any(training.key.items() <= run.items() for run in runs)]
 
 
 def read(path: Path, plan: Plan) -> list[dict]:
-    """The runs in a result file of the same plan; none where there is no file."""
+    """The runs in a result file of the same plan, without those that failed; none where there is no file."""
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     if content["plan"] != json.loads(json.dumps(asdict(plan))):
         raise SystemExit(f"{path} is of another plan: move it away, or delete it, to begin anew.")
-    return content["runs"]
+    return [run for run in content["runs"] if "failed" not in run]
 
 
 def write(path: Path, plan: Plan, runs: list[dict]) -> None:
@@ -233,29 +329,82 @@ def write(path: Path, plan: Plan, runs: list[dict]) -> None:
     partial.replace(path)
 
 
-def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None, deadline: float) -> None:
-    """Train what `runs` lacks, the short runs first, and add it there and to the file."""
+def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None, deadline: float, kept: Path) -> None:
+    """Train what `runs` lacks, the short runs first, and add it there and to the file.
+
+    A training that fails is recorded as such, the others go on. Ctrl-C and SIGTERM end all processes; what was
+    finished is in the file.
+
+    Raises:
+        SystemExit: a training's process was killed.
+    """
+    if not missing(probes(plan), runs) and not missing(trainings(plan, chosen_rates(plan, runs)), runs):
+        return
     # Threads of one small model wait for each other more than they help: one each, on as many cores as there are.
-    workers = 1 if DEVICE.type == "cuda" else os.cpu_count()
+    workers = GPU_PROCESSES if DEVICE.type == "cuda" else os.cpu_count()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        todo = missing(probes(plan), runs)[:at_most]
-        _collect({pool.submit(train, plan, training, deadline) for training in todo}, path, plan, runs)
-        at_most = None if at_most is None else at_most - len(todo)
-        todo = missing(trainings(plan, chosen_rates(plan, runs)), runs)[:at_most]
-        _collect({pool.submit(train, plan, training, deadline) for training in todo}, path, plan, runs)
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        submit = partial(_train_all, pool, Folders(Path(scratch), kept), path, plan, runs, deadline)
+        try:
+            if not plan.coco_path:
+                draw_images(plan, Path(scratch), pool.map)
+            todo = missing(probes(plan), runs)[:at_most]
+            submit(todo)
+            at_most = None if at_most is None else at_most - len(todo)
+            submit(missing(trainings(plan, chosen_rates(plan, runs)), runs)[:at_most])
+        except BrokenProcessPool as error:
+            raise SystemExit(f"A training's process was killed (memory?). {path} has the rest: call again.") from error
+        except BaseException:
+            # Else leaving the pool would wait for trainings that nobody collects.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
-def _collect(futures: set[Future], path: Path, plan: Plan, runs: list[dict]) -> None:
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train_all(
+    pool: Executor,
+    folders: Folders,
+    path: Path,
+    plan: Plan,
+    runs: list[dict],
+    deadline: float,
+    todo: list[Training],
+) -> None:
+    futures = {pool.submit(train, plan, training, folders, deadline): training for training in todo}
     for future in track(as_completed(futures), "training", total=len(futures), console=console):
-        run = future.result()
+        run = outcome(future, futures[future])
         if run is not None:
             runs.append(run)
             write(path, plan, runs)
-            last = run["curve"][-1]
-            line = f"{run['arm']}, learning rate {run['lr']:g}, seed {run['seed']}: step {last['step']}, "
-            line += f"loss {last['loss']:.2f}, AP {100 * last['AP']:.1f}, AP50 {100 * last['AP50']:.1f}"
-            console.print(line, highlight=False)
+            console.print(line_of(run), highlight=False)
+
+
+def outcome(future: Future, training: Training) -> dict[str, Any] | None:
+    """What a training returned, or `failed` with the reason.
+
+    Raises:
+        BrokenProcessPool, InterruptedRunError: its process was ended; that says nothing about the training.
+    """
+    error = future.exception()
+    if error is None or isinstance(error, (BrokenProcessPool, InterruptedRunError)):
+        return future.result()
+    return {**training.key, "failed": f"{type(error).__name__}: {error}"}
+
+
+def line_of(run: dict) -> str:
+    """A run in one line."""
+    name = f"{run['arm']}, learning rate {run['lr']:g}, seed {run['seed']}: "
+    if "failed" in run:
+        return name + f"failed, {run['failed']}"
+    last = run["curve"][-1]
+    name += f"step {last['step']}, {last['seconds']:.0f} s, loss {last['loss']:.2f}, "
+    return name + f"AP {100 * last['AP']:.1f}, AP50 {100 * last['AP50']:.1f}"
 
 
 def evaluated(run: dict) -> list[dict[str, float]]:
@@ -275,7 +424,7 @@ def compared(runs: list[dict]) -> dict[str, list[dict]]:
     """Arm → its runs, the short ones left out."""
     arms: dict[str, list[dict]] = {}
     for run in runs:
-        if not run["probe"]:
+        if not run["probe"] and "failed" not in run:
             arms.setdefault(run["arm"], []).append(run)
     return arms
 
@@ -341,7 +490,8 @@ def main() -> None:
     plan = replace(PLANS[options.plan], coco_path=options.coco_path)
     path = RESULTS / "paper" / f"convergence-{plan.name}{'-coco' if plan.coco_path else ''}.json"
     runs = read(path, plan)
-    train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds, KEPT / plan.name)
     if compared(runs):
         console.print(table(runs))
         console.print(f"wrote {path} and {draw(path, runs)}", highlight=False, soft_wrap=True)
