@@ -33,20 +33,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from convergence_report import DOCS, METRICS, compared, probe_losses, publish, table
 from harness import RESULTS, console
 from machine import DEVICE, environment
 from rich.progress import track
-from rich.table import Table
 from torch.utils.data import Dataset
 
 import conddetr
@@ -58,7 +52,6 @@ from conddetr.engine.config import RunConfig, tiny_train_config
 from conddetr.engine.distributed import InterruptedRunError
 from conddetr.engine.trainer import Trainer
 
-METRICS = ("AP", "AP50")
 KEPT = Path(__file__).parent.parent / "runs" / "convergence"
 """A folder per plan, with the weights that `figure1.py` draws."""
 GPU_PROCESSES = 4
@@ -149,12 +142,6 @@ def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
         if len(losses) == len(plan.rates) and min(losses.values()) < math.inf:
             rates[arm.family] = min(losses, key=losses.get)
     return rates
-
-
-def probe_losses(arm: str, runs: list[dict]) -> dict[float, float]:
-    """Learning rate → training loss at the end of the arm's short run; infinite where that failed."""
-    short = [run for run in runs if run["probe"] and run["arm"] == arm]
-    return {run["lr"]: math.inf if "failed" in run else run["curve"][-1]["loss"] for run in short}
 
 
 def trainings(plan: Plan, rates: dict[str, float]) -> list[Training]:
@@ -407,74 +394,6 @@ def line_of(run: dict) -> str:
     return name + f"AP {100 * last['AP']:.1f}, AP50 {100 * last['AP50']:.1f}"
 
 
-def evaluated(run: dict) -> list[dict[str, float]]:
-    """The points of a curve that have AP."""
-    return [point for point in run["curve"] if "AP" in point]
-
-
-def steps_to(runs: list[dict], metric: str, target: float) -> int | None:
-    """The first evaluated step at which the mean over runs of a metric is at least a target; None: never."""
-    for points in zip(*map(evaluated, runs), strict=True):
-        if mean(point[metric] for point in points) >= target:
-            return points[0]["step"]
-    return None
-
-
-def compared(runs: list[dict]) -> dict[str, list[dict]]:
-    """Arm → its runs, the short ones left out."""
-    arms: dict[str, list[dict]] = {}
-    for run in runs:
-        if not run["probe"] and "failed" not in run:
-            arms.setdefault(run["arm"], []).append(run)
-    return arms
-
-
-def table(runs: list[dict]) -> Table:
-    """Final AP of each arm, mean and range over seeds, and when the mean reached half of the best."""
-    arms = compared(runs)
-    best = max(mean(run["curve"][-1]["AP50"] for run in group) for group in arms.values())
-    found = Table(title=f"percent, mean (least–greatest of the seeds); half of the best AP50: {50 * best:.1f}")
-    for heading in ("model", "lr", "seeds", "steps", "seconds", *METRICS, "steps to half of the best AP50"):
-        found.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, group in arms.items():
-        last = [run["curve"][-1] for run in group]
-        cells = []
-        for metric in METRICS:
-            values = [100 * point[metric] for point in last]
-            cells.append(f"{mean(values):.1f} ({min(values):.1f}–{max(values):.1f})")
-        seconds = f"{mean(point['seconds'] for point in last):.0f}"
-        reached = steps_to(group, "AP50", best / 2)
-        counts = (str(len(group)), str(last[0]["step"]), seconds)
-        found.add_row(name, f"{group[0]['lr']:g}", *counts, *cells, "never" if reached is None else str(reached))
-    return found
-
-
-def draw(path: Path, runs: list[dict]) -> Path:
-    """AP and AP50 against steps and seconds: mean over seeds, the band from the least to the greatest."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharey="row", sharex="col")
-    for row, metric in zip(axes, METRICS, strict=True):
-        for axis, unit in zip(row, ("step", "seconds"), strict=True):
-            for name, group in compared(runs).items():
-                points = list(zip(*map(evaluated, group), strict=True))
-                x = [mean(point[unit] for point in at) for at in points]
-                y = [[100 * point[metric] for point in at] for at in points]
-                line = axis.plot(x, [mean(values) for values in y], marker="o", markersize=3, label=name)
-                band = [min(values) for values in y], [max(values) for values in y]
-                axis.fill_between(x, *band, color=line[0].get_color(), alpha=0.2)
-            axis.set_ylabel(f"{metric}, percent")
-            axis.grid(alpha=0.3)
-            axis.set_ylim(0, 100)
-    axes[1, 0].set_xlabel("training steps")
-    axes[1, 1].set_xlabel("seconds of training")
-    axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{path.stem}: mean and range over seeds", fontsize=10)
-    figure.tight_layout()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=100)
-    plt.close(figure)
-    return target
-
-
 def main() -> None:
     """Train what is missing, then draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -484,6 +403,7 @@ def main() -> None:
     parser.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout instead of synthetic shapes")
     parser.add_argument("--at-most", type=int, default=0, metavar="N", help="stop after N trainings; 0: train all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="page with a place for what is found")
     options = parser.parse_args()
     if options.plan == "gpu" and DEVICE.type != "cuda":
         parser.error("--gpu needs an NVIDIA GPU")
@@ -494,7 +414,8 @@ def main() -> None:
     train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds, KEPT / plan.name)
     if compared(runs):
         console.print(table(runs))
-        console.print(f"wrote {path} and {draw(path, runs)}", highlight=False, soft_wrap=True)
+        written = ", ".join(map(str, [path, *publish(path, options.docs)]))
+        console.print(f"wrote {written}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

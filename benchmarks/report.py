@@ -83,8 +83,9 @@ def files(folder: Path) -> list[Path]:
     that bars could show."""
     if folder.name == "paper":
         return []
-    others = ("tune", "data", "evaluation", "scaling")
-    return sorted(path for path in folder.glob("*.json") if path.stem not in others)
+    others = ("tune", "data", "evaluation", "scaling", "checkpoint")
+    # What follows a hyphen tells options of the same benchmark.
+    return sorted(path for path in folder.glob("*.json") if path.stem.split("-")[0] not in others)
 
 
 def markdown(results: Path) -> str:
@@ -142,6 +143,19 @@ def _parts_table(result: Result) -> list[str]:
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
+def put(page: Path, begin: str, end: str, text: str) -> None:
+    """Write a text between two lines of a page, in place of what is there.
+
+    Raises:
+        SystemExit: the page has not both lines.
+    """
+    content = page.read_text(encoding="utf-8")
+    if begin not in content or end not in content:
+        raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r}, between which the tables go.")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Draw, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,11 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in (path for folder in sorted(options.results.iterdir()) for path in files(folder)):
         console.print(f"drew {draw(path)}", highlight=False, soft_wrap=True)
-    page = options.docs.read_text()
-    if BEGIN not in page or END not in page:
-        raise SystemExit(f"{options.docs}: expected the lines {BEGIN!r} and {END!r}, between which the tables go.")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    options.docs.write_text(f"{before}{BEGIN}\n\n{markdown(options.results)}\n\n{END}{after}")
+    put(options.docs, BEGIN, END, markdown(options.results))
     console.print(f"wrote the tables of {options.docs}", highlight=False, soft_wrap=True)
 
 

@@ -1,9 +1,12 @@
 """The comparison is fair, goes on where it stopped, and draws what is in its file."""
 
+import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import convergence
+import convergence_report
+import harness
 import pytest
 import torch
 
@@ -115,14 +118,69 @@ def test_an_interrupted_training_did_not_fail():
 
 def test_steps_to_a_score():
     runs = [run("a", 1, 0, [3, 2, 1], [0.1, 0.5, 0.9]), run("a", 1, 1, [3, 2, 1], [0.1, 0.3, 0.9])]
-    assert convergence.steps_to(runs, "AP50", 0.4) == 20
-    assert convergence.steps_to(runs, "AP50", 0.95) is None
+    assert convergence_report.steps_to(runs, "AP50", 0.4) == 20
+    assert convergence_report.steps_to(runs, "AP50", 0.95) is None
+
+
+def test_how_many_times_as_many_steps():
+    fast = [run("Conditional DETR", 1, 0, [3, 2, 1], [0.1, 0.6, 0.9])]
+    arms = {"Conditional DETR": fast, "DETR": [run("DETR", 1, 0, [3, 2, 1], [0.1, 0.2, 0.5])]}
+    same, most = convergence_report.ratios(arms)
+    assert "AP50 50.0" in same
+    assert same.endswith("after 20 steps, DETR after 30: 1.5 times as many.")
+    assert most.endswith("after 30 steps, DETR not in 30: more than 1.0 times as many.")
+    arms["DETR, 8 times as long"] = [run("DETR, 8 times as long", 1, 0, [3] * 8, [0.1] * 7 + [0.95])]
+    assert convergence_report.ratios(arms)[1].endswith("as long after 80: 2.7 times as many.")
+    arms["DETR, 8 times as long"][0]["curve"][-1]["AP50"] = 0.05
+    assert "at least" in convergence_report.ratios(arms)[0]
+
+
+def test_the_page_says_what_was_chosen_and_the_order():
+    environment = {"device": "some", "torch": "2", "commit": "abc"}
+    runs = [run("DETR", lr, 0, [9], [0.1], probe=True) for lr in PLAN.rates]
+    runs[2]["curve"][-1]["loss"] = 5
+    scores = {"Conditional DETR": 0.4, "CSQ-C": 0.6, "DETR": 0.2}
+    runs += [{**run(name, 1, 0, [3], [score]), "environment": environment} for name, score in scores.items()]
+    runs.append({"arm": "CSQ-T", "lr": 1, "seed": 0, "probe": False, "failed": "OSError: disk"})
+    page = convergence_report.markdown({"plan": convergence.asdict(PLAN), "runs": runs}, "some.png")
+    assert "| DETR | 9.000 | 9.000 | 5.000 | 0.0015, at the edge" in page
+    place = page.index
+    assert place("| CSQ-C | 30.0 | 37.1 | 2 |") < place("| Conditional DETR | 20.0 | 40.9 | 1 |")
+    assert "- failed: CSQ-T, 1, seed 0: OSError: disk" in page
+
+
+@pytest.mark.parametrize("path", sorted((harness.RESULTS / "paper").glob("convergence-*.json")), ids=lambda p: p.stem)
+def test_the_committed_page_is_that_of_the_committed_runs(path):
+    page = convergence_report.markdown(json.loads(path.read_text()), f"{path.stem}.png")
+    assert path.with_suffix(".md").read_text() == f"# {path.stem}\n\n{page}\n"
+
+
+def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
+    plan = replace(PLAN, epochs=1, rates=(7e-4,), arms=tuple(replace(arm, seeds=1) for arm in convergence.PAIR))
+    monkeypatch.setattr(convergence, "PLANS", {"small": plan})
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    monkeypatch.setattr(convergence, "KEPT", tmp_path / "kept")
+    docs = tmp_path / "paper.md"
+    begin, end = convergence_report.markers("convergence-small")
+    docs.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    monkeypatch.setattr("sys.argv", ["convergence.py", "--small", "--docs", str(docs)])
+    convergence.main()
+    results = tmp_path / "paper" / "convergence-small.json"
+    first = results.read_text()
+    assert len(json.loads(first)["runs"]) == 4
+    assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "| Conditional DETR | 0.0007 | 1 | 2 |" in docs.read_text()
+    assert "old" not in docs.read_text()
+    # Nothing is missing: no training begins.
+    monkeypatch.setattr(convergence, "ProcessPoolExecutor", None)
+    convergence.main()
+    assert results.read_text() == first
 
 
 def test_picture_and_table(tmp_path):
     runs = [run(name, 1, seed, [3, 2], [0.1, 0.2 + seed]) for name in ("a", "b") for seed in (0, 0.5)]
     runs.append(run("a", 1, 0, [3], probe=True))
-    assert convergence.draw(tmp_path / "some.json", runs).read_bytes().startswith(b"\x89PNG")
-    columns = convergence.table(runs).columns
+    assert convergence_report.draw(tmp_path / "some.json", runs).read_bytes().startswith(b"\x89PNG")
+    columns = convergence_report.table(runs).columns
     assert list(columns[0].cells) == ["a", "b"]
     assert next(iter(columns[6].cells)) == "45.0 (20.0–70.0)"
