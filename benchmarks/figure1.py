@@ -45,7 +45,7 @@ def same_object(detectors: list[Detector], image: Tensor, top: int, layer: int) 
 
 def draw(image: Tensor, titles: list[str], shown: list[Shown], kind: str) -> Figure:
     """A row per detector: the box, then the map of each head."""
-    heads = shown[0].maps.weights.shape[2]
+    heads = max(row.maps.weights.shape[2] for row in shown)
     aspect = min(max(image.shape[-2] / image.shape[-1], 0.4), 2.0)
     figure = Figure(figsize=(1.5 * (heads + 1), (1.5 * aspect + 0.3) * len(shown) + 0.3), layout="constrained")
     figure.suptitle(f"{kind} attention of each head, decoder layer {shown[0].maps.layer}", fontsize=10)
@@ -59,9 +59,21 @@ def _draw_row(axes: list[Axes], image: Tensor, title: str, row: Shown, kind: int
     found, index, maps = row
     box, caption = found.boxes[index], found.captions[index]
     draw_boxes(axes[0], image, box[None], [int(found.labels[index])], [caption], title=title)
-    for head, panel in enumerate(axes[1:]):
-        draw_map(panel, image, box, maps.weights[kind, int(found.queries[index]), head], maps.cell)
+    weights = maps.weights[kind, int(found.queries[index])]
+    for head, panel in enumerate(axes[1 : len(weights) + 1]):
+        draw_map(panel, image, box, weights[head], maps.cell)
         panel.set_title(f"head {head}", fontsize=8)
+    # Another detector has more heads.
+    for panel in axes[len(weights) + 1 :]:
+        panel.axis("off")
+
+
+def titles_of(files: list[str]) -> list[str]:
+    """Names of the files without their endings, where two are equal with their folders."""
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{Path(file).absolute().parent.name}/{stem}" for file, stem in zip(files, stems, strict=True)]
 
 
 def main() -> None:
@@ -78,8 +90,8 @@ def main() -> None:
     shown = same_object(
         [Detector.from_checkpoint(file) for file in options.checkpoints], image, options.top, options.layer
     )
-    titles = [Path(file).stem for file in options.checkpoints]
-    console.print(f"wrote {save_figure(draw(image, titles, shown, options.kind), options.out)}", highlight=False)
+    figure = draw(image, titles_of(options.checkpoints), shown, options.kind)
+    console.print(f"wrote {save_figure(figure, options.out)}", highlight=False)
 
 
 if __name__ == "__main__":
