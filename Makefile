@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint bench paper gpu sanitize clean
 
 # Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
 demo: $(READY)
@@ -38,6 +38,13 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/report.py
+
+# The paper's tables, the convergence of both families in small, and cost against size. COCO=dir gives the tables its
+# image sizes; convergence stays with synthetic images, whose number does not depend on a data set.
+paper: $(VENV)/.ready-bench
+	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/convergence.py --small
+	$(BIN)/python benchmarks/scaling.py
 
 # On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, sanitizers, benchmarks, and
 # result files and pictures to commit. Made for nine minutes: sanitizers take 2 at most, benchmarks about 5 (each

@@ -1,6 +1,6 @@
 """Time and memory of conditional attention, and of a whole training step, against their size.
 
-    python benchmarks/scaling.py                 # keys from 10² to 10⁵, queries, batch; the training step against batch
+    python benchmarks/scaling.py                 # keys from 10² to 10⁵, queries, batch; of a training step too
     python benchmarks/scaling.py --backward      # attention with its gradients
 
 One of keys, queries and batch grows, the others are those of R50 at 800×1066. Implementations are those of `attn.py`
@@ -12,8 +12,9 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -23,9 +24,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import tables
 import torch
-from harness import Result, arguments, console, measure, parse, print_table, usable, with_host_memory, write
-from machine import DEVICE
+import train
+from harness import Result, Work, arguments, console, measure, parse, print_table, usable, with_host_memory, write
+from machine import DEVICE, product_rate
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import conddetr
 
@@ -36,6 +40,9 @@ BATCHES = (1, 2, 4, 8, 16)
 COMPILED = ("torch.compile of it", "FlexAttention")
 """Compiled anew for each size: minutes, of which none would be measured."""
 STEP_PRESET = "conditional-detr-r50" if DEVICE.type == "cuda" else "conditional-detr-tiny"
+STEP_QUERIES = conddetr.build(STEP_PRESET).config.num_queries
+SIDE, STRIDE = (800, 32) if DEVICE.type == "cuda" else (128, 16)
+"""Of the step's images, and pixels per key of its feature map."""
 
 
 def problems(backward: bool) -> dict[str, dict[int, attn.Problem]]:
@@ -59,27 +66,48 @@ def attention(problem: attn.Problem, options: argparse.Namespace) -> Result:
     return with_host_memory(measure(problem.title, good, options, problem.work(), refused), good)
 
 
-def training_step(batch: int, options: argparse.Namespace) -> Result:
-    """Forward, loss and backward of a whole model; every image of the preset's size, with two objects."""
-    model = conddetr.build(STEP_PRESET, num_classes=3, backend="auto").to(DEVICE)
-    criterion = conddetr.build_criterion(model.config).to(DEVICE)
-    size = model.config.image_size
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.6, 0.6, 0.4, 0.4]])
-    targets = [{"labels": torch.tensor([0, 1]), "boxes": boxes}] * batch
+def training_step(options: argparse.Namespace, batch: int = 1, side: int = SIDE, queries: int = STEP_QUERIES) -> Result:
+    """A whole step, with clipping and update, of ours and of the official-style loop; square images of noise.
 
-    def run() -> None:
-        model.zero_grad(set_to_none=True)
-        criterion(model(images), targets)["loss"].backward()
+    The floor is that of the products: a backward pass has twice those of the forward pass.
+    """
+    problem = train.Problem(STEP_PRESET, batch, (side, side), torch.float32)
+    images = problem.make()
+    models = {
+        name: step_model(backend, queries).to(DEVICE) for name, backend in (("official", "eager"), ("ours", "auto"))
+    }
+    losses = partial(train.our_losses, models["official"], problem, images)
+    runs = {
+        "official-style eager": train.plain(models["official"], losses, looks=True, fused=False).step,
+        "ours, auto": train.ours(models["ours"], problem, images, compiled=False).step,
+    }
+    with FakeTensorMode():
+        model = step_model("eager", queries)
+        flops = 3 * 2e9 * tables.count(lambda: model(torch.empty(batch, 3, side, side)))
+    work = Work(flops, 0, {"products": flops / product_rate(torch.float32)})
+    title = f"{problem.title}, {queries} queries"
+    return with_host_memory(measure(title, runs, options, work, {}), runs)
 
-    runs = {"ours, auto": run}
-    title = f"{STEP_PRESET}, training step, {batch}×3×{size}×{size}"
-    return with_host_memory(measure(title, runs, options, None, {}), runs)
+
+def step_model(backend: str, queries: int) -> conddetr.DETR:
+    """The step's model, with the same weights for every backend."""
+    torch.manual_seed(0)
+    return conddetr.build(STEP_PRESET, backend=backend, num_queries=queries)
+
+
+def memory_floor(problem: attn.Problem) -> int:
+    """Bytes of what attention must give out: its output, and with backward the gradients of its separable inputs."""
+    height, width = attn.GRIDS[problem.grid]
+    rows = problem.queries
+    if problem.backward:
+        rows += 2 * problem.queries + 2 * height * width + height + width
+    return problem.batch * rows * attn.HEADS * attn.WIDTH * problem.dtype.itemsize
 
 
 def draw(path: Path) -> Path:
     """Time above, memory below; a column per axis; floors dashed."""
-    entries = json.loads(path.read_text())["results"]
+    content = json.loads(path.read_text())
+    entries = content["results"]
     axes_names = list(dict.fromkeys(entry["axis"] for entry in entries))
     figure, grid = plt.subplots(2, len(axes_names), figsize=(4.2 * len(axes_names), 7), squeeze=False)
     for (above, below), axis in zip(grid.T, axes_names, strict=True):
@@ -92,12 +120,17 @@ def draw(path: Path) -> Path:
             ]
             below.plot(*zip(*memory, strict=True), marker="o", markersize=3, label=name)
         floors = [(row["value"], 1e3 * max(row["work"]["floors"].values())) for row in rows if row["work"]]
+        bounds = [(row["value"], row["memory_floor"] / 2**20) for row in rows if row["memory_floor"]]
+        if bounds:
+            below.plot(*zip(*bounds, strict=True), "k--", linewidth=1, label="floor")
         if floors:
             above.plot(*zip(*floors, strict=True), "k--", linewidth=1, label="floor")
         for panel, label in ((above, "milliseconds, median"), (below, "extra memory at its peak, MiB")):
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
             panel.grid(alpha=0.3, which="both")
         above.legend(fontsize=7)
+    if content["left_out"]:
+        figure.supxlabel(f"left out: {', '.join(content['left_out'])}", fontsize=7, wrap=True)
     figure.tight_layout()
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=100)
@@ -105,38 +138,80 @@ def draw(path: Path) -> Path:
     return target
 
 
-def runs_of(options: argparse.Namespace) -> list[tuple[str, int, Callable[[], Result]]]:
-    """Axis, value and measurement; every axis' small sizes before any axis' large ones."""
-    axes = {
-        axis: {value: partial(attention, problem, options) for value, problem in of_axis.items()}
-        for axis, of_axis in problems(options.backward).items()
+@dataclass(frozen=True)
+class Size:
+    """One point of the picture."""
+
+    axis: str
+    value: int
+    run: Callable[[], Result]
+    memory_floor: int = 0
+    """Bytes; 0: none is known."""
+
+    @property
+    def title(self) -> str:
+        """For lists of what was left out."""
+        return f"{self.axis} {self.value}"
+
+
+def sizes_of(options: argparse.Namespace) -> list[Size]:
+    """Every axis' small sizes before any axis' large ones."""
+    axes = [
+        [
+            Size(axis, value, partial(attention, problem, options), memory_floor(problem))
+            for value, problem in found.items()
+        ]
+        for axis, found in problems(options.backward).items()
+    ]
+    step = partial(training_step, options)
+    axes += [
+        [Size("batch of a training step", batch, partial(step, batch=batch)) for batch in BATCHES],
+        [Size("keys of a training step", (k * SIDE // STRIDE) ** 2, partial(step, side=k * SIDE)) for k in (1, 2, 4)],
+        [Size("queries of a training step", queries, partial(step, queries=queries)) for queries in QUERIES],
+    ]
+    return [size for of_rank in zip_longest(*axes) for size in of_rank if size is not None]
+
+
+def entry(size: Size, result: Result) -> dict:
+    """As it stands in the result file: samples to four digits, as those of other benchmarks."""
+    seconds = {name: [float(f"{value:.4g}") for value in values] for name, values in result.seconds.items()}
+    return {
+        "axis": size.axis,
+        "value": size.value,
+        "memory_floor": size.memory_floor,
+        **asdict(result),
+        "seconds": seconds,
     }
-    axes["batch of a training step"] = {batch: partial(training_step, batch, options) for batch in BATCHES}
-    ranked = [(rank, axis, value, run) for axis, runs in axes.items() for rank, (value, run) in enumerate(runs.items())]
-    return [entry[1:] for entry in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def main() -> None:
-    """Measure, keep the file complete after each size, draw."""
-    parser = arguments(__doc__.splitlines()[0], seconds=240)
+    """Measure, keep the file complete after each size, draw; a wrong answer is told at the end."""
+    parser = arguments(__doc__.splitlines()[0], seconds=200)
     parser.set_defaults(rounds=50 if DEVICE.type == "cuda" else 5)
     parser.add_argument("--backward", action="store_true", help="attention with its gradients")
     options = parse(parser)
     settings = {key: str(value) for key, value in vars(options).items()}
-    entries, started = [], time.monotonic()
-    todo = runs_of(options)
+    name = "scaling" + "-backward" * options.backward + "-cudagraph" * options.cudagraph
+    todo, entries, wrong, started = sizes_of(options), [], {}, time.monotonic()
     while todo and (not entries or time.monotonic() - started < options.seconds):
-        axis, value, run = todo.pop(0)
-        result = run()
+        size = todo.pop(0)
+        try:
+            result = size.run()
+        except SystemExit as error:
+            wrong[size.title] = str(error)
+            continue
         print_table(result)
-        entries.append({"axis": axis, "value": value, **asdict(result)})
-        left_out = [f"{axis} {value}" for axis, value, _ in todo]
+        entries.append(entry(size, result))
+        left_out = [*wrong, *(size.title for size in todo)]
         in_order = sorted(entries, key=lambda entry: (entry["axis"], entry["value"]))
-        path = write(
-            "scaling" + "-backward" * options.backward,
-            {"settings": settings, "left_out": left_out, "results": in_order},
-        )
+        path = write(name, {"settings": settings, "left_out": left_out, "wrong": wrong, "results": in_order})
+    if not entries:
+        raise SystemExit(f"nothing was measured: {wrong}")
+    if todo:
+        console.print(f"left out after {options.seconds:.0f} s: {', '.join(size.title for size in todo)}")
     console.print(f"wrote {path} and {draw(path)}", highlight=False, soft_wrap=True)
+    if wrong:
+        raise SystemExit("\n".join(f"{title}: {reason}" for title, reason in wrong.items()))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 import argparse
 import json
-from dataclasses import asdict
 
 import attn
+import harness
 import pytest
+import report
 import scaling
 import torch
 from harness import Result, Work, _host_peak
+
+import conddetr
 
 OPTIONS = argparse.Namespace(rounds=3, cudagraph=False)
 
@@ -52,8 +55,39 @@ def test_picture(tmp_path):
         Result("b", {"ours": [1.0]}, None, {"ours": 1}),
     ]
     entries = [
-        {"axis": axis, "value": 10, **asdict(result)} for axis, result in zip(("keys", "batch"), results, strict=True)
+        scaling.entry(scaling.Size(axis, 10, None, 2**9), result)
+        for axis, result in zip(("keys", "batch"), results, strict=True)
     ]
     path = tmp_path / "scaling.json"
-    path.write_text(json.dumps({"results": entries}))
+    path.write_text(json.dumps({"left_out": ["keys 100"], "results": entries}))
     assert scaling.draw(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_step_is_timed_beside_the_official_one(monkeypatch):
+    monkeypatch.setattr(scaling, "product_rate", lambda dtype: 1e11)
+    one, two = (scaling.training_step(OPTIONS, batch=batch) for batch in (1, 2))
+    assert list(one.seconds) == ["official-style eager", "ours, auto"]
+    assert one.peak_extra_bytes["ours, auto"] > 0
+    # Of a multiply-add two FLOPs, and of a forward pass three times as many with the backward pass.
+    assert one.work.flops == pytest.approx(6 * 1e9 * conddetr.presets()["conditional-detr-tiny"].gflops, rel=0.01)
+    # Positions are projected once for all images.
+    assert 1.9 * one.work.flops < two.work.flops < 2 * one.work.flops
+
+
+def test_a_wrong_answer_does_not_end_the_others(tmp_path, monkeypatch):
+    def wrong():
+        raise SystemExit("ours: not timing a wrong answer.")
+
+    right = Result("right", {"ours": [0.00123456]}, None, {"ours": 1})
+    sizes = [scaling.Size("keys", 10, wrong), scaling.Size("keys", 20, lambda: right)]
+    monkeypatch.setattr(scaling, "sizes_of", lambda options: sizes)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--backward"])
+    with pytest.raises(SystemExit, match="keys 10: ours: not timing"):
+        scaling.main()
+    path = next(tmp_path.glob("*/scaling-backward.json"))
+    content = json.loads(path.read_text())
+    assert content["left_out"] == ["keys 10"]
+    assert content["results"][0]["seconds"] == {"ours": [0.001235]}
+    assert path.with_suffix(".png").exists()
+    assert report.files(path.parent) == []
