@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         default="runs/demo",
         help="folder for the checkpoint and the pictures; one that holds a run stays: DIR-2 is taken",
     )
-    demo.add_argument("--seconds", type=float, default=200.0, help="training time at most")
+    demo.add_argument("--seconds", type=float, default=600.0, help="training time at most")
 
     validate = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
     validate.set_defaults(run=_validate)

@@ -53,5 +53,7 @@ def test_fifty_steps_of_native_kernels_are_as_exact_as_plain_pytorch():
     assert all(batch.padded for batch in batches)
     truth, plain, found = (curve(model, batches) for model in (exact, eager, fast))
     assert truth[-1] < 0.9 * truth[0]
-    error, budget = ((x - truth).abs().max().item() for x in (found, plain))
+    # Of the typical step: which curve a late rounding sends elsewhere (a unit that was zero and is not) is chance.
+    error, budget = ((x - truth).abs().median().item() for x in (found, plain))
     assert 0 < error <= 2 * budget, f"error {error:.2e}, plain PyTorch's {budget:.2e}"
+    assert ((found - truth).abs() < 1e-4 * truth).all()
