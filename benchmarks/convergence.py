@@ -5,15 +5,15 @@
     python benchmarks/convergence.py --small --at-most 1 # one more training, then stop
 
 Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
-best of three learning rates, by the training loss at the end of short runs. Trainings run side by side, on a CPU one
-per core, so seconds are those of one thread, on a GPU of a share of it. What is trained is kept after each run in
-`results/paper/convergence-<plan>.json`: interrupted and called again, the script goes on with the trainings that are
-missing or failed. The best weights of the first seed of either family stay in `runs/convergence/<plan>`. The images
-are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
+best of three learning rates, by the AP50 at the end of the first seed's whole trainings. Trainings run side by side,
+on a CPU one per core, so seconds are those of one thread, on a GPU of a share of it. What is trained is kept after
+each run in `results/paper/convergence-<plan>.json`: interrupted and called again, the script goes on with the
+trainings that are missing or failed. The best weights of the first seed stay in `runs/convergence/<plan>`, one file
+per rate. The images are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
 
-The small plan is 6 short runs of 200 steps and 6 of 2400: 15,600 steps, two at a time, which is 18 minutes at 0.14 s
-per step, to which drawing and evaluation add one. The plan for a GPU is 85,200 steps, four at a time, of which the
-longest training has 19,200 and begins first: at most 9 minutes where each of the four makes 50 steps per second.
+The small plan is 10 trainings of 2400 steps, two at a time: 18 minutes at 0.09 s per step, drawing and evaluation left
+out. The plan for a GPU is 93,600 steps, four at a time, of which the longest training has 19,200 and begins as soon as
+its rate is known: 8 minutes where each of the four makes 50 steps per second.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from convergence_report import DOCS, METRICS, compared, probe_losses, publish, table
+from convergence_report import DOCS, METRICS, compared, publish, rate_scores, table
 from harness import RESULTS, console
 from machine import DEVICE, environment
 from rich.progress import track
@@ -94,7 +94,6 @@ class Plan:
     arms: tuple[Arm, ...]
     epochs: int
     lr_drop: int
-    probe_epochs: int
     rates: tuple[float, ...] = (1.5e-4, 7e-4, 1.5e-3)
     """Learning rates among which each family's is chosen, ascending."""
     backend: str = "auto"
@@ -107,8 +106,8 @@ class Plan:
 
 
 PLANS = {
-    "small": Plan("small", PAIR, epochs=12, lr_drop=10, probe_epochs=1),
-    "gpu": Plan("gpu", PAIR + ABLATIONS, epochs=12, lr_drop=10, probe_epochs=1),
+    "small": Plan("small", PAIR, epochs=12, lr_drop=10),
+    "gpu": Plan("gpu", PAIR + ABLATIONS, epochs=12, lr_drop=10),
 }
 
 
@@ -120,27 +119,31 @@ class Training:
     lr: float
     seed: int
     epochs: int
-    is_probe: bool
 
     @property
     def key(self) -> dict[str, Any]:
         """What names it in the result file."""
-        return {"arm": self.arm.name, "lr": self.lr, "seed": self.seed, "probe": self.is_probe}
+        return {"arm": self.arm.name, "lr": self.lr, "seed": self.seed}
 
 
-def probes(plan: Plan) -> list[Training]:
-    """Short runs that decide the learning rate of each family: its first arm, every rate."""
+def first_trainings(plan: Plan) -> list[Training]:
+    """Those that decide the learning rate of each family: its first arm, the first seed, every rate."""
+    return [Training(arm, lr, 0, plan.epochs) for arm in _first_arms(plan) for lr in plan.rates]
+
+
+def _first_arms(plan: Plan) -> list[Arm]:
+    """Of each family."""
     first = {arm.family: arm for arm in reversed(plan.arms)}
-    return [Training(arm, lr, 0, plan.probe_epochs, True) for arm in reversed(first.values()) for lr in plan.rates]
+    return list(reversed(first.values()))
 
 
 def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
-    """The rate with the least training loss at the end of the short runs, of families whose short runs are done."""
+    """The rate of the best AP50 at the end of the first trainings, of families whose first trainings are done."""
     rates = {}
-    for arm in plan.arms:
-        losses = probe_losses(arm.name, runs)
-        if len(losses) == len(plan.rates) and min(losses.values()) < math.inf:
-            rates[arm.family] = min(losses, key=losses.get)
+    for arm in _first_arms(plan):
+        scores = rate_scores(arm.name, runs)
+        if len(scores) == len(plan.rates) and max(scores.values()) >= 0:
+            rates[arm.family] = max(scores, key=scores.get)
     return rates
 
 
@@ -148,7 +151,7 @@ def trainings(plan: Plan, rates: dict[str, float]) -> list[Training]:
     """The runs that are compared, of families whose rate is known: the longest first, so that none runs on alone at the
     end; then every arm once, then again with other seeds."""
     found = [
-        Training(arm, rates[arm.family], seed, plan.epochs * arm.stretch, False)
+        Training(arm, rates[arm.family], seed, plan.epochs * arm.stretch)
         for seed in range(max(arm.seeds for arm in plan.arms))
         for arm in plan.arms
         if seed < arm.seeds and arm.family in rates
@@ -254,7 +257,7 @@ def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, fl
         lr=training.lr,
         lr_backbone=training.lr,
         lr_drop=plan.lr_drop * training.arm.stretch,
-        eval_every=training.epochs if training.is_probe else plan.eval_every * training.arm.stretch,
+        eval_every=plan.eval_every * training.arm.stretch,
         seed=training.seed,
         precision="bfloat16" if on_gpu else "float32",
         cuda_graphs=on_gpu,
@@ -268,8 +271,9 @@ def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, fl
     with tempfile.TemporaryDirectory(dir=folders.scratch) as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
         Trainer(model, train_set, val_set, RunConfig(output_dir=name, train=config), DEVICE).fit()
-        if training.arm in PAIR and training.seed == 0 and not training.is_probe:
-            keep(training.arm, train_set.classes, folder / BEST, folders.kept)
+        if training.arm in PAIR and training.seed == 0:
+            kept = folders.kept / f"{training.arm.preset}-{training.lr:g}.pt"
+            keep(training.arm, train_set.classes, folder / BEST, kept)
         records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = len(train_set) // plan.batch_size
     curve, seconds = [], 0.0
@@ -280,16 +284,16 @@ def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, fl
     return curve
 
 
-def keep(arm: Arm, classes: list[dict], best: Path, folder: Path) -> None:
-    """Save the best weights as a detector of the arm's own preset, `<preset>.pt`, for `figure1.py`.
+def keep(arm: Arm, classes: list[dict], best: Path, path: Path) -> None:
+    """Save the best weights as a detector of the arm's own preset, for `figure1.py`.
 
     A DETR takes its last class for no object then, see `build`: its boxes and attention are right, its scores are not.
     """
     classes = classes[: len(classes) - (arm.preset == DETR)]
     model = conddetr.build(arm.preset, num_classes=len(classes), **arm.overrides)
     model.load_state_dict(read_checkpoint(best)["model"])
-    folder.mkdir(parents=True, exist_ok=True)
-    conddetr.Detector(model, classes, "cpu").save(folder / f"{arm.preset}.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    conddetr.Detector(model, classes, "cpu").save(path)
 
 
 def missing(wanted: Iterable[Training], runs: list[dict]) -> list[Training]:
@@ -317,7 +321,7 @@ def write(path: Path, plan: Plan, runs: list[dict]) -> None:
 
 
 def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None, deadline: float, kept: Path) -> None:
-    """Train what `runs` lacks, the short runs first, and add it there and to the file.
+    """Train what `runs` lacks, what decides the rates first, and add it there and to the file.
 
     A training that fails is recorded as such, the others go on. Ctrl-C and SIGTERM end all processes; what was
     finished is in the file.
@@ -325,7 +329,7 @@ def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None,
     Raises:
         SystemExit: a training's process was killed.
     """
-    if not missing(probes(plan), runs) and not missing(trainings(plan, chosen_rates(plan, runs)), runs):
+    if not missing(first_trainings(plan), runs) and not missing(trainings(plan, chosen_rates(plan, runs)), runs):
         return
     # Threads of one small model wait for each other more than they help: one each, on as many cores as there are.
     workers = GPU_PROCESSES if DEVICE.type == "cuda" else os.cpu_count()
@@ -335,7 +339,7 @@ def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None,
         try:
             if not plan.coco_path:
                 draw_images(plan, Path(scratch), pool.map)
-            todo = missing(probes(plan), runs)[:at_most]
+            todo = missing(first_trainings(plan), runs)[:at_most]
             submit(todo)
             at_most = None if at_most is None else at_most - len(todo)
             submit(missing(trainings(plan, chosen_rates(plan, runs)), runs)[:at_most])

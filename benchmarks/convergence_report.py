@@ -1,7 +1,6 @@
 """What `convergence.py` found, from its result file: table, curves, and a page with what they say."""
 
 import json
-import math
 import os
 from pathlib import Path
 from statistics import mean
@@ -19,6 +18,8 @@ METRICS = ("AP", "AP50")
 DOCS = Path(__file__).parent.parent / "docs" / "paper.md"
 PAPER_AP = {row.model: row.ap[0] for row in tables.TABLES[list(tables.TABLES)[2]]}
 """Table 3; the full form is Conditional DETR itself."""
+FAILED = -1.0
+"""In place of an AP50."""
 
 
 def evaluated(run: dict) -> list[dict[str, float]]:
@@ -35,18 +36,19 @@ def steps_to(runs: list[dict], metric: str, target: float) -> int | None:
 
 
 def compared(runs: list[dict]) -> dict[str, list[dict]]:
-    """Arm → its runs, the short ones and those that failed left out."""
+    """Arm → its runs at the rate that was best with the first seed; those that failed left out."""
     arms: dict[str, list[dict]] = {}
     for run in runs:
-        if not run["probe"] and "failed" not in run:
+        scores = rate_scores(run["arm"], runs)
+        if "failed" not in run and scores and run["lr"] == max(scores, key=scores.get):
             arms.setdefault(run["arm"], []).append(run)
     return arms
 
 
-def probe_losses(arm: str, runs: list[dict]) -> dict[float, float]:
-    """Learning rate → training loss at the end of the arm's short run; infinite where that failed."""
-    short = [run for run in runs if run["probe"] and run["arm"] == arm]
-    return {run["lr"]: math.inf if "failed" in run else run["curve"][-1]["loss"] for run in short}
+def rate_scores(arm: str, runs: list[dict]) -> dict[float, float]:
+    """Learning rate → AP50 at the end of the arm's training with the first seed; negative where that failed."""
+    first = [run for run in runs if run["seed"] == 0 and run["arm"] == arm]
+    return {run["lr"]: FAILED if "failed" in run else run["curve"][-1]["AP50"] for run in first}
 
 
 def final(group: list[dict], metric: str) -> list[float]:
@@ -107,20 +109,18 @@ def draw(path: Path, runs: list[dict]) -> Path:
 
 
 def rate_rows(plan: dict, runs: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: loss at the end of the short run of every learning rate, and which was chosen."""
+    """Headings and cells: AP50 of the first seed at every learning rate, and which was chosen."""
     headings = ["model", *(f"{rate:g}" for rate in plan["rates"]), "chosen"]
     lines = []
-    for arm in dict.fromkeys(run["arm"] for run in runs if run["probe"]):
-        losses = probe_losses(arm, runs)
-        best = min(losses, key=losses.get)
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        scores = rate_scores(arm, runs)
+        if len(scores) < len(plan["rates"]):
+            continue  # It takes the rate of its family.
+        best = max(scores, key=scores.get)
         is_edge = best in (min(plan["rates"]), max(plan["rates"]))
-        cells = ["failed" if losses.get(rate) == math.inf else _loss(losses.get(rate)) for rate in plan["rates"]]
+        cells = ["failed" if scores[rate] == FAILED else f"{100 * scores[rate]:.1f}" for rate in plan["rates"]]
         lines.append([arm, *cells, f"{best:g}" + ", at the edge: beyond it a better one may lie" * is_edge])
     return headings, lines
-
-
-def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def ratios(arms: dict[str, list[dict]]) -> list[str]:
@@ -179,7 +179,7 @@ def markdown(content: dict, picture: str) -> str:
         "AP in percent, mean and range over seeds at the end; seconds of training, evaluation left out.",
         _lines(*rows(runs)),
         "\n".join(f"- {line}" for line in ratios(arms)),
-        f"Learning rates, by the training loss after {plan['probe_epochs']} epoch(s):",
+        "Learning rates, by AP50 at the end of the first seed's training:",
         _lines(*rate_rows(plan, runs)),
     ]
     if len(arms) > 2:

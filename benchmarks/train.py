@@ -143,7 +143,7 @@ def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool
 
 
 def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str) -> Trained:
-    """The step of `conddetr train`; its form is `compiled`, `CUDA graphs` or neither."""
+    """The step of `conddetr train`; its form is `compiled`, `CUDA graphs`, or another word for neither."""
     precision = "bfloat16" if problem.dtype == torch.bfloat16 else "float32"
     options = {"compile": form == "compiled", "cuda_graphs": form == "CUDA graphs"}
     config = TrainConfig(lr=1e-5, precision=precision, **options)

@@ -16,11 +16,11 @@ from conddetr.engine.distributed import InterruptedRunError
 PLAN = replace(convergence.PLANS["small"], train_images=16, val_images=2, epochs=2, eval_every=1)
 
 
-def run(arm, lr, seed, losses, ap50=(), probe=False):
+def run(arm, lr, seed, losses, ap50=()):
     curve = [{"step": 10 * (i + 1), "seconds": 1.0 + i, "loss": loss} for i, loss in enumerate(losses)]
     for point, value in zip(curve, ap50, strict=False):
         point.update(AP=value / 2, AP50=value)
-    return {"arm": arm, "lr": lr, "seed": seed, "probe": probe, "curve": curve}
+    return {"arm": arm, "lr": lr, "seed": seed, "curve": curve}
 
 
 def test_both_families_have_the_same_loss_and_prior():
@@ -34,10 +34,10 @@ def test_both_families_have_the_same_loss_and_prior():
     assert models[1](images)["pred_logits"].shape == (2, 25, 3)
 
 
-def test_the_rate_of_a_family_is_that_of_the_least_loss():
-    losses = dict(zip(PLAN.rates, (5, 4, 6), strict=True))
+def test_the_rate_of_a_family_is_that_of_the_best_first_training():
+    scores = dict(zip(PLAN.rates, (0.2, 0.4, 0.1), strict=True))
     best = PLAN.rates[1]
-    runs = [run("DETR", lr, 0, [9, loss], probe=True) for lr, loss in losses.items()]
+    runs = [run("DETR", lr, 0, [9, 8], [0.5, score]) for lr, score in scores.items()]
     assert convergence.chosen_rates(PLAN, runs) == {"detr-tiny": best}
     assert convergence.chosen_rates(PLAN, runs[:-1]) == {}
     todo = convergence.trainings(PLAN, {"detr-tiny": best})
@@ -47,8 +47,8 @@ def test_the_rate_of_a_family_is_that_of_the_least_loss():
 
 
 def test_a_rate_that_fails_is_not_chosen():
-    runs = [run("DETR", lr, 0, [9], probe=True) for lr in PLAN.rates[1:]]
-    runs.append({"arm": "DETR", "lr": PLAN.rates[0], "seed": 0, "probe": True, "failed": "FloatingPointError: loss"})
+    runs = [run("DETR", lr, 0, [9], [0.0]) for lr in PLAN.rates[1:]]
+    runs.append({"arm": "DETR", "lr": PLAN.rates[0], "seed": 0, "failed": "FloatingPointError: loss"})
     assert convergence.chosen_rates(PLAN, runs) == {"detr-tiny": PLAN.rates[1]}
 
 
@@ -77,7 +77,7 @@ def test_a_training_is_kept_and_not_repeated(tmp_path):
     found = convergence.train(PLAN, training, convergence.Folders(tmp_path, tmp_path / "kept"))
     assert [point["step"] for point in found["curve"]] == [2, 4]
     assert all(0 <= point["AP"] <= point["AP50"] <= 1 and point["seconds"] > 0 for point in found["curve"])
-    detector = conddetr.Detector.from_checkpoint(tmp_path / "kept" / "detr-tiny.pt")
+    detector = conddetr.Detector.from_checkpoint(tmp_path / "kept" / "detr-tiny-0.0007.pt")
     assert detector.model.config.family == "detr"
     path = tmp_path / "runs.json"
     convergence.write(path, PLAN, [found, {**training.key, "seed": 1, "failed": "reason"}])
@@ -90,18 +90,18 @@ def test_a_training_is_kept_and_not_repeated(tmp_path):
 
 def test_no_training_begins_after_the_deadline(tmp_path):
     folders = convergence.Folders(tmp_path, tmp_path)
-    assert convergence.train(PLAN, convergence.probes(PLAN)[0], folders, deadline=0.0) is None
+    assert convergence.train(PLAN, convergence.first_trainings(PLAN)[0], folders, deadline=0.0) is None
 
 
 def test_one_failure_leaves_the_others(tmp_path, monkeypatch):
     def train(plan, training, folders, deadline):
         if training.lr == plan.rates[0]:
             raise FloatingPointError("the loss")
-        return run(training.arm.name, training.lr, training.seed, [1], [0.5], probe=training.is_probe)
+        return run(training.arm.name, training.lr, training.seed, [1], [0.5])
 
     monkeypatch.setattr(convergence, "train", train)
     runs, path = [], tmp_path / "runs.json"
-    todo = convergence.probes(PLAN)
+    todo = convergence.first_trainings(PLAN)
     with ThreadPoolExecutor(1) as pool:
         convergence._train_all(pool, convergence.Folders(tmp_path, tmp_path), path, PLAN, runs, 0.0, todo)
     assert len(runs) == 6
@@ -113,7 +113,7 @@ def test_an_interrupted_training_did_not_fail():
     future = Future()
     future.set_exception(InterruptedRunError("SIGTERM came"))
     with pytest.raises(InterruptedRunError):
-        convergence.outcome(future, convergence.probes(PLAN)[0])
+        convergence.outcome(future, convergence.first_trainings(PLAN)[0])
 
 
 def test_steps_to_a_score():
@@ -137,13 +137,13 @@ def test_how_many_times_as_many_steps():
 
 def test_the_page_says_what_was_chosen_and_the_order():
     environment = {"device": "some", "torch": "2", "commit": "abc"}
-    runs = [run("DETR", lr, 0, [9], [0.1], probe=True) for lr in PLAN.rates]
-    runs[2]["curve"][-1]["loss"] = 5
-    scores = {"Conditional DETR": 0.4, "CSQ-C": 0.6, "DETR": 0.2}
+    runs = [run("DETR", lr, 0, [9], [score]) for lr, score in zip(PLAN.rates, (0.1, 0.15, 0.2), strict=True)]
+    runs = [{**found, "environment": environment} for found in runs]
+    scores = {"Conditional DETR": 0.4, "CSQ-C": 0.6}
     runs += [{**run(name, 1, 0, [3], [score]), "environment": environment} for name, score in scores.items()]
-    runs.append({"arm": "CSQ-T", "lr": 1, "seed": 0, "probe": False, "failed": "OSError: disk"})
+    runs.append({"arm": "CSQ-T", "lr": 1, "seed": 0, "failed": "OSError: disk"})
     page = convergence_report.markdown({"plan": convergence.asdict(PLAN), "runs": runs}, "some.png")
-    assert "| DETR | 9.000 | 9.000 | 5.000 | 0.0015, at the edge" in page
+    assert "| DETR | 10.0 | 15.0 | 20.0 | 0.0015, at the edge" in page
     place = page.index
     assert place("| CSQ-C | 30.0 | 37.1 | 2 |") < place("| Conditional DETR | 20.0 | 40.9 | 1 |")
     assert "- failed: CSQ-T, 1, seed 0: OSError: disk" in page
@@ -167,7 +167,7 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     convergence.main()
     results = tmp_path / "paper" / "convergence-small.json"
     first = results.read_text()
-    assert len(json.loads(first)["runs"]) == 4
+    assert len(json.loads(first)["runs"]) == 2
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "| Conditional DETR | 0.0007 | 1 | 2 |" in docs.read_text()
     assert "old" not in docs.read_text()
@@ -179,7 +179,7 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_picture_and_table(tmp_path):
     runs = [run(name, 1, seed, [3, 2], [0.1, 0.2 + seed]) for name in ("a", "b") for seed in (0, 0.5)]
-    runs.append(run("a", 1, 0, [3], probe=True))
+    runs.append(run("a", 2, 0, [3, 3], [0.0, 0.1]))
     assert convergence_report.draw(tmp_path / "some.json", runs).read_bytes().startswith(b"\x89PNG")
     columns = convergence_report.table(runs).columns
     assert list(columns[0].cells) == ["a", "b"]
