@@ -59,6 +59,7 @@ def _draw_row(axes: list[Axes], image: Tensor, title: str, row: Shown, kind: int
     found, index, maps = row
     box, caption = found.boxes[index], found.captions[index]
     draw_boxes(axes[0], image, box[None], [int(found.labels[index])], [caption], title=title)
+    axes[0].title.set_fontsize(8)
     weights = maps.weights[kind, int(found.queries[index])]
     for head, panel in enumerate(axes[1 : len(weights) + 1]):
         draw_map(panel, image, box, weights[head], maps.cell)
