@@ -75,7 +75,7 @@ def _draw_parts(axis: plt.Axes, row: int, length: float, parts: dict[str, float]
         )
         left += width
     if parts and row == 0:
-        axis.legend(fontsize=6, loc="lower right")
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 def files(folder: Path) -> list[Path]:
