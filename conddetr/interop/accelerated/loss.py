@@ -47,7 +47,7 @@ def detection_loss(
         The total; the unweighted losses and the cardinality error, by name; the outputs of the earlier layers.
 
     Raises:
-        ValueError: labels do not fit; names the image. values on a GPU stop the device instead.
+        ValueError: labels do not fit; names the image. Values on a GPU stop the device instead.
     """
     targets = [{"labels": label["class_labels"].long(), "boxes": label["boxes"]} for label in labels]
     auxiliary = []
