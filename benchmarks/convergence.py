@@ -7,9 +7,10 @@
 Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
 best of three learning rates, by the AP50 at the end of the first seed's whole trainings. Trainings run side by side,
 on a CPU one per core, so seconds are those of one thread, on a GPU of a share of it. What is trained is kept after
-each run in `results/paper/convergence-<plan>.json`: interrupted and called again, the script goes on with the
-trainings that are missing or failed. The best weights of the first seed stay in `runs/convergence/<plan>`, one file
-per rate. The images are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
+each run in `runs/convergence/<plan>.json`: interrupted and called again, the script goes on with the trainings that are
+missing or failed; without that file it begins anew. At its end it writes `results/paper/convergence-<plan>.json` and a
+picture, and to `docs/paper.md`. The best weights of the first seed stay in `runs/convergence/<plan>`, one file per
+rate. The images are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
 
 The small plan is 10 trainings of 2400 steps, two at a time: 18 minutes at 0.09 s per step, drawing and evaluation left
 out. The plan for a GPU is 93,600 steps, four at a time, of which the longest training has 19,200 and begins as soon as
@@ -53,7 +54,7 @@ from conddetr.engine.distributed import InterruptedRunError
 from conddetr.engine.trainer import Trainer
 
 KEPT = Path(__file__).parent.parent / "runs" / "convergence"
-"""A folder per plan, with the weights that `figure1.py` draws."""
+"""Of each plan, the trainings so far in a file, and a folder with the weights that `figure1.py` draws."""
 GPU_PROCESSES = 4
 """Trainings side by side on one GPU: a step of so small a model does not fill it."""
 
@@ -412,13 +413,15 @@ def main() -> None:
     if options.plan == "gpu" and DEVICE.type != "cuda":
         parser.error("--gpu needs an NVIDIA GPU")
     plan = replace(PLANS[options.plan], coco_path=options.coco_path)
-    path = RESULTS / "paper" / f"convergence-{plan.name}{'-coco' if plan.coco_path else ''}.json"
+    name = f"{plan.name}-coco" if plan.coco_path else plan.name
+    path, results = KEPT / f"{name}.json", RESULTS / "paper" / f"convergence-{name}.json"
     runs = read(path, plan)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds, KEPT / plan.name)
+    train_missing(path, plan, runs, options.at_most or None, time.time() + options.seconds, KEPT / name)
     if compared(runs):
         console.print(table(runs))
-        written = ", ".join(map(str, [path, *publish(path, options.docs)]))
+        write(results, plan, runs)
+        written = ", ".join(map(str, [results, *publish(results, options.docs)]))
         console.print(f"wrote {written}", highlight=False, soft_wrap=True)
 
 

@@ -175,6 +175,10 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convergence, "ProcessPoolExecutor", None)
     convergence.main()
     assert results.read_text() == first
+    # What was published, perhaps by another machine, is no beginning.
+    (tmp_path / "kept" / "small.json").unlink()
+    with pytest.raises(TypeError):
+        convergence.main()
 
 
 def test_picture_and_table(tmp_path):

@@ -108,7 +108,7 @@ def test_every_model_without_a_count_is_named():
 def test_ap_of_the_weights_that_are_there(small_coco, tmp_path, monkeypatch):
     row = tables.Row("Conditional DETR-tiny", 50, 0.04, 1, (40.0,), "conditional-detr-tiny")
     monkeypatch.setattr(tables, "TABLES", {"first": [row], "again": [row, replace(row, epochs=75)]})
-    counts = lambda sizes: tables.Measured(553393, 0.04, None, 2)  # noqa: E731
+    counts = lambda sizes: tables.Measured(553393, 0.04, images=2)  # noqa: E731
     monkeypatch.setattr(tables, "MODELS", {"conditional-detr-tiny": counts})
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "notes_of", lambda content: [])
