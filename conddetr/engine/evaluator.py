@@ -1,11 +1,12 @@
 """COCO's twelve numbers of a model on a data set, by faster-coco-eval or pycocotools, on one process or many."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +62,10 @@ class Detections:
     def to_coco(self) -> list[dict]:
         """A list in COCO's results format."""
         columns = (self.image_ids.tolist(), self.category_ids.tolist(), self.boxes.tolist(), self.scores.tolist())
-        names = ("image_id", "category_id", "bbox", "score")
-        return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+        return [
+            {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
+            for image_id, category_id, box, score in zip(*columns, strict=True)
+        ]
 
     def write(self, path: str | Path) -> None:
         """Write COCO's results JSON, whole or not at all; a part at a time, so that memory stays that of the arrays."""
@@ -249,34 +252,54 @@ def coco_result(ground_truth: dict, detections: Detections, library: str | None 
         ModuleNotFoundError: no such library is installed.
     """
     library = coco_library(library)
+    if len(detections) == 0:
+        return _nothing_found(ground_truth)
+    with _collection_paused(), contextlib.redirect_stdout(io.StringIO()):
+        stats, precision, recall, category_ids = _accumulated(ground_truth, detections, library)
+    columns = {
+        category_id: [_mean(part) for part in (precision[..., k], precision[0, :, k], precision[5, :, k], recall[:, k])]
+        for k, category_id in enumerate(category_ids)
+    }
+    return CocoResult(
+        {name: float(value) for name, value in zip(METRICS, stats, strict=True)},
+        [ClassMetrics(name, count, *columns[key]) for key, name, count in _objects(ground_truth)],
+    )
+
+
+def _accumulated(
+    ground_truth: dict, detections: Detections, library: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    """The twelve numbers; precision [10 IoU thresholds, 101 recalls, K classes] and recall [10, K], both of all areas
+    and at most 100 detections; and the ids of the K classes."""
     if library == "faster_coco_eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-
-    if len(detections) == 0:
-        return _nothing_found(ground_truth)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = ground_truth
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(detections.to_coco()), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    # [10 IoU thresholds, 101 recalls, K classes], and [10, K]: of all areas, at most 100 detections.
+    truth = COCO()
+    truth.dataset = ground_truth
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(detections.to_coco()), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
     recall = np.asarray(evaluation.eval["recall"])[:, :, 0, -1]
-    columns = {
-        category_id: [_mean(part) for part in (precision[..., k], precision[0, :, k], precision[5, :, k], recall[:, k])]
-        for k, category_id in enumerate(evaluation.params.catIds)
-    }
-    return CocoResult(
-        {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)},
-        [ClassMetrics(name, count, *columns[key]) for key, name, count in _objects(ground_truth)],
-    )
+    return np.asarray(evaluation.stats), precision, recall, evaluation.params.catIds
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No search for cycles of garbage: half a million new dicts, all in use, start it again and again. They should be
+    gone by the end, or the next search walks through them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _nothing_found(ground_truth: dict) -> CocoResult:
