@@ -68,7 +68,8 @@ class Packed:
         """Copy `content`; the copies of tensors on a GPU may arrive later, which `unpack` and `write` wait for."""
         found: list[tuple[tuple, Tensor]] = []
         self.plain = _without_tensors(content, (), found)
-        self.layout = _layout(found)
+        self._kinds = _kinds(found)
+        self.layout = [(path, str(dtype).removeprefix("torch."), tuple(shape)) for path, dtype, shape in self._kinds]
         sizes: dict[str, int] = {}
         for _, dtype, shape in self.layout:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
@@ -87,7 +88,7 @@ class Packed:
         """
         found: list[tuple[tuple, Tensor]] = []
         plain = _without_tensors(content, (), found)
-        if _layout(found) != self.layout:
+        if _kinds(found) != self._kinds:
             return False
         self.plain = plain
         self._copy(found)
@@ -145,14 +146,22 @@ def _unpacked(content: dict[str, Any]) -> dict[str, Any]:
 
 def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]]) -> Any:
     """The same structure with None for every tensor; `found` gets them with their keys, from the outermost."""
-    if isinstance(value, Tensor):
-        found.append((path, value))
-        return None
     if isinstance(value, dict):
-        return {key: _without_tensors(item, (*path, key), found) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_tensors(item, (*path, index), found) for index, item in enumerate(value)]
-    return value
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return value
+    plain = {}
+    # Not a call for each of a thousand tensors: training waits for this.
+    for key, item in items:
+        if isinstance(item, Tensor):
+            found.append(((*path, key), item))
+            item = None
+        elif isinstance(item, (dict, list, tuple)):
+            item = _without_tensors(item, (*path, key), found)
+        plain[key] = item
+    return plain if isinstance(value, dict) else list(plain.values())
 
 
 def _with_tensors(plain: Any, layout: list, tensors: list[Tensor]) -> Any:
@@ -166,13 +175,9 @@ def _with_tensors(plain: Any, layout: list, tensors: list[Tensor]) -> Any:
     return content
 
 
-def _layout(found: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, str, tuple[int, ...]]]:
-    """Keys, dtype and shape of every tensor, in the order in which they lie in the flat ones."""
-    return [(path, _name(tensor.dtype), tuple(tensor.shape)) for path, tensor in found]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _kinds(found: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, torch.dtype, torch.Size]]:
+    """Keys, dtype and shape of every tensor."""
+    return [(path, tensor.dtype, tensor.shape) for path, tensor in found]
 
 
 def _views(layout: list, flat: dict[str, Tensor]) -> list[Tensor]:

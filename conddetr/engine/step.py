@@ -211,10 +211,11 @@ class Stepper:
         self.means = {}
 
     def state(self) -> dict:
-        """All that a step changes, to be saved; call `flush` before. Every process must call it."""
+        """All that a step changes, to be saved before the next one; call `flush` before. Every process must call it."""
         return {
-            "model": self.model.state_dict(),
-            "ema": self.average.model.state_dict() if self.average else {},
+            # The parameters themselves: training waits for this, and half of the time would go to detaching them.
+            "model": self.model.state_dict(keep_vars=True),
+            "ema": self.average.model.state_dict(keep_vars=True) if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.skipped,
             "sums": distributed.gather(self._sums.cpu()),
