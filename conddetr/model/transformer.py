@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import conditional_attention, sine_embedding
+from conddetr.kernels import conditional_attention, registry, sine_embedding
 from conddetr.model.layers import MLP, FeedForward, initialize_xavier
 
 
@@ -38,21 +38,48 @@ class Keys(NamedTuple):
 
 
 def self_attention(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, padding: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    padding: Tensor | None,
+    dropout_p: float,
+    backend: str,
 ) -> Tensor:
-    """PyTorch's scaled dot-product attention of projected tokens [B, N, C]; padding [B, N] bool -> [B, N, C].
+    """Scaled dot-product attention of projected tokens [B, N, C]; padding [B, N] bool -> [B, N, C].
 
-    The mask is one row per image that all heads and queries share: fused kernels take that form, without a copy of
-    N × N numbers.
+    By PyTorch, which has no fused kernel with dropout on a CPU: there, native kernels of the backend take it as
+    conditional attention, whose content and spatial part are the two halves of each head's channels.
     """
-    heads = [x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+    heads = [x.unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
+    if is_native_on_cpu(backend, query):
+        half = heads[0].shape[-1] // 2
+        queries, keys = (x.tensor_split((half,), dim=-1) for x in heads[:2])
+        attended = conditional_attention(
+            *queries, *keys, heads[2], key_padding_mask=padding, dropout_p=dropout_p, backend="native"
+        )
+        return attended.flatten(-2)
+    # One row per image that all heads and queries share: fused kernels take that form, without a copy of N × N numbers.
     visible = None if padding is None else ~padding[:, None, None, :]
-    attended = F.scaled_dot_product_attention(*heads, attn_mask=visible, dropout_p=dropout_p)
+    attended = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in heads), attn_mask=visible, dropout_p=dropout_p
+    )
     return attended.transpose(1, 2).flatten(-2)
+
+
+def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:
+    """Whether the tensor is on a CPU and the backend means the native kernels there."""
+    if tensor.device.type != "cpu" or backend not in ("auto", "native"):
+        return False
+    return registry.choose(backend, tensor.device, tensor.dtype).backend == "native"
 
 
 class EncoderSelfAttention(nn.MultiheadAttention):
     """Self-attention whose queries and keys come from one projection; its base class has the official names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_dim, config.num_heads, config.dropout)
+        self.backend = config.backend
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
@@ -61,7 +88,7 @@ class EncoderSelfAttention(nn.MultiheadAttention):
         query, key = F.linear(tokens + position, weights[0], biases[0]).chunk(2, dim=-1)
         value = F.linear(tokens, weights[1], biases[1])
         dropout_p = self.dropout if self.training else 0.0
-        return self.out_proj(self_attention(query, key, value, self.num_heads, padding, dropout_p))
+        return self.out_proj(self_attention(query, key, value, self.num_heads, padding, dropout_p, self.backend))
 
 
 class EncoderLayer(FeedForward):
@@ -69,7 +96,7 @@ class EncoderLayer(FeedForward):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_dim, config.ffn_dim, config.dropout, num_norms=2)
-        self.self_attn = EncoderSelfAttention(config.hidden_dim, config.num_heads, config.dropout)
+        self.self_attn = EncoderSelfAttention(config)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
@@ -95,16 +122,17 @@ class Encoder(nn.Module):
 class ProjectedSelfAttention(nn.Module):
     """Scaled dot-product attention of projected queries, keys and values, with an output projection."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.out_proj = nn.Linear(dim, dim)
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.backend = config.backend
+        self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query, key, value [B, Q, C] -> [B, Q, C]."""
         dropout_p = self.dropout if self.training else 0.0
-        return self.out_proj(self_attention(query, key, value, self.num_heads, None, dropout_p))
+        return self.out_proj(self_attention(query, key, value, self.num_heads, None, dropout_p, self.backend))
 
 
 class ConditionalCrossAttention(nn.Module):
@@ -155,7 +183,7 @@ class ConditionalDecoderLayer(FeedForward):
         self.sa_kcontent_proj = nn.Linear(dim, dim)
         self.sa_kpos_proj = nn.Linear(dim, dim)
         self.sa_v_proj = nn.Linear(dim, dim)
-        self.self_attn = ProjectedSelfAttention(dim, config.num_heads, config.dropout)
+        self.self_attn = ProjectedSelfAttention(config)
         self.ca_qcontent_proj = nn.Linear(dim, dim)
         if is_first:
             self.ca_qpos_proj = nn.Linear(dim, dim)

@@ -5,9 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conddetr
+from conddetr.kernels import native
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import project_all_keys
+from conddetr.model.transformer import project_all_keys, self_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,6 +39,24 @@ def test_self_attention_takes_a_fused_kernel(is_padded):
     fused = {"cpu": {"flash_attention_for_cpu"}, "cuda": {"flash_attention", "efficient_attention", "cudnn_attention"}}
     assert len(operators.names) == 4
     assert set(operators.names) <= fused[DEVICE], operators.names
+
+
+@pytest.mark.parametrize("width", [8, 7, 32])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_native_self_attention_is_pytorchs(is_padded, width):
+    if native.NOT_LOADED:
+        pytest.skip(native.NOT_LOADED)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 11, 4 * width, generator=generator, dtype=torch.float64) for _ in range(4)]
+    *leaves, upstream = tensors
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    padding = torch.arange(11) >= torch.tensor([[11], [6]]) if is_padded else None
+    with Operators() as operators:
+        outputs = [self_attention(*leaves, 4, padding, 0.0, backend) for backend in ("eager", "native")]
+    assert len(operators.names) == 1
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for theirs, ours in zip(*(torch.autograd.grad(y, leaves, upstream) for y in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_keys_of_all_layers_are_those_of_each():

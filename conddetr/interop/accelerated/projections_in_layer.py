@@ -8,7 +8,7 @@ from conddetr.model.transformer import self_attention
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
-    """PyTorch's fused attention."""
+    """PyTorch's fused attention; on a CPU ours."""
 
     def forward(
         self,
@@ -32,7 +32,9 @@ class EncoderSelfAttention(theirs.DetrAttention):
         placed = hidden_states if object_queries is None else hidden_states + object_queries
         query, key, value = self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states)
         dropout_p = self.dropout if self.training else 0.0
-        attended = self_attention(query, key, value, self.num_heads, key_padding(attention_mask), dropout_p)
+        attended = self_attention(
+            query, key, value, self.num_heads, key_padding(attention_mask), dropout_p, self.backend
+        )
         return self.out_proj(attended), None
 
 
@@ -61,7 +63,9 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
                 *heads[0].chunk(2, dim=-1), *heads[1].chunk(2, dim=-1), heads[2], padding, dropout_p, self.backend
             )
         else:
-            attended = self_attention(hidden_states, key_states, value_states, self.num_heads, padding, dropout_p)
+            attended = self_attention(
+                hidden_states, key_states, value_states, self.num_heads, padding, dropout_p, self.backend
+            )
         return self.out_proj(attended), None
 
 
