@@ -61,9 +61,10 @@ class Parts:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             self._end(name)
             outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-            # Of a backbone's stages the last is the one that is used.
-            for tensor in outputs[-1:] if name == "backbone" else outputs:
-                tensor.register_hook(lambda _: self._arrived(behind))
+            # Of a backbone's stages the last is the one that is used; a decoder's reference points, which come second,
+            # get their gradient when it is through.
+            used = outputs[-1 if name == "backbone" else 0]
+            used.register_hook(lambda _: self._arrived(behind))
 
         return hook
 
