@@ -62,7 +62,11 @@ def replacements() -> list[Replacement]:
     elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
         from conddetr.interop.accelerated import projections_in_layer as structure
 
-        found.append(Replacement("encoder self-attention", structure.EncoderSelfAttention, "PyTorch's fused attention"))
+        found.append(
+            Replacement(
+                "encoder self-attention", structure.EncoderSelfAttention, "PyTorch's fused attention; on a CPU ours"
+            )
+        )
         found.append(Replacement("decoder attention", structure.DecoderAttention))
     else:
         return found
