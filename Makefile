@@ -34,6 +34,8 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/sine.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/focal.py
+	$(BIN)/python benchmarks/boxes.py
+	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/match.py
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
@@ -61,6 +63,8 @@ gpu:
 	$(PYTHON) benchmarks/sine.py --seconds 15 --cudagraph --points 2400
 	$(PYTHON) benchmarks/decoder.py --seconds 40 --dtypes bfloat16
 	$(PYTHON) benchmarks/focal.py --seconds 10
+	$(PYTHON) benchmarks/boxes.py --seconds 5
+	$(PYTHON) benchmarks/cost.py --seconds 5
 	$(PYTHON) benchmarks/match.py --seconds 20
 	$(PYTHON) benchmarks/train.py --seconds 40
 	$(PYTHON) benchmarks/model.py --seconds 10
