@@ -7,11 +7,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 import torch
 import torch.nn.functional as F
-from harness import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from harness import OURS, Result, Work, measure, run_losses, usable
 from machine import DEVICE, copy_bandwidth
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
@@ -96,16 +95,5 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
     return measure(problem.title, good, options, problem.work(), refused)
 
 
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    cuda = DEVICE.type == "cuda"
-    parser = arguments(__doc__.splitlines()[0], seconds=30)
-    parser.add_argument("--images", nargs="+", type=int, default=[16, 2] if cuda else [2, 8])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"])
-    options = parse(parser)
-    problems = [Problem(images, getattr(torch, dtype)) for images, dtype in product(options.images, options.dtypes)]
-    run_all("boxes", {problem.title: partial(run, problem, options) for problem in problems}, options)
-
-
 if __name__ == "__main__":
-    main()
+    run_losses("boxes", __doc__.splitlines()[0], Problem, run, ["float32"])

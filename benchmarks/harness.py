@@ -8,9 +8,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from machine import DEVICE, Run, clock, device_name, environment
@@ -259,6 +261,30 @@ def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.
     if titles:
         console.print(f"{len(titles)} problems left out after {options.seconds:.0f} s: --seconds gives more.")
     console.print(f"wrote {path}; `python benchmarks/report.py` draws it", highlight=False, soft_wrap=True)
+
+
+def run_losses(
+    name: str,
+    description: str,
+    make: Callable[[int, torch.dtype], Any],
+    run: Callable[[Any, argparse.Namespace], Result],
+    dtypes: list[str],
+) -> None:
+    """The command line of an operation of the loss: problems by number of images and dtype, one result file for all.
+
+    Args:
+        name: as of `run_all`.
+        description: for `--help`.
+        make: images and dtype → problem, which has a `title`.
+        run: problem and options → its result.
+        dtypes: by default.
+    """
+    parser = arguments(description, seconds=60)
+    parser.add_argument("--images", nargs="+", type=int, default=[16, 2] if DEVICE.type == "cuda" else [2, 8])
+    parser.add_argument("--dtypes", nargs="+", default=dtypes)
+    options = parse(parser)
+    problems = [make(images, getattr(torch, dtype)) for images, dtype in product(options.images, options.dtypes)]
+    run_all(name, {problem.title: partial(run, problem, options) for problem in problems}, options)
 
 
 def write_results(name: str, settings: dict[str, str], results: list[Result], left_out: list[str]) -> Path:
