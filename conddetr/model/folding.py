@@ -50,7 +50,7 @@ def fold(body: nn.Module, kept: Kept | None) -> tuple[Folded, Kept | None]:
 def stages(body: nn.Module, folded: Folded, images: Tensor) -> Iterator[Tensor]:
     """[B, 3, H, W] images -> the feature map of each stage in turn, in channels-last."""
     x = images.contiguous(memory_format=torch.channels_last)
-    x = body.maxpool(_convolve(x, body.conv1, folded).relu_())
+    x = body.maxpool(_convolve(x, body.conv1, folded, "relu"))
     for stage in STAGES:
         for block in getattr(body, stage):
             x = _residual_block(x, block, folded)
@@ -76,12 +76,40 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return folded[0].to(conv.weight.dtype, memory_format=torch.channels_last), folded[1].to(conv.weight.dtype)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded, then: str = "none") -> Tensor:
+    """`then`: `relu` or `none`."""
     weight, bias = folded[conv]
+    window = (conv.stride, conv.padding, conv.dilation)
+    if _is_fusible(x, weight):
+        stride, padding, dilation = window
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, weight, bias, padding, stride, dilation, conv.groups, then, [], "")
     by_products = weight.requires_grad and x.device.type == "cpu" and x.dtype == weight.dtype and conv.groups == 1
     if by_products and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-        return ConvolutionByProducts.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        x = ConvolutionByProducts.apply(x, weight, bias, *window)
+    else:
+        x = F.conv2d(x, weight, bias, *window, conv.groups)
+    return x.relu_() if then == "relu" else x
+
+
+def _convolve_onto(shortcut: Tensor, x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
+    """The ReLU of the sum; `shortcut` may be overwritten."""
+    weight, bias = folded[conv]
+    if not _is_fusible(x, weight):
+        return (_convolve(x, conv, folded) + shortcut).relu_()
+    window = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    convolve = torch.ops.mkldnn._convolution_pointwise_.binary
+    return convolve(shortcut, x, weight, bias, *window, "add", 1.0, "relu", [], "")
+
+
+def _is_fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes a convolution together with what follows it, as torch.compile has it do: float32 on a CPU
+    without gradients. On others, and on tensors without values, everything is plain."""
+    is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not is_plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return not records and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 class ConvolutionByProducts(torch.autograd.Function):
@@ -146,7 +174,6 @@ def _weight_gradient(
 def _residual_block(x: Tensor, block: nn.Module, folded: Folded) -> Tensor:
     shortcut = x if block.downsample is None else _convolve(x, block.downsample[0], folded)
     count = CONVOLUTIONS[type(block).__name__]
-    for index in range(1, count + 1):
-        x = _convolve(x, getattr(block, f"conv{index}"), folded)
-        x = x.relu_() if index < count else x
-    return (x + shortcut).relu_()
+    for index in range(1, count):
+        x = _convolve(x, getattr(block, f"conv{index}"), folded, "relu")
+    return _convolve_onto(shortcut, x, getattr(block, f"conv{count}"), folded)

@@ -1,9 +1,15 @@
-"""Convolutions whose weights get their gradient from matrix products."""
+"""Folded ResNets: fused convolutions, and those whose weights get their gradient from matrix products."""
+
+import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import resnet18, resnet50
+from torchvision.ops import FrozenBatchNorm2d
 
+from conddetr.model import folding
 from conddetr.model.folding import ConvolutionByProducts
 
 WINDOWS = {
@@ -38,3 +44,46 @@ def test_only_what_is_asked_for_is_computed():
     ConvolutionByProducts.apply(x, weight, torch.zeros(4), *window).sum().backward()
     assert x.grad is None
     assert weight.grad.shape == weight.shape
+
+
+class Fused(TorchDispatchMode):
+    """How many convolutions ran together with what follows them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_convolution_pointwise" in function.overloadpacket.__name__
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
+@pytest.mark.parametrize(("make", "convolutions"), [(resnet18, 20), (resnet50, 53)])
+def test_every_stage_of_the_fused_form_is_that_of_the_plain_one(make, convolutions):
+    """Compared after all have run: no stage may write over the one before it."""
+    torch.manual_seed(0)
+    body = make(weights=None, norm_layer=FrozenBatchNorm2d).eval()
+    for norm in body.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.running_mean.normal_(std=0.1)
+    images = torch.randn(2, 3, 65, 97)
+    with torch.no_grad(), Fused() as fused:
+        found = list(folding.stages(body, folding.fold(body, None)[0], images))
+    assert fused.count == convolutions
+    exact = copy.deepcopy(body).double()
+    x = exact.maxpool(exact.relu(exact.bn1(exact.conv1(images.double()))))
+    for stage, features in zip(folding.STAGES, found, strict=True):
+        x = getattr(exact, stage)(x)
+        torch.testing.assert_close(features.double(), x, rtol=1e-4, atol=1e-5 * x.abs().max().item())
+
+
+def test_what_is_trained_is_not_fused():
+    body = resnet18(weights=None, norm_layer=FrozenBatchNorm2d)
+    body.conv1.requires_grad_(False)
+    body.layer1.requires_grad_(False)
+    with Fused() as fused:
+        *_, features = folding.stages(body, folding.fold(body, None)[0], torch.randn(1, 3, 32, 32))
+    # The stem and the first stage.
+    assert fused.count == 5 * torch.backends.mkldnn.is_available()
+    features.sum().backward()
+    assert all(p.grad is not None for p in body.layer2.parameters() if p.requires_grad)
