@@ -13,8 +13,8 @@ picture, and to `docs/paper.md`. The best weights of the first seed stay in `run
 rate. The images are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
 
 The small plan is 10 trainings of 2400 steps, two at a time: 18 minutes at 0.09 s per step, drawing and evaluation left
-out; it took 22 in all at 0.104 s. The plan for a GPU is 93,600 steps, four at a time, of which the longest training has 19,200 and begins as soon as
-its rate is known: 8 minutes where each of the four makes 50 steps per second.
+out; it took 23 in all at 0.104 s. The plan for a GPU is 93,600 steps, four at a time, of which the longest training has
+19,200 and begins as soon as its rate is known: 8 minutes where each of the four makes 50 steps per second.
 """
 
 import argparse
