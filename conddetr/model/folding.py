@@ -115,7 +115,7 @@ def _is_fusible(x: Tensor, weight: Tensor) -> bool:
 class ConvolutionByProducts(torch.autograd.Function):
     """A convolution in channels-last whose weights get their gradient from one matrix product per cell of the window.
 
-    On CPUs that is up to three times as fast as PyTorch's own way in this layout.
+    On two AVX2 cores that took 0.4 to 0.9 of the time of PyTorch's own way in this layout, by shape.
     """
 
     @staticmethod
