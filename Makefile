@@ -33,6 +33,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
 	$(BIN)/python benchmarks/sine.py
 	$(BIN)/python benchmarks/decoder.py
+	$(BIN)/python benchmarks/dropout.py
 	$(BIN)/python benchmarks/focal.py
 	$(BIN)/python benchmarks/boxes.py
 	$(BIN)/python benchmarks/cost.py
@@ -71,7 +72,7 @@ gpu:
 	$(PYTHON) benchmarks/report.py
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
-SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py tests/kernels/test_match.py \
+SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py tests/kernels/test_match.py tests/kernels/test_dropout.py \
     -k "native or instruction or threads or rise"
 sanitize: $(READY)
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \

@@ -345,7 +345,8 @@ def _env(options: argparse.Namespace) -> None:
 
     from conddetr.engine.progress import console
     from conddetr.kernels import native, registry
-    from conddetr.kernels.match.op import choose
+    from conddetr.kernels.dropout import op as dropout
+    from conddetr.kernels.match import op as match
 
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
@@ -366,7 +367,9 @@ def _env(options: argparse.Namespace) -> None:
         table.add_row(operation, *(choice.backend for choice in choices))
     for operation in ("focal_loss", "matched_box_loss", "matching_cost"):
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
-    table.add_row("linear_assignment", *[choose("auto", device, torch.float32)] * len(dtypes))
+    for operation in ("relu_dropout", "dropout_add"):
+        table.add_row(operation, *(dropout.choose("auto", device, dtype) for dtype in dtypes))
+    table.add_row("linear_assignment", *[match.choose("auto", device, torch.float32)] * len(dtypes))
     console.print(table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
         console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)

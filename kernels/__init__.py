@@ -3,6 +3,7 @@
 from conddetr.kernels.attn import conditional_attention
 from conddetr.kernels.boxes import matched_box_loss
 from conddetr.kernels.cost import matching_cost
+from conddetr.kernels.dropout import dropout_add, relu_dropout
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
@@ -10,9 +11,11 @@ from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 __all__ = [
     "conditional_attention",
     "conditional_spatial_query",
+    "dropout_add",
     "focal_loss",
     "linear_assignment",
     "matched_box_loss",
     "matching_cost",
+    "relu_dropout",
     "sine_embedding",
 ]

@@ -16,6 +16,10 @@ WITHOUT_NATIVE = ("triton", "eager")
 """What operations offer that have no native kernels."""
 
 
+NATIVE_ALONE = ("native", "eager")
+"""What operations offer that have no Triton kernels."""
+
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it is not imported for this."""
 

@@ -160,6 +160,9 @@ def test_env_says_what_runs_and_why(capsys):
         (row,) = [line for line in printed.splitlines() if operation in line]
         assert "eager" in row
         assert "native" not in row
+    for operation in ("relu_dropout", "dropout_add"):
+        (row,) = [line for line in printed.splitlines() if operation in line]
+        assert "triton" not in row
     assert "triton is refused: " in printed
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from conddetr.kernels import registry
 from conddetr.model.backbone import ResNetBackbone
 from conddetr.model.detr import DETR
+from conddetr.model.layers import FeedForward, is_native_on_cpu
 from conddetr.model.transformer import (
     ConditionalCrossAttention,
     ConditionalDecoder,
     EncoderSelfAttention,
     ProjectedSelfAttention,
-    is_native_on_cpu,
 )
 
 
@@ -121,13 +121,15 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
             report.replaced.append(Part(name, len(modules), f"backend {describe(choice, parameter_of(model))}"))
     if not report.replaced:
         report.left.append(Part("decoder", 1, "the original DETR has no conditional attention"))
-    modules = [
-        module for module in model.modules() if isinstance(module, (EncoderSelfAttention, ProjectedSelfAttention))
-    ]
-    for module in modules:
-        module.backend = backend
-    if is_native_on_cpu(backend, parameter_of(model)):
-        report.replaced.append(Part("self-attention", len(modules), describe(choice, parameter_of(model))))
+    for name, kind in (
+        ("self-attention", EncoderSelfAttention | ProjectedSelfAttention),
+        ("dropout of layers", FeedForward),
+    ):
+        modules = [module for module in model.modules() if isinstance(module, kind)]
+        for module in modules:
+            module.backend = backend
+        if modules and is_native_on_cpu(backend, parameter_of(model)):
+            report.replaced.append(Part(name, len(modules), describe(choice, parameter_of(model))))
     return report
 
 

@@ -4,6 +4,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from conddetr.config import ModelConfig
+from conddetr.kernels import dropout_add, registry, relu_dropout
+
 
 class MLP(nn.Module):
     """Linear layers with ReLU between them; named `layers.{i}` as in the official code."""
@@ -26,17 +29,34 @@ class FeedForward(nn.Module):
     The attributes carry the official names, hence this is inherited and not a submodule.
     """
 
-    def __init__(self, dim: int, ffn_dim: int, dropout: float, num_norms: int) -> None:
+    def __init__(self, config: ModelConfig, num_norms: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.linear1 = nn.Linear(config.hidden_dim, config.ffn_dim)
+        self.linear2 = nn.Linear(config.ffn_dim, config.hidden_dim)
+        self.dropout = config.dropout
+        self.backend = config.backend
         for index in range(1, num_norms + 1):
-            self.add_module(f"norm{index}", nn.LayerNorm(dim))
+            self.add_module(f"norm{index}", nn.LayerNorm(config.hidden_dim))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], the branch alone, without residual and norm."""
-        return self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.linear2(relu_dropout(self.linear1(x), *self._dropout(x)))
+
+    def add(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        """Both [..., dim]: the sum, of the branch what dropout leaves."""
+        return dropout_add(branch, tokens, *self._dropout(tokens))
+
+    def _dropout(self, tokens: Tensor) -> tuple[float, str]:
+        """Probability and implementation: on GPUs PyTorch's own is one kernel already."""
+        is_native = is_native_on_cpu(self.backend, tokens)
+        return self.dropout if self.training else 0.0, "native" if is_native else "eager"
+
+
+def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:
+    """Whether the tensor is on a CPU and the backend means the native kernels there."""
+    if tensor.device.type != "cpu" or backend not in ("auto", "native"):
+        return False
+    return registry.choose(backend, tensor.device, tensor.dtype).backend == "native"
 
 
 def initialize_xavier(module: nn.Module) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import conditional_attention, registry, sine_embedding
-from conddetr.model.layers import MLP, FeedForward, initialize_xavier
+from conddetr.kernels import conditional_attention, sine_embedding
+from conddetr.model.layers import MLP, FeedForward, initialize_xavier, is_native_on_cpu
 
 
 class FeatureGrid(NamedTuple):
@@ -67,13 +67,6 @@ def self_attention(
     return attended.transpose(1, 2).flatten(-2)
 
 
-def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:
-    """Whether the tensor is on a CPU and the backend means the native kernels there."""
-    if tensor.device.type != "cpu" or backend not in ("auto", "native"):
-        return False
-    return registry.choose(backend, tensor.device, tensor.dtype).backend == "native"
-
-
 class EncoderSelfAttention(nn.MultiheadAttention):
     """Self-attention whose queries and keys come from one projection; its base class has the official names."""
 
@@ -95,13 +88,13 @@ class EncoderLayer(FeedForward):
     """Self-attention over the feature map; positions are added to queries and keys."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_dim, config.ffn_dim, config.dropout, num_norms=2)
+        super().__init__(config, num_norms=2)
         self.self_attn = EncoderSelfAttention(config)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
-        tokens = self.norm1(tokens + self.dropout(self.self_attn(tokens, position, padding)))
-        return self.norm2(tokens + self.dropout(self.feed_forward(tokens)))
+        tokens = self.norm1(self.add(tokens, self.self_attn(tokens, position, padding)))
+        return self.norm2(self.add(tokens, self.feed_forward(tokens)))
 
 
 class Encoder(nn.Module):
@@ -174,7 +167,7 @@ class ConditionalDecoderLayer(FeedForward):
     """One decoder layer of Conditional DETR."""
 
     def __init__(self, config: ModelConfig, is_first: bool) -> None:
-        super().__init__(config.hidden_dim, config.ffn_dim, config.dropout, num_norms=3)
+        super().__init__(config, num_norms=3)
         dim = config.hidden_dim
         self.is_first = is_first
         self.csq = config.csq
@@ -221,7 +214,7 @@ class ConditionalDecoderLayer(FeedForward):
             self.sa_kcontent_proj(tokens) + self.sa_kpos_proj(object_query),
             self.sa_v_proj(tokens),
         )
-        tokens = self.norm1(tokens + self.dropout(attended))
+        tokens = self.norm1(self.add(tokens, attended))
 
         q_content = self.ca_qcontent_proj(tokens)
         q_spatial = self.ca_qpos_sine_proj(self._spatial_query(embedding, tokens, p_s, query_scale))
@@ -231,8 +224,8 @@ class ConditionalDecoderLayer(FeedForward):
             # (q + q_p)·k + (q + q_p + q_s)·k_p, which leaves the keys alone.
             q_content = q_content + self.ca_qpos_proj(object_query)
             q_spatial = q_content + q_spatial
-        tokens = self.norm2(tokens + self.dropout(self.cross_attn(q_content, q_spatial, keys, grid)))
-        return self.norm3(tokens + self.dropout(self.feed_forward(tokens)))
+        tokens = self.norm2(self.add(tokens, self.cross_attn(q_content, q_spatial, keys, grid)))
+        return self.norm3(self.add(tokens, self.feed_forward(tokens)))
 
     def project_keys(self, memory: Tensor, position: Tensor) -> Keys:
         """This layer's keys, dense: memory [B, N, C] and position [B or 1, N, C]."""
@@ -358,7 +351,7 @@ class DETRDecoderLayer(FeedForward):
     """One decoder layer of the original DETR."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.hidden_dim, config.ffn_dim, config.dropout, num_norms=3)
+        super().__init__(config, num_norms=3)
         make = {"batch_first": True, "dropout": config.dropout}
         self.self_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, **make)
         self.multihead_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, **make)
@@ -377,13 +370,13 @@ class DETRDecoderLayer(FeedForward):
         """
         query = tokens + object_query
         attended, _ = self.self_attn(query, query, tokens, need_weights=False)
-        tokens = self.norm1(tokens + self.dropout(attended))
+        tokens = self.norm1(self.add(tokens, attended))
         query, key = tokens, memory
         if position is not None:
             query, key = tokens + object_query, memory + position
         attended, _ = self.multihead_attn(query, key, memory, key_padding_mask=padding, need_weights=False)
-        tokens = self.norm2(tokens + self.dropout(attended))
-        return self.norm3(tokens + self.dropout(self.feed_forward(tokens)))
+        tokens = self.norm2(self.add(tokens, attended))
+        return self.norm3(self.add(tokens, self.feed_forward(tokens)))
 
 
 class DETRDecoder(nn.Module):

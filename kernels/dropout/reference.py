@@ -1,0 +1,17 @@
+"""Dropout with the operation beside it, in plain PyTorch.
+
+Source: "Attention is all you need", section 5.4; the second dropout of feed-forward networks is DETR's own.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def relu_dropout(x: Tensor, p: float) -> Tensor:
+    """ReLU, of which each element is zero with probability p and else grows to x / (1 - p)."""
+    return F.dropout(x.relu(), p)
+
+
+def dropout_add(x: Tensor, residual: Tensor, p: float) -> Tensor:
+    """The residual plus x after dropout."""
+    return residual + F.dropout(x, p)
