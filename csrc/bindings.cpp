@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) {
   library.def("conditional_attention(" CONDDETR_ATTENTION_INPUTS ") -> (Tensor out, Tensor lse)");
   library.def("conditional_attention_backward(" CONDDETR_ATTENTION_INPUTS
               ", Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("convolution_3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed, bool relu) -> Tensor");
+  library.def("convolution_3x3_weight(Tensor x, Tensor grad) -> Tensor");
   library.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, bool relu) -> Tensor");
   library.def("linear_assignment(Tensor cost, Tensor counts) -> Tensor");
   library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");

@@ -112,7 +112,7 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
     report = AccelerationReport()
     for module in model.modules():
         if isinstance(module, ResNetBackbone):
-            module.fold = backend != "eager"
+            module.backend = backend
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
         for module in modules:

@@ -24,16 +24,15 @@ class ResNetBackbone(nn.Module):
     """The last stage of a ResNet: stride 32, or 16 with dilation (DC5).
 
     Batch norm is frozen. The stem and the first stage never train, as in DETR. Without gradients (and in eval mode) the
-    norms are folded into the convolutions; with `fold` also with them. The plain form is the official one: the same but
-    for rounding.
+    norms are folded into the convolutions; with a backend other than `eager` also with them. The plain form is the
+    official one: the same but for rounding.
     """
 
     num_channels = 2048
 
-    def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool, fold: bool) -> None:
+    def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool, backend: str) -> None:
         super().__init__()
-        self.fold = fold
-        """Whether norms are folded in training too."""
+        self.backend = backend
         self.stride = 16 if dilation else 32
         make, weights = _RESNETS[name]
         body = make(
@@ -53,10 +52,10 @@ class ResNetBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
         inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not (self.fold or inference):
+        if self.backend == "eager" and not inference:
             return plain_features(self.body, images)
         folded, self._kept = folding.fold(self.body, self._kept)
-        *_, features = folding.stages(self.body, folded, images)
+        *_, features = folding.stages(self.body, folded, images, self.backend)
         return features
 
     def train(self, mode: bool = True) -> "ResNetBackbone":
@@ -141,5 +140,6 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels."""
     if config.backbone == "tiny":
         return TinyBackbone().requires_grad_(config.train_backbone)
-    fold = config.backend != "eager"
-    return ResNetBackbone(config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone, fold)
+    return ResNetBackbone(
+        config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone, config.backend
+    )

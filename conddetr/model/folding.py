@@ -2,7 +2,8 @@
 
 conv(x)·s + t is a convolution with weights scaled by s and bias t: two passes over every feature map less, each way.
 Gradients flow through the scaling to the weights. Everything runs in channels-last, which convolutions prefer on CPUs
-and, in half precision, on GPUs; all but the gradients of weights on CPUs, which are made of matrix products here.
+and, in half precision, on GPUs; all but the gradients of weights on CPUs, which are made of matrix products here. Those
+of 3×3 are ours on a CPU: a quarter of the multiplications, each way.
 
 For the ResNets of torchvision and timm, whose parts have the same names.
 """
@@ -14,11 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from conddetr.kernels import conv3x3, convolution_3x3, convolution_3x3_weight_gradient
+
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
 """Kind of residual block → its convolutions, the shortcut's not counted."""
 EPS = 1e-5
 """Of norms that do not say theirs: transformers' have it as a constant."""
+
+UNIT = ((1, 1), (1, 1), (1, 1))
+"""Stride, padding and dilation of a convolution of 3×3 that leaves the size of a map as it is."""
 
 Folded = dict[nn.Conv2d, tuple[Tensor, Tensor]]
 """Weight and bias of each convolution together with the norm behind it."""
@@ -47,13 +53,20 @@ def fold(body: nn.Module, kept: Kept | None) -> tuple[Folded, Kept | None]:
     return kept[1], kept
 
 
-def stages(body: nn.Module, folded: Folded, images: Tensor) -> Iterator[Tensor]:
-    """[B, 3, H, W] images -> the feature map of each stage in turn, in channels-last."""
+def stages(body: nn.Module, folded: Folded, images: Tensor, backend: str) -> Iterator[Tensor]:
+    """[B, 3, H, W] images -> the feature map of each stage in turn, in channels-last.
+
+    Args:
+        body: a ResNet.
+        folded: what `fold` made of it.
+        images: of the dtype of its weights, or under autocast.
+        backend: `eager` does without our convolution; all others take it where it can run.
+    """
     x = images.contiguous(memory_format=torch.channels_last)
-    x = body.maxpool(_convolve(x, body.conv1, folded, "relu"))
+    x = body.maxpool(_convolve(x, body.conv1, folded, backend, "relu"))
     for stage in STAGES:
         for block in getattr(body, stage):
-            x = _residual_block(x, block, folded)
+            x = _residual_block(x, block, folded, backend)
         yield x
 
 
@@ -76,40 +89,58 @@ def _fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return folded[0].to(conv.weight.dtype, memory_format=torch.channels_last), folded[1].to(conv.weight.dtype)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded, then: str = "none") -> Tensor:
+def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded, backend: str, then: str = "none") -> Tensor:
     """`then`: `relu` or `none`."""
     weight, bias = folded[conv]
     window = (conv.stride, conv.padding, conv.dilation)
-    if _is_fusible(x, weight):
+    is_plain = _is_plain(x, weight) and conv.groups == 1
+    minimal = is_plain and backend != "eager" and window == UNIT and _is_minimal(x, weight)
+    if minimal and not _records(x, weight):
+        return convolution_3x3(x, weight, bias, relu=then == "relu", backend="native")
+    if is_plain and not _records(x, weight) and _has_onednn(x):
         stride, padding, dilation = window
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, weight, bias, padding, stride, dilation, conv.groups, then, [], "")
-    by_products = weight.requires_grad and x.device.type == "cpu" and x.dtype == weight.dtype and conv.groups == 1
-    if by_products and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-        x = ConvolutionByProducts.apply(x, weight, bias, *window)
+    if is_plain and weight.requires_grad:
+        x = ConvolutionByProducts.apply(x, weight, bias, *window, minimal)
     else:
         x = F.conv2d(x, weight, bias, *window, conv.groups)
     return x.relu_() if then == "relu" else x
 
 
-def _convolve_onto(shortcut: Tensor, x: Tensor, conv: nn.Conv2d, folded: Folded) -> Tensor:
+def _convolve_onto(shortcut: Tensor, x: Tensor, conv: nn.Conv2d, folded: Folded, backend: str) -> Tensor:
     """The ReLU of the sum; `shortcut` may be overwritten."""
     weight, bias = folded[conv]
-    if not _is_fusible(x, weight):
-        return (_convolve(x, conv, folded) + shortcut).relu_()
+    if not _is_plain(x, weight) or _records(x, weight) or not _has_onednn(x):
+        return (_convolve(x, conv, folded, backend) + shortcut).relu_()
     window = (conv.padding, conv.stride, conv.dilation, conv.groups)
     convolve = torch.ops.mkldnn._convolution_pointwise_.binary
     return convolve(shortcut, x, weight, bias, *window, "add", 1.0, "relu", [], "")
 
 
-def _is_fusible(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes a convolution together with what follows it, as torch.compile has it do: float32 on a CPU
-    without gradients. On others, and on tensors without values, everything is plain."""
-    is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not is_plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not records and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are numbers on a CPU of one dtype, which nothing will cast. On GPUs, and on tensors without values,
+    everything is PyTorch's."""
+    is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == weight.dtype
+    return is_plain and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+
+
+def _records(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _is_minimal(x: Tensor, weight: Tensor) -> bool:
+    """Whether our kernel takes a convolution of this window."""
+    return (
+        tuple(weight.shape[2:]) == (3, 3)
+        and x.dtype == torch.float32
+        and conv3x3.why_not(x, tuple(weight.shape[:2])) is None
+    )
+
+
+def _has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN takes a convolution together with what follows it, as torch.compile has it do."""
+    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 class ConvolutionByProducts(torch.autograd.Function):
@@ -127,10 +158,13 @@ class ConvolutionByProducts(torch.autograd.Function):
         stride: tuple[int, int],
         padding: tuple[int, int],
         dilation: tuple[int, int],
+        minimal: bool,
     ) -> Tensor:
-        """As `F.conv2d`."""
+        """As `F.conv2d`; `minimal`: by `convolution_3x3`, whose window it must have."""
         ctx.save_for_backward(x, weight)
-        ctx.window = (stride, padding, dilation)
+        ctx.window, ctx.minimal = (stride, padding, dilation), minimal
+        if minimal:
+            return convolution_3x3(x, weight, bias, backend="native")
         return F.conv2d(x, weight, bias, *ctx.window)
 
     @staticmethod
@@ -139,15 +173,19 @@ class ConvolutionByProducts(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.minimal:
+            of_x = convolution_3x3(grad, weight, transposed=True, backend="native")
+        elif ctx.needs_input_grad[0]:
             of_x, _, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *ctx.window, False, [0, 0], 1, [True, False, False]
             )
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and ctx.minimal:
+            of_weight = convolution_3x3_weight_gradient(x, grad, backend="native")
+        elif ctx.needs_input_grad[1]:
             of_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
         if ctx.needs_input_grad[2]:
             of_bias = grad.sum((0, 2, 3))
-        return of_x, of_weight, of_bias, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def _weight_gradient(
@@ -171,9 +209,9 @@ def _weight_gradient(
     return found.permute(0, 3, 1, 2)
 
 
-def _residual_block(x: Tensor, block: nn.Module, folded: Folded) -> Tensor:
-    shortcut = x if block.downsample is None else _convolve(x, block.downsample[0], folded)
+def _residual_block(x: Tensor, block: nn.Module, folded: Folded, backend: str) -> Tensor:
+    shortcut = x if block.downsample is None else _convolve(x, block.downsample[0], folded, backend)
     count = CONVOLUTIONS[type(block).__name__]
     for index in range(1, count):
-        x = _convolve(x, getattr(block, f"conv{index}"), folded, "relu")
-    return _convolve_onto(shortcut, x, getattr(block, f"conv{count}"), folded)
+        x = _convolve(x, getattr(block, f"conv{index}"), folded, backend, "relu")
+    return _convolve_onto(shortcut, x, getattr(block, f"conv{count}"), folded, backend)

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "common/levels.h"
+#include "common/scratch.h"
 #include "common/stored.h"
 
 namespace conddetr::attn {
@@ -75,9 +76,6 @@ struct Upstream {
 struct Gradients {
   void *q_content, *q_spatial, *k_content, *spatial, *columns, *v;
 };
-
-// Memory of one thread, which later calls use again: at least `bytes`, aligned to a cache line.
-char* scratch(size_t bytes);
 
 #define CONDDETR_DECLARE(level)                                                                                   \
   namespace level {                                                                                               \

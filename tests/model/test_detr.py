@@ -128,7 +128,7 @@ def test_training_folded_gives_the_gradients_of_the_plain_backbone():
     for buffer in plain.buffers():
         buffer.uniform_(0.5, 1.5)
     folded = copy.deepcopy(plain)
-    folded[0].fold = True
+    folded[0].backend = "auto"
     compiled = torch.compile(copy.deepcopy(folded), backend="eager", fullgraph=True)
     images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     outputs = [backbone(images) for backbone in (plain, folded, compiled)]
@@ -145,11 +145,11 @@ def test_training_folded_gives_the_gradients_of_the_plain_backbone():
 
 def test_fused_backends_fold_in_training():
     model = conddetr.build("conditional-detr-r50", **SMALL, backend="auto")
-    assert model.backbone[0].fold
+    assert model.backbone[0].backend == "auto"
     conddetr.accelerate(model, "eager")
-    assert not model.backbone[0].fold
+    assert model.backbone[0].backend == "eager"
     conddetr.accelerate(model, "auto")
-    assert model.backbone[0].fold
+    assert model.backbone[0].backend == "auto"
 
 
 def test_one_pixel_images(tiny_model):

@@ -12,12 +12,13 @@ _PLAIN = {"conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "act1", "act2", "act3"
 class ConvEncoder(theirs.ConditionalDetrConvEncoder):
     """In channels-last, its norms folded."""
 
+    backend: str
     _kept: folding.Kept | None = None
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         """[B, 3, H, W] and its mask [B, H, W] -> of each stage, the feature map and its mask [B, h, w] bool."""
         folded, self._kept = folding.fold(self.model, self._kept)
-        maps = folding.stages(self.model, folded, pixel_values)
+        maps = folding.stages(self.model, folded, pixel_values, self.backend)
         return [(x, resize_mask(pixel_mask, tuple(x.shape[-2:]))) for x in maps]
 
 

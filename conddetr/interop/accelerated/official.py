@@ -107,6 +107,7 @@ class Transformer(_Accelerated):
 class ResNetBody(_Accelerated):
     """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded."""
 
+    backend: str
     _kept: folding.Kept | None = None
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -114,7 +115,7 @@ class ResNetBody(_Accelerated):
         if not self._is_as_known():
             return super().forward(x)
         folded, self._kept = folding.fold(self, self._kept)
-        maps = dict(zip(folding.STAGES, folding.stages(self, folded, x), strict=True))
+        maps = dict(zip(folding.STAGES, folding.stages(self, folded, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
 
 
@@ -171,6 +172,7 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
     reason = _body_misfit(body)
     if reason is None:
         _mix_in(body, ResNetBody)
+        body.backend = backend
         report.replaced.append(Part("backbone", 1, "batch norms folded into the convolutions, channels-last"))
     else:
         report.left.append(Part("backbone", 1, reason))

@@ -1,0 +1,133 @@
+"""3×3 convolution and its gradients: the public functions, their checks, and the operators behind the kernels.
+
+By Winograd's minimal filtering, F(4×4, 3×3) (Lavin and Gray, CVPR 2016): a quarter of the multiplications. For CPUs,
+where PyTorch does them all; on GPUs cuDNN chooses by itself. No gradient is recorded: `conddetr/model/folding.py` does.
+"""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.conv3x3 import reference
+
+GRAIN = 32
+"""The kernel takes numbers of channels that are multiples of it."""
+
+
+@torch.no_grad()
+def convolution_3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    relu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolution with a window of 3×3, one cell of padding and no stride.
+
+    Its errors are up to twice those of PyTorch's convolution in channels-last, root mean squares.
+
+    Args:
+        x: [B, Cin, H, W], floating; fastest in channels-last.
+        weight: [Cout, Cin, 3, 3] of the dtype and device of x.
+        bias: [Cout], likewise.
+        transposed: the transposed convolution, which is the gradient of x: x is [B, Cout, H, W] then, and Cin come out.
+        relu: apply ReLU to the result.
+        backend: `auto`, `native` (on CPUs, float32, channels in multiples of 32) or `eager`.
+
+    Returns:
+        [B, Cout, H, W], in channels-last with the native kernel.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    _check(x, weight, bias, transposed)
+    if _choose(backend, x, tuple(weight.shape[:2])) == "eager":
+        return reference.convolution_3x3(x, weight, bias, transposed, relu)
+    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    return torch.ops.conddetr_native.convolution_3x3(x, weight, bias, transposed, relu)
+
+
+@torch.no_grad()
+def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "auto") -> Tensor:
+    """The gradient of the weights of `convolution_3x3`.
+
+    Its errors are up to ten times those of one matrix product per cell of the window, root mean squares.
+
+    Args:
+        x: [B, Cin, H, W], what was convolved.
+        grad: [B, Cout, H, W] of the dtype and device of x, the gradient of what came out.
+        backend: as in `convolution_3x3`.
+
+    Returns:
+        [Cout, Cin, 3, 3], in channels-last with the native kernel.
+
+    Raises:
+        ValueError, RuntimeError: as `convolution_3x3`.
+    """
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x: expected [B, Cin, H, W], floating, got {tuple(x.shape)} {x.dtype}.")
+    if grad.dim() != 4 or (grad.shape[0], *grad.shape[2:]) != (x.shape[0], *x.shape[2:]):
+        expected = f"[{x.shape[0]}, Cout, {x.shape[2]}, {x.shape[3]}]"
+        raise ValueError(f"grad: expected {expected} as of x, got {tuple(grad.shape)}.")
+    if grad.dtype != x.dtype or grad.device != x.device:
+        raise ValueError(f"grad: expected {x.dtype} on {x.device} as of x, got {grad.dtype} on {grad.device}.")
+    if _choose(backend, x, (grad.shape[1], x.shape[1])) == "eager":
+        return reference.convolution_3x3_weight_gradient(x, grad)
+    x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    return torch.ops.conddetr_native.convolution_3x3_weight(x, grad)
+
+
+def why_not(x: Tensor, channels: tuple[int, int]) -> str | None:
+    """The reason against the native kernels for such a tensor and its weight's channels, or None if they can run."""
+    if x.device.type != "cpu":
+        return f"its kernels run on CPUs, x is on {x.device.type}."
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"its kernels take float32 (and float64, for tests), not {x.dtype}."
+    if channels[0] % GRAIN or channels[1] % GRAIN or 0 in (*channels, *x.shape):
+        return (
+            f"its kernels take channels in multiples of {GRAIN}, and at least one cell, got {channels[1]} to "
+            f"{channels[0]} channels and x {tuple(x.shape)}."
+        )
+    return registry.why_not("native", x.device, x.dtype, is_auto=False)
+
+
+def _choose(backend: str, x: Tensor, channels: tuple[int, int]) -> str:
+    reason = why_not(x, channels)
+    if backend == "auto":
+        return "native" if reason is None and x.dtype == torch.float32 else "eager"
+    choice = registry.choose(backend, x.device, x.dtype, registry.NATIVE_ALONE).backend
+    if choice == "native" and reason is not None:
+        raise registry.BackendError(f"backend 'native' can not run here: {reason}")
+    return choice
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(f"weight: expected [Cout, Cin, 3, 3], got {tuple(weight.shape)}.")
+    taken, given = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    if x.dim() != 4 or x.shape[1] != taken or not x.is_floating_point():
+        raise ValueError(f"x: expected [B, {taken}, H, W] as of weight, floating, got {tuple(x.shape)} {x.dtype}.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+            found = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: expected {x.dtype} on {x.device} as of x, got {found}.")
+    if bias is not None and tuple(bias.shape) != (given,):
+        raise ValueError(f"bias: expected ({given},), got {tuple(bias.shape)}.")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, relu: bool) -> Tensor:
+    shape = (x.shape[0], weight.shape[1 if transposed else 0], *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake_weight(x: Tensor, grad: Tensor) -> Tensor:
+    shape = (grad.shape[1], x.shape[1], 3, 3)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+if registry.native.NOT_LOADED is None:
+    torch.library.register_fake("conddetr_native::convolution_3x3", _fake)
+    torch.library.register_fake("conddetr_native::convolution_3x3_weight", _fake_weight)
