@@ -34,6 +34,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/sine.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/dropout.py
+	$(BIN)/python benchmarks/conv3x3.py
 	$(BIN)/python benchmarks/focal.py
 	$(BIN)/python benchmarks/boxes.py
 	$(BIN)/python benchmarks/cost.py
@@ -72,7 +73,7 @@ gpu:
 	$(PYTHON) benchmarks/report.py
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
-SUITE := tests/kernels/test_attn.py tests/kernels/test_sine.py tests/kernels/test_match.py tests/kernels/test_dropout.py \
+SUITE := $(foreach op,attn sine match dropout conv3x3,tests/kernels/test_$(op).py) \
     -k "native or instruction or threads or rise"
 sanitize: $(READY)
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \

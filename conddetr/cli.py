@@ -345,6 +345,7 @@ def _env(options: argparse.Namespace) -> None:
 
     from conddetr.engine.progress import console
     from conddetr.kernels import native, registry
+    from conddetr.kernels.conv3x3 import op as conv3x3
     from conddetr.kernels.dropout import op as dropout
     from conddetr.kernels.match import op as match
 
@@ -369,6 +370,8 @@ def _env(options: argparse.Namespace) -> None:
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
     for operation in ("relu_dropout", "dropout_add"):
         table.add_row(operation, *(dropout.choose("auto", device, dtype) for dtype in dtypes))
+    shapes = [torch.empty(1, conv3x3.GRAIN, 1, 1, device=device, dtype=dtype) for dtype in dtypes]
+    table.add_row("convolution_3x3", *(conv3x3.choose("auto", x, (conv3x3.GRAIN, conv3x3.GRAIN)) for x in shapes))
     table.add_row("linear_assignment", *[match.choose("auto", device, torch.float32)] * len(dtypes))
     console.print(table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:

@@ -44,7 +44,7 @@ def convolution_3x3(
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(x, weight, bias, transposed)
-    if _choose(backend, x, tuple(weight.shape[:2])) == "eager":
+    if choose(backend, x, tuple(weight.shape[:2])) == "eager":
         return reference.convolution_3x3(x, weight, bias, transposed, relu)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     return torch.ops.conddetr_native.convolution_3x3(x, weight, bias, transposed, relu)
@@ -74,7 +74,7 @@ def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "
         raise ValueError(f"grad: expected {expected} as of x, got {tuple(grad.shape)}.")
     if grad.dtype != x.dtype or grad.device != x.device:
         raise ValueError(f"grad: expected {x.dtype} on {x.device} as of x, got {grad.dtype} on {grad.device}.")
-    if _choose(backend, x, (grad.shape[1], x.shape[1])) == "eager":
+    if choose(backend, x, (grad.shape[1], x.shape[1])) == "eager":
         return reference.convolution_3x3_weight_gradient(x, grad)
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     return torch.ops.conddetr_native.convolution_3x3_weight(x, grad)
@@ -94,7 +94,8 @@ def why_not(x: Tensor, channels: tuple[int, int]) -> str | None:
     return registry.why_not("native", x.device, x.dtype, is_auto=False)
 
 
-def _choose(backend: str, x: Tensor, channels: tuple[int, int]) -> str:
+def choose(backend: str, x: Tensor, channels: tuple[int, int]) -> str:
+    """The implementation for such a tensor and its weight's channels, (Cout, Cin)."""
     reason = why_not(x, channels)
     if backend == "auto":
         return "native" if reason is None and x.dtype == torch.float32 else "eager"
