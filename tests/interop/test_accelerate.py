@@ -186,6 +186,18 @@ def test_state_dict_class_copies_and_pickles_stay():
             assert accelerated <= {type(module) for module in twin.modules()}
 
 
+@pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
+def test_self_attention_is_native_on_cpus_alone():
+    model = small_model()
+    names = {"encoder self-attention", "decoder self-attention"}
+    if hasattr(theirs, "DetrAttention"):
+        names = {"encoder self-attention", "decoder attention"}
+    assert names <= {part.name for part in accelerate(model, "native").replaced}
+    model(**batch(True)).loss.backward()
+    if not hasattr(theirs, "DetrAttention"):
+        assert names <= {part.name for part in accelerate(model, "eager").left}
+
+
 def test_twice_is_once():
     model = small_model()
     first = accelerate(model, "eager")
@@ -194,12 +206,15 @@ def test_twice_is_once():
     assert [type(module) for module in model.modules()] == classes
 
 
-def test_attention_maps_and_hidden_states_come_from_transformers():
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_attention_maps_and_hidden_states_come_from_transformers(backend):
+    if backend == "native" and native.NOT_LOADED is not None:
+        pytest.skip(native.NOT_LOADED)
     model = small_model(attn_implementation="eager")
     wanted = {"output_attentions": True, "output_hidden_states": True}
     with torch.no_grad():
         before = model(**batch(True), **wanted)
-        accelerate(model, "eager")
+        accelerate(model, backend)
         after = model(**batch(True), **wanted)
     for name in ("cross_attentions", "decoder_attentions", "encoder_attentions", "decoder_hidden_states"):
         assert len(after[name]) == len(before[name]) > 0

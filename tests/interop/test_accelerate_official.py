@@ -53,13 +53,14 @@ def test_golden_outputs_losses_and_gradients():
         torch.testing.assert_close(found["pred_boxes"].float(), golden["pred_boxes_all"][-1], atol=1e-5, rtol=0)
         losses = {name: found[name].item() for name in info["losses_f32"]}
         assert losses == pytest.approx(info["losses_f32"], rel=1e-5)
-        for name, expected in info["grad_norms_f64"].items():
-            norm = found[f"grad/{name}"].norm().item()
-            if expected > 1e-5:
-                assert norm == pytest.approx(expected, rel=2e-3), name
-            else:
-                assert norm < 1e-4, name
     assert not torch.equal(after["pred_logits"], before["pred_logits"]), "nothing was replaced"
+    # Gradients in float64: one unit of the box head is so near to ReLU's kink that in float32 its sign, and 3 % of the
+    # last layer's gradients, are those of any rounding.
+    model.double()
+    accelerated = run(model, criterion, [image.double() for image in inputs], targets)
+    for name, expected in info["grad_norms_f64"].items():
+        found = accelerated[f"grad/{name}"].norm().item()
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), name
 
 
 @pytest.mark.parametrize(("counts", "training"), [((3, 1), True), ((0, 2), False), ((0, 0), True)], ids=str)

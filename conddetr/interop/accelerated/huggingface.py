@@ -17,6 +17,7 @@ from conddetr.interop.accelerate import AccelerationReport, Part, describe, para
 from conddetr.interop.accelerated.backbone import ConvEncoder, misfit
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
+from conddetr.model.layers import is_native_on_cpu
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,28 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
     _replace_loss(model, backend, report)
     _replace_backbone(model, backend, report)
     if not hasattr(theirs, "DetrAttention"):
+        _replace_self_attention(model, backend, choice, report)
+
+
+def _replace_self_attention(
+    model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport
+) -> None:
+    """On a CPU, where PyTorch has no fused attention with dropout; elsewhere it stays what transformers was told."""
+    from conddetr.interop.accelerated import projections_in_attention as structure
+
+    for replacement in (
+        Replacement("encoder self-attention", structure.EncoderSelfAttention),
+        Replacement("decoder self-attention", structure.DecoderSelfAttention),
+    ):
+        if is_native_on_cpu(backend, parameter_of(model)):
+            _replace_modules(model, replacement, backend, choice, report)
+            continue
+        kinds = (replacement.original, replacement.ours)
+        modules = [module for module in model.modules() if type(module) in kinds]
+        for module in modules:
+            module.backend = backend
         attention = f"transformers' {model.config._attn_implementation} attention (attn_implementation)"
-        report.left.append(Part("encoder self-attention", len(model.model.encoder.layers), attention))
+        report.left.append(Part(replacement.name, len(modules), attention))
 
 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:

@@ -1,6 +1,6 @@
 """Late transformers 5 (tried: 5.23): the attention modules hold the projections of queries, keys and values."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerated.common import (
@@ -11,6 +11,56 @@ from conddetr.interop.accelerated.common import (
     key_padding,
     runs_ours,
 )
+from conddetr.model.layers import is_native_on_cpu
+from conddetr.model.transformer import self_attention
+
+
+class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
+    """Native kernels on a CPU; elsewhere the implementation that transformers was told to take."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class, which documents the arguments; no attention weights."""
+        if not _is_native(self, hidden_states, attention_mask, kwargs):
+            return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+        placed = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+        return _attend(self, self.q_proj(placed), self.k_proj(placed), hidden_states, attention_mask), None
+
+
+class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
+    """As `EncoderSelfAttention`, of the queries."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        query_position_embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class, which documents the arguments; no attention weights."""
+        if not _is_native(self, hidden_states, attention_mask, kwargs):
+            return super().forward(hidden_states, query_position_embeddings, attention_mask, **kwargs)
+        query = self.q_content_proj(hidden_states) + self.q_pos_proj(query_position_embeddings)
+        key = self.k_content_proj(hidden_states) + self.k_pos_proj(query_position_embeddings)
+        return _attend(self, query, key, hidden_states, attention_mask), None
+
+
+def _is_native(module: nn.Module, tokens: Tensor, mask: object, options: dict) -> bool:
+    wants_weights = options.get("output_attentions", module.config.output_attentions)
+    is_known_mask = mask is None or isinstance(mask, Tensor)
+    return is_known_mask and not wants_weights and is_native_on_cpu(module.backend, tokens)
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    dropout_p = module.attention_dropout if module.training else 0.0
+    heads = query.shape[-1] // module.head_dim
+    attended = self_attention(query, key, module.v_proj(tokens), heads, key_padding(mask), dropout_p, module.backend)
+    return module.o_proj(attended)
 
 
 class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
