@@ -3,6 +3,7 @@
 #include "common/cpu.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "common/scratch.h"
 #include "conv3x3/kernels.h"

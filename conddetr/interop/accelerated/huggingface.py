@@ -91,7 +91,7 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
         )
     _replace_loss(model, backend, report)
     _replace_backbone(model, backend, report)
-    if not hasattr(theirs, "DetrAttention"):
+    if hasattr(theirs, "ConditionalDetrSelfAttention"):
         _replace_self_attention(model, backend, choice, report)
 
 
