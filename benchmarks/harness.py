@@ -162,7 +162,7 @@ def measure(
     Args:
         title: of the problem.
         runs: implementation → what to time.
-        options: `rounds` calls of each (fewer where they take more than 20 s in all, but 3), `cudagraph`.
+        options: `rounds` calls of each (fewer where they take more than 20 s in all, but 5), `cudagraph`.
         work: of the problem.
         refused: implementations not among `runs`, with the reason. On a GPU those that need more memory than it has
             join them.
@@ -178,7 +178,7 @@ def measure(
     started = time.monotonic()
     turns = range(WARMUP + options.rounds)
     for turn in track(turns, description=title, console=console, transient=True):
-        if turn >= WARMUP + 3 and time.monotonic() - started > 20:
+        if turn >= WARMUP + 5 and time.monotonic() - started > 20:
             break
         for name, value in timed(runs).items():
             if turn >= WARMUP:

@@ -122,7 +122,7 @@ def test_reference_is_pytorchs():
 
 
 def test_mixed_dtypes_strides_and_values_that_are_not_finite():
-    branch, trunk = torch.randn(64, 30, dtype=torch.bfloat16).t(), torch.randn(30, 64, requires_grad=True)
+    branch, trunk = torch.randn(64, 30).bfloat16().t(), torch.randn(30, 64, requires_grad=True)
     branch.requires_grad_()
     found = dropout_add(branch, trunk, P)
     assert found.dtype == torch.float32
