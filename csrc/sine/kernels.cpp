@@ -11,11 +11,26 @@ namespace {
 // Channels of one coordinate at a time: this many fit the first-level cache whatever `dim` is.
 constexpr int64_t kChunk = 256;
 
-// The cosine of the odd channels is a sine a quarter turn ahead.
+// Halves of rows, one for each coordinate, whose slopes are added up at a time.
+constexpr int64_t kHalves = 64;
+
+// What the channels of a chunk have in common for all rows, in the type that is computed in.
 template <typename Real>
-inline Real turns(Real coordinate, double rate, int64_t channel) {
-  return coordinate * Real(rate) + (channel % 2 ? Real(0.25) : Real(0));
-}
+struct Chunk {
+  Chunk(const Problem& p, int64_t first_) : first(first_) {
+    const int64_t left = p.dim / 2 - first;
+    count = left < kChunk ? left : kChunk;
+    for (int64_t i = 0; i < count; ++i) {
+      rate[i] = Real(p.rates[first + i]);
+      slope[i] = Real(p.rates[first + i] * 6.283185307179586);
+      // The cosine of the odd channels is a sine a quarter turn ahead.
+      start[i] = i % 2 ? Real(0.25) : Real(0);
+    }
+  }
+
+  int64_t first, count;
+  Real rate[kChunk], slope[kChunk], start[kChunk];
+};
 
 template <typename T>
 void forward_rows(const Problem& p, void* out_, int64_t begin, int64_t end) {
@@ -24,19 +39,18 @@ void forward_rows(const Problem& p, void* out_, int64_t begin, int64_t end) {
   const T* transform = static_cast<const T*>(p.transform);
   T* out = static_cast<T*>(out_);
   const int64_t half = p.dim / 2;
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t part = 0; part < 2; ++part) {  // y's half first
-      const Real coordinate = load(points[2 * row + 1 - part]);
-      const int64_t offset = row * p.dim + part * half;
-      for (int64_t first = 0; first < half; first += kChunk) {
-        const int64_t count = half - first < kChunk ? half - first : kChunk;
-        Real value[kChunk];
-        for (int64_t i = 0; i < count; ++i) value[i] = sin_turns(turns(coordinate, p.rates[first + i], i));
-        if (transform) {
-          for (int64_t i = 0; i < count; ++i) value[i] *= load(transform[offset + first + i]);
-        }
-        for (int64_t i = 0; i < count; ++i) store(out[offset + first + i], value[i]);
+  for (int64_t first = 0; first < half; first += kChunk) {
+    const Chunk<Real> c(p, first);
+    for (int64_t row = 2 * begin; row < 2 * end; ++row) {
+      // y's half first: halves of rows alternate with the coordinates.
+      const Real coordinate = load(points[row ^ 1]);
+      const int64_t offset = row * half + first;
+      Real value[kChunk];
+      for (int64_t i = 0; i < c.count; ++i) value[i] = sin_turns(coordinate * c.rate[i] + c.start[i]);
+      if (transform) {
+        for (int64_t i = 0; i < c.count; ++i) value[i] *= load(transform[offset + i]);
       }
+      for (int64_t i = 0; i < c.count; ++i) store(out[offset + i], value[i]);
     }
   }
 }
@@ -47,32 +61,32 @@ void backward_rows(const Problem& p, const Gradients& g, int64_t begin, int64_t 
   const T* points = static_cast<const T*>(p.points);
   const T* transform = static_cast<const T*>(p.transform);
   const T* upstream = static_cast<const T*>(g.upstream);
-  T* grad_transform = static_cast<T*>(g.transform);
+  T *grad_points = static_cast<T*>(g.points), *grad_transform = static_cast<T*>(g.transform);
   const int64_t half = p.dim / 2;
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t part = 0; part < 2; ++part) {
-      const Real coordinate = load(points[2 * row + 1 - part]);
-      const int64_t offset = row * p.dim + part * half;
-      Real total = 0;
-      for (int64_t first = 0; first < half; first += kChunk) {
-        const int64_t count = half - first < kChunk ? half - first : kChunk;
+  for (int64_t group = 2 * begin; group < 2 * end; group += kHalves) {
+    const int64_t stop = 2 * end - group < kHalves ? 2 * end : group + kHalves;
+    Real totals[kHalves] = {};
+    for (int64_t first = 0; first < half; first += kChunk) {
+      const Chunk<Real> c(p, first);
+      for (int64_t row = group; row < stop; ++row) {
+        const Real coordinate = load(points[row ^ 1]);
+        const int64_t offset = row * half + first;
         Real slope[kChunk];
-        for (int64_t i = 0; i < count; ++i) {
-          const double rate = p.rates[first + i];
-          slope[i] = load(upstream[offset + first + i]) * sin_turns(turns(coordinate, rate, i) + Real(0.25)) *
-                     Real(rate * 6.283185307179586);
+        for (int64_t i = 0; i < c.count; ++i) {
+          slope[i] =
+              load(upstream[offset + i]) * sin_turns(coordinate * c.rate[i] + c.start[i] + Real(0.25)) * c.slope[i];
         }
         if (transform) {
-          for (int64_t i = 0; i < count; ++i) {
-            slope[i] *= load(transform[offset + first + i]);
-            store(grad_transform[offset + first + i],
-                  load(upstream[offset + first + i]) * sin_turns(turns(coordinate, p.rates[first + i], i)));
+          for (int64_t i = 0; i < c.count; ++i) {
+            slope[i] *= load(transform[offset + i]);
+            store(grad_transform[offset + i],
+                  load(upstream[offset + i]) * sin_turns(coordinate * c.rate[i] + c.start[i]));
           }
         }
-        for (int64_t i = 0; i < count; ++i) total += slope[i];
+        for (int64_t i = 0; i < c.count; ++i) totals[row - group] += slope[i];
       }
-      store(static_cast<T*>(g.points)[2 * row + 1 - part], total);
     }
+    for (int64_t row = group; row < stop; ++row) store(grad_points[row ^ 1], totals[row - group]);
   }
 }
 
