@@ -38,7 +38,7 @@ def refuse_graphs(config: ModelConfig, device: torch.device) -> None:
         reason = f"graphs need an NVIDIA GPU, the device is {device}"
     elif distributed.world_size() > 1:
         reason = f"graphs are recorded in one process, there are {distributed.world_size()}"
-    elif choose("eager" if config.backend == "eager" else "auto", device, torch.float32) == "eager":
+    elif choose("eager" if config.backend == "eager" else "auto", device, torch.float32, config.num_queries) == "eager":
         reason = "predictions would be matched on the host: train with backend auto or triton"
     if reason is not None:
         raise ValueError(f"Training option cuda_graphs: {reason}. Train without it.")
