@@ -1,0 +1,40 @@
+"""A whole step of training makes the host wait for nothing."""
+
+import pytest
+import torch
+from small_runs import SMALL_MODEL, batches, small_trainer
+from waiting import RefusesToWait, no_synchronisation
+
+import conddetr
+from conddetr.engine.config import TrainConfig
+from conddetr.engine.step import Stepper
+from conddetr.loss import targets
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_a_step_waits_for_nothing_but_for_matching_on_the_host(tmp_path, backend, monkeypatch):
+    """Forward, losses, backward, clipping, update and report, on the machine's own device."""
+    # Heads as wide as Triton's kernels want them.
+    options = {**SMALL_MODEL, "num_heads": 1, "dropout": 0.1, "backend": backend}
+    model = conddetr.build("conditional-detr-tiny", **options).to(DEVICE).train()
+    stepper = Stepper(model, TrainConfig(max_targets=9), DEVICE, steps_per_epoch=3)
+    first, *others = (batch.to(DEVICE) for batch in batches(small_trainer(tmp_path), 3))
+    if DEVICE.type == "cpu":
+        # It looks at the host's own copy of the targets, which on a CPU is the only one.
+        monkeypatch.setattr(targets, "_check_values", lambda *_: None)
+    # Some things are made once.
+    stepper([first], 0)
+    # On a GPU the report goes to the host, which nobody waits for: there PyTorch itself refuses.
+    guard = no_synchronisation if DEVICE.type == "cuda" else RefusesToWait
+    if backend == "eager":
+        with pytest.raises((AssertionError, RuntimeError), match="waits for the device|synchronizing"), guard():
+            stepper([others[0]], 1)
+        return
+    for step, batch in enumerate(others, 1):
+        with guard():
+            stepper([batch], step)
+    stepper.flush()
+    assert stepper.skipped == 0
+    assert stepper.means["loss"] > 0
