@@ -29,7 +29,7 @@ def test_a_step_waits_for_nothing_but_for_matching_on_the_host(tmp_path, backend
     # On a GPU the report goes to the host, which nobody waits for: there PyTorch itself refuses.
     guard = no_synchronisation if DEVICE.type == "cuda" else RefusesToWait
     if backend == "eager":
-        with pytest.raises((AssertionError, RuntimeError), match="waits for the device|synchronizing"), guard():
+        with pytest.raises((AssertionError, RuntimeError), match=r"waits for the device|synchronizing"), guard():
             stepper([others[0]], 1)
         return
     for step, batch in enumerate(others, 1):
