@@ -57,7 +57,8 @@ gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs an NVIDIA GPU'"
 	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
 	$(PYTHON) -m pytest -q tests/kernels tests/loss tests/model/test_backend.py tests/model/test_golden.py \
-	    tests/engine/test_graphs.py tests/engine/test_no_wait.py tests/interop/test_accelerate.py --ignore tests/kernels/test_aot.py
+	    tests/engine/test_graphs.py tests/engine/test_no_wait.py tests/interop/test_accelerate.py \
+	    --ignore tests/kernels/test_aot.py
 	$(PYTHON) tests/sanitize.py --seconds 40
 	$(PYTHON) benchmarks/attn.py --seconds 80
 	$(PYTHON) benchmarks/attn.py --seconds 20 --cudagraph --batch 1 2 --grids r50 --dtypes bfloat16

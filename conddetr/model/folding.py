@@ -93,15 +93,15 @@ def _convolve(x: Tensor, conv: nn.Conv2d, folded: Folded, backend: str, then: st
     """`then`: `relu` or `none`."""
     weight, bias = folded[conv]
     window = (conv.stride, conv.padding, conv.dilation)
-    is_plain = _is_plain(x, weight) and conv.groups == 1
-    minimal = is_plain and backend != "eager" and window == UNIT and _is_minimal(x, weight)
+    is_plain, is_whole = _is_plain(x, weight), conv.groups == 1
+    minimal = is_plain and is_whole and backend != "eager" and window == UNIT and _is_minimal(x, weight)
     if minimal and not _records(x, weight):
         return convolution_3x3(x, weight, bias, relu=then == "relu", backend="native")
     if is_plain and not _records(x, weight) and _has_onednn(x):
         stride, padding, dilation = window
         convolve = torch.ops.mkldnn._convolution_pointwise
         return convolve(x, weight, bias, padding, stride, dilation, conv.groups, then, [], "")
-    if is_plain and weight.requires_grad:
+    if is_plain and is_whole and weight.requires_grad:
         x = ConvolutionByProducts.apply(x, weight, bias, *window, minimal)
     else:
         x = F.conv2d(x, weight, bias, *window, conv.groups)

@@ -1,3 +1,4 @@
+// Memory for what a task makes on its way.
 #pragma once
 
 #include <stddef.h>

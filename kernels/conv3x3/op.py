@@ -7,7 +7,7 @@ where PyTorch does them all; on GPUs cuDNN chooses by itself. No gradient is rec
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import native, registry
 from conddetr.kernels.conv3x3 import reference
 
 GRAIN = 32
@@ -47,6 +47,7 @@ def convolution_3x3(
     if choose(backend, x, tuple(weight.shape[:2])) == "eager":
         return reference.convolution_3x3(x, weight, bias, transposed, relu)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.conddetr_native.convolution_3x3(x, weight, bias, transposed, relu)
 
 
@@ -129,6 +130,6 @@ def _fake_weight(x: Tensor, grad: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-if registry.native.NOT_LOADED is None:
+if native.NOT_LOADED is None:
     torch.library.register_fake("conddetr_native::convolution_3x3", _fake)
     torch.library.register_fake("conddetr_native::convolution_3x3_weight", _fake_weight)

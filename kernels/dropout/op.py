@@ -7,7 +7,7 @@ network that takes longer than the products. On GPUs PyTorch's dropout is one ke
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import native, registry
 from conddetr.kernels.dropout import reference
 
 
@@ -104,6 +104,6 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
     return of_x, grad if ctx.has_residual else None, None, None, None
 
 
-if registry.native.NOT_LOADED is None:
+if native.NOT_LOADED is None:
     torch.library.register_fake("conddetr_native::dropout", _fake)
     torch.library.register_autograd("conddetr_native::dropout", _differentiate, setup_context=_setup)

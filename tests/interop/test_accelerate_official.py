@@ -12,6 +12,7 @@ from torch import nn
 
 import conddetr
 from conddetr.interop.accelerated import official
+from conddetr.kernels import native
 
 
 def small_model(dropout=0.0):
@@ -53,10 +54,14 @@ def test_golden_outputs_losses_and_gradients():
         torch.testing.assert_close(found["pred_boxes"].float(), golden["pred_boxes_all"][-1], atol=1e-5, rtol=0)
         losses = {name: found[name].item() for name in info["losses_f32"]}
         assert losses == pytest.approx(info["losses_f32"], rel=1e-5)
+    for name, expected in info["grad_norms_f64"].items():
+        norm = before[f"grad/{name}"].norm().item()
+        assert norm == pytest.approx(expected, rel=2e-3) if expected > 1e-5 else norm < 1e-4, name
     assert not torch.equal(after["pred_logits"], before["pred_logits"]), "nothing was replaced"
     # Gradients in float64: one unit of the box head is so near to ReLU's kink that in float32 its sign, and 3 % of the
     # last layer's gradients, are those of any rounding.
     model.double()
+    conddetr.accelerate(model, "native" if native.NOT_LOADED is None else "eager")
     accelerated = run(model, criterion, [image.double() for image in inputs], targets)
     for name, expected in info["grad_norms_f64"].items():
         found = accelerated[f"grad/{name}"].norm().item()

@@ -75,8 +75,8 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("auto", marks=HAS_NATIVE)])
-@pytest.mark.parametrize(("make", "convolutions", "native"), [(resnet18, 20, 5), (resnet50, 53, 13)])
-def test_every_stage_of_the_fused_form_is_that_of_the_plain_one(make, convolutions, native, backend):
+@pytest.mark.parametrize(("make", "convolutions", "ours"), [(resnet18, 20, 5), (resnet50, 53, 13)])
+def test_every_stage_of_the_fused_form_is_that_of_the_plain_one(make, convolutions, ours, backend):
     """Compared after all have run: no stage may write over the one before it."""
     torch.manual_seed(0)
     body = make(weights=None, norm_layer=FrozenBatchNorm2d).eval()
@@ -87,7 +87,7 @@ def test_every_stage_of_the_fused_form_is_that_of_the_plain_one(make, convolutio
     images = torch.randn(2, 3, 65, 97)
     with torch.no_grad(), Seen() as seen:
         found = list(folding.stages(body, folding.fold(body, None)[0], images, backend))
-    assert seen.ours == (0 if backend == "eager" else native)
+    assert seen.ours == (0 if backend == "eager" else ours)
     assert seen.fused == convolutions - seen.ours
     exact = copy.deepcopy(body).double()
     x = exact.maxpool(exact.relu(exact.bn1(exact.conv1(images.double()))))
