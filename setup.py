@@ -100,7 +100,7 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
     from ninja.ninja_syntax import Writer
 
     cuda = find_cuda() if any(source.suffix == ".cu" for source in sources) else None
-    architectures = os.environ.get("CONDDETR_CUDA_ARCHS", "80;90a").split(";") if cuda else []
+    architectures = cuda_architectures() if cuda else []
     sanitize = os.environ.get("CONDDETR_SANITIZE")
     checks = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g", "-O1"] if sanitize else []
     torch_folder = Path(torch.__file__).parent
@@ -110,14 +110,14 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
     others = (pybind11.get_include(), torch_folder / "include", sysconfig.get_path("include"))
     include += [f"-isystem {path}" for path in others]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    link += [f"-L{cuda}/lib64", "-ltorch_cuda", "-lcudart_static", "-ldl", "-lrt"] if cuda else []
+    link += [f"-L{cuda}/lib64", "-ltorch_cuda", *cuda_runtime(cuda)] if cuda else []
     write_build_info(folder / "build_info.h", cuda, architectures, checks)
     with (folder / "build.ninja").open("w") as file:
         plan = Writer(file, width=120)
         plan.variable("flags", [*DEFINES, *include])
         compile_cxx = [find_compiler(), "-MMD -MF $out.d $flags", *CXX_FLAGS, *checks, "$level -c $in -o $out"]
         plan.rule("cxx", " ".join(compile_cxx), depfile="$out.d", deps="gcc", description="compiling $out")
-        gencode = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+        gencode = [flag for name in architectures for flag in code_for(name)]
         nvcc = [f"{cuda}/bin/nvcc", "-MMD -MF $out.d $flags", *NVCC_FLAGS, *gencode, "-c $in -o $out"]
         plan.rule("nvcc", " ".join(nvcc), depfile="$out.d", deps="gcc", description="compiling $out")
         plan.rule("link", " ".join([find_compiler(), "-shared", *checks, "$in -o $out", *link]))
@@ -132,6 +132,37 @@ def write_plan(folder: Path, sources: list[Path], library: Path) -> None:
                 out = f"{name}-{level}.o" if level else f"{name}.o"
                 objects += plan.build(out, "cxx", str(source), variables={"level": chosen})
         plan.build(str(library), "link", objects)
+
+
+def cuda_architectures() -> list[str]:
+    """GPU architectures to build for, as nvcc names them; with +PTX also for all that are newer than the build."""
+    value = os.environ.get("CONDDETR_CUDA_ARCHS") or "80+PTX;90a"
+    names = value.split(";")
+    wrong = [name for name in names if not re.fullmatch(r"\d{2,}[af]?(\+PTX)?", name)]
+    if wrong:
+        raise SystemExit(f"CONDDETR_CUDA_ARCHS: expected names like 80+PTX;90a, got {wrong[0]!r} (docs/building.md).")
+    return names
+
+
+def code_for(architecture: str) -> list[str]:
+    """nvcc's flags for an architecture: machine code and, where the name ends in +PTX, what newer GPUs compile."""
+    name, _, ptx = architecture.partition("+")
+    kinds = [f"sm_{name}", *[f"compute_{name}"] * bool(ptx)]
+    return [f"-gencode=arch=compute_{name},code={kind}" for kind in kinds]
+
+
+def cuda_runtime(cuda: str) -> list[str]:
+    """The linker's flags for CUDA's runtime: the library that PyTorch has loaded already, one for the whole process.
+
+    A PyTorch of another CUDA release loads another one; then the library has its own inside. The path is for that
+    PyTorch arriving later.
+    """
+    import torch
+
+    release = (torch.version.cuda or "").split(".")[0]
+    if Path(cuda, "lib64", f"libcudart.so.{release}").exists():
+        return ["-lcudart", f"-Wl,-rpath,{cuda}/lib64"]
+    return ["-lcudart_static", "-ldl", "-lrt"]
 
 
 def write_build_info(path: Path, cuda: str | None, architectures: list[str], checks: list[str]) -> None:

@@ -358,7 +358,7 @@ def _env(options: argparse.Namespace) -> None:
         except PackageNotFoundError:
             found = "not installed"
         console.print(f"{package} {found}", highlight=False)
-    console.print(f"native kernels: {native.NOT_LOADED or native.describe()}", highlight=False, soft_wrap=True)
+    console.print(f"native kernels: {native.NOT_LOADED or native.describe(device)}", highlight=False, soft_wrap=True)
     dtypes = (torch.float32, torch.bfloat16)
     choices = [registry.choose("auto", device, dtype) for dtype in dtypes]
     table = Table(title="what backend=auto picks")

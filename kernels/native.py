@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 
 import torch
 
@@ -26,6 +27,12 @@ def _load() -> str | None:
 
 NOT_LOADED = _load()
 """Why there are no native kernels; None if there are."""
+# Read once: torch.compile traces `why_not`, and cannot trace a call of the library.
+_INFO = importlib.import_module("conddetr._C").build_info() if NOT_LOADED is None else {}
+_ARCHITECTURE = re.compile(r"(\d+)(\d)([af]?)(\+PTX)?")
+_BUILT = [_ARCHITECTURE.fullmatch(name).groups() for name in _INFO.get("architectures", [])]
+_BUILT = [((int(major), int(minor)), suffix, ptx is not None) for major, minor, suffix, ptx in _BUILT]
+"""Compute capability, suffix and whether there is PTX, of every architecture that was built."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -35,8 +42,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         dtypes = CPU_DTYPES
     elif device.type == "cuda":
-        if build_info()["cuda"] is None:
+        if _INFO["cuda"] is None:
             return "the native kernels were built without CUDA (docs/building.md)."
+        capability = torch.cuda.get_device_capability(device)
+        if machine_code(capability) is None:
+            return (
+                f"they were built for {', '.join(_INFO['architectures'])}, this GPU has compute capability "
+                f"{capability[0]}.{capability[1]}: build with CONDDETR_CUDA_ARCHS (docs/building.md)."
+            )
         dtypes = CUDA_DTYPES
     else:
         return f"native kernels run on CPUs and NVIDIA GPUs, the tensors are on {device.type}."
@@ -44,6 +57,30 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         names = ", ".join(str(known).removeprefix("torch.") for known in dtypes)
         return f"on {device.type} its kernels take {names}, not {str(dtype).removeprefix('torch.')}."
     return None
+
+
+def machine_code(capability: tuple[int, int]) -> str | None:
+    """What a GPU runs of what was built, as CUDA chooses: its own code, that of an older one of its family, or PTX.
+
+    Args:
+        capability: compute capability, e.g. (9, 0).
+
+    Returns:
+        `sm_90a`, say, or `PTX of compute_80`; None if there is nothing for it.
+    """
+    best = None
+    for code, suffix, _ in _BUILT:
+        # sm_90a and its like run on that one alone, the others on all later ones of their family.
+        fits = code == capability if suffix == "a" else code[0] == capability[0] and code <= capability
+        if fits and (best is None or (code, suffix) > best):
+            best = (code, suffix)
+    if best is not None:
+        return f"sm_{best[0][0]}{best[0][1]}{best[1]}"
+    newest = None
+    for code, suffix, has_ptx in _BUILT:
+        if has_ptx and suffix == "" and code <= capability and (newest is None or code > newest):
+            newest = code
+    return None if newest is None else f"PTX of compute_{newest[0]}{newest[1]}"
 
 
 def build_info() -> dict[str, object]:
@@ -54,13 +91,15 @@ def build_info() -> dict[str, object]:
     """
     if NOT_LOADED is not None:
         raise RuntimeError(NOT_LOADED)
-    return importlib.import_module("conddetr._C").build_info()
+    return dict(_INFO)
 
 
-def describe() -> str:
-    """One line: what was built, with what, and the instruction set that is used on this CPU."""
+def describe(device: torch.device) -> str:
+    """One line: what was built, with what, and what of it runs on this CPU and, if it is one, on a GPU."""
     info, level = build_info(), importlib.import_module("conddetr._C").cpu_level()
     cuda = "no CUDA" if info["cuda"] is None else f"CUDA {info['cuda']} for {', '.join(info['architectures'])}"
+    if info["cuda"] is not None and device.type == "cuda":
+        cuda += f" (on this GPU: {machine_code(torch.cuda.get_device_capability(device)) or 'none of them'})"
     return f"CPU ({level} of {', '.join(info['cpu_levels'])}), {cuda}; {info['compiler']}"
 
 

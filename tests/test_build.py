@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from conddetr.kernels import native, registry
+from conddetr.kernels.aot_cuda import find_cuobjdump
 
 ROOT = Path(__file__).parent.parent
 needs_library = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
@@ -74,6 +76,46 @@ def test_build_info():
 def test_schemas_are_those_of_the_other_kernels(name):
     ours, theirs = (getattr(registry.operators(backend), name).default for backend in ("native", "triton"))
     assert str(ours._schema).replace("conddetr_native::", "conddetr::") == str(theirs._schema)
+
+
+@pytest.mark.parametrize(
+    ("capability", "code"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90a"),
+        ((10, 0), "PTX of compute_80"),
+        ((12, 0), "PTX of compute_80"),
+        ((7, 5), None),
+    ],
+    ids=str,
+)
+def test_machine_code_of_the_default_build(capability, code, monkeypatch):
+    """CUDA's rules: machine code runs within its family, sm_90a on that one alone, PTX on all that is newer."""
+    monkeypatch.setattr(native, "_BUILT", [((8, 0), "", True), ((9, 0), "a", False)])
+    assert native.machine_code(capability) == code
+
+
+def test_without_ptx_newer_gpus_have_nothing(monkeypatch):
+    monkeypatch.setattr(native, "_BUILT", [((8, 0), "", False), ((9, 0), "a", True)])
+    assert native.machine_code((10, 0)) is None
+
+
+@needs_library
+def test_what_was_built_is_in_the_library():
+    """cuobjdump lists the machine code and the PTX that `build_info` tells of."""
+    info = native.build_info()
+    if info["cuda"] is None:
+        pytest.skip("the native kernels were built without CUDA")
+    library = importlib.import_module("conddetr._C").__file__
+    listed = [
+        subprocess.run([find_cuobjdump(), flag, library], capture_output=True, text=True, check=True).stdout
+        for flag in ("--list-elf", "--list-ptx")
+    ]
+    names = {name.removesuffix("+PTX") for name in info["architectures"]}
+    assert set(re.findall(r"\.sm_(\w+)\.cubin", listed[0])) == names
+    with_ptx = {name.removesuffix("+PTX") for name in info["architectures"] if name.endswith("+PTX")}
+    assert set(re.findall(r"\.sm_(\w+)\.ptx", listed[1])) == with_ptx
 
 
 def test_without_the_library_a_request_says_what_to_do():
