@@ -1,7 +1,14 @@
-"""Which implementation of an operation runs, and why the others do not."""
+"""Which implementation of an operation runs, and why the others do not; and what all Triton kernels share.
 
+Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, to know it while compiling. For strides
+something is won by it: wide loads. For sizes nothing is, and a training would stand still for seconds at the first
+image whose width happens to be one: each kernel names its sizes in `SIZES`, which are not specialised.
+"""
+
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +89,20 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     if not is_interpreting():
         return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
     return "the interpreter is for tests: ask for it by name." if is_auto else None
+
+
+def on_their_device(launch: Callable) -> Callable:
+    """A function that launches Triton kernels, run with the device of its first tensor as the current one.
+
+    Triton launches on the current device, wherever the tensors are; native and PyTorch's operators look at them.
+    """
+
+    @functools.wraps(launch)
+    def run(first: torch.Tensor, *others: object) -> object:
+        with torch.cuda.device_of(first):
+            return launch(first, *others)
+
+    return run
 
 
 def is_interpreting() -> bool:

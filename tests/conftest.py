@@ -12,11 +12,32 @@ if not torch.cuda.is_available():
     # Before any kernel is imported: Triton reads it when a kernel is defined.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import null_gpu
 from PIL import Image
 
 import conddetr
 
 pytest.register_assert_rewrite("small_runs")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """On a null GPU tests run up to where they compare what was computed, which is nothing; all else must hold."""
+    marker = pyfuncitem.get_closest_marker("compares_numbers")
+    if not null_gpu.IS_RUNNING or marker is None:
+        return (yield)
+    from torch.testing._internal.optests.generate_tests import OpCheckError
+
+    try:
+        return (yield)
+    except (AssertionError, OpCheckError, *marker.args) as error:
+        pytest.skip(f"a null GPU computes nothing to compare ({type(error).__name__})")
+
+
+# What is float32 in a test is float32: cuDNN would round the inputs of convolutions to TF32's ten bits, and pick
+# algorithms that differ from run to run.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

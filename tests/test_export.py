@@ -39,6 +39,8 @@ def run_torch(path):
     return program.module(), json.loads(extra["conddetr.json"])
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 @pytest.mark.parametrize(
     ("preset", "options", "format", "size"),
     [
@@ -58,19 +60,21 @@ def test_files_give_the_outputs_of_the_model(tmp_path, preset, options, format, 
     assert report.difference <= 1e-4
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
+    device = "cuda" if options.get("backend") == "triton" and torch.cuda.is_available() else "cpu"
+    model.to(device)
     run, description = run_onnx(path) if format == "onnx" else run_torch(path)
     assert description["classes"] == classes
     assert description["activation"] == model.config.activation
     for shape in SHAPES if size is None else [(1, 3, *size), (5, 3, *size)]:
         images = torch.randn(shape)
         with torch.no_grad():
-            expected = model(images)
+            expected = model(images.to(device))
         for name, found in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
-            torch.testing.assert_close(found, expected[name], atol=1e-4, rtol=0)
+            torch.testing.assert_close(found, expected[name].cpu(), atol=1e-4, rtol=0)
     # The model is as it was.
     assert model.config.aux_loss
     assert all(parameter.requires_grad for parameter in model.class_embed.parameters())
-    torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.cpu().state_dict()), weights, rtol=0, atol=0)
 
 
 def test_a_file_that_disagrees_is_not_kept_and_the_old_one_stays(tmp_path):

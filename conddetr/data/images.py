@@ -146,10 +146,12 @@ def resized_shape(height: int, width: int, short_side: int, max_side: int) -> tu
 def to_model_input(images: Tensor) -> Tensor:
     """[..., 3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (MEAN, STD))
     # In place on one new tensor: five times faster than torchvision's conversion and normalisation one after the other.
-    result = torch.empty(images.shape, device=images.device)
-    return result.copy_(images).mul_(1 / (scale * std)).sub_(mean / std)
+    result = torch.empty(images.shape, device=images.device).copy_(images)
+    # By numbers, not by tensors of constants: those would come from the host, and a GPU's step would wait for them.
+    for channel, mean, std in zip(result.unbind(-3), MEAN, STD, strict=True):
+        channel.mul_(1 / (scale * std)).sub_(mean / std)
+    return result
 
 
 def prepare(image: Tensor, short_side: int, max_side: int) -> Tensor:

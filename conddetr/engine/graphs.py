@@ -114,15 +114,20 @@ class StepGraphs:
 
 
 class CudaCapture:
-    """Recording on the GPU. All graphs share memory: no two run at once."""
+    """Recording on a GPU. All graphs share memory: no two run at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device`: of all that is recorded; it need not be the current one."""
+        # Not PyTorch's own, which one device has for all.
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        torch.cuda.synchronize(self._stream.device)
+        # Of this thread alone: meanwhile the data loader's thread goes on pinning memory, which a capture of all
+        # threads forbids.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 

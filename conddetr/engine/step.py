@@ -53,7 +53,7 @@ class Stepper:
         """Of forward, losses and backward, where they are recorded."""
         if config.cuda_graphs:
             refuse_graphs(model.config, device)
-            self.graphs = StepGraphs(model, self._losses_of_packed, CudaCapture())
+            self.graphs = StepGraphs(model, self._losses_of_packed, CudaCapture(device))
         self.skipped = 0
         """Steps of the run that changed nothing because they were not finite."""
         self.stop = 0.0

@@ -176,6 +176,7 @@ _INPUTS = (
 @torch.library.custom_op(
     "conddetr::conditional_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor out, Tensor lse)"
 )
+@registry.on_their_device
 def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.attn import triton
 
@@ -187,6 +188,7 @@ def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema=f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+@registry.on_their_device
 def _backward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.attn import triton
 

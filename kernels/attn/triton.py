@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SIZES = ("queries", "keys", "heads", "height", "width")
+"""Not specialised (`registry.py` says why)."""
+
 
 @triton.jit
 def valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID: tl.constexpr):
@@ -109,7 +112,7 @@ def score_tile(q_c, q_s, k_c, k_s, visible, log2_scale, PRECISION: tl.constexpr)
     return tl.where(visible[None, :], scores * log2_scale, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q_content, q_spatial, k_content, k_spatial, columns, v, out, lse, valid_hw, padding, seed_pointer,
     log2_scale, dropout_p, queries, keys, heads, height, width,
@@ -188,7 +191,7 @@ def backward_tile(
     return dropped, weights * (grad_weights - delta[:, None]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
     q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_qc, grad_qs,
     valid_hw, padding, seed_pointer,
@@ -240,7 +243,7 @@ def backward_query_kernel(
     store_rows(grad_qs + (image * queries * heads + head) * DS, query, heads * DS, is_query, spatial, DS, PDS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_key_kernel(
     q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_kc, grad_ks, grad_v,
     valid_hw, padding, seed_pointer,

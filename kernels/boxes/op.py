@@ -58,6 +58,7 @@ def _check(boxes: Tensor, objects: Tensor, assignment: Tensor) -> None:
     mutates_args=(),
     schema="(Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
 )
+@registry.on_their_device
 def _forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     from conddetr.kernels.boxes import triton
 
@@ -74,6 +75,7 @@ def _(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad, Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
 )
+@registry.on_their_device
 def _backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     from conddetr.kernels.boxes import triton
 

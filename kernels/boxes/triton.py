@@ -13,6 +13,8 @@ from torch import Tensor
 
 from conddetr.kernels.boxes import reference
 
+SIZES = ("predictions", "queries", "capacity")
+"""Not specialised (`registry.py` says why)."""
 BLOCK = 128
 """Predictions per program."""
 SMALL = tl.constexpr(reference.SMALL)
@@ -112,7 +114,7 @@ def load_pairs(boxes, objects, assignment, predictions, queries, capacity, BLOCK
     return index, inside, is_matched, ax, ay, aw, ah, bx, by, bw, bh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, capacity, BLOCK: tl.constexpr):
     """partial[layer, block] = (L1, GIoU loss) of the matched ones in a block of predictions."""
     _, _, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
@@ -125,7 +127,7 @@ def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, c
     tl.store(slot + 1, tl.sum(overlap, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def box_loss_backward_kernel(
     grad_loss, boxes, objects, assignment, grad, predictions, queries, capacity, BLOCK: tl.constexpr
 ):

@@ -89,6 +89,7 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, count
     schema="(Tensor logits, Tensor boxes, Tensor labels, Tensor objects, Tensor counts, Tensor? log_total, "
     "float class_weight, float bbox_weight, float giou_weight, float alpha, float gamma) -> Tensor",
 )
+@registry.on_their_device
 def _forward(*inputs: object) -> Tensor:
     from conddetr.kernels.cost import triton
 

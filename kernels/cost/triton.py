@@ -12,6 +12,8 @@ from torch import Tensor
 from conddetr.kernels.boxes.triton import generalized_iou, load_box
 from conddetr.kernels.focal.triton import logistic
 
+SIZES = ("batch", "queries", "capacity", "classes")
+"""Not specialised (`registry.py` says why)."""
 BLOCK_N, BLOCK_Q = 16, 64
 """Objects and queries per program."""
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -27,7 +29,7 @@ def focal_cost(x, alpha, gamma):
     return present - absent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cost_kernel(
     logits, boxes, labels, objects, counts, log_total, cost,
     batch, queries, capacity, classes, class_weight, bbox_weight, giou_weight, alpha, gamma,

@@ -55,6 +55,7 @@ def _check(logits: Tensor, target: Tensor, gamma: float) -> None:
 @torch.library.custom_op(
     "conddetr::focal_loss", mutates_args=(), schema="(Tensor logits, Tensor target, float alpha, float gamma) -> Tensor"
 )
+@registry.on_their_device
 def _forward(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     from conddetr.kernels.focal import triton
 
@@ -71,6 +72,7 @@ def _(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     mutates_args=(),
     schema="(Tensor grad, Tensor logits, Tensor target, float alpha, float gamma) -> Tensor",
 )
+@registry.on_their_device
 def _backward(grad: Tensor, logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     from conddetr.kernels.focal import triton
 

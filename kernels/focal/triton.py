@@ -14,6 +14,8 @@ from torch import Tensor
 
 from conddetr.kernels.focal.reference import class_weights
 
+SIZES = ("rows",)
+"""Not specialised (`registry.py` says why)."""
 BLOCK_ELEMENTS = 2048
 """Logits per program: enough loads in flight for bandwidth, few enough registers not to spill."""
 
@@ -42,7 +44,7 @@ def load_block(logits, target, rows, CLASSES: tl.constexpr, PADDED: tl.constexpr
     return offset, mask, x, column[None, :] == wanted[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def focal_kernel(
     logits, target, partial, rows, gamma, present, absent,
     CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,7 +60,7 @@ def focal_kernel(
     tl.store(partial + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def focal_backward_kernel(
     grad_loss, logits, target, grad, rows, gamma, present, absent,
     CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,

@@ -95,6 +95,7 @@ def _most(counts: Tensor) -> int:
 @torch.library.custom_op(
     "conddetr::linear_assignment", mutates_args=(), schema="(Tensor cost, Tensor counts) -> Tensor"
 )
+@registry.on_their_device
 def _forward(cost: Tensor, counts: Tensor) -> Tensor:
     from conddetr.kernels.match import triton
 

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SIZES = ("batch", "capacity", "queries")
+"""Not specialised (`registry.py` says why)."""
+
 
 @triton.jit
 def scan_costs(cost, count, queries, lane):
@@ -41,7 +44,7 @@ def pick(values, lane, index):
     return tl.sum(tl.where(lane == index, values, tl.zeros_like(values)), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def match_kernel(cost, counts, assignment, batch, capacity, queries, BLOCK: tl.constexpr):
     """assignment[problem, query] = object or -1; cost [problems, capacity, queries]."""
     problem = tl.program_id(0).to(tl.int64)

@@ -80,6 +80,7 @@ def _check(points: Tensor, dim: int) -> None:
     mutates_args=(),
     schema="(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor",
 )
+@registry.on_their_device
 def _forward(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
     from conddetr.kernels.sine import triton
 
@@ -91,6 +92,7 @@ def _forward(points: Tensor, transform: Tensor | None, dim: int, temperature: fl
     mutates_args=(),
     schema="(Tensor grad, Tensor points, Tensor? transform, int dim, float temperature) -> (Tensor, Tensor)",
 )
+@registry.on_their_device
 def _backward(
     grad: Tensor, points: Tensor, transform: Tensor | None, dim: int, temperature: float
 ) -> tuple[Tensor, Tensor]:

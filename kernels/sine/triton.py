@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SIZES = ("count",)
+"""Not specialised (`registry.py` says why)."""
 BLOCK_ELEMENTS = 4096
 """Elements per program: enough loads in flight for bandwidth, few enough registers not to spill."""
 
@@ -44,7 +46,7 @@ def _channels(DIM: tl.constexpr, PADDED: tl.constexpr, log2_temperature):
     return channel, rate, tl.where(channel % 2 == 1, 0.25, 0.0), channel < half
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def embed_kernel(
     points, transform, out, count, log2_temperature,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
@@ -63,7 +65,7 @@ def embed_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def embed_backward_kernel(
     grad, points, transform, grad_points, grad_transform, count, log2_temperature,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,

@@ -103,6 +103,8 @@ def test_where_steps_can_not_be_recorded(monkeypatch):
         refuse_graphs(config, cuda)
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 def test_losses_on_a_gpu_are_those_of_plain_steps():
     device, curves = torch.device("cuda"), []

@@ -13,6 +13,8 @@ from conddetr.loss import targets
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 def test_a_step_waits_for_nothing_but_for_matching_on_the_host(tmp_path, backend, monkeypatch):
     """Forward, losses, backward, clipping, update and report, on the machine's own device."""

@@ -16,6 +16,8 @@ from conddetr.kernels import conditional_attention, native, registry
 from conddetr.kernels.attn import op
 from conddetr.kernels.attn.reference import attention_weights, dense_spatial_keys, rectangle_padding
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 NAMES = ("q_content", "q_spatial", "k_content", "rows", "columns", "v")
 
 

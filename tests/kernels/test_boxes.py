@@ -8,6 +8,8 @@ from torchvision import ops
 from conddetr.kernels import matched_box_loss
 from conddetr.kernels.boxes import generalized_iou
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 LARGEST = torch.finfo(torch.float32).max
 
 

@@ -8,6 +8,8 @@ from torchvision import ops
 
 from conddetr.kernels import matching_cost
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 WEIGHTS = {"class_weight": 2.0, "bbox_weight": 5.0, "giou_weight": 2.0}
 
 

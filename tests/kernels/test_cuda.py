@@ -18,6 +18,8 @@ from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
 from conddetr.kernels.sine import op as sine_op
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).parent / "emulator"
 

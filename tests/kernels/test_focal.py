@@ -9,6 +9,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from conddetr.kernels import focal_loss
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 
 @pytest.mark.parametrize(("key", "alpha", "boxes"), [("alpha-1_nb7", -1.0, 7.0), ("alpha.25_nb1", 0.25, 1.0)])
 def test_focal_loss_of_torchvision_is_the_official_one(key, alpha, boxes):

@@ -11,6 +11,8 @@ from scipy.optimize import linear_sum_assignment
 
 from conddetr.kernels import linear_assignment, native, registry
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 PROBLEMS = 5_000
 """Of each family and size: a hundred thousand in all."""
 INTERPRETED = 8
@@ -219,7 +221,9 @@ def test_errors():
         linear_assignment(cost, counts.long())
     with pytest.raises(ValueError, match=r"counts: expected from 0 to N = 3 objects, got \[4, 1\]"):
         linear_assignment(cost, torch.tensor([4, 1], dtype=torch.int32))
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    counts = counts.to(where)
     with pytest.raises(RuntimeError, match="at most 4096 queries, got 5000"):
-        linear_assignment(torch.zeros(2, 3, 5000), counts, "triton")
+        linear_assignment(torch.zeros(2, 3, 5000, device=where), counts, "triton")
     with pytest.raises(RuntimeError, match=r"take float32, float16 and bfloat16, not torch.float64"):
-        linear_assignment(cost.double(), counts, "triton")
+        linear_assignment(cost.double().to(where), counts, "triton")

@@ -8,6 +8,8 @@ from golden_rule import read_arrays
 
 from conddetr.kernels import conditional_spatial_query, native, registry, sine_embedding
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 
 def test_official_embedding(backend, device):
     golden = read_arrays("p5_cdetr")

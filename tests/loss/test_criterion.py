@@ -159,6 +159,8 @@ def losses_and_gradients(options, made, targets, preset="conditional-detr-tiny",
     return losses, torch.autograd.grad(losses["loss"], leaves)
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
 def test_fused_losses_and_gradients_are_the_eager_ones(preset, dtype):
@@ -176,6 +178,7 @@ def test_fused_losses_and_gradients_are_the_eager_ones(preset, dtype):
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
 def test_fused_step_waits_for_nothing(preset):
     """Forward and backward, on the machine's own device."""
@@ -207,6 +210,8 @@ def test_fused_forward_on_a_pretended_gpu_waits_for_nothing(preset, monkeypatch)
         assert all(value.device.type == "cuda" for value in losses.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_padding_to_a_fixed_capacity_changes_nothing():
     made, targets = outputs(), [target(0, 1), target(2)]
     for options in (FUSED, {"backend": "eager"}):
@@ -219,6 +224,8 @@ def test_padding_to_a_fixed_capacity_changes_nothing():
         criterion(max_targets=2)(made, [target(0), target(1, 1, 1)])
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_objects_beyond_the_queries():
     made, targets = outputs(queries=3), [target(1), target(0, 1, 2, 3)]
     with pytest.raises(
@@ -228,6 +235,8 @@ def test_objects_beyond_the_queries():
     assert torch.isfinite(losses_and_gradients({"backend": "auto"}, made, targets)[0]["loss"])
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 @pytest.mark.parametrize("options", [FUSED, {"backend": "eager"}])
 def test_not_a_number_is_named_or_passed_on(options):
     made, targets = outputs(3, batch=2), [target(0), target(1, 2)]
@@ -258,6 +267,8 @@ def test_normalizer_of_more_than_one_batch():
     torch.testing.assert_close(sum(halves), whole["loss"])
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_fifty_steps_give_the_same_loss_curve():
     """The tiny model trained with each criterion; it is the same model, so every difference is the criterion's."""
     images = torch.randn(1, 3, 32, 32, device=DEVICE)

@@ -78,11 +78,14 @@ def test_focal_cost_is_the_formula():
     torch.testing.assert_close(found, positive - negative, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_more_queries_than_the_kernel_takes(monkeypatch):
     """Where `auto` would take the kernel, it falls back, as `linear_assignment` itself does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(registry, "why_not", lambda backend, *_: None if backend != "native" else "not asked for")
-    logits, boxes = torch.randn(1, 1, MAX_QUERIES + 1, 91), torch.rand(1, 1, MAX_QUERIES + 1, 4)
-    targets = pack_targets([{"labels": torch.tensor([1, 5]), "boxes": torch.rand(2, 4)}], 91)
+    logits, boxes = (torch.rand(1, 1, MAX_QUERIES + 1, size, device=device) for size in (91, 4))
+    targets = pack_targets([{"labels": torch.tensor([1, 5]), "boxes": torch.rand(2, 4)}], 91).to(device)
     found = assign(logits, boxes, targets, CONDITIONAL)
     assert torch.equal(found, assign(logits, boxes, targets, CONDITIONAL, "eager"))
     assert (found >= 0).sum() == 2

@@ -7,6 +7,8 @@ import conddetr
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.detr import pad_images
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 
 import pytest
+import tf32
 import torch
 from golden_rule import CASES, read_arrays, read_json, rule_inputs, rule_model, rule_weight
 
@@ -144,6 +145,8 @@ def test_reference_points_and_their_embedding(run, golden):
     close(embedding.expand_as(golden["query_sine_embed_q20"]), golden["query_sine_embed_q20"], 1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_fused_kernels_give_the_official_outputs():
     """The whole model on Triton's kernels: on the GPU, or under the interpreter where there is none."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,6 +157,14 @@ def test_fused_kernels_give_the_official_outputs():
         out = model([image.to(device) for image in images])
     close(out["pred_logits"].cpu(), golden["pred_logits"], 1e-4)
     close(out["pred_boxes"].cpu(), golden["pred_boxes_all"][-1], 1e-5)
+
+
+def test_tf32_convolutions_would_miss_the_golden_outputs(p1, monkeypatch):
+    """cuDNN's rounding, planted, with its switch on; tests that hold float32 need it off, as it is in all of them."""
+    assert not torch.backends.cudnn.allow_tf32
+    tf32.plant(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert (p1.model(p1.images)["pred_logits"] - read_arrays("p1")["pred_logits"]).abs().max() > 1e-3
 
 
 def test_losses_and_matching(case, run):

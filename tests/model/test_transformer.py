@@ -27,6 +27,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_self_attention_takes_a_fused_kernel(is_padded):
     """Two layers of encoder, two of decoder; only the plain `math` way would write all N × N weights."""

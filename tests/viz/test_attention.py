@@ -9,6 +9,8 @@ from conddetr.kernels.attn import dense_spatial_keys
 from conddetr.model.position import sine_position_encoding
 from conddetr.viz.attention import AttentionMaps, attention_figure, attention_maps
 
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

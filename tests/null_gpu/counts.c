@@ -1,0 +1,99 @@
+// Counts of launches by kernel, of waits, of copies; as JSON for whoever asks.
+#include "null_gpu.h"
+
+#include <stdio.h>
+
+Counts counts;
+pthread_mutex_t books = PTHREAD_MUTEX_INITIALIZER;
+
+enum { SLOTS = 1 << 16 };
+static struct {
+  const void *kernel;
+  char *name;
+  long launches;
+} kernels[SLOTS];
+
+// The slot of a kernel: open addressing, never full in practice (PyTorch has some 20,000 kernels).
+static int slot_of(const void *kernel) {
+  size_t slot = ((size_t)kernel >> 4) * 2654435761u % SLOTS;
+  while (kernels[slot].kernel != NULL && kernels[slot].kernel != kernel) slot = (slot + 1) % SLOTS;
+  kernels[slot].kernel = kernel;
+  return (int)slot;
+}
+
+void name_kernel(const void *kernel, const char *name) {
+  pthread_mutex_lock(&books);
+  const int slot = slot_of(kernel);
+  // A handle's address may have been another kernel's before.
+  if (kernels[slot].name == NULL || strcmp(kernels[slot].name, name) != 0) kernels[slot].name = strdup(name);
+  pthread_mutex_unlock(&books);
+}
+
+void count_launch(const void *kernel) {
+  pthread_mutex_lock(&books);
+  counts.launches++;
+  counts.launches_by_device[current_device]++;
+  kernels[slot_of(kernel)].launches++;
+  pthread_mutex_unlock(&books);
+}
+
+// A call of a library that would launch at least one kernel; `name` lives as long as the process.
+void null_gpu_library_call(const char *name) {
+  name_kernel(name, name);
+  count_launch(name);
+}
+
+void null_gpu_reset(void) {
+  pthread_mutex_lock(&books);
+  memset(&counts, 0, sizeof counts);
+  for (int slot = 0; slot < SLOTS; slot++) kernels[slot].launches = 0;
+  pthread_mutex_unlock(&books);
+}
+
+static void write_counts(FILE *file) {
+  const struct {
+    const char *name;
+    long value;
+  } numbers[] = {
+      {"launches", counts.launches},
+      {"graph_launches", counts.graph_launches},
+      {"waits", counts.waits},
+      {"to_device", counts.to_device},
+      {"from_device", counts.from_device},
+      {"within_device", counts.within_device},
+      {"bytes_to_device", counts.bytes_to_device},
+      {"bytes_from_device", counts.bytes_from_device},
+      {"bytes_within_device", counts.bytes_within_device},
+      {"allocations", counts.allocations},
+      {"modules", counts.modules},
+      {"refused_in_capture", counts.refused_in_capture},
+  };
+  fprintf(file, "{");
+  for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+    fprintf(file, "\"%s\": %ld, ", numbers[i].name, numbers[i].value);
+  }
+  fprintf(file, "\"launches_by_device\": [");
+  for (int i = 0; i < device_count(); i++) fprintf(file, "%s%ld", i ? ", " : "", counts.launches_by_device[i]);
+  // A list, not an object: one name may be that of several kernels.
+  fprintf(file, "], \"kernels\": [");
+  const char *separator = "";
+  for (int slot = 0; slot < SLOTS; slot++) {
+    if (kernels[slot].launches == 0) continue;
+    const char *name = kernels[slot].name ? kernels[slot].name : "unknown";
+    fprintf(file, "%s[\"%s\", %ld]", separator, name, kernels[slot].launches);
+    separator = ", ";
+  }
+  fprintf(file, "]}");
+}
+
+// The counts as JSON; the caller frees it.
+char *null_gpu_counts(void) {
+  char *text = NULL;
+  size_t size = 0;
+  FILE *file = open_memstream(&text, &size);
+  pthread_mutex_lock(&books);
+  write_counts(file);
+  pthread_mutex_unlock(&books);
+  fclose(file);
+  return text;
+}

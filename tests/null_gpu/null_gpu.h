@@ -1,0 +1,68 @@
+// What the parts of the null GPU share. README.md says what it is.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DEVICE_NAME "NVIDIA H100 80GB HBM3 (null)"
+#define DEVICE_BYTES (80ull << 30)
+enum { MAX_DEVICES = 8 };
+
+// What happened since the last reset. Guarded by `books`, as all that is shared between threads.
+typedef struct {
+  long launches, launches_by_device[MAX_DEVICES];
+  long graph_launches;
+  long waits;
+  long to_device, from_device, within_device;
+  long bytes_to_device, bytes_from_device, bytes_within_device;
+  long allocations;
+  long modules;
+  long refused_in_capture;
+} Counts;
+
+extern Counts counts;
+extern pthread_mutex_t books;
+// The device that is current in this thread.
+extern __thread int current_device;
+
+#define COUNT(what)                 \
+  do {                              \
+    pthread_mutex_lock(&books);     \
+    counts.what++;                  \
+    pthread_mutex_unlock(&books);   \
+  } while (0)
+
+// counts.c: kernels are known by an address, of the host's function or of a handle.
+void name_kernel(const void *kernel, const char *name);
+void count_launch(const void *kernel);
+
+// device.c
+int device_count(void);
+int device_attribute(int attribute);
+
+// streams.c: what a capture forbids.
+bool is_captured(cudaStream_t stream);
+// 0 where a stream of `device` may be used with the current device, else the error that CUDA gives.
+cudaError_t check_stream(cudaStream_t stream);
+// Counts and returns the error of a call that a capture forbids.
+cudaError_t refused(void);
+// Whether this thread may make a call that CUDA calls potentially unsafe while somebody captures.
+bool is_unsafe(void);
+#define REFUSE_IF_UNSAFE()             \
+  do {                                 \
+    if (is_unsafe()) return refused(); \
+  } while (0)
+
+// memory.c: whose an address is.
+enum Owner { PAGEABLE, PINNED, DEVICE };
+enum Owner owner_of(const void *address);
+// The device of an address, or -1.
+int device_of(const void *address);
+
+// kernels.c
+cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, cudaStream_t stream);
+void *handle(void);

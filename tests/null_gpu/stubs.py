@@ -1,0 +1,105 @@
+"""C source of stubs for the libraries that PyTorch calls: cuBLAS, cuDNN, NCCL and their kin succeed and do nothing.
+
+Which functions there are is read from PyTorch's own libraries, so that every release gets what it needs. The stubs are
+loaded before the libraries themselves and take their place; what is left out here stays the libraries' own.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+LIBRARIES = r"cublas|cudnn|cusolver|cusparse|cufft|curand|nccl"
+THEIR_OWN = r"GetVersion|GetErrorString|GetLastError|GetStatusString|GetStatusName|GetProperty"
+"""Functions that need no GPU."""
+BY_HAND = (
+    r"AlgoGetHeuristic|cudnnBackend|WorkspaceSize|ReserveSpaceSize|DropoutGetStatesSize|ncclComm(Init|Count|GetAsync)"
+)
+"""Functions that give something back: below, or never called."""
+COUNTED = r"cublas.*gemm|cublasLtMatmul|nccl(All|Broadcast|Reduce|Gather|Send|Recv)"
+"""Products and collectives: at least one launch each."""
+HEADER = r"""
+#include <stdlib.h>
+#include <string.h>
+extern void null_gpu_library_call(const char *name);
+
+int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference,
+                                   int wanted, char *results, int *found) {
+  memset(results, 0, 96);
+  if (found) *found = 1;
+  return 0;
+}
+
+/* A communicator only knows how many there are. An identifier comes by value, in 128 bytes (nccl.h). */
+typedef struct { char bytes[128]; } Identifier;
+int ncclCommInitRankConfig(int **made, int ranks, Identifier identifier, int rank, void *configuration) {
+  *made = calloc(1, 256);
+  **made = ranks;
+  return 0;
+}
+int ncclCommInitRank(int **made, int ranks, Identifier identifier, int rank) {
+  return ncclCommInitRankConfig(made, ranks, identifier, rank, NULL);
+}
+int ncclCommCount(const int *communicator, int *ranks) { *ranks = *communicator; return 0; }
+int ncclCommGetAsyncError(void *communicator, int *error) { *error = 0; return 0; }
+
+int cudnnDropoutGetStatesSize(void *handle, size_t *size) { *size = 0; return 0; }
+
+int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(
+    void *handle, int mode, int operation, void *x, void *z, void *y, void *scale, void *activation, size_t *size) {
+  *size = 0;
+  return 0;
+}
+
+int cudnnGetBatchNormalizationBackwardExWorkspaceSize(
+    void *handle, int mode, int operation, void *x, void *y, void *dy, void *dz, void *dx, void *scale,
+    void *activation, size_t *size) {
+  *size = 0;
+  return 0;
+}
+
+int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(
+    void *handle, int mode, int operation, void *activation, void *x, size_t *size) {
+  *size = 0;
+  return 0;
+}
+
+/* cuDNN's graphs: there is one engine, which takes everything, needs no workspace and has nothing to remark. */
+int cudnnBackendCreateDescriptor(int type, void **made) { *made = calloc(1, 256); return 0; }
+int cudnnBackendDestroyDescriptor(void *descriptor) { free(descriptor); return 0; }
+int cudnnBackendFinalize(void *descriptor) { return 0; }
+int cudnnBackendSetAttribute(void *descriptor, int name, int type, long count, const void *value) { return 0; }
+int cudnnBackendExecute(void *handle, void *plan, void *variants) { null_gpu_library_call("cudnn"); return 0; }
+
+int cudnnBackendGetAttribute(void *descriptor, int name, int type, long count, long *found, void *value) {
+  /* Types 2 to 5 are numbers, 15 is a descriptor (cudnn_backend.h). */
+  static const int bytes[] = {0, 0, 1, 8, 4, 8};
+  const int is_number = type >= 2 && type <= 5;
+  if (found) *found = is_number || type == 15;
+  if (value && count > 0 && is_number) memset(value, 0, bytes[type]);
+  return 0;
+}
+"""
+
+
+def source(torch_libraries: Path) -> str:
+    """The C source for the PyTorch whose libraries lie in a folder."""
+    return HEADER + "\n".join(_stub(name) for name in sorted(_called(torch_libraries))) + "\n"
+
+
+def _called(torch_libraries: Path) -> set[str]:
+    """What PyTorch takes from those libraries."""
+    command = ["nm", "--dynamic", "--undefined-only", *sorted(torch_libraries.glob("*.so"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = set(re.findall(rf"\bU ((?:{LIBRARIES})\w+)", said))
+    return {name for name in names if not re.search(f"{THEIR_OWN}|{BY_HAND}", name)}
+
+
+def _stub(name: str) -> str:
+    """Handles are made and freed; all else only says that it succeeded."""
+    if re.match(COUNTED, name, re.IGNORECASE):
+        return f'int {name}() {{ null_gpu_library_call("{name}"); return 0; }}'
+    if "Create" in name:
+        return f"int {name}(void **made) {{ if (made) *made = calloc(1, 256); return 0; }}"
+    if "Destroy" in name:
+        return f"int {name}(void *handle) {{ free(handle); return 0; }}"
+    return f"int {name}() {{ return 0; }}"

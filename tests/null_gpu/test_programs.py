@@ -1,0 +1,75 @@
+"""Whole commands on a GPU: training with evaluation, going on, evaluation, prediction; two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conddetr.cli import main
+from conddetr.kernels import native
+from null_gpu.counts import counted
+
+SMALL = ["--train-images", "24", "--val-images", "4", "--batch-size", "4", "--epochs", "2", "--backend", "auto"]
+
+
+GRAPHS = ["--cuda-graphs", "--precision", "bfloat16"]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs `conddetr train` on a GPU; returns what the steps of its log say."""
+
+    def run(*options):
+        main(["train", "--out", str(tmp_path), "--device", "cuda", *SMALL, *options])
+        return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], marks=pytest.mark.slow, id="plain"), pytest.param(GRAPHS, id="graphs")],
+)
+def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path):
+    with counted() as counts:
+        first = train("--workers", "2", *options)
+    assert counts.refused_in_capture == 0
+    assert (counts.graph_launches > 0) == ("--cuda-graphs" in options)
+    assert {"AP", "AP50", "gpu_memory_gib"} <= set(first[-1])
+    second = train("--epochs", "3", "--resume", "auto", *options)
+    assert second[-1]["epoch"] == first[-1]["epoch"] + 1
+    image = tmp_path / "image.png"
+    Image.fromarray(np.zeros((80, 120, 3), np.uint8)).save(image)
+    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--device", "cuda"]
+    main(["eval", *checkpoint])
+    with counted() as counts:
+        main(["predict", str(image), "--out", str(tmp_path / "drawn"), "--threshold", "0", *checkpoint])
+        main(["attention", str(image), "--out", str(tmp_path / "drawn"), *checkpoint])
+    assert counts.launches > 0
+    assert list((tmp_path / "drawn").glob("*.png"))
+
+
+def test_the_machine_is_described(capsys):
+    main(["env"])
+    said = capsys.readouterr().out
+    assert f"({torch.cuda.get_device_name()})" in said
+    if native.NOT_LOADED is None and native.build_info()["cuda"] is not None:
+        assert "on this GPU: sm_90a" in said
+
+
+@pytest.mark.slow
+def test_each_process_trains_on_its_own_gpu():
+    """Two of them, with gradients summed by NCCL."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "null_gpu.two_processes"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-m", *launcher], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    said = sorted(line.split()[1:] for line in run.stdout.splitlines() if line.startswith("counted"))
+    launches = [(int(number), int(first) > 0, int(second) > 0, int(sums) >= 3) for number, first, second, sums in said]
+    assert launches == [(0, True, False, True), (1, False, True, True)]

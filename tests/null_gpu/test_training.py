@@ -1,0 +1,149 @@
+"""Training: what a step asks of the device, recorded steps beside a loader that pins memory, mixed sizes, two GPUs."""
+
+import threading
+
+import pytest
+import torch
+import triton
+from small_runs import SMALL_MODEL
+
+import conddetr
+from conddetr.data.batch import collate
+from conddetr.engine.config import TrainConfig
+from conddetr.engine.step import Stepper
+from null_gpu.counts import counted
+from null_gpu.test_ops import skip_unless_built
+
+MODEL = {**SMALL_MODEL, "hidden_dim": 32, "num_heads": 1, "num_classes": 3, "dropout": 0.1}
+"""A head as wide as CUDA kernels want it."""
+COUNTED_WITH = ("2.15", "3.9")
+"""Releases of PyTorch and Triton for which the numbers of launches below were counted."""
+
+
+def make_batch(height=64, width=64, padded=True):
+    """Two images with three objects each; the second is smaller where the batch is padded."""
+    samples = []
+    for number in range(2):
+        image = torch.zeros(3, height - 8 * number * padded, width, dtype=torch.uint8)
+        boxes = torch.full((3, 4), 0.4)
+        target = {"labels": torch.arange(3), "boxes": boxes, "image_id": number, "original_size": (64, 64)}
+        samples.append((image, target))
+    return collate(samples).pin_memory()
+
+
+def make_stepper(device="cuda", backend="triton", **options):
+    model = conddetr.build("conditional-detr-tiny", **{**MODEL, "backend": backend}).to(device).train()
+    return Stepper(model, TrainConfig(max_targets=8, **options), torch.device(device), steps_per_epoch=9)
+
+
+def count_step(stepper, batch):
+    """What the third step asks for: the first compiles, the second makes the optimizer's state."""
+    for step in range(2):
+        stepper([batch], step)
+    # Each step reads what the one before reported; it has arrived by then, but that would count as a wait.
+    stepper.flush()
+    with counted() as counts:
+        stepper([batch], 2)
+    stepper.flush()
+    assert stepper.skipped == 0
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "launches", "graphs"),
+    [
+        ({"backend": "triton"}, 959, 0),
+        ({"backend": "triton", "precision": "bfloat16"}, 1170, 0),
+        ({"backend": "native"}, 957, 0),
+        ({"backend": "triton", "cuda_graphs": True}, 68, 1),
+    ],
+    ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs"],
+)
+def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, graphs):
+    """A change that adds a launch, a copy or a wait shows here; one that saves some lowers the number."""
+    skip_unless_built(options["backend"])
+    counts = count_step(make_stepper(**options), make_batch())
+    assert counts.waits == 0
+    assert (counts.to_device, counts.from_device) == (8, 1)
+    assert counts.modules == 0, "a kernel was compiled in the third step"
+    assert counts.graph_launches == graphs
+    if (torch.__version__[:4], triton.__version__[:3]) != COUNTED_WITH:
+        pytest.skip(f"{counts.launches} launches; the number to hold was counted with {COUNTED_WITH}")
+    assert counts.launches == launches
+
+
+def test_eager_matching_is_seen_to_wait():
+    """That the count of waits is not always zero."""
+    assert count_step(make_stepper(backend="eager"), make_batch()).waits > 0
+
+
+class Pinning:
+    """A thread that pins memory all the time, as a DataLoader's does."""
+
+    def __enter__(self):
+        self._stop, self.error, self.pinned = threading.Event(), None, 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self):
+        kept = []
+        try:
+            while not self._stop.is_set():
+                # Kept, so that each is a new allocation.
+                kept.append(torch.zeros(4096).pin_memory())
+                self.pinned += 1
+        except RuntimeError as error:
+            self.error = error
+
+
+def test_steps_are_recorded_while_a_loader_pins_memory():
+    stepper = make_stepper(cuda_graphs=True)
+    with counted() as counts, Pinning() as loader:
+        for step, size in enumerate((64, 96, 128)):
+            stepper([make_batch(size, 64)], step)
+    assert loader.error is None
+    assert loader.pinned > 0
+    assert counts.graph_launches == len(stepper.graphs.recorded) == 3
+    assert counts.refused_in_capture == 0
+
+
+def test_recording_that_forbids_other_threads_to_pin_is_seen_here(monkeypatch):
+    """What `CudaCapture` did before: the null GPU refuses as CUDA does."""
+    record = torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, capture_error_mode, **options: record(*args, **options))
+    stepper = make_stepper(cuda_graphs=True)
+    with Pinning() as loader, counted() as counts:
+        for step, size in enumerate((64, 96, 128)):
+            stepper([make_batch(size, 64)], step)
+    assert counts.refused_in_capture > 0
+    assert loader.error is not None
+
+
+def test_mixed_sizes_compile_nothing_new():
+    """Sides that give grids of 1, 16, and other numbers of cells: Triton would compile for each kind of them."""
+    stepper = make_stepper()
+    for step in range(2):
+        stepper([make_batch(80, 112)], step)
+    with counted() as counts:
+        for step, size in enumerate(((64, 256), (256, 64), (16, 512), (272, 16), (160, 96))):
+            stepper([make_batch(*size)], step)
+    stepper.flush()
+    assert counts.launches > 0
+    assert counts.modules == 0
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_training_on_the_second_gpu_leaves_the_first_alone(cuda_graphs):
+    stepper = make_stepper("cuda:1", cuda_graphs=cuda_graphs)
+    with counted() as counts:
+        for step in range(3):
+            stepper([make_batch()], step)
+        stepper.flush()
+    assert torch.cuda.current_device() == 0
+    assert counts.launches_by_device[1] > 0
+    assert counts.launches_by_device[0] == 0

@@ -1,0 +1,42 @@
+"""The host's side of GPU code: tests that run in another process, which has GPUs that do nothing (tests/null_gpu)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import null_gpu
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.skipif(null_gpu.why_not() is not None, reason=str(null_gpu.why_not())),
+    pytest.mark.skipif(null_gpu.IS_RUNNING, reason="this process has null GPUs itself"),
+]
+
+
+def run_tests(*selection, devices=1):
+    """Run tests on null GPUs; they must pass, and there must be some."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *selection]
+    run = subprocess.run(command, cwd=ROOT, env=null_gpu.environment(devices), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout.splitlines()[-1]
+
+
+def test_what_holds_on_two_null_gpus():
+    run_tests("tests/null_gpu", devices=2)
+
+
+@pytest.mark.slow
+def test_what_takes_longer_on_two_null_gpus():
+    run_tests("tests/null_gpu", "-m", "slow", devices=2)
+
+
+@pytest.mark.slow
+def test_the_host_side_of_all_device_tests():
+    run_tests("tests", "-m", "gpu")
+
+
+@pytest.mark.slow
+def test_the_command_line_and_the_detector():
+    """They take a GPU where there is one, without being asked."""
+    run_tests("tests/test_cli.py", "tests/test_detector.py", "tests/test_export.py")

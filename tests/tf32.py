@@ -1,0 +1,26 @@
+"""What cuDNN does to float32 convolutions by default, planted on a CPU: inputs rounded to ten bits of mantissa."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rounded(x: Tensor) -> Tensor:
+    """float32 to the nearest number with ten bits of mantissa."""
+    bits = x.contiguous().view(torch.int32)
+    # Half of the last bit that stays is added first; at a tie the even neighbour wins.
+    bits = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return bits.view(torch.float32)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions round as cuDNN's do, wherever PyTorch's switch for it is on."""
+    exact = F.conv2d
+
+    def conv2d(x: Tensor, weight: Tensor, *options: object, **more: object) -> Tensor:
+        if torch.backends.cudnn.allow_tf32 and x.dtype == torch.float32:
+            x, weight = rounded(x), rounded(weight)
+        return exact(x, weight, *options, **more)
+
+    monkeypatch.setattr(F, "conv2d", conv2d)
