@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
 
-.PHONY: demo test lint bench paper gpu sanitize clean
+.PHONY: demo test test-all lint bench paper gpu sanitize clean
 
 # Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
 demo: $(READY)
@@ -22,6 +22,10 @@ demo: $(READY)
 # The whole test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python -m pytest
+
+# And what takes long: whole selections on the null GPU (tests/null_gpu).
+test-all: $(READY)
+	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python -m pytest -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,28 +54,11 @@ paper: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/convergence.py --small
 	$(BIN)/python benchmarks/scaling.py
 
-# On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, sanitizers, benchmarks, and
-# result files and pictures to commit. Made for nine minutes: sanitizers take 2 at most, benchmarks about 5 (each
-# begins no problem after its --seconds), which leaves 2 for the tests. Ahead-of-time compilation needs no GPU.
+# On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, benchmarks and a training,
+# packed into a few files; no longer than 390 s. FLIGHT passes options on, for example FLIGHT="--limit 300" (docs/gpu.md).
+FLIGHT ?=
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu needs an NVIDIA GPU'"
-	$(PYTHON) -m pip install -qq --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m pytest -q tests/kernels tests/loss tests/model/test_backend.py tests/model/test_golden.py \
-	    tests/engine/test_graphs.py tests/engine/test_no_wait.py tests/interop/test_accelerate.py \
-	    --ignore tests/kernels/test_aot.py
-	$(PYTHON) tests/sanitize.py --seconds 40
-	$(PYTHON) benchmarks/attn.py --seconds 80
-	$(PYTHON) benchmarks/attn.py --seconds 20 --cudagraph --batch 1 2 --grids r50 --dtypes bfloat16
-	$(PYTHON) benchmarks/sine.py --seconds 30
-	$(PYTHON) benchmarks/sine.py --seconds 15 --cudagraph --points 2400
-	$(PYTHON) benchmarks/decoder.py --seconds 40 --dtypes bfloat16
-	$(PYTHON) benchmarks/focal.py --seconds 10
-	$(PYTHON) benchmarks/boxes.py --seconds 5
-	$(PYTHON) benchmarks/cost.py --seconds 5
-	$(PYTHON) benchmarks/match.py --seconds 20
-	$(PYTHON) benchmarks/train.py --seconds 40
-	$(PYTHON) benchmarks/model.py --seconds 10
-	$(PYTHON) benchmarks/report.py
+	$(PYTHON) tests/fly.py $(FLIGHT)
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
 SUITE := $(foreach op,attn sine match dropout conv3x3,tests/kernels/test_$(op).py) \

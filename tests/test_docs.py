@@ -120,7 +120,9 @@ def test_commands_exist(page, line):
     elif program == "torchrun":
         check_command_line(words[words.index("conddetr") + 1 :])
     elif program == "python":
-        text = (ROOT / words[1]).read_text() + (ROOT / "benchmarks" / "harness.py").read_text()
+        script = ROOT / words[1]
+        script = script / "__main__.py" if script.is_dir() else script
+        text = script.read_text() + (ROOT / "benchmarks" / "harness.py").read_text()
         assert all(f'"{word}"' in text for word in words[2:] if word[:2] == "--" and word != "--help")
     else:
         assert program in OTHER_PROGRAMS

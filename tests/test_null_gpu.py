@@ -1,5 +1,6 @@
 """The host's side of GPU code: tests that run in another process, which has GPUs that do nothing (tests/null_gpu)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ pytestmark = [
 ]
 
 
-def run_tests(*selection, devices=1):
+def run_tests(*selection, devices=1, python=sys.executable):
     """Run tests on null GPUs; they must pass, and there must be some."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *selection]
-    run = subprocess.run(command, cwd=ROOT, env=null_gpu.environment(devices), capture_output=True, text=True)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *selection]
+    launcher = [python, "tests/null_gpu", "--devices", str(devices)]
+    run = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout.splitlines()[-1]
 
@@ -40,3 +42,13 @@ def test_the_host_side_of_all_device_tests():
 def test_the_command_line_and_the_detector():
     """They take a GPU where there is one, without being asked."""
     run_tests("tests/test_cli.py", "tests/test_detector.py", "tests/test_export.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", [("tests/null_gpu",), ("tests", "-m", "gpu")], ids=["on two", "device tests"])
+def test_the_oldest_pytorch(selection):
+    """Another Python's PyTorch and Triton: its kernels compile, and the host's side holds."""
+    python = os.environ.get("CONDDETR_OLDEST_PYTHON")
+    if not python:
+        pytest.skip("CONDDETR_OLDEST_PYTHON is not set: it names a Python with PyTorch 2.11 and this package")
+    run_tests(*selection, devices=2, python=python)

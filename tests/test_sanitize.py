@@ -1,7 +1,12 @@
-"""What is made of compute-sanitizer's exit status and output, whose lines are those of its manual."""
+"""What is asked of compute-sanitizer, and what is made of its answers, whose lines are those of its manual."""
+
+import re
+from pathlib import Path
 
 import pytest
 import sanitize
+
+from conddetr.kernels import native
 
 
 @pytest.mark.parametrize(
@@ -19,3 +24,36 @@ def test_verdict(status, output, is_fine, said):
     found = sanitize.verdict(status, output)
     assert found[0] is is_fine
     assert said in found[1]
+
+
+def test_what_is_late_is_killed_with_all_that_it_started(tmp_path):
+    """A tool that hangs in a child of its child, as pytest below compute-sanitizer does."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        "#!/bin/sh\ntrap '' INT\n"
+        f'echo "$@" > {tmp_path}/arguments\n'
+        f"sh -c 'setsid sleep 600 & echo $! > {tmp_path}/pid; wait'\n"
+    )
+    program.chmod(0o755)
+    is_fine, said = sanitize.check(str(program), 2, "memcheck")
+    assert is_fine
+    assert said == "not finished in 2 s (--seconds gives more); nothing is said of these kernels"
+    process = Path("/proc") / (tmp_path / "pid").read_text().strip()
+    assert not process.exists() or ") Z " in (process / "stat").read_text()
+    arguments = (tmp_path / "arguments").read_text()
+    assert arguments.startswith("--tool memcheck --error-exitcode 86 --kernel-name kns=")
+    assert " --kernel-name kns=match_kernel " in arguments
+
+
+def test_every_kernel_of_ours_is_checked():
+    """Those that are compiled ahead of time, and those of the built library, whose mangled names are in it."""
+    aot = pytest.importorskip("conddetr.kernels.aot", reason="the package triton is not installed")
+    names = sanitize.kernels()
+    assert {job.kernel for job in aot.jobs(90)} <= names
+    if native.NOT_LOADED is not None or native.build_info()["cuda"] is None:
+        pytest.skip("CUDA kernels are not built here")
+    import conddetr._C
+
+    library = Path(conddetr._C.__file__).read_bytes()
+    built = {name.decode() for name in re.findall(rb"_ZN8conddetr\w*?\d([a-z_]+_kernel)[IE]", library)}
+    assert {"forward_kernel", "hopper_forward_kernel"} <= built <= names

@@ -18,7 +18,7 @@ IS_RUNNING = os.environ.get("NULL_GPU") == "1"
 
 def why_not() -> str | None:
     """What is missing to build it here, or None."""
-    if importlib.util.find_spec("torch.version") is None or not list(_torch_libraries().glob("libtorch_cuda.so")):
+    if importlib.util.find_spec("torch") is None or not (_torch_libraries() / "libtorch_cuda.so").exists():
         return "a null GPU needs a PyTorch that was built for CUDA"
     if _toolkit() is None:
         return "a null GPU needs the headers of the CUDA toolkit (CUDA_HOME)"

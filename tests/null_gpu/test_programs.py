@@ -18,7 +18,7 @@ from null_gpu.counts import counted
 SMALL = ["--train-images", "24", "--val-images", "4", "--batch-size", "4", "--epochs", "2", "--backend", "auto"]
 
 
-GRAPHS = ["--cuda-graphs", "--precision", "bfloat16"]
+GRAPHS = ["--cuda-graphs", "--precision", "bfloat16", "--preflight"]
 
 
 @pytest.fixture
@@ -36,9 +36,10 @@ def train(tmp_path):
     "options",
     [pytest.param([], marks=pytest.mark.slow, id="plain"), pytest.param(GRAPHS, id="graphs")],
 )
-def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path):
+def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path, capsys):
     with counted() as counts:
         first = train("--workers", "2", *options)
+    assert ("preflight: 4 images of" in capsys.readouterr().out) == ("--preflight" in options)
     assert counts.refused_in_capture == 0
     assert (counts.graph_launches > 0) == ("--cuda-graphs" in options)
     assert {"AP", "AP50", "gpu_memory_gib"} <= set(first[-1])

@@ -78,50 +78,49 @@ def test_eager_matching_is_seen_to_wait():
 
 
 class Pinning:
-    """A thread that pins memory all the time, as a DataLoader's does."""
+    """A hook of the model that has another thread pin memory, as a DataLoader's does at any time."""
 
-    def __enter__(self):
-        self._stop, self.error, self.pinned = threading.Event(), None, 0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        return self
+    def __init__(self, model):
+        self.pinned, self.errors = [], []
+        model.register_forward_pre_hook(self._meanwhile)
 
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
+    def _meanwhile(self, *_):
+        thread = threading.Thread(target=self._pin)
+        thread.start()
+        thread.join()
 
-    def _run(self):
-        kept = []
+    def _pin(self):
         try:
-            while not self._stop.is_set():
-                # Kept, so that each is a new allocation.
-                kept.append(torch.zeros(4096).pin_memory())
-                self.pinned += 1
+            # Kept, so that each is a new allocation.
+            self.pinned.append(torch.zeros(4096).pin_memory())
         except RuntimeError as error:
-            self.error = error
+            self.errors.append(error)
+
+
+def record_three_sizes():
+    """Counts, what the other thread met, and how many graphs there are."""
+    stepper = make_stepper(cuda_graphs=True)
+    loader = Pinning(stepper.model)
+    with counted() as counts:
+        for step, size in enumerate((64, 96, 128)):
+            stepper([make_batch(size, 64)], step)
+    return counts, loader, len(stepper.graphs.recorded)
 
 
 def test_steps_are_recorded_while_a_loader_pins_memory():
-    stepper = make_stepper(cuda_graphs=True)
-    with counted() as counts, Pinning() as loader:
-        for step, size in enumerate((64, 96, 128)):
-            stepper([make_batch(size, 64)], step)
-    assert loader.error is None
-    assert loader.pinned > 0
-    assert counts.graph_launches == len(stepper.graphs.recorded) == 3
+    counts, loader, graphs = record_three_sizes()
+    assert not loader.errors
+    assert loader.pinned
+    assert counts.graph_launches == graphs == 3
     assert counts.refused_in_capture == 0
 
 
-def test_recording_that_forbids_other_threads_to_pin_is_seen_here(monkeypatch):
-    """What `CudaCapture` did before: the null GPU refuses as CUDA does."""
+def test_recording_that_forbids_other_threads_to_pin_is_seen(monkeypatch):
+    """PyTorch's default: the null GPU refuses as CUDA does."""
     record = torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, capture_error_mode, **options: record(*args, **options))
-    stepper = make_stepper(cuda_graphs=True)
-    with Pinning() as loader, counted() as counts:
-        for step, size in enumerate((64, 96, 128)):
-            stepper([make_batch(size, 64)], step)
-    assert counts.refused_in_capture > 0
-    assert loader.error is not None
+    counts, loader, _ = record_three_sizes()
+    assert counts.refused_in_capture == len(loader.errors) == 3
 
 
 def test_mixed_sizes_compile_nothing_new():

@@ -1,0 +1,193 @@
+"""First contact with a GPU: every operation by every backend that runs on it, forward and backward, against eager.
+
+    python tests/flight/smoke.py
+
+One line for each, then one for a training step that is captured in a CUDA graph while a DataLoader pins batches beside
+it. Exit status 1 if anything failed. The bounds are loose: the tests have the tight ones. On a null GPU, which has no
+numbers, none are compared.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import conddetr
+from conddetr import kernels
+from conddetr.data.batch import make_loader
+from conddetr.data.synthetic import SyntheticShapes
+from conddetr.engine.config import TrainConfig
+from conddetr.engine.step import Stepper
+from conddetr.kernels.registry import BackendError
+
+DEVICE = torch.device("cuda")
+BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest difference from eager, relative to the largest number of the tensor."""
+RARE = 1e-9
+"""A probability of dropout with which nothing is dropped, so that results can be compared."""
+HAS_NUMBERS = "NULL_GPU" not in os.environ
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation with its inputs."""
+
+    operation: Callable[..., Tensor | tuple[Tensor, ...]]
+    leaves: list[Tensor]
+    """What it is differentiated by; its first arguments."""
+    others: list = field(default_factory=list)
+    options: dict = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        """Name, what is special, dtype."""
+        dtype = str((self.leaves or self.others)[0].dtype).removeprefix("torch.")
+        return ", ".join(filter(None, (self.operation.__name__, self.note, dtype)))
+
+    def run(self, backend: str) -> list[Tensor]:
+        """Outputs, then the gradients of their weighted sum where there are any."""
+        leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
+        found = self.operation(*leaves, *self.others, **self.options, backend=backend)
+        outputs = list(found) if isinstance(found, tuple) else [found]
+        if leaves and outputs[0].requires_grad:
+            generator = torch.Generator(DEVICE).manual_seed(1)
+            weights = [torch.rand(out.shape, generator=generator, device=DEVICE) for out in outputs]
+            total = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+            outputs += torch.autograd.grad(total, leaves)
+        return [out.detach() for out in outputs]
+
+
+def attend(q_content: Tensor, q_spatial: Tensor, k_content: Tensor, v: Tensor, *spatial: Tensor, **options) -> Tensor:
+    """Attention with its spatial keys as arguments of their own: rows and columns, or dense ones."""
+    keys = spatial if len(spatial) == 2 else spatial[0]
+    return kernels.conditional_attention(q_content, q_spatial, k_content, keys, v, **options)
+
+
+def cases() -> Iterator[Case]:
+    """Every operation, at small sizes with a remainder in every tile."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        return (0.1 + 0.4 * torch.rand(shape, generator=generator)).to(DEVICE)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator).to(DEVICE)
+
+    attend.__name__ = "conditional_attention"
+    counts = torch.tensor([7, 3], dtype=torch.int32, device=DEVICE)
+    valid = torch.tensor([[9, 11], [4, 7]], dtype=torch.int32, device=DEVICE)
+    mask = torch.arange(99, device=DEVICE) >= torch.tensor([[99], [40]], device=DEVICE)
+    bfloat16, float32 = (
+        [normal(2, n, 8, 32, dtype=dtype) for n in (70, 70, 99, 99, 9, 11)] for dtype in (torch.bfloat16, torch.float32)
+    )
+    yield Case(attend, bfloat16, [], {"valid_hw": valid}, "rows and columns")
+    yield Case(attend, [*float32[:4], normal(2, 99, 8, 32)], [], {"key_padding_mask": mask}, "dense keys")
+    yield Case(kernels.sine_embedding, [uniform(50, 2)])
+    yield Case(kernels.conditional_spatial_query, [uniform(50, 2), normal(50, 256)])
+    logits, boxes = normal(2, 2, 30, 91), uniform(2, 2, 30, 4)
+    labels, objects = integers(0, 91, 2, 7), uniform(2, 7, 4)
+    yield Case(kernels.focal_loss, [logits], [integers(-1, 91, 2, 2, 30)])
+    yield Case(kernels.matched_box_loss, [boxes], [objects, integers(-1, 7, 2, 2, 30)])
+    yield Case(kernels.matching_cost, [], [logits, boxes, labels, objects, counts])
+    yield Case(kernels.linear_assignment, [], [normal(2, 2, 7, 30), counts])
+    yield Case(kernels.relu_dropout, [normal(50, 33)], [RARE])
+    yield Case(kernels.dropout_add, [normal(50, 33), normal(50, 33)], [RARE])
+    image, weight = normal(1, 32, 9, 11), normal(32, 32, 3, 3)
+    yield Case(kernels.convolution_3x3, [image, weight])
+    yield Case(kernels.convolution_3x3_weight_gradient, [], [image, normal(1, 32, 9, 11)])
+
+
+def check(case: Case, backend: str) -> bool:
+    """Run a case and say how it went; False if it failed."""
+    title = f"{case.title}, {backend}"
+    try:
+        found = case.run(backend)
+        torch.cuda.synchronize()
+    except BackendError as error:
+        print(f"none    {title}: {error}", flush=True)
+        return True
+    except Exception as error:
+        # Anything may come out of a first contact, and the next operation is another matter.
+        print(f"FAILED  {title}: {type(error).__name__}: {error}", flush=True)
+        return False
+    if not HAS_NUMBERS:
+        print(f"ran     {title}", flush=True)
+        return True
+    worst = max(difference(a, b) for a, b in zip(found, case.run("eager"), strict=True))
+    bound = BOUND[(case.leaves or case.others)[0].dtype]
+    # So that NaN is no success.
+    is_right = worst <= bound
+    print(f"{'ok    ' if is_right else 'FAILED'}  {title}: differs by {worst:.1e}, bound {bound:.0e}", flush=True)
+    return is_right
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest, relative to the largest number expected."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+def captured_training() -> bool:
+    """A few steps in bfloat16, forward to backward captured in a CUDA graph, batches pinned beside it."""
+    title = "training, bfloat16, CUDA graphs, a loader that pins"
+    torch.manual_seed(0)
+    try:
+        model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto").to(DEVICE).train()
+        loader = make_loader(SyntheticShapes(32, 0), 4, train=True, workers=2, device=DEVICE)
+        stepper = Stepper(model, TrainConfig(precision="bfloat16", cuda_graphs=True), DEVICE, len(loader))
+        for step, batch in enumerate(loader):
+            stepper([batch], step)
+        stepper.flush()
+    except Exception as error:
+        print(f"FAILED  {title}: {type(error).__name__}: {error}")
+        return False
+    loss, graphs = stepper.means["loss"], len(stepper.graphs.recorded)
+    is_right = graphs == 1 and stepper.skipped == 0 and (math.isfinite(loss) or not HAS_NUMBERS)
+    skipped = f"{stepper.skipped} steps of {len(loader)} skipped"
+    print(f"{'ok    ' if is_right else 'FAILED'}  {title}: loss {loss:.4g}, {graphs} graphs, {skipped}")
+    return is_right
+
+
+def is_usable() -> bool:
+    """Whether the device still takes work: after an illegal access it takes none from this process."""
+    try:
+        torch.zeros(1, device=DEVICE)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Check everything, in a process anew after one that a kernel has spoilt."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip", type=int, default=0, help="checks that are done")
+    parser.add_argument("--failed", type=int, default=0, help="of them, those that failed")
+    options = parser.parse_args()
+    failed = options.failed
+    if not HAS_NUMBERS:
+        print("a null GPU: nothing is compared")
+    checks = [(case, backend) for case in cases() for backend in ("triton", "native")]
+    for number, (case, backend) in enumerate(checks):
+        if number < options.skip:
+            continue
+        failed += not check(case, backend)
+        if not is_usable():
+            progress = ("--skip", str(number + 1), "--failed", str(failed))
+            os.execv(sys.executable, (sys.executable, __file__, *progress))
+    failed += not captured_training()
+    print(f"{failed} of {len(checks) + 1} checks failed")
+    raise SystemExit(min(failed, 1))
+
+
+if __name__ == "__main__":
+    main()

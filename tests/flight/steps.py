@@ -1,0 +1,188 @@
+"""The steps of the two flights, in order of worth, each with the seconds that it may take."""
+
+import importlib.util
+import os
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+DEVICE_TESTS = (
+    "tests/kernels",
+    "tests/loss",
+    "tests/model",
+    "tests/engine/test_graphs.py",
+    "tests/engine/test_no_wait.py",
+    "tests/interop/test_accelerate.py",
+    "tests/viz/test_attention.py",
+    "tests/test_export.py",
+    "tests/test_cli.py",
+)
+"""Where the tests are that are marked `gpu`: those that a CUDA device changes."""
+DEVICE_ONLY = (
+    "-m",
+    "gpu and not slow",
+    "-k",
+    "not (test_match and native) and not instruction_set and not pretended_gpu",
+)
+"""What of them runs on the CPU alone is left out."""
+PROCESSES = 12
+"""That share the tests, where pytest-xdist is installed."""
+SMALL = {
+    "train": ("--size", "96", "128", "--batch", "1", "--rounds", "1"),
+    "attn": ("--grids", "r50", "--batch", "1", "--dtypes", "bfloat16", "--dropout", "0.1", "--rounds", "1"),
+    "decoder": ("--batch", "1", "--rounds", "1"),
+    "model": ("--size", "96", "128", "--rounds", "1"),
+    "sine": ("--points", "2400", "--rounds", "1"),
+    "match": ("--objects", "7", "--images", "1", "--rounds", "1"),
+    "focal": ("--images", "1", "--rounds", "1"),
+    "boxes": ("--images", "1", "--rounds", "1"),
+    "cost": ("--images", "1", "--rounds", "1"),
+    "tune": ("--seconds", "1"),
+}
+"""Benchmark → options with which it is over soon, and says nothing."""
+SMALL_TESTS = ("tests/kernels/test_sine.py", "tests/kernels/test_boxes.py", "tests/engine/test_graphs.py")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a flight."""
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    """After which it is killed."""
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the commands depend on."""
+
+    python: str
+    """The interpreter whose PyTorch is meant."""
+    work: Path
+    """Folder for what steps leave: `junit.xml`, `results/`, `triton-cache/`, `wheels/`."""
+    has_native: bool = False
+    """Whether the extension is in place; else it is built."""
+    wheels: Path | None = None
+    """Folder of wheels to install."""
+    failed: Path | None = None
+    """The `junit.xml` of an earlier flight, whose failed tests are run again; None: all tests are run."""
+    small: bool = False
+    """Small sizes: to rehearse, not to measure."""
+
+    def script(self, path: str, *arguments: str | Path) -> tuple[str, ...]:
+        """The command of a script of this repository."""
+        return (self.python, path, *map(str, arguments))
+
+    def benchmark(self, name: str, *arguments: str) -> tuple[str, ...]:
+        """The command of a benchmark."""
+        return self.script(f"benchmarks/{name}.py", *arguments, *(SMALL[name] if self.small else ()))
+
+
+def first_flight(setup: Setup) -> list[Step]:
+    """Does it run, is it right, how fast is it; 390 s where the extension need not be built."""
+    attention = setup.benchmark("attn", "--seconds", "40")
+    decoder = setup.benchmark("decoder", "--dtypes", "bfloat16")
+    return [
+        *_preparation(setup),
+        Step("smoke", setup.script("tests/flight/smoke.py"), 25, "each kernel once, and one captured training step"),
+        device_tests(setup, DEVICE_TESTS),
+        _train_benchmark(setup, 85),
+        Step("attn", attention, 60, "attention against its peers"),
+        Step("decoder", decoder, 45, "six decoder layers against torch.compile"),
+        Step("model", setup.benchmark("model"), 25, "inference of the whole model against its peers"),
+        Step("small-kernels", _small_benchmarks(setup), 30, "the other kernels against their peers, in one process"),
+        Step("training", _training(setup), 15, "a real run: bfloat16, CUDA graphs, workers, evaluation"),
+        _pictures(setup),
+    ]
+
+
+def second_flight(setup: Setup) -> list[Step]:
+    """What is left to know, with the corrected code and the first flight's Triton cache; 240 s."""
+    replays = setup.benchmark("attn", "--cudagraph", "--seconds", "18", "--grids", "r50", "--dtypes", "bfloat16")
+    # The last ones given count: two batch sizes also where sizes are small.
+    replays = (*replays, "--batch", "1", "2")
+    failed = _failed_tests(setup.failed) if setup.failed else DEVICE_TESTS
+    sanitizers = setup.script("tests/sanitize.py", "--seconds", "45")
+    return [
+        *_preparation(setup),
+        *([replace(device_tests(setup, failed), seconds=35)] if failed else []),
+        _train_benchmark(setup, 65),
+        Step("attn-graphs", replays, 30, "attention of one and two images without the cost of launches"),
+        Step("tune", setup.benchmark("tune", "--seconds", "8"), 35, "launch settings of the attention kernels"),
+        _pictures(setup),
+        Step("sanitizers", sanitizers, 50, "memcheck and racecheck over our kernels"),
+    ]
+
+
+def device_tests(setup: Setup, selection: tuple[str, ...]) -> Step:
+    """A selection of tests, shared by processes where that is possible."""
+    if setup.small:
+        selection = SMALL_TESTS
+    shared: tuple[str, ...] = ()
+    if importlib.util.find_spec("xdist") or (setup.wheels and any(setup.wheels.glob("pytest_xdist-*"))):
+        shared = ("-n", str(min(PROCESSES, os.cpu_count() or 1)))
+    report = ("-v", "--tb=short", "--durations=20", "-o", "junit_family=xunit1")
+    report = (*report, f"--junitxml={setup.work / 'junit.xml'}")
+    words = (*shared, *report, *DEVICE_ONLY, *selection)
+    command = (setup.python, "-m", "pytest", *words)
+    # The processes share the cores: many threads in each would only wait for each other.
+    command = ("env", "OMP_NUM_THREADS=1", *command) if shared else command
+    return Step("tests", command, 80, "parity on the device")
+
+
+def _preparation(setup: Setup) -> list[Step]:
+    """Wheels and extension in place, and what the machine is."""
+    steps = []
+    if setup.wheels:
+        names = sorted({path.name.split("-")[0] for path in setup.wheels.glob("*.whl")})
+        pip = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--find-links", str(setup.wheels))
+        command = (setup.python, *pip, "--target", str(setup.work / "wheels"), *names)
+        steps.append(Step("wheels", command, 10, "packages that this Python lacks"))
+    if not setup.has_native:
+        steps.append(Step("extension", setup.script("tests/flight/build.py"), 120, "CUDA kernels for this GPU alone"))
+    environment = setup.script("tests/flight/environment.py")
+    return [*steps, Step("environment", environment, 15, "what this machine is, and what runs on it")]
+
+
+def _train_benchmark(setup: Setup, seconds: float) -> Step:
+    return Step("train", setup.benchmark("train", "--batch", "8"), seconds, "a training step against its peers")
+
+
+def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
+    """All in one process, since each would spend most of its time importing PyTorch."""
+    words: list[str] = []
+    for name in ("sine", "match", "focal", "boxes", "cost"):
+        words += ["--", *setup.benchmark(name, "--seconds", "3")[1:]]
+    return setup.script("tests/flight/several.py", *words)
+
+
+def _training(setup: Setup) -> tuple[str, ...]:
+    options = {
+        "preset": "conditional-detr-tiny",
+        "backend": "auto",
+        "precision": "bfloat16",
+        "workers": "4",
+        "epochs": "2",
+        "eval-every": "1",
+        "train-images": "32" if setup.small else "640",
+        "val-images": "16" if setup.small else "100",
+        "out": str(setup.work / "training"),
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return (setup.python, "-m", "conddetr", "train", "--cuda-graphs", *words)
+
+
+def _pictures(setup: Setup) -> Step:
+    results, page = setup.work / "results", setup.work / "performance.md"
+    command = setup.script("benchmarks/report.py", "--results", results, "--docs", page)
+    return Step("pictures", command, 10, "result files drawn")
+
+
+def _failed_tests(report: Path) -> tuple[str, ...]:
+    """Node ids of the tests that a `junit.xml` of the kind xunit1 says failed."""
+    cases = ElementTree.parse(report).iter("testcase")
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    # What could not be collected has no file.
+    return tuple(f"{case.get('file')}::{case.get('name')}" for case in failed if case.get("file"))
