@@ -5,23 +5,26 @@
     python benchmarks/attn.py --batch 1 --cudagraph
 
 Every implementation computes the same thing from the same projected tensors: concatenation, where one needs it, is
-part of its time. Those that can not run are listed with the reason.
+part of its time. Those that cannot run are listed with the reason.
 """
 
 import argparse
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from harness import OURS, Result, Work, arguments, measure, parse, run_all, usable
-from machine import DEVICE, copy_bandwidth, exponential_rate, product_rate
+from machine import DEVICE, copy_bandwidth, dtype_name, exponential_rate, product_rate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 from conddetr.kernels import conditional_attention, registry
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
@@ -52,11 +55,11 @@ class Problem:
         height, width = GRIDS[self.grid]
         passes = "forward + backward" if self.backward else "forward"
         padding = "mixed aspect ratios" if self.padded else "no padding"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{height}×{width} keys, B = {self.batch}, {passes}, dropout {self.dropout}, {padding}, {dtype}"
+        size = f"{height}×{width} keys, B = {self.batch}"
+        return f"{size}, {passes}, dropout {self.dropout}, {padding}, {dtype_name(self.dtype)}"
 
     def valid_hw(self) -> Tensor:
-        """Valid height and width of each image's grid, [B, 2] int32."""
+        """Valid height and width of each image's grid, [B, 2] int32 on the host."""
         return mixed_shapes(GRIDS[self.grid], self.batch if self.padded else 1).expand(self.batch, -1).contiguous()
 
     def make(self) -> "Tensors":
@@ -66,7 +69,7 @@ class Problem:
         sizes = (self.queries, self.queries, height * width, height, width, height * width, self.queries)
         made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
         *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
-        valid = self.valid_hw() if self.padded else None
+        valid = self.valid_hw().to(DEVICE) if self.padded else None
         # What every peer starts from; made here, so that nobody is timed for it.
         k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
         padding = None if valid is None else rectangle_padding(valid, height, width)
@@ -133,9 +136,9 @@ class Implementation:
 
 
 def mixed_shapes(grid: tuple[int, int], batch: int) -> Tensor:
-    """Valid height and width of images of `SHAPES` in turn, [B, 2] int32."""
+    """Valid height and width of images of `SHAPES` in turn, [B, 2] int32 on the host."""
     shares = torch.tensor(SHAPES)[torch.arange(batch) % len(SHAPES)]
-    return (shares * torch.tensor(grid)).round().to(DEVICE, torch.int32)
+    return (shares * torch.tensor(grid)).round().int()
 
 
 def implementations(problem: Problem, tensors: Tensors) -> dict[str, Implementation]:
@@ -160,6 +163,11 @@ def implementations(problem: Problem, tensors: Tensors) -> dict[str, Implementat
         peers["SDPA, memory-efficient"] = forced(SDPBackend.EFFICIENT_ATTENTION, problem, tensors)
         peers["SDPA, cuDNN"] = forced(SDPBackend.CUDNN_ATTENTION, problem, tensors)
         peers["SDPA, flash, padded values"] = forced(SDPBackend.FLASH_ATTENTION, problem, tensors, pad_values=True)
+        peers["FlexAttention, FLASH"] = flex(problem, tensors, by_flash=True)
+        peers["varlen_attn"] = packed(problem, tensors, varlen_attn)
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION)(varlen_attn)
+        peers["varlen_attn, flash, padded values"] = packed(problem, tensors, flash, pad_values=True)
+        peers["FlashAttention-4"] = flash_attention_4(problem, tensors)
     else:
         peers["SDPA, padded values"] = lambda: sdpa(problem, tensors, pad_values=True)
     found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
@@ -218,11 +226,17 @@ def forced(backend: SDPBackend, problem: Problem, tensors: Tensors, pad_values: 
     return run
 
 
-def flex(problem: Problem, tensors: Tensors) -> Attend:
+def flex(problem: Problem, tensors: Tensors, by_flash: bool = False) -> Attend:
     """FlexAttention with the concatenation before it, compiled: not compiled, it writes the scores.
 
     Padding is a block mask, made once and not timed: a model would make one per batch for all layers.
+
+    Args:
+        problem: what is computed.
+        tensors: its inputs.
+        by_flash: by FlashAttention-4's kernels instead of Triton's.
     """
+    kernel_options = {"BACKEND": "FLASH"} if by_flash else None
 
     @cache
     def block_mask() -> object:
@@ -234,14 +248,109 @@ def flex(problem: Problem, tensors: Tensors) -> Attend:
 
     @torch.compile(dynamic=False)
     def attend(mask: object) -> Tensor:
-        return flex_attention(*concatenated(tensors), block_mask=mask).transpose(1, 2)
+        query, key, value = concatenated(tensors)
+        return flex_attention(query, key, value, block_mask=mask, kernel_options=kernel_options).transpose(1, 2)
 
     def run() -> Tensor:
         if problem.dropout > 0:
             raise NotImplementedError("FlexAttention has no dropout on the weights.")
+        if by_flash:
+            # Without the package PyTorch says so too, but after seconds of compilation.
+            flash_attention_interface()
         return attend(None if tensors.padding is None else block_mask())
 
     return run
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a batch begin when padding is left out."""
+
+    query_starts: Tensor
+    """[B + 1] int32."""
+    key_starts: Tensor
+    """[B + 1] int32, of valid keys."""
+    longest: int
+    """Valid keys of the image with the most."""
+    valid: Tensor | None
+    """Index of each valid key among all keys of the batch; None: all are. Padding on the right of a grid lies between
+    its rows, so that valid keys are no prefix."""
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Layout":
+        """Made on the host, which knows the sizes."""
+        valid_hw, (height, width) = problem.valid_hw(), GRIDS[problem.grid]
+        counts = valid_hw.prod(1)
+        starts = [
+            F.pad(n.cumsum(0), (1, 0)).to(DEVICE, torch.int32)
+            for n in (torch.full_like(counts, problem.queries), counts)
+        ]
+        valid = None
+        if problem.padded:
+            valid = (~rectangle_padding(valid_hw, height, width)).flatten().nonzero().squeeze(1).to(DEVICE)
+        return cls(*starts, int(counts.max()), valid)
+
+
+def packed(problem: Problem, tensors: Tensors, attend: Callable, pad_values: bool = False) -> Attend:
+    """Attention over sequences of any lengths, one behind the other, as `varlen_attn` takes them: valid keys alone.
+
+    To pick keys and values is part of the time, as every layer projects new ones; which are valid, a model would find
+    out once per batch for all layers, so that this is not.
+
+    Args:
+        problem: what is computed.
+        tensors: its inputs.
+        attend: query, key and value [tokens, heads, width], starts of queries and keys, longest of queries and keys →
+            [queries of the batch, heads, width].
+        pad_values: for kernels that want all widths equal.
+    """
+    layout = Layout.of(problem)
+
+    def pick(keys: Tensor) -> Tensor:
+        keys = keys.flatten(0, 1)
+        return keys if layout.valid is None else keys.index_select(0, layout.valid)
+
+    def run() -> Tensor:
+        if problem.dropout > 0:
+            raise NotImplementedError("It has no dropout on the weights.")
+        query = torch.cat([tensors.q_content, tensors.q_spatial], -1).flatten(0, 1)
+        key, value = torch.cat([pick(tensors.k_content), pick(tensors.k_spatial)], -1), pick(tensors.v)
+        if pad_values:
+            value = F.pad(value, (0, WIDTH))
+        starts = (layout.query_starts, layout.key_starts)
+        out = attend(query, key, value, *starts, problem.queries, layout.longest)
+        return out.unflatten(0, (problem.batch, problem.queries))[..., :WIDTH]
+
+    return run
+
+
+def flash_attention_interface() -> ModuleType:
+    """FlashAttention-4's Python functions.
+
+    Raises:
+        ImportError: it, or what it needs, is not installed.
+    """
+    try:
+        return importlib.import_module("flash_attn.cute.interface")
+    except ImportError as error:
+        raise ImportError(f"not installed (pip install flash-attn-4): {error}") from error
+
+
+def flash_attention_4(problem: Problem, tensors: Tensors) -> Attend:
+    """FlashAttention-4, over valid keys alone where there is padding."""
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, max_q: int, max_k: int
+    ) -> Tensor:
+        interface = flash_attention_interface()
+        if not problem.padded:
+            images = (tensor.unflatten(0, (problem.batch, -1)) for tensor in (query, key, value))
+            return interface.flash_attn_func(*images)[0].flatten(0, 1)
+        starts = {"cu_seqlens_q": query_starts, "cu_seqlens_k": key_starts}
+        lengths = {"max_seqlen_q": max_q, "max_seqlen_k": max_k}
+        return interface.flash_attn_varlen_func(query, key, value, **starts, **lengths)[0]
+
+    return packed(problem, tensors, attend)
 
 
 def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:

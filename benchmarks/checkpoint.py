@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from harness import console, spread, write
+from harness import say_written, show, spread, write
 from machine import DEVICE
 from rich.table import Table
 
@@ -91,9 +91,9 @@ def main() -> None:
             size = (Path(folder) / LATEST).stat().st_size
         results.append({"preset": preset, **PRESETS[preset], "bytes": size, "seconds": _rounded(samples)})
         table.add_row(preset, f"{size / 1e6:.0f}", *row(samples))
-    console.print(table)
+    show(table)
     settings = {"saves": options.saves, "calm steps per save": CALM}
-    console.print(f"wrote {write('checkpoint', {'settings': settings, 'results': results})}")
+    say_written(write("checkpoint", {"settings": settings, "results": results}))
 
 
 def row(samples: dict[str, list]) -> list[str]:

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from convergence_report import DOCS, METRICS, compared, publish, rate_scores, table
 from harness import RESULTS, console
-from machine import DEVICE, environment
+from machine import DEVICE, environment, is_null_gpu
 from rich.progress import track
 from torch.utils.data import Dataset
 
@@ -410,7 +410,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     parser.add_argument("--docs", type=Path, default=DOCS, help="page with a place for what is found")
     options = parser.parse_args()
-    if options.plan == "gpu" and DEVICE.type != "cuda":
+    if options.plan == "gpu" and (DEVICE.type != "cuda" or is_null_gpu()):
         parser.error("--gpu needs an NVIDIA GPU")
     plan = replace(PLANS[options.plan], coco_path=options.coco_path)
     name = f"{plan.name}-coco" if plan.coco_path else plan.name

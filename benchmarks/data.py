@@ -7,7 +7,7 @@ import argparse
 import os
 
 import torch
-from harness import console, write
+from harness import console, say_written, show, write
 
 from conddetr.config import PRESETS
 from conddetr.data.bench import bench_data
@@ -29,10 +29,10 @@ def main() -> None:
     result = bench_data(
         coco_split(options.coco_path, "train", TrainTransform(PRESETS[options.preset])), 100, options.rounds
     )
-    console.print(result.table())
+    show(result.table())
     console.print(result.agreement())
     settings = {"preset": options.preset, "rounds": options.rounds}
-    console.print(f"wrote {write('data', {'settings': settings, 'results': vars(result)})}")
+    say_written(write("data", {"settings": settings, "results": vars(result)}))
 
 
 if __name__ == "__main__":

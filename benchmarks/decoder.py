@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from attn import GRIDS, mixed_shapes
 from harness import OURS, Result, arguments, measure, parse, run_all, usable
-from machine import DEVICE
+from machine import DEVICE, dtype_name
 from torch import Tensor
 
 import conddetr
@@ -39,7 +39,7 @@ def make(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Random tokens and object queries, positions of a grid whose images have mixed aspect ratios."""
     generator = torch.Generator().manual_seed(0)
     height, width = GRIDS["r50"]
-    valid_hw = mixed_shapes((height, width), batch)
+    valid_hw = mixed_shapes((height, width), batch).to(DEVICE)
     padding = rectangle_padding(valid_hw, height, width)
     tensors = {
         "tokens": torch.randn(batch, height * width, 256, generator=generator),
@@ -83,8 +83,7 @@ def run(batch: int, dtype: torch.dtype, options: argparse.Namespace) -> Result:
 
 def title(batch: int, dtype: torch.dtype) -> str:
     """One line for tables and result files."""
-    name = str(dtype).removeprefix("torch.")
-    return f"six decoder layers, 25×34 keys, B = {batch}, forward + backward, dropout 0.1, {name}"
+    return f"six decoder layers, 25×34 keys, B = {batch}, forward + backward, dropout 0.1, {dtype_name(dtype)}"
 
 
 def main() -> None:

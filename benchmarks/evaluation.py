@@ -8,7 +8,7 @@ import importlib.util
 import time
 
 import numpy as np
-from harness import console, write
+from harness import say_written, show, write
 from rich.table import Table
 
 from conddetr.engine.evaluator import LIBRARIES, Detections, coco_result
@@ -73,9 +73,9 @@ def main() -> None:
     for name, seconds in samples.items():
         figures = (np.median(seconds), min(seconds), max(seconds))
         table.add_row(name, *(f"{value:.2f}" for value in figures), f"{100 * expected['AP']:.2f}")
-    console.print(table)
+    show(table)
     settings = {"images": options.images, "detections": 100, "rounds": options.rounds}
-    console.print(f"wrote {write('evaluation', {'settings': settings, 'results': samples})}")
+    say_written(write("evaluation", {"settings": settings, "results": samples}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What every benchmark shares: checked results, interleaved timing, tables and result files."""
+"""What every benchmark shares: checked results, interleaved timing, tables and result files.
+
+On a null GPU, which computes nothing, benchmarks go through all their steps: no number is compared, no duration is
+printed, and no file is written.
+"""
 
 import argparse
 import json
@@ -15,7 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import DEVICE, Run, clock, device_name, environment
+from machine import DEVICE, Run, clock, device_name, environment, is_null_gpu, without_tf32
+from refusals import OURS, PROBLEM, UNCHECKED, WRONG, RefusedError, is_failure, refusing
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -23,9 +28,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
-OURS = "ours"
-"""The names of our implementations begin with this; all others are peers."""
 WARMUP = 2
+NOT_COMPARED = "numbers not compared: null GPU"
 console = Console(width=max(110, Console().width))
 """Wide enough for every column: on a narrower terminal lines wrap, figures are not lost."""
 
@@ -63,6 +67,8 @@ class Result:
     """In each call, where a call is a step of a whole model; 0: it is not."""
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
     """Implementation → part of a step → seconds, measured apart from `seconds`."""
+    captured: list[str] = field(default_factory=list)
+    """Implementations whose calls replay a CUDA graph: their memory is that of the capture, which a replay reuses."""
 
 
 def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
@@ -97,7 +103,8 @@ def usable(
     """Run each once: those that compute the right thing, and the reason against each that does not.
 
     Right is an error of at most twice that of plain PyTorch for ours, `peer_factor` times for a peer: that it computes
-    something else would show by far more, and how well it rounds is not asked here.
+    something else would show by far more, and how well it rounds is not asked here. Where plain PyTorch itself fails,
+    nothing is right.
 
     Args:
         runs: implementation → call; the first is plain PyTorch, which sets the error budget.
@@ -105,34 +112,26 @@ def usable(
         exact: the same in float64, without dropout.
         is_random: dropout is on. No two answers are then equal, but their mean squares of error must be.
         peer_factor: how many times the error of plain PyTorch a peer may have.
-
-    Raises:
-        SystemExit: one of ours is wrong; nothing is timed.
     """
     good, refused, budget = {}, {}, {}
+    reference = next(iter(runs))
     for name, run in runs.items():
-        try:
-            with warnings.catch_warnings(record=True) as raised:
-                warnings.simplefilter("always")
-                found = answer(run)
-        except RuntimeError as error:
-            refused[name] = _reason(error, [str(warning.message) for warning in raised])
-            continue
-        errors = {key: _error(found[key], exact[key]) for key in exact}
-        floors = {key: 4 * torch.finfo(found[key].dtype).eps * exact[key].abs().max().item() for key in exact}
-        budget = budget or errors
-        factor = 2 if name.startswith(OURS) else peer_factor
-        wrong = [
-            f"error of {key} {error:.2e}, {next(iter(runs))} {budget[key]:.2e}"
-            for key, error in errors.items()
-            if not (_is_dropout(error, budget[key]) if is_random else error <= factor * budget[key] + floors[key])
-        ]
-        if not wrong:
+        with warnings.catch_warnings(record=True) as raised, refusing(name, refused, raised=raised):
+            warnings.simplefilter("always")
+            found = answer(run)
+            errors = {key: _error(found[key], exact[key]) for key in exact}
+            if name == reference:
+                budget = errors
+            elif reference in refused:
+                raise RefusedError(f"{UNCHECKED}{reference}, which it is held to, is refused")
+            factor = 2 if name.startswith(OURS) else peer_factor
+            for key, error in errors.items():
+                floor = 4 * torch.finfo(found[key].dtype).eps * exact[key].abs().max().item()
+                limit = factor * budget[key] + floor
+                is_right = _is_dropout(error, budget[key]) if is_random else error <= limit
+                if not (is_right or is_null_gpu()):
+                    raise RefusedError(f"{WRONG}error of {key} {error:.2e}, {reference} {budget[key]:.2e}")
             good[name] = run
-        elif name.startswith(OURS):
-            raise SystemExit(f"{name}: {wrong[0]}: not timing a wrong answer.")
-        else:
-            refused[name] = f"wrong answer: {wrong[0]}"
     return good, refused
 
 
@@ -145,15 +144,6 @@ def _is_dropout(error: float, budget: float) -> bool:
     return 0.8 * budget <= error <= 1.25 * budget
 
 
-def _reason(error: RuntimeError, raised: list[str]) -> str:
-    """PyTorch's own reason: SDPA says in warnings why a forced backend was refused, others in the error."""
-    raised = [re.sub(r"\s*\(Triggered internally.*", "", text, flags=re.DOTALL).strip() for text in raised]
-    said = [text for text in raised if not re.search(r"not used because|runtime disabled", text)]
-    if "No available kernel" in str(error) and said:
-        return " ".join(dict.fromkeys(said))
-    return str(error).strip().splitlines()[0]
-
-
 def measure(
     title: str, runs: dict[str, Run], options: argparse.Namespace, work: Work | None, refused: dict[str, str]
 ) -> Result:
@@ -164,65 +154,70 @@ def measure(
         runs: implementation → what to time.
         options: `rounds` calls of each (fewer where they take more than 20 s in all, but 5), `cudagraph`.
         work: of the problem.
-        refused: implementations not among `runs`, with the reason. On a GPU those that need more memory than it has
-            join them.
+        refused: implementations not among `runs`, with the reason. Those that fail now join them.
     """
     refused, peak = dict(refused), {}
-    if DEVICE.type == "cuda":
+    if options.cudagraph:
+        runs, peak = _captured(runs, refused)
+    elif DEVICE.type == "cuda":
         peak = _peaks(runs, refused)
         runs = {name: runs[name] for name in peak}
-    if options.cudagraph:
-        runs = _captured(runs, refused)
     timed = clock()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
-    turns = range(WARMUP + options.rounds)
+    turns = range(1 if is_null_gpu() else WARMUP + options.rounds)
     for turn in track(turns, description=title, console=console, transient=True):
         if turn >= WARMUP + 5 and time.monotonic() - started > 20:
             break
-        for name, value in timed(runs).items():
-            if turn >= WARMUP:
-                seconds[name].append(value)
-    return Result(title, seconds, work, peak, refused)
+        for name in list(seconds):
+            with refusing(name, refused):
+                value = timed(runs[name])
+                if turn >= WARMUP:
+                    seconds[name].append(value)
+            if name in refused:
+                del seconds[name]
+    peak = {name: peak[name] for name in seconds if name in peak}
+    return Result(title, seconds, work, peak, refused, captured=list(seconds) if options.cudagraph else [])
 
 
-def _captured(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, Run]:
-    """Replays of CUDA graphs; those that can not be captured go to `refused`."""
-    replays = {}
+def _captured(runs: dict[str, Run], refused: dict[str, str]) -> tuple[dict[str, Run], dict[str, int]]:
+    """Replays of CUDA graphs, and the memory of each capture; those that cannot be captured go to `refused`."""
+    replays, peaks = {}, {}
     for name, run in runs.items():
-        graph = torch.cuda.CUDAGraph()
-        try:
+        with refusing(name, refused, because="no CUDA graph: "):
             with torch.cuda.stream(torch.cuda.Stream()):
                 run()
             torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                run()
-        except RuntimeError as error:
-            refused[name] = f"no CUDA graph: {str(error).splitlines()[0]}"
-            continue
-        replays[name] = graph.replay
-    return replays
+                peak = allocated_by(run)
+            replays[name], peaks[name] = graph.replay, peak
+    return replays, peaks
 
 
 def _peaks(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, int]:
-    """Memory of each; those that run out of it go to `refused`."""
+    """Memory of each; those that fail, or run out of it, go to `refused`."""
     peaks = {}
     for name, run in runs.items():
-        try:
+        with refusing(name, refused):
             peaks[name] = _peak_extra_bytes(run)
-        except torch.cuda.OutOfMemoryError as error:
-            refused[name] = str(error).splitlines()[0]
-            torch.cuda.empty_cache()
     return peaks
 
 
 def _peak_extra_bytes(run: Run) -> int:
+    """Of the second call: the first may compile, or keep something for good."""
     run()
     torch.cuda.synchronize()
+    peak = allocated_by(run)
+    torch.cuda.synchronize()
+    return peak
+
+
+def allocated_by(run: Run) -> int:
+    """Bytes of device memory at their highest: the allocator counts while the host queues a call, or captures it."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -230,7 +225,7 @@ def with_host_memory(result: Result, runs: dict[str, Run]) -> Result:
     """The result, its memory filled in on a CPU."""
     if DEVICE.type == "cuda":
         return result
-    return replace(result, peak_extra_bytes={name: _host_peak(run) for name, run in runs.items()})
+    return replace(result, peak_extra_bytes={name: _host_peak(runs[name]) for name in result.seconds})
 
 
 def _host_peak(run: Run) -> int:
@@ -250,17 +245,42 @@ def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.
         name: of the benchmark and, with the suffix of `--cudagraph`, of its file.
         runs: title → what gives its result; the most important first.
         options: of the command line; `seconds` is the time after which no problem is begun.
+
+    Raises:
+        SystemExit: one of ours is wrong or failed, or a whole problem; said when all else is measured and written.
     """
     name += "-cudagraph" * options.cudagraph
     results, titles, started = [], list(runs), time.monotonic()
     settings = {key: str(value) for key, value in vars(options).items()}
-    while titles and (not results or time.monotonic() - started < options.seconds):
-        results.append(runs[titles.pop(0)]())
-        print_table(results[-1])
-        path = write_results(name, settings, results, left_out=titles)
+    with without_tf32():
+        while titles and (not results or time.monotonic() - started < options.seconds):
+            title = titles.pop(0)
+            results.append(result_of(title, runs[title]))
+            print_table(results[-1])
+            path = write_results(name, settings, results, left_out=titles)
     if titles:
         console.print(f"{len(titles)} problems left out after {options.seconds:.0f} s: --seconds gives more.")
-    console.print(f"wrote {path}; `python benchmarks/report.py` draws it", highlight=False, soft_wrap=True)
+    say_written(path, "; `python benchmarks/report.py` draws it")
+    if found := failures(results):
+        raise SystemExit("\n".join(found))
+
+
+def result_of(title: str, run: Callable[[], Result]) -> Result:
+    """The result of one problem; where the problem itself fails, one without times that says why."""
+    refused: dict[str, str] = {}
+    with refusing(PROBLEM, refused):
+        return run()
+    return Result(title, {}, refused=refused)
+
+
+def failures(results: list[Result]) -> list[str]:
+    """One line for each of ours that is wrong or failed, and for each problem that failed as a whole."""
+    return [
+        f"{result.title}: {name}: {why}"
+        for result in results
+        for name, why in result.refused.items()
+        if is_failure(name, why)
+    ]
 
 
 def run_losses(
@@ -287,7 +307,13 @@ def run_losses(
     run_all(name, {problem.title: partial(run, problem, options) for problem in problems}, options)
 
 
-def write_results(name: str, settings: dict[str, str], results: list[Result], left_out: list[str]) -> Path:
+def say_written(path: Path | None, what_next: str = "") -> None:
+    """What `write` did, in one line."""
+    said = "wrote no result file: null GPU" if path is None else f"wrote {path}{what_next}"
+    console.print(said, highlight=False, soft_wrap=True)
+
+
+def write_results(name: str, settings: dict[str, str], results: list[Result], left_out: list[str]) -> Path | None:
     """All samples, to four digits, with what `write` adds."""
     entries = []
     for result in results:
@@ -296,8 +322,10 @@ def write_results(name: str, settings: dict[str, str], results: list[Result], le
     return write(name, {"settings": settings, "left_out": left_out, "results": entries})
 
 
-def write(name: str, content: dict) -> Path:
-    """The content below the environment, as `results/<device>/<name>.json`."""
+def write(name: str, content: dict) -> Path | None:
+    """The content below the environment, as `results/<device>/<name>.json`; on a null GPU nothing, and None."""
+    if is_null_gpu():
+        return None
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": environment(), **content}, indent=1, ensure_ascii=False)
@@ -338,13 +366,20 @@ def rows(result: Result) -> tuple[list[str], list[list[str]]]:
         if result.images:
             line.append(f"{result.images / middle:.3g}")
         if result.peak_extra_bytes:
-            line.append(f"{result.peak_extra_bytes[name] / 2**20:.1f}")
+            line.append(extra_mib(result, name))
         if result.work:
             line.append(f"{middle / result.work.floor:.2f}")
         if has_products:
             line.append(f"{result.work.floors['products'] / middle:.0%}")
         lines.append(line)
     return headings, lines
+
+
+def extra_mib(result: Result, name: str) -> str:
+    """Memory of an implementation, and of which moment it is."""
+    if name not in result.peak_extra_bytes:
+        return "–"
+    return f"{result.peak_extra_bytes[name] / 2**20:.1f}{' at capture' if name in result.captured else ''}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -373,8 +408,34 @@ def part_rows(result: Result) -> tuple[list[str], list[list[str]]]:
 
 def parts_table(result: Result) -> Table:
     """`part_rows` for the terminal."""
-    headings, lines = part_rows(result)
-    table = Table(title="where the time goes, ms")
+    return _table(*part_rows(result), "where the time goes, ms")
+
+
+def print_table(result: Result) -> None:
+    """One problem in the terminal."""
+    if is_null_gpu():
+        console.print(_counted_table(result))
+        console.print(NOT_COMPARED)
+    else:
+        headings, lines = rows(result)
+        console.print(_table(headings, lines, result.title, result.work and floors_line(result.work)))
+        if result.parts:
+            console.print(parts_table(result))
+    for name, why in result.refused.items():
+        console.print(f"  {name}: {why}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _counted_table(result: Result) -> Table:
+    """What a null GPU can tell: which implementations go through, and how much memory they take."""
+    headings, lines = ["goes through"], [[name] for name in result.seconds]
+    if result.peak_extra_bytes:
+        headings.append("extra MiB, counted")
+        lines = [[name, extra_mib(result, name)] for name in result.seconds]
+    return _table(headings, lines, result.title)
+
+
+def _table(headings: list[str], lines: list[list[str]], title: str, caption: str | None = None) -> Table:
+    table = Table(title=title, caption=caption)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for line in lines:
@@ -382,16 +443,6 @@ def parts_table(result: Result) -> Table:
     return table
 
 
-def print_table(result: Result) -> None:
-    """One problem in the terminal."""
-    headings, lines = rows(result)
-    table = Table(title=result.title, caption=result.work and floors_line(result.work))
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    if result.parts:
-        console.print(parts_table(result))
-    for name, reason in result.refused.items():
-        console.print(f"  {name}: {reason}", highlight=False, soft_wrap=True)
+def show(table: Table) -> None:
+    """Print a table of durations, where they are any."""
+    console.print("no durations: null GPU" if is_null_gpu() else table)

@@ -1,11 +1,14 @@
 """This machine: what it is, how fast it copies, multiplies and takes exponentials, and its clock."""
 
+import math
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -18,40 +21,82 @@ from conddetr.kernels import native
 
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PEERS = ("torch-linear-assignment", "flash-attn-4", "transformers")
+"""Packages beside PyTorch whose version decides what a peer is."""
 Run = Callable[[], object]
-Clock = Callable[[dict[str, Run]], dict[str, float]]
+Clock = Callable[[Run], float]
+
+
+def is_null_gpu() -> bool:
+    """Whether the GPU is the null one of the tests, which computes nothing: no time measured on it is a time."""
+    return device_name().endswith("(null)")
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32: cuDNN rounds a convolution's operands to ten bits by default.
+
+    Both switches are PyTorch's older ones. They set the newer `fp32_precision` too; set alone, that one makes PyTorch
+    raise where inductor reads the older.
+    """
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    with warnings.catch_warnings():
+        # Some releases call the older switches deprecated.
+        warnings.simplefilter("ignore")
+        before = [switch.allow_tf32 for switch in switches]
+        for switch in switches:
+            switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
+
+
+def tf32() -> str:
+    """What PyTorch would use TF32 for now; "none" on a CPU, which has none."""
+    if DEVICE.type != "cuda":
+        return "none"
+    switches = {"products": torch.backends.cuda.matmul, "convolutions": torch.backends.cudnn}
+    used = [name for name, switch in switches.items() if switch.allow_tf32]
+    return f"on for {' and '.join(used)}" if used else "off"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """For titles of what is made of products: on a GPU float32 says that TF32 is off, see `without_tf32`."""
+    is_without = DEVICE.type == "cuda" and dtype == torch.float32
+    return f"{str(dtype).removeprefix('torch.')}{', TF32 off' if is_without else ''}"
 
 
 def clock() -> Clock:
-    """Calls each of some implementations once, in turn, and returns the seconds that each took."""
+    """Calls an implementation once and returns the seconds that it took."""
     return _device_clock() if DEVICE.type == "cuda" else _host_clock
 
 
-def _host_clock(runs: dict[str, Run]) -> dict[str, float]:
-    """One call of each on a CPU."""
-    seconds = {}
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run()
-        seconds[name] = time.perf_counter() - start
-    return seconds
+def _host_clock(run: Run) -> float:
+    """One call on a CPU."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _device_clock() -> Clock:
-    """One call of each on a GPU, between device events, the L2 cache overwritten before each."""
+    """One call on a GPU, between device events, the L2 cache overwritten before it.
+
+    The GPU is idle when a call begins: what it still had to do for the call before would hide this one's launches.
+    """
     size = 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
     other = torch.empty(max(size, 1 << 28), dtype=torch.int8, device=DEVICE)
+    torch.cuda.synchronize()
 
-    def timed(runs: dict[str, Run]) -> dict[str, float]:
-        events = {}
-        for name, run in runs.items():
-            events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            other.zero_()
-            events[name][0].record()
-            run()
-            events[name][1].record()
+    def timed(run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()
+        start.record()
+        run()
+        end.record()
         torch.cuda.synchronize()
-        return {name: 1e-3 * start.elapsed_time(end) for name, (start, end) in events.items()}
+        return 1e-3 * start.elapsed_time(end)
 
     return timed
 
@@ -61,7 +106,7 @@ def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a plain copy of 512 MiB on this device; the median of ten."""
     source = torch.ones(1 << 27, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / median(_samples(lambda: target.copy_(source)))
+    return _rate(2 * source.nbytes, lambda: target.copy_(source))
 
 
 @cache
@@ -76,12 +121,14 @@ def product_rate(dtype: torch.dtype) -> float:
     width = 8192 if DEVICE.type == "cuda" else 2048
     left = torch.randn(width, width, device=DEVICE).to(dtype)
     out = torch.empty_like(left)
-    return 2 * width**3 / median(_samples(lambda: torch.mm(left, left, out=out)))
+    return _rate(2 * width**3, lambda: torch.mm(left, left, out=out))
 
 
-def _samples(run: Run) -> list[float]:
+def _rate(amount: float, run: Run) -> float:
+    """Amount per second; infinite on a null GPU, where nothing takes any time."""
     timed = clock()
-    return [timed({"": run})[""] for _ in range(12)][2:]
+    samples = [timed(run) for _ in range(12)][2:]
+    return math.inf if is_null_gpu() else amount / median(samples)
 
 
 @cache
@@ -128,10 +175,16 @@ def gpu_state() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, "-dirty" where code differs from it; "unknown" without git."""
+    """The commit of this checkout, "-dirty" where code differs from it.
+
+    Where git is absent, or this is no checkout: the environment variable CONDDETR_COMMIT, which whoever copies the
+    code to a machine without git sets; "unknown" without it.
+    """
+    head = _said("git", "rev-parse", "--short", "HEAD")
+    if not head:
+        return os.environ.get("CONDDETR_COMMIT") or "unknown"
     code = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
-    changes = _said("git", "status", "--porcelain", "--", *code)
-    return f"{_said('git', 'rev-parse', '--short', 'HEAD') or 'unknown'}{'-dirty' if changes else ''}"
+    return f"{head}{'-dirty' if _said('git', 'status', '--porcelain', '--', *code) else ''}"
 
 
 def _said(*command: str) -> str:
@@ -156,6 +209,9 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda or "none",
+        "cuDNN": str(torch.backends.cudnn.version()) if DEVICE.type == "cuda" else "none",
+        "TF32": tf32(),
+        **{package: _version(package) for package in PEERS},
         **gpu_state(),
     }
 

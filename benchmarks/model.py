@@ -4,7 +4,7 @@
     python benchmarks/model.py --compiled               # torch.compile too: minutes more
     python benchmarks/model.py --presets conditional-detr-dc5-r50 detr-r50
 
-Everything is float32, for the outputs are held to those of the first within 1e-4.
+Everything is float32, on a GPU without TF32, for the outputs are held to those of the first within 1e-4.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from harness import OURS, Result, arguments, console, measure, parse, run_all, with_host_memory
-from machine import DEVICE
+from harness import NOT_COMPARED, OURS, Result, arguments, console, measure, parse, run_all, with_host_memory
+from machine import DEVICE, dtype_name, is_null_gpu
+from refusals import WRONG, RefusedError, refusing
 from torch import Tensor, nn
 
 import conddetr
@@ -34,7 +35,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
     parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
     options = parse(parser)
-    titles = {f"{name}, forward, 1×3×{options.size[0]}×{options.size[1]}, float32": name for name in options.presets}
+    size = f"1×3×{options.size[0]}×{options.size[1]}, {dtype_name(torch.float32)}"
+    titles = {f"{name}, forward, {size}": name for name in options.presets}
     run_all("model", {title: partial(run, title, name, options) for title, name in titles.items()}, options)
 
 
@@ -47,14 +49,25 @@ def run(title: str, preset: str, options: argparse.Namespace) -> Result:
     model = model.to(DEVICE)
     image = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     runs, refused = our_runs(model, image, options.compiled)
-    try:
-        runs |= huggingface_runs(model, image, options.compiled)
-    except (ImportError, ValueError) as error:
-        refused["HuggingFace"] = str(error)
-    expected = runs["official-style eager"]()
+    with refusing("HuggingFace", refused):
+        peer, _ = convert_to_huggingface(model)
+        runs |= huggingface_runs(peer, image, options.compiled)
+        with refusing(f"{OURS}, HuggingFace accelerated", refused):
+            runs |= accelerated_run(peer, image)
+    good = alike(runs, refused)
+    return with_host_memory(replace(measure(title, good, options, None, refused), images=1), good)
+
+
+def alike(runs: Runs, refused: dict[str, str]) -> Runs:
+    """Those that give the same output as the first; the others go to `refused`."""
+    expected, good = next(iter(runs.values()))(), {}
+    check_spread(expected)
     for name, function in runs.items():
-        console.print(f"  {name}: largest differences {check(expected, function())}", highlight=False)
-    return with_host_memory(replace(measure(title, runs, options, None, refused), images=1), runs)
+        with refusing(name, refused):
+            differences = check(expected, function())
+            console.print(f"  {name}: largest differences {differences}", highlight=False)
+            good[name] = function
+    return good
 
 
 def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
@@ -65,33 +78,34 @@ def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs,
     runs: Runs = {"official-style eager": partial(official, image), f"{OURS}, eager": partial(model, image)}
     refused = {}
     for backend in (name for name in registry.BACKENDS if name != "eager"):
-        fused = copy.deepcopy(model)
-        try:
+        with refusing(f"{OURS}, {backend}", refused):
+            fused = copy.deepcopy(model)
             conddetr.accelerate(fused, backend)
-        except registry.BackendError as error:
-            refused[f"{OURS}, {backend}"] = str(error)
-            continue
-        runs[f"{OURS}, {backend}"] = partial(fused, image)
-        if compiled:
-            runs[f"{OURS}, {backend}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
+            runs[f"{OURS}, {backend}"] = partial(fused, image)
+            if compiled:
+                runs[f"{OURS}, {backend}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
     return runs, refused
 
 
-def huggingface_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> Runs:
-    """transformers' model as it comes, in channels-last, and accelerated."""
-    peer, _ = convert_to_huggingface(model)
-    accelerated, turned = copy.deepcopy(peer), copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    conddetr.accelerate(accelerated)
+def huggingface_runs(peer: nn.Module, image: Tensor, compiled: bool) -> Runs:
+    """transformers' model as it comes, and in channels-last."""
+    turned = copy.deepcopy(peer).to(memory_format=torch.channels_last)
     turned_image = image.contiguous(memory_format=torch.channels_last)
     runs = {
         "HuggingFace as shipped": partial(huggingface_outputs, peer, image),
         "HuggingFace, channels-last": partial(huggingface_outputs, turned, turned_image),
-        f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image),
     }
     if compiled:
         compiled_peer = torch.compile(turned, dynamic=False)
         runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, turned_image)
     return runs
+
+
+def accelerated_run(peer: nn.Module, image: Tensor) -> Runs:
+    """transformers' model with our kernels in it."""
+    accelerated = copy.deepcopy(peer)
+    conddetr.accelerate(accelerated)
+    return {f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image)}
 
 
 def spread_outputs(model: conddetr.DETR) -> None:
@@ -119,16 +133,30 @@ def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
     return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
 
 
-def check(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each output; refuses to go on where it is too large."""
-    differences = {name: (found[name] - expected[name]).abs().max().item() for name in TOLERANCE}
+def check_spread(expected: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        RefusedError: queries are so alike that a wrong answer would pass `check`.
+    """
     for name, tolerance in TOLERANCE.items():
         spread = expected[name].std(dim=1).mean().item()
-        if spread < 100 * tolerance:
-            raise SystemExit(f"{name}: queries differ by {spread:.2e} only, so the check says nothing: not timing.")
+        if spread < 100 * tolerance and not is_null_gpu():
+            raise RefusedError(f"{name}: queries differ by {spread:.2e} only, so the check says nothing")
+
+
+def check(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Largest difference of each output, in words.
+
+    Raises:
+        RefusedError: one is too large.
+    """
+    differences = {name: (found[name] - expected[name]).abs().max().item() for name in TOLERANCE}
+    if is_null_gpu():
+        return NOT_COMPARED
+    for name, tolerance in TOLERANCE.items():
         if not differences[name] <= tolerance:
-            raise SystemExit(f"{name} differs by {differences[name]:.2e}, more than {tolerance:.0e}: not timing.")
-    return differences
+            raise RefusedError(f"{WRONG}{name} differs by {differences[name]:.2e}, more than {tolerance:.0e}")
+    return ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def _table(results: list[Result]) -> list[str]:
             peers = [value for name, value in medians.items() if not name.startswith(OURS)]
             cells.append(f"{min(peers) / min(ours):.2f}×" if ours and peers else "–")
         if has_floor:
-            cells.append(f"{best / result.work.floor:.1f}" if result.work else "–")
+            cells.append(f"{best / result.work.floor:.1f}" if result.work and medians else "–")
         lines.append("| " + " | ".join([result.title, *cells]) + " |")
     return lines
 

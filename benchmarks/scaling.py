@@ -27,8 +27,22 @@ import matplotlib.pyplot as plt
 import tables
 import torch
 import train
-from harness import Result, Work, arguments, console, measure, parse, print_table, usable, with_host_memory, write
-from machine import DEVICE, product_rate
+from harness import (
+    Result,
+    Work,
+    arguments,
+    console,
+    failures,
+    measure,
+    parse,
+    print_table,
+    result_of,
+    say_written,
+    usable,
+    with_host_memory,
+    write,
+)
+from machine import DEVICE, product_rate, without_tf32
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import conddetr
@@ -37,7 +51,7 @@ SQUARES = {f"{side}×{side}": (side, side) for side in (10, 18, 32, 56, 100, 178
 attn.GRIDS.update(SQUARES)
 QUERIES = (10, 30, 100, 300, 1000, 3000)
 BATCHES = (1, 2, 4, 8, 16)
-COMPILED = ("torch.compile of it", "FlexAttention")
+COMPILED = ("torch.compile of it", "FlexAttention", "FlexAttention, FLASH")
 """Compiled anew for each size: minutes, of which none would be measured."""
 STEP_PRESET = "conditional-detr-r50" if DEVICE.type == "cuda" else "conditional-detr-tiny"
 STEP_QUERIES = conddetr.build(STEP_PRESET).config.num_queries
@@ -192,26 +206,27 @@ def main() -> None:
     options = parse(parser)
     settings = {key: str(value) for key, value in vars(options).items()}
     name = "scaling" + "-backward" * options.backward + "-cudagraph" * options.cudagraph
-    todo, entries, wrong, started = sizes_of(options), [], {}, time.monotonic()
+    todo, entries, wrong, unmeasured, started = sizes_of(options), [], [], [], time.monotonic()
     while todo and (not entries or time.monotonic() - started < options.seconds):
         size = todo.pop(0)
-        try:
-            result = size.run()
-        except SystemExit as error:
-            wrong[size.title] = str(error)
-            continue
+        with without_tf32():
+            result = result_of(size.title, size.run)
         print_table(result)
+        wrong += failures([result])
+        if not result.seconds:
+            unmeasured.append(size.title)
+            continue
         entries.append(entry(size, result))
-        left_out = [*wrong, *(size.title for size in todo)]
+        left_out = [*unmeasured, *(size.title for size in todo)]
         in_order = sorted(entries, key=lambda entry: (entry["axis"], entry["value"]))
         path = write(name, {"settings": settings, "left_out": left_out, "wrong": wrong, "results": in_order})
     if not entries:
         raise SystemExit(f"nothing was measured: {wrong}")
     if todo:
         console.print(f"left out after {options.seconds:.0f} s: {', '.join(size.title for size in todo)}")
-    console.print(f"wrote {path} and {draw(path)}", highlight=False, soft_wrap=True)
+    say_written(path, path and f" and {draw(path)}")
     if wrong:
-        raise SystemExit("\n".join(f"{title}: {reason}" for title, reason in wrong.items()))
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

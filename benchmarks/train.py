@@ -4,9 +4,10 @@
     python benchmarks/train.py --presets conditional-detr-dc5-r50 detr-r50 --batch 4
     python benchmarks/train.py --compiled                # torch.compile too: minutes more
 
-The official-style step is our plain PyTorch, which the tests hold to the official numbers, with PyTorch's defaults and
-the official loop's look at every loss. All train the same parameters. Losses are compared, without dropout, before
-anything is timed; steps are then timed with dropout 0.1. Where their time goes is measured apart from that.
+The official-style step is our plain PyTorch, which the tests hold to the official numbers, with PyTorch's defaults (but
+float32 without TF32) and the official loop's look at every loss. All train the same parameters. Losses are compared,
+without dropout, before anything is timed; steps are then timed with dropout 0.1. Where their time goes is measured
+apart from that.
 """
 
 import argparse
@@ -19,10 +20,23 @@ from itertools import product
 from statistics import median
 
 import torch
-from harness import OURS, Result, Work, arguments, console, measure, parse, run_all, with_host_memory
-from machine import DEVICE, product_rate
+from harness import (
+    NOT_COMPARED,
+    OURS,
+    Result,
+    Work,
+    allocated_by,
+    arguments,
+    console,
+    measure,
+    parse,
+    run_all,
+    with_host_memory,
+)
+from machine import DEVICE, dtype_name, is_null_gpu, product_rate
 from model import spread_outputs
 from parts import Parts
+from refusals import WRONG, RefusedError, refusing
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +68,7 @@ class Problem:
     def title(self) -> str:
         """One line for tables and result files."""
         shape = f"{self.batch}×3×{self.size[0]}×{self.size[1]}"
-        return f"{self.preset}, training step, {shape}, {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.preset}, training step, {shape}, {dtype_name(self.dtype)}"
 
     def make(self) -> Batch:
         """Noise images that fill the batch, with random objects; pinned where there is a GPU to copy to."""
@@ -93,6 +107,8 @@ class Trained:
     """Unweighted, by layer, as `Criterion` names them."""
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
+    recorded: dict | None = None
+    """Its CUDA graphs, as `StepGraphs` keeps them; None: it captures nothing."""
 
     def parts(self) -> dict[str, nn.Module]:
         """Backbone, encoder and decoder."""
@@ -134,7 +150,7 @@ def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool
         optimizer.zero_grad()
         loss = losses()["loss"]
         if looks and not math.isfinite(loss.item()):
-            raise SystemExit(f"{type(model).__name__}: the loss is {loss.item()}: not timing.")
+            raise FloatingPointError(f"the loss is {loss.item()}")
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()
@@ -149,7 +165,8 @@ def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str) -> Tra
     config = TrainConfig(lr=1e-5, precision=precision, **options)
     stepper = Stepper(model, config, DEVICE, steps_per_epoch=1)
     losses = partial(our_losses, model, problem, batch)
-    return Trained(model, losses, lambda: stepper([batch], 0), stepper.optimizer)
+    recorded = stepper.graphs and stepper.graphs.recorded
+    return Trained(model, losses, lambda: stepper([batch], 0), stepper.optimizer, recorded)
 
 
 def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dict[str, Trained], dict[str, str]]:
@@ -159,63 +176,89 @@ def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dic
     reference = reference.to(DEVICE)
     refused = {}
     made = {"official-style eager": plain(reference, partial(our_losses, reference, problem, batch), True, False)}
-    try:
-        peers = huggingface(reference)
-    except (ImportError, ValueError) as error:
-        peers = {}
-        refused["HuggingFace"] = str(error)
-    if compiled and peers:
-        peers["HuggingFace, sdpa, compiled"] = copy.deepcopy(peers["HuggingFace, sdpa"])
-        peers["HuggingFace, sdpa, compiled"].compile(dynamic=False)
-    for name, peer in peers.items():
+    for name, peer in huggingface(reference, compiled, refused).items():
         made[name] = plain(peer, partial(huggingface_losses, peer, problem, batch), False, True)
     state = reference.state_dict()
     for backend in (name for name in registry.BACKENDS if name != "eager"):
-        try:
+        with refusing(f"{OURS}, {backend}", refused):
             registry.choose(backend, DEVICE, problem.dtype)
-        except registry.BackendError as error:
-            refused[f"{OURS}, {backend}"] = str(error)
-            continue
-        for form in ["", *["compiled"] * compiled, *["CUDA graphs"] * (DEVICE.type == "cuda")]:
-            model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
-            model.load_state_dict(state)
-            name = ", ".join(filter(None, (OURS, backend, form)))
-            made[name] = ours(model, problem, batch, form)
+            for form in ["", *["compiled"] * compiled, *["CUDA graphs"] * (DEVICE.type == "cuda")]:
+                model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
+                model.load_state_dict(state)
+                name = ", ".join(filter(None, (OURS, backend, form)))
+                made[name] = ours(model, problem, batch, form)
     return made, refused
 
 
-def huggingface(reference: conddetr.DETR) -> dict[str, nn.Module]:
-    """transformers' model in the forms it comes in, and accelerated; what is frozen in ours is frozen."""
+def huggingface(reference: conddetr.DETR, compiled: bool, refused: dict[str, str]) -> dict[str, nn.Module]:
+    """transformers' model in the forms it comes in, and accelerated; those that fail go to `refused`."""
+    made = {}
+    with refusing("HuggingFace", refused):
+        peer = huggingface_peer(reference)
+        made["HuggingFace, eager attention"], made["HuggingFace, sdpa"] = copy.deepcopy(peer), copy.deepcopy(peer)
+        made["HuggingFace, eager attention"].set_attn_implementation("eager")
+        made["HuggingFace, sdpa"].set_attn_implementation("sdpa")
+        if compiled:
+            made["HuggingFace, sdpa, compiled"] = copy.deepcopy(made["HuggingFace, sdpa"])
+            made["HuggingFace, sdpa, compiled"].compile(dynamic=False)
+        accelerated = f"{OURS}, HuggingFace accelerated"
+        with refusing(accelerated, refused):
+            conddetr.accelerate(peer)
+            made[accelerated] = peer
+    return made
+
+
+def huggingface_peer(reference: conddetr.DETR) -> nn.Module:
+    """transformers' model with the same weights; what is frozen in ours is frozen."""
     peer, _ = convert_to_huggingface(reference)
     peer.config.auxiliary_loss = True
     for name, parameter in peer.named_parameters():
         is_frozen = ".backbone." in name and not any(f".layer{stage}." in name for stage in (2, 3, 4))
         parameter.requires_grad_(not is_frozen)
-    eager, accelerated = copy.deepcopy(peer), copy.deepcopy(peer)
-    peer.set_attn_implementation("sdpa")
-    eager.set_attn_implementation("eager")
-    conddetr.accelerate(accelerated)
-    names = ("HuggingFace, eager attention", "HuggingFace, sdpa", f"{OURS}, HuggingFace accelerated")
-    return dict(zip(names, (eager, peer, accelerated), strict=True))
+    return peer
 
 
-def check(made: dict[str, Trained], dtype: torch.dtype) -> None:
-    """Refuses to go on where a loss of any layer, or the number of trained parameters, is not that of the first."""
-    expected, sizes = None, set()
+def alike(made: dict[str, Trained], dtype: torch.dtype, refused: dict[str, str]) -> dict[str, Trained]:
+    """Those that train as many parameters as the first and have its losses; the others go to `refused`."""
+    first, *_ = made.values()
+    expected, size, good = evaluated(first), trained_size(first), {}
     for name, trained in made.items():
-        sizes.add(sum(p.numel() for group in trained.optimizer.param_groups for p in group["params"]))
-        if len(sizes) > 1:
-            raise SystemExit(f"{name}: trains another number of parameters than those before: {sizes}. Not timing.")
-        trained.model.eval()
-        with torch.no_grad():
-            found = {k: v.double().item() for k, v in trained.losses().items() if k.startswith("loss_")}
-        trained.model.train()
-        expected = expected or found
-        differences = {k: abs(found[k] - value) / abs(value) for k, value in expected.items()}
-        worst = max(differences, key=differences.get)
-        console.print(f"  {name}: {worst} differs by {differences[worst]:.1e}, the most", highlight=False)
-        if not differences[worst] <= TOLERANCE[dtype]:
-            raise SystemExit(f"{name}: {worst} is {found[worst]:.6g}, expected {expected[worst]:.6g}: not timing.")
+        with refusing(name, refused):
+            if trained_size(trained) != size:
+                raise RefusedError(f"{WRONG}it trains {trained_size(trained)} parameters, expected {size}")
+            worst = check(expected, evaluated(trained), TOLERANCE[dtype])
+            console.print(f"  {name}: {worst}", highlight=False)
+            good[name] = trained
+    return good
+
+
+def trained_size(trained: Trained) -> int:
+    """How many numbers its optimizer changes."""
+    return sum(p.numel() for group in trained.optimizer.param_groups for p in group["params"])
+
+
+@torch.no_grad()
+def evaluated(trained: Trained) -> dict[str, float]:
+    """Losses of all layers, without dropout."""
+    trained.model.eval()
+    found = {name: loss.double().item() for name, loss in trained.losses().items() if name.startswith("loss_")}
+    trained.model.train()
+    return found
+
+
+def check(expected: dict[str, float], found: dict[str, float], tolerance: float) -> str:
+    """The loss that differs most, in words.
+
+    Raises:
+        RefusedError: it differs by more than `tolerance`, relatively.
+    """
+    if is_null_gpu():
+        return NOT_COMPARED
+    differences = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
+    worst = max(differences, key=differences.get)
+    if not differences[worst] <= tolerance:
+        raise RefusedError(f"{WRONG}{worst} is {found[worst]:.6g}, expected {expected[worst]:.6g}")
+    return f"{worst} differs by {differences[worst]:.1e}, the most"
 
 
 def breakdown(trained: Trained) -> dict[str, float]:
@@ -232,13 +275,31 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
     """Check all implementations of one problem, then time them."""
     torch.compiler.reset()
     made, refused = implementations(problem, problem.make(), options.compiled)
-    check(made, problem.dtype)
-    runs = {name: trained.step for name, trained in made.items()}
+    runs = {name: trained.step for name, trained in alike(made, problem.dtype, refused).items()}
     result = with_host_memory(measure(problem.title, runs, options, problem.work(), refused), runs)
+    result, parts = with_capture_memory(result, made), {}
     # Hooks inside a compiled model would cut it in pieces; a replayed graph calls none.
-    whole = [name for name in result.seconds if "compiled" not in name and "CUDA graphs" not in name]
-    parts = {name: breakdown(made[name]) for name in whole}
+    whole = [name for name in result.seconds if "compiled" not in name and name not in result.captured]
+    for name in whole:
+        with refusing(f"{name}, its parts", result.refused):
+            parts[name] = breakdown(made[name])
     return replace(result, images=problem.batch, parts=parts)
+
+
+def with_capture_memory(result: Result, made: dict[str, Trained]) -> Result:
+    """The result, with the memory of those that replay graphs as it is when they warm up and capture."""
+    captured = [name for name in result.seconds if made[name].recorded is not None]
+    peaks = {name: peak for name, peak in result.peak_extra_bytes.items() if name not in captured}
+    for name in captured:
+        with refusing(f"{name}, its memory", result.refused):
+            # Held until the next capture: without any graph PyTorch gives back the memory that all of them share, and
+            # captures into it no more.
+            before = dict(made[name].recorded)
+            made[name].recorded.clear()
+            torch.cuda.synchronize()
+            peaks[name] = allocated_by(made[name].step)
+            del before
+    return replace(result, peak_extra_bytes=peaks, captured=captured)
 
 
 def main() -> None:

@@ -12,13 +12,14 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from math import exp, fsum, log
+from math import exp, fsum, log, nan
 
 import torch
 import triton
 from attn import Problem
-from harness import console, write
-from machine import DEVICE
+from harness import console, say_written, write
+from machine import DEVICE, is_null_gpu
+from refusals import OURS, refusing
 from rich.progress import track
 from rich.table import Table
 
@@ -58,7 +59,7 @@ def search(
     clock: Callable,
     until: float,
 ) -> dict[kernels.Tiles, list[float]]:
-    """Seconds on each problem by setting; those that do not fit the device are left out.
+    """Seconds on each problem by setting; those that do not fit the device, or fail, are left out and listed.
 
     Args:
         kernel: one of `KERNELS`; the settings of the others stay as shipped.
@@ -69,20 +70,26 @@ def search(
         until: `time.monotonic()` at which to stop.
     """
     found: dict[kernels.Tiles, list[float]] = {}
+    refused: dict[str, str] = {}
     today = getattr(shipped, kernel)
     for one in track([today, *(tile for tile in tiles if tile != today)], description=kernel, console=console):
         if found and time.monotonic() > until:
             break
         launch = replace(shipped, **{kernel: one})
-        try:
+        with refusing(str(one), refused):
             found[one] = [clock(lambda run=run, launch=launch: run(launch)) for run in runs]
-        except triton.runtime.errors.OutOfResources:
-            continue
+    for name, reason in refused.items():
+        console.print(f"  {name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    if refused and today not in found:
+        raise RuntimeError(f"{kernel}: {refused[str(today)]}, with what ships")
     return found
 
 
 def report(kernel: str, found: dict[kernels.Tiles, list[float]]) -> None:
     """The ten fastest, relative to the first, which is what ships."""
+    if is_null_gpu():
+        console.print(f"{kernel}: {len(found)} settings go through; no durations: null GPU")
+        return
     today = next(iter(found.values()))
     mean = {tile: exp(fsum(log(a / b) for a, b in zip(today, s, strict=True)) / len(s)) for tile, s in found.items()}
     table = Table(title=f"{kernel}: {len(found)} settings")
@@ -94,8 +101,16 @@ def report(kernel: str, found: dict[kernels.Tiles, list[float]]) -> None:
     console.print(table)
 
 
+def device_seconds(run: Callable[[], object]) -> float:
+    """Of one call, the median of many; of none on a null GPU, where one call tells all there is."""
+    if is_null_gpu():
+        run()
+        return nan
+    return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
 def main() -> None:
-    """Search every kernel asked for; one result file for all."""
+    """Search every kernel asked for; one result file for all. One that fails with what ships is told at the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--seconds", type=float, default=90.0, help="per kernel, compilation included")
@@ -104,17 +119,17 @@ def main() -> None:
         raise SystemExit("tuning needs an NVIDIA GPU: there is none here.")
     major, minor = torch.cuda.get_device_capability()
     shipped = kernels.launch_settings(10 * major + minor, "half", 32)
-    results = {}
+    results, failed = {}, {}
     for kernel in options.kernels:
-        runs = [call(problem, kernel) for problem in problems()]
-
-        def clock(run: Callable[[], object]) -> float:
-            return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-
-        found = search(kernel, runs, list(candidates()), shipped, clock, time.monotonic() + options.seconds)
-        report(kernel, found)
-        results[kernel] = [{**asdict(tile), "seconds": seconds} for tile, seconds in found.items()]
-    console.print(f"wrote {write('tune', {'seconds': options.seconds, 'kernels': results})}", highlight=False)
+        with refusing(f"{OURS}, {kernel}", failed):
+            runs = [call(problem, kernel) for problem in problems()]
+            until = time.monotonic() + options.seconds
+            found = search(kernel, runs, list(candidates()), shipped, device_seconds, until)
+            report(kernel, found)
+            results[kernel] = [{**asdict(tile), "seconds": seconds} for tile, seconds in found.items()]
+    say_written(write("tune", {"seconds": options.seconds, "kernels": results}))
+    if failed:
+        raise SystemExit("\n".join(failed.values()))
 
 
 if __name__ == "__main__":

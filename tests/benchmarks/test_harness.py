@@ -1,7 +1,10 @@
 """Timing, refusals, result files, tables, and the page that is written from them."""
 
 import argparse
+import ast
+import contextlib
 import json
+import math
 import time
 import warnings
 
@@ -10,6 +13,10 @@ import machine
 import pytest
 import report
 import torch
+import triton
+from refusals import PROBLEM
+
+from conddetr.kernels.registry import BackendError
 
 OPTIONS = argparse.Namespace(rounds=4, cudagraph=False, seconds=60.0)
 WORK = harness.Work(flops=4e9, bytes=2e8, floors={"bytes": 1e-3, "products": 2e-3})
@@ -60,8 +67,155 @@ def test_ours_is_held_to_twice_the_error_and_a_peer_to_ten_times():
     good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
     assert list(good) == ["eager", "ours", "rough peer"]
     assert refused == {"wrong peer": "wrong answer: error of out 1.10e-02, eager 1.00e-03"}
-    with pytest.raises(SystemExit, match=r"ours: error of out 2.10e-03, eager 1.00e-03: not timing a wrong answer"):
-        harness.usable({"eager": off(1e-3), "ours": off(2.1e-3)}, lambda call: call(), exact, is_random=False)
+    _, refused = harness.usable({"eager": off(1e-3), "ours": off(2.1e-3)}, lambda call: call(), exact, is_random=False)
+    assert refused == {"ours": "wrong answer: error of out 2.10e-03, eager 1.00e-03"}
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_whatever_one_raises_the_others_go_on(capsys):
+    """Peers assert, and Triton's errors are no RuntimeErrors."""
+    quoted = triton.CompilationError("def kernel():\n    a + b", ast.parse("a + b").body[0], None)
+    quoted.__cause__ = ValueError("shapes\ndo not match")
+    errors = {
+        "peer, narrow": AssertionError("head_dim: 64 expected"),
+        "peer, silent": AssertionError(),
+        "peer, compiled": quoted,
+        "ours, too large": triton.runtime.errors.OutOfResources(300, 200, "shared memory"),
+        "ours, absent": BackendError("backend 'native' can not run here: not built."),
+    }
+    runs = {"eager": lambda: {}, **{name: raising(error) for name, error in errors.items()}, "ours": lambda: {}}
+    good, refused = harness.usable(runs, lambda call: call(), {}, is_random=False)
+    assert list(good) == ["eager", "ours"]
+    too_large = refused.pop("ours, too large")
+    assert too_large.startswith("failed: OutOfResources: out of resource: shared memory, Required: 300")
+    assert refused == {
+        "peer, narrow": "AssertionError: head_dim: 64 expected",
+        "peer, silent": "AssertionError",
+        "peer, compiled": "ValueError: do not match",
+        "ours, absent": "backend 'native' can not run here: not built.",
+    }
+    # Nobody expects ours to fail: where it did is shown, and it is told at the end.
+    assert "in run\n    raise error" in capsys.readouterr().err
+    result = harness.Result("one", {}, refused={**refused, "ours, too large": too_large})
+    assert harness.failures([result]) == [f"one: ours, too large: {too_large}"]
+
+
+def test_without_its_reference_nothing_is_right():
+    exact = {"out": torch.ones(3, dtype=torch.float64)}
+    for spoiled in (raising(RuntimeError("out of luck")), lambda: {"out": torch.full((3,), torch.nan)}):
+        runs = {"eager": spoiled, "ours": lambda: {"out": torch.ones(3)}}
+        good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+        assert good == {}
+        assert refused["ours"] == "not checked: eager, which it is held to, is refused"
+        assert len(harness.failures([harness.Result("one", {}, refused=refused)])) == 1
+
+
+def test_one_that_fails_while_it_is_timed_leaves_the_others():
+    calls = iter(range(100))
+
+    def breaks():
+        if next(calls) == 4:
+            raise RuntimeError("broken")
+
+    result = harness.measure("some", {"breaks": breaks, "works": lambda: None}, OPTIONS, None, {})
+    assert {name: len(samples) for name, samples in result.seconds.items()} == {"works": 4}
+    assert result.refused == {"breaks": "broken"}
+
+
+def test_failures_are_told_when_all_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    wrong = harness.Result("wrong", {"peer": [1.0]}, refused={"ours": "wrong answer: by far", "peer 2": "too old"})
+    runs = {"broken": raising(MemoryError("too little")), "wrong": lambda: wrong, "right": lambda: RESULT}
+    with pytest.raises(SystemExit) as stop:
+        harness.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=60.0))
+    assert stop.value.code.splitlines() == [
+        f"broken: {PROBLEM}: failed: MemoryError: too little",
+        "wrong: ours: wrong answer: by far",
+    ]
+    (path,) = tmp_path.glob("*/*")
+    assert [result.title for result in harness.read_results(path)] == ["broken", "wrong", "one"]
+    # Of what has no times the page has an empty row.
+    assert "| broken | – | – | – |" in report.markdown(tmp_path)
+    assert report.draw(path).exists()
+
+
+class Device:
+    """`torch.cuda` as far as the clock uses it: everything that is asked of it, in order."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(L2_cache_size=1))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.asked.append("wait"))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+
+    def record(self):
+        self.asked.append("event")
+
+    def elapsed_time(self, end):
+        return 3.0
+
+
+def test_the_gpu_is_idle_when_a_call_begins(monkeypatch):
+    device = Device(monkeypatch)
+    timed = machine._device_clock()
+    for name in ("one", "other"):
+        assert timed(lambda name=name: device.asked.append(name)) == 3e-3
+    assert device.asked == ["wait", "event", "one", "event", "wait", "event", "other", "event", "wait"]
+
+
+@pytest.fixture(params=[True, False])
+def switch(request):
+    """What both of PyTorch's switches for TF32 stand at."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = request.param
+    yield request.param
+    for switch, was in zip(switches, before, strict=True):
+        switch.allow_tf32 = was
+
+
+def test_tf32_is_off_inside_and_as_before_outside(switch, monkeypatch):
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    outside = (conv.fp32_precision, matmul.fp32_precision)
+    with contextlib.suppress(ZeroDivisionError), machine.without_tf32():
+        # Both generations of switches agree, which PyTorch demands of whoever reads the older.
+        assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+        assert "tf32" not in (conv.fp32_precision, matmul.fp32_precision)
+        assert machine.tf32() == "off"
+        raise ZeroDivisionError
+    assert (conv.fp32_precision, matmul.fp32_precision) == outside
+    assert machine.tf32() == ("on for products and convolutions" if switch else "off")
+
+
+def test_a_reader_sees_that_tf32_is_off(monkeypatch):
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    assert machine.dtype_name(torch.float32) == "float32, TF32 off"
+    assert machine.dtype_name(torch.bfloat16) == "bfloat16"
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    assert machine.dtype_name(torch.float32) == "float32"
+    assert machine.environment()["TF32"] == "none"
+
+
+def test_results_are_of_runs_without_tf32(switch, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    seen = []
+
+    def run():
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return RESULT
+
+    harness.run_all("some", {"one": run}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == switch
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch gives its reasons on a GPU only")
@@ -83,6 +237,35 @@ def test_table():
     assert harness.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
 
 
+def test_memory_says_when_it_is_that_of_a_capture():
+    memory = {"slow peer": 2**20, "ours": 2**21}
+    result = harness.Result("one", RESULT.seconds, None, memory, captured=["ours"])
+    headings, lines = harness.rows(result)
+    assert [line[headings.index("extra MiB")] for line in lines] == ["–", "1.0", "2.0 at capture"]
+
+
+def test_a_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "device_name", lambda: "NVIDIA H100 80GB HBM3 (null)")
+    exact = {"out": torch.ones(3, dtype=torch.float64)}
+    runs = {"eager": lambda: {"out": torch.ones(3)}, "ours": lambda: {"out": torch.zeros(3)}}
+    good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+    assert (list(good), refused) == (["eager", "ours"], {})
+    result = harness.measure("one", good, OPTIONS, WORK, {"peer": "too old"})
+    assert result.seconds == {"eager": [], "ours": []}
+    assert machine._rate(1e9, lambda: None) == math.inf
+    harness.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    said = capsys.readouterr().out
+    for part in ("one", "eager", "ours", "peer: too old", harness.NOT_COMPARED, "wrote no result file: null GPU"):
+        assert part in said
+    assert "ms" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_result_is_of_a_null_gpu():
+    assert [folder.name for folder in harness.RESULTS.iterdir() if folder.name.endswith("-null")] == []
+
+
 def test_time_is_up(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     runs = {"first": lambda: RESULT, "second": lambda: pytest.fail("begun after the time was up")}
@@ -94,8 +277,15 @@ def test_time_is_up(tmp_path, monkeypatch):
 
 
 def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
+    monkeypatch.delenv("CONDDETR_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_said", lambda *command: "1234567" if command[1] == "rev-parse" else "")
+    assert machine.commit() == "1234567"
+    monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CONDDETR_COMMIT", raising=False)
     assert machine.commit() == "unknown"
+    monkeypatch.setenv("CONDDETR_COMMIT", "7654321")
+    assert machine.commit() == "7654321"
     assert {"driver", "max SM clock", "triton", "system", "CPU threads"} <= set(machine.environment())
 
 

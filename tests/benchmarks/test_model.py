@@ -4,9 +4,13 @@ import argparse
 
 import model
 import pytest
+import tf32
 import torch
+from machine import without_tf32
+from refusals import RefusedError
 
 import conddetr
+from conddetr.model import folding
 
 
 def test_smoke(benchmark, monkeypatch):
@@ -19,12 +23,15 @@ def test_smoke(benchmark, monkeypatch):
 
 def test_a_wrong_answer_is_not_timed():
     right = {"pred_logits": torch.randn(1, 9, 4), "pred_boxes": torch.rand(1, 9, 4)}
-    assert model.check(right, right) == {"pred_logits": 0.0, "pred_boxes": 0.0}
-    with pytest.raises(SystemExit, match="pred_boxes differs by"):
-        model.check(right, {**right, "pred_boxes": right["pred_boxes"] + 2e-5})
+    wrong = {**right, "pred_boxes": right["pred_boxes"] + 2e-5}
+    refused = {}
+    runs = {"official": lambda: right, "ours": lambda: wrong, "peer": lambda: 1 / 0, "same": lambda: right}
+    assert list(model.alike(runs, refused)) == ["official", "same"]
+    assert refused["ours"].startswith("wrong answer: pred_boxes differs by 2.0")
+    assert refused["peer"] == "ZeroDivisionError: division by zero"
     alike = {name: value[:, :1].expand_as(value) for name, value in right.items()}
-    with pytest.raises(SystemExit, match="the check says nothing"):
-        model.check(alike, alike)
+    with pytest.raises(RefusedError, match="the check says nothing"):
+        model.alike({"official": lambda: alike}, refused)
 
 
 def test_the_official_form_is_not_folded():
@@ -36,3 +43,21 @@ def test_the_official_form_is_not_folded():
     assert reference.backbone[0]._kept is not None
     for found in outputs.values():
         torch.testing.assert_close(found, outputs["official-style eager"], atol=1e-4, rtol=0)
+
+
+def test_outputs_are_compared_without_tf32(monkeypatch):
+    """As PyTorch's switch stands by default, folded batch norms look wrong."""
+    tf32.plant(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    # As on a GPU, where no convolution is ours.
+    monkeypatch.setattr(folding, "_is_plain", lambda x, weight: False)
+    reference = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, num_queries=20).eval()
+    model.spread_outputs(reference)
+    runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 96), compiled=False)
+    runs = {name: runs[name] for name in ("official-style eager", "ours, eager")}
+    refused = {}
+    with torch.inference_mode():
+        model.alike(runs, refused)
+        assert refused["ours, eager"].startswith("wrong answer: pred_logits differs by")
+        with without_tf32():
+            assert model.alike(runs, {}) == runs

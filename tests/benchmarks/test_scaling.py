@@ -76,15 +76,19 @@ def test_a_step_is_timed_beside_the_official_one(monkeypatch):
 
 def test_a_wrong_answer_does_not_end_the_others(tmp_path, monkeypatch):
     def wrong():
-        raise SystemExit("ours: not timing a wrong answer.")
+        raise RuntimeError("no inputs")
 
-    right = Result("right", {"ours": [0.00123456]}, None, {"ours": 1})
+    right = Result("right", {"ours": [0.00123456]}, None, {"ours": 1}, {"ours, other": "wrong answer: by far"})
     sizes = [scaling.Size("keys", 10, wrong), scaling.Size("keys", 20, lambda: right)]
     monkeypatch.setattr(scaling, "sizes_of", lambda options: sizes)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["scaling.py", "--backward"])
-    with pytest.raises(SystemExit, match="keys 10: ours: not timing"):
+    with pytest.raises(SystemExit) as stop:
         scaling.main()
+    assert stop.value.code.splitlines() == [
+        "keys 10: the problem itself: failed: no inputs",
+        "right: ours, other: wrong answer: by far",
+    ]
     path = next(tmp_path.glob("*/scaling-backward.json"))
     content = json.loads(path.read_text())
     assert content["left_out"] == ["keys 10"]

@@ -3,6 +3,7 @@
 import time
 
 import attn
+import pytest
 import torch
 import triton
 import tune
@@ -45,3 +46,11 @@ def test_settings_that_do_not_fit_are_left_out_and_time_ends():
     found = tune.search("forward", [run], tiles, SHIPPED, clock, time.monotonic() + 100)
     assert list(found) == [SHIPPED.forward, tiles[1]]
     assert list(tune.search("forward", [run], tiles, SHIPPED, clock, time.monotonic())) == [SHIPPED.forward]
+
+
+def test_what_ships_must_run():
+    def clock(run):
+        raise triton.runtime.errors.OutOfResources(300, 200, "shared memory")
+
+    with pytest.raises(RuntimeError, match=r"forward: OutOfResources: .*shared memory.*, with what ships"):
+        tune.search("forward", [lambda launch: None], [], SHIPPED, clock, time.monotonic() + 100)

@@ -17,7 +17,7 @@ from null_gpu.test_ops import skip_unless_built
 MODEL = {**SMALL_MODEL, "hidden_dim": 32, "num_heads": 1, "num_classes": 3, "dropout": 0.1}
 """A head as wide as CUDA kernels want it."""
 COUNTED_WITH = ("2.15", "3.9")
-"""Releases of PyTorch and Triton for which the numbers of launches below were counted."""
+"""Releases of PyTorch and Triton for which the numbers of launches and copies below were counted."""
 
 
 def make_batch(height=64, width=64, padded=True):
@@ -64,12 +64,12 @@ def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, gr
     skip_unless_built(options["backend"])
     counts = count_step(make_stepper(**options), make_batch())
     assert counts.waits == 0
-    assert (counts.to_device, counts.from_device) == (8, 1)
+    assert counts.from_device == 1
     assert counts.modules == 0, "a kernel was compiled in the third step"
     assert counts.graph_launches == graphs
     if (torch.__version__[:4], triton.__version__[:3]) != COUNTED_WITH:
         pytest.skip(f"{counts.launches} launches; the number to hold was counted with {COUNTED_WITH}")
-    assert counts.launches == launches
+    assert (counts.launches, counts.to_device) == (launches, 8)
 
 
 def test_eager_matching_is_seen_to_wait():
