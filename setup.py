@@ -154,24 +154,29 @@ def code_for(architecture: str) -> list[str]:
 def cuda_runtime(cuda: str) -> list[str]:
     """The linker's flags for CUDA's runtime: the library that PyTorch has loaded already, one for the whole process.
 
-    A PyTorch of another CUDA release loads another one; then the library has its own inside. The path is for that
-    PyTorch arriving later.
+    That of another CUDA release, or an older one than the toolkit, may lack what nvcc calls: then the extension has a
+    runtime of its own inside. The path is for a PyTorch of another release that is installed later.
     """
     import torch
 
-    release = (torch.version.cuda or "").split(".")[0]
-    if Path(cuda, "lib64", f"libcudart.so.{release}").exists():
+    ours, theirs = ([int(part) for part in name.split(".")[:2]] for name in (release(cuda), torch.version.cuda or "0"))
+    if ours[0] == theirs[0] and ours <= theirs:
         return ["-lcudart", f"-Wl,-rpath,{cuda}/lib64"]
     return ["-lcudart_static", "-ldl", "-lrt"]
+
+
+def release(cuda: str) -> str:
+    """Of a CUDA toolkit, as its compiler tells it: 13.0, say."""
+    said = subprocess.run([f"{cuda}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release (\S+),", said)[1]
 
 
 def write_build_info(path: Path, cuda: str | None, architectures: list[str], checks: list[str]) -> None:
     """Only if it changed, so that nothing is compiled again for nothing."""
     version = subprocess.run([*find_compiler().split(), "--version"], capture_output=True, text=True).stdout
-    nvcc = cuda and subprocess.run([f"{cuda}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
     values = {
         "COMPILER": version.splitlines()[0] if version else "unknown",
-        "CUDA": re.search(r"release (\S+),", nvcc)[1] if nvcc else "",
+        "CUDA": release(cuda) if cuda else "",
         "ARCHITECTURES": " ".join(architectures),
         "FLAGS": " ".join([*CXX_FLAGS, *checks]),
         "LEVELS": ";".join(LEVELS),

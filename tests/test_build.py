@@ -101,6 +101,21 @@ def test_without_ptx_newer_gpus_have_nothing(monkeypatch):
     assert native.machine_code((10, 0)) is None
 
 
+def test_the_runtime_that_pytorch_has_loaded_is_taken_where_it_can_serve():
+    """A PyTorch of the same CUDA release, not older than the toolkit; else the extension brings its own."""
+    code = """
+import setuptools, torch
+setuptools.setup = lambda **_: None
+import setup
+for toolkit, pytorch in (("13.0", "13.0"), ("13.0", "13.2"), ("13.2", "13.0"), ("12.9", "13.0"), ("13.0", None)):
+    setup.release = lambda cuda: toolkit
+    torch.version.cuda = pytorch
+    print("-lcudart" in setup.cuda_runtime("/nowhere"))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.split() == ["True", "True", "False", "False", "False"], run.stderr
+
+
 @needs_library
 def test_what_was_built_is_in_the_library():
     """cuobjdump lists the machine code and the PTX that `build_info` tells of."""

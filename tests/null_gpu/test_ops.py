@@ -1,5 +1,8 @@
 """Every operation by every backend: launches on its tensors' device, and a host that waits for nothing."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -82,8 +85,12 @@ CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "nati
 
 
 def skip_unless_built(backend):
-    if backend == "native" and (native.NOT_LOADED or native.build_info()["cuda"] is None):
+    if backend != "native":
+        return
+    if native.NOT_LOADED or native.build_info()["cuda"] is None:
         pytest.skip("the native kernels were built without CUDA")
+    if b"libcudart.so" not in Path(importlib.import_module("conddetr._C").__file__).read_bytes():
+        pytest.skip("the extension has a CUDA runtime of its own, which a null GPU cannot stand in for")
 
 
 @pytest.mark.parametrize(("operation", "backend"), CASES, ids=lambda case: getattr(case, "__name__", case))
