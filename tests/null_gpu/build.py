@@ -83,4 +83,5 @@ def _library() -> Path:
         library.parent.mkdir(exist_ok=True)
         # In one move: somebody else may be building it too.
         (partial / library.name).replace(library)
+        shutil.rmtree(partial)
     return library
