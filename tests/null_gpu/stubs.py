@@ -95,7 +95,7 @@ def _called(torch_libraries: Path) -> set[str]:
 
 
 def _stub(name: str) -> str:
-    """Handles are made and freed; all else only says that it succeeded."""
+    """Products and collectives are counted, handles made and freed; all else only says that it succeeded."""
     if re.match(COUNTED, name, re.IGNORECASE):
         return f'int {name}() {{ null_gpu_library_call("{name}"); return 0; }}'
     if "Create" in name:

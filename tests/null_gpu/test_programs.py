@@ -16,15 +16,12 @@ from conddetr.kernels import native
 from null_gpu.counts import counted
 
 SMALL = ["--train-images", "24", "--val-images", "4", "--batch-size", "4", "--epochs", "2", "--backend", "auto"]
-
-
 GRAPHS = ["--cuda-graphs", "--precision", "bfloat16", "--preflight"]
 
 
 @pytest.fixture
 def train(tmp_path):
-    """Runs `conddetr train` on a GPU; returns what the steps of its log say."""
-
+    """Runs `conddetr train` on a GPU; returns what its log says of each epoch."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
     def run(*options):
