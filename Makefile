@@ -9,23 +9,30 @@ COCO ?=
 # the default gives 6; alone on the machine: no difference.
 export GOMP_SPINCOUNT ?= 10000
 
+# Processes that share the tests; auto: one for each core.
+WORKERS ?= auto
+
 BIN := $(VENV)/bin
+# What is set up comes in layers: the demonstration needs PyTorch and the package, the tests more, benchmarks others.
+PACKAGE := $(VENV)/.ready-package
 READY := $(VENV)/.ready
-WITH_COCO := $(if $(COCO),--coco-path "$(COCO)")
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all lint bench paper gpu sanitize clean
 
-# Train a tiny detector for minutes, evaluate it, draw its detections and attention maps.
-demo: $(READY)
+# Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
+demo: $(PACKAGE)
 	$(BIN)/conddetr demo $(WITH_COCO)
 
-# The whole test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
+# The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python -m pytest
+	@echo "running the test suite: about 5 minutes on two cores"
+	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
-# And what takes long: whole selections on the null GPU (tests/null_gpu).
-test-all: $(READY)
-	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python -m pytest -m "slow or not slow"
+# All of it once, with what takes long: the demonstration, the sanitizers, and the tests that are marked slow.
+test-all: demo sanitize $(READY)
+	@echo "running the test suite with its slow tests: about 12 minutes on two cores"
+	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -67,13 +74,19 @@ sanitize: $(READY)
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \
 	    $(BIN)/python -m pip install -qq --no-deps --no-build-isolation --upgrade --target build/sanitized .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized $(BIN)/python -m pytest -q $(SUITE)
+	    PYTHONSAFEPATH=1 PYTHONPATH=build/sanitized $(PYTEST) $(SUITE)
 
 # First what the build needs: it then takes this PyTorch, not a second one of several GB.
-$(READY): pyproject.toml setup.py
-	@echo "setting up $(VENV): PyTorch and the package, a few minutes the first time"
+$(PACKAGE): pyproject.toml setup.py
+	@echo "setting up $(VENV), 1 of 2: PyTorch, about 90 seconds and 6 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq "setuptools>=77" wheel pybind11 ninja torch torchvision
+	@echo "setting up $(VENV), 2 of 2: the package and its kernels, about a minute"
+	$(BIN)/python -m pip install -qq --no-build-isolation --editable .
+	touch $@
+
+$(READY): $(PACKAGE)
+	@echo "setting up $(VENV): what the tests need, about a minute"
 	$(BIN)/python -m pip install -qq --no-build-isolation --editable ".[test]"
 	touch $@
 

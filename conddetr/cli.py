@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", metavar="FILE", help="default: runs/export/model.onnx, or model.pt2 for torch")
     export.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fix the image size; default: any")
 
-    demo = commands.add_parser("demo", help="train a tiny detector for minutes, evaluate it, draw")
+    demo = commands.add_parser("demo", help="train a tiny detector for two minutes, evaluate it, draw")
     demo.set_defaults(run=_demo)
     demo.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
     _add_device(demo)
@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         default="runs/demo",
         help="folder for the checkpoint and the pictures; one that holds a run stays: DIR-2 is taken",
     )
-    demo.add_argument("--seconds", type=float, default=600.0, help="training time at most")
+    demo.add_argument(
+        "--seconds", type=float, help="training time at most; default: none for shapes, 600 with --coco-path"
+    )
 
     validate = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
     validate.set_defaults(run=_validate)
@@ -273,19 +275,30 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from conddetr.demo import draw_samples, free_folder, report
+    from conddetr.demo import (
+        RECIPE,
+        RECIPE_FOR_PHOTOS,
+        check_learned,
+        draw_samples,
+        free_folder,
+        report,
+        use_one_thread,
+    )
     from conddetr.detector import Detector
     from conddetr.engine.run import train
 
     out = free_folder(options.out)
-    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out)}
-    if options.coco_path:
-        # A small real set is passed over many times within the same minutes.
-        chosen.update(epochs=100, lr_drop=80, eval_every=50)
-    run = resolve_run({**chosen, "device": options.device or "", "time_limit": options.seconds})
-    trainer = train(run, show_config=False)
+    recipe = RECIPE_FOR_PHOTOS if options.coco_path else RECIPE
+    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out), **recipe}
+    if options.seconds is not None:
+        chosen["time_limit"] = options.seconds
+    if not options.coco_path:
+        use_one_thread()
+    trainer = train(resolve_run({**chosen, "device": options.device or ""}), show_config=False)
     detector = Detector.from_checkpoint(out / LATEST, device=options.device)
     report(trainer.metrics, draw_samples(detector, trainer.val_set, out))
+    if not options.coco_path and options.seconds is None:
+        check_learned(trainer.metrics)
 
 
 def _validate(options: argparse.Namespace) -> int:

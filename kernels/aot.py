@@ -1,8 +1,9 @@
 """Compile every Triton kernel ahead of time, for every architecture, without a GPU, and read what came out.
 
-    python -m conddetr.kernels.aot [--out table.json]
+    python -m conddetr.kernels.aot [--architectures 80 90] [--one-form] [--out table.json]
 
-The compiler, cuobjdump and nvdisasm are those that the triton package ships.
+The compiler, cuobjdump and nvdisasm are those that the triton package ships. What was compiled once is cached in
+build/.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from conddetr.kernels import registry
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.boxes import triton as boxes
+from conddetr.kernels.cached import cached
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
@@ -94,6 +97,15 @@ def loss_jobs() -> Iterator[Job]:
     yield Job("match_kernel", "300 queries", "fp32", tuple(match.launch(300).items()))
 
 
+def jobs_in_one_form(architecture: int) -> Iterator[Job]:
+    """The first of `jobs` of every kernel: the model's width and form, in bfloat16 where the kernel has it."""
+    seen = set()
+    for job in jobs(architecture):
+        if job.kernel not in seen:
+            seen.add(job.kernel)
+            yield job
+
+
 def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is_separable: bool) -> Iterator[Job]:
     launch = attn.launch_settings(architecture, products, width)
     tiles = {
@@ -121,6 +133,12 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
 
 def compile_job(job: Job, architecture: int) -> Compiled:
     """Compile one job for one architecture and read its machine code."""
+    rooms = [Path(room.__file__) for room in ROOMS]
+    depends_on = [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
+    return Compiled(**cached("aot", depends_on, lambda: asdict(_compile_now(job, architecture))))
+
+
+def _compile_now(job: Job, architecture: int) -> Compiled:
     function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -185,9 +203,13 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return code, usage
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Compiled]:
-    """Every job for every architecture, on all cores."""
-    work = [(job, architecture) for architecture in architectures for job in jobs(architecture)]
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, one_form: bool = False) -> list[Compiled]:
+    """Every job for every architecture, on all cores; with `one_form` every kernel in one form only, on one core."""
+    chosen = jobs_in_one_form if one_form else jobs
+    work = [(job, architecture) for architecture in architectures for job in chosen(architecture)]
+    if one_form:
+        # They are few: to start processes would take longer.
+        return [compile_job(*job) for job in work]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_job, *zip(*work, strict=True)))
 
@@ -211,9 +233,13 @@ def main() -> int:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--architectures", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all"
+    )
+    parser.add_argument("--one-form", action="store_true", help="each kernel once, as the model uses it in bfloat16")
     parser.add_argument("--out", type=Path, help="write the table there, as JSON")
     options = parser.parse_args()
-    compiled = compile_all()
+    compiled = compile_all(tuple(options.architectures), options.one_form)
     table = Table(title=f"Triton {triton.__version__}")
     for name in ("kernel", "variant", "dtype", "sm", "registers", "stack", "local", "shared KiB", "tensor core", ""):
         table.add_column(name)

@@ -2,23 +2,24 @@
 
     python -m conddetr.kernels.aot_cuda [--architectures 80 90a] [--out table.json]
 
-Needs nvcc and a source checkout; cuobjdump is that of the triton package. What was compiled once is kept in build/.
+Needs nvcc and a source checkout; cuobjdump is that of the triton package. What was compiled once is cached in build/.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from conddetr.kernels.cached import ROOT, cached
+
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # As in setup.py, which can not be imported.
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA")
@@ -72,27 +73,26 @@ def sources() -> list[Path]:
 
 
 def compile_source(source: Path, architecture: str) -> list[Compiled]:
-    """Every kernel of one source for one architecture; from build/ if nothing changed since.
+    """Every kernel of one source for one architecture.
 
     Raises:
         RuntimeError: it does not compile; with the compiler's words.
     """
-    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
-    nvcc = find_nvcc()
-    command = [nvcc, *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
+    command = [find_nvcc(), *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", str(source)]
-    content = b"".join(path.read_bytes() for path in headers) + " ".join(command).encode()
-    found = ROOT / "build" / "aot_cuda" / f"{source.parent.name}-{hashlib.sha256(content).hexdigest()[:16]}.json"
-    if not found.exists():
-        found.parent.mkdir(parents=True, exist_ok=True)
-        cubin = found.with_suffix(".cubin")
-        run = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{run.stderr}")
-        kernels = [asdict(kernel) for kernel in read(run.stdout + run.stderr, cubin, architecture)]
-        cubin.unlink()
-        found.write_text(json.dumps(kernels))
-    return [Compiled(**kernel) for kernel in json.loads(found.read_text())]
+
+    def compile_now() -> list[dict]:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernels.cubin"
+            run = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{run.stderr}")
+            return [asdict(kernel) for kernel in read(run.stdout + run.stderr, cubin, architecture)]
+
+    compiler = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
+    depends_on = [*headers, Path(__file__), compiler, torch.__version__, *command]
+    return [Compiled(**kernel) for kernel in cached("aot_cuda", depends_on, compile_now)]
 
 
 def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:

@@ -4,6 +4,10 @@ import json
 import os
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: threads of two workers on the same cores would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,12 @@ import null_gpu
 from PIL import Image
 
 import conddetr
+from conddetr.kernels import registry
+
+if os.environ.get("TRITON_INTERPRET") == "1" and registry.HAS_TRITON:
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 pytest.register_assert_rewrite("small_runs")
 

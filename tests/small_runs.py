@@ -27,6 +27,8 @@ from conddetr.engine.step import Stepper
 from conddetr.engine.trainer import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
+LIMIT = 600.0
+"""Seconds after which a process hangs; a busy machine may take many times as long as a quiet one."""
 PRELOADED = [
     "conddetr.engine.trainer",
     "conddetr.data.synthetic",
@@ -187,7 +189,7 @@ def wait_for_steps(process: BaseProcess, steps: ctypes.c_int, target: int) -> No
 def finish(*processes: BaseProcess) -> None:
     """Wait for processes that must end well."""
     for process in processes:
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 0
 
 

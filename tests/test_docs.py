@@ -67,6 +67,7 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, tiny_model):
     run_python(README, images=images, targets=[target, target], sizes=[(64, 96), (80, 64)])
 
 
+@pytest.mark.slow
 def test_the_way_of_readme_leads_from_images_to_an_exported_file(coco_path, tmp_path, monkeypatch, capsys):
     """Its lines in their order, on fewer epochs and rounds; the power cut comes with the first checkpoint."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")

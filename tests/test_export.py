@@ -44,9 +44,12 @@ def run_torch(path):
 @pytest.mark.parametrize(
     ("preset", "options", "format", "size"),
     [
-        ("conditional-detr-tiny", {"backend": "triton"}, "torch", None),
+        pytest.param("conditional-detr-tiny", {"backend": "triton"}, "torch", None, marks=pytest.mark.slow),
         ("detr-tiny", {}, "onnx", (64, 96)),
-        ("conditional-detr-r50", {**SMALL, "image_size": 96}, "onnx", (64, 96) if IS_OLD else None),
+        pytest.param(
+            *("conditional-detr-r50", {**SMALL, "image_size": 96}, "onnx", (64, 96) if IS_OLD else None),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_files_give_the_outputs_of_the_model(tmp_path, preset, options, format, size):

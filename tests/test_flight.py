@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import pytest
 from flight import packing, processes, runner
 from flight.runner import FILES, ROOT, Flight
 from flight.steps import DEVICE_TESTS, Setup, Step, first_flight, second_flight
+from small_runs import LIMIT
 
 from conddetr.kernels import native
 
@@ -85,17 +87,38 @@ def test_planted_failures_cost_nothing_but_themselves(tmp_path):
     assert flight.seconds < 120
 
 
-def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path):
-    code = """
+def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
+    code = f"""
         import time
         try:
+            open({str(tmp_path / "ready")!r}, "w").close()
             time.sleep(600)
         except KeyboardInterrupt:
             print("report written")
     """
-    _, table = fly(tmp_path, [python("waiting", 6, code)])
+    waits = []
+
+    class Child(subprocess.Popen):
+        """Is late as soon as it is ready, however long that takes, and has as long as it needs to end."""
+
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            if len(waits) > 1:
+                return super().wait(LIMIT)
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.01)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    # As in the background of a shell.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _, table = fly(tmp_path, [python("waiting", 100, code)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert table["waiting"]["status"] == "late"
     assert "report written\n" in (tmp_path / "out" / "log.txt").read_text()
+    assert waits == [100.0 - processes.GRACE, processes.GRACE]
 
 
 def test_the_limit_of_the_flight_holds_for_its_steps(tmp_path):

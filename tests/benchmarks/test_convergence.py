@@ -155,6 +155,7 @@ def test_the_committed_page_is_that_of_the_committed_runs(path):
     assert path.with_suffix(".md").read_text() == f"# {path.stem}\n\n{page}\n"
 
 
+@pytest.mark.slow
 def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     plan = replace(PLAN, epochs=1, rates=(7e-4,), arms=tuple(replace(arm, seeds=1) for arm in convergence.PAIR))
     monkeypatch.setattr(convergence, "PLANS", {"small": plan})

@@ -9,6 +9,7 @@ import torch
 from conddetr.kernels import native
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", list(dropout.WIDTHS))
 def test_run(operation, benchmark, monkeypatch):
     monkeypatch.setattr(dropout, "copy_bandwidth", lambda: 1e9)

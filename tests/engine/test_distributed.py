@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from small_runs import (
+    LIMIT,
     assert_same_run,
     counter,
     finish,
@@ -45,7 +46,7 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
     wait_for_steps(ranks[1], steps, 5)
     os.kill(ranks[1].pid, signal.SIGTERM)
     for process in ranks:
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 143
     position = read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["position"]
     assert 0 < position["step"] < 24
@@ -53,6 +54,7 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_agents_of_several_machines_meet(tmp_path):
     """The command of docs/training.md, its two machines being this one; which gets rank 0 is chance."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
@@ -61,7 +63,7 @@ def test_agents_of_several_machines_meet(tmp_path):
     run = ["-m", "conddetr", "train", "--device", "cpu", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
     run += ["--train-images", "8", "--val-images", "2", "--out", str(tmp_path)]
     agents = [subprocess.Popen([*agent, *run], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = sorted((process.communicate(timeout=180)[0] for process in agents), key=len)
+    printed = sorted((process.communicate(timeout=LIMIT)[0] for process in agents), key=len)
     assert [process.returncode for process in agents] == [0, 0]
     assert "epoch" not in printed[0]
     assert "8 training and 2 validation images; 2 processes" in printed[1]
@@ -76,7 +78,7 @@ def test_a_signal_in_the_evaluation_stops_all_after_the_batch(tmp_path, ranks):
     options = {"images": 4, "epochs": 2, "batch_size": 1}
     cut = start_ranks(ranks, stop_in_evaluation, tmp_path / "cut", options)
     for process in cut:
-        process.join(60)
+        process.join(LIMIT)
         assert process.exitcode == 143
     position = read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["position"]
     assert position == {"epoch": 0, "batch": 4 // ranks, "step": 4 // ranks}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from small_runs import LIMIT
 
 import conddetr
 from conddetr.data.coco import coco_split, load_annotations
@@ -244,9 +245,9 @@ def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
     ]
     for process in ranks:
         process.start()
-    found = queue.get(timeout=60)
+    found = queue.get(timeout=LIMIT)
     for process in ranks:
-        process.join(timeout=60)
+        process.join(LIMIT)
         assert process.exitcode == 0
     assert len(np.unique(found.image_ids)) == 9
     for name, values in vars(found).items():

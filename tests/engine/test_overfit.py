@@ -14,6 +14,7 @@ from conddetr.engine.trainer import Trainer
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
 
+@pytest.mark.slow
 def test_four_real_images_are_learned_by_heart(coco_path, tmp_path):
     torch.manual_seed(0)
     whole = coco_split(coco_path, "train", EvalTransform(conddetr.config.resolve("conditional-detr-tiny")))

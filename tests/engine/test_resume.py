@@ -21,16 +21,16 @@ OFTEN, RARELY = {"save_every_steps": 1}, {"save_every_steps": 4}
 WAYS = [OFTEN, RARELY, OFTEN, RARELY, OFTEN, {**RARELY, "workers": 1}]
 """How a run is saved and fed, in turn: what it ends with is the same. Workers take long to start, so few have them."""
 STEPS = 6
-KILLS = 20
 
 
-def test_sigkill_at_random_points(tmp_path):
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkill_at_random_points(tmp_path, count):
     steps = counter()
     finish(start(run_to_the_end, tmp_path / "whole", OPTIONS, steps))
     assert steps.value == STEPS
     chance = random.Random(0)
     kills, run = [], 0
-    while len(kills) < KILLS:
+    while len(kills) < count:
         # Each run is killed again and again until it gets to its end before it is killed.
         folder, steps, target = tmp_path / str(run), counter(), chance.randint(0, STEPS)
         process = start(run_to_the_end, folder, {**OPTIONS, **WAYS[len(kills) % len(WAYS)]}, steps)
@@ -47,4 +47,4 @@ def test_sigkill_at_random_points(tmp_path):
             run += 1
     finish(start(run_to_the_end, tmp_path / str(run), {**OPTIONS, **WAYS[0]}, counter()))
     assert_same_run(tmp_path / str(run), tmp_path / "whole")
-    assert sum(count > 0 for count in kills) >= KILLS / 2
+    assert sum(done > 0 for done in kills) >= count / 2

@@ -166,7 +166,10 @@ def test_gradients_are_clipped(tmp_path):
     assert norm == pytest.approx(0.05, rel=1e-3)
 
 
-@pytest.mark.parametrize(("option", "tolerance"), [({"compile": True}, 1e-4), ({"precision": "bfloat16"}, 0.02)])
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [pytest.param({"compile": True}, 1e-4, marks=pytest.mark.slow), ({"precision": "bfloat16"}, 0.02)],
+)
 def test_compiled_and_bfloat16_runs_are_near_the_plain_one(tmp_path, option, tolerance):
     """Three steps: the losses of each, of which the later ones see the weights that the earlier ones changed."""
     ways = {"plain": {}, "other": option}

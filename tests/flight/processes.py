@@ -59,6 +59,7 @@ def run_whole(
                 env=environment,
                 cwd=folder,
                 start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
             status = _wait(child, seconds)
         except OSError as error:
@@ -67,6 +68,11 @@ def run_whole(
             # Also if a signal came while it was started.
             survivors = _kill(child, mark)
     return Ended(status, time.monotonic() - start, survivors)
+
+
+def _heed_interrupts() -> None:
+    """A shell that starts us in the background ignores Ctrl-C for all that we start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(child: subprocess.Popen, seconds: float) -> int | None:

@@ -1,28 +1,48 @@
-"""Every kernel compiles for every architecture without a GPU, and the machine code is what it should be."""
+"""Kernels compile without a GPU, and the machine code is what it should be."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 
-def test_all_kernels_for_all_architectures(tmp_path):
+
+def compile_in_another_process(out, *options):
+    """The table of the command line, by kernel; kernels defined under the interpreter can not be compiled here."""
     pytest.importorskip("triton", reason="the package triton is not installed")
-    out = tmp_path / "table.json"
-    # A process of its own: kernels defined under the interpreter can not be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "conddetr.kernels.aot", "--out", str(out)]
+    command = [sys.executable, "-m", "conddetr.kernels.aot", *options, "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = json.loads(out.read_text())["kernels"]
-    assert {found["architecture"] for found in kernels} == {80, 86, 89, 90, 100, 120}
-    # Attention: three kernels, both forms at the widths of the model, one at two wider ones, times three ways to form
-    # products. Sine embedding 8, losses and matching 7.
-    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 8 + 7)
     assert all(found["stack_bytes"] == found["local_instructions"] == 0 for found in kernels)
     for found in kernels:
         is_attention = found["kernel"] in ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
         uses_tensor_cores = is_attention and "ieee" not in found["variant"]
         assert bool(found["tensor_core_instructions"]) == uses_tensor_cores, found
+    return kernels
+
+
+def test_every_kernel_for_hopper(tmp_path):
+    """With the settings of the model; in all forms and for all architectures by the test below."""
+    kernels = compile_in_another_process(tmp_path / "table.json", "--architectures", "90", "--one-form")
+    names = [found["kernel"] for found in kernels]
+    sources = (ROOT / "kernels").glob("*/triton.py")
+    assert sorted(names) == sorted(name for path in sources for name in re.findall(r"(\w+_kernel)\[", path.read_text()))
+    assert {found["variant"] for found in kernels if found["tensor_core_instructions"]} == {
+        "half, 32, separable, valid_hw, dropout"
+    }
+
+
+@pytest.mark.slow
+def test_all_kernels_for_all_architectures(tmp_path):
+    kernels = compile_in_another_process(tmp_path / "table.json")
+    assert {found["architecture"] for found in kernels} == {80, 86, 89, 90, 100, 120}
+    # Attention: three kernels, both forms at the widths of the model, one at two wider ones, times three ways to form
+    # products. Sine embedding 8, losses and matching 7.
+    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 8 + 7)
