@@ -285,6 +285,7 @@ def _demo(options: argparse.Namespace) -> None:
         use_one_thread,
     )
     from conddetr.detector import Detector
+    from conddetr.engine.progress import console
     from conddetr.engine.run import train
 
     out = free_folder(options.out)
@@ -294,6 +295,7 @@ def _demo(options: argparse.Namespace) -> None:
         chosen["time_limit"] = options.seconds
     if not options.coco_path:
         use_one_thread()
+        console.print("training a tiny detector on synthetic shapes: about two minutes on two CPU cores")
     trainer = train(resolve_run({**chosen, "device": options.device or ""}), show_config=False)
     detector = Detector.from_checkpoint(out / LATEST, device=options.device)
     report(trainer.metrics, draw_samples(detector, trainer.val_set, out))
