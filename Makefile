@@ -88,7 +88,7 @@ $(PACKAGE): pyproject.toml setup.py
 	touch $@
 
 $(READY): $(PACKAGE)
-	@echo "setting up $(VENV): what the tests need, about 40 s"
+	@echo "setting up $(VENV): what the tests need, about 30 s"
 	$(PIP) --no-build-isolation --editable ".[test]"
 	touch $@
 

@@ -30,6 +30,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and registry.HAS_TRITON:
 pytest.register_assert_rewrite("small_runs")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests that take minutes come first: processes that share the tests are then done together."""
+    longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """On a null GPU tests run up to where they compare what was computed, which is nothing; all else must hold."""

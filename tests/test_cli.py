@@ -12,6 +12,7 @@ from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
 from conddetr.config import BACKENDS, resolve
+from conddetr.demo import check_learned
 from conddetr.engine import evaluator
 from conddetr.engine.config import option_help, read_config, resolve_run
 from conddetr.kernels import registry
@@ -130,6 +131,13 @@ def test_demo_on_synthetic_images(trained, tmp_path):
     assert (earlier / "checkpoint.pt").read_bytes() == before
     files = {file.name for file in (tmp_path / "demo-2").iterdir()}
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= files
+
+
+def test_a_demonstration_that_did_not_learn_is_an_error(capsys):
+    with pytest.raises(ValueError, match=r"AP50 84\.9 on held-out shapes: at least 85 is expected"):
+        check_learned({"AP50": 0.849})
+    check_learned({"AP50": 0.85})
+    assert "the model has learned" in capsys.readouterr().out
 
 
 @pytest.mark.slow
