@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,16 @@ def test_commands_exist(page, line):
         assert all(f'"{word}"' in text for word in words[2:] if word[:2] == "--" and word != "--help")
     else:
         assert program in OTHER_PROGRAMS
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("target", "is_on_photos"), [("demo", True), ("test-all", False)])
+def test_the_demonstration_is_on_real_images_where_it_is_asked_for(target, is_on_photos):
+    """What make would run; `make test-all COCO=dir` demonstrates on shapes, and tests on the images."""
+    said = subprocess.run(["make", "-n", target, "COCO=/some"], cwd=ROOT, capture_output=True, text=True, check=True)
+    [demo] = [line for line in said.stdout.splitlines() if "/conddetr demo" in line]
+    assert ('--coco-path "/some"' in demo) == is_on_photos
+    assert ('CONDDETR_COCO="/some"' in said.stdout) != is_on_photos
 
 
 def check_command_line(words: list[str]) -> None:

@@ -20,7 +20,7 @@ DEVICE_TESTS = (
 """Where the tests are that are marked `gpu`: those that a CUDA device changes."""
 DEVICE_ONLY = (
     "-m",
-    "gpu and not slow",
+    "gpu",
     "-k",
     "not (test_match and native) and not instruction_set and not pretended_gpu",
 )
