@@ -208,6 +208,18 @@ def test_exif_changed_anywhere(small_coco, data):
     check_image(small_coco, name, (small_coco.images / name).read_bytes())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "test",
+    [test_any_value_anywhere_in_the_annotations, test_images_cut_or_changed_anywhere, test_exif_changed_anywhere],
+    ids=lambda test: test.__name__,
+)
+def test_the_same_at_length(small_coco, test):
+    """Five times as many examples of each."""
+    at_length = settings(FUZZ, max_examples=5 * FUZZ.max_examples)
+    at_length(given(data=st.data())(test.hypothesis.inner_test))(small_coco)
+
+
 def exif_data(orientation: int) -> bytes:
     """Four tags, one of them in a directory of its own."""
     exif = Image.Exif()
