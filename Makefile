@@ -17,7 +17,9 @@ BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.ready-package
 READY := $(VENV)/.ready
 WITH_COCO = $(if $(COCO),--coco-path "$(COCO)")
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal --benchmark-disable
+# A free process takes the next file, whose tests share what is expensive to make.
+SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q $(SHARED) --benchmark-disable
 # Python compiles what is imported when it is; pip would take 40 s for all of PyTorch.
 PIP := $(BIN)/python -m pip install -qq --no-compile
 
@@ -29,14 +31,14 @@ demo: $(PACKAGE)
 
 # The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	@echo "testing: about 5 minutes on two cores"
+	@echo "testing: 5 to 6 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
-# All of it once, with what takes long: the demonstration, the sanitizers, and the tests that are marked slow. Whatever
-# COCO is, the demonstration is that on shapes, which is known to learn.
+# All of it once, with what takes long: the demonstration, the sanitizers (with -j2 beside it), and the tests that are
+# marked slow. Whatever COCO is, the demonstration is that on shapes, which is known to learn.
 test-all: WITH_COCO =
 test-all: demo sanitize $(READY)
-	@echo "testing, slow tests too: about 13 minutes on two cores"
+	@echo "testing, slow tests too: about 20 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
 lint: $(READY)

@@ -31,9 +31,9 @@ pytest.register_assert_rewrite("small_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests that take minutes come first: processes that share the tests are then done together."""
-    longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    """The files that take longest come first: processes that share the files are then done at about the same time."""
+    longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py", "test_golden.py", "test_attn.py")
+    items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 
 @pytest.hookimpl(wrapper=True)
