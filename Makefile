@@ -38,7 +38,7 @@ test: $(READY)
 # marked slow. Whatever COCO is, the demonstration is that on shapes, which is known to learn.
 test-all: WITH_COCO =
 test-all: demo sanitize $(READY)
-	@echo "testing, slow tests too: about 20 minutes on two cores"
+	@echo "testing, slow tests too: about 25 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
 lint: $(READY)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_in_another_process(out, *options):
-    """The table of the command line, by kernel; kernels defined under the interpreter can not be compiled here."""
+    """The table of the command line, by kernel; kernels defined under the interpreter cannot be compiled."""
     pytest.importorskip("triton", reason="the package triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "conddetr.kernels.aot", *options, "--out", str(out)]
