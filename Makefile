@@ -9,6 +9,10 @@ COCO ?=
 # the default gives 6; alone on the machine: no difference.
 export GOMP_SPINCOUNT ?= 10000
 
+# Every process would compile all that it imports anew, 6 s each for PyTorch and what it brings, where the environment
+# says so (many containers do).
+export PYTHONDONTWRITEBYTECODE :=
+
 # Processes that share the tests; auto: one for each core.
 WORKERS ?= auto
 
@@ -22,6 +26,9 @@ SHARED := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python -m pytest -q $(SHARED) --benchmark-disable
 # Python compiles what is imported when it is; pip would take 40 s for all of PyTorch.
 PIP := $(BIN)/python -m pip install -qq --no-compile
+# What an extra of the package names, to install it without building the package again.
+EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
 .PHONY: demo test test-all lint bench paper gpu sanitize clean
 
@@ -94,11 +101,13 @@ $(PACKAGE): pyproject.toml setup.py
 
 $(READY): $(PACKAGE)
 	@echo "setting up $(VENV): what the tests need, about 30 s"
-	$(PIP) --no-build-isolation --editable ".[test]"
+	$(EXTRA) test > $(VENV)/test.txt
+	$(PIP) -r $(VENV)/test.txt
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)
-	$(PIP) --no-build-isolation --editable ".[bench]"
+	$(EXTRA) bench > $(VENV)/bench.txt
+	$(PIP) -r $(VENV)/bench.txt
 	touch $@
 
 clean:

@@ -20,7 +20,7 @@ def compile_in_another_process(out, *options):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout + run.stderr
     kernels = json.loads(out.read_text())["kernels"]
-    assert all(found["stack_bytes"] == found["local_instructions"] == 0 for found in kernels)
+    assert all(found["stack_bytes"] == 0 for found in kernels)
     for found in kernels:
         is_attention = found["kernel"] in ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
         uses_tensor_cores = is_attention and "ieee" not in found["variant"]
