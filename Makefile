@@ -38,14 +38,14 @@ demo: $(PACKAGE)
 
 # The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	@echo "testing: 5 to 6 minutes on two cores"
+	@echo "testing: about 5 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
 # All of it once, with what takes long: the demonstration, the sanitizers (with -j2 beside it), and the tests that are
 # marked slow. Whatever COCO is, the demonstration is that on shapes, which is known to learn.
 test-all: WITH_COCO =
 test-all: demo sanitize $(READY)
-	@echo "testing, slow tests too: about 25 minutes on two cores"
+	@echo "testing, slow tests too: about 13 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
 lint: $(READY)
@@ -95,12 +95,12 @@ $(PACKAGE): pyproject.toml setup.py
 	@echo "setting up $(VENV), 1 of 2: PyTorch (5 GB), about a minute"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" wheel pybind11 ninja torch torchvision
-	@echo "setting up $(VENV), 2 of 2: the package, whose kernels are compiled, about 80 s on two cores"
+	@echo "setting up $(VENV), 2 of 2: the package, whose kernels are compiled, about a minute on two cores"
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(READY): $(PACKAGE)
-	@echo "setting up $(VENV): what the tests need, about 30 s"
+	@echo "setting up $(VENV): what the tests need, about 20 s"
 	$(EXTRA) test > $(VENV)/test.txt
 	$(PIP) -r $(VENV)/test.txt
 	touch $@
