@@ -172,8 +172,9 @@ def test_the_writer_leaves_the_cores_to_training():
     found = []
     with CheckpointWriter() as writer:
         writer.submit(lambda packed: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())), {})
-    assert found == [19]
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+    # Training waits for it: beside other programs the lowest, 19, would be starved, and training with it.
+    ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert ours < found[0] < ours + 10 or ours == 19
 
 
 def test_errors_of_the_writer_are_raised(tmp_path):
