@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from conddetr.kernels import registry
+from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
@@ -195,11 +196,11 @@ def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
 
 def _resource_usage(cubin: bytes) -> str:
     """Registers and stack of a compiled kernel, as cuobjdump prints them; to disassemble it takes 200 times as long."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [find_cuobjdump(), "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, one_form: bool = False) -> list[Compiled]:

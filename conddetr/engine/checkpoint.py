@@ -42,6 +42,8 @@ METADATA = ("config", "classes", "run")
 """What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and the whole run's
 where the weights are of one."""
 FORMAT = "conddetr checkpoint 2"
+NICENESS = 5
+"""How much lower the priority of the thread that writes is than that of the others, on a scale of 40."""
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -318,10 +320,6 @@ def has_run(folder: str | Path) -> bool:
     return any((Path(folder) / name).exists() for name in (LATEST, PREVIOUS))
 
 
-NICENESS = 5
-"""How much lower the priority of the thread that writes is than that of the others, on a scale of 40."""
-
-
 class CheckpointWriter:
     """Writes in a thread of its own, one job after the other, while training goes on.
 
@@ -365,8 +363,8 @@ class CheckpointWriter:
 def _yield_to_others() -> None:
     """Give the calling thread a third of the weight of others: training on a CPU uses every core.
 
-    Not less: training waits for it before it writes again. Beside four busy programs on two cores, a run of 130 epochs
-    of one tiny step took 745 s at the lowest priority, a seventieth, and 33 s at this one.
+    Not less: training waits for it before it writes again, and at the lowest priority, a seventieth of the weight,
+    other programs on the same cores would starve both.
     """
     if sys.platform == "linux":
         # There, and only there, every thread has a priority of its own.
