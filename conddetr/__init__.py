@@ -3,6 +3,7 @@
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
+from conddetr.interop.attention import register_attention
 from conddetr.interop.official import LoadReport, load_weights
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
@@ -24,5 +25,6 @@ __all__ = [
     "load_weights",
     "postprocess",
     "presets",
+    "register_attention",
 ]
 __version__ = "0.1.0"
