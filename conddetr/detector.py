@@ -97,6 +97,26 @@ class Detector:
             raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
         return self._model
 
+    def fused(self, backend: str | None = None) -> "Detector":
+        """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
+
+        `predict` over several images and `evaluate` make one by themselves, anew for each call.
+
+        Args:
+            backend: of the copy, as in `build`; default: the model's own.
+
+        Returns:
+            A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
+            happens to this one's weights later does not change it.
+        """
+        copy = Detector(self.model.fused(backend), self.classes, str(self.device))
+        copy.run = self.run
+        return copy
+
+    def _refuse_copies(self, done: str) -> None:
+        if self.model.fusion is not None:
+            raise ValueError(f"A frozen copy (Detector.fused) cannot be {done}: take the detector that it was made of.")
+
     def train(self, **options: Any) -> dict[str, float]:
         """Train on a data set and leave checkpoints, log and curves in a folder; the detector is then ready to use.
 
@@ -111,13 +131,15 @@ class Detector:
 
         Raises:
             ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
-                not fit.
+                not fit; or this is a copy that `fused` made.
             OSError: a file is missing or can not be written.
             FloatingPointError: losses stay not finite; names the first such tensor and the images.
         """
         from conddetr.engine.config import flatten, resolve_run
         from conddetr.engine.run import train
 
+        if self._model is not None:
+            self._refuse_copies("trained")
         run = resolve_run({**self._options, "device": str(self.device), **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
         trainer = train(run, start=content)
@@ -161,7 +183,11 @@ class Detector:
 
         Args:
             path: ending in `.safetensors` or `.pt`.
+
+        Raises:
+            ValueError: another ending; or this is a copy that `fused` made.
         """
+        self._refuse_copies("saved")
         path = Path(path)
         if path.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"path: expected a name ending in .safetensors or .pt, got {str(path)!r}.")
@@ -209,7 +235,8 @@ class Detector:
 
         Args:
             images: one image or a list: file, PIL image, array [H, W] or [H, W, 3], tensor [3, H, W]; see
-                `conddetr.data.images.read_image`. They may differ in size and run one by one.
+                `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
+                copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights.
             threshold: keep scores of at least this.
             top_k: keep at most so many per image.
 
@@ -225,15 +252,20 @@ class Detector:
 
         if not isinstance(images, (list, tuple)):
             images = [images]
-        return [self._predict_one(read_image(image), threshold, top_k) for image in images]
+        model = self.model.fused() if len(images) > 1 else self.model
+        return [self._predict_one(model, read_image(image), threshold, top_k) for image in images]
 
-    def _predict_one(self, image: Tensor, threshold: float, top_k: int) -> Detection:
+    def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:
+        output = model([self._pixels(image)])
+        found = postprocess(output, [tuple(image.shape[-2:])], top_k, model.config.activation)[0]
+        return self._detection(found, found["scores"] >= threshold)
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """[3, H, W] as `read_image` gives it -> what the model takes, in its dtype."""
         from conddetr.data.images import prepare
 
         config = self.model.config
-        pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
-        found = postprocess(self.model([pixels]), [tuple(image.shape[-2:])], top_k, config.activation)[0]
-        return self._detection(found, found["scores"] >= threshold)
+        return prepare(image.to(self.device), config.image_size, config.max_image_size).to(self.model.dtype)
 
     def _detection(self, found: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
         parts = [found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries")]
@@ -258,7 +290,7 @@ class Detector:
             ValueError: no such query or layer, or `top_k` below 1.
             FileNotFoundError, ValueError, TypeError: as `predict`.
         """
-        from conddetr.data.images import prepare, read_image
+        from conddetr.data.images import read_image
         from conddetr.viz.attention import attention_maps
 
         config = self.model.config
@@ -268,8 +300,7 @@ class Detector:
             if not 0 <= query < config.num_queries:
                 raise ValueError(f"queries: expected 0 to {config.num_queries - 1}, got {query}.")
         image = read_image(image)
-        pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
-        output, maps = attention_maps(self.model, pixels, layer)
+        output, maps = attention_maps(self.model, self._pixels(image), layer)
         candidates = output["pred_logits"][0].numel()
         found = postprocess(output, [tuple(image.shape[-2:])], candidates, config.activation)[0]
         # Best first, so the first place of a query is its best class.
