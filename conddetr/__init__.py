@@ -4,6 +4,7 @@ from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate
 from conddetr.interop.official import LoadReport, load_weights
+from conddetr.kernels.paths import record_paths
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 from conddetr.zoo import Preset, build, build_criterion, presets
@@ -22,5 +23,6 @@ __all__ = [
     "load_weights",
     "postprocess",
     "presets",
+    "record_paths",
 ]
 __version__ = "0.1.0"

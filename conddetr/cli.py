@@ -230,6 +230,8 @@ def _predict(options: argparse.Namespace) -> None:
     from conddetr.viz.boxes import save_detections
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
+    if len(options.images) > 1:
+        detector = detector.fused()
     for path in options.images:
         image = read_image(path)
         found = detector.predict(image, options.threshold)[0]

@@ -9,6 +9,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import paths
 from conddetr.model import resnet
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ResNetBody(ResNet):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
         if self.backend == "eager":
+            paths.note("backbone", "modules")
             x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
             return self.layer4(self.layer3(self.layer2(self.layer1(x))))
         *_, features = resnet.stages(self, images, self.backend)
@@ -107,6 +109,7 @@ class TinyBackbone(nn.Module):
         if images.device.type == "cpu":
             # There convolutions of few channels are faster where the channels of a pixel lie side by side.
             images = images.contiguous(memory_format=torch.channels_last)
+        paths.note("backbone", "modules")
         return self.stages(images)
 
 

@@ -137,7 +137,9 @@ class DETR(nn.Module):
             padding = grid.padding.unflatten(1, grid.size)
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        hidden, reference = self.transformer(tokens, grid, position, table(self.query_embed))
+        hidden, reference = self.transformer(
+            tokens, grid, position, table(self.query_embed, self.config.num_queries, tokens.device)
+        )
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import convolution
+from conddetr.kernels import convolution, paths
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.plain import HOOKS
@@ -69,6 +69,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the block that it stands for."""
+        paths.note("backbone", "frozen copy")
         shortcut = x if self.downsample is None else self.downsample(x)
         *inner, last = self.convolutions
         for conv in inner:

@@ -36,9 +36,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def table(embedding: nn.Module) -> Tensor:
+def table(embedding: nn.Module, rows: int, device: torch.device) -> Tensor:
     """All rows of an embedding: its weight where it is PyTorch's own, else what a call gives for every index."""
     if type(embedding) is nn.Embedding and why_not_plain(embedding) is None:
         return embedding.weight
-    weight = embedding.weight
-    return embedding(torch.arange(weight.shape[0], device=weight.device))
+    return embedding(torch.arange(rows, device=device))

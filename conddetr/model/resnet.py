@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import convolution
+from conddetr.kernels import convolution, paths
 from conddetr.model.plain import why_not_plain
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -43,6 +43,7 @@ def stages(body: nn.Module, images: Tensor, backend: str) -> Iterator[Tensor]:
             for block in stage:
                 x = _residual_block(block, x, backend)
         else:
+            paths.note("backbone", "modules")
             x = stage(x)
         yield x
 
@@ -121,13 +122,17 @@ def _stem_activation(body: nn.Module) -> nn.Module:
 
 def _stem(body: nn.Module, x: Tensor, backend: str) -> Tensor:
     if stem_misfit(body) is None:
+        paths.note("backbone", "norms folded in the graph")
         return _fused(x, body.conv1, body.bn1, backend, relu=True)
+    paths.note("backbone", "modules")
     return _stem_activation(body)(body.bn1(body.conv1(x)))
 
 
 def _residual_block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     if block_misfit(block) is not None:
+        paths.note("backbone", "modules")
         return block(x)
+    paths.note("backbone", "norms folded in the graph")
     shortcut = x
     if type(block.downsample) is nn.Sequential:
         shortcut = _fused(x, *block.downsample, backend)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import conditional_attention, sine_embedding
+from conddetr.kernels import conditional_attention, paths, sine_embedding
 from conddetr.model.layers import MLP, FeedForward, initialize_xavier, is_native_on_cpu
 from conddetr.model.plain import is_plain_linear, table
 
@@ -54,12 +54,14 @@ def self_attention(
     """
     heads = [x.unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
     if is_native_on_cpu(backend, query):
+        paths.note("self-attention", "conditional_attention")
         half = heads[0].shape[-1] // 2
         queries, keys = (x.tensor_split((half,), dim=-1) for x in heads[:2])
         attended = conditional_attention(
             *queries, *keys, heads[2], key_padding_mask=padding, dropout_p=dropout_p, backend="native"
         )
         return attended.flatten(-2)
+    paths.note("self-attention", "PyTorch's scaled_dot_product_attention")
     # One row per image that all heads and queries share: fused kernels take that form, without a copy of N × N numbers.
     visible = None if padding is None else ~padding[:, None, None, :]
     attended = F.scaled_dot_product_attention(
@@ -145,6 +147,7 @@ class ConditionalCrossAttention(nn.Module):
     def forward(self, q_content: Tensor, q_spatial: Tensor, keys: Keys, grid: FeatureGrid) -> Tensor:
         """q_* [B, Q, C], keys over the cells of the grid -> [B, Q, C]."""
         is_separable = isinstance(keys.spatial, tuple)
+        paths.note("cross-attention", f"conditional_attention, {'separable' if is_separable else 'dense'} spatial keys")
         k_spatial = tuple(map(self.split, keys.spatial)) if is_separable else self.split(keys.spatial)
         attended = conditional_attention(
             self.split(q_content),
@@ -274,13 +277,20 @@ def project_together(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
     """Several projections of the same [..., C]: one matrix product for those that are plain linear layers, a call of
     the module for each of the others.
     """
-    called = [None if is_plain_linear(projection) else projection(x) for projection in projections]
-    plain = [projection for projection, made in zip(projections, called, strict=True) if made is None]
+    called, plain = _call_others(x, projections)
     if not plain:
         return called
     weight, bias = _stacked(plain)
     parts = iter(F.linear(x, weight, bias).split([projection.out_features for projection in plain], dim=-1))
     return [next(parts) if made is None else made for made in called]
+
+
+def _call_others(x: Tensor, projections: list[nn.Module]) -> tuple[list[Tensor | None], list[nn.Linear]]:
+    """What each projection makes of x, None for the plain linear layers; and those."""
+    called = [None if is_plain_linear(projection) else projection(x) for projection in projections]
+    for made in called:
+        paths.note("key projections", "one product" if made is None else "modules")
+    return called, [projection for projection, made in zip(projections, called, strict=True) if made is None]
 
 
 def _stacked(projections: list[nn.Linear]) -> tuple[Tensor, Tensor]:
@@ -294,8 +304,7 @@ def _separable_keys(
     """The spatial keys of each layer: those of rows and columns, or dense where the projection is no plain linear
     layer, whose parts would not add up.
     """
-    called = [None if is_plain_linear(projection) else projection(position) for projection in projections]
-    plain = [projection for projection, made in zip(projections, called, strict=True) if made is None]
+    called, plain = _call_others(position, projections)
     dense = [None if made is None else made.expand(batch, -1, -1) for made in called]
     if not plain:
         return dense
@@ -333,7 +342,7 @@ class ConditionalDecoder(nn.Module):
         if self.ref_point_head is not None:
             return self.ref_point_head(object_query)
         if self.reference_embed is not None:
-            return table(self.reference_embed)
+            return table(self.reference_embed, object_query.shape[0], object_query.device)
         return object_query.new_zeros(object_query.shape[0], 2)
 
     def forward(

@@ -104,7 +104,7 @@ def _is_plain(tensors: list[Tensor]) -> bool:
     """Whether these are numbers on a CPU of one dtype, which nothing will cast, trace or differentiate otherwise than
     autograd does. On GPUs, and on tensors without values, everything is PyTorch's.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
     first = tensors[0]
     return all(
