@@ -10,6 +10,7 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, re
 from torchvision.ops import FrozenBatchNorm2d
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import registry
 from conddetr.model import folding
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,9 @@ class TinyBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""
-        if images.device.type == "cpu":
-            # There convolutions of few channels are faster where the channels of a pixel lie side by side.
+        if images.device.type == "cpu" and not registry.transforms():
+            # There convolutions of few channels are faster where the channels of a pixel lie side by side; vmap has no
+            # such layout.
             images = images.contiguous(memory_format=torch.channels_last)
         return self.stages(images)
 

@@ -4,12 +4,15 @@ Source: DETR section 3 and Conditional DETR section 3; parameter names are those
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.backbone import build_backbone
 from conddetr.model.layers import MLP
@@ -130,7 +133,8 @@ class DETR(nn.Module):
             padding = grid.padding.unflatten(1, grid.size)
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        hidden, reference = self.transformer(tokens, grid, position, self.query_embed.weight)
+        with _attention_kernels(tokens):
+            hidden, reference = self.transformer(tokens, grid, position, self.query_embed.weight)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
@@ -149,6 +153,14 @@ class DETR(nn.Module):
         if self.config.aux_loss:
             output["aux_outputs"] = layers
         return output
+
+
+def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
+    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives; on a CPU,
+    where training has dropout and none of them takes that, there is nothing to lose.
+    """
+    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 
 def _feature_grid(
