@@ -7,6 +7,7 @@ image whose width happens to be one: each kernel names its sizes in `SIZES`, whi
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,6 +139,23 @@ def once_differentiable(operator: str) -> None:
         )
 
     torch.library.register_autograd(operator, refuse)
+
+
+def count_flops(operator: str, formula: Callable[..., int]) -> None:
+    """Tell `torch.utils.flop_counter.FlopCounterMode` what an operator computes, which it takes for nothing else.
+
+    Args:
+        operator: its name with the namespace, e.g. `conddetr::conditional_attention`.
+        formula: takes the operator's arguments, shapes in place of tensors, and `out_shape`; returns multiplications
+            plus additions of what plain PyTorch would compute, however the kernel saves some.
+    """
+    if not HAS_TRITON:
+        # The import says so, to all who never count.
+        logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+    from torch.utils.flop_counter import register_flop_formula
+
+    namespace, name = operator.split("::")
+    register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
 
 
 def on_their_device(launch: Callable) -> Callable:

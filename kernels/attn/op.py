@@ -212,6 +212,15 @@ def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     )
 
 
+def _flops(*shapes: object, **_: object) -> int:
+    """Of shapes: the products of every query with every key, content, spatial part and value; so many as plain
+    PyTorch computes, whether keys are separable or padding or not.
+    """
+    q_content, q_spatial, k_content, _, _, v = shapes[:6]
+    batch, queries, heads, content = q_content
+    return 2 * batch * heads * queries * k_content[1] * (content + q_spatial[-1] + v[-1])
+
+
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -233,6 +242,8 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::conditional_attention_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::conditional_attention", differentiate, setup_context=_setup)
     registry.once_differentiable(f"{namespace}::conditional_attention_backward")
+    registry.count_flops(f"{namespace}::conditional_attention", _flops)
+    registry.count_flops(f"{namespace}::conditional_attention_backward", lambda *shapes, **_: 2 * _flops(*shapes))
 
 
 for _namespace in registry.namespaces():
