@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from conddetr.config import ModelConfig
 from conddetr.kernels import paths
 from conddetr.model import resnet
+from conddetr.model.layers import channels_last
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class TinyBackbone(nn.Module):
         """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""
         if images.device.type == "cpu":
             # There convolutions of few channels are faster where the channels of a pixel lie side by side.
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = channels_last(images)
         paths.note("backbone", "modules")
         return self.stages(images)
 

@@ -4,13 +4,16 @@ Source: DETR section 3 and Conditional DETR section 3; parameter names are those
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.backbone import build_backbone
 from conddetr.model.fused import FusionReport, fused_copy
@@ -137,9 +140,9 @@ class DETR(nn.Module):
             padding = grid.padding.unflatten(1, grid.size)
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        hidden, reference = self.transformer(
-            tokens, grid, position, table(self.query_embed, self.config.num_queries, tokens.device)
-        )
+        object_query = table(self.query_embed, self.config.num_queries, tokens.device)
+        with _attention_kernels(tokens):
+            hidden, reference = self.transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
@@ -199,6 +202,14 @@ class DETR(nn.Module):
         if self.config.aux_loss:
             output["aux_outputs"] = layers
         return output
+
+
+def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
+    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives; on a CPU,
+    where training has dropout and none of them takes that, there is nothing to lose.
+    """
+    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 
 def _feature_grid(

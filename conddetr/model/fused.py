@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from conddetr.kernels import convolution, paths
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
+from conddetr.model.layers import channels_last
 from conddetr.model.plain import HOOKS
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -46,7 +47,7 @@ class FusedConvolution(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last."""
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         backend = resnet.convolution_backend(self.backend)
         return convolution(x, self.weight, self.bias, **self.window, residual=residual, relu=self.relu, backend=backend)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from conddetr.kernels import convolution, paths
+from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -35,7 +36,7 @@ def stages(body: nn.Module, images: Tensor, backend: str) -> Iterator[Tensor]:
         backend: `eager` does without our convolutions; all others take them where they can run.
     """
     backend = convolution_backend(backend)
-    x = images.contiguous(memory_format=torch.channels_last)
+    x = channels_last(images)
     x = body.maxpool(_stem(body, x, backend))
     for name in STAGES:
         stage = getattr(body, name)
@@ -54,7 +55,7 @@ def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     weight, bias, mean, variance = (x.to(dtype) for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
     scale = weight * (variance + getattr(norm, "eps", EPS)).rsqrt()
     folded = (conv.weight * scale[:, None, None, None], bias - mean * scale)
-    return folded[0].to(conv.weight.dtype, memory_format=torch.channels_last), folded[1].to(conv.weight.dtype)
+    return channels_last(folded[0].to(conv.weight.dtype)), folded[1].to(conv.weight.dtype)
 
 
 def convolution_backend(backend: str) -> str:

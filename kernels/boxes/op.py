@@ -96,3 +96,4 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::matched_box_loss_backward")

@@ -106,6 +106,8 @@ def _is_plain(tensors: list[Tensor]) -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
+    if registry.transforms():
+        return False
     first = tensors[0]
     return all(
         type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.dtype == first.dtype for x in tensors

@@ -95,3 +95,4 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::focal_loss_backward")

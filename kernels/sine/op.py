@@ -129,6 +129,7 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::sine_embedding", _fake_forward)
     torch.library.register_fake(f"{namespace}::sine_embedding_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::sine_embedding", differentiate, setup_context=_setup)
+    registry.once_differentiable(f"{namespace}::sine_embedding_backward")
 
 
 for _namespace in registry.namespaces():
