@@ -152,10 +152,13 @@ def count_flops(operator: str, formula: Callable[..., int]) -> None:
     if not HAS_TRITON:
         # The import says so, to all who never count.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     namespace, name = operator.split("::")
-    register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
+    target = getattr(getattr(torch.ops, namespace), name)
+    # Of PyTorch's own operators it may know some by now.
+    if target not in flop_registry:
+        register_flop_formula(target)(formula)
 
 
 def on_their_device(launch: Callable) -> Callable:

@@ -37,6 +37,8 @@ class FusionReport:
 class FusedConvolution(nn.Module):
     """A convolution together with the frozen batch norm behind it, and the ReLU and residual sum after that."""
 
+    is_fused = True
+
     def __init__(self, conv: nn.Conv2d, norm: nn.Module, relu: bool, backend: str) -> None:
         super().__init__()
         weight, bias = resnet.fold(conv, norm)
@@ -58,6 +60,8 @@ class FusedConvolution(nn.Module):
 
 class FusedBlock(nn.Module):
     """A residual block of fused convolutions."""
+
+    is_fused = True
 
     def __init__(self, block: nn.Module, backend: str) -> None:
         super().__init__()

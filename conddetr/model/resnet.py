@@ -44,7 +44,7 @@ def stages(body: nn.Module, images: Tensor, backend: str) -> Iterator[Tensor]:
             for block in stage:
                 x = _residual_block(block, x, backend)
         else:
-            paths.note("backbone", "modules")
+            note_modules(stage)
             x = stage(x)
         yield x
 
@@ -116,6 +116,12 @@ def survey(body: nn.Module) -> dict[str, str | None]:
     return found
 
 
+def note_modules(part: nn.Module) -> None:
+    """Record that a part is called as it is; parts of frozen copies record their own way."""
+    if not getattr(part, "is_fused", False):
+        paths.note("backbone", "modules")
+
+
 def _stem_activation(body: nn.Module) -> nn.Module:
     """timm's name, or torchvision's."""
     return body.act1 if hasattr(body, "act1") else body.relu
@@ -125,13 +131,13 @@ def _stem(body: nn.Module, x: Tensor, backend: str) -> Tensor:
     if stem_misfit(body) is None:
         paths.note("backbone", "norms folded in the graph")
         return _fused(x, body.conv1, body.bn1, backend, relu=True)
-    paths.note("backbone", "modules")
+    note_modules(body.conv1)
     return _stem_activation(body)(body.bn1(body.conv1(x)))
 
 
 def _residual_block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     if block_misfit(block) is not None:
-        paths.note("backbone", "modules")
+        note_modules(block)
         return block(x)
     paths.note("backbone", "norms folded in the graph")
     shortcut = x

@@ -6,7 +6,7 @@ Under autocast nothing is cast: all five tensors share one dtype, which is also 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.attn import reference
 
 
@@ -57,7 +57,8 @@ def conditional_attention(
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
     choice = _choose(backend, q_content, q_spatial, v)
-    if choice == "eager":
+    paths.note("conditional_attention", choice.backend, choice.refused)
+    if choice.backend == "eager":
         if columns is not None:
             if valid_hw is not None:
                 key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
@@ -73,18 +74,18 @@ def conditional_attention(
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     valid = None if valid_hw is None else valid_hw.contiguous()
-    return registry.operators(choice).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
+    return registry.operators(choice.backend).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
 
 
-def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> str:
-    """The backend's name; widths that its kernels do not take are a reason against it like any other."""
-    choice = registry.choose(backend, v.device, v.dtype).backend
-    reason = _why_not_widths(choice, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
+def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> registry.Choice:
+    """Widths that a backend's kernels do not take are a reason against it like any other."""
+    choice = registry.choose(backend, v.device, v.dtype)
+    reason = _why_not_widths(choice.backend, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
     if reason is None:
         return choice
     if backend != "auto":
-        raise registry.BackendError(f"backend {choice!r} can not run here: {reason}")
-    return "eager"
+        raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
 
 
 def _why_not_widths(choice: str, device: torch.device, widths: tuple[int, int, int]) -> str | None:

@@ -4,12 +4,14 @@ It only chooses among operators. On a CPU 3×3 convolutions are ours (`conv3x3`)
 what follows them; weights that need a gradient get it from matrix products. On GPUs cuDNN chooses.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import conv3x3, registry
+from conddetr.kernels import conv3x3, paths, registry
 from conddetr.kernels.conv import reference
 
 UNIT = ((1, 1), (1, 1), (1, 1), 1)
@@ -53,13 +55,18 @@ def convolution(
     _check(x, weight, window, residual)
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     if choose(backend, x, weight, window) == "native":
+        paths.note("convolution", "native")
         out = conv3x3.convolution_3x3(x, weight, bias, relu=relu and residual is None, backend="native")
         return out if residual is None else _add(out, residual, relu)
     if not _is_plain(tensors):
+        paths.note("convolution", "eager")
         return reference.convolution(x, weight, bias, *window, residual, relu)
     if not _records(tensors) and _has_onednn(x):
+        paths.note("convolution", "oneDNN, fused")
         return _by_onednn(x, weight, bias, window, residual, relu)
-    if backend != "eager" and groups == 1 and weight.requires_grad:
+    by_products = backend != "eager" and groups == 1 and weight.requires_grad
+    paths.note("convolution", "gradient of weights by products" if by_products else "eager")
+    if by_products:
         out = ConvolutionByProducts.apply(x, weight, bias, stride, padding, dilation)
     else:
         out = F.conv2d(x, weight, bias, *window)
@@ -198,3 +205,13 @@ def _weight_gradient(
             seen = x[:, y : y + height : stride[0], left : left + width : stride[1]]
             gradient[:, i, j] = grad @ seen.flatten(0, 2)
     return gradient.permute(0, 3, 1, 2)
+
+
+def _flops(*arguments: object, out_shape: tuple, **_: object) -> int:
+    """Of oneDNN's convolution, from shapes: the weight comes second, or third behind a residual."""
+    weight = [shape for shape in arguments[:3] if isinstance(shape, (tuple, list)) and len(shape) == 4][-1]
+    return 2 * math.prod(weight) * out_shape[0] * out_shape[2] * out_shape[3]
+
+
+if torch.backends.mkldnn.is_available():
+    registry.count_flops("mkldnn::_convolution_pointwise", _flops)

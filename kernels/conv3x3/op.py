@@ -168,6 +168,15 @@ def _differentiate_weight(ctx: torch.autograd.function.FunctionCtx, upstream: Te
     return of_x, of_grad
 
 
+def _flops(x: tuple, weight: tuple, *_: object, **__: object) -> int:
+    """Of shapes: the products of a convolution as it is defined; minimal filtering makes a quarter of them."""
+    return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1] * 9
+
+
+def _flops_weight(x: tuple, grad: tuple, **_: object) -> int:
+    return 2 * x[0] * x[2] * x[3] * x[1] * grad[1] * 9
+
+
 def _register(name: str, fake: Callable, differentiate: Callable, setup: Callable) -> None:
     torch.library.register_fake(f"conddetr_native::{name}", fake)
     torch.library.register_autograd(f"conddetr_native::{name}", differentiate, setup_context=setup)
@@ -176,3 +185,5 @@ def _register(name: str, fake: Callable, differentiate: Callable, setup: Callabl
 if native.NOT_LOADED is None:
     _register("convolution_3x3", _fake, _differentiate, _setup)
     _register("convolution_3x3_weight", _fake_weight, _differentiate_weight, _setup_weight)
+    registry.count_flops("conddetr_native::convolution_3x3", _flops)
+    registry.count_flops("conddetr_native::convolution_3x3_weight", _flops_weight)

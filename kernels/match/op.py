@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.match import reference
 
 MAX_QUERIES = 4096
@@ -40,6 +40,7 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     if cost.numel() == 0:
         return torch.full((*cost.shape[:-2], cost.shape[-1]), -1, dtype=torch.int64, device=cost.device)
     choice = _choose(cost, counts, backend)
+    paths.note("linear_assignment", choice)
     if choice == "eager":
         return reference.linear_assignment(cost, counts)
     return registry.operators(choice).linear_assignment(cost.contiguous(), counts.contiguous())

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from conddetr.kernels import convolution, native, registry
 from conddetr.kernels.conv.op import ConvolutionByProducts
@@ -132,3 +133,17 @@ def test_native_by_name_is_an_error_for_other_windows():
     tensors, options, _ = make(WINDOWS["3×3, strided"], channels=(32, 32), dtype=torch.float32)
     with pytest.raises(registry.BackendError, match=r"takes a window of 3×3, stride, padding.*take backend auto"):
         convolution(*tensors, **options, backend="native")
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_counters_of_flops_see_it(window, has_residual):
+    tensors, options, residual = make(window, channels=(32, 64), dtype=torch.float32)
+    leaf = tensors[1].clone().requires_grad_()
+    counts = []
+    for run in (plain, lambda x, options, residual, relu: convolution(*x, **options, residual=residual, relu=relu)):
+        with FlopCounterMode(display=False) as counter:
+            run(tensors, options, residual if has_residual else None, True)
+            run([tensors[0], leaf, tensors[2]], options, residual if has_residual else None, True).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 import conddetr
 from conddetr.model.fused import FusedBlock, FusedConvolution
@@ -155,3 +156,15 @@ def test_a_wrapped_backbone_is_fused_inside(image):
     fused = model.fused()
     assert len(fused.fusion.fused) == 17
     torch.testing.assert_close(fused(image)["pred_logits"], model(image)["pred_logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_counters_of_flops_see_the_copys_work(backend, image):
+    """As many as of the plain form, of the same backend."""
+    counts = {}
+    with torch.no_grad():
+        for name, model in (("plain", make_model(backend)), ("fused", make_model(backend).fused())):
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+            counts[name] = counter.get_total_flops()
+    assert counts["fused"] == counts["plain"] > 1e9
