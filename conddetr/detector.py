@@ -1,6 +1,5 @@
 """A trained detector, ready to use: weights, class names and preprocessing in one object."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conddetr import config as configs
-from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint, save_weights
-from conddetr.interop.official import extract_state_dict, identify, load_weights
+from conddetr.engine.checkpoint import save_checkpoint, save_weights
+from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 
@@ -174,28 +173,22 @@ class Detector:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, preset: str | None = None, device: str | None = None) -> "Detector":
-        """Load a checkpoint of ours, or an official one of Conditional DETR or DETR.
+        """Load a checkpoint of ours, an official one of Conditional DETR or DETR, or one of transformers'
+        `ConditionalDetrForObjectDetection`.
 
         Args:
-            path: the file.
-            preset: for official checkpoints: the preset they belong to. Default: found from the weights and
-                the arguments stored with them.
+            path: the file, or a folder of `save_pretrained`. A moving average in it is taken.
+            preset: what it is of, where that is not ours; needed only for dilation, which weights do not tell. Default:
+                found from the weights and what is stored with them.
             device: as torch names it; default CUDA where there is one.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: damaged, or the weights do not fit; says what was found and what was expected.
         """
-        content = read_checkpoint(path)
-        if "config" in content and "classes" in content:
-            config, classes = configs.from_dict(content["config"]), content["classes"]
-        else:
-            config = _official_config(content, preset, path)
-            classes = _official_classes(config.num_classes)
-        model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False}))
-        load_weights(model, content)
-        detector = cls(model, classes, device)
-        detector.run = content.get("run")
+        model, weights = load_model(path, preset)
+        detector = cls(model, weights.classes, device)
+        detector.run = weights.run
         return detector
 
     @torch.inference_mode()
@@ -288,25 +281,3 @@ class Detector:
 
 def _options_of(config: configs.ModelConfig) -> dict[str, Any]:
     return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **config.to_dict()}
-
-
-def _official_config(content: dict, preset: str | None, path: str | Path) -> configs.ModelConfig:
-    """The configuration of an official checkpoint, from its weights and stored arguments."""
-    found = identify(extract_state_dict(content))
-    if not found:
-        raise ValueError(f"Checkpoint {path}: the weights are neither Conditional DETR's nor DETR's.")
-    if preset is None:
-        arguments = content.get("args", argparse.Namespace())
-        dilation = bool(getattr(arguments, "dilation", False))
-        preset = configs.preset_name(found["family"], found["backbone"], dilation)
-    return configs.resolve(preset, num_classes=found["num_classes"], num_queries=found["num_queries"])
-
-
-def _official_classes(num_classes: int) -> list[dict[str, Any]]:
-    """Official models use COCO's category ids themselves as labels; other class lists have no names."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    if num_classes != len(names):
-        names = [str(label) for label in range(num_classes)]
-    return [{"id": label, "name": name} for label, name in enumerate(names)]
