@@ -146,7 +146,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="ours, an official one, or one of transformers' ConditionalDetrForObjectDetection; a folder of "
-        "save_pretrained too",
+        "save_pretrained too; with --preset also coco or official, its public weights",
     )
     parser.add_argument("--preset", choices=list(PRESETS), help="of a checkpoint of others; default: found")
 

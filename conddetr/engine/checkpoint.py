@@ -37,9 +37,9 @@ PREVIOUS = "checkpoint.previous.pt"
 BEST = "best.pt"
 DAMAGED = ".damaged"
 """Ending of the name that a damaged `checkpoint.pt` gets when a run goes on from the one before it."""
-METADATA = ("config", "classes", "run")
-"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and the whole run's
-where the weights are of one."""
+METADATA = ("config", "classes", "run", "metrics")
+"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and where the
+weights are of a run, its whole configuration and the numbers of its last evaluation."""
 FORMAT = "conddetr checkpoint 2"
 NICENESS = 5
 """How much lower the priority of the thread that writes is than that of the others, on a scale of 40."""

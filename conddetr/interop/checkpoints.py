@@ -187,11 +187,15 @@ class _Candidate:
 
     @property
     def words(self) -> set[str]:
-        return set(re.split(r"[._]", ".".join([*self.keys, self.prefix.rstrip(".")]))) - {""}
+        return _words(".".join([*self.keys, self.prefix]))
 
     def __str__(self) -> str:
         place = "".join(f"[{key!r}]" for key in self.keys)
         return " ".join(filter(None, (place, f"with prefix {self.prefix!r}" if self.prefix else "")))
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[._]", name.lower())) - {""}
 
 
 def _candidates(content: Mapping, keys: tuple[str, ...] = ()) -> Iterator[_Candidate]:
@@ -233,6 +237,10 @@ def _find(content: Mapping, origin: str) -> Weights:
             weights.notes.append(f"{len(absent)} tensors that it lacks, first {absent[0]!r}, are of the other weights")
     elif str(chosen[0]):
         weights.notes.append(f"the weights are {chosen[0]}")
+    unnamed = [key for key, value in content.items() if isinstance(value, (Mapping, list)) and value]
+    unnamed = [] if averages else [key for key in unnamed if _words(str(key)) & _AVERAGE]
+    if unnamed:
+        weights.notes.append(f"{unnamed[0]!r} has no names of this model's weights and is left out")
     if weights.ignored:
         weights.notes.append(f"{len(weights.ignored)} tensors of other modules, first {weights.ignored[0]!r}")
     return weights

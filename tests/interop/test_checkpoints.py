@@ -112,6 +112,7 @@ AVERAGES = {
     "timm": lambda state: {"state_dict_ema": prefixed("module.", state)},
     "compiled": lambda state: {"ema": prefixed("_orig_mod.", state)},
     "torchvision": lambda state: {"model_ema": {**prefixed("module.", state), "n_averaged": torch.tensor(5)}},
+    "a callback": lambda state: {"callbacks": {"EMA": {"ema_state_dict": state}}},
     "in the same dict": lambda state: {"state_dict": prefixed("ema_model.", state)},
 }
 
@@ -137,6 +138,13 @@ def test_an_average_of_parameters_takes_the_statistics_of_the_weights(tiny_model
     model, report = load_into_new({"model": tiny_model.state_dict(), "ema": {"shadow": average}})
     assert_same_weights(model, {**tiny_model.state_dict(), **average})
     assert f"{len(list(tiny_model.buffers()))} tensors that it lacks, first 'backbone" in str(report).splitlines()[0]
+
+
+def test_an_average_without_names_is_left_out_and_the_report_says_so(tiny_model):
+    average = {"decay": 0.99, "shadow_params": [torch.zeros(3)]}
+    model, report = load_into_new({"model": tiny_model.state_dict(), "ema": average})
+    assert_same_weights(model, tiny_model.state_dict())
+    assert "'ema' has no names of this model's weights and is left out" in str(report).splitlines()[0]
 
 
 def test_several_models_are_named(tmp_path, tiny_model):
