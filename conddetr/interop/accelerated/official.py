@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conddetr import config as configs
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
-from conddetr.interop.official import identify
+from conddetr.interop.checkpoints import identify
 from conddetr.kernels import registry
 from conddetr.model import resnet
 from conddetr.model.transformer import FeatureGrid
