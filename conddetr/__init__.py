@@ -2,7 +2,7 @@
 
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
-from conddetr.interop.accelerate import AccelerationReport, accelerate
+from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
 from conddetr.interop.official import LoadReport, load_weights
 from conddetr.kernels.paths import record_paths
 from conddetr.model.detr import DETR
@@ -18,8 +18,10 @@ __all__ = [
     "ModelConfig",
     "Preset",
     "accelerate",
+    "accelerated",
     "build",
     "build_criterion",
+    "decelerate",
     "load_weights",
     "postprocess",
     "presets",

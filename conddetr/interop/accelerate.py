@@ -1,6 +1,8 @@
 """Our operations in a detector that somebody already has, in place."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
 
@@ -9,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from conddetr.interop.accelerated.changes import change, restore, why_not_restore
 from conddetr.kernels import registry
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
@@ -40,12 +43,15 @@ class AccelerationReport:
     replaced: list[Part] = field(default_factory=list)
     left: list[Part] = field(default_factory=list)
     """As they were, with the reason."""
+    hooks: list[Part] = field(default_factory=list)
+    """Modules with hooks, parametrizations or a `forward` of their own; the note says what gives way to them."""
 
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold")
         for title in ("", "part", "count", "note"):
             table.add_column(title, justify="right" if title == "count" else "left")
-        for title, parts in (("accelerated", self.replaced), ("left as it was", self.left)):
+        groups = {"accelerated": self.replaced, "left as it was": self.left, "has hooks": self.hooks}
+        for title, parts in groups.items():
             for part in parts:
                 table.add_row(title, part.name, str(part.count), part.note)
         return table
@@ -59,20 +65,25 @@ class AccelerationReport:
 def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
     """Make a model run on our operations, in place. Weights, state dict, outputs and training interface stay.
 
+    Every module inside is called as before, so hooks fire, and adapters and other replaced submodules run; what gives
+    way to them is in the report. `decelerate` undoes it.
+
     Args:
-        model: transformers' `ConditionalDetrForObjectDetection`; the official repository's model, and by itself its
-            `SetCriterion`, which is a module beside the model there; or ours. Doing it again only changes the backend.
+        model: transformers' `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`; the official
+            repository's model, and by itself its `SetCriterion`, which is a module beside the model there; ours; or a
+            module with one of them inside, as PEFT's `PeftModel` or `DistributedDataParallel`. Doing it again only
+            changes the backend.
         backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
             after this; where no kernel can, transformers' own runs. Any other name of
-            `conddetr.kernels.registry.BACKENDS` is an error where it can not run.
+            `conddetr.kernels.registry.BACKENDS` is an error where it cannot run.
 
     Returns:
         What was replaced, what was left, and why.
 
     Raises:
-        TypeError: another model.
+        TypeError: another model, or several inside this one.
         ValueError: no such backend.
-        RuntimeError: the requested backend can not run where the model is now; says why.
+        RuntimeError: the requested backend cannot run where the model is now; says why.
     """
     from conddetr.interop.accelerated import official
 
@@ -80,6 +91,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
     if official.is_criterion(model):
         official.accelerate_criterion(model, backend, report)
         return report
+    model = _find(model)
     parameter = parameter_of(model)
     choice = registry.choose(backend, parameter.device, parameter.dtype)
     if isinstance(model, DETR):
@@ -87,37 +99,90 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
     if official.is_model(model):
         official.accelerate_model(model, backend, choice, report)
         return report
-    if not _is_huggingface(model):
-        raise TypeError(
-            f"model: expected transformers' ConditionalDetrForObjectDetection, the official repository's "
-            f"ConditionalDETR or SetCriterion, or a conddetr model, got "
-            f"{type(model).__module__}.{type(model).__qualname__}. Out of DistributedDataParallel it is model.module; "
-            f"weights go into ours by conddetr.load_weights(conddetr.build(preset), state_dict)."
-        )
     from conddetr.interop.accelerated import huggingface
 
     huggingface.accelerate(model, backend, choice, report)
     return report
 
 
-def _is_huggingface(model: nn.Module) -> bool:
-    """By name, so that transformers is imported by those who use it only."""
-    return any(
-        base.__name__ == "ConditionalDetrForObjectDetection" and base.__module__.startswith("transformers.")
-        for base in type(model).__mro__
+def decelerate(model: nn.Module) -> None:
+    """Undo `accelerate`: classes and attributes are those from before its first call, and no trace of it is left.
+
+    Weights, hooks, adapters and all else that happened to the model since then stay.
+
+    Args:
+        model: what was given to `accelerate`, a module around it or a copy of it, changed in place. Where nothing was
+            accelerated, nothing happens.
+
+    Raises:
+        RuntimeError: the class of an accelerated module was changed since, by FSDP for example; names the module.
+            Nothing is undone then.
+    """
+    for name, module in model.named_modules():
+        reason = why_not_restore(module)
+        if reason is not None:
+            raise RuntimeError(f"{name or 'model'} cannot be decelerated: {reason}.")
+    for module in model.modules():
+        restore(module)
+
+
+@contextmanager
+def accelerated(model: nn.Module, backend: str = "auto") -> Iterator[AccelerationReport]:
+    """`accelerate` within a `with` block, whose variable is the report; `decelerate` at its end, whatever happens.
+
+        with conddetr.accelerated(model) as report:
+            model(**batch)
+
+    Args:
+        model, backend: as for `accelerate`. A model that is accelerated already is decelerated at the end all the same.
+    """
+    report = accelerate(model, backend)
+    try:
+        yield report
+    finally:
+        decelerate(model)
+
+
+def _find(model: nn.Module) -> nn.Module:
+    """The model itself, or the one that is inside of it."""
+    if _is_known(model):
+        return model
+    inside = [name for name, module in model.named_modules() if _is_known(module)]
+    if len(inside) == 1:
+        return model.get_submodule(inside[0])
+    found = f"{type(model).__module__}.{type(model).__qualname__}"
+    if inside:
+        raise TypeError(f"model: expected one detector, got {found} with {', '.join(inside)} inside. Pass one of them.")
+    raise TypeError(
+        f"model: expected transformers' ConditionalDetrForObjectDetection or DabDetrForObjectDetection, the official "
+        f"repository's ConditionalDETR or SetCriterion, a conddetr model, or a module with one of them inside, got "
+        f"{found}. Weights go into ours by conddetr.load_weights(conddetr.build(preset), state_dict)."
     )
 
 
+def _is_known(model: nn.Module) -> bool:
+    from conddetr.interop.accelerated import official
+
+    return isinstance(model, DETR) or is_huggingface(model) or official.is_model(model)
+
+
+def is_huggingface(
+    model: nn.Module, kinds: tuple[str, ...] = ("ConditionalDetrForObjectDetection", "DabDetrForObjectDetection")
+) -> bool:
+    """Whether it is one of these models of transformers: by name, so that only those who use it import it."""
+    return any(base.__name__ in kinds and base.__module__.startswith("transformers.") for base in type(model).__mro__)
+
+
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
-    model.config = dataclasses.replace(model.config, backend=backend)
+    change(model, config=dataclasses.replace(model.config, backend=backend))
     report = AccelerationReport()
     for module in model.modules():
         if isinstance(module, ResNetBody):
-            module.backend = backend
+            change(module, backend=backend)
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
         for module in modules:
-            module.backend = backend
+            change(module, backend=backend)
         if modules:
             report.replaced.append(Part(name, len(modules), f"backend {describe(choice, parameter_of(model))}"))
     if not report.replaced:
@@ -128,7 +193,7 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
     ):
         modules = [module for module in model.modules() if isinstance(module, kind)]
         for module in modules:
-            module.backend = backend
+            change(module, backend=backend)
         if modules and is_native_on_cpu(backend, parameter_of(model)):
             report.replaced.append(Part(name, len(modules), describe(choice, parameter_of(model))))
     return report
@@ -149,8 +214,8 @@ def report_backbone(body: nn.Module, report: AccelerationReport) -> None:
 
 
 def parameter_of(model: nn.Module) -> torch.Tensor:
-    """Any parameter: it stands for the model's device and dtype."""
-    return next(model.parameters())
+    """Any floating parameter: it stands for the model's device and dtype, whichever layers are quantised."""
+    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def describe(choice: registry.Choice, parameter: torch.Tensor) -> str:

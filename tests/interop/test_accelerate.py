@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from conddetr.kernels import conditional_attention, native, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
-from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig  # noqa: E402
+from small_huggingface import batch, run, small_config, small_model  # noqa: E402
+from transformers import ConditionalDetrForObjectDetection  # noqa: E402
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
 
@@ -30,65 +30,6 @@ BACKENDS = ("eager", "triton", "native")
 def device_of(backend):
     """Where a backend runs models as narrow as these: Triton on a GPU, where there is one."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def small_config(**options):
-    backbone = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
-    )
-    sizes = {
-        "d_model": 64,
-        "encoder_layers": 1,
-        "decoder_layers": 3,
-        "num_queries": 12,
-        "num_labels": 5,
-        "dropout": 0.0,
-    }
-    for side in ("encoder", "decoder"):
-        sizes |= {f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
-    source = {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone}
-    return ConditionalDetrConfig(use_pretrained_backbone=False, **{**source, **sizes, **options})
-
-
-def small_model(**options):
-    """Random weights under which queries differ and attention is sharp: fresh ones hide mistakes."""
-    model = ConditionalDetrForObjectDetection(small_config(**options))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            gain = 3.0 if re.search(r"(content|pos|sine)_proj", name) else 1.0
-            nn.init.normal_(parameter, std=gain * parameter[0].numel() ** -0.5)
-        elif "proj" in name:
-            nn.init.normal_(parameter, std=0.3)
-    nn.init.normal_(model.model.query_position_embeddings.weight)
-    return model.eval()
-
-
-def batch(is_padded, dtype=torch.float32):
-    pixels = torch.randn(2, 3, 160, 224, generator=torch.Generator().manual_seed(1)).to(dtype)
-    mask = torch.ones(2, 160, 224, dtype=torch.int64)
-    if is_padded:
-        mask[1, 100:] = 0
-        mask[1, :, 130:] = 0
-        pixels = pixels * mask[:, None]
-    boxes = torch.tensor([[0.4, 0.5, 0.3, 0.2], [0.6, 0.3, 0.2, 0.4], [0.5, 0.5, 0.9, 0.8]], dtype=dtype)
-    labels = [
-        {"class_labels": torch.tensor([1, 4, 1]), "boxes": boxes},
-        {"class_labels": torch.tensor([2]), "boxes": boxes[:1]},
-    ]
-    return {"pixel_values": pixels, "pixel_mask": mask, "labels": labels}
-
-
-def run(model, inputs):
-    """Outputs, losses and gradients, by name, on the CPU."""
-    device = next(model.parameters()).device
-    labels = [{name: value.to(device) for name, value in label.items()} for label in inputs["labels"]]
-    out = model(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device), labels=labels)
-    model.zero_grad()
-    out.loss.backward()
-    found = {"logits": out.logits, "boxes": out.pred_boxes, "loss": out.loss, "state": out.last_hidden_state}
-    found |= {f"loss {name}": value for name, value in out.loss_dict.items()}
-    found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().double().cpu() for name, value in found.items()}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -204,7 +145,7 @@ def test_state_dict_class_copies_and_pickles_stay():
         expected = model(**batch(True)).logits
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(**batch(True)).logits, expected)
-            accelerated = {replacement.ours for replacement in replacements()}
+            accelerated = {replacement.ours for replacement in replacements(model)}
             assert accelerated <= {type(module) for module in twin.modules()}
 
 
@@ -310,7 +251,7 @@ def test_what_can_not_be_accelerated_is_left_and_listed(monkeypatch):
     assert model.loss_function is DeformableDetrForObjectDetectionLoss
     assert "left as it was  matcher and loss" in str(report)
 
-    monkeypatch.setattr("conddetr.interop.accelerated.huggingface.replacements", list)
+    monkeypatch.setattr("conddetr.interop.accelerated.huggingface.replacements", lambda model: [])
     model = small_model()
     assert f"its structure in transformers {transformers.__version__} is unknown" in str(accelerate(model))
     model.loss_function = lambda *args: None

@@ -20,15 +20,44 @@ def runs_ours(backend: str, tensor: Tensor) -> bool:
     return backend != "auto" or registry.choose(backend, tensor.device, dtype).backend != "eager"
 
 
+def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: one projection of several may
+    be wrapped in something that computes in float32.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
 @contextmanager
-def as_shipped(module: nn.Module) -> Iterator[None]:
+def as_shipped(module: nn.Module, theirs: type[nn.Module]) -> Iterator[None]:
     """The module is of transformers' own class meanwhile: what it records of its layers goes by the class's name."""
-    ours = type(module)
-    module.__class__ = ours.__base__
+    found = type(module)
+    module.__class__ = theirs
     try:
         yield
     finally:
-        module.__class__ = ours
+        if found is not theirs:  # else another thread is in here, which gives the class back
+            module.__class__ = found
+
+
+def mask_of_keys(mask: Tensor, queries: int, dtype: torch.dtype | None = None) -> Tensor:
+    """transformers' mask for attention, as a view of one row per image.
+
+    Args:
+        mask: [B, N], nonzero = valid.
+        queries: Q.
+        dtype: floating, for attention that adds the mask to its scores; None for attention that takes a bool mask.
+
+    Returns:
+        [B, 1, Q, N]: bool, True = valid; or of `dtype`, 0 = valid and its most negative number = padding.
+    """
+    rows = mask.to(torch.bool)[:, None, None]
+    if dtype is not None:
+        rows = torch.zeros(rows.shape, dtype=dtype, device=rows.device).masked_fill_(~rows, torch.finfo(dtype).min)
+    return rows.expand(-1, 1, queries, -1)
 
 
 def key_padding(mask: Tensor | None) -> Tensor | None:
@@ -46,6 +75,14 @@ def key_padding(mask: Tensor | None) -> Tensor | None:
     return keys < 0 if keys.is_floating_point() else ~keys.to(torch.bool)
 
 
+def is_floating_mask(mask: Tensor | None) -> bool:
+    """Whether it is a mask as modules that add it to scores get it from transformers.
+
+    A bool one never comes from there; some of these modules would read it the other way round than `key_padding`.
+    """
+    return mask is None or mask.is_floating_point()
+
+
 def cross_attention(
     q_content: Tensor,
     q_spatial: Tensor,
@@ -58,11 +95,7 @@ def cross_attention(
 ) -> Tensor:
     """Conditional attention of split heads: [B, Q, h, d] queries, [B, N, h, d] keys and values -> [B, Q, C]."""
     attended = conditional_attention(
-        q_content,
-        q_spatial,
-        k_content,
-        k_spatial,
-        v,
+        *as_under_autocast(q_content, q_spatial, k_content, k_spatial, v),
         key_padding_mask=padding,
         dropout_p=dropout_p,
         backend=backend,
@@ -80,7 +113,7 @@ def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None
     wants_more = any(
         options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")
     )
-    is_tuple = options.get("return_dict") is False
+    is_tuple = options.get("return_dict", getattr(config, "return_dict", True)) is False
     is_checkpointed = getattr(decoder, "gradient_checkpointing", False)
     has_layer_drop = decoder.training and (decoder.layerdrop > 0 or is_checkpointed)
     has_memory = memory is not None and mask is not None and mask.dim() == 2
@@ -98,10 +131,13 @@ def decode(
 ) -> dict[str, Tensor | None]:
     """The decoder's loop: reference points and their embedding once, then layer by layer with λ ⊙ p_s.
 
+    Everything in the decoder is called as a module, with what transformers hands to it.
+
     Args:
         decoder: transformers' decoder.
         tokens: [B, Q, C] decoder embedding at the start.
-        memory, position: [B, N, C]; mask: [B, N], nonzero = valid.
+        memory, position: [B, N, C].
+        mask: for the layers: [B, 1, Q, N] as `mask_of_keys` makes it.
         object_query: [B, Q, C].
         options: handed on to the layers.
 
@@ -115,7 +151,7 @@ def decode(
     for index, layer in enumerate(decoder.layers):
         spatial_query = p_s if index == 0 else decoder.query_scale(tokens) * p_s
         is_first = index == 0
-        # By place, as transformers does it: checkpointing saves those.
+        # By position, as transformers does it: checkpointing saves those.
         found = layer(
             tokens,
             None,

@@ -1,10 +1,12 @@
-"""Which modules of transformers' Conditional DETR have a replacement, and the replacing.
+"""Which modules of transformers' models have a replacement, and the replacing.
 
 A module gets our subclass of its own class: parameters, hooks, copies, pickles and data parallelism go on as they were,
 and nothing of the package itself is touched.
 """
 
 import inspect
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +15,22 @@ from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
+from conddetr.interop.accelerate import (
+    AccelerationReport,
+    Part,
+    describe,
+    is_huggingface,
+    parameter_of,
+    report_backbone,
+)
 from conddetr.interop.accelerated.backbone import ConvEncoder, misfit
+from conddetr.interop.accelerated.changes import change
+from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
 from conddetr.model.layers import is_native_on_cpu
+
+FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Replacement:
     ours: type[nn.Module]
     note: str = ""
     """What is faster, where that does not depend on a backend."""
+    is_meant: Callable[[nn.Module], bool] = lambda _: True
+    """Which modules of their class are replaced."""
 
     @property
     def needs_kernel(self) -> bool:
@@ -38,6 +53,12 @@ class Replacement:
     def original(self) -> type[nn.Module]:
         """Their class."""
         return self.ours.__base__
+
+    def find(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The modules that it is for, and those of subclasses that others made, which stay."""
+        found = [m for m in model.modules() if isinstance(m, self.original) and self.is_meant(m)]
+        own = [module for module in found if type(module) in (self.original, self.ours)]
+        return own, [module for module in found if type(module) not in (self.original, self.ours)]
 
     def misfit(self) -> str | None:
         """The reason against it: their `forward` takes other arguments than the one that ours was written for."""
@@ -53,35 +74,43 @@ def _arguments(function: object) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
 
-def replacements() -> list[Replacement]:
+def replacements(model: nn.Module) -> list[Replacement]:
     """Those that the structure of the installed version has."""
-    found = []
+    if _is_dab(model):
+        from conddetr.interop.accelerated import dab_detr
+
+        return [
+            Replacement("encoder self-attention", dab_detr.EncoderSelfAttention, FUSED_ATTENTION),
+            Replacement("cross-attention", dab_detr.CrossAttention, is_meant=dab_detr.is_cross_attention),
+        ]
     if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
         from conddetr.interop.accelerated import projections_in_attention as structure
 
-        found.append(Replacement("cross-attention", structure.CrossAttention))
+        attention = [Replacement("cross-attention", structure.CrossAttention)]
     elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
         from conddetr.interop.accelerated import projections_in_layer as structure
 
-        found.append(
-            Replacement(
-                "encoder self-attention", structure.EncoderSelfAttention, "PyTorch's fused attention; on a CPU ours"
-            )
-        )
-        found.append(Replacement("decoder attention", structure.DecoderAttention))
+        attention = [
+            Replacement("encoder self-attention", structure.EncoderSelfAttention, FUSED_ATTENTION),
+            Replacement("decoder attention", structure.DecoderAttention),
+        ]
     else:
-        return found
-    return [*found, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder)]
+        return []
+    return [*attention, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder)]
+
+
+def _is_dab(model: nn.Module) -> bool:
+    return is_huggingface(model, ("DabDetrForObjectDetection",))
 
 
 def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
     """Replace what can be replaced, and say so in the report.
 
     Args:
-        model: `ConditionalDetrForObjectDetection`, changed in place.
+        model: `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`, changed in place.
         backend: as asked for; `choice` is what it means where the model is now.
     """
-    found = replacements()
+    found = replacements(model)
     for replacement in found:
         _replace_modules(model, replacement, backend, choice, report)
     if not found:
@@ -90,30 +119,63 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
             Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
         )
     _replace_loss(model, backend, report)
-    _replace_backbone(model, backend, report)
-    if hasattr(theirs, "ConditionalDetrSelfAttention"):
-        _replace_self_attention(model, backend, choice, report)
+    if _is_dab(model):
+        _report_dab(model, report)
+    else:
+        _replace_backbone(model, backend, report)
+        if hasattr(theirs, "ConditionalDetrSelfAttention"):
+            _replace_self_attention(model, backend, choice, report)
+    report_hooks(model, report, _what_gives_way(model))
+
+
+def _what_gives_way(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
+    """For `report_hooks`: what runs as shipped because of something attached to a module."""
+    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), ConvEncoder)
+    encoders = [encoder for encoder in model.modules() if type(encoder) is ConvEncoder]
+    backbone = {module for encoder in encoders for module in encoder.model.modules()}
+
+    def gives_way(name: str, module: nn.Module) -> str | None:
+        if has_own_forward(module) and type(module) in ours:
+            return "that runs in place of ours"
+        return "its part of the backbone runs as shipped" if module in backbone else None
+
+    return gives_way
+
+
+def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
+    layers = len(model.model.decoder.layers)
+    report.left += [
+        Part("decoder self-attention", layers, "transformers asks it for its attention map in every call"),
+        Part("sine embedding", layers, "one of boxes, scaled by their size, anew in every layer"),
+        Part("backbone", 1, "transformers' DabDetrConvEncoder has no replacement"),
+    ]
+
+
+def _self_attention() -> list[Replacement]:
+    if not hasattr(theirs, "ConditionalDetrSelfAttention"):
+        return []
+    from conddetr.interop.accelerated import projections_in_attention as structure
+
+    return [
+        Replacement("encoder self-attention", structure.EncoderSelfAttention),
+        Replacement("decoder self-attention", structure.DecoderSelfAttention),
+    ]
 
 
 def _replace_self_attention(
     model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport
 ) -> None:
     """On a CPU, where PyTorch has no fused attention with dropout; elsewhere it stays what transformers was told."""
-    from conddetr.interop.accelerated import projections_in_attention as structure
-
-    for replacement in (
-        Replacement("encoder self-attention", structure.EncoderSelfAttention),
-        Replacement("decoder self-attention", structure.DecoderSelfAttention),
-    ):
+    for replacement in _self_attention():
         if is_native_on_cpu(backend, parameter_of(model)):
             _replace_modules(model, replacement, backend, choice, report)
             continue
-        kinds = (replacement.original, replacement.ours)
-        modules = [module for module in model.modules() if type(module) in kinds]
+        modules, others = replacement.find(model)
         for module in modules:
-            module.backend = backend
+            if type(module) is replacement.ours:
+                change(module, backend=backend)
         attention = f"transformers' {model.config._attn_implementation} attention (attn_implementation)"
-        report.left.append(Part(replacement.name, len(modules), attention))
+        report.left.append(Part(replacement.name, len(modules) + len(others), attention))
 
 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
@@ -125,42 +187,44 @@ def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport
         if reason is not None:
             report.left.append(Part("backbone", 1, reason))
             continue
-        encoder.__class__ = ConvEncoder
-        encoder.backend = backend
+        change(encoder, replacement.ours, backend=backend)
         report_backbone(encoder.model, report)
 
 
 def _replace_modules(
     model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice | None, report: AccelerationReport
 ) -> None:
-    modules = [module for module in model.modules() if type(module) in (replacement.original, replacement.ours)]
+    modules, others = replacement.find(model)
+    for kind, count in Counter(type(module).__name__ for module in others).items():
+        report.left.append(Part(replacement.name, count, f"{kind} is another class, which stays"))
     reason = replacement.misfit()
-    if reason is None and not modules:
+    if reason is None and not modules and not others:
         reason = f"no module is a {replacement.original.__name__}"
     if reason is not None:
         report.left.append(Part(replacement.name, len(modules), reason))
         return
     for module in modules:
-        module.__class__ = replacement.ours
-        module.backend = backend
-    if not replacement.needs_kernel:
-        report.replaced.append(Part(replacement.name, len(modules), replacement.note))
+        change(module, replacement.ours, backend=backend)
+    if not modules:
         return
-    note = describe(choice, parameter_of(model))
-    if backend == "auto" and choice.backend == "eager":
-        report.left.append(Part(replacement.name, len(modules), f"no kernel here, so transformers' own runs ({note})"))
-    else:
-        report.replaced.append(Part(replacement.name, len(modules), note))
+    note = replacement.note
+    if replacement.needs_kernel:
+        note = describe(choice, parameter_of(model))
+        if backend == "auto" and choice.backend == "eager":
+            note = f"no kernel here, so transformers' own runs ({note})"
+            report.left.append(Part(replacement.name, len(modules), note))
+            return
+    report.replaced.append(Part(replacement.name, len(modules), note))
 
 
 def _replace_loss(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     name = "matcher and loss"
-    found = getattr(model.loss_function, "func", model.loss_function)
-    if found not in (DeformableDetrForObjectDetectionLoss, detection_loss):
+    is_ours = getattr(model.loss_function, "func", None) is detection_loss
+    if not is_ours and model.loss_function is not DeformableDetrForObjectDetectionLoss:
         report.left.append(Part(name, 1, "the model has a loss function of its own"))
     elif model.config.focal_alpha != MATCHING_ALPHA:
         reason = f"focal_alpha {model.config.focal_alpha}: transformers uses {MATCHING_ALPHA} for matching all the same"
         report.left.append(Part(name, 1, reason))
     else:
-        model.loss_function = partial(detection_loss, backend=backend)
+        change(model, _loss_function=partial(detection_loss, backend=backend))
         report.replaced.append(Part(name, 1, "all layers at once"))

@@ -7,7 +7,7 @@ parameters.
 
 import inspect
 from collections import OrderedDict
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from conddetr import config as configs
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
+from conddetr.interop.accelerated.changes import change
+from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
 from conddetr.kernels import registry
 from conddetr.model import resnet
+from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
 from conddetr.zoo import build_criterion
@@ -57,12 +60,12 @@ class _Accelerated:
         return _blank, (ours, original), self.__dict__
 
     def _is_as_known(self) -> bool:
-        """No module was exchanged, none has hooks, which ours would not call, and this is no copy of `DataParallel`."""
+        """No module was exchanged, none has what ours would not call, and this is no copy of `DataParallel`."""
         found = tuple(self.modules())[1:]
         if len(found) != len(self._known) or getattr(self, "_is_replica", False):
             return False
         pairs = zip(found, self._known, strict=True)
-        return all(a is b and not (a._forward_hooks or a._forward_pre_hooks or a._backward_hooks) for a, b in pairs)
+        return all(a is b and why_not_plain(a) is None for a, b in pairs)
 
 
 @lru_cache
@@ -75,10 +78,9 @@ def _blank(ours: type, original: type) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _mix_in(module: nn.Module, ours: type) -> None:
-    if not isinstance(module, ours):
-        module.__class__ = _subclass(ours, type(module))
-    module._known = tuple(module.modules())[1:]
+def _mix_in(module: nn.Module, ours: type, **attributes: object) -> None:
+    kind = type(module) if isinstance(module, ours) else _subclass(ours, type(module))
+    change(module, kind, _known=tuple(module.modules())[1:], **attributes)
 
 
 class Transformer(_Accelerated):
@@ -121,12 +123,13 @@ class SetCriterion(_Accelerated):
     backend: str
 
     def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
-        """Unweighted losses and errors by name. Outputs that ours does not know (masks, of an encoder) are for theirs.
+        """Unweighted losses and errors by name. Outputs that ours does not know (masks, of an encoder) are for theirs,
+        and so is a matcher that was exchanged or has hooks.
 
         Raises:
             ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
         """
-        if not set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"}:
+        if not (set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()):
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
         losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
@@ -159,21 +162,33 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
     """
     reason = _transformer_misfit(model.transformer)
     if reason is None:
-        _mix_in(model.transformer, Transformer)
-        model.transformer._twin = (_twin(model.transformer, backend),)
+        _mix_in(model.transformer, Transformer, _twin=(_twin(model.transformer, backend),))
         report.replaced.append(Part("transformer", 1, f"backend {describe(choice, parameter_of(model))}"))
     else:
         report.left.append(Part("transformer", 1, reason))
     body = getattr(model.backbone[0], "body", model.backbone[0])
     reason = _body_misfit(body)
     if reason is None:
-        _mix_in(body, ResNetBody)
-        body.backend = backend
+        _mix_in(body, ResNetBody, backend=backend)
         report_backbone(body, report)
     else:
         report.left.append(Part("backbone", 1, reason))
     report.left.append(Part("position encoding and heads", 1, "the model's own forward computes them"))
     report.left.append(Part("matcher and loss", 1, "not part of the model: conddetr.accelerate(criterion)"))
+    report_hooks(model, report, partial(_gives_way, model))
+
+
+def _gives_way(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """What runs as the official code because of hooks of a module of this name."""
+    body = getattr(model.backbone[0], "body", model.backbone[0])
+    for accelerated, what in (
+        (model.transformer, "the official code of the transformer runs as long as they are there"),
+        (body, "its part of the backbone runs as shipped"),
+    ):
+        is_inside = module is not accelerated and any(module is found for found in accelerated.modules())
+        if isinstance(accelerated, _Accelerated) and is_inside:
+            return what
+    return None
 
 
 def accelerate_criterion(criterion: nn.Module, backend: str, report: AccelerationReport) -> None:
@@ -189,8 +204,7 @@ def accelerate_criterion(criterion: nn.Module, backend: str, report: Acceleratio
         report.left.append(Part("matcher and loss", 1, reason))
         return
     _loss_config(criterion, backend)  # refuses a backend that there is not
-    _mix_in(criterion, SetCriterion)
-    criterion.backend = backend
+    _mix_in(criterion, SetCriterion, backend=backend)
     report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
 
 

@@ -5,10 +5,12 @@ from transformers.models.conditional_detr import modeling_conditional_detr as th
 
 from conddetr.interop.accelerated.common import (
     as_shipped,
+    as_under_autocast,
     cross_attention,
     decode,
     is_plain_call,
     key_padding,
+    mask_of_keys,
     runs_ours,
 )
 from conddetr.model.layers import is_native_on_cpu
@@ -59,7 +61,8 @@ def _is_native(module: nn.Module, tokens: Tensor, mask: object, options: dict) -
 def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
     dropout_p = module.attention_dropout if module.training else 0.0
     heads = query.shape[-1] // module.head_dim
-    attended = self_attention(query, key, module.v_proj(tokens), heads, key_padding(mask), dropout_p, module.backend)
+    projected = as_under_autocast(query, key, module.v_proj(tokens))
+    attended = self_attention(*projected, heads, key_padding(mask), dropout_p, module.backend)
     return module.o_proj(attended)
 
 
@@ -117,7 +120,7 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
 
 
 class Decoder(theirs.ConditionalDetrDecoder):
-    """The sine embedding in one kernel; the mask of the keys is handed on as it is."""
+    """The sine embedding in one kernel; the mask of the keys is a view, about which the host is not asked."""
 
     def forward(
         self,
@@ -130,10 +133,13 @@ class Decoder(theirs.ConditionalDetrDecoder):
         **kwargs: object,
     ) -> theirs.ConditionalDetrDecoderOutput:
         """As the base class, which documents the arguments."""
+        implementation = self.config._attn_implementation
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
-        if not (is_plain and runs_ours(self.backend, encoder_hidden_states)):
-            with as_shipped(self):
-                return self.forward(
+        has_known_mask = implementation in ("eager", "sdpa")
+        if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
+            with as_shipped(self, theirs.ConditionalDetrDecoder):
+                return theirs.ConditionalDetrDecoder.forward(
+                    self,
                     inputs_embeds,
                     attention_mask,
                     encoder_hidden_states,
@@ -143,11 +149,12 @@ class Decoder(theirs.ConditionalDetrDecoder):
                     **kwargs,
                 )
 
+        dtype = inputs_embeds.dtype if implementation == "eager" else None
         fields = decode(
             self,
             inputs_embeds,
             encoder_hidden_states,
-            encoder_attention_mask,
+            mask_of_keys(encoder_attention_mask, inputs_embeds.shape[1], dtype),
             spatial_position_embeddings,
             object_queries_position_embeddings,
             **kwargs,

@@ -3,7 +3,16 @@
 from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerated.common import cross_attention, decode, is_plain_call, key_padding, runs_ours
+from conddetr.interop.accelerated.common import (
+    as_under_autocast,
+    cross_attention,
+    decode,
+    is_floating_mask,
+    is_plain_call,
+    key_padding,
+    mask_of_keys,
+    runs_ours,
+)
 from conddetr.model.transformer import self_attention
 
 
@@ -20,7 +29,8 @@ class EncoderSelfAttention(theirs.DetrAttention):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; no attention weights."""
-        if output_attentions or key_value_states is not None or spatial_position_embeddings is not None:
+        is_more = output_attentions or key_value_states is not None or spatial_position_embeddings is not None
+        if is_more or not is_floating_mask(attention_mask):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -30,11 +40,9 @@ class EncoderSelfAttention(theirs.DetrAttention):
                 output_attentions,
             )
         placed = hidden_states if object_queries is None else hidden_states + object_queries
-        query, key, value = self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states)
+        projected = as_under_autocast(self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states))
         dropout_p = self.dropout if self.training else 0.0
-        attended = self_attention(
-            query, key, value, self.num_heads, key_padding(attention_mask), dropout_p, self.backend
-        )
+        attended = self_attention(*projected, self.num_heads, key_padding(attention_mask), dropout_p, self.backend)
         return self.out_proj(attended), None
 
 
@@ -53,7 +61,8 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; no attention weights."""
         is_conditional = self.embed_dim == 2 * self.out_dim
-        if output_attentions or (is_conditional and not runs_ours(self.backend, hidden_states)):
+        is_left = is_conditional and not runs_ours(self.backend, hidden_states)
+        if output_attentions or is_left or not is_floating_mask(attention_mask):
             return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
         padding = key_padding(attention_mask)
         dropout_p = self.dropout if self.training else 0.0
@@ -63,14 +72,13 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
                 *heads[0].chunk(2, dim=-1), *heads[1].chunk(2, dim=-1), heads[2], padding, dropout_p, self.backend
             )
         else:
-            attended = self_attention(
-                hidden_states, key_states, value_states, self.num_heads, padding, dropout_p, self.backend
-            )
+            projected = as_under_autocast(hidden_states, key_states, value_states)
+            attended = self_attention(*projected, self.num_heads, padding, dropout_p, self.backend)
         return self.out_proj(attended), None
 
 
 class Decoder(theirs.ConditionalDetrDecoder):
-    """The sine embedding in one kernel; the mask of the keys is handed on as it is."""
+    """The sine embedding in one kernel; the mask of the keys is a view, about which the host is not asked."""
 
     def forward(
         self,
@@ -109,7 +117,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
             self,
             inputs_embeds,
             encoder_hidden_states,
-            encoder_attention_mask,
+            mask_of_keys(encoder_attention_mask, inputs_embeds.shape[1], inputs_embeds.dtype),
             object_queries,
             query_position_embeddings,
         )
