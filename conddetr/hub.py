@@ -104,7 +104,7 @@ def download(
                 if name == names[-1]:
                     raise
         if file.name.endswith(".index.json"):
-            for part in sorted(set(read_json(file).get("weight_map", {}).values())):
+            for part in sorted({Path(part).name for part in read_json(file).get("weight_map", {}).values()}):
                 get(part)
         for name in (CONFIG, PREPROCESSOR):
             try:

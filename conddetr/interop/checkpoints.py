@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ _KNOWN = (
 )
 """Names by which a model is found. What stands before them is a prefix."""
 _PREFIX = re.compile(rf"(.*?\.)?(?:{'|'.join(map(re.escape, _KNOWN))})")
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What `torch.compile`, FSDP and activation checkpointing put into the names of a part that they wrap."""
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|(?<=\.)module\.")
+"""What `torch.compile`, FSDP, activation checkpointing and DistributedDataParallel put into the names of a part that
+they wrap. Around the whole model `module.` is a prefix as others are."""
 _AVERAGE = {"ema", "averaged", "average", "swa", "shadow"}
 _USUAL = {"model", "state", "dict", "module", "net", "network", "weights", "params", "detector", "online"}
 """Words in keys and prefixes: of a moving average of the weights, and of the one model of a checkpoint."""
@@ -205,14 +206,26 @@ def _candidates(content: Mapping, keys: tuple[str, ...] = ()) -> Iterator[_Candi
         for name, value in content.items()
         if isinstance(name, str) and isinstance(value, Tensor)
     }
-    found = (_PREFIX.fullmatch(name) for name in tensors)
-    for prefix in dict.fromkeys(match[1] or "" for match in found if match):
+    for prefix in _prefixes(tensors):
         state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         yield _Candidate(keys, prefix, state, [name for name in tensors if not name.startswith(prefix)])
     if len(keys) < _DEPTH:
         for key, value in content.items():
             if isinstance(value, Mapping):
                 yield from _candidates(value, (*keys, str(key)))
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names by which a model is known."""
+    found = (_PREFIX.fullmatch(name) for name in names)
+    return list(dict.fromkeys(match[1] or "" for match in found if match))
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a model that may be wrapped, by those without wrappers and prefix."""
+    plain = {_WRAPPERS.sub("", name): name for name in names}
+    prefixes = _prefixes(plain)
+    return {name.removeprefix(prefixes[0]): own for name, own in plain.items()} if len(prefixes) == 1 else plain
 
 
 def _find(content: Mapping, origin: str) -> Weights:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from conddetr import config as configs
-from conddetr.interop.checkpoints import Weights, describe, identify, read_weights
+from conddetr.interop.checkpoints import Weights, describe, identify, plain_names, read_weights
 from conddetr.model.detr import DETR
 
 __all__ = ["LoadReport", "identify", "load", "load_model", "load_weights", "start_from"]
@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], stric
     """Load weights into a model, in place.
 
     Args:
-        model: from `build`.
+        model: from `build`; it may be compiled or wrapped.
         source: a checkpoint or a state dict: ours, official, or of transformers' `ConditionalDetrForObjectDetection`
             with timm's ResNet. A file, a folder of `save_pretrained`, or the content of a file. Prefixes are removed,
             and where it holds a moving average, that is taken; the report says so.
@@ -69,6 +69,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], stric
 def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
     """As `load_weights`, of weights that `read_weights` returned."""
     own, state = model.state_dict(), weights.state
+    names = plain_names(own)
+    own = {name: own[wrapped] for name, wrapped in names.items()}
     report = LoadReport(ignored=list(weights.ignored), notes=list(weights.notes))
     accepted = {}
     for name, value in state.items():
@@ -90,7 +92,7 @@ def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
             f"the model is: {describe(own)}.\n{report}"
         )
     _check_settings(model, weights, report, strict)
-    model.load_state_dict(accepted, strict=False)
+    model.load_state_dict({names[name]: value for name, value in accepted.items()}, strict=False)
     return report
 
 

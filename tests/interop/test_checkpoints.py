@@ -74,6 +74,9 @@ FORMS = {
     "compiled layer by layer": regionally_compiled,
     "data parallel over compiled": lambda m: prefixed("module._orig_mod.", m.state_dict()),
     "compiled over data parallel": lambda m: prefixed("_orig_mod.module.", m.state_dict()),
+    "a part in parallel": lambda m: {
+        name.replace("transformer.", "transformer.module."): value for name, value in m.state_dict().items()
+    },
     "FSDP over checkpointed": lambda m: prefixed("_fsdp_wrapped_module._checkpoint_wrapped_module.", m.state_dict()),
     "Lightning": lambda m: {
         "state_dict": {**prefixed("model.", m.state_dict()), "criterion.empty_weight": torch.ones(4)},
@@ -103,6 +106,13 @@ def test_wrapped_weights_are_found(tmp_path, tiny_model, form):
     detector = conddetr.Detector.from_checkpoint(tmp_path / "a.ckpt", device="cpu")
     assert_same_weights(detector.model, state)
     assert [entry["name"] for entry in detector.classes] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model_takes_weights(tiny_model, wrap):
+    model = tiny()
+    assert conddetr.load_weights(wrap(model), tiny_model.state_dict()).complete
+    assert_same_weights(model, tiny_model.state_dict())
 
 
 AVERAGES = {
