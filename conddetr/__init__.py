@@ -3,6 +3,7 @@
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
+from conddetr.interop.attention import register_attention
 from conddetr.interop.official import LoadReport, load_weights
 from conddetr.kernels.paths import record_paths
 from conddetr.model.detr import DETR
@@ -26,5 +27,6 @@ __all__ = [
     "postprocess",
     "presets",
     "record_paths",
+    "register_attention",
 ]
 __version__ = "0.1.0"

@@ -135,7 +135,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         """As the base class, which documents the arguments."""
         implementation = self.config._attn_implementation
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
-        has_known_mask = implementation in ("eager", "sdpa")
+        has_known_mask = implementation in ("eager", "sdpa", "conddetr")
         if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
             with as_shipped(self, theirs.ConditionalDetrDecoder):
                 return theirs.ConditionalDetrDecoder.forward(
