@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import conddetr
 from conddetr.interop import convert_to_huggingface
 from conddetr.kernels import registry
-from conddetr.model.backbone import plain_features
 
 TOLERANCE = {"pred_logits": 1e-4, "pred_boxes": 1e-5}
 Runs = dict[str, partial]
@@ -71,16 +70,15 @@ def alike(runs: Runs, refused: dict[str, str]) -> Runs:
 
 
 def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
-    """Ours on every backend; before them the official form, whose batch norms stand alone."""
-    official = copy.deepcopy(model)
-    if hasattr(official.backbone[0], "body"):
-        official.backbone[0].forward = partial(plain_features, official.backbone[0].body)
-    runs: Runs = {"official-style eager": partial(official, image), f"{OURS}, eager": partial(model, image)}
+    """Frozen copies of ours on every backend, as `evaluate` makes them; before them the official form, whose batch
+    norms stand alone.
+    """
+    runs: Runs = {"official-style eager": partial(model, image), f"{OURS}, eager": partial(model.fused(), image)}
     refused = {}
     for backend in (name for name in registry.BACKENDS if name != "eager"):
         with refusing(f"{OURS}, {backend}", refused):
-            fused = copy.deepcopy(model)
-            conddetr.accelerate(fused, backend)
+            registry.choose(backend, DEVICE, model.dtype)
+            fused = model.fused(backend)
             runs[f"{OURS}, {backend}"] = partial(fused, image)
             if compiled:
                 runs[f"{OURS}, {backend}, compiled"] = partial(torch.compile(fused, dynamic=False), image)

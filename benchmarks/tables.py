@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 import conddetr
 from conddetr.data.coco import coco_split
@@ -178,21 +178,6 @@ class Measured:
     """Over which the count is averaged."""
     not_measured: str = ""
     """Why there is no count."""
-
-
-@register_flop_formula(torch.ops.conddetr.conditional_attention)
-def _attention_flops(q_content: tuple, q_spatial: tuple, k_content: tuple, *others: tuple, **_: object) -> int:
-    """Both products of the scores and that of the values; shapes [B, n, heads, width]. The spatial keys are summed on
-    chip from rows and columns, then multiplied like others."""
-    batch, queries, heads, width = q_content
-    values = others[2]
-    return 2 * batch * heads * queries * k_content[1] * (width + q_spatial[-1] + values[-1])
-
-
-@register_flop_formula(torch.ops.conddetr.sine_embedding)
-def _sine_flops(*_: object, **__: object) -> int:
-    """No matrix product."""
-    return 0
 
 
 def count(run: Callable[[], object], module: str = "Global") -> float:

@@ -5,6 +5,7 @@ from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
 from conddetr.interop.attention import register_attention
 from conddetr.interop.official import LoadReport, load_weights
+from conddetr.kernels.paths import record_paths
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 from conddetr.zoo import Preset, build, build_criterion, presets
@@ -25,6 +26,7 @@ __all__ = [
     "load_weights",
     "postprocess",
     "presets",
+    "record_paths",
     "register_attention",
 ]
 __version__ = "0.1.0"

@@ -141,8 +141,14 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="ours, or an official one")
-    parser.add_argument("--preset", choices=list(PRESETS), help="of an official checkpoint; default: found")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="ours, an official one, or one of transformers' ConditionalDetrForObjectDetection; a folder of "
+        "save_pretrained too; with --preset also coco or official, its public weights",
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="of a checkpoint of others; default: found")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -230,6 +236,8 @@ def _predict(options: argparse.Namespace) -> None:
     from conddetr.viz.boxes import save_detections
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
+    if len(options.images) > 1:
+        detector = detector.fused()
     for path in options.images:
         image = read_image(path)
         found = detector.predict(image, options.threshold)[0]

@@ -1,7 +1,6 @@
 """A trained detector, ready to use: weights, class names and preprocessing in one object."""
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from conddetr import config as configs
-from conddetr.engine.checkpoint import read_checkpoint, save_checkpoint, save_weights
-from conddetr.interop.official import extract_state_dict, identify, load_weights
+from conddetr.engine.checkpoint import save_checkpoint, save_weights
+from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
+from conddetr.public_weights import locate
 
 if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
@@ -48,7 +48,7 @@ class Detection:
 
 class Detector:
     """A model with its class list: to be trained, `Detector("conditional-detr-r50")`, or trained,
-    `Detector.from_checkpoint(file)`.
+    `Detector.from_checkpoint(file)`, `Detector("conditional-detr-r50", weights="coco")`.
     """
 
     def __init__(
@@ -56,21 +56,37 @@ class Detector:
         model: DETR | str,
         classes: Sequence[dict[str, Any]] = (),
         device: str | None = None,
+        weights: str | Path | None = None,
         **overrides: Any,
     ) -> None:
         """
         Args:
-            model: with weights; or the name of a preset, to be trained first.
+            model: with weights; or the name of a preset, to be trained first unless `weights` are named.
             classes: `id` (category id of the data set) and `name` of every label of a model with weights.
             device: as torch names it; default CUDA where there is one.
+            weights: of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the file of
+                the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
+                list; trained on other classes it starts from them without the class head. `conddetr.public_weights`
+                has the table of names.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
-            ValueError: the number of classes is not the model's; unknown preset or override.
+            ValueError: the number of classes is not the model's; unknown preset, override or name of weights; the
+                weights do not fit.
+            FileNotFoundError, ImportError, OSError: `weights` are not to be had; says what to do.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.run: dict[str, Any] | None = None
         """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
+        self.metrics: dict[str, float] | None = None
+        """COCO's twelve numbers of the last evaluation in training; None: not known."""
+        if weights is not None:
+            if not isinstance(model, str):
+                raise ValueError("weights: expected the name of a preset with them; a model has its own weights.")
+            configs.resolve(model, **overrides)
+            model, content = load_model(locate(weights, model), model, **overrides)
+            classes, overrides = classes or content.classes, {}
+            self.run, self.metrics = content.run, content.metrics
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
             self._options: dict[str, Any] = {"preset": model, **overrides}
@@ -97,6 +113,26 @@ class Detector:
             raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
         return self._model
 
+    def fused(self, backend: str | None = None) -> "Detector":
+        """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
+
+        `predict` over several images and `evaluate` make one by themselves, anew for each call.
+
+        Args:
+            backend: of the copy, as in `build`; default: the model's own.
+
+        Returns:
+            A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
+            happens to this one's weights later does not change it.
+        """
+        copy = Detector(self.model.fused(backend), self.classes, str(self.device))
+        copy.run = self.run
+        return copy
+
+    def _refuse_copies(self, done: str) -> None:
+        if self.model.fusion is not None:
+            raise ValueError(f"A frozen copy (Detector.fused) cannot be {done}: take the detector that it was made of.")
+
     def train(self, **options: Any) -> dict[str, float]:
         """Train on a data set and leave checkpoints, log and curves in a folder; the detector is then ready to use.
 
@@ -111,13 +147,15 @@ class Detector:
 
         Raises:
             ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
-                not fit.
+                not fit; or this is a copy that `fused` made.
             OSError: a file is missing or can not be written.
             FloatingPointError: losses stay not finite; names the first such tensor and the images.
         """
         from conddetr.engine.config import flatten, resolve_run
         from conddetr.engine.run import train
 
+        if self._model is not None:
+            self._refuse_copies("trained")
         run = resolve_run({**self._options, "device": str(self.device), **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
         trainer = train(run, start=content)
@@ -125,7 +163,7 @@ class Detector:
         self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
         self.config = self._model.config
         self._options = _options_of(self.config)
-        self.run = trainer.run.to_dict()
+        self.run, self.metrics = trainer.run.to_dict(), trainer.metrics or None
         return trainer.metrics
 
     @property
@@ -161,42 +199,139 @@ class Detector:
 
         Args:
             path: ending in `.safetensors` or `.pt`.
+
+        Raises:
+            ValueError: another ending; or this is a copy that `fused` made.
         """
+        self._refuse_copies("saved")
         path = Path(path)
         if path.suffix not in (".safetensors", ".pt"):
             raise ValueError(f"path: expected a name ending in .safetensors or .pt, got {str(path)!r}.")
         content = {"model": self.model.state_dict(), "config": self.config.to_dict(), "classes": self.classes}
-        if self.run is not None:
-            content["run"] = self.run
+        known = {"run": self.run, "metrics": self.metrics}
+        content.update({key: value for key, value in known.items() if value is not None})
         save = save_weights if path.suffix == ".safetensors" else save_checkpoint
         save(path, content)
         return path
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, preset: str | None = None, device: str | None = None) -> "Detector":
-        """Load a checkpoint of ours, or an official one of Conditional DETR or DETR.
+        """Load a checkpoint of ours, an official one of Conditional DETR or DETR, or one of transformers'
+        `ConditionalDetrForObjectDetection`.
 
         Args:
-            path: the file.
-            preset: for official checkpoints: the preset they belong to. Default: found from the weights and
-                the arguments stored with them.
+            path: the file, or a folder of `save_pretrained`. A moving average in it is taken. With a preset also the
+                name of public weights, `coco` or `official`.
+            preset: what it is of, where that is not ours; needed only for dilation, which weights do not tell. Default:
+                found from the weights and what is stored with them.
             device: as torch names it; default CUDA where there is one.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: damaged, or the weights do not fit; says what was found and what was expected.
         """
-        content = read_checkpoint(path)
-        if "config" in content and "classes" in content:
-            config, classes = configs.from_dict(content["config"]), content["classes"]
-        else:
-            config = _official_config(content, preset, path)
-            classes = _official_classes(config.num_classes)
-        model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False}))
-        load_weights(model, content)
-        detector = cls(model, classes, device)
-        detector.run = content.get("run")
+        model, weights = load_model(locate(path, preset), preset)
+        detector = cls(model, weights.classes, device)
+        detector.run, detector.metrics = weights.run, weights.metrics
         return detector
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository: str | Path,
+        *,
+        preset: str | None = None,
+        device: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> "Detector":
+        """Load from HuggingFace's hub what `push_to_hub` uploaded, or a `ConditionalDetrForObjectDetection`.
+
+        Args:
+            repository: `owner/name`; or a folder, which needs no hub.
+            preset, device: as `from_checkpoint`.
+            revision, token, cache_dir, force_download, local_files_only: as those of `huggingface_hub`.
+
+        Raises:
+            ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
+            OSError: no network and not in the cache, or no such repository.
+            ValueError: as `from_checkpoint`.
+        """
+        if Path(repository).is_dir():
+            return cls.from_checkpoint(repository, preset, device)
+        from conddetr.hub import load
+
+        return load(
+            str(repository),
+            preset=preset,
+            device=device,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+
+    def save_pretrained(
+        self, folder: str | Path, metrics: Mapping[str, float] | None = None, license: str | None = None
+    ) -> Path:
+        """Write a folder for HuggingFace's hub: weights, configuration, and a model card unless it has one.
+
+        The configuration of the run is among them, with the last part of every path.
+
+        Args:
+            folder: created if absent; read by `from_pretrained` and `from_checkpoint`.
+            metrics: for the card: COCO's numbers by name; default: those of the last evaluation in training.
+            license: for the card: of the weights, as the hub names it, e.g. `apache-2.0`.
+
+        Raises:
+            ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
+        """
+        from conddetr.hub import HubDetector
+
+        card = {"metrics": metrics, "license": license}
+        HubDetector(self).save_pretrained(folder, model_card_kwargs=card)
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
+        commit_message: str = "Upload detector",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to HuggingFace's hub; `Detector.from_pretrained(repository)` loads it.
+
+        Args:
+            repository: `owner/name`, created if absent.
+            metrics, license: as `save_pretrained`.
+            commit_message, private, token, branch, create_pr: as those of `huggingface_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
+        """
+        from conddetr.hub import HubDetector
+
+        return HubDetector(self).push_to_hub(
+            repository,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+            model_card_kwargs={"repository": repository, "metrics": metrics, "license": license},
+        )
 
     @torch.inference_mode()
     def predict(
@@ -209,7 +344,8 @@ class Detector:
 
         Args:
             images: one image or a list: file, PIL image, array [H, W] or [H, W, 3], tensor [3, H, W]; see
-                `conddetr.data.images.read_image`. They may differ in size and run one by one.
+                `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
+                copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights.
             threshold: keep scores of at least this.
             top_k: keep at most so many per image.
 
@@ -225,15 +361,20 @@ class Detector:
 
         if not isinstance(images, (list, tuple)):
             images = [images]
-        return [self._predict_one(read_image(image), threshold, top_k) for image in images]
+        model = self.model.fused() if len(images) > 1 else self.model
+        return [self._predict_one(model, read_image(image), threshold, top_k) for image in images]
 
-    def _predict_one(self, image: Tensor, threshold: float, top_k: int) -> Detection:
+    def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:
+        output = model([self._pixels(image)])
+        found = postprocess(output, [tuple(image.shape[-2:])], top_k, model.config.activation)[0]
+        return self._detection(found, found["scores"] >= threshold)
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """[3, H, W] as `read_image` gives it -> what the model takes, in its dtype."""
         from conddetr.data.images import prepare
 
         config = self.model.config
-        pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
-        found = postprocess(self.model([pixels]), [tuple(image.shape[-2:])], top_k, config.activation)[0]
-        return self._detection(found, found["scores"] >= threshold)
+        return prepare(image.to(self.device), config.image_size, config.max_image_size).to(self.model.dtype)
 
     def _detection(self, found: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
         parts = [found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries")]
@@ -258,7 +399,7 @@ class Detector:
             ValueError: no such query or layer, or `top_k` below 1.
             FileNotFoundError, ValueError, TypeError: as `predict`.
         """
-        from conddetr.data.images import prepare, read_image
+        from conddetr.data.images import read_image
         from conddetr.viz.attention import attention_maps
 
         config = self.model.config
@@ -268,8 +409,7 @@ class Detector:
             if not 0 <= query < config.num_queries:
                 raise ValueError(f"queries: expected 0 to {config.num_queries - 1}, got {query}.")
         image = read_image(image)
-        pixels = prepare(image.to(self.device), config.image_size, config.max_image_size)
-        output, maps = attention_maps(self.model, pixels, layer)
+        output, maps = attention_maps(self.model, self._pixels(image), layer)
         candidates = output["pred_logits"][0].numel()
         found = postprocess(output, [tuple(image.shape[-2:])], candidates, config.activation)[0]
         # Best first, so the first place of a query is its best class.
@@ -288,25 +428,3 @@ class Detector:
 
 def _options_of(config: configs.ModelConfig) -> dict[str, Any]:
     return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **config.to_dict()}
-
-
-def _official_config(content: dict, preset: str | None, path: str | Path) -> configs.ModelConfig:
-    """The configuration of an official checkpoint, from its weights and stored arguments."""
-    found = identify(extract_state_dict(content))
-    if not found:
-        raise ValueError(f"Checkpoint {path}: the weights are neither Conditional DETR's nor DETR's.")
-    if preset is None:
-        arguments = content.get("args", argparse.Namespace())
-        dilation = bool(getattr(arguments, "dilation", False))
-        preset = configs.preset_name(found["family"], found["backbone"], dilation)
-    return configs.resolve(preset, num_classes=found["num_classes"], num_queries=found["num_queries"])
-
-
-def _official_classes(num_classes: int) -> list[dict[str, Any]]:
-    """Official models use COCO's category ids themselves as labels; other class lists have no names."""
-    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    if num_classes != len(names):
-        names = [str(label) for label in range(num_classes)]
-    return [{"id": label, "name": name} for label, name in enumerate(names)]

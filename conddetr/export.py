@@ -9,6 +9,7 @@ Either file is a function of one tensor:
   model; `conddetr.postprocess` says how detections come from them.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conddetr.model.backbone import ResNetBackbone, fold_batch_norms
 from conddetr.model.detr import DETR
 
 OPSET = 18
@@ -79,11 +79,11 @@ def export(
     """
     path = Path(path)
     _check_arguments(path, format, size)
-    reference = _eager_copy(model)
+    reference = _plain_copy(model)
     stride = reference.backbone[0].stride
     dimensions = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-    example = torch.zeros(2, 3, *(size or (4 * stride, 5 * stride)))
-    program = _trace(_Deployed(model), example, dimensions, stride)
+    example = torch.zeros(2, 3, *(size or (4 * stride, 5 * stride)), dtype=torch.float32)
+    program = _trace(_Deployed(reference), example, dimensions, stride)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In front, so that the ending stays: readers look at it.
     partial = path.with_name("partial-" + path.name)
@@ -115,13 +115,13 @@ def _check_arguments(path: Path, format: str, size: tuple[int, int] | None) -> N
         )
 
 
-def _eager_copy(model: DETR) -> DETR:
-    """The same weights on the CPU, in float32 and without kernels; memory is shared where they are so already."""
-    config = replace(model.config, backend="eager", aux_loss=False, pretrained_backbone=False)
-    with torch.device("meta"):
-        copy = DETR(config)
-    copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()}, assign=True)
-    return copy.float().eval().requires_grad_(False)
+def _plain_copy(model: DETR) -> DETR:
+    """The model on the CPU, in float32, from plain PyTorch operations, and not fused."""
+    with torch.no_grad():
+        plain = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    plain.set_backend("eager")
+    plain.config = replace(plain.config, aux_loss=False)
+    return plain
 
 
 class _Deployed(nn.Module):
@@ -129,10 +129,7 @@ class _Deployed(nn.Module):
 
     def __init__(self, model: DETR) -> None:
         super().__init__()
-        self.model = _eager_copy(model)
-        backbone = self.model.backbone[0]
-        if isinstance(backbone, ResNetBackbone):
-            backbone.body = fold_batch_norms(backbone.body)
+        self.model = model.fused()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output = self.model(images)
@@ -229,7 +226,7 @@ def _difference(model: DETR, run: Runner, shapes: list[tuple[int, ...]]) -> floa
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for shape in shapes:
-        images = torch.randn(shape, generator=generator)
+        images = torch.randn(shape, generator=generator, dtype=torch.float32)
         expected = model(images)
         for name, found in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
             difference = float((found - expected[name]).abs().max())

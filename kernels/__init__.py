@@ -2,6 +2,7 @@
 
 from conddetr.kernels.attn import conditional_attention
 from conddetr.kernels.boxes import matched_box_loss
+from conddetr.kernels.conv import convolution
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
 from conddetr.kernels.dropout import dropout_add, relu_dropout
@@ -12,6 +13,7 @@ from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 __all__ = [
     "conditional_attention",
     "conditional_spatial_query",
+    "convolution",
     "convolution_3x3",
     "convolution_3x3_weight_gradient",
     "dropout_add",

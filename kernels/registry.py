@@ -7,11 +7,13 @@ image whose width happens to be one: each kernel names its sizes in `SIZES`, whi
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from conddetr.kernels import native
 
@@ -29,6 +31,14 @@ NATIVE_ALONE = ("native", "eager")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it is not imported for this."""
+
+
+TRANSFORMS = {
+    "Grad": "torch.func.grad (or vjp, jacrev)",
+    "Jvp": "torch.func.jvp (or jacfwd)",
+    "Vmap": "torch.func.vmap",
+}
+"""PyTorch's own names of function transforms → their public ones."""
 
 
 class BackendError(RuntimeError):
@@ -75,6 +85,9 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     """The reason against an implementation, or None if it can run. Plain PyTorch always can."""
     if backend == "eager":
         return None
+    active = transforms()
+    if active:
+        return f'its operators do not support {active[0]}: use backend="eager".'
     if backend == "native":
         if is_auto and dtype == torch.float64:
             return "its float64 sines are as exact as float32's, for tests of gradients: ask for it by name."
@@ -89,6 +102,63 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     if not is_interpreting():
         return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
     return "the interpreter is for tests: ask for it by name." if is_auto else None
+
+
+def transforms() -> list[str]:
+    """The function transforms and forward-mode differentiation that are going on, innermost first, by their public
+    names. Operators that have a gradient alone fail there, or give no tangents.
+    """
+    # PyTorch has no public way to ask. Functionalisation is a transform too, which our operators are fit for.
+    active = []
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return ["transforms of torch.func"]
+        keys = [interpreter.key().name for interpreter in reversed(torch._C._functorch.get_interpreter_stack())]
+        active = [TRANSFORMS[key] for key in keys if key in TRANSFORMS]
+    if not active and forward_ad._current_level >= 0:
+        active = ["forward-mode differentiation (torch.autograd.forward_ad)"]
+    return active
+
+
+def refuse_vmap(what: str) -> None:
+    """Raise a BackendError inside `torch.func.vmap`, for what sizes or the host's work depend on values."""
+    if TRANSFORMS["Vmap"] in transforms():
+        raise BackendError(f'{what} does not run inside torch.func.vmap, not even with backend="eager".')
+
+
+def once_differentiable(operator: str) -> None:
+    """Let the gradient of an operator that computes gradients be an error, where PyTorch would go on without it.
+
+    Args:
+        operator: its name with the namespace, e.g. `conddetr::focal_loss_backward`.
+    """
+
+    def refuse(*_: object) -> None:
+        raise BackendError(
+            f'{operator.removesuffix("_backward")} has first derivatives only: for second ones use backend="eager".'
+        )
+
+    torch.library.register_autograd(operator, refuse)
+
+
+def count_flops(operator: str, formula: Callable[..., int]) -> None:
+    """Tell `torch.utils.flop_counter.FlopCounterMode` what an operator computes, which it takes for nothing else.
+
+    Args:
+        operator: its name with the namespace, e.g. `conddetr::conditional_attention`.
+        formula: takes the operator's arguments, shapes in place of tensors, and `out_shape`; returns multiplications
+            plus additions of what plain PyTorch would compute, however the kernel saves some.
+    """
+    if not HAS_TRITON:
+        # The import says so, to all who never count.
+        logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    namespace, name = operator.split("::")
+    target = getattr(getattr(torch.ops, namespace), name)
+    # Of PyTorch's own operators it may know some by now.
+    if target not in flop_registry:
+        register_flop_formula(target)(formula)
 
 
 def on_their_device(launch: Callable) -> Callable:

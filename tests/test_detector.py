@@ -54,6 +54,56 @@ def test_boxes_are_in_pixels_of_the_image_as_given(checkpoint):
     assert none.boxes.shape == (0, 4)
 
 
+def test_several_images_run_on_a_frozen_copy_whose_hooks_fire(checkpoint):
+    detector, calls = conddetr.Detector.from_checkpoint(checkpoint, device="cpu"), []
+    detector.model.class_embed.register_forward_hook(lambda *_: calls.append(1))
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 40)]
+    before = detector.predict(images, threshold=0.0)
+    assert len(calls) == 2
+    frozen = detector.fused()
+    # An edit that raises no version.
+    detector.model.class_embed.weight.data.mul_(3.0)
+    after = detector.predict(images, threshold=0.0)
+    for image, old, new in zip(images, before, after, strict=True):
+        [kept], [moved] = (which.predict(image, threshold=0.0) for which in (frozen, detector))
+        torch.testing.assert_close(kept.scores, old.scores)
+        torch.testing.assert_close(moved.scores, new.scores)
+        assert not torch.allclose(old.scores, new.scores, atol=1e-3)
+
+
+def test_a_frozen_detector_cannot_be_trained_or_saved(checkpoint, tmp_path):
+    frozen = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").fused()
+    with pytest.raises(ValueError, match=r"frozen copy \(Detector.fused\) cannot be trained: take the detector"):
+        frozen.train(epochs=1)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        frozen.save(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_detector_whose_model_was_cast(checkpoint, cast, small_coco):
+    detector, image = conddetr.Detector.from_checkpoint(checkpoint, device="cpu"), torch.rand(3, 50, 80)
+    [expected] = detector.predict(image, threshold=0.0)
+    getattr(detector.model, cast)()
+    [found] = detector.predict(image, threshold=0.0)
+    torch.testing.assert_close(found.scores.float(), expected.scores, rtol=0, atol=1e-2)
+    assert len(detector.predict([image, image])) == 2
+    _, maps = detector.attention(image)
+    assert torch.isfinite(maps.weights).all()
+    assert set(detector.evaluate(workers=0, coco_path=str(small_coco.root))) >= {"AP", "AR100"}
+
+
+def test_another_default_dtype_changes_nothing(checkpoint):
+    detector, image = conddetr.Detector.from_checkpoint(checkpoint, device="cpu"), torch.rand(3, 50, 80)
+    [expected] = detector.predict(image, threshold=0.0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        [found] = detector.predict(image, threshold=0.0)
+        detector.attention(image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.boxes, expected.boxes)
+
+
 def test_attention_of_the_best_and_of_named_queries(checkpoint):
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
     image = torch.rand(3, 50, 100)

@@ -165,7 +165,7 @@ class CocoDetection(Dataset):
         height, width = self._sizes[index].tolist()
         start, end = self._offsets[index : index + 2].tolist()
         # Boxes are in pixels of the file, the image may have been reduced.
-        ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height]).repeat(2)
+        ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height], dtype=torch.float32).repeat(2)
         target = {
             "labels": self._labels[start:end],
             "boxes": self._boxes[start:end] * ratio,

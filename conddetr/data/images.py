@@ -147,7 +147,7 @@ def to_model_input(images: Tensor) -> Tensor:
     """[..., 3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     # In place on one new tensor: five times faster than torchvision's conversion and normalisation one after the other.
-    result = torch.empty(images.shape, device=images.device).copy_(images)
+    result = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)
     # By numbers, not by tensors of constants: those would come from the host, and a GPU's step would wait for them.
     for channel, mean, std in zip(result.unbind(-3), MEAN, STD, strict=True):
         channel.mul_(1 / (scale * std)).sub_(mean / std)

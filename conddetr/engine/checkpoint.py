@@ -8,7 +8,6 @@ All `.pt` files are for `torch.load`. That of `best.pt` is a dict with the weigh
 tensors of one dtype in a flat one and a checksum of everything, and `read_checkpoint` returns them by name.
 """
 
-import argparse
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from conddetr.engine import distributed
+from conddetr.engine import distributed, unpickle
 from conddetr.files import atomic_file
 
 log = logging.getLogger(__name__)
@@ -38,9 +37,9 @@ PREVIOUS = "checkpoint.previous.pt"
 BEST = "best.pt"
 DAMAGED = ".damaged"
 """Ending of the name that a damaged `checkpoint.pt` gets when a run goes on from the one before it."""
-METADATA = ("config", "classes", "run")
-"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and the whole run's
-where the weights are of one."""
+METADATA = ("config", "classes", "run", "metrics")
+"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and where the
+weights are of a run, its whole configuration and the numbers of its last evaluation."""
 FORMAT = "conddetr checkpoint 2"
 NICENESS = 5
 """How much lower the priority of the thread that writes is than that of the others, on a scale of 40."""
@@ -245,13 +244,11 @@ def save_weights(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, or a `.safetensors` file, to the CPU.
-
-    Official checkpoints' argparse namespaces are the only objects allowed.
+    """Read a checkpoint, or a `.safetensors` file, to the CPU, by `conddetr.engine.unpickle`: no code in it runs.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, no checkpoint, or a pickle with code in it; names the file.
+        ValueError: damaged, no checkpoint, or a pickle of other objects than data; names the file and the object.
     """
     path = Path(path)
     if not path.is_file():
@@ -259,10 +256,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = unpickle.load(path)
         if isinstance(content, dict) and content.get("format") == FORMAT:
             return _unpacked(content)
+    except unpickle.ForbiddenObjectError as error:
+        raise ValueError(
+            f"Checkpoint {path} can not be read: damaged, or it holds {error}, which is neither a tensor nor plain "
+            "data, and code in a pickle is never run here. Where it was written, save the weights alone: "
+            "torch.save(model.state_dict(), file)."
+        ) from error
     except UNREADABLE as error:
         raise ValueError(
             f"Checkpoint {path} can not be read: damaged, or not a checkpoint of tensors and plain values "

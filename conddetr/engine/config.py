@@ -147,7 +147,8 @@ class RunConfig:
     resume: str = ""
     """Go on from this checkpoint; `auto`: from the folder's own, if there is one."""
     weights: str = ""
-    """Start from these weights; a class head trained on other classes is left out."""
+    """Start from these weights, a checkpoint of anybody or `coco` or `official`, the public ones of the preset; a class
+    head trained on other classes is left out."""
     device: str = ""
     """As torch names it; default: CUDA where there is one."""
     eval: bool = False

@@ -4,7 +4,9 @@ import contextlib
 import gc
 import importlib.util
 import io
+import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from conddetr.engine.progress import Progress
 from conddetr.files import atomic_file
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
+
+log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where nothing counts."""
@@ -136,7 +140,8 @@ def detect(
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
     Args:
-        model: any preset, on `device`.
+        model: any preset, on `device`. A frozen copy of it runs (`DETR.fused`), made anew for each call: that takes
+            about as long as copying all weights. A model that was compiled runs itself.
         classes: `id` and `name` of every label of the model, as stored in checkpoints.
         dataset: `CocoDetection` or `SyntheticShapes`.
         device: where to run.
@@ -151,15 +156,9 @@ def detect(
         The detections of all ranks on rank 0, None on the others.
 
     Raises:
-        ValueError: the data set has a category that the model does not know.
+        ValueError: as `category_ids_of`.
     """
-    category_ids = [category["id"] for category in classes]
-    unknown = [category for category in dataset.classes if category["id"] not in category_ids]
-    if unknown:
-        raise ValueError(
-            f"The data set has {len(unknown)} categories that the model does not know, first "
-            f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
-        )
+    category_ids = category_ids_of(classes, dataset.classes)
     batches = make_loader(
         dataset,
         batch_size,
@@ -188,6 +187,45 @@ def detect(
     return Detections.join(parts) if rank == 0 else None
 
 
+def category_ids_of(classes: list[dict], of_data: list[dict]) -> list[int]:
+    """The data set's category id of every label of a model.
+
+    The model's own ids, where they have the same names in the data set; else those of the same names, as models of
+    others number their classes otherwise. Where names do not tell, ids decide, with a warning.
+
+    Args:
+        classes, of_data: `id` and `name` of every label of the model, and of every category of the data set.
+
+    Raises:
+        ValueError: the data set has a category that the model does not know.
+    """
+    own = [category["id"] for category in classes]
+    named = {category["id"]: category["name"] for category in classes}
+    unlike = [category for category in of_data if named.get(category["id"]) != category["name"]]
+    if not unlike:
+        return own
+    names, ids = Counter(named.values()), {category["name"]: category["id"] for category in of_data}
+    if len(ids) == len(of_data) and all(names[name] == 1 for name in ids):
+        log.warning("The data set numbers its classes otherwise than the model: they are matched by name.")
+        unused = itertools.count(max(*own, *ids.values()) + 1)
+        return [ids[category["name"]] if category["name"] in ids else next(unused) for category in classes]
+    unknown = [category for category in of_data if category["id"] not in named]
+    if unknown:
+        raise ValueError(
+            f"The data set has {len(unknown)} categories that the model does not know, first "
+            f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
+        )
+    first = unlike[0]
+    log.warning(
+        "%d categories of the data set have another name in the model, first id %s (%r, there %r): ids decide.",
+        len(unlike),
+        first["id"],
+        first["name"],
+        named[first["id"]],
+    )
+    return own
+
+
 @torch.no_grad()
 def _detect(
     model: DETR,
@@ -197,13 +235,16 @@ def _detect(
     on_batch: Callable[[int], None],
 ) -> Detections:
     """Run over batches in eval mode, leaving the model in the mode it was in."""
+    if isinstance(model, DETR) and model._compiled_call_impl is None:
+        model = model.fused()
+    dtype = getattr(model, "dtype", torch.float32)
     was_training = model.training
     model.eval()
     parts = []
     try:
         for batch in batches:
             batch = batch.to(device)
-            outputs = model(batch.model_input(), valid_hw=batch.valid_hw)
+            outputs = model(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
             found = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
             parts.append(_pack(batch.image_ids, found, category_ids))
             on_batch(len(batch))

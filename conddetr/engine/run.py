@@ -15,6 +15,7 @@ from conddetr.engine.progress import console
 from conddetr.engine.trainer import Trainer
 from conddetr.interop.official import start_from
 from conddetr.model.detr import DETR
+from conddetr.public_weights import locate
 from conddetr.zoo import build, gflops
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         train_set, val_set = data_sets(run.data, run.model)
         resume = _file_to_resume(run)
         # A resumed run brings its own weights; so do named ones.
-        weights = None if resume else start or run.weights
+        weights = None if resume else start or (run.weights and locate(run.weights, run.preset))
         downloads = run.model.pretrained_backbone and not (resume or weights)
         torch.manual_seed(run.train.seed)
         overrides = {**run.model.to_dict(), "num_classes": len(train_set.classes), "pretrained_backbone": downloads}

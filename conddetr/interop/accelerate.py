@@ -13,7 +13,8 @@ from torch import nn
 
 from conddetr.interop.accelerated.changes import change, restore, why_not_restore
 from conddetr.kernels import registry
-from conddetr.model.backbone import ResNetBackbone
+from conddetr.model import resnet
+from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
 from conddetr.model.layers import FeedForward, is_native_on_cpu
 from conddetr.model.transformer import (
@@ -176,7 +177,7 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
     change(model, config=dataclasses.replace(model.config, backend=backend))
     report = AccelerationReport()
     for module in model.modules():
-        if isinstance(module, ResNetBackbone):
+        if isinstance(module, ResNetBody):
             change(module, backend=backend)
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
         modules = [module for module in model.modules() if isinstance(module, kind)]
@@ -196,6 +197,20 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
         if modules and is_native_on_cpu(backend, parameter_of(model)):
             report.replaced.append(Part(name, len(modules), describe(choice, parameter_of(model))))
     return report
+
+
+def report_backbone(body: nn.Module, report: AccelerationReport) -> None:
+    """Which parts of a ResNet are fused from now on, as far as they stay plain modules, and which are not, and why."""
+    parts = resnet.survey(body)
+    left = {name: reason for name, reason in parts.items() if reason is not None}
+    fused = len(parts) - len(left)
+    if fused:
+        some = f" of {fused} of {len(parts)} parts" if left else ""
+        report.replaced.append(Part("backbone", 1, f"batch norms folded into the convolutions{some}, channels-last"))
+    title = "part of the backbone" if fused else "backbone"
+    for reason in dict.fromkeys(left.values()):
+        names = [name for name in left if left[name] == reason]
+        report.left.append(Part(title, len(names), f"{', '.join(names)}: {reason}"))
 
 
 def parameter_of(model: nn.Module) -> torch.Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from conddetr.interop.accelerated.official import is_model
-from conddetr.interop.huggingface import from_huggingface, to_huggingface
-from conddetr.interop.official import identify, load_weights
+from conddetr.interop.checkpoints import identify
+from conddetr.interop.huggingface import from_huggingface, model_options, to_huggingface
+from conddetr.interop.official import load_weights
 from conddetr.model.detr import DETR
 from conddetr.zoo import build
 
@@ -100,9 +101,6 @@ def convert_from_official(model: nn.Module) -> tuple[DETR, ParityReport]:
         **identify(state),
         dilation=model.backbone[0].body["layer4"][1].conv2.dilation != (1, 1),
         num_heads=transformer.nhead,
-        encoder_layers=len(transformer.encoder.layers),
-        decoder_layers=len(transformer.decoder.layers),
-        ffn_dim=transformer.decoder.layers[0].linear1.out_features,
         dropout=float(transformer.decoder.layers[0].dropout.p),
     )
     load_weights(converted, state)
@@ -141,43 +139,11 @@ def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
         ValueError: it has another backbone, activation or position encoding, or encoder and decoder differ in heads
             or width; says which.
     """
-    config = model.config
-    for encoder, decoder in (
-        ("encoder_attention_heads", "decoder_attention_heads"),
-        ("encoder_ffn_dim", "decoder_ffn_dim"),
-    ):
-        if getattr(config, encoder) != getattr(config, decoder):
-            raise ValueError(
-                f"{encoder} {getattr(config, encoder)} and {decoder} {getattr(config, decoder)}: expected equal ones."
-            )
-    for name, expected in (("activation_function", "relu"), ("position_embedding_type", "sine")):
-        if getattr(config, name) != expected:
-            raise ValueError(f"{name}: expected {expected}, which ours has, got {getattr(config, name)}.")
-    converted = build(
-        "conditional-detr-r50",
-        backbone=_backbone_name(config),
-        dilation=config.dilation,
-        num_classes=config.num_labels,
-        hidden_dim=config.d_model,
-        num_heads=config.encoder_attention_heads,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        ffn_dim=config.encoder_ffn_dim,
-        dropout=float(config.dropout),
-        num_queries=config.num_queries,
-    )
+    options = model_options(model.config.to_dict())
+    converted = build("conditional-detr-r50", num_classes=model.config.num_labels, **options)
     load_weights(converted, from_huggingface(model.state_dict()))
     converted.to(next(model.parameters())).eval()
     return converted, parity(model, converted)
-
-
-def _backbone_name(config: object) -> str:
-    # From transformers 5 on in a configuration of its own.
-    inner = getattr(config, "backbone_config", None)
-    name = getattr(config, "backbone", None) if inner is None else getattr(inner, "backbone", None)
-    if name not in ("resnet50", "resnet101"):
-        raise ValueError(f"backbone: expected resnet50 or resnet101 of timm, got {name or type(inner).__name__}.")
-    return name
 
 
 def convert_to_huggingface(model: DETR) -> tuple[nn.Module, ParityReport]:

@@ -1,7 +1,8 @@
-"""Names of the HuggingFace implementation (transformers' `ConditionalDetrForObjectDetection`, timm backbone)."""
+"""Names and configuration of the HuggingFace implementation (transformers' `ConditionalDetrForObjectDetection`)."""
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ _NAMES = (
     _in(_DECODER, "norm3.", "final_layer_norm.", "final_layer_norm."),
     *(_in(_DECODER, *names) for names in _FEED_FORWARD),
 )
-_COLUMNS = {"ours": 0, "5": 1, "4": 2}
+_OURS, _FIVE, _FOUR = range(3)
+_COLUMNS = {"5": _FIVE, "4": _FOUR}
+MODEL_TYPE = "conditional_detr"
 
 
 def to_huggingface(state: Mapping[str, Tensor], names: str = "5") -> dict[str, Tensor]:
@@ -61,6 +64,8 @@ def to_huggingface(state: Mapping[str, Tensor], names: str = "5") -> dict[str, T
     Raises:
         ValueError: a name is not of such a model; names it.
     """
+    if names not in _COLUMNS:
+        raise ValueError(f"names: expected '5' or '4', got {names!r}.")
     unpacked = {}
     for name, value in state.items():
         packed = re.fullmatch(r"(transformer\.encoder\..*\.in_proj)_(weight|bias)", name)
@@ -69,14 +74,15 @@ def to_huggingface(state: Mapping[str, Tensor], names: str = "5") -> dict[str, T
             continue
         for part, third in zip("qkv", value.chunk(3), strict=True):
             unpacked[f"{packed[1]}.{part}.{packed[2]}"] = third
-    return _rename(unpacked, "ours", names)
+    return _rename(unpacked, (_OURS,), _COLUMNS[names])
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of transformers' `ConditionalDetrForObjectDetection` under the official names, which are ours.
 
     Args:
-        state: of any version; its backbone is timm's ResNet, as in the files on HuggingFace's hub.
+        state: of any version, `save_pretrained` of 5 writes names of 4 too; its backbone is timm's ResNet, as in the
+            files on HuggingFace's hub.
 
     Returns:
         The same tensors; query, key and value projections of the encoder are packed into one.
@@ -84,9 +90,8 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a name is not of such a model; names it.
     """
-    is_old = any(name.startswith("model.backbone.conv_encoder.") for name in state)
     converted = {}
-    for name, value in _rename(state, "4" if is_old else "5", "ours").items():
+    for name, value in _rename(state, (_FIVE, _FOUR), _OURS).items():
         part = re.fullmatch(r"(.*\.in_proj)\.([qkv])\.(weight|bias)", name)
         if part is None:
             converted[name] = value
@@ -100,26 +105,89 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_huggingface(state: Mapping[str, Tensor]) -> bool:
     """Whether these are the names of transformers."""
-    return "class_labels_classifier.weight" in state
+    return "class_labels_classifier.weight" in state or "model.query_position_embeddings.weight" in state
 
 
-def _rename(state: Mapping[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
-    if target not in _COLUMNS or target == source:
-        raise ValueError(f"names: expected '5' or '4', got {target!r}.")
+def _rename(state: Mapping[str, Tensor], sources: tuple[int, ...], target: int) -> dict[str, Tensor]:
+    """From names of any of the columns `sources` of `_NAMES` to those of the column `target`."""
     renamed = {}
     for name, value in state.items():
         number = re.search(r"(?<=layers\.)\d+", name)
         template = name if number is None else name[: number.start()] + "{}" + name[number.end() :]
-        for row in _NAMES:
-            old, new = row[_COLUMNS[source]], row[_COLUMNS[target]]
-            if template.startswith(old):
-                template = new + template[len(old) :]
-                break
-        else:
+        beginnings = ((row[source], row[target]) for row in _NAMES for source in sources)
+        found = next((pair for pair in beginnings if template.startswith(pair[0])), None)
+        if found is None:
             raise ValueError(
                 f"{name} is no name of a Conditional DETR for detection"
-                f"{' with a ResNet' if source == 'ours' else ' with a ResNet of timm'}: this state dict is of another "
-                f"model."
+                f"{' with a ResNet' if target else ' with a ResNet of timm'}: this state dict is of another model."
             )
+        template = found[1] + template[len(found[0]) :]
         renamed[template if number is None else template.replace("{}", number[0])] = value
     return renamed
+
+
+def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ModelConfig` that a configuration of transformers' Conditional DETR sets, but those of its loss.
+
+    Args:
+        config: as in `config.json`; what is absent has transformers' default.
+
+    Raises:
+        ValueError: another architecture, backbone, activation or position encoding, or encoder and decoder differ in
+            heads or width; says which.
+    """
+    _check_architecture(config)
+    for name, usual in (("attention_heads", 8), ("ffn_dim", 2048)):
+        encoder, decoder = config.get(f"encoder_{name}", usual), config.get(f"decoder_{name}", usual)
+        if encoder != decoder:
+            raise ValueError(f"encoder_{name} {encoder} and decoder_{name} {decoder}: expected equal ones.")
+    for name, expected in (("activation_function", "relu"), ("position_embedding_type", "sine")):
+        if config.get(name, expected) != expected:
+            raise ValueError(f"{name}: expected {expected}, which ours has, got {config[name]}.")
+    # From transformers 5 on the backbone has a configuration of its own.
+    inner = config.get("backbone_config") or {}
+    backbone = inner.get("backbone") if inner else config.get("backbone", "resnet50")
+    if backbone not in ("resnet50", "resnet101"):
+        raise ValueError(
+            f"backbone: expected resnet50 or resnet101 of timm, got {backbone or inner.get('model_type', 'another')}."
+        )
+    stride = inner.get("output_stride") or (config.get("backbone_kwargs") or {}).get("output_stride") or 32
+    if stride not in (16, 32):
+        raise ValueError(f"output_stride of the backbone: expected 32 or 16, got {stride}.")
+    return {
+        "backbone": backbone,
+        "dilation": bool(config.get("dilation", False)) or stride == 16,
+        "hidden_dim": config.get("d_model", 256),
+        "num_heads": config.get("encoder_attention_heads", 8),
+        "encoder_layers": config.get("encoder_layers", 6),
+        "decoder_layers": config.get("decoder_layers", 6),
+        "ffn_dim": config.get("encoder_ffn_dim", 2048),
+        "dropout": float(config.get("dropout", 0.1)),
+        "num_queries": config.get("num_queries", 300),
+    }
+
+
+def _check_architecture(config: Mapping[str, Any]) -> None:
+    kind = config.get("model_type", MODEL_TYPE)
+    architecture = ", ".join(config.get("architectures") or ()) or kind
+    if kind != MODEL_TYPE:
+        raise ValueError(
+            f"{architecture} (model_type {kind}) is another architecture: expected transformers' "
+            "ConditionalDetrForObjectDetection."
+        )
+    if architecture == "ConditionalDetrModel":
+        raise ValueError(f"{architecture} has no heads: expected transformers' ConditionalDetrForObjectDetection.")
+
+
+def class_list(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`id` and `name` of every label, from a configuration of transformers; the id is the label.
+
+    Raises:
+        ValueError: the labels of `id2label` are not 0, 1, 2, ….
+    """
+    # Two labels with these names are transformers' default, which is not written.
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    labels = sorted(int(label) for label in names)
+    if labels != list(range(len(names))):
+        raise ValueError(f"id2label: expected the labels 0 to {len(names) - 1}, got {labels[:8]}.")
+    return [{"id": int(label), "name": str(names[label])} for label in sorted(names, key=int)]

@@ -1,14 +1,17 @@
-"""Loading weights: ours, those of the official Conditional DETR and DETR (the names are the same), HuggingFace's."""
+"""Loading weights of anybody into a model; `conddetr.interop.checkpoints` reads them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from conddetr.engine.checkpoint import read_checkpoint
-from conddetr.interop.huggingface import from_huggingface, is_huggingface
+from conddetr import config as configs
+from conddetr.interop.checkpoints import Weights, describe, identify, plain_names, read_weights
+from conddetr.model.detr import DETR
+
+__all__ = ["LoadReport", "identify", "load", "load_model", "load_weights", "start_from"]
 
 
 @dataclass
@@ -22,9 +25,11 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     """In the weights, not in the model."""
     mismatched: list[str] = field(default_factory=list)
-    """In both, with different shapes: `name: expected shape, got shape`."""
+    """In both, with different shapes, or of integers: `name: expected shape, got shape`."""
     ignored: list[str] = field(default_factory=list)
-    """Known to be without use here: batch counters of batch norm."""
+    """Known to be without use here: batch counters of batch norm, and modules beside the model."""
+    notes: list[str] = field(default_factory=list)
+    """What else is to be known, e.g. that the moving average was taken."""
 
     @property
     def complete(self) -> bool:
@@ -32,7 +37,7 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        lines = [f"{self.loaded} tensors loaded"]
+        lines = ["; ".join([f"{self.loaded} tensors loaded", *self.notes])]
         for title in ("missing", "unexpected", "mismatched"):
             names = getattr(self, title)
             if names:
@@ -41,13 +46,14 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], strict: bool = True) -> LoadReport:
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], strict: bool = True) -> LoadReport:
     """Load weights into a model, in place.
 
     Args:
-        model: from `build`.
-        source: a checkpoint file (ours or official), or a state dict (bare or under the key `model`), also of
-            transformers' `ConditionalDetrForObjectDetection` with timm's ResNet.
+        model: from `build`; it may be compiled or wrapped.
+        source: a checkpoint or a state dict: ours, official, or of transformers' `ConditionalDetrForObjectDetection`
+            with timm's ResNet. A file, a folder of `save_pretrained`, or the content of a file. Prefixes are removed,
+            and where it holds a moving average, that is taken; the report says so.
         strict: raise unless everything fits. False: take what fits; the report says what did not.
 
     Returns:
@@ -57,13 +63,15 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
         ValueError: strict and something did not fit (the model is unchanged), or the file is no checkpoint.
         FileNotFoundError: no such file.
     """
-    if isinstance(source, (str, Path)):
-        source = read_checkpoint(source)
-    state = extract_state_dict(source)
-    if is_huggingface(state):
-        state = from_huggingface(state)
-    own = model.state_dict()
-    report = LoadReport()
+    return load(model, read_weights(source), strict)
+
+
+def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
+    """As `load_weights`, of weights that `read_weights` returned."""
+    own, state = model.state_dict(), weights.state
+    names = plain_names(own)
+    own = {name: own[wrapped] for name, wrapped in names.items()}
+    report = LoadReport(ignored=list(weights.ignored), notes=list(weights.notes))
     accepted = {}
     for name, value in state.items():
         if name.endswith("num_batches_tracked") and name not in own:
@@ -72,6 +80,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
             report.unexpected.append(name)
         elif own[name].shape != value.shape:
             report.mismatched.append(f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}")
+        elif own[name].is_floating_point() != value.is_floating_point():
+            report.mismatched.append(f"{name}: expected {own[name].dtype}, got {value.dtype}")
         else:
             accepted[name] = value
     report.missing = [name for name in own if name not in state]
@@ -81,18 +91,34 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor], st
             f"The weights do not fit the model. They look like: {describe(state)}; "
             f"the model is: {describe(own)}.\n{report}"
         )
-    model.load_state_dict(accepted, strict=False)
+    _check_settings(model, weights, report, strict)
+    model.load_state_dict({names[name]: value for name, value in accepted.items()}, strict=False)
     return report
 
 
+def _check_settings(model: nn.Module, weights: Weights, report: LoadReport, strict: bool) -> None:
+    """Compare what leaves no trace in names and shapes, where the checkpoint states it."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, configs.ModelConfig):
+        return
+    stated = weights.config.to_dict() if weights.config else weights.options
+    heads, dilation = stated.get("num_heads", config.num_heads), stated.get("dilation", config.dilation)
+    if heads != config.num_heads:
+        difference = f"num_heads: the weights are of a model with {heads} heads, this one has {config.num_heads}"
+        if strict:
+            raise ValueError(f"The weights do not fit the model. {difference}.")
+        report.notes.append(difference)
+    if dilation != config.dilation:
+        report.notes.append(f"they were trained with dilation {dilation}, this model has {config.dilation}")
+
+
 def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Path | Mapping[str, Any]) -> LoadReport:
-    """Load everything but the class head where the weights were trained on another class list.
+    """Load everything but the class head where the weights were trained on other classes.
 
     Args:
         model: from `build`; its class head stays as it is if it is not loaded.
-        classes: `id` and `name` of every label of the model.
-        source: as `load_weights`. Where it holds a moving average, that is taken. A file without a class list fits
-            if the number of classes does.
+        classes: `id` and `name` of every label of the model. Classes are the same if their names are, in this order.
+        source: as `load_weights`. A checkpoint without a class list fits if the number of classes does.
 
     Returns:
         The report; the class head is in `mismatched` if it was left out.
@@ -101,13 +127,13 @@ def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Pa
         ValueError: something besides the class head does not fit (the model is unchanged).
         FileNotFoundError: no such file.
     """
-    content = read_checkpoint(source) if isinstance(source, (str, Path)) else source
-    state = extract_state_dict(content)
+    weights = read_weights(source)
+    state = weights.state
     head = {name: value for name, value in model.state_dict().items() if name.startswith("class_embed.")}
     same_shape = all(name in state and state[name].shape == value.shape for name, value in head.items())
-    if same_shape and content.get("classes", classes) == classes:
-        return load_weights(model, state)
-    report = load_weights(model, {**state, **head})
+    if same_shape and _names(weights.classes or classes) == _names(classes):
+        return load(model, weights)
+    report = load(model, replace(weights, state={**state, **head}))
     report.loaded -= len(head)
     for name, value in head.items():
         found = tuple(state[name].shape) if name in state else "nothing"
@@ -115,40 +141,62 @@ def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Pa
     return report
 
 
-def extract_state_dict(source: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, of the moving average where there is one, without the prefix that
-    DistributedDataParallel adds.
+def _names(classes: list[dict[str, Any]]) -> list[str]:
+    return [category["name"] for category in classes]
+
+
+def load_model(source: str | Path, preset: str | None = None, **overrides: Any) -> tuple[DETR, Weights]:
+    """A model with the weights of a checkpoint of anybody, in training mode.
+
+    Args:
+        source: as `read_weights`.
+        preset: what the checkpoint is of; it alone tells dilation where the checkpoint does not.
+        overrides: fields of `ModelConfig`.
+
+    Returns:
+        The model, and what the checkpoint holds; a class list that it does not state is COCO's for 91 classes, which
+        official models have, and numbers for others.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no checkpoint that is known here, it is of another preset, or the weights do not fit.
     """
-    state = source.get("ema") or source.get("model") or source
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError("Expected a state dict (name → tensor) or a checkpoint with one under the key 'model'.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    weights = read_weights(source)
+    config = weights.config or _found_config(weights, preset)
+    name = configs.preset_name(config.family, config.backbone, config.dilation)
+    if preset and preset != name:
+        configs.resolve(preset)
+        raise ValueError(f"{weights.origin} is of {name}, not of {preset}.")
+    model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False, **overrides}))
+    load(model, weights)
+    weights.classes = weights.classes or _default_classes(model.config.num_classes)
+    return model, weights
 
 
-def identify(state: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """The model options that a state dict determines; empty if it is none of ours. Dilation leaves no trace."""
-    if "class_embed.weight" not in state or "query_embed.weight" not in state:
-        return {}
-    family = "detr"
-    if "transformer.decoder.layers.0.ca_qcontent_proj.weight" in state:
-        family = "conditional-detr"
-    if "backbone.0.stages.0.0.weight" in state:
-        backbone = "tiny"
-    else:
-        backbone = "resnet101" if "backbone.0.body.layer3.6.conv1.weight" in state else "resnet50"
-    queries, dim = state["query_embed.weight"].shape
-    return {
-        "family": family,
-        "backbone": backbone,
-        "num_classes": state["class_embed.weight"].shape[0] - (family == "detr"),
-        "num_queries": queries,
-        "hidden_dim": dim,
-    }
-
-
-def describe(state: Mapping[str, Tensor]) -> str:
-    """One line that says which model a state dict belongs to."""
-    found = identify(state)
+def _found_config(weights: Weights, preset: str | None) -> configs.ModelConfig:
+    """The configuration of a checkpoint of others, from its weights and from what it states."""
+    found = identify(weights.state)
     if not found:
-        return "no DETR or Conditional DETR that is known here"
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+        first = next(iter(weights.state))
+        raise ValueError(f"{weights.origin}: the weights are neither Conditional DETR's nor DETR's; first {first!r}.")
+    if "num_classes" not in found:
+        raise ValueError(
+            f"{weights.origin} has no class head, 'class_embed.weight': train from it with --weights, or load it by "
+            "load_weights(model, file, strict=False)."
+        )
+    family, backbone = found.pop("family"), found.pop("backbone")
+    if backbone not in configs.BACKBONES:
+        raise ValueError(f"{weights.origin}: backbone: expected {', '.join(configs.BACKBONES)}, found {backbone}.")
+    dilation = weights.options.get("dilation", configs.resolve(preset).dilation if preset else False)
+    name = configs.preset_name(family, backbone, dilation)
+    return configs.resolve(name, **{**weights.options, **found})
+
+
+def _default_classes(num_classes: int) -> list[dict[str, Any]]:
+    """Official models use COCO's category ids themselves as labels; other class lists have no names."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    if num_classes != len(names):
+        names = [str(label) for label in range(num_classes)]
+    return [{"id": label, "name": name} for label, name in enumerate(names)]

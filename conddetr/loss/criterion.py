@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import focal_loss, matched_box_loss
+from conddetr.kernels import focal_loss, matched_box_loss, registry
 from conddetr.loss.matcher import assign
 from conddetr.loss.targets import PackedTargets, pack_targets
 
@@ -102,7 +102,9 @@ class Criterion(nn.Module):
 
         Raises:
             ValueError: targets do not fit; names the image, what was expected and what was found.
+            RuntimeError: inside `torch.func.vmap`: the matching of a batch depends on values.
         """
+        registry.refuse_vmap("the criterion, whose matching depends on values,")
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits, boxes = (torch.stack([layer[k] for layer in layers]) for k in ("pred_logits", "pred_boxes"))
         if not isinstance(targets, PackedTargets):

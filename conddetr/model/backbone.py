@@ -1,73 +1,76 @@
 """Feature extractors: torchvision's ResNets with frozen batch norm, and a small one for CPUs."""
 
-import copy
 import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
+from torchvision.models import ResNet, ResNet50_Weights, ResNet101_Weights
+from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from conddetr.config import ModelConfig
-from conddetr.model import folding
+from conddetr.kernels import paths
+from conddetr.model import resnet
+from conddetr.model.layers import channels_last
 
 log = logging.getLogger(__name__)
 
 _RESNETS = {
-    "resnet50": (resnet50, ResNet50_Weights.IMAGENET1K_V1),
-    "resnet101": (resnet101, ResNet101_Weights.IMAGENET1K_V1),
+    "resnet50": ([3, 4, 6, 3], ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": ([3, 4, 23, 3], ResNet101_Weights.IMAGENET1K_V1),
 }
+
+
+class ResNetBody(ResNet):
+    """torchvision's ResNet up to its last stage.
+
+    With backend `eager` every module is called: the official form. With the others frozen batch norms are folded into
+    the convolutions within the graph, except for parts that are more than plain modules (`conddetr.model.resnet`). The
+    results are the same but for rounding.
+    """
+
+    def __init__(self, blocks: list[int], dilation: bool, backend: str) -> None:
+        super().__init__(
+            Bottleneck,
+            blocks,
+            norm_layer=FrozenBatchNorm2d,
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        del self.avgpool, self.fc
+        self.backend = backend
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
+        if self.backend == "eager":
+            resnet.note_modules(self.conv1)
+            x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        *_, features = resnet.stages(self, images, self.backend)
+        return features
 
 
 class ResNetBackbone(nn.Module):
     """The last stage of a ResNet: stride 32, or 16 with dilation (DC5).
 
-    Batch norm is frozen. The stem and the first stage never train, as in DETR. Without gradients (and in eval mode) the
-    norms are folded into the convolutions; with a backend other than `eager` also with them. The plain form is the
-    official one: the same but for rounding.
+    Batch norm is frozen. The stem and the first stage never train, as in DETR.
     """
 
     num_channels = 2048
 
     def __init__(self, name: str, dilation: bool, pretrained: bool, train: bool, backend: str) -> None:
         super().__init__()
-        self.backend = backend
         self.stride = 16 if dilation else 32
-        make, weights = _RESNETS[name]
-        body = make(
-            weights=None,
-            norm_layer=FrozenBatchNorm2d,
-            replace_stride_with_dilation=[False, False, dilation],
-        )
+        blocks, weights = _RESNETS[name]
+        self.body = ResNetBody(blocks, dilation, backend)
         if pretrained:
-            _load_imagenet(body, weights)
-        del body.avgpool, body.fc
-        for parameter_name, parameter in body.named_parameters():
+            _load_imagenet(self.body, weights)
+        for parameter_name, parameter in self.body.named_parameters():
             trainable = train and parameter_name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(trainable)
-        self.body = body
-        self._kept: folding.Kept | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
-        inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if self.backend == "eager" and not inference:
-            return plain_features(self.body, images)
-        folded, self._kept = folding.fold(self.body, self._kept)
-        *_, features = folding.stages(self.body, folded, images, self.backend)
-        return features
-
-    def train(self, mode: bool = True) -> "ResNetBackbone":
-        """As `nn.Module.train`; forgets the folded weights."""
-        self._kept = None
-        return super().train(mode)
-
-
-def plain_features(body: nn.Module, images: Tensor) -> Tensor:
-    """The official form of a ResNet: [B, 3, H, W] -> its last stage, batch norms by themselves."""
-    x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
-    return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+        """As `ResNetBody`."""
+        return self.body(images)
 
 
 def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weights) -> None:
@@ -79,29 +82,8 @@ def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weight
             f"into {torch.hub.get_dir()}/checkpoints/, or do without: pretrained_backbone=False, on the command line "
             f"--no-pretrained-backbone."
         ) from error
-    body.load_state_dict({name: value for name, value in state.items() if "num_batches_tracked" not in name})
-
-
-def fold_batch_norms(body: nn.Module) -> nn.Module:
-    """A copy of a torchvision ResNet with every frozen batch norm folded into the convolution before it, for export."""
-    with torch.no_grad():
-        folded = copy.deepcopy(body)
-        for module in folded.modules():
-            pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
-            for conv_name, norm_name in pairs:
-                conv, norm = getattr(module, conv_name, None), getattr(module, norm_name, None)
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
-                    conv.weight, conv.bias = fuse_conv_bn_weights(
-                        conv.weight,
-                        conv.bias,
-                        norm.running_mean,
-                        norm.running_var,
-                        norm.eps,
-                        norm.weight,
-                        norm.bias,
-                    )
-                    setattr(module, norm_name, nn.Identity())
-    return folded.eval().requires_grad_(False)
+    of_body = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    body.load_state_dict({name: value for name, value in of_body.items() if "num_batches_tracked" not in name})
 
 
 class TinyBackbone(nn.Module):
@@ -127,7 +109,8 @@ class TinyBackbone(nn.Module):
         """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""
         if images.device.type == "cpu":
             # There convolutions of few channels are faster where the channels of a pixel lie side by side.
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = channels_last(images)
+        paths.note("backbone", "modules")
         return self.stages(images)
 
 

@@ -4,17 +4,25 @@ Source: DETR section 3 and Conditional DETR section 3; parameter names are those
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.backbone import build_backbone
+from conddetr.model.fused import FusionReport, fused_copy
 from conddetr.model.layers import MLP
+from conddetr.model.plain import table
 from conddetr.model.position import sine_position_encoding
 from conddetr.model.transformer import FeatureGrid, Transformer
+
+_HERE = "conddetr.model."
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -84,6 +92,8 @@ class DETR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.fusion: FusionReport | None = None
+        """What was fused, of a copy that `fused` made; None: this is no such copy."""
         dim = config.hidden_dim
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(dim, config.num_logits)
@@ -130,10 +140,53 @@ class DETR(nn.Module):
             padding = grid.padding.unflatten(1, grid.size)
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        hidden, reference = self.transformer(tokens, grid, position, self.query_embed.weight)
+        object_query = table(self.query_embed, self.config.num_queries, tokens.device)
+        with _attention_kernels(tokens):
+            hidden, reference = self.transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
+
+    def fused(self, backend: str | None = None) -> "DETR":
+        """A frozen copy for inference at full speed; the model stays as it is.
+
+        In the copy batch norms are part of the convolutions, once and for all. It has weights of its own: make a new
+        one when the model's weights have changed. Parts that are hooked, wrapped, parametrised or replaced stay as
+        they are; the copy's `fusion` says which. It is in evaluation mode, and cannot be trained.
+
+        Making it takes about as long as copying all weights.
+
+        Args:
+            backend: of the copy; default: the model's own.
+        """
+        copy, report = fused_copy(self)
+        copy.fusion = self.fusion or report
+        if backend is not None:
+            copy.set_backend(backend)
+        return copy
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pixels that it takes: of the first floating weight of its backbone."""
+        return next(weight.dtype for weight in self.backbone.parameters() if weight.is_floating_point())
+
+    def set_backend(self, backend: str) -> None:
+        """Let all parts run on another backend; `conddetr.accelerate` does so after a check that it can run."""
+        self.config = replace(self.config, backend=backend)
+        for module in self.modules():
+            # Not any module that happens to have such an attribute.
+            if hasattr(module, "backend") and any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__):
+                module.backend = backend
+
+    def train(self, mode: bool = True) -> "DETR":
+        """As `nn.Module.train`.
+
+        Raises:
+            RuntimeError: this is a frozen copy that `fused` made.
+        """
+        if mode and self.fusion is not None:
+            raise RuntimeError("This is a frozen copy for inference (DETR.fused): train the model that it was made of.")
+        return super().train(mode)
 
     def _predict(self, hidden: Tensor, reference: Tensor | None) -> dict:
         """Heads, shared by all layers: hidden [L, B, Q, C], reference [Q, 2] or None -> the output dict."""
@@ -149,6 +202,14 @@ class DETR(nn.Module):
         if self.config.aux_loss:
             output["aux_outputs"] = layers
         return output
+
+
+def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
+    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives; on a CPU,
+    where training has dropout and none of them takes that, there is nothing to lose.
+    """
+    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 
 def _feature_grid(

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
@@ -50,6 +51,11 @@ class FeedForward(nn.Module):
         """Probability and implementation: on GPUs PyTorch's own is one kernel already."""
         is_native = is_native_on_cpu(self.backend, tokens)
         return self.dropout if self.training else 0.0, "native" if is_native else "eager"
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, H, W] in memory as [B, H, W, C], but inside `torch.func.vmap`, which has no such layout."""
+    return x if registry.transforms() else x.contiguous(memory_format=torch.channels_last)
 
 
 def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:

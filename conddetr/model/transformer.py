@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import conditional_attention, sine_embedding
+from conddetr.kernels import conditional_attention, paths, sine_embedding
 from conddetr.model.layers import MLP, FeedForward, initialize_xavier, is_native_on_cpu
+from conddetr.model.plain import is_plain_linear, table
 
 
 class FeatureGrid(NamedTuple):
@@ -53,12 +54,14 @@ def self_attention(
     """
     heads = [x.unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
     if is_native_on_cpu(backend, query):
+        paths.note("self-attention", "conditional_attention")
         half = heads[0].shape[-1] // 2
         queries, keys = (x.tensor_split((half,), dim=-1) for x in heads[:2])
         attended = conditional_attention(
             *queries, *keys, heads[2], key_padding_mask=padding, dropout_p=dropout_p, backend="native"
         )
         return attended.flatten(-2)
+    paths.note("self-attention", "PyTorch's scaled_dot_product_attention")
     # One row per image that all heads and queries share: fused kernels take that form, without a copy of N × N numbers.
     visible = None if padding is None else ~padding[:, None, None, :]
     attended = F.scaled_dot_product_attention(
@@ -144,6 +147,7 @@ class ConditionalCrossAttention(nn.Module):
     def forward(self, q_content: Tensor, q_spatial: Tensor, keys: Keys, grid: FeatureGrid) -> Tensor:
         """q_* [B, Q, C], keys over the cells of the grid -> [B, Q, C]."""
         is_separable = isinstance(keys.spatial, tuple)
+        paths.note("cross-attention", f"conditional_attention, {'separable' if is_separable else 'dense'} spatial keys")
         k_spatial = tuple(map(self.split, keys.spatial)) if is_separable else self.split(keys.spatial)
         attended = conditional_attention(
             self.split(q_content),
@@ -264,26 +268,54 @@ def project_all_keys(
     """
     layers = list(layers)
     content_and_value = [projection for layer in layers for projection in (layer.ca_kcontent_proj, layer.ca_v_proj)]
-    projected = stacked_linear(memory, content_and_value).chunk(2 * len(layers), dim=-1)
+    projected = project_together(memory, content_and_value)
+    spatial = _separable_keys([layer.ca_kpos_proj for layer in layers], position, size, memory.shape[0])
+    return [Keys(*keys) for keys in zip(projected[0::2], spatial, projected[1::2], strict=True)]
 
+
+def project_together(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
+    """Several projections of the same [..., C]: one matrix product for those that are plain linear layers, a call of
+    the module for each of the others.
+    """
+    called, plain = _call_others(x, projections)
+    if not plain:
+        return called
+    weight, bias = _stacked(plain)
+    parts = iter(F.linear(x, weight, bias).split([projection.out_features for projection in plain], dim=-1))
+    return [next(parts) if made is None else made for made in called]
+
+
+def _call_others(x: Tensor, projections: list[nn.Module]) -> tuple[list[Tensor | None], list[nn.Linear]]:
+    """What each projection makes of x, None for the plain linear layers; and those."""
+    called = [None if is_plain_linear(projection) else projection(x) for projection in projections]
+    for made in called:
+        paths.note("key projections", "one product" if made is None else "modules")
+    return called, [projection for projection, made in zip(projections, called, strict=True) if made is None]
+
+
+def _stacked(projections: list[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weights and biases, one below the other."""
+    return tuple(torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias"))
+
+
+def _separable_keys(
+    projections: list[nn.Module], position: Tensor, size: tuple[int, int], batch: int
+) -> list[Tensor | tuple[Tensor, Tensor]]:
+    """The spatial keys of each layer: those of rows and columns, or dense where the projection is no plain linear
+    layer, whose parts would not add up.
+    """
+    called, plain = _call_others(position, projections)
+    dense = [None if made is None else made.expand(batch, -1, -1) for made in called]
+    if not plain:
+        return dense
     half = position.shape[-1] // 2
     cells = position.unflatten(1, size)
-    weight = torch.cat([layer.ca_kpos_proj.weight for layer in layers])
-    bias = torch.cat([layer.ca_kpos_proj.bias for layer in layers])
+    weight, bias = _stacked(plain)
     # The first cell of a row or column is valid if any is.
     rows = F.linear(cells[:, :, 0, :half], weight[:, :half], bias)
     columns = F.linear(cells[:, 0, :, half:], weight[:, half:])
-    spatial = [part.expand(memory.shape[0], -1, -1).chunk(len(layers), dim=-1) for part in (rows, columns)]
-    return [
-        Keys(content, (row, column), value)
-        for content, value, row, column in zip(projected[0::2], projected[1::2], *spatial, strict=True)
-    ]
-
-
-def stacked_linear(x: Tensor, projections: list[nn.Linear]) -> Tensor:
-    """Several projections of the same [..., C] as one matrix product -> [..., sum of their outputs]."""
-    weight = torch.cat([projection.weight for projection in projections])
-    return F.linear(x, weight, torch.cat([projection.bias for projection in projections]))
+    parts = zip(*(part.expand(batch, -1, -1).chunk(len(plain), dim=-1) for part in (rows, columns)), strict=True)
+    return [next(parts) if made is None else made for made in dense]
 
 
 class ConditionalDecoder(nn.Module):
@@ -310,7 +342,7 @@ class ConditionalDecoder(nn.Module):
         if self.ref_point_head is not None:
             return self.ref_point_head(object_query)
         if self.reference_embed is not None:
-            return self.reference_embed.weight
+            return table(self.reference_embed, object_query.shape[0], object_query.device)
         return object_query.new_zeros(object_query.shape[0], 2)
 
     def forward(

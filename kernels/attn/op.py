@@ -6,7 +6,7 @@ Under autocast nothing is cast: all five tensors share one dtype, which is also 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.attn import reference
 
 
@@ -36,7 +36,7 @@ def conditional_attention(
         v: [B, N, h, dv] value. All floating tensors share one dtype and device.
         valid_hw: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
             says what the grid is. Values beyond the grid are refused on a CPU; on a GPU, where looking at them would
-            stop the host, they are clamped.
+            stop the host, they are clamped, as they are where there are none to look at (torch.compile, torch.func).
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
@@ -57,7 +57,8 @@ def conditional_attention(
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
     choice = _choose(backend, q_content, q_spatial, v)
-    if choice == "eager":
+    paths.note("conditional_attention", choice.backend, choice.refused)
+    if choice.backend == "eager":
         if columns is not None:
             if valid_hw is not None:
                 key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
@@ -73,18 +74,18 @@ def conditional_attention(
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     valid = None if valid_hw is None else valid_hw.contiguous()
-    return registry.operators(choice).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
+    return registry.operators(choice.backend).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
 
 
-def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> str:
-    """The backend's name; widths that its kernels do not take are a reason against it like any other."""
-    choice = registry.choose(backend, v.device, v.dtype).backend
-    reason = _why_not_widths(choice, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
+def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> registry.Choice:
+    """Widths that a backend's kernels do not take are a reason against it like any other."""
+    choice = registry.choose(backend, v.device, v.dtype)
+    reason = _why_not_widths(choice.backend, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
     if reason is None:
         return choice
     if backend != "auto":
-        raise registry.BackendError(f"backend {choice!r} can not run here: {reason}")
-    return "eager"
+        raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
 
 
 def _why_not_widths(choice: str, device: torch.device, widths: tuple[int, int, int]) -> str | None:
@@ -154,7 +155,8 @@ def _check_padding(
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}.")
         if tensor.device != q_content.device:
             raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
-    if valid_hw is not None and valid_hw.device.type == "cpu" and not torch.compiler.is_compiling():
+    has_values = not (torch.compiler.is_compiling() or registry.transforms())
+    if valid_hw is not None and valid_hw.device.type == "cpu" and has_values:
         _check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
 
 
@@ -211,6 +213,15 @@ def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     )
 
 
+def _flops(*shapes: object, **_: object) -> int:
+    """Of shapes: the products of every query with every key, content, spatial part and value; so many as plain
+    PyTorch computes, whether keys are separable or padding or not.
+    """
+    q_content, q_spatial, k_content, _, _, v = shapes[:6]
+    batch, queries, heads, content = q_content
+    return 2 * batch * heads * queries * k_content[1] * (content + q_spatial[-1] + v[-1])
+
+
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output)
@@ -231,6 +242,9 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::conditional_attention", _fake_forward)
     torch.library.register_fake(f"{namespace}::conditional_attention_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::conditional_attention", differentiate, setup_context=_setup)
+    registry.once_differentiable(f"{namespace}::conditional_attention_backward")
+    registry.count_flops(f"{namespace}::conditional_attention", _flops)
+    registry.count_flops(f"{namespace}::conditional_attention_backward", lambda *shapes, **_: 2 * _flops(*shapes))
 
 
 for _namespace in registry.namespaces():

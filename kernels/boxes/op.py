@@ -6,7 +6,7 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.boxes import reference
 
 
@@ -30,9 +30,11 @@ def matched_box_loss(
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(boxes, objects, assignment)
-    choice = registry.choose(backend, boxes.device, boxes.dtype, registry.WITHOUT_NATIVE).backend
-    if choice == "eager" or boxes.numel() == 0:
+    choice = registry.choose(backend, boxes.device, boxes.dtype, registry.WITHOUT_NATIVE)
+    if choice.backend == "eager" or boxes.numel() == 0:
+        paths.note("matched_box_loss", "eager", choice.refused)
         return reference.matched_box_loss(boxes, objects.detach(), assignment)
+    paths.note("matched_box_loss", choice.backend)
     losses = torch.ops.conddetr.matched_box_loss(boxes.contiguous(), objects.contiguous(), assignment.contiguous())
     return losses[:, 0], losses[:, 1]
 
@@ -96,3 +98,4 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::matched_box_loss_backward")

@@ -4,8 +4,11 @@ torchvision has no broadcasting GIoU without an epsilon, so it stands here.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
+
+from conddetr.kernels import registry
 
 SMALL = 1e-19
 """Lengths below it, and areas below this part of the hull's, count as none: gradients go with their inverse, and those
@@ -50,13 +53,29 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
     """boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [L] and [L]; see `op.py`."""
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    layer, image, query = matched = (assignment >= 0).nonzero(as_tuple=True)
-    predicted = boxes[layer, image, query].to(dtype)
-    wanted = objects[image, assignment[matched]].to(dtype)
-    giou = generalized_iou(corners(predicted), corners(wanted))
-    per_query = boxes.new_zeros((2, *assignment.shape), dtype=dtype)
-    losses = torch.stack([(predicted - wanted).abs().sum(-1), 1 - giou])
-    # Not `index_add`: its order is not fixed on a GPU.
-    per_query[:, layer, image, query] = losses
+    if registry.transforms():
+        per_query = _losses_of_all(boxes.to(dtype), objects.to(dtype), assignment)
+    else:
+        layer, image, query = matched = (assignment >= 0).nonzero(as_tuple=True)
+        per_query = boxes.new_zeros((2, *assignment.shape), dtype=dtype)
+        # Not `index_add`: its order is not fixed on a GPU.
+        per_query[:, layer, image, query] = pair_losses(
+            boxes[layer, image, query].to(dtype), objects[image, assignment[matched]].to(dtype)
+        )
     l1, overlap = per_query.flatten(2).sum(2)
     return l1, overlap
+
+
+def pair_losses(predicted: Tensor, wanted: Tensor) -> Tensor:
+    """[..., 4] and [..., 4] cxcywh -> [2, ...]: |a - b| summed over coordinates, and 1 - GIoU(a, b)."""
+    giou = generalized_iou(corners(predicted), corners(wanted))
+    return torch.stack([(predicted - wanted).abs().sum(-1), 1 - giou])
+
+
+def _losses_of_all(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    """Of every query, zeros where it has no object: [2, L, B, Q]. For vmap, where no size may depend on values."""
+    is_matched = (assignment >= 0).unsqueeze(-1)
+    # One object more than there are, for the others.
+    index = torch.where(is_matched, assignment.unsqueeze(-1), objects.shape[1]).expand_as(boxes)
+    wanted = F.pad(objects, (0, 0, 0, 1)).expand(len(boxes), -1, -1, -1).gather(2, index)
+    return torch.where(is_matched.squeeze(-1), pair_losses(torch.where(is_matched, boxes, wanted), wanted), 0.0)

@@ -1,8 +1,10 @@
 """3×3 convolution and its gradients: the public functions, their checks, and the operators behind the kernels.
 
 By Winograd's minimal filtering, F(4×4, 3×3) (Lavin and Gray, CVPR 2016): a quarter of the multiplications. For CPUs,
-where PyTorch does them all; on GPUs cuDNN chooses by itself. No gradient is recorded: `conddetr/model/folding.py` does.
+where PyTorch does them all; on GPUs cuDNN chooses by itself. Gradients of any order are convolutions of the same kinds.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ GRAIN = 32
 """The kernel takes numbers of channels that are multiples of it."""
 
 
-@torch.no_grad()
 def convolution_3x3(
     x: Tensor,
     weight: Tensor,
@@ -41,7 +42,7 @@ def convolution_3x3(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(x, weight, bias, transposed)
     if choose(backend, x, tuple(weight.shape[:2])) == "eager":
@@ -51,7 +52,6 @@ def convolution_3x3(
     return torch.ops.conddetr_native.convolution_3x3(x, weight, bias, transposed, relu)
 
 
-@torch.no_grad()
 def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "auto") -> Tensor:
     """The gradient of the weights of `convolution_3x3`.
 
@@ -102,7 +102,7 @@ def choose(backend: str, x: Tensor, channels: tuple[int, int]) -> str:
         return "native" if reason is None and x.dtype == torch.float32 else "eager"
     choice = registry.choose(backend, x.device, x.dtype, registry.NATIVE_ALONE).backend
     if choice == "native" and reason is not None:
-        raise registry.BackendError(f"backend 'native' can not run here: {reason}")
+        raise registry.BackendError(f"backend 'native' cannot run here: {reason}")
     return choice
 
 
@@ -130,6 +130,60 @@ def _fake_weight(x: Tensor, grad: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    return torch.ops.conddetr_native.convolution_3x3(x, weight, None, transposed, False)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, weight, _, ctx.transposed, relu = inputs
+    ctx.save_for_backward(x, weight, output if relu else None)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, out = ctx.saved_tensors
+    if out is not None:
+        grad = torch.ops.aten.threshold_backward(grad, out, 0)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = _convolve(grad, weight, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        pair = (grad, x) if ctx.transposed else (x, grad)
+        of_weight = torch.ops.conddetr_native.convolution_3x3_weight(*pair)
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.sum((0, 2, 3))
+    return of_x, of_weight, of_bias, None, None
+
+
+def _setup_weight(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_weight(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of weights is linear in x and in grad."""
+    x, grad = ctx.saved_tensors
+    of_x = _convolve(grad, upstream, True) if ctx.needs_input_grad[0] else None
+    of_grad = _convolve(x, upstream, False) if ctx.needs_input_grad[1] else None
+    return of_x, of_grad
+
+
+def _flops(x: tuple, weight: tuple, *_: object, **__: object) -> int:
+    """Of shapes: the products of a convolution as it is defined; minimal filtering makes a quarter of them."""
+    return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1] * 9
+
+
+def _flops_weight(x: tuple, grad: tuple, **_: object) -> int:
+    return 2 * x[0] * x[2] * x[3] * x[1] * grad[1] * 9
+
+
+def _register(name: str, fake: Callable, differentiate: Callable, setup: Callable) -> None:
+    torch.library.register_fake(f"conddetr_native::{name}", fake)
+    torch.library.register_autograd(f"conddetr_native::{name}", differentiate, setup_context=setup)
+
+
 if native.NOT_LOADED is None:
-    torch.library.register_fake("conddetr_native::convolution_3x3", _fake)
-    torch.library.register_fake("conddetr_native::convolution_3x3_weight", _fake_weight)
+    _register("convolution_3x3", _fake, _differentiate, _setup)
+    _register("convolution_3x3_weight", _fake_weight, _differentiate_weight, _setup_weight)
+    registry.count_flops("conddetr_native::convolution_3x3", _flops)
+    registry.count_flops("conddetr_native::convolution_3x3_weight", _flops_weight)

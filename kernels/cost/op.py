@@ -6,7 +6,7 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.cost import reference
 
 
@@ -54,9 +54,11 @@ def matching_cost(
     # The sum that a softmax divides by, once per prediction; only the classes of objects are looked at after it.
     log_total = logits.to(dtype).logsumexp(-1) if activation == "softmax" else None
     weights = (class_weight, bbox_weight, giou_weight)
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE).backend
-    if choice == "eager" or labels.numel() * logits.numel() == 0:
+    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)
+    if choice.backend == "eager" or labels.numel() * logits.numel() == 0:
+        paths.note("matching_cost", "eager", choice.refused)
         return reference.matching_cost(logits, boxes, labels, objects, counts, log_total, weights, alpha, gamma)
+    paths.note("matching_cost", choice.backend)
     tensors = [x.contiguous() for x in (logits, boxes, labels, objects, counts)]
     return torch.ops.conddetr.matching_cost(*tensors, log_total, *weights, alpha, gamma)
 

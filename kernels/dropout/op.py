@@ -7,7 +7,7 @@ network that takes longer than the products. On GPUs PyTorch's dropout is one ke
 import torch
 from torch import Tensor
 
-from conddetr.kernels import native, registry
+from conddetr.kernels import native, paths, registry
 from conddetr.kernels.dropout import reference
 
 
@@ -29,7 +29,9 @@ def relu_dropout(x: Tensor, p: float, backend: str = "auto") -> Tensor:
     _check(x, p)
     if p == 0:
         return x.relu()
-    if choose(backend, x.device, x.dtype) == "eager":
+    choice = choose(backend, x.device, x.dtype)
+    paths.note("relu_dropout", choice)
+    if choice == "eager":
         return reference.relu_dropout(x, p)
     return _drop(x.contiguous(), None, _seed(), p, True)
 
@@ -56,7 +58,9 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") ->
     if p == 0:
         return residual + x
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    if choose(backend, x.device, dtype) == "eager":
+    choice = choose(backend, x.device, dtype)
+    paths.note("dropout_add", choice)
+    if choice == "eager":
         return reference.dropout_add(x, residual, p)
     return _drop(x.to(dtype).contiguous(), residual.to(dtype).contiguous(), _seed(), p, False)
 

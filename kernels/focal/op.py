@@ -6,7 +6,7 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.focal import reference
 
 
@@ -33,9 +33,11 @@ def focal_loss(
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(logits, target, gamma)
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE).backend
-    if choice == "eager" or logits.numel() == 0:
+    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)
+    if choice.backend == "eager" or logits.numel() == 0:
+        paths.note("focal_loss", "eager", choice.refused)
         return reference.focal_loss(logits, target, alpha, gamma)
+    paths.note("focal_loss", choice.backend)
     return torch.ops.conddetr.focal_loss(logits.contiguous(), target.contiguous(), alpha, gamma)
 
 
@@ -95,3 +97,4 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::focal_loss_backward")

@@ -31,7 +31,7 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
     # Every class as if absent, less the target's: cheaper than a one-hot tensor in every term.
     index = target.clamp(min=0).unsqueeze(-1)
     x, is_present = logits.gather(-1, index), index == target.unsqueeze(-1)
-    of_absent = modulated_loss(logits, gamma)
-    of_absent.scatter_(-1, index, torch.where(is_present, 0.0, modulated_loss(x, gamma)))
+    # Not in place, which vmap cannot do; it takes no longer.
+    of_absent = modulated_loss(logits, gamma).scatter(-1, index, torch.where(is_present, 0.0, modulated_loss(x, gamma)))
     of_present = torch.where(is_present, modulated_loss(-x, gamma), 0.0)
     return absent * of_absent.flatten(1).sum(1) + present * of_present.flatten(1).sum(1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.match import reference
 
 MAX_QUERIES = 4096
@@ -33,12 +33,14 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a count is out of range; names the image. On a GPU, where
             looking at `counts` would stop the host, it is clamped.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend can not run here, or any inside `torch.func.vmap`; says why.
     """
+    registry.refuse_vmap("linear_assignment, which takes leading dimensions itself,")
     _check(cost, counts)
     if cost.numel() == 0:
         return torch.full((*cost.shape[:-2], cost.shape[-1]), -1, dtype=torch.int64, device=cost.device)
     choice = _choose(cost, counts, backend)
+    paths.note("linear_assignment", choice)
     if choice == "eager":
         return reference.linear_assignment(cost, counts)
     return registry.operators(choice).linear_assignment(cost.contiguous(), counts.contiguous())

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conddetr.kernels import registry
+
 
 def rank_non_finite(cost: np.ndarray) -> np.ndarray:
     """[n, Q] float64 with NaN and infinity replaced: by a cost that is only chosen where nothing else is left.
@@ -29,7 +31,9 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     *leading, capacity, queries = cost.shape
-    problems = cost.detach().cpu().reshape(-1, capacity, queries).numpy()
+    problems = cost.detach().cpu().reshape(-1, capacity, queries)
+    # Inside transforms of torch.func a tensor has values, but no memory to share.
+    problems = problems.numpy() if not registry.transforms() else np.array(problems.tolist())
     counts = counts.tolist()
     assignment = np.full((len(problems), queries), -1, dtype=np.int64)
     for number, problem in enumerate(problems):

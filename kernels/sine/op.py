@@ -6,7 +6,7 @@ Under autocast nothing is cast: phases are float32 whatever comes in, and the re
 import torch
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.kernels.sine import reference
 
 
@@ -28,10 +28,11 @@ def sine_embedding(points: Tensor, dim: int = 256, temperature: float = 10000.0,
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(points, dim)
-    choice = registry.choose(backend, points.device, points.dtype).backend
-    if choice == "eager":
+    choice = registry.choose(backend, points.device, points.dtype)
+    paths.note("sine_embedding", choice.backend, choice.refused)
+    if choice.backend == "eager":
         return reference.sine_embedding(points, dim, temperature)
-    return registry.operators(choice).sine_embedding(points.contiguous(), None, dim, temperature)
+    return registry.operators(choice.backend).sine_embedding(points.contiguous(), None, dim, temperature)
 
 
 def conditional_spatial_query(
@@ -55,15 +56,16 @@ def conditional_spatial_query(
     if transform.device != points.device:
         raise ValueError(f"transform: expected device {points.device} as of points, got {transform.device}.")
     dtype = torch.promote_types(points.dtype, transform.dtype)
-    choice = registry.choose(backend, points.device, dtype).backend
-    if choice == "eager":
+    choice = registry.choose(backend, points.device, dtype)
+    paths.note("conditional_spatial_query", choice.backend, choice.refused)
+    if choice.backend == "eager":
         return reference.conditional_spatial_query(points, transform, temperature)
-    if choice == "native":
+    if choice.backend == "native":
         points, transform = points.to(dtype), transform.to(dtype)
     leading = torch.broadcast_shapes(points.shape[:-1], transform.shape[:-1])
     points = points.expand(*leading, 2).contiguous()
     transform = transform.expand(*leading, transform.shape[-1]).contiguous()
-    return registry.operators(choice).sine_embedding(points, transform, transform.shape[-1], temperature)
+    return registry.operators(choice.backend).sine_embedding(points, transform, transform.shape[-1], temperature)
 
 
 def _check(points: Tensor, dim: int) -> None:
@@ -129,6 +131,7 @@ def _register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::sine_embedding", _fake_forward)
     torch.library.register_fake(f"{namespace}::sine_embedding_backward", _fake_backward)
     torch.library.register_autograd(f"{namespace}::sine_embedding", differentiate, setup_context=_setup)
+    registry.once_differentiable(f"{namespace}::sine_embedding_backward")
 
 
 for _namespace in registry.namespaces():

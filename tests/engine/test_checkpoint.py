@@ -5,7 +5,10 @@ import os
 import pickle
 import sys
 import threading
+import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,16 +88,55 @@ def test_official_namespaces_are_read(tmp_path):
     assert read_checkpoint(tmp_path / "official.pth")["args"].dilation is True
 
 
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_plain_data_of_libraries_is_read(tmp_path, is_zip, monkeypatch):
+    module = types.ModuleType("lightning.fabric.utilities.data")
+    module.AttributeDict = type("AttributeDict", (dict,), {"__module__": module.__name__})
+    # What pickle asks for; a file of Lightning is read without Lightning.
+    for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = {
+        "ap": np.float64(0.4),
+        "best": np.float32(0.25),
+        "epoch": np.int64(7),
+        "done": np.bool_(True),
+        "ids": np.array([[3, 1], [2, 9]], np.int16),
+        "names": np.array(["a", None], object),
+        "dtype": np.dtype("float16"),
+        "folder": Path("runs/a"),
+        "hyper_parameters": module.AttributeDict(lr=0.1),
+    }
+    torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=is_zip)
+    found = read_checkpoint(tmp_path / "a.ckpt")
+    assert all(type(found[key]) is type(content[key]) for key in ("ap", "best", "epoch", "done", "ids", "dtype"))
+    assert [found[key] for key in ("ap", "best", "epoch", "done")] == [0.4, 0.25, 7, True]
+    assert found["ids"].tolist() == [[3, 1], [2, 9]]
+    assert found["names"].tolist() == ["a", None]
+    assert found["dtype"] == np.float16
+    assert found["folder"].parts == ("runs", "a")
+    assert found["hyper_parameters"] == {"lr": 0.1}
+
+
 class Code:
     def __reduce__(self):
         return (print, ("this must never run",))
 
 
-def test_code_is_refused(tmp_path, capsys):
-    torch.save({"model": Code()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt can not be read"):
+class System:
+    def __reduce__(self):
+        return (os.system, ("echo this must never run",))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(Code(), "print"), (System(), r"posix\.system"), (torch.nn.ReLU(), r"torch\.nn\.modules\.activation\.ReLU")],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_code_is_refused_and_named(tmp_path, capfd, value, name, is_zip):
+    torch.save({"model": value}, tmp_path / "evil.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match=rf"^Checkpoint .*evil\.pt can not be read: .* it holds {name}, which"):
         read_checkpoint(tmp_path / "evil.pt")
-    assert "never run" not in capsys.readouterr().out
+    assert "never run" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [0, 10, 100, 400])

@@ -20,6 +20,7 @@ from conddetr.engine.evaluator import (
     METRICS,
     WRITTEN_AT_ONCE,
     Detections,
+    category_ids_of,
     coco_library,
     coco_result,
     detect,
@@ -183,6 +184,29 @@ def test_unknown_categories_are_named(tiny_model):
     dataset = SyntheticShapes(2, seed=3)
     with pytest.raises(ValueError, match=r"1 categories that the model does not know, first id 3 \('triangle'\)"):
         evaluate(tiny_model, [*dataset.classes[:2], {"id": 9, "name": "star"}], dataset, CPU)
+
+
+def test_classes_that_a_model_of_others_numbers_otherwise_are_matched_by_name(caplog):
+    """With ids from 0, one more class and the first three in order: by id every detection would be off by one."""
+    dataset = SyntheticShapes(30, seed=3)
+    classes = [{"id": label, "name": name} for label, name in enumerate(["disk", "square", "triangle", "star"])]
+    for category, number in zip(dataset.classes, (3, 1, 0), strict=True):
+        category["id"] = number
+    truth = dataset.ground_truth()
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = dataset.classes[annotation["category_id"] - 1]["id"]
+    truth["categories"] = dataset.classes
+    found = detect(Oracle(dataset), classes, dataset, CPU, batch_size=4)
+    assert coco_result(truth, found).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
+    assert "matched by name" in caplog.text
+
+
+def test_names_that_tell_nothing_leave_the_ids_to_decide(caplog):
+    data = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+    assert category_ids_of(data, data[::-1]) == [7, 3]
+    assert not caplog.text
+    assert category_ids_of([{"id": number, "name": f"LABEL_{number}"} for number in range(8)], data) == list(range(8))
+    assert "first id 7 ('cat', there 'LABEL_7'): ids decide" in caplog.text
 
 
 def test_results_file_is_cocos_format(tmp_path):

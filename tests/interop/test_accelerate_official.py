@@ -147,7 +147,7 @@ def test_what_can_not_be_accelerated_is_left_and_listed():
     model.backbone[0].body["bn1"] = nn.BatchNorm2d(64)
     notes = {part.name: part.note for part in conddetr.accelerate(model).left}
     assert "normalise last" in notes["transformer"]
-    assert "frozen batch norm" in notes["backbone"]
+    assert notes["part of the backbone"] == "conv1: BatchNorm2d: expected a frozen batch norm"
     assert "conddetr.accelerate(criterion)" in notes["matcher and loss"]
     assert type(model.transformer) is Transformer
     for options, reason in (({"losses": ["labels", "masks"]}, "labels, masks"), ({"focal_alpha": 0.5}, "alpha 0.5")):

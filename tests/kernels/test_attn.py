@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_rule import read_arrays
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from conddetr.kernels import conditional_attention, native, registry
 from conddetr.kernels.attn import op
@@ -391,6 +392,21 @@ def test_compiles_without_a_graph_break(backend, device):
 
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), attention(*leaves))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_flops_are_counted_as_of_plain_pytorch(dense, backend, device):
+    case = Case(content=32, spatial=32, value=32, dense=dense)
+    counts = []
+    for name in ("eager", backend):
+        leaves = case.to(device, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            out = attend(leaves, name)
+            forward = counter.get_total_flops()
+            torch.autograd.grad(out, leaves, case.upstream.to(device, torch.float32))
+        counts.append((forward, counter.get_total_flops()))
+    # Two images, two heads, 5 queries, 28 keys, 96 channels.
+    assert counts[0] == counts[1] == (2 * 2 * 2 * 5 * 28 * 96, 3 * 2 * 2 * 2 * 5 * 28 * 96)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

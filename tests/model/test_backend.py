@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import conddetr
+from conddetr.kernels import native
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.detr import pad_images
 
@@ -66,6 +68,29 @@ def test_thirty_steps_give_the_same_loss_curve():
         curves.append(torch.tensor(curve))
     assert curves[0][-1] < curves[0][0]
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
+@pytest.mark.parametrize("padding", ["valid_hw", "mask"])
+def test_flops_of_a_training_step_are_those_of_plain_pytorch(padding):
+    images, valid_hw = pad_images(batch(2)[0])
+    size = images.shape[-2:]
+    options = {"valid_hw": valid_hw}
+    if padding == "mask":
+        options = {"mask": rectangle_padding(valid_hw, *size).unflatten(1, size)}
+    counts = []
+    for backend in ("eager", "native"):
+        model = conddetr.build("conditional-detr-tiny", num_classes=3, backend=backend).to(DEVICE)
+        with FlopCounterMode(display=False) as counter:
+            model(images, **options)["pred_logits"].sum().backward()
+        counts.append(counter.get_total_flops())
+    saved = 0
+    if padding == "valid_hw":
+        # Keys of rows and columns, of half the channels each, in place of all cells' keys; and the weights' gradients.
+        height, width, dim = size[0] // 16, size[1] // 16, model.config.hidden_dim
+        dense, separable = height * width * dim * dim, (height + width) * dim * dim // 2
+        saved = 2 * 2 * len(images) * model.config.decoder_layers * (dense - separable)
+    assert counts[0] - counts[1] == saved
 
 
 @pytest.mark.slow

@@ -107,20 +107,39 @@ def test_detr_without_positions_after_the_first_layer():
     assert key_is_memory == [False, True, True]
 
 
-@pytest.mark.parametrize("dilation", [False, True])
-def test_folded_backbone_equals_the_plain_one_and_follows_its_weights(dilation):
-    backbone = conddetr.build("conditional-detr-r50", dilation=dilation, **SMALL).eval().double().backbone
-    images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
-    for buffer in backbone.buffers():
-        buffer.uniform_(0.5, 1.5)
-    for _ in range(2):
-        plain = backbone(images)
-        with torch.inference_mode():
-            torch.testing.assert_close(backbone(images), plain.detach(), rtol=1e-9, atol=1e-9)
+def test_dilation_keeps_the_resolution():
+    for dilation, size in ((False, (2, 3)), (True, (4, 6))):
+        backbone = conddetr.build("conditional-detr-r50", dilation=dilation, **SMALL).eval().backbone
         with torch.no_grad():
-            next(backbone.parameters()).mul_(0.5)
-    assert plain.shape[-2:] == ((4, 6) if dilation else (2, 3))
-    assert not [name for name in backbone.state_dict() if "folded" in name]
+            assert backbone(torch.randn(1, 3, 64, 96)).shape[-2:] == size
+
+
+@pytest.mark.parametrize("preset", ["conditional-detr-r50", "conditional-detr-tiny", "detr-r50"])
+def test_with_eager_every_module_is_called(preset):
+    """The embedding too. Lists have no call, and PyTorch's own attention reads the projection inside it."""
+    model, called = conddetr.build(preset, **SMALL).eval(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, *_: called.append(id(module)))
+    with torch.no_grad():
+        model([torch.randn(3, 64, 64)])
+    silent = {name for name, module in model.named_modules() if id(module) not in called}
+    lists = {name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    attentions = {name for name, module in model.named_modules() if type(module) is torch.nn.MultiheadAttention}
+    assert silent == lists | {f"{name}.out_proj" for name in attentions}
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_model_that_was_cast_stays_near_the_one_that_was_not(cast, backend):
+    model = conddetr.build("conditional-detr-tiny", backend=backend).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        model = getattr(model, cast)()
+        found = model(images.to(model.dtype))
+    assert found["pred_logits"].dtype == model.dtype
+    tolerance = 3 * torch.finfo(torch.bfloat16 if cast == "bfloat16" else torch.half).eps if cast != "double" else 1e-5
+    torch.testing.assert_close(found["pred_boxes"].double(), expected["pred_boxes"].double(), rtol=0, atol=tolerance)
 
 
 def test_training_folded_gives_the_gradients_of_the_plain_backbone():
@@ -128,7 +147,7 @@ def test_training_folded_gives_the_gradients_of_the_plain_backbone():
     for buffer in plain.buffers():
         buffer.uniform_(0.5, 1.5)
     folded = copy.deepcopy(plain)
-    folded[0].backend = "auto"
+    folded[0].body.backend = "auto"
     compiled = torch.compile(copy.deepcopy(folded), backend="eager", fullgraph=True)
     images = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     outputs = [backbone(images) for backbone in (plain, folded, compiled)]
@@ -145,11 +164,11 @@ def test_training_folded_gives_the_gradients_of_the_plain_backbone():
 
 def test_fused_backends_fold_in_training():
     model = conddetr.build("conditional-detr-r50", **SMALL, backend="auto")
-    assert model.backbone[0].backend == "auto"
+    assert model.backbone[0].body.backend == "auto"
     conddetr.accelerate(model, "eager")
-    assert model.backbone[0].backend == "eager"
+    assert model.backbone[0].body.backend == "eager"
     conddetr.accelerate(model, "auto")
-    assert model.backbone[0].backend == "auto"
+    assert model.backbone[0].body.backend == "auto"
 
 
 def test_one_pixel_images(tiny_model):

@@ -115,7 +115,7 @@ def test_outputs_of_all_layers(run, golden):
 
 def test_folded_inference_gives_the_same_outputs(run, golden):
     with torch.inference_mode():
-        out = run.model(run.images)
+        out = run.model.fused()(run.images)
     close(out["pred_logits"], golden["pred_logits"], 1e-4)
     close(out["pred_boxes"], golden["pred_boxes_all"][-1], 1e-5)
 

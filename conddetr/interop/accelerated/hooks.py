@@ -7,18 +7,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conddetr.interop.accelerate import AccelerationReport, Part
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_any_hook(module: nn.Module) -> bool:
-    """Whether a hook is attached."""
-    return any(getattr(module, name) for name in _HOOKS)
+from conddetr.model.plain import HOOKS
 
 
 def has_hooks_of_user(module: nn.Module) -> bool:
     """Whether a hook is attached beside those by which transformers records attention maps and hidden states."""
-    hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 

@@ -15,7 +15,14 @@ from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerate import AccelerationReport, Part, describe, is_huggingface, parameter_of
+from conddetr.interop.accelerate import (
+    AccelerationReport,
+    Part,
+    describe,
+    is_huggingface,
+    parameter_of,
+    report_backbone,
+)
 from conddetr.interop.accelerated.backbone import ConvEncoder, misfit
 from conddetr.interop.accelerated.changes import change
 from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
@@ -172,13 +179,16 @@ def _replace_self_attention(
 
 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
-    replacement = Replacement("backbone", ConvEncoder, "batch norms folded into the convolutions, channels-last")
-    encoders = [module for module in model.modules() if isinstance(module, replacement.original)]
-    reason = next((reason for reason in map(misfit, encoders) if reason is not None), None)
-    if reason is None:
-        _replace_modules(model, replacement, backend, None, report)
-    else:
-        report.left.append(Part(replacement.name, len(encoders), reason))
+    """The parts of each ResNet that are plain; whether they still are is asked in every call."""
+    replacement = Replacement("backbone", ConvEncoder)
+    kinds = (replacement.original, replacement.ours)
+    for encoder in (module for module in model.modules() if type(module) in kinds):
+        reason = replacement.misfit() or misfit(encoder)
+        if reason is not None:
+            report.left.append(Part("backbone", 1, reason))
+            continue
+        change(encoder, replacement.ours, backend=backend)
+        report_backbone(encoder.model, report)
 
 
 def _replace_modules(

@@ -12,23 +12,21 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from conddetr import config as configs
-from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of
+from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.interop.accelerated.changes import change
-from conddetr.interop.accelerated.hooks import has_any_hook, has_own_forward, report_hooks
-from conddetr.interop.official import identify
+from conddetr.interop.accelerated.hooks import report_hooks
+from conddetr.interop.checkpoints import identify
 from conddetr.kernels import registry
-from conddetr.model import folding
+from conddetr.model import resnet
+from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
 from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
 """The official matcher's α, whatever the criterion's is; ours has one for both."""
-
-_BLOCK = {"conv1", "conv2", "conv3", "bn1", "bn2", "bn3", "relu", "downsample"}
 
 
 def is_model(model: nn.Module) -> bool:
@@ -59,17 +57,15 @@ class _Accelerated:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         ours, original = type(self).__bases__
-        return _blank, (ours, original), {name: x for name, x in self.__dict__.items() if name != "_kept"}
+        return _blank, (ours, original), self.__dict__
 
     def _is_as_known(self) -> bool:
-        """No module was exchanged, none has hooks or a `forward` of its own, which ours would not call, no hook is for
-        all modules, and this is no copy of `DataParallel`.
-        """
+        """No module was exchanged, none has what ours would not call, and this is no copy of `DataParallel`."""
         found = tuple(self.modules())[1:]
-        if len(found) != len(self._known) or getattr(self, "_is_replica", False) or _has_any_global_hook():
+        if len(found) != len(self._known) or getattr(self, "_is_replica", False):
             return False
         pairs = zip(found, self._known, strict=True)
-        return all(a is b and not (has_any_hook(a) or has_own_forward(a)) for a, b in pairs)
+        return all(a is b and why_not_plain(a) is None for a, b in pairs)
 
 
 @lru_cache
@@ -109,17 +105,15 @@ class Transformer(_Accelerated):
 
 
 class ResNetBody(_Accelerated):
-    """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded."""
+    """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded within the graph."""
 
     backend: str
-    _kept: folding.Kept | None = None
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
-        if not self._is_as_known():
+        if _body_misfit(self) is not None:
             return super().forward(x)
-        folded, self._kept = folding.fold(self, self._kept)
-        maps = dict(zip(folding.STAGES, folding.stages(self, folded, x, self.backend), strict=True))
+        maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
 
 
@@ -176,7 +170,7 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
     reason = _body_misfit(body)
     if reason is None:
         _mix_in(body, ResNetBody, backend=backend)
-        report.replaced.append(Part("backbone", 1, "batch norms folded into the convolutions, channels-last"))
+        report_backbone(body, report)
     else:
         report.left.append(Part("backbone", 1, reason))
     report.left.append(Part("position encoding and heads", 1, "the model's own forward computes them"))
@@ -187,10 +181,13 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
 def _gives_way(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """What runs as the official code because of hooks of a module of this name."""
     body = getattr(model.backbone[0], "body", model.backbone[0])
-    for part, accelerated in (("transformer", model.transformer), ("backbone", body)):
+    for accelerated, what in (
+        (model.transformer, "the official code of the transformer runs as long as they are there"),
+        (body, "its part of the backbone runs as shipped"),
+    ):
         is_inside = module is not accelerated and any(module is found for found in accelerated.modules())
         if isinstance(accelerated, _Accelerated) and is_inside:
-            return f"the official code of the {part} runs as long as they are there"
+            return what
     return None
 
 
@@ -257,19 +254,10 @@ def _transformer_misfit(transformer: nn.Module) -> str | None:
 
 
 def _body_misfit(body: nn.Module) -> str | None:
+    """The reason why `ResNetBody` is not the same as this one; None where it is, part for part."""
     names = [name for name, _ in body.named_children()]
-    if names != ["conv1", "bn1", "relu", "maxpool", *folding.STAGES]:
-        return f"{type(body).__name__} is no ResNet of torchvision up to {folding.STAGES[-1]}"
-    if not set(getattr(body, "return_layers", [None])) <= set(folding.STAGES):
+    if names != ["conv1", "bn1", "relu", "maxpool", *resnet.STAGES]:
+        return f"{type(body).__name__} is no ResNet of torchvision up to {resnet.STAGES[-1]}"
+    if not set(getattr(body, "return_layers", [None])) <= set(resnet.STAGES):
         return "expected torchvision's IntermediateLayerGetter that returns whole stages"
-    for block in (block for stage in folding.STAGES for block in body[stage]):
-        if type(block).__name__ not in folding.CONVOLUTIONS or not {n for n, _ in block.named_children()} <= _BLOCK:
-            return f"{type(block).__name__} has parts that a plain ResNet has not"
-    if not all(_is_foldable(*pair) for pair in folding.conv_norm_pairs(body)):
-        return "expected pairs of convolution without bias and frozen batch norm"
     return None
-
-
-def _is_foldable(conv: nn.Module, norm: nn.Module) -> bool:
-    is_plain = type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == "zeros"
-    return is_plain and type(norm).__name__ == "FrozenBatchNorm2d"

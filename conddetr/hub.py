@@ -1,0 +1,276 @@
+"""Detectors on HuggingFace's hub, by `huggingface_hub`: its cache, its token, its offline switch (`HF_HUB_OFFLINE`)."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import conddetr
+from conddetr import config as configs
+from conddetr.detector import Detector
+from conddetr.engine.checkpoint import save_weights
+from conddetr.files import write_text
+from conddetr.interop.checkpoints import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
+
+try:
+    from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as logging_of_hub
+except ImportError as error:
+    raise ImportError("HuggingFace's hub needs huggingface_hub: pip install 'conddetr[hub]'.") from error
+
+log = logging.getLogger(__name__)
+
+MODELS = {
+    "conditional-detr": "[Conditional DETR](https://arxiv.org/abs/2108.06152)",
+    "detr": "[DETR](https://arxiv.org/abs/2005.12872)",
+}
+# The HTTP library's own errors, whichever it is in this version, are of the same base.
+_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+
+
+class HubError(OSError):
+    """A repository of the hub cannot be read."""
+
+
+@contextlib.contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """One sentence for whatever keeps a repository from being read, not a line for each of several tries."""
+    verbosity = logging_of_hub.get_verbosity()
+    logging_of_hub.set_verbosity_error()
+    try:
+        yield
+    except HubError:
+        raise
+    except _ERRORS as error:
+        cause = error.__cause__ or error
+        reason = next((line for line in str(cause).splitlines() if line.strip()), "no detail")
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(cause).__name__}: {reason}"
+        raise HubError(
+            f"{repository} could not be read from {constants.ENDPOINT} ({reason}) and is not in the cache "
+            f"{constants.HF_HUB_CACHE}."
+        ) from error
+    finally:
+        logging_of_hub.set_verbosity(verbosity)
+
+
+def download(
+    repository: str,
+    names: Sequence[str] = WEIGHT_FILES,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The weights of a repository, and the configuration beside them, into the hub's cache.
+
+    Args:
+        repository: `owner/name`.
+        names: files to look for; the first that is there is taken.
+        revision, cache_dir, force_download, token, local_files_only: as those of `hf_hub_download`.
+
+    Returns:
+        The file of the weights, or the index of several.
+
+    Raises:
+        HubError: no network and not in the cache, no such repository, or no such file in it.
+    """
+
+    def get(name: str) -> Path:
+        return Path(
+            hf_hub_download(
+                repository,
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                token=token,
+                local_files_only=local_files_only,
+                library_name="conddetr",
+                library_version=conddetr.__version__,
+            )
+        )
+
+    with _explained(repository):
+        for name in names:
+            try:
+                file = get(name)
+                break
+            except EntryNotFoundError:
+                if name == names[-1]:
+                    raise
+        if file.name.endswith(".index.json"):
+            for part in sorted({Path(part).name for part in read_json(file).get("weight_map", {}).values()}):
+                get(part)
+        for name in (CONFIG, PREPROCESSOR):
+            try:
+                get(name)
+            except LocalEntryNotFoundError:
+                log.warning(
+                    "%s of %s is not in the cache: class names or image sizes may be missing.", name, repository
+                )
+            except EntryNotFoundError:
+                log.info("%s has no %s.", repository, name)
+    return file
+
+
+class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-detection", tags=["conditional-detr"]):
+    """What `huggingface_hub` saves, uploads and downloads: a detector."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        detector = self.detector
+        stated = {
+            "config": detector.config.to_dict(),
+            "classes": detector.classes,
+            "run": detector.run and _without_paths(detector.run),
+            "metrics": detector.metrics,
+        }
+        stated = {key: value for key, value in stated.items() if value}
+        save_weights(save_directory / WEIGHT_FILES[0], {"model": detector.model.state_dict(), **stated})
+        # For people and for the hub's counter: what is read again lies in the file of the weights.
+        content = {"conddetr": conddetr.__version__, **stated}
+        write_text(save_directory / CONFIG, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        preset: str | None = None,
+        device: str | None = None,
+    ) -> "HubDetector":
+        file = download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return cls(Detector.from_checkpoint(file, preset, device))
+
+    def generate_model_card(
+        self,
+        repository: str = "FOLDER",
+        metrics: Mapping[str, float] | None = None,
+        license: str | None = None,
+    ) -> ModelCard:
+        """The README of a repository: data, metrics, and how to load.
+
+        Args:
+            repository: as it is loaded.
+            metrics: COCO's numbers in [0, 1] by name; default: those of the last evaluation in training.
+            license: of the weights, as the hub names it, e.g. `apache-2.0`.
+        """
+        info = self._hub_mixin_info.model_card_data
+        data = ModelCardData(
+            license=license, library_name=info.library_name, pipeline_tag=info.pipeline_tag, tags=info.tags
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card(self.detector, repository, metrics)}")
+
+
+def load(
+    repository: str,
+    *,
+    preset: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> Detector:
+    """A detector from the hub; see `Detector.from_pretrained`."""
+    with _explained(repository):
+        return HubDetector.from_pretrained(
+            repository,
+            preset=preset,
+            device=device,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        ).detector
+
+
+def _card(detector: Detector, repository: str, metrics: Mapping[str, float] | None) -> str:
+    config = detector.config
+    preset = configs.preset_name(config.family, config.backbone, config.dilation)
+    parameters = sum(parameter.numel() for parameter in detector.model.parameters())
+    names = ", ".join(str(entry["name"]) for entry in detector.classes)
+    return f"""# {preset}, {len(detector.classes)} classes
+
+A detector of objects in images, saved by conddetr {conddetr.__version__}. The model is {MODELS[config.family]}, with
+{parameters / 1e6:.1f} million parameters and {config.num_queries} queries; images are resized to a short side of
+{config.image_size} pixels, and a long one of at most {config.max_image_size}.
+
+## Load
+
+    pip install 'conddetr[hub]'
+
+```python
+import conddetr
+
+detector = conddetr.Detector.from_pretrained("{repository}")
+[found] = detector.predict("photo.jpg")
+print(found.captions, found.boxes)
+```
+
+## Data
+
+{_data(detector)}
+
+Classes: {names}.
+
+## Metrics
+
+{_metrics(detector, metrics)}
+"""
+
+
+def _data(detector: Detector) -> str:
+    if detector.run is None:
+        return "Not known: the weights do not say what they were trained on."
+    data = _without_paths(detector.run)["data"]
+    if data.get("coco_path"):
+        return f"Trained and evaluated on a data set in COCO's layout, folder `{data['coco_path']}`."
+    if data.get("annotations"):
+        rest = f"`{data['val_annotations']}`" if data.get("val_annotations") else "a share of it that was set aside"
+        return f"Trained on `{data['annotations']}` in COCO's format, evaluated on {rest}."
+    return "Trained and evaluated on synthetic shapes that conddetr draws."
+
+
+def _metrics(detector: Detector, given: Mapping[str, float] | None) -> str:
+    metrics = given or detector.metrics
+    if not metrics:
+        return "Not measured."
+    origin = (
+        "As given by who published this" if given else "Of the last evaluation in training, on its validation images"
+    )
+    head, line = " | ".join(metrics), "|---" * len(metrics)
+    # -1: nothing counts.
+    values = " | ".join("–" if value < 0 else f"{100 * value:.1f}" for value in metrics.values())
+    return f"{origin}, in percent:\n\n| {head} |\n{line}|\n| {values} |"
+
+
+def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration with the last part of every path: folders of a machine are not to be published."""
+
+    def last(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        return {**options, **{name: Path(options[name]).name for name in names if options.get(name)}}
+
+    data = last(run["data"], ("coco_path", "annotations", "images", "val_annotations", "val_folder"))
+    return {**last(run, ("output_dir", "resume", "weights")), "data": data}

@@ -1,0 +1,116 @@
+"""A frozen copy of a model for inference: what depends on weights alone is computed once.
+
+The copy has weights of its own, so nothing that happens to the model changes it, and nobody is served weights that are
+no longer there. Parts that are hooked, wrapped, parametrised or replaced are copied as they are.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from conddetr.kernels import convolution, paths
+from conddetr.model import resnet
+from conddetr.model.backbone import ResNetBody
+from conddetr.model.layers import channels_last
+from conddetr.model.plain import HOOKS
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class FusionReport:
+    """What `DETR.fused` did."""
+
+    fused: list[str] = field(default_factory=list)
+    """Names of the modules that were replaced by fused ones."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Names of those that could have been, with the reason why they stay as they were."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} parts fused, {len(self.left)} left as they were"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left.items()])
+
+
+class FusedConvolution(nn.Module):
+    """A convolution together with the frozen batch norm behind it, and the ReLU and residual sum after that."""
+
+    is_fused = True
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module, relu: bool, backend: str) -> None:
+        super().__init__()
+        weight, bias = resnet.fold(conv, norm)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.window = resnet.window(conv)
+        self.relu, self.backend = relu, backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last."""
+        x = channels_last(x)
+        backend = resnet.convolution_backend(self.backend)
+        return convolution(x, self.weight, self.bias, **self.window, residual=residual, relu=self.relu, backend=backend)
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        return f"{tuple(self.weight.shape)}, relu={self.relu}, backend={self.backend}"
+
+
+class FusedBlock(nn.Module):
+    """A residual block of fused convolutions."""
+
+    is_fused = True
+
+    def __init__(self, block: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.downsample = None
+        if type(block.downsample) is nn.Sequential:
+            self.downsample = FusedConvolution(*block.downsample, relu=False, backend=backend)
+        self.convolutions = nn.ModuleList(
+            FusedConvolution(*pair, relu=True, backend=backend) for pair in resnet.conv_norm_pairs(block)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the block that it stands for."""
+        paths.note("backbone", "frozen copy")
+        shortcut = x if self.downsample is None else self.downsample(x)
+        *inner, last = self.convolutions
+        for conv in inner:
+            x = conv(x)
+        return last(x, shortcut)
+
+
+@torch.no_grad()
+def fused_copy(model: Model) -> tuple[Model, FusionReport]:
+    """A frozen copy in evaluation mode, fused where it can be, and what was done."""
+    # What `copy.deepcopy` finds here it takes as the copy: of what is fused the weights are not copied first.
+    memo: dict[int, object] = {}
+    report = FusionReport()
+    for name, module in model.named_modules():
+        if isinstance(module, ResNetBody):
+            memo |= _fused_parts(module, f"{name}." if name else "", report)
+        # A hook that is a method would be copied together with its object, which then nobody looks at.
+        memo |= {id(hooks): hooks for hooks in (getattr(module, name) for name in HOOKS)}
+        # Tensors that a hook left there, as old weight norm does: those cannot be copied with their graph.
+        tensors = [x for x in module.__dict__.values() if isinstance(x, Tensor) and not x.is_leaf]
+        memo |= {id(x): x.detach().clone() for x in tensors}
+    return copy.deepcopy(model, memo).eval().requires_grad_(False), report
+
+
+def _fused_parts(body: ResNetBody, prefix: str, report: FusionReport) -> dict[int, nn.Module]:
+    """`id` of each module that can be fused → what takes its place."""
+    parts: dict[int, nn.Module] = {}
+    for name, reason in resnet.survey(body).items():
+        if reason is not None:
+            report.left[prefix + name] = reason
+            continue
+        report.fused.append(prefix + name)
+        module = body.get_submodule(name)
+        if name != "conv1":
+            parts[id(module)] = FusedBlock(module, body.backend)
+            continue
+        parts[id(module)] = FusedConvolution(module, body.bn1, relu=True, backend=body.backend)
+        parts |= {id(body.bn1): nn.Identity(), id(body.relu): nn.Identity()}
+    return parts

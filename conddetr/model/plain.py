@@ -1,0 +1,43 @@
+"""Whether a module is no more than its class says. Only then may other code read its parameters instead of calling it.
+
+People hook, wrap, replace, parametrise and compile modules. Whoever bypasses a call would bypass all of that silently.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what runs beside its forward and backward."""
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """The reason why a module has to be called as one; None if a call is its class's `forward` and nothing else.
+
+    Parametrizations, adapters and quantised layers are other classes: whoever asks looks at the class too.
+    """
+    if any(getattr(module, name) for name in HOOKS):
+        return "it has hooks"
+    if torch_module._has_any_global_hook():
+        return "there are hooks for all modules"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if module._compiled_call_impl is not None:
+        return "it was compiled by itself"
+    return None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether this is PyTorch's linear layer with a bias and ordinary weights, so that x·Wᵀ + b is all it computes."""
+    return (
+        type(module) is nn.Linear
+        and why_not_plain(module) is None
+        and all(type(x) in (Tensor, nn.Parameter) for x in (module.weight, module.bias))
+    )
+
+
+def table(embedding: nn.Module, rows: int, device: torch.device) -> Tensor:
+    """All rows of an embedding: its weight where it is PyTorch's own, else what a call gives for every index."""
+    if type(embedding) is nn.Embedding and why_not_plain(embedding) is None:
+        return embedding.weight
+    return embedding(torch.arange(rows, device=device))

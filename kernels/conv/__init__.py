@@ -1,0 +1,5 @@
+"""Convolution with bias, residual sum and ReLU."""
+
+from conddetr.kernels.conv.op import convolution
+
+__all__ = ["convolution"]

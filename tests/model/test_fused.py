@@ -1,0 +1,170 @@
+"""The frozen copy for inference: the model's numbers, weights of its own, and parts that stay modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+import conddetr
+from conddetr.model.fused import FusedBlock, FusedConvolution
+
+SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 32, "num_queries": 7}
+
+
+def make_model(backend="eager", preset="conditional-detr-r50"):
+    torch.manual_seed(0)
+    model = conddetr.build(preset, backend=backend, **SMALL).eval()
+    for buffer in model.backbone.buffers():
+        buffer.uniform_(0.8, 1.2)
+    return model
+
+
+@pytest.fixture
+def image():
+    return torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("preset", ["conditional-detr-r50", "conditional-detr-dc5-r50", "detr-r50"])
+def test_outputs_are_the_models_in_float64(preset, image):
+    model = make_model(preset=preset).double()
+    fused = model.fused()
+    assert len(fused.fusion.fused) == 17
+    assert fused.fusion.left == {}
+    assert not [module for module in fused.modules() if "BatchNorm" in type(module).__name__]
+    for name, expected in model(image.double()).items():
+        if name != "aux_outputs":
+            torch.testing.assert_close(fused(image.double())[name], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_outputs_of_each_backend(backend, image):
+    model = make_model(backend)
+    with torch.inference_mode():
+        expected = make_model().double()(image.double())
+        found = model.fused()(image)
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(found[name].double(), expected[name], rtol=0, atol=1e-4)
+    chosen = model.fused("auto")
+    assert {module.backend for module in chosen.modules() if hasattr(module, "backend")} == {"auto"}
+    assert (chosen.config.backend, model.config.backend) == ("auto", backend)
+
+
+def test_the_copy_is_frozen_and_has_weights_of_its_own(image):
+    model = make_model()
+    with torch.no_grad():
+        fused, before = model.fused(), model(image)["pred_logits"]
+        for weight in model.parameters():
+            weight.data.mul_(1.1)
+        torch.testing.assert_close(fused(image)["pred_logits"], before, rtol=0, atol=1e-4)
+        moved = model(image)["pred_logits"]
+        assert not torch.allclose(moved, before, rtol=0, atol=1e-2)
+        torch.testing.assert_close(model.fused()(image)["pred_logits"], moved, rtol=0, atol=1e-4)
+    mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert mine.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in fused.state_dict().values())
+    assert not any(weight.requires_grad for weight in fused.parameters())
+    assert not fused.training
+    with pytest.raises(RuntimeError, match="frozen copy for inference"):
+        fused.train()
+    again = copy.deepcopy(fused).fused()
+    assert again.fusion == fused.fusion
+    assert torch.equal(again(image)["pred_logits"], fused(image)["pred_logits"])
+
+
+class Recorder:
+    """Its method is a hook that must not be copied together with it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+
+    def see(self, *_):
+        self.calls += 1
+
+
+def test_hooked_parts_stay_and_their_hooks_fire(image):
+    model, by_call, by_method = make_model("auto"), Recorder(), Recorder()
+    body = model.backbone[0].body
+    body.layer2[1].conv2.register_forward_hook(by_call)
+    body.layer4.register_forward_pre_hook(by_method.see)
+    model.transformer.decoder.layers[0].cross_attn.register_forward_hook(by_call)
+    fused = model.fused()
+    assert fused.fusion.left == {
+        "backbone.0.body.layer2.1": "conv2: it has hooks",
+        "backbone.0.body.layer4": "it has hooks",
+    }
+    assert "layer2.1: conv2: it has hooks" in str(fused.fusion)
+    # The stem and 3 + 3 + 6 blocks.
+    assert len(fused.fusion.fused) == 13
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image)["pred_logits"], model(image)["pred_logits"], rtol=0, atol=1e-4)
+    assert (by_call.calls, by_method.calls) == (4, 2)
+
+
+def test_hooks_of_the_copy_fire(image):
+    fused, calls = make_model("auto").fused(), []
+    for module in fused.modules():
+        module.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    fused(image)
+    assert calls.count(FusedBlock) == 16
+    assert calls.count(FusedConvolution) == 53
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 1.5 * weight
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 1.5 * self.inner(x)
+
+
+def test_parametrised_wrapped_and_normalised_parts_stay(image):
+    model = make_model()
+    body = model.backbone[0].body
+    parametrize.register_parametrization(body.layer1[1].conv1, "weight", Scaled())
+    body.layer3[2] = Wrapped(body.layer3[2])
+    # Old weight norm leaves a weight with a graph behind, which cannot be copied as it is.
+    weight_norm(body.layer2[0].conv2)
+    weight_norm(model.class_embed)
+    expected = model(image)
+    fused = model.fused()
+    assert {name.removeprefix("backbone.0.body.") for name in fused.fusion.left} == {"layer1.1", "layer2.0", "layer3.2"}
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(fused(image)[name], expected[name].detach(), rtol=0, atol=1e-4)
+
+
+def test_a_backbone_without_frozen_norms_is_copied(image):
+    model = conddetr.build("conditional-detr-tiny").eval()
+    fused = model.fused()
+    assert (fused.fusion.fused, fused.fusion.left) == ([], {})
+    assert torch.equal(fused(image)["pred_logits"], model(image)["pred_logits"])
+
+
+def test_a_wrapped_backbone_is_fused_inside(image):
+    model = make_model()
+    model.backbone = Wrapped(model.backbone)
+    fused = model.fused()
+    assert len(fused.fusion.fused) == 17
+    torch.testing.assert_close(fused(image)["pred_logits"], model(image)["pred_logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_counters_of_flops_see_the_copys_work(backend, image):
+    """As many as of the plain form, of the same backend."""
+    counts = {}
+    with torch.no_grad():
+        for name, model in (("plain", make_model(backend)), ("fused", make_model(backend).fused())):
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+            counts[name] = counter.get_total_flops()
+    assert counts["fused"] == counts["plain"] > 1e9

@@ -1,0 +1,193 @@
+"""ResNets whose norms are folded within the graph: the numbers of the plain form, and parts that stay modules."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models import resnet18, resnet50
+from torchvision.ops import FrozenBatchNorm2d
+
+from conddetr.kernels import native
+from conddetr.model import resnet
+
+HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
+HAS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
+
+
+class Seen(TorchDispatchMode):
+    """How many convolutions ran together with what follows them, how many were ours, and how many were bare."""
+
+    fused = ours = bare = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.fused += "_convolution_pointwise" in name
+        self.ours += name == "convolution_3x3"
+        self.bare += name == "convolution"
+        return function(*args, **(kwargs or {}))
+
+
+def make_body(make=resnet18):
+    torch.manual_seed(0)
+    body = make(weights=None, norm_layer=FrozenBatchNorm2d).eval()
+    for norm in body.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight.uniform_(0.5, 1.5)
+            norm.running_mean.normal_(std=0.1)
+    return body
+
+
+def plain_stages(body, images):
+    """The official form."""
+    x, maps = body.maxpool(body.relu(body.bn1(body.conv1(images)))), []
+    for stage in resnet.STAGES:
+        x = getattr(body, stage)(x)
+        maps.append(x)
+    return maps
+
+
+@HAS_ONEDNN
+@pytest.mark.parametrize("backend", ["eager", pytest.param("auto", marks=HAS_NATIVE)])
+@pytest.mark.parametrize(("make", "convolutions", "ours"), [(resnet18, 20, 13), (resnet50, 53, 13)])
+def test_every_stage_of_the_fused_form_is_that_of_the_plain_one(make, convolutions, ours, backend):
+    """Compared after all have run: no stage may write over the one before it."""
+    body, images = make_body(make), torch.randn(2, 3, 65, 97)
+    with torch.no_grad(), Seen() as seen:
+        found = list(resnet.stages(body, images, backend))
+    assert seen.ours == (0 if backend == "eager" else ours)
+    assert seen.fused == convolutions - seen.ours
+    assert seen.bare == 0
+    for x, features in zip(plain_stages(copy.deepcopy(body).double(), images.double()), found, strict=True):
+        torch.testing.assert_close(features.double(), x, rtol=1e-4, atol=1e-5 * x.abs().max().item())
+
+
+@HAS_ONEDNN
+def test_what_is_trained_is_not_fused_with_what_follows():
+    body = make_body()
+    body.conv1.requires_grad_(False)
+    body.layer1.requires_grad_(False)
+    with Seen() as seen:
+        *_, features = resnet.stages(body, torch.randn(1, 3, 32, 32), "eager")
+    # The stem and the first stage.
+    assert seen.fused == 5
+    features.sum().backward()
+    assert all(p.grad is not None for p in body.layer2.parameters() if p.requires_grad)
+
+
+# What is hooked → how many of the 20 convolutions then run alone.
+HOOKED = {"conv1": 1, "bn1": 1, "relu": 1, "maxpool": 0, "layer2": 5, "layer3.1": 2, "layer4.0.conv2": 3}
+
+
+@HAS_ONEDNN
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_hooked_part_is_called_and_the_others_stay_fused(name, register):
+    body, images, calls = make_body(), torch.randn(1, 3, 64, 64), []
+    with torch.no_grad():
+        expected = plain_stages(body, images)
+        handle = getattr(body.get_submodule(name), register)(lambda module, *_: calls.append(module))
+        with Seen() as seen:
+            found = list(resnet.stages(body, images, "auto"))
+        assert calls
+        assert all(module is body.get_submodule(name) for module in calls)
+        assert (seen.bare, seen.fused + seen.ours) == (HOOKED[name], 20 - HOOKED[name])
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        handle.remove()
+        with Seen() as seen:
+            list(resnet.stages(body, images, "auto"))
+        assert seen.bare == 0, "without its hook it is fused again"
+
+
+def test_backward_hooks_see_gradients():
+    body, seen = make_body(), []
+    body.layer3[0].register_full_backward_hook(lambda module, of_inputs, of_outputs: seen.append(of_outputs[0].shape))
+    *_, features = resnet.stages(body, torch.randn(1, 3, 64, 64), "auto")
+    features.sum().backward()
+    assert seen == [(1, 256, 4, 4)]
+
+
+def test_what_a_hook_has_seen_is_not_written_over():
+    body, outputs = make_body(), []
+    body.layer1[0].register_forward_hook(lambda module, inputs, output: outputs.append((output, output.clone())))
+    with torch.no_grad():
+        list(resnet.stages(body, torch.randn(1, 3, 64, 64), "auto"))
+    assert torch.equal(*outputs[0])
+
+
+class Doubled(nn.Module):
+    """A wrapper, as adapters are; or a parametrization."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * (x if self.inner is None else self.inner(x))
+
+
+def wrap(body):
+    body.layer3[0].conv1 = Doubled(body.layer3[0].conv1)
+
+
+def parametrise(body):
+    parametrize.register_parametrization(body.layer2[1].conv1, "weight", Doubled())
+
+
+def exchange_forward(body):
+    inner = body.layer4[1].forward
+    body.layer4[1].forward = lambda x: 2 * inner(x)
+
+
+def exchange_block(body):
+    body.layer1[1] = Doubled(body.layer1[1])
+
+
+def exchange_norm(body):
+    body.bn1 = nn.GroupNorm(2, 64)
+
+
+def exchange_activation(body):
+    body.layer2[0].relu = nn.GELU()
+
+
+CHANGES = {
+    wrap: "layer3.0",
+    parametrise: "layer2.1",
+    exchange_forward: "layer4.1",
+    exchange_block: "layer1.1",
+    exchange_norm: "conv1",
+    exchange_activation: "layer2.0",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_parts_that_are_more_than_plain_modules_are_called(change):
+    body, images = make_body(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = plain_stages(body, images)[-1]
+        change(body)
+        *_, expected = plain_stages(body, images)
+        *_, found = resnet.stages(body, images, "auto")
+    assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    reasons = resnet.survey(body)
+    assert len(reasons) == 9
+    assert [name for name, reason in reasons.items() if reason is not None] == [CHANGES[change]]
+
+
+def test_weights_that_move_unseen_are_those_that_count():
+    """By `.data`, by a view of numpy's, and by an optimizer that raises no version."""
+    body, images = make_body().requires_grad_(False), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = list(resnet.stages(body, images, "auto"))[-1].clone()
+        body.conv1.weight.data.mul_(0.9)
+        body.layer2[0].conv1.weight.numpy()[...] *= 1.1
+        body.layer3[0].bn1.running_var.data.add_(0.5)
+        *_, found = resnet.stages(body, images, "auto")
+        *_, expected = plain_stages(body, images)
+    assert not torch.allclose(found, before, rtol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
