@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.interop.accelerated.common import as_under_autocast, runs_ours
-from conddetr.kernels import conditional_attention
+from conddetr.kernels import conditional_attention, paths
 from conddetr.kernels.registry import BACKENDS
 from conddetr.model.layers import is_native_on_cpu
 
@@ -97,14 +97,21 @@ def _attend(
     _check(module, query, key, options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = as_under_autocast(query, key, value)
+    is_conditional = query.shape[-1] == 2 * value.shape[-1]
+    name = "cross-attention" if is_conditional else "self-attention"
     if options.get("output_attentions"):
+        paths.note(name, "plain PyTorch, for attention maps")
         return _attend_with_weights(query, key, value, attention_mask, dropout, scaling)
+    # As in `accelerate`: self-attention has kernels on CPUs; elsewhere PyTorch's fused attention is as good.
+    has_kernel = runs_ours(backend, query) if is_conditional else is_native_on_cpu(backend, query)
     masks_keys_alone = attention_mask is None or attention_mask.shape[-2] == 1
-    if not (masks_keys_alone and _has_kernel(backend, query, value)):
+    if not (masks_keys_alone and has_kernel):
+        paths.note(name, "PyTorch's scaled_dot_product_attention")
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
         return attended.transpose(1, 2).contiguous(), None
+    paths.note(name, "conditional_attention")
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
     attended = conditional_attention(
         *queries.tensor_split(2, dim=-1),
@@ -116,12 +123,6 @@ def _attend(
         backend=backend,
     )
     return attended, None
-
-
-def _has_kernel(backend: str, query: Tensor, value: Tensor) -> bool:
-    """Conditional attention: as in `accelerate`. Self-attention: on a CPU; elsewhere PyTorch's fused attention runs."""
-    is_conditional = query.shape[-1] == 2 * value.shape[-1]
-    return runs_ours(backend, query) if is_conditional else is_native_on_cpu(backend, query)
 
 
 def _attend_with_weights(

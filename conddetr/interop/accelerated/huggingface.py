@@ -119,19 +119,19 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
             Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
         )
     _replace_loss(model, backend, report)
+    _replace_backbone(model, backend, report)
     if _is_dab(model):
         _report_dab(model, report)
     else:
-        _replace_backbone(model, backend, report)
-        if hasattr(theirs, "ConditionalDetrSelfAttention"):
-            _replace_self_attention(model, backend, choice, report)
+        _replace_self_attention(model, backend, choice, report)
     report_hooks(model, report, _what_gives_way(model))
 
 
 def _what_gives_way(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
     """For `report_hooks`: what runs as shipped because of something attached to a module."""
-    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), ConvEncoder)
-    encoders = [encoder for encoder in model.modules() if type(encoder) is ConvEncoder]
+    backbones, _ = _backbone(model)
+    ours = [replacement.ours for replacement in (*replacements(model), *_self_attention(), backbones)]
+    encoders = [encoder for encoder in model.modules() if type(encoder) is backbones.ours]
     backbone = {module for encoder in encoders for module in encoder.model.modules()}
 
     def gives_way(name: str, module: nn.Module) -> str | None:
@@ -147,7 +147,6 @@ def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
     report.left += [
         Part("decoder self-attention", layers, "transformers asks it for its attention map in every call"),
         Part("sine embedding", layers, "one of boxes, scaled by their size, anew in every layer"),
-        Part("backbone", 1, "transformers' DabDetrConvEncoder has no replacement"),
     ]
 
 
@@ -178,17 +177,26 @@ def _replace_self_attention(
         report.left.append(Part(replacement.name, len(modules) + len(others), attention))
 
 
+def _backbone(model: nn.Module) -> tuple[Replacement, Callable[[nn.Module], str | None]]:
+    """The replacement, and what says why it is not for the module that an encoder holds."""
+    if _is_dab(model):
+        from conddetr.interop.accelerated import dab_detr
+
+        return Replacement("backbone", dab_detr.ConvEncoder), dab_detr.wrapper_misfit
+    return Replacement("backbone", ConvEncoder), misfit
+
+
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     """The parts of each ResNet that are plain; whether they still are is asked in every call."""
-    replacement = Replacement("backbone", ConvEncoder)
+    replacement, why_not = _backbone(model)
     kinds = (replacement.original, replacement.ours)
     for encoder in (module for module in model.modules() if type(module) in kinds):
-        reason = replacement.misfit() or misfit(encoder)
+        reason = replacement.misfit() or why_not(encoder.model)
         if reason is not None:
             report.left.append(Part("backbone", 1, reason))
             continue
         change(encoder, replacement.ours, backend=backend)
-        report_backbone(encoder.model, report)
+        report_backbone(getattr(encoder.model, "_backbone", encoder.model), report)
 
 
 def _replace_modules(

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from conddetr import config as configs
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.interop.accelerated.changes import change
+from conddetr.interop.accelerated.common import SHIPPED
 from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
@@ -94,6 +95,7 @@ class Transformer(_Accelerated):
         -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
         """
         if not self._is_as_known():
+            paths.note("transformer", SHIPPED)
             return super().forward(src, mask, query_embed, pos_embed)
         (twin,) = self._twin
         if twin.training != self.training:
@@ -112,6 +114,7 @@ class ResNetBody(_Accelerated):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
         if _body_misfit(self) is not None:
+            paths.note("backbone", SHIPPED)
             return super().forward(x)
         maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
@@ -130,6 +133,7 @@ class SetCriterion(_Accelerated):
             ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
         """
         if not (set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()):
+            paths.note("matcher and loss", SHIPPED)
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
         losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
