@@ -150,6 +150,8 @@ def test_a_forward_set_on_a_module_runs(accelerate):
     assert [(part.name, part.note) for part in report.hooks] == [
         ("model.decoder.layers.0.encoder_attn", "a forward of its own: that runs in place of ours")
     ]
+    name = "decoder attention" if IS_OLD else "cross-attention"
+    assert (name, 1, "a forward was set on them, which runs") in [(p.name, p.count, p.note) for p in report.left]
     count(model.model.decoder, "decoder")
     count(model.model.decoder.layers[2].encoder_attn, "after")
     count(model.model.decoder.layers[1], "layer")

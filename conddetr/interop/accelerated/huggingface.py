@@ -213,16 +213,20 @@ def _replace_modules(
         return
     for module in modules:
         change(module, replacement.ours, backend=backend)
-    if not modules:
+    hidden = [module for module in modules if has_own_forward(module)]
+    if hidden:
+        report.left.append(Part(replacement.name, len(hidden), "a forward was set on them, which runs"))
+    count = len(modules) - len(hidden)
+    if not count:
         return
     note = replacement.note
     if replacement.needs_kernel:
         note = describe(choice, parameter_of(model))
         if backend == "auto" and choice.backend == "eager":
             note = f"no kernel here, so transformers' own runs ({note})"
-            report.left.append(Part(replacement.name, len(modules), note))
+            report.left.append(Part(replacement.name, count, note))
             return
-    report.replaced.append(Part(replacement.name, len(modules), note))
+    report.replaced.append(Part(replacement.name, count, note))
 
 
 def _replace_loss(model: nn.Module, backend: str, report: AccelerationReport) -> None:
