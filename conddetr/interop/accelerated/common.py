@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import conditional_attention, registry, sine_embedding
+from conddetr.kernels import conditional_attention, paths, registry, sine_embedding
 
 
 def runs_ours(backend: str, tensor: Tensor) -> bool:
@@ -94,6 +94,7 @@ def cross_attention(
     backend: str,
 ) -> Tensor:
     """Conditional attention of split heads: [B, Q, h, d] queries, [B, N, h, d] keys and values -> [B, Q, C]."""
+    paths.note("cross-attention", "conditional_attention, dense spatial keys")
     attended = conditional_attention(
         *as_under_autocast(q_content, q_spatial, k_content, k_spatial, v),
         key_padding_mask=padding,
@@ -145,6 +146,7 @@ def decode(
         The fields of transformers' decoder output: `last_hidden_state` [B, Q, C], `intermediate_hidden_states`
         [L, B, Q, C] or None, `reference_points` [Q, B, 2].
     """
+    paths.note("decoder", "sine embedding and λ ⊙ p_s once")
     reference = decoder.ref_point_head(object_query).sigmoid()
     p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend)
     intermediate = []

@@ -6,6 +6,7 @@ Its sine embedding stays: it is one of boxes, made anew in every layer and scale
 from torch import Tensor
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
+from conddetr.interop.accelerated.backbone import Maps, encode
 from conddetr.interop.accelerated.common import (
     as_under_autocast,
     cross_attention,
@@ -13,7 +14,19 @@ from conddetr.interop.accelerated.common import (
     key_padding,
     runs_ours,
 )
+from conddetr.kernels import paths
 from conddetr.model.transformer import self_attention
+
+
+class ConvEncoder(theirs.DabDetrConvEncoder):
+    """In channels-last, its norms folded within the graph."""
+
+    backend: str
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
+        """[B, 3, H, W] and its mask [B, H, W] -> the maps of all stages."""
+        maps = encode(self, pixel_values, pixel_mask)
+        return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
@@ -29,6 +42,7 @@ class EncoderSelfAttention(theirs.DetrAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if output_attentions or key_value_states is not None or not is_floating_mask(attention_mask):
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, object_queries, key_value_states, output_attentions)
         placed = hidden_states if object_queries is None else hidden_states + object_queries
         projected = as_under_autocast(self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states))
@@ -53,6 +67,7 @@ class CrossAttention(theirs.DabDetrAttention):
         """As the base class, which documents the arguments; no attention weights."""
         is_plain = not output_attentions and is_floating_mask(attention_mask)
         if not (is_plain and runs_ours(self.backend, hidden_states)):
+            paths.note("cross-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
         heads = [x.unflatten(-1, (self.attention_heads, -1)) for x in (hidden_states, key_states, value_states)]
         attended = cross_attention(

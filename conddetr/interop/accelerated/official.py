@@ -18,7 +18,7 @@ from conddetr.interop.accelerate import AccelerationReport, Part, describe, para
 from conddetr.interop.accelerated.changes import change
 from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
-from conddetr.kernels import registry
+from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
@@ -94,7 +94,9 @@ class Transformer(_Accelerated):
         -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
         """
         if not self._is_as_known():
+            paths.note("transformer", "the official code")
             return super().forward(src, mask, query_embed, pos_embed)
+        paths.note("transformer", "ours")
         (twin,) = self._twin
         if twin.training != self.training:
             twin.train(self.training)
@@ -112,6 +114,7 @@ class ResNetBody(_Accelerated):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
         if _body_misfit(self) is not None:
+            paths.note("backbone", "the official code")
             return super().forward(x)
         maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
@@ -130,6 +133,7 @@ class SetCriterion(_Accelerated):
             ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
         """
         if not (set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()):
+            paths.note("loss", "the official code")
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
         losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)

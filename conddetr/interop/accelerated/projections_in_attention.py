@@ -13,6 +13,7 @@ from conddetr.interop.accelerated.common import (
     mask_of_keys,
     runs_ours,
 )
+from conddetr.kernels import paths
 from conddetr.model.layers import is_native_on_cpu
 from conddetr.model.transformer import self_attention
 
@@ -29,6 +30,7 @@ class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if not _is_native(self, hidden_states, attention_mask, kwargs):
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         placed = hidden_states if position_embeddings is None else hidden_states + position_embeddings
         return _attend(self, self.q_proj(placed), self.k_proj(placed), hidden_states, attention_mask), None
@@ -46,6 +48,7 @@ class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if not _is_native(self, hidden_states, attention_mask, kwargs):
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, query_position_embeddings, attention_mask, **kwargs)
         query = self.q_content_proj(hidden_states) + self.q_pos_proj(query_position_embeddings)
         key = self.k_content_proj(hidden_states) + self.k_pos_proj(query_position_embeddings)
@@ -83,6 +86,7 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
         wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
         is_known_mask = attention_mask is None or isinstance(attention_mask, Tensor)
         if wants_weights or not is_known_mask or not runs_ours(self.backend, hidden_states):
+            paths.note("cross-attention", "transformers' own")
             return super().forward(
                 hidden_states,
                 encoder_hidden_states,
@@ -137,6 +141,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
         has_known_mask = implementation in ("eager", "sdpa", "conddetr")
         if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
+            paths.note("decoder", "transformers' own")
             with as_shipped(self, theirs.ConditionalDetrDecoder):
                 return theirs.ConditionalDetrDecoder.forward(
                     self,
