@@ -126,7 +126,7 @@ class Detector:
             happens to this one's weights later does not change it.
         """
         copy = Detector(self.model.fused(backend), self.classes, str(self.device))
-        copy.run = self.run
+        copy.run, copy.metrics = self.run, self.metrics
         return copy
 
     def _refuse_copies(self, done: str) -> None:
@@ -289,9 +289,11 @@ class Detector:
 
         Raises:
             ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
+            ValueError: this is a copy that `fused` made.
         """
         from conddetr.hub import HubDetector
 
+        self._refuse_copies("saved")
         card = {"metrics": metrics, "license": license}
         HubDetector(self).save_pretrained(folder, model_card_kwargs=card)
         return Path(folder)
@@ -320,9 +322,11 @@ class Detector:
 
         Raises:
             ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
+            ValueError: this is a copy that `fused` made.
         """
         from conddetr.hub import HubDetector
 
+        self._refuse_copies("uploaded")
         return HubDetector(self).push_to_hub(
             repository,
             commit_message=commit_message,

@@ -104,3 +104,19 @@ def test_attention_maps_come_from_transformers():
     for name in ("cross_attentions", "decoder_attentions", "encoder_attentions"):
         assert len(after[name]) == len(before[name]) > 0
         assert all(torch.equal(a, b) for a, b in zip(after[name], before[name], strict=True)), name
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_norms_of_timms_resnet_are_folded(train):
+    pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
+    model = small_dab(use_timm_backbone=True, backbone="resnet18", backbone_config=None).train(train)
+    before = run(model, small_batch())
+    report = conddetr.accelerate(model)
+    assert "backbone" in [part.name for part in report.replaced]
+    with conddetr.record_paths() as paths:
+        after = run(model, small_batch())
+    assert paths["backbone"] == {"norms folded in the graph": 9}
+    largest = max(value.abs().max().item() for name, value in before.items() if name.startswith("gradient"))
+    for name, expected in before.items():
+        tolerance = 1e-5 * largest if name.startswith("gradient") else 1e-4
+        torch.testing.assert_close(after[name], expected, rtol=1e-3, atol=tolerance, msg=name)

@@ -3,11 +3,13 @@
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerated.common import SHIPPED
 from conddetr.kernels import paths
 from conddetr.model import resnet
 from conddetr.model.detr import resize_mask
 from conddetr.model.plain import why_not_plain
+
+Maps = list[tuple[Tensor, Tensor]]
+"""Of each stage, the feature map and its mask [B, h, w] bool."""
 
 
 class ConvEncoder(theirs.ConditionalDetrConvEncoder):
@@ -15,24 +17,32 @@ class ConvEncoder(theirs.ConditionalDetrConvEncoder):
 
     backend: str
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """[B, 3, H, W] and its mask [B, H, W] -> of each stage, the feature map and its mask [B, h, w] bool."""
-        if misfit(self.model) is not None:
-            paths.note("backbone", SHIPPED)
-            return super().forward(pixel_values, pixel_mask)
-        return feature_maps(self.model, pixel_values, pixel_mask, self.backend)
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
+        """[B, 3, H, W] and its mask [B, H, W] -> the maps of all stages."""
+        maps = encode(self, pixel_values, pixel_mask)
+        return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 
-def feature_maps(body: nn.Module, images: Tensor, mask: Tensor, backend: str) -> list[tuple[Tensor, Tensor]]:
-    """What a `ConvEncoder` gives, of a ResNet that has no misfit."""
-    return [(x, resize_mask(mask, tuple(x.shape[-2:]))) for x in resnet.stages(body, images, backend)]
+def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps | None:
+    """What `ConvEncoder` computes; None where the original has to."""
+    if misfit(encoder) is not None:
+        paths.note("backbone", "transformers' own")
+        return None
+    maps = resnet.stages(timm_model(encoder), pixel_values, encoder.backend)
+    return [(x, resize_mask(pixel_mask, tuple(x.shape[-2:]))) for x in maps]
 
 
-def misfit(body: nn.Module) -> str | None:
-    """The reason why `feature_maps` gives something else than this module would; None where it is the same."""
+def timm_model(encoder: nn.Module) -> nn.Module:
+    """timm's model, which some of transformers' encoders have in a wrapper."""
+    return getattr(encoder.model, "_backbone", encoder.model)
+
+
+def misfit(encoder: nn.Module) -> str | None:
+    """The reason why `ConvEncoder` is not the same as this one; None where it is, part for part."""
+    body = timm_model(encoder)
     names = [name for name, _ in body.named_children()]
     if names != ["conv1", "bn1", "act1", "maxpool", *resnet.STAGES]:
         return f"{type(body).__name__} is no ResNet of timm"
     if tuple(body.feature_info.out_indices) != (1, 2, 3, 4):
         return f"out_indices {tuple(body.feature_info.out_indices)}, expected (1, 2, 3, 4)"
-    return why_not_plain(body)
+    return why_not_plain(encoder.model) or why_not_plain(body)

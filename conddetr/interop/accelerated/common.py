@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from conddetr.kernels import conditional_attention, paths, registry, sine_embedding
 
-SHIPPED = "as shipped"
-"""What `paths` call the code of transformers, or of the official repository, where it runs instead of ours."""
-
 
 def runs_ours(backend: str, tensor: Tensor) -> bool:
     """Whether our operation takes this call: the backend was asked for by name, or `auto` finds a kernel.
@@ -149,7 +146,7 @@ def decode(
         The fields of transformers' decoder output: `last_hidden_state` [B, Q, C], `intermediate_hidden_states`
         [L, B, Q, C] or None, `reference_points` [Q, B, 2].
     """
-    paths.note("decoder", "loop of ours")
+    paths.note("decoder", "sine embedding and λ ⊙ p_s once")
     reference = decoder.ref_point_head(object_query).sigmoid()
     p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend)
     intermediate = []

@@ -6,7 +6,7 @@ Its sine embedding stays: it is one of boxes, made anew in every layer and scale
 from torch import Tensor, nn
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
-from conddetr.interop.accelerated.backbone import feature_maps, misfit
+from conddetr.interop.accelerated.backbone import Maps, encode
 from conddetr.interop.accelerated.common import (
     SHIPPED,
     as_under_autocast,
@@ -16,7 +16,6 @@ from conddetr.interop.accelerated.common import (
     runs_ours,
 )
 from conddetr.kernels import paths
-from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import self_attention
 
 
@@ -25,19 +24,10 @@ class ConvEncoder(theirs.DabDetrConvEncoder):
 
     backend: str
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """[B, 3, H, W] and its mask [B, H, W] -> of each stage, the feature map and its mask [B, h, w] bool."""
-        if wrapper_misfit(self.model) is not None:
-            paths.note("backbone", SHIPPED)
-            return super().forward(pixel_values, pixel_mask)
-        return feature_maps(self.model._backbone, pixel_values, pixel_mask, self.backend)
-
-
-def wrapper_misfit(wrapper: nn.Module) -> str | None:
-    """The reason why `ConvEncoder` has to call the module in which transformers wraps timm's ResNet."""
-    if type(wrapper).__name__ != "TimmBackbone":
-        return f"{type(wrapper).__name__} is no ResNet of timm"
-    return why_not_plain(wrapper) or misfit(wrapper._backbone)
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
+        """[B, 3, H, W] and its mask [B, H, W] -> the maps of all stages."""
+        maps = encode(self, pixel_values, pixel_mask)
+        return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
@@ -53,7 +43,7 @@ class EncoderSelfAttention(theirs.DetrAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if output_attentions or key_value_states is not None or not is_floating_mask(attention_mask):
-            paths.note("self-attention", SHIPPED)
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, object_queries, key_value_states, output_attentions)
         placed = hidden_states if object_queries is None else hidden_states + object_queries
         projected = as_under_autocast(self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states))
@@ -78,7 +68,7 @@ class CrossAttention(theirs.DabDetrAttention):
         """As the base class, which documents the arguments; no attention weights."""
         is_plain = not output_attentions and is_floating_mask(attention_mask)
         if not (is_plain and runs_ours(self.backend, hidden_states)):
-            paths.note("cross-attention", SHIPPED)
+            paths.note("cross-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
         heads = [x.unflatten(-1, (self.attention_heads, -1)) for x in (hidden_states, key_states, value_states)]
         attended = cross_attention(

@@ -23,7 +23,7 @@ from conddetr.interop.accelerate import (
     parameter_of,
     report_backbone,
 )
-from conddetr.interop.accelerated.backbone import ConvEncoder, misfit
+from conddetr.interop.accelerated.backbone import ConvEncoder, misfit, timm_model
 from conddetr.interop.accelerated.changes import change
 from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
@@ -122,16 +122,16 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
     _replace_backbone(model, backend, report)
     if _is_dab(model):
         _report_dab(model, report)
-    else:
+    elif hasattr(theirs, "ConditionalDetrSelfAttention"):
         _replace_self_attention(model, backend, choice, report)
     report_hooks(model, report, _what_gives_way(model))
 
 
 def _what_gives_way(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
     """For `report_hooks`: what runs as shipped because of something attached to a module."""
-    backbones, _ = _backbone(model)
-    ours = [replacement.ours for replacement in (*replacements(model), *_self_attention(), backbones)]
-    encoders = [encoder for encoder in model.modules() if type(encoder) is backbones.ours]
+    kind = _conv_encoder(model)
+    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), kind)
+    encoders = [encoder for encoder in model.modules() if type(encoder) is kind]
     backbone = {module for encoder in encoders for module in encoder.model.modules()}
 
     def gives_way(name: str, module: nn.Module) -> str | None:
@@ -188,7 +188,7 @@ def _backbone(model: nn.Module) -> tuple[Replacement, Callable[[nn.Module], str 
 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     """The parts of each ResNet that are plain; whether they still are is asked in every call."""
-    replacement, why_not = _backbone(model)
+    replacement = Replacement("backbone", _conv_encoder(model))
     kinds = (replacement.original, replacement.ours)
     for encoder in (module for module in model.modules() if type(module) in kinds):
         reason = replacement.misfit() or why_not(encoder.model)
@@ -196,7 +196,15 @@ def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport
             report.left.append(Part("backbone", 1, reason))
             continue
         change(encoder, replacement.ours, backend=backend)
-        report_backbone(getattr(encoder.model, "_backbone", encoder.model), report)
+        report_backbone(timm_model(encoder), report)
+
+
+def _conv_encoder(model: nn.Module) -> type[nn.Module]:
+    if not _is_dab(model):
+        return ConvEncoder
+    from conddetr.interop.accelerated import dab_detr
+
+    return dab_detr.ConvEncoder
 
 
 def _replace_modules(

@@ -95,8 +95,9 @@ class Transformer(_Accelerated):
         -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
         """
         if not self._is_as_known():
-            paths.note("transformer", SHIPPED)
+            paths.note("transformer", "the official code")
             return super().forward(src, mask, query_embed, pos_embed)
+        paths.note("transformer", "ours")
         (twin,) = self._twin
         if twin.training != self.training:
             twin.train(self.training)
@@ -114,7 +115,7 @@ class ResNetBody(_Accelerated):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
         if _body_misfit(self) is not None:
-            paths.note("backbone", SHIPPED)
+            paths.note("backbone", "the official code")
             return super().forward(x)
         maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
@@ -133,7 +134,7 @@ class SetCriterion(_Accelerated):
             ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
         """
         if not (set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()):
-            paths.note("matcher and loss", SHIPPED)
+            paths.note("loss", "the official code")
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
         losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)

@@ -31,7 +31,7 @@ class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if not _is_native(self, hidden_states, attention_mask, kwargs):
-            paths.note("self-attention", SHIPPED)
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         placed = hidden_states if position_embeddings is None else hidden_states + position_embeddings
         return _attend(self, self.q_proj(placed), self.k_proj(placed), hidden_states, attention_mask), None
@@ -49,7 +49,7 @@ class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class, which documents the arguments; no attention weights."""
         if not _is_native(self, hidden_states, attention_mask, kwargs):
-            paths.note("self-attention", SHIPPED)
+            paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, query_position_embeddings, attention_mask, **kwargs)
         query = self.q_content_proj(hidden_states) + self.q_pos_proj(query_position_embeddings)
         key = self.k_content_proj(hidden_states) + self.k_pos_proj(query_position_embeddings)
@@ -87,7 +87,7 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
         wants_weights = kwargs.get("output_attentions", self.config.output_attentions)
         is_known_mask = attention_mask is None or isinstance(attention_mask, Tensor)
         if wants_weights or not is_known_mask or not runs_ours(self.backend, hidden_states):
-            paths.note("cross-attention", SHIPPED)
+            paths.note("cross-attention", "transformers' own")
             return super().forward(
                 hidden_states,
                 encoder_hidden_states,
@@ -142,7 +142,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
         has_known_mask = implementation in ("eager", "sdpa", "conddetr")
         if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
-            paths.note("decoder", SHIPPED)
+            paths.note("decoder", "transformers' own")
             with as_shipped(self, theirs.ConditionalDetrDecoder):
                 return theirs.ConditionalDetrDecoder.forward(
                     self,

@@ -33,7 +33,7 @@ class EncoderSelfAttention(theirs.DetrAttention):
         """As the base class; no attention weights."""
         is_more = output_attentions or key_value_states is not None or spatial_position_embeddings is not None
         if is_more or not is_floating_mask(attention_mask):
-            paths.note("self-attention", SHIPPED)
+            paths.note("self-attention", "transformers' own")
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -66,7 +66,7 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
         is_conditional = self.embed_dim == 2 * self.out_dim
         is_left = is_conditional and not runs_ours(self.backend, hidden_states)
         if output_attentions or is_left or not is_floating_mask(attention_mask):
-            paths.note("cross-attention" if is_conditional else "self-attention", SHIPPED)
+            paths.note("cross-attention" if is_conditional else "self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
         padding = key_padding(attention_mask)
         dropout_p = self.dropout if self.training else 0.0
@@ -106,7 +106,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         options = {name: value for name, value in options.items() if value is not None}
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, options)
         if not (is_plain and runs_ours(self.backend, encoder_hidden_states)):
-            paths.note("decoder", SHIPPED)
+            paths.note("decoder", "transformers' own")
             return super().forward(
                 inputs_embeds,
                 attention_mask,
