@@ -3,12 +3,11 @@
 Its sine embedding stays: it is one of boxes, made anew in every layer and scaled by their size.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
 from conddetr.interop.accelerated.backbone import Maps, encode
 from conddetr.interop.accelerated.common import (
-    SHIPPED,
     as_under_autocast,
     cross_attention,
     is_floating_mask,

@@ -177,21 +177,12 @@ def _replace_self_attention(
         report.left.append(Part(replacement.name, len(modules) + len(others), attention))
 
 
-def _backbone(model: nn.Module) -> tuple[Replacement, Callable[[nn.Module], str | None]]:
-    """The replacement, and what says why it is not for the module that an encoder holds."""
-    if _is_dab(model):
-        from conddetr.interop.accelerated import dab_detr
-
-        return Replacement("backbone", dab_detr.ConvEncoder), dab_detr.wrapper_misfit
-    return Replacement("backbone", ConvEncoder), misfit
-
-
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
     """The parts of each ResNet that are plain; whether they still are is asked in every call."""
     replacement = Replacement("backbone", _conv_encoder(model))
     kinds = (replacement.original, replacement.ours)
     for encoder in (module for module in model.modules() if type(module) in kinds):
-        reason = replacement.misfit() or why_not(encoder.model)
+        reason = replacement.misfit() or misfit(encoder)
         if reason is not None:
             report.left.append(Part("backbone", 1, reason))
             continue

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from conddetr import config as configs
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.interop.accelerated.changes import change
-from conddetr.interop.accelerated.common import SHIPPED
 from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
 from conddetr.kernels import paths, registry

@@ -4,7 +4,6 @@ from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerated.common import (
-    SHIPPED,
     as_under_autocast,
     cross_attention,
     decode,
