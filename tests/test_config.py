@@ -84,4 +84,6 @@ def test_import_loads_no_large_library():
         "import torch, torchvision, sys; known = set(sys.modules); import conddetr; print(*(set(sys.modules) - known))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
-    assert {name.split(".")[0] for name in found} <= {"conddetr", "rich", "safetensors"}
+    # What registers FLOPs takes 2 ms.
+    small = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
+    assert {name.split(".")[0] for name in found if name not in small} <= {"conddetr", "rich", "safetensors"}

@@ -141,7 +141,7 @@ class DETR(nn.Module):
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
         tokens = self.input_proj(features).flatten(2).transpose(1, 2)
         object_query = table(self.query_embed, self.config.num_queries, tokens.device)
-        with _attention_kernels(tokens):
+        with _attention_kernels(tokens, self.training):
             hidden, reference = self.transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -204,11 +204,11 @@ class DETR(nn.Module):
         return output
 
 
-def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
-    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives; on a CPU,
-    where training has dropout and none of them takes that, there is nothing to lose.
+def _attention_kernels(tokens: Tensor, training: bool) -> AbstractContextManager:
+    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives. On a CPU
+    none of them takes dropout, so that training runs without them anyway, and gradients in evaluation mode do as well.
     """
-    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
+    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled() and not training
     return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 

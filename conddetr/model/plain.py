@@ -18,13 +18,22 @@ def why_not_plain(module: nn.Module) -> str | None:
     """
     if any(getattr(module, name) for name in HOOKS):
         return "it has hooks"
-    if torch_module._has_any_global_hook():
+    if torch_module._has_any_global_hook() and _are_global_hooks_of_users():
         return "there are hooks for all modules"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if module._compiled_call_impl is not None:
         return "it was compiled by itself"
     return None
+
+
+def _are_global_hooks_of_users() -> bool:
+    """Whether there are others than those by which PyTorch's counters learn where they are: these need no call, and a
+    counter must not change what it counts.
+    """
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(torch_module, f"_global_{name}").values()]
+    return any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

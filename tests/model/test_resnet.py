@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18, resnet50
@@ -100,6 +101,18 @@ def test_a_hooked_part_is_called_and_the_others_stay_fused(name, register):
         with Seen() as seen:
             list(resnet.stages(body, images, "auto"))
         assert seen.bare == 0, "without its hook it is fused again"
+
+
+def test_hooks_for_all_modules_see_all_modules():
+    body, seen = make_body(), set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(id(module)))
+    try:
+        with torch.no_grad():
+            list(resnet.stages(body, torch.randn(1, 3, 64, 64), "auto"))
+    finally:
+        handle.remove()
+    rest = (body, body.avgpool, body.fc)
+    assert seen == {id(module) for module in body.modules()} - {id(module) for module in rest}
 
 
 def test_backward_hooks_see_gradients():
