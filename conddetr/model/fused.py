@@ -15,7 +15,7 @@ from conddetr.kernels import convolution, paths
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.layers import channels_last
-from conddetr.model.plain import HOOKS
+from conddetr.model.plain import HOOKS, why_not_plain
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,11 +47,12 @@ class FusedConvolution(nn.Module):
         self.window = resnet.window(conv)
         self.relu, self.backend = relu, backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
+        """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last; `overwrite`: the residual is not needed any more."""
         x = channels_last(x)
         backend = resnet.convolution_backend(self.backend)
-        return convolution(x, self.weight, self.bias, **self.window, residual=residual, relu=self.relu, backend=backend)
+        end = {"residual": residual, "overwrite": overwrite, "relu": self.relu}
+        return convolution(x, self.weight, self.bias, **self.window, **end, backend=backend)
 
     def extra_repr(self) -> str:
         """For `print`."""
@@ -72,14 +73,33 @@ class FusedBlock(nn.Module):
             FusedConvolution(*pair, relu=True, backend=backend) for pair in resnet.conv_norm_pairs(block)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the block that it stands for."""
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """As the block that it stands for; `overwrite`: nobody else needs x."""
         paths.note("backbone", "frozen copy")
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut, overwrite = self.downsample(x), why_not_plain(self.downsample) is None
         *inner, last = self.convolutions
         for conv in inner:
             x = conv(x)
-        return last(x, shortcut)
+        return last(x, shortcut, overwrite)
+
+
+class FusedStage(nn.Sequential):
+    """Residual blocks, of which one may write over what the one before it made, if no hook has seen that."""
+
+    is_fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the blocks, one after the other."""
+        overwrite = False
+        for block in self:
+            if not isinstance(block, FusedBlock):
+                x, overwrite = block(x), False
+                continue
+            x = block(x, overwrite)
+            overwrite = all(why_not_plain(module) is None for module in block.modules())
+        return x
 
 
 @torch.no_grad()
@@ -96,7 +116,12 @@ def fused_copy(model: Model) -> tuple[Model, FusionReport]:
         # Tensors that a hook left there, as old weight norm does: those cannot be copied with their graph.
         tensors = [x for x in module.__dict__.values() if isinstance(x, Tensor) and not x.is_leaf]
         memo |= {id(x): x.detach().clone() for x in tensors}
-    return copy.deepcopy(model, memo).eval().requires_grad_(False), report
+    copied = copy.deepcopy(model, memo)
+    for body in (module for module in copied.modules() if isinstance(module, ResNetBody)):
+        for name, stage in ((name, getattr(body, name)) for name in resnet.STAGES):
+            if type(stage) is nn.Sequential and why_not_plain(stage) is None:
+                setattr(body, name, FusedStage(*stage))
+    return copied.eval().requires_grad_(False), report
 
 
 def _fused_parts(body: ResNetBody, prefix: str, report: FusionReport) -> dict[int, nn.Module]:

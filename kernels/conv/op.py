@@ -28,6 +28,7 @@ def convolution(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     residual: Tensor | None = None,
+    overwrite: bool = False,
     relu: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -38,7 +39,8 @@ def convolution(
         weight: [Cout, Cin / groups, kh, kw] of the dtype and device of x.
         bias: [Cout], likewise.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, vertical and horizontal.
-        residual: of the shape of the result; stays as it is.
+        residual: of the shape of the result.
+        overwrite: the residual is not needed any more: the result may take its memory, which saves an allocation.
         relu: apply ReLU at the end.
         backend: `eager`: PyTorch's operators, of which oneDNN's take bias, residual and ReLU along where no gradient is
             recorded; `native`: `convolution_3x3`, an error for others; `auto`: the faster one. On CPUs it also makes
@@ -63,7 +65,7 @@ def convolution(
         return reference.convolution(x, weight, bias, *window, residual, relu)
     if not _records(tensors) and _has_onednn(x):
         paths.note("convolution", "oneDNN, fused")
-        return _by_onednn(x, weight, bias, window, residual, relu)
+        return _by_onednn(x, weight, bias, window, residual, overwrite, relu)
     by_products = backend != "eager" and groups == 1 and weight.requires_grad
     paths.note("convolution", "gradient of weights by products" if by_products else "eager")
     if by_products:
@@ -131,15 +133,23 @@ def _has_onednn(x: Tensor) -> bool:
 
 
 def _by_onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: tuple,
+    residual: Tensor | None,
+    overwrite: bool,
+    relu: bool,
 ) -> Tensor:
     stride, padding, dilation, groups = window
     window = (padding, stride, dilation, groups)
     if residual is None:
         convolve = torch.ops.mkldnn._convolution_pointwise.default
         return convolve(x, weight, bias, *window, "relu" if relu else "none", [], "")
-    convolve = torch.ops.mkldnn._convolution_pointwise.binary
-    return convolve(x, residual, weight, bias, *window, "add", 1.0, "relu" if relu else None, [], "")
+    end = ("add", 1.0, "relu" if relu else None, [], "")
+    if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
+        return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weight, bias, *window, *end)
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *window, *end)
 
 
 def _add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
@@ -208,10 +218,11 @@ def _weight_gradient(
 
 
 def _flops(*arguments: object, out_shape: tuple, **_: object) -> int:
-    """Of oneDNN's convolution, from shapes: the weight comes second, or third behind a residual."""
+    """Of oneDNN's convolutions, from shapes: the weight comes second, or third where there is a residual."""
     weight = [shape for shape in arguments[:3] if isinstance(shape, (tuple, list)) and len(shape) == 4][-1]
     return 2 * math.prod(weight) * out_shape[0] * out_shape[2] * out_shape[3]
 
 
 if torch.backends.mkldnn.is_available():
     registry.count_flops("mkldnn::_convolution_pointwise", _flops)
+    registry.count_flops("mkldnn::_convolution_pointwise_", _flops)

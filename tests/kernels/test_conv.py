@@ -89,6 +89,10 @@ def test_inference_in_float32_runs_as_one_operator(window, end, backend):
     assert found.is_contiguous(memory_format=torch.channels_last)
     if residual is not None:
         assert torch.equal(residual, kept), "the residual was written over"
+        channels_last = residual.contiguous(memory_format=torch.channels_last)
+        again = convolution(*tensors, **options, residual=channels_last, overwrite=True, relu=end[1], backend=backend)
+        torch.testing.assert_close(again, found)
+        assert is_ours or again.data_ptr() == channels_last.data_ptr()
 
 
 def test_weights_get_their_gradient_from_products_and_only_where_it_is_wanted():

@@ -114,6 +114,17 @@ def test_hooks_of_the_copy_fire(image):
     assert calls.count(FusedConvolution) == 53
 
 
+@pytest.mark.parametrize("name", ["layer1.0", "layer1.1.convolutions.2", "layer2.0.downsample", "layer3"])
+def test_what_a_hook_of_the_copy_has_seen_is_not_written_over(name, image):
+    fused, outputs = make_model().fused(), []
+    fused.backbone[0].body.get_submodule(name).register_forward_hook(
+        lambda module, inputs, output: outputs.append((output, output.clone()))
+    )
+    with torch.no_grad():
+        fused(image)
+    assert torch.equal(*outputs[0])
+
+
 class Scaled(nn.Module):
     def forward(self, weight):
         return 1.5 * weight
