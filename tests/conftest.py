@@ -32,7 +32,7 @@ pytest.register_assert_rewrite("small_runs")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first: processes that share the files are then done at about the same time."""
-    longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py", "test_golden.py", "test_attn.py")
+    longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py", "test_compile.py", "test_golden.py", "test_attn.py")
     items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
+from types import UnionType
 
 import torch
 from rich.console import Console
@@ -175,28 +176,26 @@ def is_huggingface(
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
     change(model, config=dataclasses.replace(model.config, backend=backend))
-    report = AccelerationReport()
-    for module in model.modules():
-        if isinstance(module, ResNetBody):
-            change(module, backend=backend)
+    for module in model.parts_with_backend():
+        change(module, backend=backend)
+    report, note = AccelerationReport(), describe(choice, parameter_of(model))
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
-        modules = [module for module in model.modules() if isinstance(module, kind)]
-        for module in modules:
-            change(module, backend=backend)
-        if modules:
-            report.replaced.append(Part(name, len(modules), f"backend {describe(choice, parameter_of(model))}"))
+        _report_parts(model, name, kind, f"backend {note}", report)
     if not report.replaced:
         report.left.append(Part("decoder", 1, "the original DETR has no conditional attention"))
-    for name, kind in (
-        ("self-attention", EncoderSelfAttention | ProjectedSelfAttention),
-        ("dropout of layers", FeedForward),
-    ):
-        modules = [module for module in model.modules() if isinstance(module, kind)]
-        for module in modules:
-            change(module, backend=backend)
-        if modules and is_native_on_cpu(backend, parameter_of(model)):
-            report.replaced.append(Part(name, len(modules), describe(choice, parameter_of(model))))
+    if is_native_on_cpu(backend, parameter_of(model)):
+        _report_parts(model, "self-attention", EncoderSelfAttention | ProjectedSelfAttention, note, report)
+        _report_parts(model, "dropout of layers", FeedForward, note, report)
+    if backend != "eager":
+        for body in (module for module in model.modules() if isinstance(module, ResNetBody)):
+            report_backbone(body, report)
     return report
+
+
+def _report_parts(model: DETR, name: str, kind: type | UnionType, note: str, report: AccelerationReport) -> None:
+    count = sum(isinstance(module, kind) for module in model.modules())
+    if count:
+        report.replaced.append(Part(name, count, note))
 
 
 def report_backbone(body: nn.Module, report: AccelerationReport) -> None:

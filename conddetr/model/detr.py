@@ -4,6 +4,7 @@ Source: DETR section 3 and Conditional DETR section 3; parameter names are those
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -173,10 +174,14 @@ class DETR(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Let all parts run on another backend; `conddetr.accelerate` does so after a check that it can run."""
         self.config = replace(self.config, backend=backend)
+        for module in self.parts_with_backend():
+            module.backend = backend
+
+    def parts_with_backend(self) -> Iterator[nn.Module]:
+        """The modules whose attribute `backend` says what they run on; not any that happens to have one."""
         for module in self.modules():
-            # Not any module that happens to have such an attribute.
             if hasattr(module, "backend") and any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__):
-                module.backend = backend
+                yield module
 
     def train(self, mode: bool = True) -> "DETR":
         """As `nn.Module.train`.

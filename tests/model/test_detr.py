@@ -167,8 +167,11 @@ def test_fused_backends_fold_in_training():
     assert model.backbone[0].body.backend == "auto"
     conddetr.accelerate(model, "eager")
     assert model.backbone[0].body.backend == "eager"
-    conddetr.accelerate(model, "auto")
+    model.backbone[0].body.layer3[2].register_forward_hook(lambda *_: None)
+    report = conddetr.accelerate(model, "auto")
     assert model.backbone[0].body.backend == "auto"
+    assert {part.name: part.note for part in report.left} == {"part of the backbone": "layer3.2: it has hooks"}
+    assert "folded into the convolutions of 16 of 17 parts" in str(report)
 
 
 def test_one_pixel_images(tiny_model):
