@@ -87,7 +87,7 @@ class SmallCoco:
         self.file = root / "annotations" / f"instances_{split}2017.json"
         self.images.mkdir(parents=True)
         self.file.parent.mkdir(exist_ok=True)
-        self.content = {"images": [], "annotations": [], "categories": list(self.categories)}
+        self.content = {"images": [], "annotations": [], "categories": [dict(entry) for entry in self.categories]}
         rng = np.random.default_rng(0)
         for index in range(count):
             height, width = 60 + 10 * index, 90
