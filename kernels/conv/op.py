@@ -44,7 +44,7 @@ def convolution(
         relu: apply ReLU at the end.
         backend: `eager`: PyTorch's operators, of which oneDNN's take bias, residual and ReLU along where no gradient is
             recorded; `native`: `convolution_3x3`, an error for others; `auto`: the faster one. On CPUs it also makes
-            the gradient of weights by matrix products, in 0.4 to 0.9 of the time of PyTorch's.
+            the gradient of weights by matrix products.
 
     Returns:
         [B, Cout, h, w]. Gradients of any order are recorded.
@@ -161,8 +161,9 @@ def _add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
 class ConvolutionByProducts(torch.autograd.Function):
     """A convolution in channels-last whose weights get their gradient from one matrix product per cell of the window.
 
-    On two AVX2 cores that took 0.4 to 0.9 of the time of PyTorch's own way in this layout, by shape. Its backward is
-    made of operators that autograd records, so it can be differentiated again.
+    On two AVX2 cores forward and backward took 0.7 to 0.9 of the time of PyTorch's own way in this layout, but 1.4 for
+    256 to 64 channels of the first stage, which detectors do not train (`benchmarks/conv.py`). The backward is made of
+    operators that autograd records, so it can be differentiated again.
     """
 
     @staticmethod
