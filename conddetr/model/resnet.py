@@ -71,7 +71,9 @@ def conv_norm_pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 
 def stem_misfit(body: nn.Module) -> str | None:
     """The reason why the first convolution has to be called as the modules that it is; None if it can be fused."""
-    return _pair_misfit(body.conv1, body.bn1) or _activation_misfit(_stem_activation(body))
+    parts = (body.conv1, body.bn1, _stem_activation(body))
+    reason = next(filter(None, map(why_not_plain, parts)), None)
+    return reason or _pair_misfit(*parts[:2]) or _activation_misfit(parts[2])
 
 
 def block_misfit(block: nn.Module) -> str | None:
@@ -79,10 +81,12 @@ def block_misfit(block: nn.Module) -> str | None:
     kind = type(block)
     if kind.__name__ not in CONVOLUTIONS or kind.__module__ not in _PACKAGES:
         return f"{kind.__name__} is no residual block of torchvision or timm"
-    for name, module in block.named_modules():
+    # Asked in every call: names are looked for only where there is something to say.
+    for module in block.modules():
         reason = why_not_plain(module)
         if reason is not None:
-            return f"{name or 'block'}: {reason}" if name else reason
+            name = next(name for name, other in block.named_modules() if other is module)
+            return f"{name}: {reason}" if name else reason
     parts = dict(block.named_children())
     shortcut = parts.pop("downsample", None)
     pairs = conv_norm_pairs(block)
@@ -161,11 +165,7 @@ def window(conv: nn.Conv2d) -> dict[str, object]:
 
 
 def _pair_misfit(conv: nn.Module, norm: nn.Module) -> str | None:
-    """The reason why this is no convolution without bias, followed by a frozen batch norm."""
-    for module in (conv, norm):
-        reason = why_not_plain(module)
-        if reason is not None:
-            return reason
+    """The reason why this is no convolution without bias, followed by a frozen batch norm; of plain modules."""
     is_conv = type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == "zeros"
     if not is_conv or isinstance(conv.padding, str) or type(conv.weight) not in (Tensor, nn.Parameter):
         return f"{type(conv).__name__}: expected a convolution without bias, with ordinary weights"
@@ -177,7 +177,4 @@ def _pair_misfit(conv: nn.Module, norm: nn.Module) -> str | None:
 
 
 def _activation_misfit(module: nn.Module) -> str | None:
-    reason = why_not_plain(module)
-    if reason is None and type(module) is not nn.ReLU:
-        reason = f"{type(module).__name__}: expected ReLU"
-    return reason
+    return None if type(module) is nn.ReLU else f"{type(module).__name__}: expected ReLU"
