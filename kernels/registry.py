@@ -29,6 +29,11 @@ NATIVE_ALONE = ("native", "eager")
 """What operations offer that have no Triton kernels."""
 
 
+REPLICAS = 256
+"""Programs, at most, of a kernel that sums the gradient of a vector, one row of partial sums each: two for every
+multiprocessor of the largest GPUs."""
+
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Whether the package is there; it is not imported for this."""
 

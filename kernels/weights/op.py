@@ -1,0 +1,119 @@
+"""All weights of a step in one pass, and all their gradients in another: the public function and its gradient.
+
+Under autocast every weight is cast by a kernel of its own, and every gradient by another: hundreds of launches, each
+for less than a microsecond of work.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.weights import reference
+from conddetr.kernels.weights.reference import Recipe, Replicas, Shift, Weight
+
+
+def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "auto") -> list[Tensor]:
+    """Make what a step computes with of its parameters: cast, stacked, with frozen norms folded in.
+
+    Args:
+        recipes: what is wanted: `Weight`, `Shift` or `Replicas`. Parameters share a device.
+        dtype: of the step, e.g. bfloat16; that of the parameters is float32 then.
+        backend: `auto`, `triton` (one launch each way, however many parameters; they share one dtype) or `eager`.
+
+    Returns:
+        One tensor per recipe: of `Weight` [ΣO, ...] and of `Shift` [C] in `dtype`, of `Replicas` [`REPLICAS`, C] in the
+        vector's own. They are new ones, except where a parameter is as it is wanted. Gradients flow to the parameters
+        that require them, not to norms.
+
+    Raises:
+        RuntimeError: the requested backend cannot run here; says why.
+    """
+    if not recipes:
+        return []
+    sources = [part for recipe in recipes for part in _sources(recipe)]
+    choice = _choose(backend, sources, dtype)
+    paths.note("prepare_weights", choice.backend, choice.refused)
+    if choice.backend == "eager":
+        return reference.prepare_weights(recipes, dtype)
+    prepared: list[Tensor | None] = [_as_it_is(recipe, dtype) for recipe in recipes]
+    rest = [recipe for recipe, made in zip(recipes, prepared, strict=True) if made is None]
+    parts = [part for recipe in rest for part in _parts(recipe)]
+    made = iter(_Prepare.apply(rest, dtype, *parts) if rest else ())
+    return [next(made) if tensor is None else tensor for tensor in prepared]
+
+
+def _parts(recipe: Recipe) -> tuple[Tensor, ...]:
+    """What may have a gradient."""
+    if isinstance(recipe, Weight):
+        return recipe.parts
+    return () if isinstance(recipe, Shift) else (recipe.vector,)
+
+
+def _sources(recipe: Recipe) -> tuple[Tensor, ...]:
+    norm = None if isinstance(recipe, Replicas) else recipe.norm
+    return _parts(recipe) + (() if norm is None else tuple(norm[:4]))
+
+
+def _choose(backend: str, sources: list[Tensor], dtype: torch.dtype) -> registry.Choice:
+    choice = registry.choose(backend, sources[0].device, dtype, registry.WITHOUT_NATIVE)
+    if choice.backend == "eager":
+        return choice
+    reason = _misfit(sources)
+    if reason is None:
+        return choice
+    if backend != "auto":
+        raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
+    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
+
+
+def _misfit(sources: list[Tensor]) -> str | None:
+    """What the kernels cannot take of these parameters, or None."""
+    from conddetr.kernels.weights import triton
+
+    dtypes = sorted({str(source.dtype) for source in sources})
+    if len(dtypes) > 1:
+        return f"its kernel takes parameters of one dtype, not {', '.join(dtypes)}."
+    odd = next((source for source in sources if not triton.is_dense(source)), None)
+    if odd is not None:
+        return f"its kernel takes parameters without gaps, not one of shape {tuple(odd.shape)}, strides {odd.stride()}."
+    return None
+
+
+def _as_it_is(recipe: Recipe, dtype: torch.dtype) -> Tensor | None:
+    """The parameter, if it is what was asked for."""
+    if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe.norm is not None:
+        return None
+    [part] = recipe.parts
+    if part.dtype != dtype or (part.dim() == 4 and not part.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    return part
+
+
+class _Prepare(torch.autograd.Function):
+    """One kernel each way."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, recipes: list[Recipe], dtype: torch.dtype, *parts: Tensor) -> tuple[Tensor, ...]:
+        from conddetr.kernels.weights import triton
+
+        ctx.recipes, ctx.parts = recipes, parts
+        ctx.set_materialize_grads(False)
+        made = triton.forward(recipes, dtype)
+        frozen = [x for x, recipe in zip(made, recipes, strict=True) if not _is_trained(recipe)]
+        ctx.mark_non_differentiable(*frozen)
+        return tuple(made)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
+        from conddetr.kernels.weights import triton
+
+        # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
+        wanted = [grad if _is_trained(recipe) else None for recipe, grad in zip(ctx.recipes, grads, strict=True)]
+        found = triton.backward(ctx.recipes, wanted)
+        return None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
+
+
+def _is_trained(recipe: Recipe) -> bool:
+    return any(part.requires_grad for part in _parts(recipe))

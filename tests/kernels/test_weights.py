@@ -1,0 +1,111 @@
+"""The weights of a step: the kernels against the reference, and their gradients against float64."""
+
+import pytest
+import torch
+
+from conddetr.kernels import registry
+from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
+
+def parameter(*shape, device, dtype=torch.float32, order=torch.contiguous_format):
+    return torch.randn(shape, device=device, dtype=dtype).to(memory_format=order).requires_grad_()
+
+
+def all_kinds(device, dtype=torch.float32):
+    """Recipes of every kind: two blocks and less than one, in both orders of memory, trained and frozen."""
+    norm = FrozenNorm(*(torch.rand(6, device=device, dtype=dtype) + 0.5 for _ in range(4)), 1e-5)
+    make = {"device": device, "dtype": dtype}
+    frozen = parameter(6, 5, 3, 3, **make).detach()
+    return [
+        Weight((parameter(6, 70, 3, 3, **make),), norm),
+        Shift(norm),
+        Weight((parameter(6, 5, 1, 1, **make),), norm),
+        Weight((parameter(6, 4, 3, 2, order=torch.channels_last, **make),)),
+        Weight((parameter(7, 8, **make), parameter(3, 8, **make), parameter(1, 8, **make))),
+        Weight((parameter(9, **make), parameter(2, **make))),
+        Replicas(parameter(300, **make)),
+        Weight((frozen,), norm),
+    ]
+
+
+def parameters_of(recipes):
+    parts = [part for r in recipes for part in getattr(r, "parts", (getattr(r, "vector", None),)) if part is not None]
+    return [part for part in parts if part.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_match_the_reference(dtype, device):
+    """Values round once where the reference rounds once; the sums of replicas are those of float64."""
+    recipes = all_kinds(device)
+    found, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
+    # The scale is a reciprocal square root, whose last bit may differ.
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+        assert one.requires_grad == other.requires_grad
+    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in found]
+    parameters = parameters_of(recipes)
+    gradients = []
+    for made in (found, expected):
+        total = sum((x.double() * g.double()).sum() for x, g in zip(made, upstream, strict=True) if x.requires_grad)
+        gradients.append(torch.autograd.grad(total, parameters))
+    for one, other, trained in zip(*gradients, parameters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4 if one.shape == (300,) else 1e-6)
+        # Otherwise autograd would copy it once more. A parameter that is handed out as it is has PyTorch's gradient.
+        assert dtype == torch.float32 or one.stride() == trained.stride()
+
+
+def test_a_folded_convolution_is_the_convolution_and_its_norm(device):
+    x = torch.randn(2, 5, 6, 7, device=device)
+    conv = parameter(6, 5, 3, 3, device=device)
+    norm = FrozenNorm(*(torch.rand(6, device=device) + 0.5 for _ in range(4)), 1e-5)
+    weight, shift = prepare_weights([Weight((conv,), norm), Shift(norm)], torch.float32, "triton")
+    expected = torch.nn.functional.batch_norm(
+        torch.nn.functional.conv2d(x, conv), norm.mean, norm.variance, norm.weight, norm.bias, eps=norm.eps
+    )
+    torch.testing.assert_close(torch.nn.functional.conv2d(x, weight, shift), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_got_no_gradient_has_none(device):
+    recipes = all_kinds(device)
+    made = prepare_weights(recipes, torch.bfloat16, "triton")
+    parameters = parameters_of(recipes)
+    gradients = torch.autograd.grad(made[4].float().sum(), parameters, allow_unused=True)
+    stacked = recipes[4].parts
+    for trained, gradient in zip(parameters, gradients, strict=True):
+        assert (gradient is not None) == any(trained is part for part in stacked)
+
+
+def test_a_parameter_that_is_as_it_is_wanted_is_not_copied(device):
+    one, other = parameter(4, 3, device=device), parameter(4, 3, 3, 3, device=device)
+    same, turned = prepare_weights([Weight((one,)), Weight((other,))], torch.float32, "triton")
+    assert same is one
+    assert turned.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_of_replicas_are_one_memory(device):
+    vector = parameter(5, device=device)
+    [replicas] = prepare_weights([Replicas(vector)], torch.bfloat16, "triton")
+    assert replicas.shape == (registry.REPLICAS, 5)
+    assert replicas.stride() == (0, 1)
+    assert replicas.data_ptr() == vector.data_ptr()
+
+
+def test_what_the_kernels_cannot_take_is_said(device):
+    gaps = parameter(8, 8, device=device)[:, ::2]
+    mixed = [Weight((parameter(4, 4, device=device),)), Weight((parameter(4, 4, device=device, dtype=torch.float16),))]
+    with pytest.raises(registry.BackendError, match="without gaps"):
+        prepare_weights([Weight((gaps,))], torch.bfloat16, "triton")
+    with pytest.raises(registry.BackendError, match=r"one dtype, not torch.float16, torch.float32"):
+        prepare_weights(mixed, torch.bfloat16, "triton")
+    torch.testing.assert_close(prepare_weights([Weight((gaps,))], torch.bfloat16)[0], gaps.bfloat16())
+
+
+def test_second_derivatives_are_an_error(device):
+    weight = parameter(4, 4, device=device)
+    [made] = prepare_weights([Weight((weight,))], torch.bfloat16, "triton")
+    [gradient] = torch.autograd.grad(made.float().square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
