@@ -38,8 +38,8 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
         return reference.prepare_weights(recipes, dtype)
     prepared: list[Tensor | None] = [_as_it_is(recipe, dtype) for recipe in recipes]
     rest = [recipe for recipe, made in zip(recipes, prepared, strict=True) if made is None]
-    parts = [part for recipe in rest for part in _parts(recipe)]
-    made = iter(_Prepare.apply(rest, dtype, *parts) if rest else ())
+    parts = {id(part): part for recipe in rest for part in _parts(recipe)}
+    made = iter(_Prepare.apply(rest, dtype, *parts.values()) if rest else ())
     return [next(made) if tensor is None else tensor for tensor in prepared]
 
 
@@ -82,7 +82,7 @@ def _misfit(sources: list[Tensor]) -> str | None:
 
 def _as_it_is(recipe: Recipe, dtype: torch.dtype) -> Tensor | None:
     """The parameter, if it is what was asked for."""
-    if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe.norm is not None:
+    if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe.norm is not None or recipe.rows is not None:
         return None
     [part] = recipe.parts
     if part.dtype != dtype or (part.dim() == 4 and not part.is_contiguous(memory_format=torch.channels_last)):
@@ -112,7 +112,7 @@ class _Prepare(torch.autograd.Function):
         # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
         wanted = [grad if _is_trained(recipe) else None for recipe, grad in zip(ctx.recipes, grads, strict=True)]
         found = triton.backward(ctx.recipes, wanted)
-        return None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
+        return None, None, *(found.get(id(part)) if part.requires_grad else None for part in ctx.parts)
 
 
 def _is_trained(recipe: Recipe) -> bool:

@@ -37,6 +37,8 @@ class Weight:
     """Of one shape but for the first dimension: [O, I], [O], or one convolution [O, I, kh, kw]."""
     norm: FrozenNorm | None = None
     """Of a convolution: the frozen norm behind it, whose scale the weight takes along."""
+    rows: tuple[int, int] | None = None
+    """Only these rows of one part, from the first up to the second; others may take the rest."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def _prepare(recipe: Recipe, dtype: torch.dtype) -> Tensor:
     if isinstance(recipe, Shift):
         return recipe.norm.shift().to(dtype)
     weight = torch.cat(recipe.parts) if len(recipe.parts) > 1 else recipe.parts[0]
+    if recipe.rows is not None:
+        weight = weight[slice(*recipe.rows)]
     if recipe.norm is not None:
         weight = weight * recipe.norm.scale()[:, None, None, None]
     weight = weight.to(dtype)

@@ -6,6 +6,7 @@ into channels-last on the way, and its gradient back.
 
 import functools
 import struct
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import addresses, registry
-from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift, Weight
+from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift
 
 BLOCK = 2048
 """Elements per program."""
@@ -112,83 +113,122 @@ def prepare_backward_kernel(
         tl.store(grad + offset + element, value.to(grad.dtype.element_ty), mask=inside)
 
 
+class _Work:
+    """The tables of one launch, part by part."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[int, ...]] = []
+        self.addresses: list[int] = []
+
+    def add(self, piece: "_Piece", kind: int, address: int, offset: int) -> None:
+        """A part that lies at an address; `offset`: of its result, in elements."""
+        eps = 0 if piece.norm is None else struct.unpack("i", struct.pack("f", piece.norm.eps))[0]
+        self.fields.append((kind, offset, piece.size, piece.channels, piece.positions, eps))
+        vectors = [0, 0, 0, 0] if piece.norm is None else [vector.data_ptr() for vector in piece.norm[:4]]
+        self.addresses += [address, *vectors]
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Of addresses, parts and blocks."""
+        return addresses.table(tuple(self.addresses), device), *_tables(tuple(self.fields), device)
+
+
+class _Piece(NamedTuple):
+    """Rows of one parameter, as the kernels see them."""
+
+    source: Tensor | None
+    """None: the norm's shift."""
+    norm: FrozenNorm | None
+    start: int
+    """First element."""
+    size: int
+    channels: int
+    positions: int
+    """Of a convolution's kernel; 1 where the order of memory stays as it is."""
+
+    def address(self) -> int:
+        return 0 if self.source is None else self.source.data_ptr() + self.start * self.source.element_size()
+
+
 def forward(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
     """What `op.prepare_weights` returns, as views of one new tensor; see there."""
-    fields: list[tuple[int, ...]] = []
-    places: list[int] = []
+    work = _Work()
+    shapes: list[tuple[torch.Size, int]] = []
     size = 0
     for recipe in recipes:
-        for source, norm in _made_of(recipe):
-            # The next part of a stack goes on where the one before it ended.
-            fields.append(_fields(source, norm, size))
-            places += _addresses(source, norm)
-            size += fields[-1][2]
+        start = size
+        if not isinstance(recipe, Replicas):
+            for piece in _pieces(recipe):
+                # The next part of a stack goes on where the one before it ended.
+                work.add(piece, MATRIX if piece.source is not None else SHIFT, piece.address(), size)
+                size += piece.size
+        shapes.append((_shape(recipe), start))
         size = triton.cdiv(size, ALIGNMENT) * ALIGNMENT
-    first = next(tensor for recipe in recipes for tensor in _tensors(recipe))
+    first = _first(recipes)
     out = torch.empty(size, dtype=dtype, device=first.device)
-    if fields:
-        parts, blocks = _tables(tuple(fields), first.device)
-        table = addresses.table(tuple(places), first.device)
+    if work.fields:
         with torch.cuda.device_of(first):
+            table, parts, blocks = work.tables(first.device)
             prepare_kernel[(len(blocks),)](table, parts, blocks, first, out, BLOCK=BLOCK)
-    return _views(recipes, out)
+    return [_view(recipe, out, *place) for recipe, place in zip(recipes, shapes, strict=True)]
 
 
-def backward(recipes: list[Recipe], grads: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of all parts in turn, as views of one new tensor; None where the recipe's own is None."""
-    layout: list[tuple[Tensor, int] | None] = []
-    fields: list[tuple[int, ...]] = []
-    places: list[int] = []
+def backward(recipes: list[Recipe], grads: list[Tensor | None]) -> dict[int, Tensor]:
+    """Gradients of parameters by `id`, as views of one new tensor; of those whose recipes have none it has none."""
+    work = _Work()
+    places: dict[int, tuple[Tensor, int]] = {}
+    size = written = 0
+    # They must outlive the launch.
     kept: list[Tensor] = []
-    size = 0
     for recipe, grad in zip(recipes, grads, strict=True):
-        sources = _parts_with_gradient(recipe)
         if grad is None:
-            layout += [None] * len(sources)
             continue
-        grad = _dense(grad, isinstance(recipe, Replicas))
-        kept.append(grad)
-        start = grad.data_ptr()
-        norm = recipe.norm if isinstance(recipe, Weight) else None
-        for source in sources:
-            kind = PARTIALS if isinstance(recipe, Replicas) else MATRIX
-            fields.append(_fields(source, norm, size, kind))
-            places += [start, *_addresses(source, norm)[1:]]
-            layout.append((source, size))
-            start += source.numel() * grad.element_size()
-            size += triton.cdiv(source.numel(), ALIGNMENT) * ALIGNMENT
+        is_replicas = isinstance(recipe, Replicas)
+        kept.append(_dense(grad, is_replicas))
+        address = kept[-1].data_ptr()
+        for piece in _pieces(recipe):
+            if id(piece.source) not in places:
+                places[id(piece.source)] = (piece.source, size)
+                size += triton.cdiv(piece.source.numel(), ALIGNMENT) * ALIGNMENT
+            offset = places[id(piece.source)][1] + piece.start
+            work.add(piece, PARTIALS if is_replicas else MATRIX, address, offset)
+            address += piece.size * kept[-1].element_size()
+            written += piece.size
     if not kept:
-        return layout
-    first = next(source for source, _ in filter(None, layout))
-    flat = torch.empty(size, dtype=first.dtype, device=first.device)
-    parts, blocks = _tables(tuple(fields), first.device)
-    table = addresses.table(tuple(places), first.device)
+        return {}
+    first = _first(recipes)
+    # Rows that nobody wrote have no influence.
+    is_whole = written == sum(source.numel() for source, _ in places.values())
+    flat = (torch.empty if is_whole else torch.zeros)(size, dtype=first.dtype, device=first.device)
     # Of replicas it is float32; the others' is the step's dtype.
     kind = next((grad for grad in kept if grad.dtype != torch.float32), kept[0])
     with torch.cuda.device_of(first):
+        table, parts, blocks = work.tables(first.device)
         prepare_backward_kernel[(len(blocks),)](
             table, parts, blocks, kind, flat, registry.REPLICAS, BLOCK=BLOCK, ROWS=PARTIAL_ROWS
         )
-    return [place and torch.as_strided(flat, place[0].shape, place[0].stride(), place[1]) for place in layout]
+    return {key: torch.as_strided(flat, x.shape, x.stride(), offset) for key, (x, offset) in places.items()}
 
 
-def _made_of(recipe: Recipe) -> list[tuple[Tensor | None, FrozenNorm | None]]:
-    """The parts that a kernel makes the recipe's result of; replicas are no work."""
-    if isinstance(recipe, Replicas):
-        return []
+def _pieces(recipe: Recipe) -> list[_Piece]:
+    """What a kernel walks over."""
     if isinstance(recipe, Shift):
-        return [(None, recipe.norm)]
-    return [(part, recipe.norm) for part in recipe.parts]
+        return [_Piece(None, recipe.norm, 0, recipe.norm.bias.numel(), 1, 1)]
+    if isinstance(recipe, Replicas):
+        return [_Piece(recipe.vector, None, 0, recipe.vector.numel(), 1, 1)]
+    pieces = []
+    for source in recipe.parts:
+        row = source[0].numel()
+        first, end = recipe.rows or (0, len(source))
+        is_turned = source.dim() == 4 and not _is_channels_last(source)
+        positions = source.shape[2] * source.shape[3] if is_turned else 1
+        pieces.append(_Piece(source, recipe.norm, first * row, (end - first) * row, row // positions, positions))
+    return pieces
 
 
-def _parts_with_gradient(recipe: Recipe) -> tuple[Tensor, ...]:
-    if isinstance(recipe, Weight):
-        return recipe.parts
-    return () if isinstance(recipe, Shift) else (recipe.vector,)
-
-
-def _tensors(recipe: Recipe) -> tuple[Tensor, ...]:
-    return tuple(recipe.norm[:1]) if isinstance(recipe, Shift) else _parts_with_gradient(recipe)
+def _first(recipes: list[Recipe]) -> Tensor:
+    """Any parameter: all share a dtype and a device."""
+    [piece, *_] = _pieces(recipes[0])
+    return piece.norm.bias if piece.source is None else piece.source
 
 
 def _is_channels_last(source: Tensor) -> bool:
@@ -207,20 +247,6 @@ def _dense(grad: Tensor, is_replicas: bool) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last) if grad.dim() == 4 else grad.contiguous()
 
 
-def _fields(source: Tensor | None, norm: FrozenNorm | None, offset: int, kind: int = MATRIX) -> tuple[int, ...]:
-    eps = struct.unpack("i", struct.pack("f", norm.eps))[0] if norm is not None else 0
-    if source is None:
-        return SHIFT, offset, norm.bias.numel(), 1, 1, eps
-    positions = 1 if source.dim() < 4 or _is_channels_last(source) else source.shape[2] * source.shape[3]
-    channels = source[0].numel() // positions if source.dim() > 1 else 1
-    return kind, offset, source.numel(), channels, positions, eps
-
-
-def _addresses(source: Tensor | None, norm: FrozenNorm | None) -> list[int]:
-    vectors = [0, 0, 0, 0] if norm is None else [vector.data_ptr() for vector in norm[:4]]
-    return [0 if source is None else source.data_ptr(), *vectors]
-
-
 @functools.lru_cache(maxsize=16)
 def _tables(fields: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The tables of parts and of blocks, of shapes alone."""
@@ -231,24 +257,20 @@ def _tables(fields: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[
     return tuple(torch.tensor(rows, dtype=torch.int64).to(device) for rows in (fields, blocks))
 
 
-def _views(recipes: list[Recipe], out: Tensor) -> list[Tensor]:
-    made = []
-    offset = 0
-    for recipe in recipes:
-        if isinstance(recipe, Replicas):
-            made.append(recipe.vector.detach().expand(registry.REPLICAS, -1))
-            continue
-        shape = recipe.norm.bias.shape if isinstance(recipe, Shift) else _stacked_shape(recipe.parts)
-        size = shape.numel()
-        view = out[offset : offset + size]
-        if len(shape) == 4:
-            view = view.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-        else:
-            view = view.view(shape)
-        made.append(view)
-        offset += triton.cdiv(size, ALIGNMENT) * ALIGNMENT
-    return made
+def _shape(recipe: Recipe) -> torch.Size:
+    if isinstance(recipe, Shift):
+        return recipe.norm.bias.shape
+    if isinstance(recipe, Replicas):
+        return torch.Size((registry.REPLICAS, len(recipe.vector)))
+    first, end = recipe.rows or (0, sum(len(part) for part in recipe.parts))
+    return torch.Size((end - first, *recipe.parts[0].shape[1:]))
 
 
-def _stacked_shape(parts: tuple[Tensor, ...]) -> torch.Size:
-    return torch.Size((sum(len(part) for part in parts), *parts[0].shape[1:]))
+def _view(recipe: Recipe, out: Tensor, shape: torch.Size, offset: int) -> Tensor:
+    """A recipe's result, within the tensor that holds them all."""
+    if isinstance(recipe, Replicas):
+        return recipe.vector.detach().expand(shape)
+    view = out[offset : offset + shape.numel()]
+    if len(shape) == 4:
+        return view.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
+    return view.view(shape)

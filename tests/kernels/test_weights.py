@@ -17,8 +17,10 @@ def all_kinds(device, dtype=torch.float32):
     """Recipes of every kind: two blocks and less than one, in both orders of memory, trained and frozen."""
     norm = FrozenNorm(*(torch.rand(6, device=device, dtype=dtype) + 0.5 for _ in range(4)), 1e-5)
     make = {"device": device, "dtype": dtype}
-    frozen = parameter(6, 5, 3, 3, **make).detach()
+    frozen, cut = parameter(6, 5, 3, 3, **make).detach(), parameter(12, 8, **make)
     return [
+        Weight((cut,), rows=(0, 8)),
+        Weight((cut,), rows=(8, 12)),
         Weight((parameter(6, 70, 3, 3, **make),), norm),
         Shift(norm),
         Weight((parameter(6, 5, 1, 1, **make),), norm),
@@ -32,7 +34,7 @@ def all_kinds(device, dtype=torch.float32):
 
 def parameters_of(recipes):
     parts = [part for r in recipes for part in getattr(r, "parts", (getattr(r, "vector", None),)) if part is not None]
-    return [part for part in parts if part.requires_grad]
+    return list({id(part): part for part in parts if part.requires_grad}.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,10 +74,19 @@ def test_what_got_no_gradient_has_none(device):
     recipes = all_kinds(device)
     made = prepare_weights(recipes, torch.bfloat16, "triton")
     parameters = parameters_of(recipes)
-    gradients = torch.autograd.grad(made[4].float().sum(), parameters, allow_unused=True)
-    stacked = recipes[4].parts
+    gradients = torch.autograd.grad(made[6].float().sum(), parameters, allow_unused=True)
+    stacked = recipes[6].parts
     for trained, gradient in zip(parameters, gradients, strict=True):
         assert (gradient is not None) == any(trained is part for part in stacked)
+
+
+def test_rows_without_gradient_have_zeros(device):
+    weight = parameter(6, 4, device=device)
+    first, _ = prepare_weights(
+        [Weight((weight,), rows=(0, 2)), Weight((weight,), rows=(2, 6))], torch.float16, "triton"
+    )
+    first.float().sum().backward()
+    assert weight.grad.sum(1).tolist() == [4, 4, 0, 0, 0, 0]
 
 
 def test_a_parameter_that_is_as_it_is_wanted_is_not_copied(device):
