@@ -389,10 +389,10 @@ def _env(options: argparse.Namespace) -> None:
         table.add_column(column)
     for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
-    for operation in ("focal_loss", "matched_box_loss", "matching_cost"):
+    for operation in ("add_norm", "focal_loss", "matched_box_loss", "matching_cost"):
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
-    for operation in ("relu_dropout", "dropout_add"):
-        table.add_row(operation, *(dropout.choose("auto", device, dtype) for dtype in dtypes))
+    table.add_row("relu_dropout", *(dropout.choose("auto", device, dtype).backend for dtype in dtypes))
+    table.add_row("dropout_add", *(dropout.choose_add("auto", device, dtype) for dtype in dtypes))
     shapes = [torch.empty(1, conv3x3.GRAIN, 1, 1, device=device, dtype=dtype) for dtype in dtypes]
     table.add_row("convolution_3x3", *(conv3x3.choose("auto", x, (conv3x3.GRAIN, conv3x3.GRAIN)) for x in shapes))
     table.add_row("linear_assignment", *[match.choose("auto", device, torch.float32)] * len(dtypes))

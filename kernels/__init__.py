@@ -1,5 +1,6 @@
 """The operations of Conditional DETR, one folder each. This package knows nothing of models, images or training."""
 
+from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.attn import conditional_attention
 from conddetr.kernels.boxes import matched_box_loss
 from conddetr.kernels.conv import convolution
@@ -11,6 +12,7 @@ from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 
 __all__ = [
+    "add_norm",
     "conditional_attention",
     "conditional_spatial_query",
     "convolution",

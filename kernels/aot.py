@@ -21,11 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from conddetr.kernels import registry
+from conddetr.kernels.add_norm import triton as add_norm
+from conddetr.kernels.add_norm.op import MAX_CHANNELS
 from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.cost import triton as cost
+from conddetr.kernels.dropout import triton as dropout
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.sine import triton as sine
@@ -37,7 +40,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
-ROOMS = (attn, boxes, cost, focal, match, sine)
+ROOMS = (add_norm, attn, boxes, cost, dropout, focal, match, sine)
 """Where the kernels are."""
 
 
@@ -85,7 +88,26 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from residual_jobs()
     yield from loss_jobs()
+
+
+def residual_jobs() -> Iterator[Job]:
+    """The kernels beside the products of a transformer layer, with dropout: at the model's widths and the widest."""
+    for dtype, channels in (("bf16", 256), ("fp32", MAX_CHANNELS)):
+        outputs = dict.fromkeys(("HAS_BIAS", "HAS_POSITION", "HAS_DROPOUT", "HAS_TRUNK", "HAS_OUT", "SAVES"), True)
+        options = {**add_norm.launch(channels, add_norm.FORWARD_ELEMENTS), **outputs}
+        yield Job("add_norm_kernel", f"{channels} channels", dtype, tuple(options.items()))
+        wanted = {"GRADIENTS": 4, "HAS_DROPOUT": True, "HAS_BRANCH": True, "HAS_RESIDUAL": True, "VECTORS": 3}
+        options = {**add_norm.launch(channels, add_norm.BACKWARD_ELEMENTS), **wanted}
+        yield Job("add_norm_backward_kernel", f"{channels} channels", dtype, tuple(options.items()))
+    for dtype in ("bf16", "fp32"):
+        for kernel, wanted in (
+            ("relu_dropout_kernel", ("HAS_BIAS", "HAS_DROPOUT")),
+            ("relu_dropout_backward_kernel", ("HAS_BIAS",)),
+        ):
+            options = {**dropout.launch(2048), **dict.fromkeys(wanted, True)}
+            yield Job(kernel, "2048 channels", dtype, tuple(options.items()))
 
 
 def loss_jobs() -> Iterator[Job]:
@@ -172,14 +194,15 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
 
 
 _KINDS = {
-    "*fp32": ("lse", "delta", "grad_ks", "partial", "grad_loss", "log_total", "cost"),
+    "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
+              "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual"),
     "*i32": ("valid_hw", "counts"),
     "*i64": ("seed_pointer", "target", "labels", "assignment"),
     "*i1": ("padding",),
-    "fp32": ("scale", "log2_scale", "dropout_p", "log2_temperature", "alpha", "gamma", "present", "absent",
+    "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes"),
+            "classes", "position_rows", "replicas"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
           "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX"}  # fmt: skip

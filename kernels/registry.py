@@ -30,8 +30,12 @@ NATIVE_ALONE = ("native", "eager")
 
 
 REPLICAS = 256
-"""Programs, at most, of a kernel that sums the gradient of a vector, one row of partial sums each: two for every
-multiprocessor of the largest GPUs."""
+"""Programs at most that add up one gradient of a vector: rows of its partial sums, and of the vectors' replicas.
+
+A GPU of data centres has 132 to 148 multiprocessors: two programs of four warps on most of them, with loads of 24 KiB
+each in flight, where one would leave memory idle. Each row costs its bytes twice, written and added up: at 256 channels
+and three vectors 786 KB, where the gradient of 6,800 tokens moves 31 MB.
+"""
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None

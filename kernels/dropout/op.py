@@ -1,39 +1,56 @@
 """Dropout with the operation beside it: the public functions, their checks, and the operator behind the kernels.
 
-For CPUs, where PyTorch draws its random numbers one after the other on one core: on a training step's feed-forward
-network that takes longer than the products. On GPUs PyTorch's dropout is one kernel, and `torch.compile` fuses it.
+On CPUs PyTorch draws its random numbers one after the other on one core: on a training step's feed-forward network that
+takes longer than the products. On GPUs bias, ReLU and dropout are three launches, and seven with their gradients, where
+one each way does; dropout before a sum is PyTorch's there (`add_norm` has it with all that follows).
 """
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import native, paths, registry
 from conddetr.kernels.dropout import reference
 
 
-def relu_dropout(x: Tensor, p: float, backend: str = "auto") -> Tensor:
+def relu_dropout(
+    x: Tensor, p: float, backend: str = "auto", bias: Tensor | None = None, seed: Tensor | None = None
+) -> Tensor:
     """ReLU and dropout in one pass over memory, as in a feed-forward network; backward reads the result alone.
 
     Args:
-        x: any shape, floating.
+        x: [..., C], floating; without a bias any shape.
         p: probability, in [0, 1), that an element is dropped; 0: ReLU alone.
-        backend: `auto`, `native` (on CPUs) or `eager`.
+        backend: `auto`, `triton` (on GPUs), `native` (on CPUs) or `eager`.
+        bias: added to x before, by the same kernel on GPUs: [C], or [P, C] replicas, floating, whose gradient is then
+            partial sums (as in `add_norm`).
+        seed: [1] int64 on the device of x, of what is dropped; None: drawn from torch's generator. `eager` draws from
+            that in any case.
 
     Returns:
         The shape and dtype of x.
 
     Raises:
-        ValueError: p is out of range, or x is not floating.
+        ValueError: p is out of range, x is not floating, or the bias or seed does not fit.
         RuntimeError: the requested backend can not run here; says why.
     """
     _check(x, p)
-    if p == 0:
+    _check_others(x, bias, seed)
+    if p == 0 and bias is None:
         return x.relu()
     choice = choose(backend, x.device, x.dtype)
-    paths.note("relu_dropout", choice)
-    if choice == "eager":
-        return reference.relu_dropout(x, p)
-    return _drop(x.contiguous(), None, _seed(), p, True)
+    paths.note("relu_dropout", choice.backend, choice.refused)
+    if choice.backend == "triton":
+        seed = _seed(x.device) if seed is None and p > 0 else seed
+        bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
+        return torch.ops.conddetr.relu_dropout(x.contiguous(), bias, seed, p)
+    if bias is not None and bias.dim() == 2:
+        bias = bias[0]
+    if choice.backend == "eager":
+        return reference.relu_dropout(x, p, bias)
+    if bias is not None:
+        x = (x + bias).to(x.dtype)
+    return x.relu() if p == 0 else _drop(x.contiguous(), None, _seed(x.device) if seed is None else seed, p, True)
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") -> Tensor:
@@ -58,18 +75,23 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") ->
     if p == 0:
         return residual + x
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    choice = choose(backend, x.device, dtype)
+    choice = choose_add(backend, x.device, dtype)
     paths.note("dropout_add", choice)
     if choice == "eager":
         return reference.dropout_add(x, residual, p)
-    return _drop(x.to(dtype).contiguous(), residual.to(dtype).contiguous(), _seed(), p, False)
+    return _drop(x.to(dtype).contiguous(), residual.to(dtype).contiguous(), _seed(x.device), p, False)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation for tensors of a device and dtype."""
-    return registry.choose(
-        backend, device, dtype, registry.NATIVE_ALONE if device.type == "cpu" else ("eager",)
-    ).backend
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> registry.Choice:
+    """The implementation of `relu_dropout` for tensors of a device and dtype."""
+    offered = registry.BACKENDS if device.type == "cpu" else registry.WITHOUT_NATIVE
+    return registry.choose(backend, device, dtype, offered)
+
+
+def choose_add(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation of `dropout_add`."""
+    offered = registry.NATIVE_ALONE if device.type == "cpu" else ("eager",)
+    return registry.choose(backend, device, dtype, offered).backend
 
 
 def _check(x: Tensor, p: float) -> None:
@@ -79,9 +101,22 @@ def _check(x: Tensor, p: float) -> None:
         raise ValueError(f"p: expected a probability in [0, 1), got {p}.")
 
 
-def _seed() -> Tensor:
-    """From torch's generator: repeatable, and replayed by checkpointing."""
-    return torch.randint(2**31 - 1, (1,))
+def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
+    if bias is not None:
+        channels = x.shape[-1] if x.dim() else "C"
+        if bias.dim() not in (1, 2) or bias.shape[-1] != channels or 0 in bias.shape or not bias.is_floating_point():
+            expected = f"({channels},) or (P, {channels}), floating"
+            raise ValueError(f"bias: expected {expected}, got {tuple(bias.shape)} {bias.dtype}.")
+    if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed: expected (1,) torch.int64, got {tuple(seed.shape)} {seed.dtype}.")
+    for name, tensor in (("bias", bias), ("seed", seed)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} as of x, got {tensor.device}.")
+
+
+def _seed(device: torch.device) -> Tensor:
+    """From torch's generator: repeatable, and replayed by checkpointing and CUDA graphs."""
+    return torch.randint(2**31 - 1, (1,), device=device)
 
 
 def _drop(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool) -> Tensor:
@@ -92,13 +127,13 @@ def _fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool
     return torch.empty_like(x)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     _, residual, seed, ctx.p, ctx.relu = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(seed, output if ctx.relu else None)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     seed, output = ctx.saved_tensors
     if ctx.relu:
         # What is above zero was, and was kept.
@@ -111,3 +146,59 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
 if native.NOT_LOADED is None:
     torch.library.register_fake("conddetr_native::dropout", _fake)
     torch.library.register_autograd("conddetr_native::dropout", _differentiate, setup_context=_setup)
+
+
+@torch.library.custom_op(
+    "conddetr::relu_dropout", mutates_args=(), schema="(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor"
+)
+@registry.on_their_device
+def _relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    from conddetr.kernels.dropout import triton
+
+    return triton.forward(x, bias, seed, p)
+
+
+@_relu_forward.register_fake
+def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(
+    "conddetr::relu_dropout_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
+)
+@registry.on_their_device
+def _relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
+    from conddetr.kernels.dropout import triton
+
+    return triton.backward(grad, out, p, replicas)
+
+
+@_relu_backward.register_fake
+def _(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
+    channels = out.shape[-1] if out.dim() else 1
+    return torch.empty_like(out), out.new_empty((replicas, channels), dtype=torch.float32)
+
+
+def _relu_setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    _, bias, _, ctx.p = inputs
+    # Shape and dtype is what its gradient needs.
+    ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+    ctx.save_for_backward(output)
+
+
+def _relu_differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (output,) = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        of_x, _ = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, 0)
+        return of_x, None, None, None
+    shape, dtype = ctx.bias
+    rows = output.numel() // output.shape[-1]
+    replicas = shape[0] if len(shape) == 2 else min(registry.REPLICAS, max(1, rows))
+    of_x, partial = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, replicas)
+    return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
+
+
+_relu_forward.register_autograd(_relu_differentiate, setup_context=_relu_setup)
+registry.once_differentiable("conddetr::relu_dropout_backward")

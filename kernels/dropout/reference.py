@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def relu_dropout(x: Tensor, p: float) -> Tensor:
-    """ReLU, of which each element is zero with probability p and else grows to x / (1 - p)."""
-    return F.dropout(x.relu(), p)
+def relu_dropout(x: Tensor, p: float, bias: Tensor | None = None) -> Tensor:
+    """ReLU of x plus the bias, of which each element is zero with probability p and else grows to x / (1 - p)."""
+    added = x if bias is None else x + bias
+    return F.dropout(added.relu(), p).to(x.dtype)
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float) -> Tensor:

@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from philox import philox
 
 from conddetr.kernels import dropout_add, native, registry, relu_dropout
 
@@ -13,16 +14,6 @@ P = 0.3
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # One element, no multiple of a vector, no multiple of what a thread takes, several threads.
 SHAPES = [(1,), (7,), (3, 1023), (97, 1031)]
-
-
-def philox(seed: int, counter: int) -> list[int]:
-    """Philox4x32-10 as its authors write it down."""
-    c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(b >> 32) ^ c[1] ^ k[0], b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k[1], a & 0xFFFFFFFF]
-        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return c
 
 
 def operator(x, seed, residual=None, p=P, relu=False):

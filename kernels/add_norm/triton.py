@@ -1,0 +1,206 @@
+"""Bias, dropout, residual sum and layer norm in one pass over memory, and all their gradients in another.
+
+A program handles a block of whole rows. Forward keeps the normalised rows, of which backward needs no more than that
+and one number a row: not the sum, nor what it was made of. What was dropped is drawn again (`keep_mask`).
+
+Backward has a fixed number of programs, each of which walks over rows and adds up what it gives to the gradients of
+weight and bias: one row of partial sums a program, in an order that does not change. All arithmetic is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from conddetr.kernels.add_norm.op import MAX_GRADIENTS
+from conddetr.kernels.attn.triton import keep_mask
+
+SIZES = ("rows", "position_rows")
+"""Not specialised (`registry.py` says why)."""
+SEED = ("seed_pointer",)
+"""Its alignment is not specialised: the seeds of a step are slices of one tensor."""
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1024, 2048
+"""Per program at a time, for 128 threads. Backward has few programs, so each must have more loads in flight."""
+
+
+@triton.jit
+def vector(pointer, column, is_column):
+    """[1, PADDED] float32 of one value a channel; zeros where there is no channel."""
+    return tl.load(pointer + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
+def add_norm_kernel(
+    branch, residual, weight, bias, branch_bias, position, seed_pointer, trunk, out, placed, normalized, rstd,
+    dropout_p, eps, rows, position_rows,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_TRUNK: tl.constexpr, HAS_OUT: tl.constexpr,
+    SAVES: tl.constexpr,
+):  # fmt: skip
+    """trunk, out: the norm in two dtypes; placed: with the position added; normalized, rstd: for backward."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    inside, is_column = row < rows, column < CHANNELS
+    mask = inside[:, None] & is_column[None, :]
+    offset = row[:, None] * CHANNELS + column[None, :]
+    added = tl.load(branch + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        added += vector(branch_bias, column, is_column)
+    if HAS_DROPOUT:
+        kept = keep_mask(tl.load(seed_pointer), row, 0, CHANNELS, dropout_p, PADDED)
+        added = tl.where(kept, added * (1.0 / (1.0 - dropout_p)), 0.0)
+    z = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32) + added
+    mean = tl.sum(z, axis=1) / CHANNELS
+    centered = tl.where(is_column[None, :], z - mean[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / CHANNELS + eps)
+    hat = centered * scale[:, None]
+    y = hat * vector(weight, column, is_column) + vector(bias, column, is_column)
+    if SAVES:
+        tl.store(normalized + offset, hat.to(normalized.dtype.element_ty), mask=mask)
+        tl.store(rstd + row, scale, mask=inside)
+    if HAS_TRUNK:
+        tl.store(trunk + offset, y.to(trunk.dtype.element_ty), mask=mask)
+    if HAS_OUT:
+        tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+    if HAS_POSITION:
+        where = (row % position_rows)[:, None] * CHANNELS + column[None, :]
+        y += tl.load(position + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(placed + offset, y.to(placed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_partial(partials, replicas, column, is_column, value, CHANNELS: tl.constexpr):
+    """This program's row of partial sums [replicas, CHANNELS], and its share of the rows that no program has: zeros."""
+    tl.store(partials + tl.program_id(0) * CHANNELS + column, value, mask=is_column)
+    for unused in range(tl.program_id(0) + tl.num_programs(0), replicas, tl.num_programs(0)):
+        tl.store(partials + unused * CHANNELS + column, tl.zeros_like(value), mask=is_column)
+
+
+@triton.jit(do_not_specialize=(*SIZES, "replicas"), do_not_specialize_on_alignment=SEED)
+def add_norm_backward_kernel(
+    grad_0, grad_1, grad_2, grad_3, normalized, rstd, weight, seed_pointer, grad_branch, grad_residual, partials,
+    dropout_p, rows, replicas,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, GRADIENTS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """partials [VECTORS, replicas, CHANNELS] float32: of weight, bias, branch_bias (3), of the first two (2), none."""
+    column = tl.arange(0, PADDED)
+    is_column = column < CHANNELS
+    scales = vector(weight, column, is_column)
+    seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
+    of_weight = tl.zeros((BLOCK, PADDED), tl.float32)
+    of_bias = tl.zeros((BLOCK, PADDED), tl.float32)
+    of_branch_bias = tl.zeros((BLOCK, PADDED), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = row < rows
+        mask = inside[:, None] & is_column[None, :]
+        offset = row[:, None] * CHANNELS + column[None, :]
+        hat = tl.load(normalized + offset, mask=mask, other=0.0).to(tl.float32)
+        upstream = tl.load(grad_0 + offset, mask=mask, other=0.0).to(tl.float32)
+        if GRADIENTS > 1:
+            upstream += tl.load(grad_1 + offset, mask=mask, other=0.0).to(tl.float32)
+        if GRADIENTS > 2:
+            upstream += tl.load(grad_2 + offset, mask=mask, other=0.0).to(tl.float32)
+        if GRADIENTS > 3:
+            upstream += tl.load(grad_3 + offset, mask=mask, other=0.0).to(tl.float32)
+        slope = upstream * scales
+        along = tl.sum(slope * hat, axis=1) / CHANNELS
+        mean = tl.sum(slope, axis=1) / CHANNELS
+        of_z = slope - hat * along[:, None] - mean[:, None]
+        # Zero in rows that are none.
+        of_z *= tl.load(rstd + row, mask=inside, other=0.0)[:, None]
+        if HAS_RESIDUAL:
+            tl.store(grad_residual + offset, of_z.to(grad_residual.dtype.element_ty), mask=mask)
+        if HAS_DROPOUT:
+            kept = keep_mask(seed, row, 0, CHANNELS, dropout_p, PADDED)
+            of_z = tl.where(kept, of_z * (1.0 / (1.0 - dropout_p)), 0.0)
+        if HAS_BRANCH:
+            tl.store(grad_branch + offset, of_z.to(grad_branch.dtype.element_ty), mask=mask)
+        of_weight += upstream * hat
+        of_bias += upstream
+        of_branch_bias += of_z
+    if VECTORS > 0:
+        store_partial(partials, replicas, column, is_column, tl.sum(of_weight, axis=0), CHANNELS)
+        partials += replicas * CHANNELS
+        store_partial(partials, replicas, column, is_column, tl.sum(of_bias, axis=0), CHANNELS)
+    if VECTORS > 2:
+        partials += replicas * CHANNELS
+        store_partial(partials, replicas, column, is_column, tl.sum(of_branch_bias, axis=0), CHANNELS)
+
+
+def launch(channels: int, elements: int) -> dict[str, int | bool]:
+    """Block sizes and compiler options for a number of channels, and of elements per program at a time."""
+    padded = max(16, triton.next_power_of_2(channels))
+    sizes = {"CHANNELS": channels, "PADDED": padded, "BLOCK": max(1, elements // padded)}
+    return {**sizes, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def forward(
+    branch: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch_bias: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    has_trunk: bool,
+    has_out: bool,
+    saves: bool,
+) -> tuple[Tensor, ...]:
+    """trunk, out, placed, normalized [..., C] and rstd [rows]; what is not wanted is empty. All inputs contiguous,
+    vectors [C] or [P, C], of which the first row is read.
+    """
+    dtype = torch.promote_types(branch.dtype, residual.dtype)
+    trunk, out, placed, normalized = (
+        branch.new_empty(branch.shape if wanted else 0, dtype=kind)
+        for wanted, kind in (
+            (has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype)
+        )
+    )  # fmt: skip
+    channels = branch.shape[-1]
+    rows = branch.numel() // channels
+    rstd = branch.new_empty(rows if saves else 0, dtype=torch.float32)
+    sizes = launch(channels, FORWARD_ELEMENTS)
+    if rows:
+        add_norm_kernel[(triton.cdiv(rows, sizes["BLOCK"]),)](
+            branch, residual, weight, bias, branch_bias, position, seed, trunk, out, placed, normalized, rstd,
+            dropout_p, eps, rows, 1 if position is None else position.numel() // channels,
+            HAS_BIAS=branch_bias is not None, HAS_POSITION=position is not None, HAS_DROPOUT=dropout_p > 0,
+            HAS_TRUNK=has_trunk, HAS_OUT=has_out, SAVES=saves, **sizes,
+        )  # fmt: skip
+    return trunk, out, placed, normalized, rstd
+
+
+def backward(
+    gradients: list[Tensor],
+    normalized: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    branch: torch.dtype | None,
+    residual: torch.dtype | None,
+    vectors: int,
+    replicas: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of branch and residual in these dtypes, empty for None, and partials [vectors, replicas, C] float32.
+
+    `gradients`: of the outputs, from one to `MAX_GRADIENTS`, contiguous like all else.
+    """
+    of_branch, of_residual = (
+        normalized.new_empty(0 if dtype is None else normalized.shape, dtype=dtype) for dtype in (branch, residual)
+    )
+    channels, rows = normalized.shape[-1], rstd.numel()
+    partials = normalized.new_empty((vectors, replicas, channels), dtype=torch.float32)
+    sizes = launch(channels, BACKWARD_ELEMENTS)
+    programs = max(1, min(replicas, triton.cdiv(rows, sizes["BLOCK"])))
+    add_norm_backward_kernel[(programs,)](
+        *gradients, *[None] * (MAX_GRADIENTS - len(gradients)), normalized, rstd, weight, seed,
+        of_branch, of_residual, partials, dropout_p, rows, replicas,
+        GRADIENTS=len(gradients), HAS_DROPOUT=dropout_p > 0, HAS_BRANCH=branch is not None,
+        HAS_RESIDUAL=residual is not None, VECTORS=vectors, **sizes,
+    )  # fmt: skip
+    return of_branch, of_residual, partials

@@ -1,0 +1,107 @@
+"""ReLU and dropout after a bias in one pass over memory, and the gradients of both in another.
+
+A program handles a block of rows and columns. Backward reads the result, not what it was made of: what is above zero
+was kept. It has a fixed number of programs for each block of columns, each of which walks over rows and adds up what it
+gives to the gradient of the bias: one row of partial sums a program, in an order that does not change.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from conddetr.kernels.add_norm.triton import SEED, store_partial, vector
+from conddetr.kernels.attn.triton import keep_mask
+
+SIZES = ("rows", "replicas")
+"""Not specialised (`registry.py` says why)."""
+BLOCK_ELEMENTS = 2048
+"""Per program at a time, for 128 threads."""
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
+def relu_dropout_kernel(
+    x, bias, out, seed_pointer, dropout_p, rows,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """out = relu(x + bias), of which each element is zero with probability dropout_p and else grows; [rows, C]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(1) * WIDTH
+    column = first + tl.arange(0, WIDTH)
+    is_column = column < CHANNELS
+    mask = (row < rows)[:, None] & is_column[None, :]
+    offset = row[:, None] * CHANNELS + column[None, :]
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += vector(bias, column, is_column)
+    # Not a maximum, which may lose what is not a number.
+    value = tl.where(value <= 0.0, 0.0, value)
+    if HAS_DROPOUT:
+        kept = keep_mask(tl.load(seed_pointer), row, first, CHANNELS, dropout_p, WIDTH)
+        value = tl.where(kept, value * (1.0 / (1.0 - dropout_p)), 0.0)
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def relu_dropout_backward_kernel(
+    grad, out, grad_x, partial, dropout_p, rows, replicas,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """grad_x [rows, C], and partial [replicas, C] float32 of the bias."""
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    is_column = column < CHANNELS
+    of_bias = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        mask = (row < rows)[:, None] & is_column[None, :]
+        offset = row[:, None] * CHANNELS + column[None, :]
+        slope = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32) * (1.0 / (1.0 - dropout_p))
+        slope = tl.where(tl.load(out + offset, mask=mask, other=0.0) <= 0.0, 0.0, slope)
+        tl.store(grad_x + offset, slope.to(grad_x.dtype.element_ty), mask=mask)
+        of_bias += slope
+    if HAS_BIAS:
+        store_partial(partial, replicas, column, is_column, tl.sum(of_bias, axis=0), CHANNELS)
+
+
+def launch(channels: int) -> dict[str, int | bool]:
+    """Block sizes and compiler options for a number of channels."""
+    width = min(256, max(16, triton.next_power_of_2(channels)))
+    return {
+        "CHANNELS": channels,
+        "WIDTH": width,
+        "BLOCK": BLOCK_ELEMENTS // width,
+        "num_warps": 4,
+        "enable_fp_fusion": True,
+    }
+
+
+def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
+    """Rows, and the block sizes."""
+    channels = max(1, x.shape[-1]) if x.dim() else 1
+    return x.numel() // channels, launch(channels)
+
+
+def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """Contiguous x [..., C], bias [C] or [P, C], of which the first row is read; seed where dropout_p is not 0."""
+    out = torch.empty_like(x)
+    rows, sizes = _sizes(x)
+    if rows:
+        relu_dropout_kernel[(triton.cdiv(rows, sizes["BLOCK"]), triton.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+            x, bias, out, seed, dropout_p, rows, HAS_BIAS=bias is not None, HAS_DROPOUT=dropout_p > 0, **sizes
+        )
+    return out
+
+
+def backward(grad: Tensor, out: Tensor, dropout_p: float, replicas: int) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and partial sums [replicas, C] float32 of that of the bias; 0 replicas: it is not wanted."""
+    rows, sizes = _sizes(out)
+    grad_x = torch.empty_like(out)
+    partial = out.new_empty((replicas, out.shape[-1] if out.dim() else 1), dtype=torch.float32)
+    programs = triton.cdiv(rows, sizes["BLOCK"])
+    if replicas:
+        programs = max(1, min(replicas, programs))
+    if programs:
+        relu_dropout_backward_kernel[(programs, triton.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+            grad, out, grad_x, partial, dropout_p, rows, replicas, HAS_BIAS=replicas > 0, **sizes
+        )
+    return grad_x, partial
