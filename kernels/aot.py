@@ -40,6 +40,9 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
+PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+"""The kernels that are made of such."""
+
 ROOMS = (add_norm, attn, boxes, cost, dropout, focal, match, sine)
 """Where the kernels are."""
 
@@ -83,6 +86,8 @@ def jobs(architecture: int) -> Iterator[Job]:
         for width in (32, 64, 128):
             for is_separable in (True, False) if width == 32 else (True,):
                 yield from _attention_jobs(architecture, products, dtype, width, is_separable)
+    for dtype in ("bf16", "fp32"):
+        yield Job("backward_grid_kernel", "", dtype, tuple(attn.GRID_TILE.items()))
     for kernel in ("embed_kernel", "embed_backward_kernel"):
         for dtype in ("bf16", "fp32"):
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
@@ -202,7 +207,7 @@ _KINDS = {
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes", "position_rows", "replicas"),
+            "classes", "images", "channels", "position_rows", "replicas"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
           "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX"}  # fmt: skip
@@ -214,6 +219,9 @@ def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
         return "constexpr"
     if name.startswith("stride"):
         return "i32"
+    if name == "grad_ks" and not options.get("SEPARABLE", True):
+        # Of dense keys it is what the caller gets.
+        return f"*{dtype}"
     return next((kind for kind, names in _KINDS.items() if name in names), f"*{dtype}")
 
 
@@ -244,7 +252,7 @@ def problems(found: Compiled) -> list[str]:
         wrong.append(f"{found.stack_bytes} bytes of stack")
     if found.shared_kib > SHARED_LIMIT[found.architecture]:
         wrong.append(f"{found.shared_kib:.0f} KiB of shared memory, the limit is {SHARED_LIMIT[found.architecture]}")
-    is_product = hasattr(attn, found.kernel) and "ieee" not in found.variant
+    is_product = found.kernel in PRODUCTS and "ieee" not in found.variant
     if is_product and not found.tensor_core_instructions:
         wrong.append("no tensor core instruction")
     return wrong

@@ -21,6 +21,7 @@ def conditional_attention(
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention whose score is a content product plus a spatial product, per head (Conditional DETR, section 3.2).
@@ -32,7 +33,8 @@ def conditional_attention(
         q_spatial: [B, Q, h, ds] conditional spatial query.
         k_content: [B, N, h, d] content key.
         k_spatial: [B, N, h, ds] spatial key; or separable, over a grid of N = H·W keys in row-major order:
-            (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x].
+            (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x]. Rows or columns [1, ...] are
+            those of every image.
         v: [B, N, h, dv] value. All floating tensors share one dtype and device.
         valid_hw: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
             says what the grid is. Values beyond the grid are refused on a CPU; on a GPU, where looking at them would
@@ -40,6 +42,9 @@ def conditional_attention(
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped.
+        seed: [1] int64, what the weights to be dropped are drawn from: of one seed the same ones, whatever the tile
+            sizes. None: the next number of torch's generator, which is one more launch. `eager` draws from that
+            generator itself, and does not look at it.
         backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` (on a GPU: all of them 32) or `eager`.
 
     Returns:
@@ -52,12 +57,15 @@ def conditional_attention(
     rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)
     _check_tensors(q_content, q_spatial, k_content, rows, columns, v)
     _check_padding(q_content, k_content, columns, valid_hw, key_padding_mask)
+    _check_seed(seed, q_content)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
     choice = _choose(backend, q_content, q_spatial, v)
     paths.note("conditional_attention", choice.backend, choice.refused)
+    if columns is not None and (choice.backend != "triton" or rows.shape[0] != columns.shape[0]):
+        rows, columns = (part.expand(v.shape[0], -1, -1, -1) for part in (rows, columns))
     if choice.backend == "eager":
         if columns is not None:
             if valid_hw is not None:
@@ -66,8 +74,9 @@ def conditional_attention(
         return reference.conditional_attention(
             q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p
         )
-    seed = None
-    if dropout_p > 0:
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
         # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
         seed = torch.randint(2**31 - 1, (1,), device=v.device)
     tensors = [q_content, q_spatial, k_content, rows, columns, v]
@@ -113,10 +122,9 @@ def _check_tensors(
     if columns is None:
         expected["k_spatial"] = (rows, (batch, keys, heads, spatial))
     else:
-        height = rows.shape[1] if rows.dim() == 4 else "H"
-        grid_width = columns.shape[1] if columns.dim() == 4 else "W"
-        expected["rows of k_spatial"] = (rows, (batch, height, heads, spatial))
-        expected["columns of k_spatial"] = (columns, (batch, grid_width, heads, spatial))
+        for name, part, size in (("rows", rows, "H"), ("columns", columns, "W")):
+            images, length = part.shape[:2] if part.dim() == 4 else (batch, size)
+            expected[f"{name} of k_spatial"] = (part, (1 if images == 1 else batch, length, heads, spatial))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
@@ -158,6 +166,15 @@ def _check_padding(
     has_values = not (torch.compiler.is_compiling() or registry.transforms())
     if valid_hw is not None and valid_hw.device.type == "cpu" and has_values:
         _check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
+
+
+def _check_seed(seed: Tensor | None, q_content: Tensor) -> None:
+    if seed is None:
+        return
+    if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
+        raise ValueError(f"seed: expected shape (1,) and dtype torch.int64, got {tuple(seed.shape)} and {seed.dtype}.")
+    if seed.device != q_content.device:
+        raise ValueError(f"seed: expected device {q_content.device} as of q_content, got {seed.device}.")
 
 
 def _check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> None:

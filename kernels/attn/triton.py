@@ -10,7 +10,7 @@ depends on neither tile sizes nor direction.
 Images, heads and positions are 64 bits wide: a tensor may hold more than 2³¹ elements.
 
 Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d], v [B, N, h, dv],
-k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds].
+k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds], or one image's for all: [1, ...].
 """
 
 import math
@@ -21,8 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIZES = ("queries", "keys", "heads", "height", "width")
+SIZES = ("queries", "keys", "heads", "height", "width", "images", "channels")
 """Not specialised (`registry.py` says why)."""
+SEED = ("seed_pointer",)
+"""Neither is its alignment: it may be any element of the seeds of a step."""
+GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
+"""Cells and channels per program of the sums over the grid."""
 
 
 @triton.jit
@@ -35,6 +39,17 @@ def valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID: tl.constexp
         visited = valid_height * row_width
         row_width = tl.maximum(row_width, 1)
     return visited, row_width
+
+
+@triton.jit
+def outside_position(ordinal, visited, row_width, width):
+    """Where the cells outside the valid rectangle are: first those to its right, row by row, then those below."""
+    valid_height = visited // row_width
+    rest = width - row_width
+    to_the_right = valid_height * rest
+    safe = tl.maximum(rest, 1)
+    right = ordinal // safe * width + row_width + ordinal % safe
+    return tl.where(ordinal < to_the_right, right, valid_height * width + ordinal - to_the_right)
 
 
 @triton.jit
@@ -112,7 +127,7 @@ def score_tile(q_c, q_s, k_c, k_s, visible, log2_scale, PRECISION: tl.constexpr)
     return tl.where(visible[None, :], scores * log2_scale, float("-inf"))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
 def forward_kernel(
     q_content, q_spatial, k_content, k_spatial, columns, v, out, lse, valid_hw, padding, seed_pointer,
     log2_scale, dropout_p, queries, keys, heads, height, width,
@@ -191,9 +206,9 @@ def backward_tile(
     return dropped, weights * (grad_weights - delta[:, None]) * scale
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
 def backward_query_kernel(
-    q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_qc, grad_qs,
+    q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, out, grad_qc, grad_qs,
     valid_hw, padding, seed_pointer,
     scale, log2_scale, dropout_p, queries, keys, heads, height, width,
     stride_qc_b, stride_qc_n, stride_qc_h, stride_qs_b, stride_qs_n, stride_qs_h,
@@ -204,10 +219,21 @@ def backward_query_kernel(
     SEPARABLE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of both queries, contiguous like them; a program keeps its queries and walks over the keys."""
+    """Gradients of both queries, contiguous [B, Q, h, ·]; a program keeps its queries and walks over the keys.
+
+    delta [B, h, Q] float32, the products of `upstream` with `out`, is written here and read by the kernel of the keys.
+    """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     is_query = query < queries
+    query_index = (image * heads + head) * queries + query
+    rows = (image * queries * heads + head) * DV
+    gradient = load_rows(upstream + rows, query, heads * DV, is_query, DV, PDV)
+    attended = load_rows(out + rows, query, heads * DV, is_query, DV, PDV)
+    tl.store(delta + query_index, tl.sum(gradient.to(tl.float32) * attended.to(tl.float32), axis=1), mask=is_query)
+    # Through memory: handed on in registers, its layout becomes that of all scores, and those in float32 then spill.
+    tl.debug_barrier()
+    delta_rows = tl.load(delta + query_index, mask=is_query, other=0.0)
     q_c = load_rows(q_content + image * stride_qc_b + head * stride_qc_h, query, stride_qc_n, is_query, D, PD)
     q_s = load_rows(q_spatial + image * stride_qs_b + head * stride_qs_h, query, stride_qs_n, is_query, DS, PDS)
     k_content += image * stride_kc_b + head * stride_kc_h
@@ -217,11 +243,8 @@ def backward_query_kernel(
     if HAS_PADDING:
         padding += image * keys
     v += image * stride_v_b + head * stride_v_h
-    query_index = (image * heads + head) * queries + query
     seed = tl.load(seed_pointer) if HAS_DROPOUT else 0
-    gradient = load_rows(upstream + (image * queries * heads + head) * DV, query, heads * DV, is_query, DV, PDV)
     lse_rows = tl.load(lse + query_index, mask=is_query, other=float("inf"))
-    delta_rows = tl.load(delta + query_index, mask=is_query, other=0.0)
 
     visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
     content = tl.zeros((BLOCK_Q, PD), tl.float32)
@@ -243,7 +266,7 @@ def backward_query_kernel(
     store_rows(grad_qs + (image * queries * heads + head) * DS, query, heads * DS, is_query, spatial, DS, PDS)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
 def backward_key_kernel(
     q_content, q_spatial, k_content, k_spatial, columns, v, upstream, lse, delta, grad_kc, grad_ks, grad_v,
     valid_hw, padding, seed_pointer,
@@ -256,15 +279,14 @@ def backward_key_kernel(
     SEPARABLE: tl.constexpr, HAS_VALID: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of content keys, values and dense spatial keys (float32), contiguous [B, N, h, ·], zeros before.
+    """Gradients of content keys, values and dense spatial keys, contiguous [B, N, h, ·].
 
-    A program keeps its keys and walks over the queries; padded keys are never written.
+    A program keeps its keys and walks over the queries. Ordinals past the valid rectangle are the cells outside of it,
+    whose gradients are zero, so that every key is written once and nothing need be cleared before.
     """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * BLOCK_N
     visited, row_width = valid_rectangle(valid_hw, image, keys, height, width, HAS_VALID)
-    if start >= visited:
-        return
     k_content += image * stride_kc_b + head * stride_kc_h
     k_spatial += image * stride_ks_b + head * stride_ks_h
     if SEPARABLE:
@@ -278,7 +300,8 @@ def backward_key_kernel(
         stride_kc_n, stride_ks_n, stride_co_n, stride_v_n,
         D, DS, DV, PD, PDS, PDV, SEPARABLE, HAS_PADDING,
     )  # fmt: skip
-    is_key = ordinal < visited
+    if HAS_VALID:
+        position = tl.where(ordinal < visited, position, outside_position(ordinal - visited, visited, row_width, width))
     q_content += image * stride_qc_b + head * stride_qc_h
     q_spatial += image * stride_qs_b + head * stride_qs_h
     upstream += (image * queries * heads + head) * DV
@@ -287,7 +310,7 @@ def backward_key_kernel(
     content = tl.zeros((BLOCK_N, PD), tl.float32)
     spatial = tl.zeros((BLOCK_N, PDS), tl.float32)
     values = tl.zeros((BLOCK_N, PDV), tl.float32)
-    for first in range(0, queries, BLOCK_Q):
+    for first in range(0, tl.where(start < visited, queries, 0), BLOCK_Q):
         query = first + tl.arange(0, BLOCK_Q)
         is_query = query < queries
         query_index = (image * heads + head) * queries + query
@@ -304,9 +327,44 @@ def backward_key_kernel(
         turned = tl.trans(grad_scores.to(q_c.dtype))
         content = product(turned, q_c, content, PRECISION)
         spatial = product(turned, q_s, spatial, PRECISION)
+    is_key = ordinal < keys
+    if HAS_VALID:
+        # Not left to the products, which make NaN of 0 · NaN.
+        inside = (ordinal < visited)[:, None]
+        content, spatial = tl.where(inside, content, 0.0), tl.where(inside, spatial, 0.0)
+        values = tl.where(inside, values, 0.0)
     store_rows(grad_kc + (image * keys * heads + head) * D, position, heads * D, is_key, content, D, PD)
     store_rows(grad_ks + (image * keys * heads + head) * DS, position, heads * DS, is_key, spatial, DS, PDS)
     store_rows(grad_v + (image * keys * heads + head) * DV, position, heads * DV, is_key, values, DV, PDV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def backward_grid_kernel(
+    grad_ks, grad_rows, grad_columns, images, height, width, channels,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sums of grad_ks [B, H·W, channels] float32 over a row, a column, and `images` images, in a fixed order.
+
+    The first `height` programs make grad_rows [B / images, H, channels], the others grad_columns.
+    """
+    line, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    is_row = line < height
+    index = tl.where(is_row, line, line - height)
+    first = tl.where(is_row, index * width, index)
+    step, count = tl.where(is_row, 1, width), tl.where(is_row, width, height)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_channel = channel < channels
+    total = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for image in range(0, images):
+        of_image = grad_ks + (group * images + image) * height * width * channels
+        for start in range(0, count, BLOCK):
+            cell = start + tl.arange(0, BLOCK)
+            pointers = of_image + (first + cell * step).to(tl.int64)[:, None] * channels + channel[None, :]
+            total += tl.load(pointers, mask=(cell < count)[:, None] & is_channel[None, :], other=0.0)
+    value = tl.sum(total, axis=0).to(grad_rows.dtype.element_ty)
+    offset = (group * tl.where(is_row, height, width) + index) * channels + channel
+    tl.store(grad_rows + offset, value, mask=channel < tl.where(is_row, channels, 0))
+    tl.store(grad_columns + offset, value, mask=channel < tl.where(is_row, 0, channels))
 
 
 @dataclass(frozen=True)
@@ -396,7 +454,7 @@ class Inputs:
         height, width = (1, keys) if self.columns is None else (self.k_spatial.shape[1], self.columns.shape[1])
         columns = self.k_spatial if self.columns is None else self.columns
         tensors = (self.q_content, self.q_spatial, self.k_content, self.k_spatial, columns, self.v)
-        strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+        strides = [stride for tensor in tensors for stride in _strides(tensor)]
         log2_scale = self.scale * math.log2(math.e)
         return log2_scale, self.dropout_p, queries, keys, heads, height, width, *strides
 
@@ -422,6 +480,12 @@ class Inputs:
             # Asked for, since its default differs between Triton's releases.
             "enable_fp_fusion": True,
         }
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """Of all dimensions but the last; 0 for images where all have the same."""
+    image, position, head, _ = tensor.stride()
+    return 0 if len(tensor) == 1 else image, position, head
 
 
 def _precision(v: Tensor) -> str:
@@ -455,24 +519,35 @@ def backward(
     batch, queries, heads, keys = inputs.sizes
     settings = launch or inputs.launch()
     upstream = upstream.contiguous()
-    delta = (upstream.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
+    delta = torch.empty_like(lse)
     saved = (
         inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.k_spatial, inputs.columns, inputs.v,
         upstream, lse, delta,
     )  # fmt: skip
     rest = (inputs.valid_hw, inputs.padding, inputs.seed, inputs.scale, *inputs.scalars())
-    grad_qc, grad_qs = (q.new_empty(q.shape) for q in (inputs.q_content, inputs.q_spatial))
-    # Keys that are padding are never visited, so their gradients are zero from the start.
-    grad_kc, grad_v = (key.new_zeros(key.shape) for key in (inputs.k_content, inputs.v))
-    grad_ks = upstream.new_zeros((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=torch.float32)
+    grad_qc, grad_qs, grad_kc, grad_v = (
+        x.new_empty(x.shape) for x in (inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.v)
+    )
+    # Of separable keys the dense gradient is summed up afterwards.
+    sums = inputs.k_spatial.dtype if inputs.columns is None else torch.float32
+    grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=sums)
     backward_query_kernel[(triton.cdiv(queries, settings.backward_query.queries), heads, batch)](
-        *saved, grad_qc, grad_qs, *rest, **inputs.options(settings.backward_query)
+        *saved, out, grad_qc, grad_qs, *rest, **inputs.options(settings.backward_query)
     )
     backward_key_kernel[(triton.cdiv(keys, settings.backward_key.keys), heads, batch)](
         *saved, grad_kc, grad_ks, grad_v, *rest, **inputs.options(settings.backward_key)
     )
-    dtype = inputs.k_spatial.dtype
     if inputs.columns is None:
-        return grad_qc, grad_qs, grad_kc, grad_ks.to(dtype), upstream.new_empty(0), grad_v
-    grid = grad_ks.unflatten(1, (inputs.k_spatial.shape[1], inputs.columns.shape[1]))
-    return grad_qc, grad_qs, grad_kc, grid.sum(2).to(dtype), grid.sum(1).to(dtype), grad_v
+        return grad_qc, grad_qs, grad_kc, grad_ks, upstream.new_empty(0), grad_v
+    return grad_qc, grad_qs, grad_kc, *_sum_over_the_grid(grad_ks, inputs.k_spatial, inputs.columns), grad_v
+
+
+def _sum_over_the_grid(grad_ks: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and columns, from that of dense spatial keys [B, H·W, h, ds] float32, in one launch."""
+    groups, height, width = len(rows), rows.shape[1], columns.shape[1]
+    channels = grad_ks[0, 0].numel()
+    grad_rows, grad_columns = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+    backward_grid_kernel[(height + width, triton.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
+        grad_ks, grad_rows, grad_columns, len(grad_ks) // groups, height, width, channels, **GRID_TILE
+    )
+    return grad_rows, grad_columns

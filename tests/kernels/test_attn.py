@@ -183,6 +183,48 @@ def test_strided_inputs(backend, device):
     assert torch.equal(attend(strided, backend), attend(contiguous, backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["eager", "triton", "native"])
+@pytest.mark.parametrize("shared", [(3,), (3, 4)], ids=["rows", "rows and columns"])
+def test_spatial_keys_of_every_image(shared, name, dtype, device):
+    """One image's rows or columns serve all, and get the sum of their gradients."""
+    skip_unless_runs(name, device, dtype)
+    case = Case(queries=9, height=5, width=6, batch=3, heads=3)
+    valid = torch.tensor([[5, 4], [0, 6], [2, 6]], dtype=torch.int32, device=device)
+    runs = []
+    for kind, run in ((torch.float64, "eager"), (dtype, "eager"), (dtype, name)):
+        leaves = [
+            leaf.detach()[:1].clone().requires_grad_() if index in shared else leaf
+            for index, leaf in enumerate(case.to(device, kind))
+        ]
+        out = attend(leaves, run, valid_hw=valid)
+        runs.append((out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, kind))))
+    exact, plain, found = runs
+    assert_within_budget(found, plain, exact)
+
+
+def test_gradients_of_padding_are_zero_whatever_else_is_not_a_number(backend, device):
+    case = Case(queries=40, height=7, width=9)
+    valid = torch.tensor([[5, 6], [7, 2]], dtype=torch.int32, device=device)
+    leaves, upstream = case.to(device, torch.float32), case.upstream.to(device, torch.float32)
+    upstream[:, 3] = math.nan
+    gradients = torch.autograd.grad(attend(leaves, backend, valid_hw=valid), leaves, upstream)
+    padding = rectangle_padding(valid, 7, 9)
+    for index in (2, 5):
+        assert (gradients[index][padding] == 0).all()
+        assert gradients[index][~padding].isnan().any()
+
+
+def test_a_seed_says_what_is_dropped(backend, device):
+    case = Case(queries=40, height=6, width=9)
+    seeds = torch.tensor([5, 6, 5], device=device)
+    before = torch.get_rng_state()
+    runs = [case.run(device, torch.float32, backend, dropout_p=0.3, seed=seed) for seed in seeds.split(1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+
+
 def test_repeats_are_bitwise_equal(backend, device):
     case = Case(queries=40, height=6, width=9)
     valid = torch.tensor([[5, 9], [6, 4]], dtype=torch.int32, device=device)
@@ -529,6 +571,8 @@ def test_wrong_shapes_are_named(name, shape, message):
             {"valid_hw": torch.ones(2, 2, dtype=torch.int32), "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool)},
             "expected one of them at most, got both",
         ),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed: expected shape \(1,\) and dtype torch.int64, got \(2,\)"),
+        ({"seed": torch.zeros(1)}, "seed: expected shape .* got .* torch.float32"),
         ({"backend": "magic"}, "backend: expected one of auto, triton, native, eager, got 'magic'"),
     ],
 )
