@@ -25,6 +25,7 @@ from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
+from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
@@ -37,7 +38,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
-ROOMS = (attn, boxes, cost, focal, match, sine)
+ROOMS = (attn, boxes, conv, cost, focal, match, sine)
 """Where the kernels are."""
 
 
@@ -85,7 +86,18 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from convolution_jobs()
     yield from loss_jobs()
+
+
+def convolution_jobs() -> Iterator[Job]:
+    """What stands around a convolution of 256 channels."""
+    sizes = {"UNIT": conv.UNIT, "BLOCK": conv.BLOCK}
+    for variant, residual in (("residual", True), ("", False)):
+        options = {"HAS_SHIFT": True, "HAS_ADDEND": residual, "CHANNELS": 256, **sizes}
+        yield Job("epilogue_kernel", variant, "bf16", tuple(options.items()))
+    for variant, twice in (("used twice", True), ("", False)):
+        yield Job("relu_backward_kernel", variant, "bf16", tuple({"HAS_OTHER": twice, **sizes}.items()))
 
 
 def loss_jobs() -> Iterator[Job]:
@@ -179,10 +191,11 @@ _KINDS = {
     "fp32": ("scale", "log2_scale", "dropout_p", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes"),
+            "classes", "units"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
-          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX"}  # fmt: skip
+          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",
+          "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 
 
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
