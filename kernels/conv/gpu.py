@@ -134,9 +134,7 @@ def _why_not_cudnn(x: Tensor, weight: Tensor, window: tuple, has_residual: bool)
 
 
 @torch.no_grad()
-def _try(
-    device: torch.device, dtype: torch.dtype, shape: torch.Size, window: tuple, has_residual: bool
-) -> str | None:
+def _try(device: torch.device, dtype: torch.dtype, shape: torch.Size, window: tuple, has_residual: bool) -> str | None:
     """The reason why cuDNN does not give what PyTorch's separate operators give, on a small map; None if it does.
 
     To PyTorch its fused operators are an experiment: they fail where cuDNN has no such engine. Without a residual they
@@ -167,7 +165,11 @@ def _try(
     error = ((found.float() - expected.float()).abs().max() / expected.max().float()).item()
     # Sums in another order, in float32 of TF32's products, and three roundings where there is one.
     allowed = max(4 * torch.finfo(dtype).eps, 2**-8)
-    return None if error <= allowed else f"its results differ from PyTorch's by {error:.1g} of the greatest on this device."
+    return (
+        None
+        if error <= allowed
+        else f"its results differ from PyTorch's by {error:.1g} of the greatest on this device."
+    )
 
 
 def _in_layout_of(like: Tensor, tensor: Tensor | None) -> Tensor | None:

@@ -1,5 +1,6 @@
-"""What stands around a convolution on a GPU, each in one pass over the map: bias, residual sum and ReLU; and backward of
-ReLU, together with the sum of the gradients of a result that was used twice.
+"""What stands around a convolution on a GPU, each in one pass over the map.
+
+Forward: bias, residual sum and ReLU. Backward: ReLU's, with the sum of the gradients of a result that was used twice.
 
 A program handles `BLOCK` neighbouring elements of memory, in whatever dense layout the tensors share.
 """
@@ -71,7 +72,7 @@ def epilogue_(out: Tensor, shift: Tensor | None, addend: Tensor | None) -> None:
 
 
 def relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor:
-    """The gradient before ReLU, of what came out of it and the one or two gradients of that; all in one dense layout."""
+    """The gradient before ReLU; y: what came out of it, with one or two gradients. All in one dense layout."""
     masked = torch.empty_like(y)
     grid, units, sizes = launch(y.numel())
     has_other = other_grad is not None
