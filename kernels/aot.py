@@ -27,11 +27,13 @@ from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
+from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.dropout import triton as dropout
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.sine import triton as sine
+from conddetr.kernels.weights import triton as weights
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -43,7 +45,7 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, cost, dropout, focal, match, sine)
+ROOMS = (add_norm, attn, boxes, conv, cost, dropout, focal, match, sine, weights)
 """Where the kernels are."""
 
 
@@ -93,7 +95,9 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from convolution_jobs()
     yield from residual_jobs()
+    yield from weight_jobs()
     yield from loss_jobs()
 
 
@@ -113,6 +117,23 @@ def residual_jobs() -> Iterator[Job]:
         ):
             options = {**dropout.launch(2048), **dict.fromkeys(wanted, True)}
             yield Job(kernel, "2048 channels", dtype, tuple(options.items()))
+
+
+def weight_jobs() -> Iterator[Job]:
+    """What makes the weights of a step, and brings their gradients back."""
+    yield Job("prepare_kernel", "", "bf16", (("BLOCK", weights.BLOCK),))
+    sizes = {"BLOCK": weights.BLOCK, "ROWS": weights.PARTIAL_ROWS}
+    yield Job("prepare_backward_kernel", "", "bf16", tuple(sizes.items()))
+
+
+def convolution_jobs() -> Iterator[Job]:
+    """What stands around a convolution of 256 channels."""
+    sizes = {"UNIT": conv.UNIT, "BLOCK": conv.BLOCK}
+    for variant, residual in (("residual", True), ("", False)):
+        options = {"HAS_SHIFT": True, "HAS_ADDEND": residual, "CHANNELS": 256, **sizes}
+        yield Job("epilogue_kernel", variant, "bf16", tuple(options.items()))
+    for variant, twice in (("used twice", True), ("", False)):
+        yield Job("relu_backward_kernel", variant, "bf16", tuple({"HAS_OTHER": twice, **sizes}.items()))
 
 
 def loss_jobs() -> Iterator[Job]:
@@ -202,15 +223,16 @@ _KINDS = {
     "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
               "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual"),
     "*i32": ("valid_hw", "counts"),
-    "*i64": ("seed_pointer", "target", "labels", "assignment"),
+    "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding",),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes", "images", "channels", "position_rows", "replicas"),
+            "classes", "images", "channels", "position_rows", "replicas", "units"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
-          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX"}  # fmt: skip
+          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",
+          "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 
 
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:

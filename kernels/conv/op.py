@@ -1,7 +1,7 @@
 """Convolution with bias, residual sum and ReLU: the public function, its checks, and how it runs on a CPU.
 
 It only chooses among operators. On a CPU 3×3 convolutions are ours (`conv3x3`); the others are oneDNN's, which fuses
-what follows them; weights that need a gradient get it from matrix products. On GPUs cuDNN chooses.
+what follows them; weights that need a gradient get it from matrix products. On GPUs they are cuDNN's (`gpu.py`).
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import conv3x3, paths, registry
-from conddetr.kernels.conv import reference
+from conddetr.kernels.conv import gpu, reference
 
 UNIT = ((1, 1), (1, 1), (1, 1), 1)
 """Stride, padding, dilation and groups of a 3×3 convolution that leaves the size of a map as it is."""
@@ -30,8 +30,9 @@ def convolution(
     residual: Tensor | None = None,
     overwrite: bool = False,
     relu: bool = False,
+    uses: int = 1,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """A convolution and what follows it in a residual network: relu(x * weight + bias + residual).
 
     Args:
@@ -42,34 +43,65 @@ def convolution(
         residual: of the shape of the result.
         overwrite: the residual is not needed any more: the result may take its memory, which saves an allocation.
         relu: apply ReLU at the end.
+        uses: how often the result will be used, 1 or 2. With 2 it is returned twice, in one memory, and on GPUs the
+            gradients of both uses are summed by the kernel that reads them, not by another.
         backend: `eager`: PyTorch's operators, of which oneDNN's take bias, residual and ReLU along where no gradient is
-            recorded; `native`: `convolution_3x3`, an error for others; `auto`: the faster one. On CPUs it also makes
-            the gradient of weights by matrix products.
+            recorded; `native`: `convolution_3x3`, an error for others; `triton`: PyTorch's convolution, one kernel for
+            all that follows it, which must end in ReLU, and one for ReLU's backward and the sum of gradients; `auto`:
+            the fastest one. On CPUs it also makes the gradient of weights by matrix products. On GPUs it takes
+            cuDNN's operators with bias, residual and ReLU in one pass, and `triton` for what these cannot do: they are
+            tried once on a small map for each device, dtype and form of a convolution, which waits for the device.
 
     Returns:
-        [B, Cout, h, w]. Gradients of any order are recorded.
+        [B, Cout, h, w], or a pair of it with `uses` 2. Gradients of any order are recorded.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
         RuntimeError: the requested backend cannot run here; says why.
     """
     window = (stride, padding, dilation, groups)
-    _check(x, weight, window, residual)
+    _check(x, weight, bias, window, residual)
+    if uses not in (1, 2):
+        raise ValueError(f"uses: expected 1 or 2, got {uses}.")
+    refused: dict[str, str] = {}
+    if backend == "triton" or (backend == "auto" and x.is_cuda):
+        reason = gpu.why_not(backend, x, weight, bias, residual, relu)
+        if reason is None:
+            return gpu.convolution(backend, x, weight, bias, window, residual, uses)
+        if backend == "triton":
+            raise registry.BackendError(f"backend 'triton' cannot run here: {reason}")
+        refused["triton"] = reason
+    out = _on_cpu(x, weight, bias, window, residual, overwrite, relu, backend, refused)
+    return out if uses == 1 else (out, out)
+
+
+def _on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: tuple,
+    residual: Tensor | None,
+    overwrite: bool,
+    relu: bool,
+    backend: str,
+    refused: dict[str, str],
+) -> Tensor:
+    """By all backends but Triton's; elsewhere by PyTorch's operators. `refused`: what `auto` would have preferred."""
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     if choose(backend, x, weight, window) == "native":
         paths.note("convolution", "native")
         out = conv3x3.convolution_3x3(x, weight, bias, relu=relu and residual is None, backend="native")
         return out if residual is None else _add(out, residual, relu)
     if not _is_plain(tensors):
-        paths.note("convolution", "eager")
+        paths.note("convolution", "eager", refused)
         return reference.convolution(x, weight, bias, *window, residual, relu)
     if not _records(tensors) and _has_onednn(x):
         paths.note("convolution", "oneDNN, fused")
         return _by_onednn(x, weight, bias, window, residual, overwrite, relu)
-    by_products = backend != "eager" and groups == 1 and weight.requires_grad
+    by_products = backend != "eager" and window[3] == 1 and weight.requires_grad
     paths.note("convolution", "gradient of weights by products" if by_products else "eager")
     if by_products:
-        out = ConvolutionByProducts.apply(x, weight, bias, stride, padding, dilation)
+        out = ConvolutionByProducts.apply(x, weight, bias, *window[:3])
     else:
         out = F.conv2d(x, weight, bias, *window)
     if residual is not None:
@@ -92,7 +124,7 @@ def choose(backend: str, x: Tensor, weight: Tensor, window: tuple) -> str:
     return "eager"
 
 
-def _check(x: Tensor, weight: Tensor, window: tuple, residual: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None) -> None:
     """What PyTorch's own checks do not say as clearly."""
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [Cout, Cin / groups, kh, kw], got {tuple(weight.shape)}.")
@@ -100,6 +132,8 @@ def _check(x: Tensor, weight: Tensor, window: tuple, residual: Tensor | None) ->
     channels = weight.shape[1] * groups
     if x.dim() != 4 or x.shape[1] != channels or not x.is_floating_point():
         raise ValueError(f"x: expected [B, {channels}, H, W] as of weight, floating, got {tuple(x.shape)} {x.dtype}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected {tuple(weight.shape[:1])} as of weight, got {tuple(bias.shape)}.")
     if residual is None:
         return
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -111,7 +145,7 @@ def _check(x: Tensor, weight: Tensor, window: tuple, residual: Tensor | None) ->
 
 def _is_plain(tensors: list[Tensor]) -> bool:
     """Whether these are numbers on a CPU of one dtype, which nothing will cast, trace or differentiate otherwise than
-    autograd does. On GPUs, and on tensors without values, everything is PyTorch's.
+    autograd does. On tensors without values everything is PyTorch's.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
@@ -221,9 +255,16 @@ def _weight_gradient(
 def _flops(*arguments: object, out_shape: tuple, **_: object) -> int:
     """Of oneDNN's convolutions, from shapes: the weight comes second, or third where there is a residual."""
     weight = [shape for shape in arguments[:3] if isinstance(shape, (tuple, list)) and len(shape) == 4][-1]
+    return _flops_of_cudnn(None, weight, out_shape=out_shape)
+
+
+def _flops_of_cudnn(_: object, weight: tuple, *_others: object, out_shape: tuple, **_more: object) -> int:
+    """Likewise: there the weight is always second."""
     return 2 * math.prod(weight) * out_shape[0] * out_shape[2] * out_shape[3]
 
 
 if torch.backends.mkldnn.is_available():
     registry.count_flops("mkldnn::_convolution_pointwise", _flops)
     registry.count_flops("mkldnn::_convolution_pointwise_", _flops)
+registry.count_flops("aten::cudnn_convolution_relu", _flops_of_cudnn)
+registry.count_flops("aten::cudnn_convolution_add_relu", _flops_of_cudnn)

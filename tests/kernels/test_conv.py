@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from conddetr import record_paths
 from conddetr.kernels import convolution, native, registry
+from conddetr.kernels.conv import gpu
 from conddetr.kernels.conv.op import ConvolutionByProducts
 
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
@@ -128,6 +130,10 @@ def test_errors():
         convolution(tensors[0], tensors[1][..., 0])
     with pytest.raises(ValueError, match=r"residual: expected \(2, 4, 4, 5\) as the result, got \(2, 4, 4, 1\)"):
         convolution(*tensors, **options, residual=residual[..., :1])
+    with pytest.raises(ValueError, match=r"bias: expected \(4,\) as of weight, got \(1,\)"):
+        convolution(*tensors[:2], tensors[2][:1], **options)
+    with pytest.raises(ValueError, match="uses: expected 1 or 2, got 3"):
+        convolution(*tensors, **options, uses=3)
     with pytest.raises(ValueError, match="backend: expected one of"):
         convolution(*tensors, **options, backend="fast")
 
@@ -151,3 +157,233 @@ def test_counters_of_flops_see_it(window, has_residual):
             run([tensors[0], leaf, tensors[2]], options, residual if has_residual else None, True).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def on(device, window, dtype=torch.float32, size=(7, 9)):
+    """As `make`, all in channels-last, for backend `triton`."""
+    tensors, options, residual = make(window, size, dtype=dtype)
+    tensors = [x.to(device) for x in tensors]
+    tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
+    return tensors, options, residual.to(device).contiguous(memory_format=torch.channels_last)
+
+
+def results(run, tensors, options, residual, upstream):
+    """The result of `run`, and the gradients of all tensors, for one gradient from above for each use."""
+    leaves = [x.detach().clone().requires_grad_() for x in (*tensors, residual) if x is not None]
+    out = run(leaves[:3], options, leaves[3] if residual is not None else None)
+    outs = out if isinstance(out, tuple) else (out,) * len(upstream)
+    assert all(torch.equal(x, outs[0]) for x in outs)
+    return [outs[0].detach(), *torch.autograd.grad(outs, leaves, [grad.to(outs[0].dtype) for grad in upstream])]
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+@pytest.mark.parametrize("uses", [1, 2])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("window", ["1×1", "3×3, strided", "7×7, uneven"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_errs_no_more_than_pytorch(dtype, window, has_residual, uses, device):
+    """Against float64; sizes are odd, so that no count is a whole number of units, and one block is not enough."""
+    tensors, options, residual = on(device, WINDOWS[window], dtype, (31, 33))
+    residual = residual if has_residual else None
+    upstream = [torch.randn_like(F.conv2d(*tensors, **options)) for _ in range(uses)]
+    arguments = {"relu": True, "uses": uses, "backend": "triton"}
+    found = results(lambda x, o, r: convolution(*x, **o, residual=r, **arguments), tensors, options, residual, upstream)
+    in_torch = results(lambda *x: plain(*x, True), tensors, options, residual, upstream)
+    # The same signs for all: where rounding decides about zero, gradients differ by their whole size.
+    sign = (found[0] > 0).double()
+    exact = [None if x is None else x.double() for x in (*tensors, residual)]
+    expected = results(lambda x, o, r: sign * plain(x, o, r, False), exact[:3], options, exact[3], upstream)
+    for ours, theirs, truth in zip(found, in_torch, expected, strict=True):
+        scale = truth.abs().max()
+        error, allowed = ((x.double() - truth).abs().max() / scale for x in (ours, theirs))
+        assert error <= 2 * allowed + torch.finfo(dtype).eps
+        assert ours.dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+def test_triton_has_derivatives_of_second_order(device):
+    tensors, options, residual = on(device, WINDOWS["3×3, strided"])
+    second = []
+    for run, dtype in ((convolution, torch.float32), (None, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (*tensors, residual)]
+        if run is None:
+            outs = (plain(leaves[:3], options, leaves[3], True),) * 2
+        else:
+            outs = run(*leaves[:3], **options, residual=leaves[3], relu=True, uses=2, backend="triton")
+        first = torch.autograd.grad((outs[0] * outs[1]).square().sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+    for ours, theirs in zip(*second, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+def test_triton_takes_gradients_of_any_layout_and_of_one_use_alone(device):
+    tensors, options, residual = on(device, WINDOWS["3×3"])
+    leaves = [x.requires_grad_() for x in (*tensors, residual.contiguous())]
+    first, second = convolution(*tensors, **options, residual=leaves[3], relu=True, uses=2, backend="triton")
+    expected = plain(tensors, options, leaves[3], True)
+    assert first.data_ptr() == second.data_ptr()
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
+    rows = torch.randn(first.shape, device=device)
+    for upstream in (rows, rows[:, :1].expand_as(rows)):
+        wanted = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
+        for out in (first, second):
+            for ours, theirs in zip(torch.autograd.grad(out, leaves, upstream, retain_graph=True), wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_triton_computes_the_gradients_that_are_wanted_alone(device):
+    (x, weight, bias), options, residual = on(device, WINDOWS["3×3"])
+    arguments = {**options, "relu": True, "backend": "triton"}
+    assert convolution(x, weight, bias, residual=residual, **arguments).grad_fn is None
+    with torch.no_grad():
+        assert convolution(x.requires_grad_(), weight, bias, **arguments).grad_fn is None
+    x = x.detach()
+    alone = convolution(x, weight, bias, residual=residual.requires_grad_(), **arguments)
+    with Seen() as seen:
+        alone.sum().backward()
+    assert seen.names == []
+    out = convolution(x, weight.requires_grad_(), bias, **arguments)
+    with Masks() as masks:
+        out.sum().backward()
+    assert masks.seen == [[False, True, False]]
+    assert bias.grad is x.grad is None
+
+
+class Masks(TorchDispatchMode):
+    """Which gradients of input, weight and bias were computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.seen.append(list(args[-1]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+def test_triton_keeps_nan(device):
+    (x, weight, bias), options, _ = on(device, WINDOWS["1×1"])
+    x[0, :, 2, 3] = torch.nan
+    out = convolution(x.requires_grad_(), weight, bias, **options, relu=True, backend="triton")
+    assert out.isnan().nonzero()[:, [0, 2, 3]].unique(dim=0).tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+def test_operators_are_registered_as_pytorch_wants_it(device):
+    (x, *_), _, _ = on(device, WINDOWS["1×1"])
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.conddetr.relu_backward, (x, None, x.clone()))
+        torch.library.opcheck(torch.ops.conddetr.relu_backward, (x, x + 1, x.clone()))
+        torch.library.opcheck(torch.ops.conddetr.convolution_epilogue_, (x.clone(), x[0, :, 0, 0], x + 1))
+
+
+def test_triton_by_name_says_what_it_cannot():
+    tensors, options, _ = on("cpu", WINDOWS["1×1"])
+    cases = {
+        "its kernels end in ReLU": (tensors, {}),
+        "its kernels take float32": ([x.double() for x in tensors], {"relu": True}),
+        "not all ordinary ones of torch.float32": ([*tensors[:2], tensors[2].double()], {"relu": True}),
+        "x is not in channels-last": ([tensors[0].contiguous(), *tensors[1:]], {"relu": True}),
+    }
+    for reason, (inputs, arguments) in cases.items():
+        with pytest.raises(registry.BackendError, match=f"backend 'triton' cannot run here: .*{reason}"):
+            convolution(*inputs, **options, **arguments, backend="triton")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(registry.BackendError, match=r"autocast wants torch\.bfloat16, x is torch\.float32"),
+    ):
+        convolution(*tensors, **options, relu=True, backend="triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        halves = [x.bfloat16() for x in tensors]
+        assert convolution(*halves, **options, relu=True, backend="triton").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_two_uses_are_one_result_for_all_backends(backend):
+    tensors, options, residual = make(WINDOWS["3×3"], channels=(32, 32), dtype=torch.float32)
+    with record_paths() as found:
+        first, second = convolution(*tensors, **options, residual=residual, relu=True, uses=2, backend=backend)
+    assert first is second
+    assert sum(found["convolution"].values()) == 1
+
+
+def stand_in(x, weight, bias, *window):
+    return F.conv2d(x, weight, bias, *window).relu()
+
+
+def stand_in_with_sum(x, weight, z, alpha, bias, *window):
+    return (F.conv2d(x, weight, bias, *window) + alpha * z).relu()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Stand-ins for its operators."""
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", stand_in)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", stand_in_with_sum)
+
+
+def fails(*_):
+    raise RuntimeError("no engine\nat line 3")
+
+
+FORM = (torch.Size((16, 4, 3, 3)), ((2, 2), (1, 1), (1, 1), 2))
+BROKEN = {
+    "it failed on this device: no engine$": fails,
+    r"differ from PyTorch's by 0\.\d+ of the greatest": lambda x, weight, bias, *window: stand_in(
+        x, weight, None, *window
+    ),
+    "differ from PyTorch's by nan": lambda *x: stand_in(*x) + 0 * torch.nan,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_trial_of_cudnn_finds_what_is_wrong(dtype, cudnn, monkeypatch):
+    for has_residual in (False, True):
+        assert gpu._try(torch.device("cpu"), dtype, *FORM, has_residual) is None
+    for reason, broken in BROKEN.items():
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", broken)
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(gpu._try(torch.device("cpu"), dtype, *FORM, False))
+    wrong = stand_in_with_sum
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda x, w, z, *rest: wrong(x, w, 0.9 * z, *rest))
+    assert "differ" in gpu._try(torch.device("cpu"), dtype, *FORM, True)
+
+
+def test_cudnn_is_not_asked_for_what_is_to_be_deterministic(monkeypatch):
+    x = torch.zeros(1, 8, 4, 4)
+    form = (torch.zeros(16, 4, 3, 3), FORM[1], False)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "_failures", {(x.device, x.dtype, *FORM, False): None})
+    # What the fixtures ask for.
+    assert "deterministic" in gpu._why_not_cudnn(x, *form)
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    assert gpu._why_not_cudnn(x, *form) is None
+    monkeypatch.setattr(gpu, "_failures", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "not tried before this CUDA graph" in gpu._why_not_cudnn(x, *form)
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_what_cudnn_computes_has_the_gradients_of_what_triton_does(has_residual, cudnn):
+    tensors, options, residual = on("cpu", WINDOWS["3×3, strided"])
+    residual = residual if has_residual else None
+    upstream = [torch.randn_like(F.conv2d(*tensors, **options)) for _ in range(2)]
+    window = (*options.values(), 1)
+
+    def by_cudnn(x, options, residual):
+        return gpu.ConvolutionReLU.apply(*x, residual, window, 2, gpu._by_cudnn)
+
+    found = results(by_cudnn, tensors, options, residual, upstream)
+    expected = results(lambda *x: plain(*x, True), tensors, options, residual, upstream)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,201 @@
+"""A convolution on a GPU, with bias, residual sum and ReLU in cuDNN's one pass, and its gradient.
+
+Where cuDNN cannot do it in one, a Triton kernel does in one pass over the map what PyTorch would need two or three for.
+Backward reads the result alone: one kernel sums the gradients of the two uses that a block's output has in a residual
+network, and drops those of what ReLU has set to zero.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.conv import reference
+
+CUDNN = "cuDNN, fused"
+"""The path's name."""
+_failures: dict[tuple, str | None] = {}
+"""Device, dtype and form of a convolution → why cuDNN does not fuse it there; None where a trial went well."""
+
+
+def why_not(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
+) -> str | None:
+    """The reason why these cannot come here; None if they can."""
+    reason = registry.why_not("triton", x.device, x.dtype, is_auto=backend == "auto")
+    if reason is not None:
+        return reason
+    if not relu:
+        return "its kernels end in ReLU."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a graph of PyTorch's own operators is traced."
+    # For tensors of this dtype autocast has nothing to do.
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return f"autocast wants {torch.get_autocast_dtype(kind)}, x is {x.dtype}."
+    if not all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == x.device and tensor.dtype == x.dtype
+        for tensor in (x, weight, bias, residual)
+        if tensor is not None
+    ):
+        return f"its tensors are not all ordinary ones of {x.dtype} on {x.device}."
+    if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
+        return "x is not in channels-last, or empty."
+    return None
+
+
+def convolution(
+    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None, uses: int
+) -> Tensor | tuple[Tensor, Tensor]:
+    """relu(x * weight + bias + residual); `window`: stride, padding, dilation, groups. With uses 2 it is there twice,
+    in one memory, and backward sums the gradients of both.
+    """
+    refused = {}
+    if backend == "auto":
+        reason = _why_not_cudnn(x, weight, window, residual is not None)
+        refused = {} if reason is None else {CUDNN: reason}
+    is_cudnn = backend == "auto" and not refused
+    paths.note("convolution", CUDNN if is_cudnn else "triton", refused)
+    forward = _by_cudnn if is_cudnn else _with_epilogue
+    tensors = (x, weight, bias, residual)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return ConvolutionReLU.apply(*tensors, window, uses, forward)
+    out = forward(*tensors, window)
+    return out if uses == 1 else (out, out)
+
+
+class ConvolutionReLU(torch.autograd.Function):
+    """Of the result the sign is kept, and no map besides that the next convolution does not keep anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        window: tuple,
+        uses: int,
+        forward: object,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`forward`: what computes it, from the first five."""
+        y = forward(x, weight, bias, residual, window)
+        ctx.save_for_backward(x, weight, y)
+        ctx.window = window
+        ctx.set_materialize_grads(False)
+        return y if uses == 1 else (y, y.view_as(y))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual."""
+        x, weight, y = ctx.saved_tensors
+        present = [grad for grad in grads if grad is not None]
+        if not present:
+            return (None,) * 7
+        if torch.is_grad_enabled():
+            # They will be differentiated again: by operators that autograd records.
+            grad = torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
+        else:
+            grad = torch.ops.conddetr.relu_backward(*present, *[None] * (2 - len(present)), y)
+        of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
+        stride, padding, dilation, groups = ctx.window
+        found = (None, None)
+        if of_x or of_weight:
+            options = (None, stride, padding, dilation, False, (0, 0), groups, (of_x, of_weight, False))
+            found = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
+        return *found, grad.sum((0, 2, 3)) if of_bias else None, grad if of_residual else None, None, None, None
+
+
+def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: tuple) -> Tensor:
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *window)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *window)
+
+
+def _with_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: tuple) -> Tensor:
+    out = F.conv2d(x, weight, None, *window).contiguous(memory_format=torch.channels_last)
+    torch.ops.conddetr.convolution_epilogue_(out, bias, residual)
+    return out
+
+
+def _why_not_cudnn(x: Tensor, weight: Tensor, window: tuple, has_residual: bool) -> str | None:
+    """The reason why cuDNN does not compute the whole in one pass; each form of a convolution is tried once."""
+    if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
+        return "cuDNN is not there, or was switched off."
+    if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        return "its fused operators do not promise to be deterministic."
+    form = (x.device, x.dtype, weight.shape, window, has_residual)
+    if form not in _failures:
+        if torch.cuda.is_current_stream_capturing():
+            return "it was not tried before this CUDA graph was recorded."
+        _failures[form] = _try(*form)
+    return _failures[form]
+
+
+@torch.no_grad()
+def _try(device: torch.device, dtype: torch.dtype, shape: torch.Size, window: tuple, has_residual: bool) -> str | None:
+    """The reason why cuDNN does not give what PyTorch's separate operators give, on a small map; None if it does.
+
+    To PyTorch its fused operators are an experiment: they fail where cuDNN has no such engine. Without a residual they
+    add the memory of the result times zero, so that memory holds NaN here.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    stride, _, dilation, groups = window
+    height, width = (16 + 4 * step + far * size for step, far, size in zip(stride, dilation, shape[2:], strict=True))
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device).to(dtype)
+
+    x = numbers(2, shape[1] * groups, height, width).contiguous(memory_format=torch.channels_last)
+    weight = (numbers(*shape) / shape[1:].numel() ** 0.5).contiguous(memory_format=torch.channels_last)
+    bias = numbers(shape[0])
+    with torch.autocast(device.type, enabled=False):
+        plain = F.conv2d(x, weight, None, *window)
+        residual = torch.empty_like(plain).normal_(generator=generator) if has_residual else None
+        expected = reference.convolution(x, weight, bias, *window, residual, True)
+        poison = torch.full_like(expected, torch.nan)
+        del poison, plain
+        try:
+            found = _by_cudnn(x, weight, bias, residual, window)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return f"it failed on this device: {str(error).splitlines()[0]}"
+    error = ((found.float() - expected.float()).abs().max() / expected.max().float()).item()
+    # Sums in another order, in float32 of TF32's products, and three roundings where there is one.
+    allowed = max(4 * torch.finfo(dtype).eps, 2**-8)
+    return (
+        None
+        if error <= allowed
+        else f"its results differ from PyTorch's by {error:.1g} of the greatest on this device."
+    )
+
+
+def _in_layout_of(like: Tensor, tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+@registry.on_their_device
+def _epilogue(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    from conddetr.kernels.conv import triton
+
+    triton.epilogue_(out, None if bias is None else bias.contiguous(), _in_layout_of(out, residual))
+
+
+@registry.on_their_device
+def _relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor:
+    from conddetr.kernels.conv import triton
+
+    return triton.relu_backward(_in_layout_of(y, grad), _in_layout_of(y, other_grad), y)
+
+
+# Operators, so that whoever counts or traces sees them; not `custom_op`, which costs the host three times as much.
+torch.library.define("conddetr::convolution_epilogue_", "(Tensor(a!) out, Tensor? bias, Tensor? residual) -> ()")
+torch.library.define("conddetr::relu_backward", "(Tensor grad, Tensor? other_grad, Tensor y) -> Tensor")
+torch.library.impl("conddetr::convolution_epilogue_", ("cpu", "cuda"), _epilogue)
+torch.library.impl("conddetr::relu_backward", ("cpu", "cuda"), _relu_backward)
+torch.library.register_fake("conddetr::convolution_epilogue_", lambda out, bias, residual: None)
+torch.library.register_fake("conddetr::relu_backward", lambda grad, other_grad, y: torch.empty_like(y))

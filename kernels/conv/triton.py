@@ -1,0 +1,80 @@
+"""What stands around a convolution on a GPU, each in one pass over the map.
+
+Forward: bias, residual sum and ReLU. Backward: ReLU's, with the sum of the gradients of a result that was used twice.
+
+A program handles `BLOCK` neighbouring elements of memory, in whatever dense layout the tensors share.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIZES = ("units",)
+"""Not specialised (`registry.py` says why)."""
+BLOCK = 2048
+"""Elements per program: 16 a thread, which is two loads of 16 bytes in half precision."""
+UNIT = 8
+"""Elements that are there together or not at all. The compiler knows by it that it may load 16 bytes at once, although
+it does not know the size."""
+
+
+@triton.jit
+def load_range(units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets [BLOCK] of a program's elements, and which of them there are."""
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return offset, offset < tl.full((), UNIT, tl.int64) * units
+
+
+@triton.jit(do_not_specialize=SIZES)
+def epilogue_kernel(
+    out, shift, addend, units,
+    HAS_SHIFT: tl.constexpr, HAS_ADDEND: tl.constexpr,
+    CHANNELS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = max(out + shift[channel] + addend, 0), in place; channels are the innermost dimension."""
+    offset, mask = load_range(units, UNIT, BLOCK)
+    x = tl.load(out + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        x += tl.load(shift + offset % CHANNELS, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ADDEND:
+        x += tl.load(addend + offset, mask=mask, other=0.0).to(tl.float32)
+    # Not `maximum`, which would lose a NaN.
+    tl.store(out + offset, tl.where(x < 0, 0.0, x).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def relu_backward_kernel(
+    grad, other_grad, y, masked, units,
+    HAS_OTHER: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """masked = grad + other_grad where y > 0, else 0."""
+    offset, mask = load_range(units, UNIT, BLOCK)
+    total = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OTHER:
+        total += tl.load(other_grad + offset, mask=mask, other=0.0).to(tl.float32)
+    # As PyTorch's own: where y is NaN the gradient passes.
+    is_zero = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32) <= 0
+    tl.store(masked + offset, tl.where(is_zero, 0.0, total).to(masked.dtype.element_ty), mask=mask)
+
+
+def launch(count: int) -> tuple[tuple[int], int, dict[str, int]]:
+    """The grid, the number of units, and the sizes for a number of elements."""
+    unit = UNIT if count % UNIT == 0 else 1
+    return (triton.cdiv(count, BLOCK),), count // unit, {"UNIT": unit, "BLOCK": BLOCK}
+
+
+def epilogue_(out: Tensor, shift: Tensor | None, addend: Tensor | None) -> None:
+    """ReLU of [B, C, h, w] in channels-last plus [C] plus a map of the same layout, in place."""
+    grid, units, sizes = launch(out.numel())
+    flags = {"HAS_SHIFT": shift is not None, "HAS_ADDEND": addend is not None}
+    epilogue_kernel[grid](out, shift, addend, units, **flags, CHANNELS=out.shape[1], **sizes)
+
+
+def relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor:
+    """The gradient before ReLU; y: what came out of it, with one or two gradients. All in one dense layout."""
+    masked = torch.empty_like(y)
+    grid, units, sizes = launch(y.numel())
+    has_other = other_grad is not None
+    relu_backward_kernel[grid](grad, other_grad, y, masked, units, HAS_OTHER=has_other, **sizes)
+    return masked
