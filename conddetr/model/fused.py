@@ -35,21 +35,28 @@ class FusionReport:
 
 
 class FusedConvolution(nn.Module):
-    """A convolution together with the frozen batch norm behind it, and the ReLU and residual sum after that."""
+    """A convolution together with the frozen batch norm behind it, and the ReLU and residual sum after that.
+
+    With a `dtype` its weights are of that one, and its input is cast to it, also without autocast.
+    """
 
     is_fused = True
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module, relu: bool, backend: str) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.Module, relu: bool, backend: str, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        weight, bias = resnet.fold(conv, norm)
+        weight, bias = resnet.fold(conv, norm, dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.window = resnet.window(conv)
-        self.relu, self.backend = relu, backend
+        self.relu, self.backend, self.casts = relu, backend, dtype is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
         """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last; `overwrite`: the residual is not needed any more."""
-        x = channels_last(x)
+        x = channels_last(x, self.weight.dtype if self.casts else None)
+        if self.casts and residual is not None:
+            residual = residual.to(self.weight.dtype)
         backend = resnet.convolution_backend(self.backend)
         end = {"residual": residual, "overwrite": overwrite, "relu": self.relu}
         return convolution(x, self.weight, self.bias, **self.window, **end, backend=backend)
@@ -60,18 +67,22 @@ class FusedConvolution(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """A residual block of fused convolutions."""
+    """A residual block of fused convolutions.
+
+    The bias of a shortcut's convolution is part of the last one's: on GPUs nothing would take it along.
+    """
 
     is_fused = True
 
-    def __init__(self, block: nn.Module, backend: str) -> None:
+    def __init__(self, block: nn.Module, backend: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        pairs = resnet.conv_norm_pairs(block)
+        self.convolutions = nn.ModuleList(FusedConvolution(*pair, True, backend, dtype) for pair in pairs)
         self.downsample = None
         if type(block.downsample) is nn.Sequential:
-            self.downsample = FusedConvolution(*block.downsample, relu=False, backend=backend)
-        self.convolutions = nn.ModuleList(
-            FusedConvolution(*pair, relu=True, backend=backend) for pair in resnet.conv_norm_pairs(block)
-        )
+            self.downsample = FusedConvolution(*block.downsample, False, backend, dtype)
+            self.convolutions[-1].bias.data += self.downsample.bias
+            self.downsample.bias = None
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """As the block that it stands for; `overwrite`: nobody else needs x."""
@@ -103,14 +114,20 @@ class FusedStage(nn.Sequential):
 
 
 @torch.no_grad()
-def fused_copy(model: Model) -> tuple[Model, FusionReport]:
-    """A frozen copy in evaluation mode, fused where it can be, and what was done."""
+def fused_copy(model: Model, dtype: torch.dtype | None = None) -> tuple[Model, FusionReport]:
+    """A frozen copy in evaluation mode, fused where it can be, and what was done.
+
+    Args:
+        model: stays as it is.
+        dtype: of the fused parts' weights; default: of the model's. What comes out of fused parts has this dtype, so
+            that other ones want autocast, if theirs is another.
+    """
     # What `copy.deepcopy` finds here it takes as the copy: of what is fused the weights are not copied first.
     memo: dict[int, object] = {}
     report = FusionReport()
     for name, module in model.named_modules():
         if isinstance(module, ResNetBody):
-            memo |= _fused_parts(module, f"{name}." if name else "", report)
+            memo |= _fused_parts(module, f"{name}." if name else "", report, dtype)
         # A hook that is a method would be copied together with its object, which then nobody looks at.
         memo |= {id(hooks): hooks for hooks in (getattr(module, name) for name in HOOKS)}
         # Tensors that a hook left there, as old weight norm does: those cannot be copied with their graph.
@@ -124,7 +141,9 @@ def fused_copy(model: Model) -> tuple[Model, FusionReport]:
     return copied.eval().requires_grad_(False), report
 
 
-def _fused_parts(body: ResNetBody, prefix: str, report: FusionReport) -> dict[int, nn.Module]:
+def _fused_parts(
+    body: ResNetBody, prefix: str, report: FusionReport, dtype: torch.dtype | None
+) -> dict[int, nn.Module]:
     """`id` of each module that can be fused → what takes its place."""
     parts: dict[int, nn.Module] = {}
     for name, reason in resnet.survey(body).items():
@@ -134,8 +153,8 @@ def _fused_parts(body: ResNetBody, prefix: str, report: FusionReport) -> dict[in
         report.fused.append(prefix + name)
         module = body.get_submodule(name)
         if name != "conv1":
-            parts[id(module)] = FusedBlock(module, body.backend)
+            parts[id(module)] = FusedBlock(module, body.backend, dtype)
             continue
-        parts[id(module)] = FusedConvolution(module, body.bn1, relu=True, backend=body.backend)
+        parts[id(module)] = FusedConvolution(module, body.bn1, True, body.backend, dtype)
         parts |= {id(body.bn1): nn.Identity(), id(body.relu): nn.Identity()}
     return parts

@@ -53,9 +53,18 @@ class FeedForward(nn.Module):
         return self.dropout if self.training else 0.0, "native" if is_native else "eager"
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """[B, C, H, W] in memory as [B, H, W, C], but inside `torch.func.vmap`, which has no such layout."""
-    return x if registry.transforms() else x.contiguous(memory_format=torch.channels_last)
+def channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[B, C, H, W] in memory as [B, H, W, C], but inside `torch.func.vmap`, which has no such layout.
+
+    Args:
+        x: of any layout.
+        dtype: of the result; default: of x. One copy brings both.
+    """
+    if registry.transforms():
+        return x if dtype is None else x.to(dtype)
+    if dtype is None or dtype == x.dtype:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:

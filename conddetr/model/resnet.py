@@ -4,11 +4,16 @@ conv(x)·s + t is a convolution with weights scaled by s and bias t: two passes 
 Gradients flow through the scaling to the weights, and nothing is kept from call to call. Everything runs in
 channels-last, which convolutions prefer on CPUs and, in half precision, on GPUs.
 
+On a GPU a convolution is then one pass with bias, residual sum and ReLU. A shortcut's convolution has nothing behind it
+that would take its bias along: it goes into the bias of the convolution to whose result the shortcut is added.
+
 For the ResNets of torchvision and timm, whose parts have the same names. A part is fused if it is no more than its
 class says; one that is hooked, wrapped, parametrised or replaced is called as the module that it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +25,109 @@ from conddetr.model.plain import why_not_plain
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
 """Kind of residual block → its convolutions, the shortcut's not counted."""
+_NAMES = {kind: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for kind, count in CONVOLUTIONS.items()}
+_KNOWN = {"downsample", *(name for pair in _NAMES["Bottleneck"] for name in pair)}
 EPS = 1e-5
 """Of norms that do not say theirs: transformers' have it as a constant."""
 
 _PACKAGES = ("torchvision.models.resnet", "timm.models.resnet")
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 
+Folded = Callable[[nn.Conv2d, nn.Module], tuple[Tensor, Tensor]]
+"""A convolution and the norm behind it → the weight, in channels-last, and the bias that both have together."""
 
-def stages(body: nn.Module, images: Tensor, backend: str) -> Iterator[Tensor]:
+
+def stages(body: nn.Module, images: Tensor, backend: str, folded: Folded | None = None) -> Iterator[Tensor]:
     """[B, 3, H, W] images -> the feature map of each stage in turn, in channels-last.
+
+    Which parts are plain is looked up once, before the first runs.
 
     Args:
         body: a ResNet.
-        images: of the dtype of its weights, or under autocast.
+        images: of the dtype of its weights, or under autocast, or floating where weights are given.
         backend: `eager` does without our convolutions; all others take them where they can run.
+        folded: gives weights that were folded and cast already, all of one dtype, in which all plain parts then
+            compute; where modules have another one, autocast has to be on, for parts that are not plain. Default:
+            they are folded here, under autocast on a GPU in its dtype.
     """
-    backend = convolution_backend(backend)
-    x = channels_last(images)
-    x = body.maxpool(_stem(body, x, backend))
-    for name in STAGES:
-        stage = getattr(body, name)
-        if type(stage) is nn.Sequential and why_not_plain(stage) is None:
-            for block in stage:
-                x = _residual_block(block, x, backend)
-        else:
-            note_modules(stage)
-            x = stage(x)
-        yield x
+    parts = [_parts(getattr(body, name)) for name in STAGES]
+    way = _way(images, convolution_backend(backend), folded, [part for stage in parts for part in stage])
+    x = body.maxpool(_stem(body, images, way))
+    # For the branch of the next block and its shortcut: two tensors, so that nothing else sums their gradients.
+    maps = (x, x)
+    for stage in parts:
+        for module, is_plain in stage:
+            if is_plain:
+                maps = _residual_block(module, maps, way)
+            else:
+                note_modules(module)
+                x = module(maps[0])
+                maps = (x, x)
+        yield maps[0]
 
 
-def fold(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight, in channels-last, and bias of a convolution together with the frozen norm behind it."""
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    weight, bias, mean, variance = (x.to(dtype) for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+class _Part(NamedTuple):
+    """What is called, or computed by us, at once."""
+
+    module: nn.Module
+    is_plain: bool
+
+
+class _Way(NamedTuple):
+    """How plain parts are computed."""
+
+    name: str
+    """For records."""
+    backend: str
+    folded: Folded
+    casts: bool
+    """Whether their input takes the dtype of their weights, which autocast sees to elsewhere."""
+    moves_biases: bool
+    """Whether a shortcut's bias goes into that of the last convolution of the block."""
+    biases: dict[int, Tensor]
+    """`id` of a block → the sum of both, where it is there already."""
+
+
+def _way(images: Tensor, backend: str, folded: Folded | None, parts: list[_Part]) -> _Way:
+    if folded is not None:
+        biases = _biases_of_shortcuts(parts, folded)
+        return _Way("norms folded before", backend, folded, casts=True, moves_biases=True, biases=biases)
+    on_gpu = images.is_cuda and backend != "eager"
+    casts = on_gpu and torch.is_autocast_enabled("cuda")
+    folded = partial(fold, dtype=torch.get_autocast_dtype("cuda")) if casts else fold
+    return _Way("norms folded in the graph", backend, folded, casts, moves_biases=on_gpu, biases={})
+
+
+def _parts(stage: nn.Module) -> list[_Part]:
+    """The blocks of a stage, or the stage itself if it is more than their sequence."""
+    if type(stage) is nn.Sequential and why_not_plain(stage) is None:
+        return [_Part(block, block_misfit(block) is None) for block in stage._modules.values()]
+    return [_Part(stage, False)]
+
+
+def _biases_of_shortcuts(parts: list[_Part], folded: Folded) -> dict[int, Tensor]:
+    """Of plain blocks with a convolution in the shortcut, its bias and that of the last one in sum: one launch."""
+    blocks = [part.module for part in parts if part.is_plain and type(part.module.downsample) is nn.Sequential]
+    if not blocks:
+        return {}
+    last = [folded(*conv_norm_pairs(block)[-1])[1] for block in blocks]
+    sums = torch._foreach_add(last, [folded(*block.downsample)[1] for block in blocks])
+    return {id(block): bias for block, bias in zip(blocks, sums, strict=True)}
+
+
+def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Weight, in channels-last, and bias of a convolution together with the frozen norm behind it.
+
+    Args:
+        conv: without a bias.
+        norm: a frozen batch norm.
+        dtype: of the result; default: of the convolution's weight. At least float32 is computed in.
+    """
+    exact = torch.promote_types(conv.weight.dtype, torch.float32)
+    weight, bias, mean, variance = (x.to(exact) for x in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
     scale = weight * (variance + getattr(norm, "eps", EPS)).rsqrt()
-    folded = (conv.weight * scale[:, None, None, None], bias - mean * scale)
-    return channels_last(folded[0].to(conv.weight.dtype)), folded[1].to(conv.weight.dtype)
+    dtype = dtype or conv.weight.dtype
+    return channels_last(conv.weight * scale[:, None, None, None], dtype), (bias - mean * scale).to(dtype)
 
 
 def convolution_backend(backend: str) -> str:
@@ -65,8 +137,7 @@ def convolution_backend(backend: str) -> str:
 
 def conv_norm_pairs(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Every convolution of a residual block's branch with the norm behind it."""
-    indices = range(1, CONVOLUTIONS[type(block).__name__] + 1)
-    return [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in indices]
+    return [(getattr(block, conv), getattr(block, norm)) for conv, norm in _NAMES[type(block).__name__]]
 
 
 def stem_misfit(body: nn.Module) -> str | None:
@@ -81,28 +152,41 @@ def block_misfit(block: nn.Module) -> str | None:
     kind = type(block)
     if kind.__name__ not in CONVOLUTIONS or kind.__module__ not in _PACKAGES:
         return f"{kind.__name__} is no residual block of torchvision or timm"
-    # Asked in every call: names are looked for only where there is something to say.
-    for module in block.modules():
-        reason = why_not_plain(module)
-        if reason is not None:
-            name = next(name for name, other in block.named_modules() if other is module)
-            return f"{name}: {reason}" if name else reason
-    parts = dict(block.named_children())
-    shortcut = parts.pop("downsample", None)
-    pairs = conv_norm_pairs(block)
+    reason = why_not_plain(block)
+    if reason is not None:
+        return reason
+    # Asked in every call of every block: parts are looked up once, in the dictionary where a module has them.
+    parts = block._modules
+    reason = _first_reason(parts)
+    if reason is not None:
+        return reason
+    pairs = [(parts.get(conv), parts.get(norm)) for conv, norm in _NAMES[kind.__name__]]
+    shortcut = parts.get("downsample")
     if shortcut is not None and type(shortcut) is not nn.Identity:
         if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
             return "its shortcut is more than convolution and frozen batch norm"
-        pairs = [*pairs, tuple(shortcut)]
+        reason = _first_reason(shortcut._modules, "downsample.")
+        if reason is not None:
+            return reason
+        pairs.append(tuple(shortcut._modules.values()))
     for conv, norm in pairs:
         reason = _pair_misfit(conv, norm)
         if reason is not None:
             return reason
-    known = {id(part) for pair in pairs for part in pair}
-    rest = [part for part in parts.values() if id(part) not in known]
-    # Of what timm has for others it leaves the identity: dropped blocks, anti-aliasing, attention.
-    odd = [part for part in rest if _activation_misfit(part) is not None and type(part) is not nn.Identity]
-    return f"{type(odd[0]).__name__} is no part of a plain ResNet" if odd else None
+    for name, part in parts.items():
+        # Of what timm has for others it leaves the identity: dropped blocks, anti-aliasing, attention.
+        if name not in _KNOWN and type(part) not in (nn.ReLU, nn.Identity, type(None)):
+            return f"{type(part).__name__} is no part of a plain ResNet"
+    return None
+
+
+def _first_reason(parts: dict[str, nn.Module | None], prefix: str = "") -> str | None:
+    """The name of the first part that has to be called as a module, with the reason."""
+    for name, part in parts.items():
+        reason = None if part is None else why_not_plain(part)
+        if reason is not None:
+            return f"{prefix}{name}: {reason}"
+    return None
 
 
 def survey(body: nn.Module) -> dict[str, str | None]:
@@ -131,32 +215,35 @@ def _stem_activation(body: nn.Module) -> nn.Module:
     return body.act1 if hasattr(body, "act1") else body.relu
 
 
-def _stem(body: nn.Module, x: Tensor, backend: str) -> Tensor:
+def _stem(body: nn.Module, images: Tensor, way: _Way) -> Tensor:
     if stem_misfit(body) is None:
-        paths.note("backbone", "norms folded in the graph")
-        return _fused(x, body.conv1, body.bn1, backend, relu=True)
+        paths.note("backbone", way.name)
+        weight, bias = way.folded(body.conv1, body.bn1)
+        x = channels_last(images, weight.dtype if way.casts else None)
+        return convolution(x, weight, bias, **window(body.conv1), relu=True, backend=way.backend)
     note_modules(body.conv1)
+    # That of a frozen copy sees to the layout itself, together with the dtype.
+    x = images if getattr(body.conv1, "is_fused", False) else channels_last(images)
     return _stem_activation(body)(body.bn1(body.conv1(x)))
 
 
-def _residual_block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
-    if block_misfit(block) is not None:
-        note_modules(block)
-        return block(x)
-    paths.note("backbone", "norms folded in the graph")
-    shortcut = x
-    if type(block.downsample) is nn.Sequential:
-        shortcut = _fused(x, *block.downsample, backend)
+def _residual_block(block: nn.Module, maps: tuple[Tensor, Tensor], way: _Way) -> tuple[Tensor, Tensor]:
+    """One map for the branch and one for the shortcut, of the same values, as of the result."""
+    paths.note("backbone", way.name)
     *inner, last = conv_norm_pairs(block)
-    for pair in inner:
-        x = _fused(x, *pair, backend, relu=True)
-    return _fused(x, *last, backend, relu=True, residual=shortcut)
-
-
-def _fused(
-    x: Tensor, conv: nn.Conv2d, norm: nn.Module, backend: str, relu: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    return convolution(x, *fold(conv, norm), **window(conv), residual=residual, relu=relu, backend=backend)
+    weight, bias = way.folded(*last)
+    # After a part that is not plain they may be of another dtype, and are one.
+    x, shortcut = maps if maps[0].dtype == weight.dtype or not way.casts else (maps[0].to(weight.dtype),) * 2
+    if type(block.downsample) is nn.Sequential:
+        of_shortcut, its_bias = way.folded(*block.downsample)
+        if way.moves_biases:
+            bias = way.biases[id(block)] if id(block) in way.biases else bias + its_bias
+            its_bias = None
+        shortcut = convolution(shortcut, of_shortcut, its_bias, **window(block.downsample[0]), backend=way.backend)
+    for conv, norm in inner:
+        x = convolution(x, *way.folded(conv, norm), **window(conv), relu=True, backend=way.backend)
+    options = {**window(last[0]), "residual": shortcut, "relu": True, "uses": 2}
+    return convolution(x, weight, bias, **options, backend=way.backend)
 
 
 def window(conv: nn.Conv2d) -> dict[str, object]:
@@ -170,7 +257,7 @@ def _pair_misfit(conv: nn.Module, norm: nn.Module) -> str | None:
     if not is_conv or isinstance(conv.padding, str) or type(conv.weight) not in (Tensor, nn.Parameter):
         return f"{type(conv).__name__}: expected a convolution without bias, with ordinary weights"
     # Each package has its own class of this name; what they do is the same.
-    is_frozen = type(norm).__name__.endswith("FrozenBatchNorm2d") and set(norm._buffers) == _FROZEN_BUFFERS
+    is_frozen = type(norm).__name__.endswith("FrozenBatchNorm2d") and norm._buffers.keys() == _FROZEN_BUFFERS
     if not is_frozen or norm._parameters:
         return f"{type(norm).__name__}: expected a frozen batch norm"
     return None

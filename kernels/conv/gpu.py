@@ -93,8 +93,8 @@ class ConvolutionReLU(torch.autograd.Function):
         present = [grad for grad in grads if grad is not None]
         if not present:
             return (None,) * 7
-        if torch.is_grad_enabled():
-            # They will be differentiated again: by operators that autograd records.
+        if torch.is_grad_enabled() or registry.transforms():
+            # They will be differentiated again, or are several at once: by operators that PyTorch can do that with.
             grad = torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
         else:
             grad = torch.ops.conddetr.relu_backward(*present, *[None] * (2 - len(present)), y)

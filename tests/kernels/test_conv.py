@@ -228,6 +228,11 @@ def test_triton_takes_gradients_of_any_layout_and_of_one_use_alone(device):
     assert first.data_ptr() == second.data_ptr()
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
     rows = torch.randn(first.shape, device=device)
+    several = torch.stack([rows, -rows])
+    wanted = torch.autograd.grad(expected, leaves, several, retain_graph=True, is_grads_batched=True)
+    batched = torch.autograd.grad(first, leaves, several, retain_graph=True, is_grads_batched=True)
+    for ours, theirs in zip(batched, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for upstream in (rows, rows[:, :1].expand_as(rows)):
         wanted = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
         for out in (first, second):

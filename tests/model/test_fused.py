@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 import conddetr
-from conddetr.model.fused import FusedBlock, FusedConvolution
+from conddetr.model.fused import FusedBlock, FusedConvolution, fused_copy
 
 SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 1, "ffn_dim": 32, "num_queries": 7}
 
@@ -179,3 +179,25 @@ def test_counters_of_flops_see_the_copys_work(backend, image):
                 model(image)
             counts[name] = counter.get_total_flops()
     assert counts["fused"] == counts["plain"] > 1e9
+
+
+@pytest.mark.parametrize("hooked", [None, "layer2.1"])
+def test_a_copy_in_half_precision_casts_what_it_is_given(image, hooked):
+    """Its weights are stored in that dtype; a part that is left as it was has its own, for which there is autocast."""
+    body, image = make_model("auto").backbone[0].body, image[..., ::2, ::2]
+    if hooked is not None:
+        body.get_submodule(hooked).register_forward_hook(lambda *_: None)
+    copied, report = fused_copy(body, torch.bfloat16)
+    assert list(report.left) == ([] if hooked is None else [hooked])
+    fused = [module for module in copied.modules() if isinstance(module, FusedConvolution)]
+    assert {weight.dtype for module in fused for weight in module.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        exact = copy.deepcopy(body).double()(image.double())
+        in_half = copy.deepcopy(body).bfloat16()(image.bfloat16())
+        if hooked is None:
+            assert torch.equal(copied(image), copied(image.bfloat16()))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = copied(image)
+    assert found.dtype == torch.bfloat16
+    error, allowed = ((x.double() - exact).abs().max() for x in (found, in_half))
+    assert error <= 2 * allowed

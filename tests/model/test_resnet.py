@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from conddetr.kernels import native
+from conddetr import record_paths
+from conddetr.kernels import convolution, native
 from conddetr.model import resnet
 
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
@@ -204,3 +205,77 @@ def test_weights_that_move_unseen_are_those_that_count():
         *_, expected = plain_stages(body, images)
     assert not torch.allclose(found, before, rtol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def fold_all(body, dtype):
+    """Folded weights as leaves, by the convolution, and the function that looks them up."""
+    pairs = [(body.conv1, body.bn1)]
+    for block in (block for name in resnet.STAGES for block in getattr(body, name)):
+        pairs += resnet.conv_norm_pairs(block) + ([] if block.downsample is None else [tuple(block.downsample)])
+    with torch.no_grad():
+        table = {conv: [x.to(dtype) for x in resnet.fold(conv, norm)] for conv, norm in pairs}
+    for conv, (weight, _) in table.items():
+        weight.requires_grad_(conv.weight.requires_grad)
+    return table, lambda conv, norm: table[conv]
+
+
+def errors(tensors, exact):
+    return [((x.double() - y).abs().max() / y.abs().max()).item() for x, y in zip(tensors, exact, strict=True)]
+
+
+@pytest.mark.parametrize("make", [resnet18, resnet50])
+def test_weights_that_were_folded_before_give_the_numbers_of_the_modules(make):
+    body, images = make_body(make), torch.randn(1, 3, 33, 41)
+    exact = plain_stages(copy.deepcopy(body).double(), images.double())
+    with torch.no_grad(), record_paths() as found:
+        for dtype in (torch.float32, torch.bfloat16):
+            maps = list(resnet.stages(body, images, "auto", fold_all(body, dtype)[1]))
+            assert {x.dtype for x in maps} == {dtype}
+            by_modules = errors(plain_stages(copy.deepcopy(body).to(dtype), images.to(dtype)), exact)
+            for error, allowed in zip(errors(maps, exact), by_modules, strict=True):
+                assert error <= 2 * allowed
+    blocks = sum(len(getattr(body, name)) for name in resnet.STAGES)
+    assert found["backbone"] == {"norms folded before": 2 * (1 + blocks)}
+
+
+def with_triton(*tensors, relu=False, backend="auto", **options):
+    """As on a GPU: what ends in ReLU is one of our kernels."""
+    return convolution(*tensors, relu=relu, backend="triton" if relu else "eager", **options)
+
+
+@pytest.mark.parametrize("hooked", [None, "layer3.0", "layer4"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_weights_that_were_folded_before_get_their_gradients(backend, hooked, monkeypatch):
+    """A folded weight's gradient, scaled as the norm scales, is that of the convolution's weight."""
+    if backend == "triton":
+        monkeypatch.setattr(resnet, "convolution", with_triton)
+    body, images, calls = make_body(), torch.randn(2, 3, 33, 24), []
+    body.conv1.requires_grad_(False)
+    body.layer1.requires_grad_(False)
+    if hooked is not None:
+        body.get_submodule(hooked).register_forward_hook(lambda module, inputs, _: calls.append(type(inputs[0])))
+    table, folded = fold_all(body, torch.float32)
+    maps = list(resnet.stages(body, images, "auto", folded))
+    upstream = [torch.randn_like(x) for x in maps]
+    trained = maps[1:], upstream[1:]
+    torch.autograd.backward(*trained)
+    assert calls == [torch.Tensor] * (hooked is not None)
+    assert maps[0].grad_fn is None
+    reference = copy.deepcopy(body).double()
+    torch.autograd.backward(plain_stages(reference, images.double())[1:], [x.double() for x in trained[1]])
+    exact = dict(reference.named_modules())
+    for name, module in body.named_modules():
+        if module not in table:
+            continue
+        weight, wanted = table[module][0], exact[name].weight.grad
+        if hooked is not None and name.startswith(hooked):
+            assert weight.grad is None
+            found = module.weight.grad
+        elif wanted is None:
+            assert weight.grad is None
+            continue
+        else:
+            norm = body.get_submodule(name.replace("conv", "bn").replace("downsample.0", "downsample.1"))
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            found = weight.grad * scale[:, None, None, None]
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())

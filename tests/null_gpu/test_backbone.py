@@ -1,0 +1,116 @@
+"""What a ResNet-50 asks of the device: one launch a convolution, with bias, residual sum and ReLU, and no wait."""
+
+import pytest
+import torch
+from torchvision.models import resnet50
+from torchvision.ops import FrozenBatchNorm2d
+
+import conddetr
+from conddetr.kernels.conv import gpu
+from conddetr.model import resnet
+from conddetr.model.backbone import ResNetBody
+from conddetr.model.fused import fused_copy
+from null_gpu.counts import counted
+
+CONVOLUTIONS, SHORTCUTS = 53, 4
+RELU = CONVOLUTIONS - SHORTCUTS
+TRAINED = 42
+"""Convolutions of the last three stages, of which 39 end in ReLU."""
+
+
+@pytest.fixture(autouse=True)
+def _any_algorithm(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+
+
+def make_folded(body, dtype):
+    """Folded weights as leaves: the stem and the first stage do not train."""
+    table = {}
+
+    def folded(conv, norm):
+        if conv not in table:
+            with torch.no_grad():
+                table[conv] = [x.to(dtype) for x in resnet.fold(conv, norm)]
+            table[conv][0].requires_grad_(conv.weight.requires_grad)
+        return table[conv]
+
+    return folded
+
+
+def make_body():
+    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d).cuda().requires_grad_(False)
+    for stage in (body.layer2, body.layer3, body.layer4):
+        stage.requires_grad_()
+    return body
+
+
+def count(body, folded):
+    """Counts of forward and of backward, and the paths, when each form of a convolution was tried before."""
+    images = torch.zeros(2, 3, 64, 96, device="cuda")
+    list(resnet.stages(body, images, "triton", folded))
+    with counted() as forward, conddetr.record_paths() as paths:
+        *_, features = resnet.stages(body, images, "triton", folded)
+    upstream = torch.zeros_like(features)
+    with counted() as backward:
+        features.backward(upstream)
+    assert forward.waits == backward.waits == forward.from_device == 0
+    return forward, backward, paths
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_launches_one_kernel_a_convolution(dtype):
+    body = make_body()
+    forward, backward, paths = count(body, make_folded(body, dtype))
+    assert paths["convolution"] == {gpu.CUDNN: RELU, "eager": SHORTCUTS}
+    # The images' copy, the pooling, and the sums of the shortcuts' biases.
+    assert forward.launches == CONVOLUTIONS + 3
+    # Of the first block the input needs no gradient: two convolutions less.
+    assert backward.launches == TRAINED + (TRAINED - 2) + backward.kernels["relu_backward_kernel"]
+    assert backward.kernels["relu_backward_kernel"] == TRAINED - 3
+
+
+def test_what_cudnn_must_not_do_is_one_pass_more(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    body = make_body()
+    forward, _, paths = count(body, make_folded(body, torch.bfloat16))
+    assert paths["convolution"] == {"triton": RELU, "eager": SHORTCUTS}
+    assert forward.kernels["epilogue_kernel"] == RELU
+    assert forward.launches == CONVOLUTIONS + 3 + RELU
+
+
+def test_weights_are_folded_in_the_dtype_of_autocast():
+    body = make_body()
+    with torch.autocast("cuda", torch.bfloat16):
+        forward, backward, paths = count(body, None)
+    assert paths["convolution"] == {gpu.CUDNN: RELU, "eager": SHORTCUTS}
+    assert forward.kernels["cudnn"] == CONVOLUTIONS
+    assert backward.kernels["relu_backward_kernel"] == TRAINED - 3
+    assert {p.grad.dtype for p in body.layer3.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["a dtype of its own", "moved", "autocast"])
+def test_the_frozen_copy_casts_no_weights(form):
+    body = ResNetBody([3, 4, 6, 3], False, "triton")
+    copied, _ = fused_copy(body, torch.bfloat16 if form != "moved" else None)
+    copied = copied.cuda() if form != "moved" else copied.to("cuda", torch.bfloat16)
+    images = torch.zeros(1, 3, 64, 96, device="cuda", dtype=torch.bfloat16 if form == "moved" else torch.float32)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=form == "autocast"):
+        for _ in range(2):
+            with counted() as counts:
+                copied(images)
+    assert counts.waits == 0
+    # The images' copy and the pooling.
+    assert counts.launches == CONVOLUTIONS + 2
+
+
+def test_a_graph_records_what_was_tried_before_it():
+    x = torch.zeros(1, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.zeros(24, 32, 1, 1, device="cuda"), torch.zeros(24, device="cuda")
+    for path, reason in (("triton", "not tried before"), (gpu.CUDNN, None)):
+        graph = torch.cuda.CUDAGraph()
+        with conddetr.record_paths() as paths, counted() as counts, torch.cuda.graph(graph):
+            conddetr.kernels.convolution(x, weight, bias, relu=True)
+        assert paths["convolution"] == {path: 1}
+        assert reason is None or reason in paths.reasons["convolution"][gpu.CUDNN]
+        assert counts.refused_in_capture == 0
+        conddetr.kernels.convolution(x, weight, bias, relu=True)
