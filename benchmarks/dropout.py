@@ -67,7 +67,8 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
     tensors = problem.make()
     eager = partial(drop, "eager", P)
     forwards = {"eager": eager, "torch.compile of it": torch.compile(eager, dynamic=False)}
-    forwards[f"{OURS}, native"] = partial(drop, "native", P)
+    for backend in ("triton", "native") if problem.operation == "relu_dropout" else ("native",):
+        forwards[f"{OURS}, {backend}"] = partial(drop, backend, P)
     runs = {name: partial(compute, forward, tensors) for name, forward in forwards.items()}
     wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in tensors.items()}
     exact = {name: x.detach() for name, x in compute(partial(drop, "eager", 0.0), wide).items()}

@@ -100,6 +100,10 @@ def cases() -> Iterator[Case]:
     yield Case(kernels.matching_cost, [], [logits, boxes, labels, objects, counts])
     yield Case(kernels.linear_assignment, [], [normal(2, 2, 7, 30), counts])
     yield Case(kernels.relu_dropout, [normal(50, 33)], [RARE])
+    yield Case(kernels.relu_dropout, [normal(50, 33)], [RARE], {"bias": normal(33)}, "bias")
+    tokens, vectors = [normal(2, 25, 33), normal(2, 25, 33)], [normal(33) for _ in range(3)]
+    others = {"branch_bias": vectors[2], "position": normal(1, 25, 33), "dropout_p": RARE}
+    yield Case(kernels.add_norm, [*tokens, *vectors[:2]], [], others)
     yield Case(kernels.dropout_add, [normal(50, 33), normal(50, 33)], [RARE])
     image, weight = normal(1, 32, 9, 11), normal(32, 32, 3, 3)
     yield Case(kernels.convolution_3x3, [image, weight])

@@ -1,4 +1,4 @@
-"""Dropout with ReLU or a sum: what is dropped, what is left of the rest, gradients, repeatability."""
+"""Dropout with ReLU or a sum on CPUs: what is dropped, what is left of the rest, gradients, repeatability."""
 
 import importlib
 
@@ -154,6 +154,6 @@ def test_errors():
     with pytest.raises(ValueError, match=r"residual: expected \(3, 4\) on cpu as of x, got \(4,\) on cpu"):
         dropout_add(x, x[0], P)
     with pytest.raises(registry.BackendError, match="no such kernels"):
-        relu_dropout(x, P, "triton")
+        dropout_add(x, x, P, "triton")
     with pytest.raises(RuntimeError, match="no residual with it"):
         operator(x, 1, x, relu=True)

@@ -94,6 +94,23 @@ def dropout(function: Callable, count: int) -> Operation:
     return Operation(call, tuple(normal(3, 5) for _ in range(count)))
 
 
+def relu_after_bias() -> Operation:
+    def call(x, bias, backend):
+        return kernels.relu_dropout(x, 0.0, backend, bias)
+
+    return Operation(call, (normal(3, 5), normal(5)))
+
+
+def norm_of_sum() -> Operation:
+    position = normal(1, 3, 5)
+
+    def call(branch, residual, weight, bias, branch_bias, backend):
+        settings = {"branch_bias": branch_bias, "position": position.to(branch.dtype), "backend": backend}
+        return torch.stack(kernels.add_norm(branch, residual, weight, bias, **settings))
+
+    return Operation(call, (normal(2, 3, 5), normal(2, 3, 5), normal(5), normal(2, 5), normal(5)))
+
+
 def cost() -> Operation:
     labels, objects, counts = torch.tensor([[1, 0]]), boxes(1, 2), torch.tensor([2], dtype=torch.int32)
     call = partial(kernels.matching_cost, labels=labels, objects=objects, counts=counts)
@@ -108,10 +125,12 @@ ONCE = {
     "focal loss": (partial(focal, 2.0), registry.WITHOUT_NATIVE),
     "focal loss, γ = 1.5": (partial(focal, 1.5), registry.WITHOUT_NATIVE),
     "box loss": (box_loss, registry.WITHOUT_NATIVE),
+    "ReLU after a bias": (relu_after_bias, registry.WITHOUT_NATIVE),
+    "norm of a sum": (norm_of_sum, registry.WITHOUT_NATIVE),
 }
 """Operations whose kernels have a gradient, but not a gradient's."""
 DROPOUT = {
-    "ReLU and dropout": (partial(dropout, kernels.relu_dropout, 1), registry.NATIVE_ALONE),
+    "ReLU and dropout": (partial(dropout, kernels.relu_dropout, 1), registry.BACKENDS),
     "dropout and sum": (partial(dropout, kernels.dropout_add, 2), registry.NATIVE_ALONE),
 }
 OPERATIONS = {**ONCE, **DROPOUT, "matching cost": (cost, registry.WITHOUT_NATIVE)}
@@ -119,8 +138,8 @@ OPERATIONS = {**ONCE, **DROPOUT, "matching cost": (cost, registry.WITHOUT_NATIVE
 
 def make(name: str, device: torch.device, backend: str = "eager") -> Operation:
     """The operation on a device, if the backend has kernels for it there."""
-    if name in DROPOUT and device.type != "cpu":
-        pytest.skip("dropout has kernels on CPUs alone")
+    if name in DROPOUT and device.type != "cpu" and backend != "triton":
+        pytest.skip("dropout has native kernels on CPUs alone")
     reason = registry.why_not(backend, device, torch.float32, is_auto=False)
     if reason is not None:
         pytest.skip(reason)

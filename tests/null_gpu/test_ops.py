@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conddetr.kernels import (
+    add_norm,
     conditional_attention,
     conditional_spatial_query,
     focal_loss,
@@ -15,6 +16,7 @@ from conddetr.kernels import (
     matching_cost,
     native,
     registry,
+    relu_dropout,
     sine_embedding,
 )
 from null_gpu.counts import counted
@@ -79,7 +81,24 @@ def assignment(device, backend):
     return linear_assignment(numbers(device, LAYERS, BATCH, OBJECTS, QUERIES).detach(), counts, backend=backend)
 
 
-OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment)
+def replicas(device, channels):
+    return numbers(device, channels).expand(registry.REPLICAS, -1).detach().requires_grad_()
+
+
+def norm(device, backend):
+    """As in a training in bfloat16; the sum is of all outputs, so it is no launch of theirs."""
+    tokens = (BATCH, QUERIES, 256)
+    branch = numbers(device, *tokens).bfloat16()
+    vectors = [replicas(device, 256) for _ in range(3)]
+    settings = {"branch_bias": vectors[2], "position": numbers(device, 1, QUERIES, 256), "dropout_p": 0.1}
+    return sum(add_norm(branch, numbers(device, *tokens), *vectors[:2], **settings, outs=2, backend=backend))
+
+
+def hidden(device, backend):
+    return relu_dropout(numbers(device, BATCH, QUERIES, 2048), 0.1, backend, replicas(device, 2048))
+
+
+OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, norm, hidden)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
@@ -109,6 +128,29 @@ def test_launches_on_the_device_of_the_tensors(operation, backend, index):
     ours = [name for name in counts.kernels if name.endswith("_kernel") or "conddetr" in name]
     assert ours, f"none of {list(counts.kernels)} is a kernel of this project"
     assert counts.waits == counts.from_device == 0
+
+
+def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
+    """Whatever uses the result, and with the seed given, however it is aligned."""
+    device = torch.device("cuda")
+    seeds = torch.zeros(3, dtype=torch.int64, device=device)
+    vectors = [replicas(device, 256) for _ in range(3)]
+    tokens, bias = numbers(device, BATCH, QUERIES, 256), replicas(device, 2048)
+    branch, x = tokens.detach().bfloat16().requires_grad_(), numbers(device, BATCH, QUERIES, 2048)
+    position = numbers(device, 1, QUERIES, 256).detach()
+    modules = []
+    for seed in seeds.split(1):
+        with counted() as counts:
+            settings = {"branch_bias": vectors[2], "position": position, "dropout_p": 0.1, "outs": 2, "seed": seed}
+            outputs = add_norm(branch, tokens, *vectors[:2], **settings)
+            outputs += (relu_dropout(x, 0.1, "auto", bias, seed),)
+        with counted() as counts_back:
+            upstream = [torch.empty_like(out) for out in outputs]
+            torch.autograd.grad(outputs, (branch, tokens, *vectors, x, bias), upstream)
+        assert dict(counts.kernels) == {"add_norm_kernel": 1, "relu_dropout_kernel": 1}
+        assert dict(counts_back.kernels) == {"add_norm_backward_kernel": 1, "relu_dropout_backward_kernel": 1}
+        modules.append(counts.modules + counts_back.modules)
+    assert modules[1:] == [0, 0], "nothing is compiled anew"
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
