@@ -17,6 +17,7 @@ from conddetr.config import ModelConfig
 from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.backbone import build_backbone
+from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
 from conddetr.model.layers import MLP
 from conddetr.model.plain import table
@@ -133,17 +134,21 @@ class DETR(nn.Module):
             ValueError: shapes or dtypes do not fit; names the tensor, what was expected and what was found.
         """
         images, mask, valid_hw = _check_input(images, mask, valid_hw)
-        features = self.backbone(images)
+        object_query = table(self.query_embed, self.config.num_queries, images.device)
+        plan = make_plan(self, images, object_query)
+        features = self.backbone(images) if plan is None else plan.backbone(images)
         grid = _feature_grid(features, tuple(images.shape[-2:]), mask, valid_hw)
         # Without padding one encoding serves the whole batch.
         padding = features.new_zeros((1, *grid.size), dtype=torch.bool)
         if grid.padding is not None:
             padding = grid.padding.unflatten(1, grid.size)
         position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
-        tokens = self.input_proj(features).flatten(2).transpose(1, 2)
-        object_query = table(self.query_embed, self.config.num_queries, tokens.device)
+        if plan is None:
+            tokens, transformer = self.input_proj(features).flatten(2).transpose(1, 2), self.transformer
+        else:
+            tokens, transformer = plan.tokens(features), plan.transformer
         with _attention_kernels(tokens, self.training):
-            hidden, reference = self.transformer(tokens, grid, position, object_query)
+            hidden, reference = transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)

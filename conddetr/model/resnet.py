@@ -27,6 +27,8 @@ CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
 """Kind of residual block → its convolutions, the shortcut's not counted."""
 _NAMES = {kind: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for kind, count in CONVOLUTIONS.items()}
 _KNOWN = {"downsample", *(name for pair in _NAMES["Bottleneck"] for name in pair)}
+POINTWISE = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+"""A window that sees one pixel and skips none, where its kernel is 1×1."""
 EPS = 1e-5
 """Of norms that do not say theirs: transformers' have it as a constant."""
 
@@ -187,6 +189,21 @@ def _first_reason(parts: dict[str, nn.Module | None], prefix: str = "") -> str |
         if reason is not None:
             return f"{prefix}{name}: {reason}"
     return None
+
+
+def plain_pairs(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Every convolution of the parts that are fused, with the norm behind it."""
+    if stem_misfit(body) is None:
+        yield body.conv1, body.bn1
+    for name in STAGES:
+        stage = getattr(body, name)
+        if type(stage) is not nn.Sequential or why_not_plain(stage) is not None:
+            continue
+        for block in stage:
+            if block_misfit(block) is None:
+                yield from conv_norm_pairs(block)
+                if type(block.downsample) is nn.Sequential:
+                    yield tuple(block.downsample)
 
 
 def survey(body: nn.Module) -> dict[str, str | None]:

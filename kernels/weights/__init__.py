@@ -1,6 +1,6 @@
 """The weights of a step: cast, folded and stacked, all of them in one pass."""
 
 from conddetr.kernels.weights.op import prepare_weights
-from conddetr.kernels.weights.reference import FrozenNorm, Replicas, Shift, Weight
+from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift, Weight
 
-__all__ = ["FrozenNorm", "Replicas", "Shift", "Weight", "prepare_weights"]
+__all__ = ["FrozenNorm", "Recipe", "Replicas", "Shift", "Weight", "prepare_weights"]

@@ -1,0 +1,230 @@
+"""The conditional decoder: what its layers share is computed once, the rest from fused operations."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conddetr.kernels import conditional_attention, paths, relu_dropout, sine_embedding
+from conddetr.kernels.weights import Weight
+from conddetr.model.fast import parts
+from conddetr.model.fast.encoder import self_attention
+from conddetr.model.fast.layers import (
+    Branch,
+    Dropout,
+    FeedForwardWeights,
+    Made,
+    branch_weights,
+    end_branch,
+    feed_forward,
+    feed_forward_weights,
+    for_a_module,
+)
+from conddetr.model.layers import MLP
+from conddetr.model.plain import why_not_plain
+from conddetr.model.transformer import (
+    ConditionalCrossAttention,
+    ConditionalDecoder,
+    ConditionalDecoderLayer,
+    FeatureGrid,
+    ProjectedSelfAttention,
+)
+
+_KINDS = frozenset((ConditionalDecoderLayer, ProjectedSelfAttention, ConditionalCrossAttention, MLP, nn.ModuleList))
+
+
+class LayerWeights(NamedTuple):
+    """Of one decoder layer."""
+
+    self_content: tuple[Made, Made]
+    """Queries, keys and values."""
+    self_attention: Branch
+    cross_content: tuple[Made, Made]
+    cross_sine: tuple[Made, Made]
+    cross_attention: Branch
+    feed_forward: FeedForwardWeights
+
+
+class DecoderWeights(NamedTuple):
+    """Of the whole decoder."""
+
+    layers: list[LayerWeights]
+    object_query: Made
+    self_position: tuple[Made, Made]
+    """Queries and keys of all layers."""
+    cross_position: tuple[Made, Made]
+    """Of the first layer."""
+    memory: tuple[Made, Made]
+    """Content keys and values of all layers."""
+    cell_position: tuple[Made, Made]
+    """Spatial keys of all layers."""
+    scale: list[tuple[Made, Made]]
+    """The two linear layers that predict λ; none where the form of the spatial query has no λ."""
+
+
+class Grid(NamedTuple):
+    """Keys of all layers."""
+
+    content: tuple[Tensor, ...]
+    """[B, N, C] each."""
+    rows: tuple[Tensor, ...]
+    """[B, h, C] each: with the columns they add up to the spatial keys."""
+    columns: tuple[Tensor, ...]
+    """[B, w, C] each."""
+    value: tuple[Tensor, ...]
+    """[B, N, C] each."""
+
+
+def recipes(decoder: ConditionalDecoder, object_query: Tensor) -> DecoderWeights | None:
+    """Of all parts but the reference points'; None where one of them has to be called as a module."""
+    known = [*decoder.layers, *([] if decoder.query_scale is None else [decoder.query_scale])]
+    if any(parts.misfit(part, _KINDS) is not None for part in known):
+        return None
+    layers = list(decoder.layers)
+    scale = [] if decoder.query_scale is None else list(decoder.query_scale.layers)
+    return DecoderWeights(
+        [_recipes(layer) for layer in layers],
+        Weight((object_query,)),
+        parts.stack(*(linear for layer in layers for linear in (layer.sa_qpos_proj, layer.sa_kpos_proj))),
+        parts.stack(layers[0].ca_qpos_proj),
+        parts.stack(*(linear for layer in layers for linear in (layer.ca_kcontent_proj, layer.ca_v_proj))),
+        parts.stack(*(layer.ca_kpos_proj for layer in layers)),
+        [parts.before_fusion(scale[0]), parts.stack(scale[1])] if scale else [],
+    )
+
+
+def _recipes(layer: ConditionalDecoderLayer) -> LayerWeights:
+    return LayerWeights(
+        parts.stack(layer.sa_qcontent_proj, layer.sa_kcontent_proj, layer.sa_v_proj),
+        branch_weights(layer.self_attn.out_proj, layer.norm1),
+        parts.stack(layer.ca_qcontent_proj),
+        parts.stack(layer.ca_qpos_sine_proj),
+        branch_weights(layer.cross_attn.out_proj, layer.norm2),
+        feed_forward_weights(layer, layer.norm3),
+    )
+
+
+def decode(
+    decoder: ConditionalDecoder,
+    weights: DecoderWeights,
+    memory: Tensor,
+    grid: FeatureGrid,
+    position: Tensor,
+    object_query: Tensor,
+    seeds: Iterator[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The decoder, where padding is a rectangle; arguments and results as of `ConditionalDecoder.forward`.
+
+    Args:
+        decoder: its norm and its reference points are called as modules.
+        weights: of its layers.
+        memory, position: in the step's dtype.
+        seeds: of dropout.
+    """
+    with torch.autocast(memory.device.type, enabled=False):
+        reference = decoder.reference_logits(object_query).sigmoid()
+        p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend).to(memory.dtype)
+    keys = _keys(weights, memory, position, grid.size)
+    positions = F.linear(weights.object_query, *weights.self_position).chunk(len(weights.layers), dim=-1)
+    out = memory.new_zeros(memory.shape[0], *object_query.shape)
+    trunk = out.to(torch.promote_types(out.dtype, torch.float32))
+    outs = (out, out)
+    outputs = []
+    for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
+        paths.note("decoder layer", "fused operations")
+        dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
+        trunk, out = _self_attend(layer, own, positions[index], trunk, outs[0], dropout)
+        spatial = _spatial_query(layer, weights, p_s, outs[1], out)
+        q_content = F.linear(out, *own.cross_content)
+        q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
+        if layer.is_first:
+            # As in `ConditionalDecoderLayer.forward`: the positions stay out of the keys.
+            q_content = q_content + F.linear(weights.object_query, *weights.cross_position)
+            q_spatial = q_content + q_spatial
+        attended = _cross_attend(layer.cross_attn, q_content, q_spatial, keys, index, grid, seeds)
+        trunk, out = end_branch(attended, trunk, own.cross_attention, dropout)
+        trunk, output, *outs = feed_forward(out, trunk, own.feed_forward, dropout, trunks=2, outs=2)
+        outputs.append((output, outs[0]))
+    return _normalized(decoder.norm, [for_a_module(*output) for output in outputs]), reference
+
+
+def _normalized(norm: nn.Module, outputs: list[Tensor]) -> Tensor:
+    """[L, B, Q, C]: all layers at once, unless the norm is more than plain and wants to be called for each."""
+    if type(norm) is nn.LayerNorm and why_not_plain(norm) is None:
+        return norm(torch.stack(outputs))
+    return torch.stack([norm(output) for output in outputs])
+
+
+def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple[int, int]) -> Grid:
+    """Keys and values of all layers: a product over the memory, and one over rows and columns."""
+    layers = len(weights.layers)
+    projected = F.linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
+    # Inside the valid rectangle the encoding of a cell is [PE(y); PE(x)], so its projection is a row's part plus a
+    # column's. The first cell of a row or column is valid if any is.
+    cells = position.unflatten(1, size)
+    half = position.shape[-1] // 2
+    ends = torch.cat([F.pad(cells[:, :, 0, :half], (0, half)), F.pad(cells[:, 0, :, half:], (half, 0))], dim=1)
+    weight, bias = weights.cell_position
+    rows, columns = F.linear(ends, weight).split(size, dim=1)
+    spread = (part.expand(memory.shape[0], -1, -1).chunk(layers, dim=-1) for part in (rows + bias, columns))
+    return Grid(projected[0::2], *spread, projected[1::2])
+
+
+def _self_attend(
+    layer: ConditionalDecoderLayer,
+    weights: LayerWeights,
+    position: Tensor,
+    trunk: Tensor,
+    out: Tensor,
+    dropout: Dropout,
+) -> tuple[Tensor, ...]:
+    width = out.shape[-1]
+    content, value = F.linear(out, *weights.self_content).split((2 * width, width), dim=-1)
+    query, key = (content + position).chunk(2, dim=-1)
+    attended = self_attention(query, key, value, layer.self_attn, None)
+    # λ is predicted from these tokens in one form of the spatial query.
+    return end_branch(attended, trunk, weights.self_attention, dropout)
+
+
+def _spatial_query(
+    layer: ConditionalDecoderLayer, weights: DecoderWeights, p_s: Tensor, embedding: Tensor, self_attended: Tensor
+) -> Tensor:
+    """As the layer's own: the conditional spatial query before its projection."""
+    if layer.csq == "C":
+        return embedding
+    if layer.csq == "P" or (layer.is_first and layer.csq != "T"):
+        return p_s
+    if layer.is_first:
+        return torch.ones_like(embedding)
+    (first, first_bias), last = weights.scale
+    asked = self_attended if layer.csq == "I" else embedding
+    hidden = relu_dropout(F.linear(asked, first), 0.0, "auto", first_bias)
+    transform = F.linear(hidden, *last)
+    return transform if layer.csq == "T" else transform * p_s
+
+
+def _cross_attend(
+    module: ConditionalCrossAttention,
+    q_content: Tensor,
+    q_spatial: Tensor,
+    keys: Grid,
+    index: int,
+    grid: FeatureGrid,
+    seeds: Iterator[Tensor],
+) -> Tensor:
+    paths.note("cross-attention", "conditional_attention, separable spatial keys")
+    dropout = Dropout(module.dropout if module.training else 0.0, seeds)
+    attended = conditional_attention(
+        module.split(q_content),
+        module.split(q_spatial),
+        module.split(keys.content[index]),
+        (module.split(keys.rows[index]), module.split(keys.columns[index])),
+        module.split(keys.value[index]),
+        valid_hw=grid.valid_hw,
+        dropout_p=dropout.probability,
+        seed=dropout.seed(),
+        backend=module.backend,
+    )
+    return attended.flatten(-2)

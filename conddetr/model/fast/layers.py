@@ -1,0 +1,107 @@
+"""What encoder and decoder layers share: the stream of tokens, residual branches, the feed-forward network."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conddetr.kernels import add_norm, relu_dropout
+from conddetr.kernels.weights import Recipe
+from conddetr.model.fast import parts
+from conddetr.model.layers import FeedForward
+
+Made = Recipe | Tensor
+"""Before a step the recipe of a weight, within it the weight."""
+
+
+class Branch(NamedTuple):
+    """The end of a residual branch: a product, then the bias, dropout, the residual sum and the norm in one kernel."""
+
+    weight: Made
+    bias: Made
+    norm: tuple[Made, Made]
+    eps: float
+
+
+class FeedForwardWeights(NamedTuple):
+    """Of a feed-forward network and the norm behind it."""
+
+    first: tuple[Made, Made]
+    last: Branch
+
+
+def feed_forward_weights(layer: FeedForward, norm: torch.nn.LayerNorm) -> FeedForwardWeights:
+    """Of an encoder or decoder layer whose last norm is given."""
+    return FeedForwardWeights(parts.before_fusion(layer.linear1), branch_weights(layer.linear2, norm))
+
+
+def branch_weights(last: torch.nn.Linear, norm: torch.nn.LayerNorm) -> Branch:
+    """Of the last linear layer of a branch, and the norm behind it."""
+    return Branch(*parts.before_fusion(last), parts.norm(norm), norm.eps)
+
+
+def for_a_module(trunk: Tensor, out: Tensor) -> Tensor:
+    """Of the same tokens in two dtypes the one that a module expects: under autocast float32, as its norms give it."""
+    return trunk if torch.is_autocast_enabled(out.device.type) else out
+
+
+class Dropout(NamedTuple):
+    """How much is dropped, and where the random bits come from."""
+
+    probability: float
+    seeds: Iterator[Tensor]
+
+    def seed(self) -> Tensor | None:
+        """One of its own for every operation."""
+        return next(self.seeds) if self.probability > 0 else None
+
+
+def seeds(device: torch.device, count: int) -> Iterator[Tensor]:
+    """So many seeds, [1] int64 each, drawn at once from torch's generator: repeatable, and replayed by CUDA graphs."""
+    drawn: list[Tensor] = []
+    for index in range(count):
+        if not drawn:
+            drawn.append(torch.randint(2**31 - 1, (count,), device=device))
+        yield drawn[0][index : index + 1]
+
+
+def end_branch(
+    x: Tensor,
+    trunk: Tensor,
+    weights: Branch,
+    dropout: Dropout,
+    position: Tensor | None = None,
+    trunks: int = 1,
+    outs: int = 1,
+) -> tuple[Tensor, ...]:
+    """norm(trunk + dropout(linear(x))): arguments and results as of `add_norm`."""
+    return add_norm(
+        F.linear(x, weights.weight),
+        trunk,
+        *weights.norm,
+        branch_bias=weights.bias,
+        position=position,
+        dropout_p=dropout.probability,
+        eps=weights.eps,
+        trunks=trunks,
+        outs=outs,
+        seed=dropout.seed(),
+        backend="auto",
+    )
+
+
+def feed_forward(
+    x: Tensor,
+    trunk: Tensor,
+    weights: FeedForwardWeights,
+    dropout: Dropout,
+    position: Tensor | None = None,
+    trunks: int = 1,
+    outs: int = 1,
+) -> tuple[Tensor, ...]:
+    """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`."""
+    product, bias = weights.first
+    hidden = relu_dropout(F.linear(x, product), dropout.probability, "auto", bias, dropout.seed())
+    return end_branch(hidden, trunk, weights.last, dropout, position, trunks, outs)

@@ -1,0 +1,54 @@
+"""Which parts of a model are plain, and their parameters as recipes of what a step computes with."""
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from conddetr.kernels.weights import Recipe, Replicas, Weight
+from conddetr.model.plain import why_not_plain
+
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
+    """The reason why a part has to be called as a module: it, or one within it, is more than plain.
+
+    Args:
+        part: to be looked through.
+        kinds: the classes of ours that it consists of, beside linear layers and layer norms.
+    """
+    for module in part.modules():
+        kind = type(module)
+        reason = why_not_plain(module)
+        if reason is None and kind not in kinds and kind not in _LINEAR and kind is not nn.LayerNorm:
+            reason = "it is another class"
+        if reason is None:
+            reason = _unusual(module)
+        if reason is not None:
+            name = next(name for name, other in part.named_modules() if other is module)
+            return f"{name or 'it'} ({kind.__name__}): {reason}"
+    return None
+
+
+def _unusual(module: nn.Module) -> str | None:
+    """What is not as usual about the parameters of a plain module."""
+    parameters = module._parameters
+    if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in parameters.values()):
+        return "its weights are a class of their own"
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and any(parameters[name] is None for name in ("weight", "bias")):
+        return "it has no weight or no bias"
+    return None
+
+
+def stack(*modules: nn.Linear) -> tuple[Recipe, Recipe]:
+    """Weights and biases of linear layers, one below the other."""
+    return tuple(Weight(tuple(getattr(module, name) for module in modules)) for name in ("weight", "bias"))
+
+
+def norm(module: nn.LayerNorm) -> tuple[Recipe, Recipe]:
+    """Weight and bias of a layer norm, as the kernels want them."""
+    return Replicas(module.weight), Replicas(module.bias)
+
+
+def before_fusion(module: nn.Linear) -> tuple[Recipe, Recipe]:
+    """Weight of a linear layer whose bias is added by the kernel behind it, and that bias."""
+    return Weight((module.weight,)), Replicas(module.bias)

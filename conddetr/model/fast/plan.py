@@ -1,0 +1,176 @@
+"""What of a model runs from fused operations in this step, and the weights for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.weights import FrozenNorm, Recipe, Shift, Weight, prepare_weights
+from conddetr.model import resnet
+from conddetr.model.backbone import ResNetBackbone, ResNetBody
+from conddetr.model.fast import decoder as fast_decoder
+from conddetr.model.fast import encoder as fast_encoder
+from conddetr.model.fast.layers import seeds
+from conddetr.model.plain import why_not_plain
+from conddetr.model.transformer import ConditionalDecoder, Encoder, FeatureGrid, Transformer
+
+SEEDS_PER_LAYER = 5
+"""Operations that draw random bits, at most."""
+
+Tree = TypeVar("Tree")
+
+
+@dataclass
+class Plan:
+    """The parts of one forward pass; what is None is called as a module."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    folded: dict[int, tuple[Tensor, Tensor]] | None
+    """`id` of a convolution → weight and bias, its frozen norm folded in."""
+    input_proj: tuple[Tensor, Tensor] | None
+    encoder: list[fast_encoder.LayerWeights | None] | None
+    decoder: fast_decoder.DecoderWeights | None
+    seeds: Iterator[Tensor]
+
+    def backbone(self, images: Tensor) -> Tensor:
+        """As the model's backbone."""
+        if self.folded is None:
+            return self.model.backbone(images)
+        [backbone] = self.model.backbone
+        *_, features = resnet.stages(backbone.body, images, backbone.body.backend, self._folded)
+        return features
+
+    def _folded(self, conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        return self.folded[id(conv)]
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] features -> [B, h·w, dim], as the model's input projection."""
+        if self.input_proj is None:
+            return self.model.input_proj(features).flatten(2).transpose(1, 2)
+        weight, bias = self.input_proj
+        # A 1×1 convolution is a product, of channels that lie side by side.
+        return F.linear(features.to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
+
+    def transformer(
+        self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the model's transformer."""
+        transformer = self.model.transformer
+        if self.encoder is None and self.decoder is None:
+            return transformer(tokens, grid, position, object_query)
+        tokens, position = tokens.to(self.dtype), position.to(self.dtype)
+        if self.encoder is None:
+            memory = transformer.encoder(tokens, grid.padding, position)
+        else:
+            memory = fast_encoder.encode(transformer.encoder, self.encoder, tokens, grid.padding, position, self.seeds)
+        is_rectangle = grid.padding is None or grid.valid_hw is not None
+        if self.decoder is None or not is_rectangle:
+            return transformer.decoder(memory, grid, position, object_query)
+        memory = memory.to(self.dtype)
+        return fast_decoder.decode(transformer.decoder, self.decoder, memory, grid, position, object_query, self.seeds)
+
+
+def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | None:
+    """Look at the model as it is now, and make the weights of the step.
+
+    Args:
+        model: a `DETR`.
+        images: [B, 3, H, W].
+        object_query: [Q, C], the parameter or what a module made of it.
+
+    Returns:
+        None where nothing of it can run here: another device, backend eager, torch.compile, a function transform.
+    """
+    device = images.device
+    dtype = _step_dtype(model, device)
+    if not _can_run(model.config.backend, device, dtype):
+        return None
+    backbone = _backbone_recipes(model.backbone)
+    input_proj = _input_recipes(model.input_proj)
+    encoder = decoder = None
+    if _is_plain(model.transformer, Transformer):
+        parts = model.transformer
+        encoder = fast_encoder.recipes(parts.encoder) if _is_plain(parts.encoder, Encoder) else None
+        if _is_plain(parts.decoder, ConditionalDecoder) and type(object_query) is nn.Parameter:
+            decoder = fast_decoder.recipes(parts.decoder, object_query)
+    paths.note("decoder", "modules" if decoder is None else "fused operations")
+    trees = (backbone, input_proj, encoder, decoder)
+    layers = len(encoder or ()) + len(decoder.layers if decoder else ())
+    drawn = seeds(device, SEEDS_PER_LAYER * layers)
+    return Plan(model, dtype, *_made(trees, dtype), drawn)
+
+
+def _step_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return model.dtype
+
+
+def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if backend == "eager" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # By name for the interpreter's sake, which stands in for a GPU where it was asked for.
+    return registry.why_not("triton", device, dtype, is_auto=backend != "triton") is None
+
+
+def _is_plain(part: nn.Module, kind: type) -> bool:
+    return type(part) is kind and why_not_plain(part) is None
+
+
+def _backbone_recipes(backbone: nn.Module) -> dict[int, tuple[Recipe, Recipe]] | None:
+    """Of the convolutions of a ResNet's plain parts."""
+    if not _is_plain(backbone, nn.Sequential) or not _is_plain(backbone[0], ResNetBackbone) or len(backbone) > 1:
+        return None
+    body = backbone[0].body
+    if not _is_plain(body, ResNetBody):
+        return None
+    return {id(conv): _folded_recipes(conv, norm) for conv, norm in resnet.plain_pairs(body)}
+
+
+def _folded_recipes(conv: nn.Conv2d, norm: nn.Module) -> tuple[Recipe, Recipe]:
+    frozen = FrozenNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", resnet.EPS))
+    return Weight((conv.weight,), frozen), Shift(frozen)
+
+
+def _input_recipes(conv: nn.Module) -> tuple[Recipe, Recipe] | None:
+    is_product = _is_plain(conv, nn.Conv2d) and resnet.window(conv) == resnet.POINTWISE and conv.kernel_size == (1, 1)
+    if not is_product or any(type(x) is not nn.Parameter for x in (conv.weight, conv.bias)):
+        return None
+    return Weight((conv.weight,)), Weight((conv.bias,))
+
+
+def _made(trees: tuple, dtype: torch.dtype) -> list:
+    """The same trees with weights in place of recipes.
+
+    All at once; with several processes part by part, so that the gradients of one can be exchanged while those of the
+    next are computed.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        made = iter(prepare_weights(list(_flatten(trees)), dtype))
+        return list(_rebuild(trees, made))
+    return [_rebuild(tree, iter(prepare_weights(list(_flatten(tree)), dtype))) for tree in trees]
+
+
+def _flatten(tree: object) -> Iterator[Recipe]:
+    if isinstance(tree, Recipe):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _flatten(branch)
+
+
+def _rebuild(tree: Tree, made: Iterator[Tensor]) -> Tree:
+    if isinstance(tree, Recipe):
+        return next(made)
+    if isinstance(tree, dict):
+        return {key: _rebuild(branch, made) for key, branch in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        branches = [_rebuild(branch, made) for branch in tree]
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+    return tree

@@ -1,0 +1,218 @@
+"""The forward pass from fused operations: the numbers of the modules, and modules where a part is more than plain."""
+
+import pytest
+import torch
+from torch import nn
+
+import conddetr
+from conddetr.kernels import registry
+from conddetr.model.fast import make_plan, parts
+from conddetr.model.fast.encoder import attention_mask
+
+pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {"num_classes": 3, "num_queries": 7, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_heads": 2}
+CSQ = ("full", "P", "C", "T", "I")
+
+
+def model_on(path, preset="conditional-detr-tiny", **options):
+    """A model that takes the fast path, or calls its modules; attention is plain PyTorch's arithmetic in both."""
+    torch.manual_seed(0)
+    model = conddetr.build(preset, backend="triton" if path == "fast" else "eager", **{**SMALL, **options})
+    for part in model.parts_with_backend():
+        part.backend = "eager"
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight, 1.0, 0.2)
+    nn.init.normal_(model.bbox_embed.layers[-1].weight)
+    return model.to(DEVICE)
+
+
+def images_of(*sizes):
+    torch.manual_seed(1)
+    return [torch.randn(3, *size, device=DEVICE) for size in sizes]
+
+
+def run(model, images, dtype=torch.float32, autocast=None):
+    """Outputs of all layers and gradients by name; dropout is off."""
+    model.eval()
+    with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
+        out = model([image.to(dtype) for image in images])
+    layers = [*out["aux_outputs"], out]
+    outputs = torch.stack([torch.cat([layer["pred_logits"], layer["pred_boxes"]], -1) for layer in layers])
+    weights = torch.linspace(-1, 1, outputs.numel(), device=DEVICE).view(outputs.shape)
+    (outputs * weights).sum().backward()
+    return outputs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, tolerance):
+    """Outputs and gradients, each to a share of its largest value."""
+    outputs, grads = found
+    assert set(grads) == set(expected[1])
+    for one, other in [(outputs, expected[0]), *((grads[name], expected[1][name]) for name in grads)]:
+        scale = max(1.0, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other.double(), atol=tolerance * scale, rtol=0)
+
+
+def distances(found, exact):
+    """Of the outputs and of each gradient: root mean square of the difference, as a share of its size."""
+    pairs = [(found[0], exact[0]), *((found[1][name], exact[1][name]) for name in exact[1])]
+    return [((one.double() - other).norm() / other.norm().clamp(min=1)).item() for one, other in pairs]
+
+
+@pytest.mark.parametrize("csq", CSQ)
+@pytest.mark.parametrize("sizes", [((64, 64), (48, 64)), ((64, 48), (64, 48))], ids=["padded", "equal"])
+def test_numbers_are_those_of_the_modules(csq, sizes):
+    images = images_of(*sizes)
+    found = run(model_on("fast", csq=csq), images)
+    assert_close(found, run(model_on("modules", csq=csq), images), 2e-5)
+
+
+def test_a_resnet_computes_what_its_modules_do():
+    images = images_of((64, 96), (64, 64))
+    options = {"preset": "conditional-detr-r50", "encoder_layers": 1, "decoder_layers": 1}
+    with conddetr.record_paths() as paths:
+        found = run(model_on("fast", **options), images)
+    assert paths["backbone"] == {"norms folded before": 17}
+    assert paths["prepare_weights"].total() == 1
+    # Float32 through 53 convolutions, whose folded weights round once more than the norms behind them.
+    exact = run(model_on("modules", **options).double(), images, torch.float64)
+    assert set(found[1]) == set(exact[1])
+    assert max(distances(found, exact)) < 2e-4
+
+
+@pytest.mark.parametrize("family", ["autocast", "half model"])
+def test_half_precision_is_as_exact_as_that_of_the_modules(family):
+    images = images_of((64, 64), (48, 64))
+    exact, _ = run(model_on("modules").double(), images, torch.float64)
+    errors = []
+    for path in ("modules", "fast"):
+        model = model_on(path)
+        if family == "autocast":
+            found, _ = run(model, images, autocast=torch.bfloat16)
+        else:
+            found, _ = run(model.bfloat16(), images, torch.bfloat16)
+        errors.append((found.double() - exact).abs().mean().item())
+    assert 0 < errors[1] <= 1.5 * errors[0]
+
+
+def test_the_step_trains_as_that_of_the_modules():
+    """With dropout the bits differ; without, five steps of AdamW take the same course."""
+    images = images_of((64, 64), (48, 64))
+    targets = [{"labels": torch.tensor([index]), "boxes": torch.rand(1, 4) * 0.3 + 0.3} for index in range(2)]
+    curves = []
+    for path in ("modules", "fast"):
+        model = model_on(path, dropout=0.0).train()
+        criterion = conddetr.build_criterion(model.config, backend="eager")
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        curve = []
+        for _ in range(5):
+            loss = criterion(model(images), targets)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=0)
+
+
+def test_dropout_follows_torchs_generator_and_the_mode():
+    images = images_of((64, 64))
+    model = model_on("fast", dropout=0.3)
+    outputs = []
+    for seed, train in ((1, True), (1, True), (2, True), (1, False), (2, False)):
+        torch.manual_seed(seed)
+        outputs.append(model.train(train)(images)["pred_boxes"])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    torch.testing.assert_close(outputs[3], outputs[4], rtol=0, atol=0)
+    assert not torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[3])
+
+
+CALLED = [
+    "transformer.encoder.layers.0.self_attn.out_proj",
+    "transformer.encoder.layers.1",
+    "transformer.encoder",
+    "transformer",
+    "transformer.decoder",
+    "transformer.decoder.layers.1.ca_v_proj",
+    "transformer.decoder.query_scale.layers.0",
+    "transformer.decoder.norm",
+    "transformer.decoder.ref_point_head",
+    "input_proj",
+    "backbone",
+    "class_embed",
+]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_hooks_fire_and_may_change_what_they_see(name):
+    """A part with a hook is called, on whichever path the rest runs."""
+    images = images_of((64, 64))
+    results = []
+    for path in ("fast", "modules"):
+        model = model_on(path)
+        calls = []
+
+        def hook(module, args, output, calls=calls):
+            calls.append(module)
+            return output * 1.5 if isinstance(output, torch.Tensor) else output
+
+        model.get_submodule(name).register_forward_hook(hook)
+        results.append((*run(model, images), len(calls)))
+    assert results[0][2] == results[1][2] > 0
+    assert_close(results[0][:2], results[1][:2], 2e-5)
+
+
+def test_a_layer_gives_way_alone():
+    model = model_on("fast")
+    model.transformer.encoder.layers[1].linear1.register_forward_hook(lambda *_: None)
+    with conddetr.record_paths() as paths:
+        model(images_of((64, 64)))
+    assert paths["encoder layer"] == {"fused operations": 1, "modules": 1}
+    assert paths["decoder layer"] == {"fused operations": 3}
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_why_a_part_has_to_be_called_is_said():
+    kinds = frozenset((nn.Sequential,))
+    part = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    assert parts.misfit(part, kinds) is None
+    assert parts.misfit(nn.Sequential(part, Doubled(2, 2)), kinds) == "1 (Doubled): it is another class"
+    assert "no bias" in parts.misfit(nn.Sequential(nn.Linear(2, 2, bias=False)), kinds)
+    part[0].register_forward_pre_hook(lambda *_: None)
+    assert parts.misfit(part, kinds) == "0 (Linear): it has hooks"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU `auto` takes this path")
+def test_it_stays_away_from_cpus_and_from_the_eager_backend():
+    model = model_on("fast")
+    image = torch.zeros(1, 3, 64, 64)
+    query = model.query_embed.weight
+    assert make_plan(model, image, query) is not None
+    for backend in ("auto", "eager"):
+        model.set_backend(backend)
+        assert make_plan(model, image, query) is None
+
+
+def test_masks_of_attention_are_aligned():
+    padding = torch.tensor([[False, True, False], [True, True, False]], device=DEVICE)
+    mask = attention_mask(padding, torch.bfloat16)
+    assert mask.shape == (2, 1, 1, 3)
+    assert mask.stride(0) % 16 == 0
+    assert (mask == 0).squeeze().tolist() == (~padding).tolist()
+
+
+def test_second_derivatives_are_an_error_that_names_the_way_out():
+    model = model_on("fast")
+    loss = model(images_of((64, 64)))["pred_boxes"].square().sum()
+    if registry.why_not("triton", torch.device(DEVICE), torch.float32) is not None:
+        pytest.skip("the kernels' gradients are plain PyTorch's here, which have second derivatives")
+    gradients = torch.autograd.grad(loss, list(model.transformer.parameters()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="backend"):
+        sum(g.square().sum() for g in gradients if g is not None).backward()
