@@ -1,7 +1,7 @@
 """Dropout with the operation beside it: the public functions, their checks, and the operator behind the kernels.
 
 On CPUs PyTorch draws its random numbers one after the other on one core: on a training step's feed-forward network that
-takes longer than the products. On GPUs bias, ReLU and dropout are three launches, and seven with their gradients, where
+takes longer than the products. On GPUs bias, ReLU and dropout are three launches, and three for their gradients, where
 one each way does; dropout before a sum is PyTorch's there (`add_norm` has it with all that follows).
 """
 
