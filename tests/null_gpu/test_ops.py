@@ -9,6 +9,7 @@ import torch
 from conddetr.kernels import (
     conditional_attention,
     conditional_spatial_query,
+    convolution,
     focal_loss,
     linear_assignment,
     matched_box_loss,
@@ -79,7 +80,15 @@ def assignment(device, backend):
     return linear_assignment(numbers(device, LAYERS, BATCH, OBJECTS, QUERIES).detach(), counts, backend=backend)
 
 
-OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment)
+def convolved(device, backend):
+    """In odd sizes, used twice."""
+    x, residual = (numbers(device, BATCH, 5, 7, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weights = (numbers(device, 5, 5, 3, 3), numbers(device, 5))
+    options = {"padding": (1, 1), "residual": residual, "relu": True, "uses": 2}
+    return sum(convolution(x, *weights, **options, backend=backend))
+
+
+OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, convolved)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
