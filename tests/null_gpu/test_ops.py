@@ -10,6 +10,7 @@ from conddetr.kernels import (
     add_norm,
     conditional_attention,
     conditional_spatial_query,
+    convolution,
     focal_loss,
     linear_assignment,
     matched_box_loss,
@@ -19,6 +20,7 @@ from conddetr.kernels import (
     relu_dropout,
     sine_embedding,
 )
+from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 
 LAYERS, BATCH, QUERIES, CLASSES, OBJECTS = 2, 3, 10, 4, 5
@@ -98,7 +100,24 @@ def hidden(device, backend):
     return relu_dropout(numbers(device, BATCH, QUERIES, 2048), 0.1, backend, replicas(device, 2048))
 
 
-OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, norm, hidden)
+def convolved(device, backend):
+    """In odd sizes, used twice."""
+    x, residual = (numbers(device, BATCH, 5, 7, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weights = (numbers(device, 5, 5, 3, 3), numbers(device, 5))
+    options = {"padding": (1, 1), "residual": residual, "relu": True, "uses": 2}
+    return sum(convolution(x, *weights, **options, backend=backend))
+
+
+def step_weights(device, backend):
+    """A folded convolution, a stack and replicas."""
+    norm = FrozenNorm(*(numbers(device, 5).detach() for _ in range(4)), 1e-5)
+    recipes = [Weight((numbers(device, 5, 4, 3, 3),), norm), Shift(norm)]
+    recipes += [Weight((numbers(device, 3, 4), numbers(device, 2, 4))), Replicas(numbers(device, 6))]
+    return sum(made.float().sum() for made in prepare_weights(recipes, torch.bfloat16, backend))
+
+
+TRANSFORMER = (attention, dense_attention, embedding, spatial_query, norm, hidden)
+OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, convolved, step_weights)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
