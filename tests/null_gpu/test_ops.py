@@ -14,6 +14,7 @@ from conddetr.kernels import (
     matched_box_loss,
     matching_cost,
     native,
+    prediction_errors,
     registry,
     sine_embedding,
 )
@@ -63,7 +64,7 @@ def classes(device, backend):
 def boxes(device, backend):
     assignment = torch.zeros(LAYERS, BATCH, QUERIES, dtype=torch.int64, device=device)
     objects = numbers(device, BATCH, OBJECTS, 4).detach()
-    return sum(matched_box_loss(numbers(device, LAYERS, BATCH, QUERIES, 4), objects, assignment, backend=backend))
+    return matched_box_loss(numbers(device, LAYERS, BATCH, QUERIES, 4), objects, assignment, backend=backend)
 
 
 def cost(device, backend):
@@ -79,7 +80,15 @@ def assignment(device, backend):
     return linear_assignment(numbers(device, LAYERS, BATCH, OBJECTS, QUERIES).detach(), counts, backend=backend)
 
 
-OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment)
+def errors(device, backend):
+    assignment = torch.zeros(LAYERS, BATCH, QUERIES, dtype=torch.int64, device=device)
+    labels = torch.zeros(BATCH, OBJECTS, dtype=torch.int64, device=device)
+    counts = torch.full((BATCH,), OBJECTS, dtype=torch.int32, device=device)
+    logits = numbers(device, LAYERS, BATCH, QUERIES, CLASSES)
+    return prediction_errors(logits, assignment, labels, counts, backend=backend)[1]
+
+
+OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, errors)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
