@@ -4,7 +4,7 @@ python benchmarks/boxes.py
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from torchvision.ops import box_convert, generalized_box_iou, generalized_box_io
 from conddetr.kernels import matched_box_loss, registry
 
 LAYERS, QUERIES, OBJECTS = 6, 300, 7
-Losses = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Losses = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)

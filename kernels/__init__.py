@@ -7,6 +7,7 @@ from conddetr.kernels.conv import convolution
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
 from conddetr.kernels.dropout import dropout_add, relu_dropout
+from conddetr.kernels.errors import prediction_errors
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
@@ -23,6 +24,7 @@ __all__ = [
     "linear_assignment",
     "matched_box_loss",
     "matching_cost",
+    "prediction_errors",
     "relu_dropout",
     "sine_embedding",
 ]

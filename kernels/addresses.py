@@ -1,4 +1,4 @@
-"""Tables of memory addresses on a device, for kernels that walk over many tensors in one launch."""
+"""Tables on a device, of memory addresses above all, for kernels that walk over many tensors in one launch."""
 
 import functools
 
@@ -16,7 +16,7 @@ def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     table that `fill_captured` fills.
     """
     if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64, device=device)
+        return without_wait(addresses, device)
     if torch.cuda.is_current_stream_capturing():
         empty = torch.empty(len(addresses), dtype=torch.int64, device=device)
         _captured.append((empty, addresses))
@@ -27,7 +27,13 @@ def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 # The same tensors lie at the same addresses in most steps. By stream, since only there the copy is known to be done.
 @functools.lru_cache(maxsize=64)
 def _copied(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return without_wait(addresses, device)
+
+
+def without_wait(numbers: object, device: torch.device) -> Tensor:
+    """Nested sequences of numbers as an int64 tensor on a device; the host does not wait for the copy."""
+    made = torch.tensor(numbers, dtype=torch.int64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
 
 def fill_captured() -> list[Tensor]:

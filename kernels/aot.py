@@ -30,6 +30,7 @@ from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.dropout import triton as dropout
+from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.sine import triton as sine
@@ -45,7 +46,7 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, focal, match, sine, weights)
+ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, sine, weights)
 """Where the kernels are."""
 
 
@@ -139,7 +140,9 @@ def convolution_jobs() -> Iterator[Job]:
 def loss_jobs() -> Iterator[Job]:
     """The kernels of the training loss, for 91 classes and 300 queries."""
     for kernel in ("focal_kernel", "focal_backward_kernel"):
-        yield Job(kernel, "91 classes", "bf16", tuple(focal.launch(91).items()))
+        yield Job(kernel, "91 classes", "bf16", (*focal.launch(91).items(), ("HAS_LABELS", True)))
+    yield Job("count_errors_kernel", "91 classes", "bf16", tuple(focal.launch(91).items()))
+    yield Job("sum_errors_kernel", "", "fp32", (("BLOCK", errors.BLOCK),))
     for variant, softmax in (("focal", False), ("softmax", True)):
         tiles = {"SOFTMAX": softmax, "BLOCK_N": cost.BLOCK_N, "BLOCK_Q": cost.BLOCK_Q}
         yield Job("cost_kernel", variant, "fp32", tuple(tiles.items()))
@@ -221,14 +224,14 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
 
 _KINDS = {
     "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
-              "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual"),
+              "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual", "errors"),
     "*i32": ("valid_hw", "counts"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding",),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes", "images", "channels", "position_rows", "replicas", "units"),
+            "classes", "images", "channels", "layers", "position_rows", "replicas", "units"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
           "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import focal_loss, matched_box_loss, registry
+from conddetr.kernels import focal_loss, matched_box_loss, prediction_errors, registry
+from conddetr.kernels.focal import matched_classes
 from conddetr.loss.matcher import assign
 from conddetr.loss.targets import PackedTargets, pack_targets
 
@@ -76,12 +77,14 @@ class Criterion(nn.Module):
         """
         matched = sum(min(count, num_queries) for count in counts)
         unmatched = len(counts) * num_queries - matched
-        sums = torch.tensor([sum(counts), matched + unmatched * self.no_object_weight], dtype=torch.float64)
-        sums = sums.to(device, non_blocking=True)
-        if dist.is_available() and dist.is_initialized():
+        weights = matched + unmatched * self.no_object_weight
+        is_alone = not (dist.is_available() and dist.is_initialized())
+        objects = max(1, sum(counts)) if is_alone else sum(counts)
+        sums = torch.tensor([objects, weights], dtype=torch.float64).to(device, non_blocking=True)
+        if not is_alone:
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
-        sums[0].clamp_(min=1)
+            sums[0].clamp_(min=1)
         return sums
 
     def forward(
@@ -114,55 +117,47 @@ class Criterion(nn.Module):
         assignment = assign(logits, boxes, targets, self.config, self.backend, self.check_finite)
         if normalizer is None:
             normalizer = self.normalizer(targets.counts, logits.shape[2], logits.device)
-        num_boxes, class_weights = normalizer.to(torch.promote_types(logits.dtype, torch.float32))
-        classes = _matched_classes(assignment, targets.labels)
-        l1, overlap = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
-        losses = {
-            "loss_ce": self._classification(logits, classes, num_boxes, class_weights),
-            "loss_bbox": l1 / num_boxes,
-            "loss_giou": overlap / num_boxes,
-        }
-        logs = _logs(logits.detach(), classes, targets.device_counts)
-        total = sum(self.weights[name] * value.sum() for name, value in losses.items())
-        return {"loss": total, **_name_by_layer({**losses, **logs})}
+        losses = self._losses(logits, boxes, assignment, targets, normalizer)
+        class_error, cardinality = prediction_errors(
+            logits, assignment, targets.labels, targets.device_counts, self.backend
+        )
+        named = dict(zip(self.weights, losses, strict=True))
+        logs = {"class_error": class_error, "cardinality_error": cardinality}
+        return {"loss": self._total(losses), **_name_by_layer({**named, **logs})}
 
-    def _classification(self, logits: Tensor, classes: Tensor, num_boxes: Tensor, class_weights: Tensor) -> Tensor:
-        """Classification loss per layer, [L]."""
+    def _losses(
+        self, logits: Tensor, boxes: Tensor, assignment: Tensor, targets: PackedTargets, normalizer: Tensor
+    ) -> Tensor:
+        """Unweighted, in the order of `self.weights`, of each layer: [3, L]. One tensor, so that what is done to all is
+        done once.
+        """
+        of_boxes = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
         if self.config.family == "detr":
-            logits = logits.to(num_boxes.dtype)
-            target = torch.where(classes < 0, logits.shape[-1] - 1, classes)
-            weight = self.class_weight.to(logits.dtype)
-            loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-            return loss.view(len(logits), -1).sum(1) / class_weights
-        return focal_loss(logits, classes, self.config.focal_alpha, self.config.focal_gamma, self.backend) / num_boxes
+            classes = matched_classes(assignment, targets.labels)
+            of_classes = self._cross_entropy(logits, classes)
+            num_boxes, class_weights = normalizer.to(of_classes.dtype)
+            divisor = torch.stack([class_weights, num_boxes, num_boxes]).unsqueeze(1)
+        else:
+            options = (self.config.focal_alpha, self.config.focal_gamma, self.backend)
+            of_classes = focal_loss(logits, assignment, *options, labels=targets.labels)
+            # A scalar of another dtype need not be cast before.
+            divisor = normalizer[0]
+        return torch.cat([of_classes.unsqueeze(0), of_boxes]) / divisor
 
+    def _total(self, losses: Tensor) -> Tensor:
+        """[3, L] -> the weighted sum, a scalar."""
+        of_classes, l1, overlap = losses.sum(1)
+        weights = self.weights
+        total = of_classes.mul(weights["loss_ce"]).add(l1, alpha=weights["loss_bbox"])
+        return total.add(overlap, alpha=weights["loss_giou"])
 
-def _matched_classes(assignment: Tensor, labels: Tensor) -> Tensor:
-    """Class of the object that each query got, -1 for none: [L, B, Q], [B, N] -> [L, B, Q]."""
-    if labels.shape[1] == 0:
-        return assignment
-    of_object = labels.expand(len(assignment), -1, -1).gather(2, assignment.clamp(min=0))
-    return torch.where(assignment < 0, assignment, of_object)
-
-
-@torch.no_grad()
-def _logs(logits: Tensor, classes: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Class error in percent of the last layer (scalar) and cardinality error in objects per layer, [L].
-
-    As in the official code, cardinality counts queries whose best class is not the last logit; that counts
-    objects in DETR, where the last is no-object, and says little in Conditional DETR.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    is_matched = classes[-1] >= 0
-    correct = (is_matched & (logits[-1].argmax(-1) == classes[-1])).sum()
-    # Of equal logits the first counts as the best. `amax` takes a quarter of the time of `argmax` on a CPU.
-    is_object = torch.zeros_like(classes, dtype=torch.bool)
-    if logits.shape[-1] > 1:
-        is_object = logits[..., :-1].amax(-1) >= logits[..., -1]
-    return {
-        "class_error": 100 - 100 * correct.to(dtype) / is_matched.sum().clamp(min=1),
-        "cardinality_error": (is_object.sum(-1) - counts).abs().to(dtype).mean(1),
-    }
+    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Of each layer, [L]: logits [L, B, Q, K], classes [L, B, Q], -1 for none."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = torch.where(classes < 0, logits.shape[-1] - 1, classes)
+        weight = self.class_weight.to(logits.dtype)
+        loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
+        return loss.view(len(logits), -1).sum(1)
 
 
 def _name_by_layer(values: dict[str, Tensor]) -> dict[str, Tensor]:

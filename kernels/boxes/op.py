@@ -10,9 +10,7 @@ from conddetr.kernels import paths, registry
 from conddetr.kernels.boxes import reference
 
 
-def matched_box_loss(
-    boxes: Tensor, objects: Tensor, assignment: Tensor, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor, backend: str = "auto") -> Tensor:
     """Sums over the matched pairs of |a - b| and of 1 - GIoU(a, b) (DETR, section 3.1).
 
     Args:
@@ -22,7 +20,7 @@ def matched_box_loss(
         backend: `auto`, `triton` or `eager`.
 
     Returns:
-        L1 and GIoU loss, [L] each, float32 (float64 if `boxes` is). They and their gradients are finite for finite
+        [2, L], L1 and GIoU loss, float32 (float64 if `boxes` is). They and their gradients are finite for finite
         boxes, unless the L1 distance itself exceeds the dtype.
 
     Raises:
@@ -35,8 +33,7 @@ def matched_box_loss(
         paths.note("matched_box_loss", "eager", choice.refused)
         return reference.matched_box_loss(boxes, objects.detach(), assignment)
     paths.note("matched_box_loss", choice.backend)
-    losses = torch.ops.conddetr.matched_box_loss(boxes.contiguous(), objects.contiguous(), assignment.contiguous())
-    return losses[:, 0], losses[:, 1]
+    return torch.ops.conddetr.matched_box_loss(boxes.contiguous(), objects.contiguous(), assignment.contiguous())
 
 
 def _check(boxes: Tensor, objects: Tensor, assignment: Tensor) -> None:
@@ -69,7 +66,7 @@ def _forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
 
 @_forward.register_fake
 def _(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    return boxes.new_empty((boxes.shape[0], 2), dtype=torch.float32)
+    return boxes.new_empty((2, boxes.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op(

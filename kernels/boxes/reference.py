@@ -50,8 +50,8 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(is_area, iou + union - 1, 0.0)
 
 
-def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [L] and [L]; see `op.py`."""
+def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+    """boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [2, L]; see `op.py`."""
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     if registry.transforms():
         per_query = _losses_of_all(boxes.to(dtype), objects.to(dtype), assignment)
@@ -62,8 +62,7 @@ def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tupl
         per_query[:, layer, image, query] = pair_losses(
             boxes[layer, image, query].to(dtype), objects[image, assignment[matched]].to(dtype)
         )
-    l1, overlap = per_query.flatten(2).sum(2)
-    return l1, overlap
+    return per_query.flatten(2).sum(2)
 
 
 def pair_losses(predicted: Tensor, wanted: Tensor) -> Tensor:

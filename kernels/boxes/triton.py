@@ -116,27 +116,27 @@ def load_pairs(boxes, objects, assignment, predictions, queries, capacity, BLOCK
 
 @triton.jit(do_not_specialize=SIZES)
 def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, capacity, BLOCK: tl.constexpr):
-    """partial[layer, block] = (L1, GIoU loss) of the matched ones in a block of predictions."""
+    """partial[0, layer, block] = L1 and partial[1, layer, block] = GIoU loss of the matched ones in a block."""
     _, _, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
         boxes, objects, assignment, predictions, queries, capacity, BLOCK
     )
     l1 = tl.abs(ax - bx) + tl.abs(ay - by) + tl.abs(aw - bw) + tl.abs(ah - bh)
     overlap = tl.where(is_matched, 1.0 - generalized_iou(ax, ay, aw, ah, bx, by, bw, bh), 0.0)
-    slot = partial + 2 * (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    slot = partial + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(slot, tl.sum(l1, axis=0))
-    tl.store(slot + 1, tl.sum(overlap, axis=0))
+    tl.store(slot + tl.num_programs(0) * tl.num_programs(1), tl.sum(overlap, axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def box_loss_backward_kernel(
     grad_loss, boxes, objects, assignment, grad, predictions, queries, capacity, BLOCK: tl.constexpr
 ):
-    """Gradient of every prediction; grad_loss [L, 2] of the two losses."""
+    """Gradient of every prediction; grad_loss [2, L] of the two losses."""
     index, inside, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
         boxes, objects, assignment, predictions, queries, capacity, BLOCK
     )
-    of_l1 = tl.load(grad_loss + 2 * tl.program_id(1))
-    of_giou = -tl.load(grad_loss + 2 * tl.program_id(1) + 1)
+    of_l1 = tl.load(grad_loss + tl.program_id(1))
+    of_giou = -tl.load(grad_loss + tl.num_programs(1) + tl.program_id(1))
     width_a, width_b, width, hull_width, height_a, height_b, height, hull_height, is_area = relative_extents(
         ax, ay, aw, ah, bx, by, bw, bh
     )
@@ -166,15 +166,15 @@ def _sizes(boxes: Tensor, objects: Tensor) -> tuple[tuple[int, int], tuple[int, 
 
 
 def forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    """Contiguous boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [L, 2] float32."""
+    """Contiguous boxes [L, B, Q, 4], objects [B, N, 4], assignment [L, B, Q] -> [2, L] float32."""
     grid, sizes = _sizes(boxes, objects)
-    partial = boxes.new_empty((grid[1], grid[0], 2), dtype=torch.float32)
+    partial = boxes.new_empty((2, grid[1], grid[0]), dtype=torch.float32)
     box_loss_kernel[grid](boxes, objects, assignment, partial, *sizes, BLOCK=BLOCK)
-    return partial.sum(1)
+    return partial.sum(2)
 
 
 def backward(grad_loss: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    """Gradient of the boxes, in their dtype; grad_loss [L, 2] float32; all contiguous."""
+    """Gradient of the boxes, in their dtype; grad_loss [2, L] float32; all contiguous."""
     grid, sizes = _sizes(boxes, objects)
     grad = torch.empty_like(boxes)
     box_loss_backward_kernel[grid](grad_loss, boxes, objects, assignment, grad, *sizes, BLOCK=BLOCK)

@@ -24,6 +24,14 @@ def modulated_loss(logits: Tensor, gamma: float) -> Tensor:
     return logits.clamp(-bound, bound).sigmoid() ** gamma * F.softplus(logits, threshold=40)
 
 
+def matched_classes(assignment: Tensor, labels: Tensor) -> Tensor:
+    """Class of the object that each query got, -1 for none: [L, B, Q] and labels [B, N] -> [L, B, Q]."""
+    if labels.shape[1] == 0:
+        return assignment
+    of_object = labels.expand(len(assignment), -1, -1).gather(2, assignment.clamp(min=0))
+    return torch.where(assignment < 0, assignment, of_object)
+
+
 def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
     """logits [L, ..., K] and target [L, ...] -> [L]; see `op.py`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conddetr.kernels.focal.reference import class_weights
 
-SIZES = ("rows",)
+SIZES = ("rows", "queries", "capacity")
 """Not specialised (`registry.py` says why)."""
 BLOCK_ELEMENTS = 2048
 """Logits per program: enough loads in flight for bandwidth, few enough registers not to spill."""
@@ -31,7 +31,17 @@ def logistic(x):
 
 
 @triton.jit
-def load_block(logits, target, rows, CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def class_of_object(labels, matched, image, capacity, mask):
+    """Class of the object that a query is matched with, -1 for none."""
+    is_object = mask & (matched >= 0) & (matched < capacity)
+    return tl.load(labels + image.to(tl.int64) * capacity + matched, mask=is_object, other=-1)
+
+
+@triton.jit
+def load_block(
+    logits, target, labels, rows, queries, capacity,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr,
+):  # fmt: skip
     """Offsets and mask [BLOCK, PADDED] of a block of one layer's rows, the logits, and whether each is the target's."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
@@ -41,16 +51,20 @@ def load_block(logits, target, rows, CLASSES: tl.constexpr, PADDED: tl.constexpr
     mask = inside[:, None] & (column < CLASSES)[None, :]
     x = tl.load(logits + offset, mask=mask, other=0.0).to(tl.float32)
     wanted = tl.load(target + first + row, mask=inside, other=-1)
+    if HAS_LABELS:
+        wanted = class_of_object(labels, wanted, row // queries, capacity, inside)
     return offset, mask, x, column[None, :] == wanted[:, None]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def focal_kernel(
-    logits, target, partial, rows, gamma, present, absent,
-    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, target, labels, partial, rows, queries, capacity, gamma, present, absent,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
     """partial[layer, block] = the loss of a block of rows."""
-    _, mask, x, is_target = load_block(logits, target, rows, CLASSES, PADDED, BLOCK)
+    _, mask, x, is_target = load_block(
+        logits, target, labels, rows, queries, capacity, CLASSES, PADDED, BLOCK, HAS_LABELS
+    )
     # Each class is a binary problem; z is the logit of the wrong answer.
     z = tl.where(is_target, -x, x)
     _, softplus = logistic(z)
@@ -62,11 +76,13 @@ def focal_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def focal_backward_kernel(
-    grad_loss, logits, target, grad, rows, gamma, present, absent,
-    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    grad_loss, logits, target, labels, grad, rows, queries, capacity, gamma, present, absent,
+    CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_loss[layer] · derivative of the loss of each logit."""
-    offset, mask, x, is_target = load_block(logits, target, rows, CLASSES, PADDED, BLOCK)
+    offset, mask, x, is_target = load_block(
+        logits, target, labels, rows, queries, capacity, CLASSES, PADDED, BLOCK, HAS_LABELS
+    )
     z = tl.where(is_target, -x, x)
     wrong, softplus = logistic(z)
     right, of_right = logistic(-z)
@@ -81,24 +97,27 @@ def launch(classes: int) -> dict[str, int]:
     return {"CLASSES": classes, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded)}
 
 
-def _grid(logits: Tensor) -> tuple[int, tuple[int, int], dict[str, int]]:
-    """Rows per layer, the grid, and the block sizes."""
-    sizes = launch(logits.shape[-1])
+def _grid(logits: Tensor, labels: Tensor | None) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, object]]:
+    """The grid; rows per layer, rows per image and objects per image; and the block sizes."""
+    sizes = {**launch(logits.shape[-1]), "HAS_LABELS": labels is not None}
     rows = logits[0, ..., 0].numel()
-    return rows, (triton.cdiv(rows, sizes["BLOCK"]), len(logits)), sizes
+    queries, capacity = (rows, 0) if labels is None else (rows // len(labels), labels.shape[1])
+    return (triton.cdiv(rows, sizes["BLOCK"]), len(logits)), (rows, queries, capacity), sizes
 
 
-def forward(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Contiguous logits [L, ..., K] and target [L, ...] -> [L] float32; the order of the sum is fixed."""
-    rows, grid, sizes = _grid(logits)
+def forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:
+    """Contiguous logits [L, ..., K], target [L, ...], labels [B, N] -> [L] float32; the order of the sum is fixed."""
+    grid, counts, sizes = _grid(logits, labels)
     partial = logits.new_empty((grid[1], grid[0]), dtype=torch.float32)
-    focal_kernel[grid](logits, target, partial, rows, gamma, *class_weights(alpha), **sizes)
+    focal_kernel[grid](logits, target, labels, partial, *counts, gamma, *class_weights(alpha), **sizes)
     return partial.sum(1)
 
 
-def backward(grad_loss: Tensor, logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Tensor:
+def backward(
+    grad_loss: Tensor, logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float
+) -> Tensor:
     """Gradient of contiguous logits, in their dtype; grad_loss [L] float32, contiguous."""
-    rows, grid, sizes = _grid(logits)
+    grid, counts, sizes = _grid(logits, labels)
     grad = torch.empty_like(logits)
-    focal_backward_kernel[grid](grad_loss, logits, target, grad, rows, gamma, *class_weights(alpha), **sizes)
+    focal_backward_kernel[grid](grad_loss, logits, target, labels, grad, *counts, gamma, *class_weights(alpha), **sizes)
     return grad

@@ -129,7 +129,8 @@ class _Work:
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of addresses, parts and blocks."""
-        return addresses.table(tuple(self.addresses), device), *_tables(tuple(self.fields), device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return addresses.table(tuple(self.addresses), device), *_tables(tuple(self.fields), device, stream)
 
 
 class _Piece(NamedTuple):
@@ -248,13 +249,13 @@ def _dense(grad: Tensor, is_replicas: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(fields: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tables of parts and of blocks, of shapes alone."""
+def _tables(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """The tables of parts and of blocks, of shapes alone; by stream, since only there the copies are done."""
     blocks = []
     for part, (kind, _, size, *_) in enumerate(fields):
         step = BLOCK // PARTIAL_ROWS if kind == PARTIALS else BLOCK
         blocks += [(part, first) for first in range(0, size, step)]
-    return tuple(torch.tensor(rows, dtype=torch.int64).to(device) for rows in (fields, blocks))
+    return tuple(addresses.without_wait(rows, device) for rows in (fields, blocks))
 
 
 def _shape(recipe: Recipe) -> torch.Size:

@@ -60,15 +60,13 @@ def loop(boxes, objects, assignment):
 
 def test_reference_against_a_loop():
     boxes, objects, assignment = case()
-    torch.testing.assert_close(
-        torch.stack(matched_box_loss(boxes, objects, assignment)), loop(boxes, objects, assignment)
-    )
+    torch.testing.assert_close(matched_box_loss(boxes, objects, assignment), loop(boxes, objects, assignment))
 
 
 def test_reference_gradients():
     boxes, objects, assignment = case(1, 2, 3, 2)
     boxes += 0.01 * torch.rand_like(boxes)  # away from the jumps
-    run = lambda x: torch.stack(matched_box_loss(x, objects, assignment))  # noqa: E731
+    run = lambda x: matched_box_loss(x, objects, assignment)  # noqa: E731
     assert torch.autograd.gradcheck(run, boxes.requires_grad_())
 
 
@@ -80,7 +78,7 @@ def test_kernels_match_the_reference(queries, dtype, device):
 
     def run(backend, dtype):
         leaf = boxes.to(device, dtype).requires_grad_()
-        losses = torch.stack(matched_box_loss(leaf, objects.to(device), assignment.to(device), backend))
+        losses = matched_box_loss(leaf, objects.to(device), assignment.to(device), backend)
         return losses.detach(), torch.autograd.grad(losses, leaf, upstream.to(device, losses.dtype))[0]
 
     exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
@@ -123,7 +121,7 @@ def test_boxes_without_area_and_huge_ones_stay_finite(backend, device):
 def test_no_objects(backend, device):
     boxes = torch.rand(2, 3, 5, 4, device=device, requires_grad=True)
     nothing = torch.full((2, 3, 5), -1, device=device)
-    losses = torch.stack(matched_box_loss(boxes, torch.zeros(3, 0, 4, device=device), nothing, backend))
+    losses = matched_box_loss(boxes, torch.zeros(3, 0, 4, device=device), nothing, backend)
     losses.sum().backward()
     assert (losses == 0).all()
     assert (boxes.grad == 0).all()

@@ -89,10 +89,29 @@ def test_small_losses_keep_their_digits(device):
     assert found == pytest.approx(0.75 * p**2 * -math.log1p(-p), rel=1e-5)
 
 
+@pytest.mark.parametrize("capacity", [0, 7])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_classes_of_matched_objects(backend, capacity, device):
+    """As if their classes had been looked up one by one; to the bit, with the gradient."""
+    logits = torch.randn(2, 3, 40, 5, device=device, requires_grad=True)
+    labels = torch.randint(5, (3, capacity))
+    assignment = torch.randint(-1, capacity, (2, 3, 40))
+    classes = torch.full_like(assignment, -1)
+    for layer, image, query in (assignment >= 0).nonzero().tolist():
+        classes[layer, image, query] = labels[image, assignment[layer, image, query]]
+    expected = focal_loss(logits, classes.to(device), backend=backend)
+    found = focal_loss(logits, assignment.to(device), backend=backend, labels=labels.to(device))
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (found, expected)))
+
+
 def test_operator_registration(device):
     logits = torch.randn(2, 3, 5, device=device, requires_grad=True)
     target = torch.randint(-1, 5, (2, 3), device=device)
-    torch.library.opcheck(torch.ops.conddetr.focal_loss.default, (logits, target, 0.25, 2.0))
+    torch.library.opcheck(torch.ops.conddetr.focal_loss.default, (logits, target, None, 0.25, 2.0))
+    logits = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
+    target, labels = torch.randint(-1, 3, (2, 3, 4), device=device), torch.randint(5, (3, 3), device=device)
+    torch.library.opcheck(torch.ops.conddetr.focal_loss.default, (logits, target, labels, 0.25, 2.0))
 
 
 def test_no_rows(device):
@@ -112,3 +131,5 @@ def test_errors():
         focal_loss(logits, target.float())
     with pytest.raises(ValueError, match="gamma: expected at least 0, got -1"):
         focal_loss(logits, target, gamma=-1)
+    with pytest.raises(ValueError, match=r"labels: expected \[B, N\] torch.int64 with target \[L, B, Q\], got"):
+        focal_loss(logits, target, labels=target)

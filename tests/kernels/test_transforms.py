@@ -81,7 +81,7 @@ def box_loss() -> Operation:
     objects, assignment = boxes(2, 2), torch.tensor([[[0, -1, 1], [-1, 1, 0]]])
 
     def call(x, backend):
-        return torch.stack(kernels.matched_box_loss(x, objects.to(x.dtype), assignment, backend))
+        return kernels.matched_box_loss(x, objects.to(x.dtype), assignment, backend)
 
     return Operation(call, (boxes(1, 2, 3),))
 
@@ -291,8 +291,8 @@ def test_vmap_over_what_has_no_gradient():
         (attend, (content, keys, rows, columns, valid)),
         (kernels.focal_loss, (logits, target)),
         (lambda target: kernels.focal_loss(logits[0], target), (target,)),
-        (lambda *x: torch.stack(kernels.matched_box_loss(*x)), (predicted, objects, assignment)),
-        (lambda *x: torch.stack(kernels.matched_box_loss(*x)), empty),
+        (kernels.matched_box_loss, (predicted, objects, assignment)),
+        (kernels.matched_box_loss, empty),
     ):
         expected = torch.stack([function(*(x[index] for x in inputs)) for index in range(2)])
         torch.testing.assert_close(torch.func.vmap(function)(*inputs), expected, atol=1e-6, rtol=1e-5)

@@ -38,7 +38,9 @@ def test_eager_is_plain_pytorch(train):
     }
     if train:
         expected |= {"relu_dropout": {"eager": 3}, "dropout_add": {"eager": 8}, "linear_assignment": {"eager": 1}}
-        expected |= {name: {"eager": 1} for name in ("matching_cost", "focal_loss", "matched_box_loss")}
+        expected |= {
+            name: {"eager": 1} for name in ("matching_cost", "focal_loss", "matched_box_loss", "prediction_errors")
+        }
     assert found == expected
     assert found.reasons == {}
 
@@ -82,7 +84,7 @@ def test_kernels_in_training():
     assert found["conditional_attention"] == {"native": 5}
     assert (found["relu_dropout"], found["dropout_add"]) == ({"native": 3}, {"native": 8})
     assert found["linear_assignment"] == {"native": 1}
-    for name in ("matching_cost", "focal_loss", "matched_box_loss"):
+    for name in ("matching_cost", "focal_loss", "matched_box_loss", "prediction_errors"):
         assert found[name] == {"eager": 1}
         assert found.reasons[name].keys() == {"triton", "native"}
 
@@ -90,7 +92,7 @@ def test_kernels_in_training():
 def test_triton_under_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = record("conditional-detr-tiny", "triton", train=True)
-    for name in ("conditional_attention", "sine_embedding", "matching_cost", "focal_loss", "matched_box_loss"):
+    for name in ("conditional_attention", "sine_embedding", "matching_cost", "focal_loss", "prediction_errors"):
         assert set(found[name]) == {"triton"}, name
     assert found["self-attention"] == {SDPA: 3}
 

@@ -16,6 +16,7 @@ from conddetr.kernels import (
     matched_box_loss,
     matching_cost,
     native,
+    prediction_errors,
     registry,
     relu_dropout,
     sine_embedding,
@@ -67,7 +68,7 @@ def classes(device, backend):
 def boxes(device, backend):
     assignment = torch.zeros(LAYERS, BATCH, QUERIES, dtype=torch.int64, device=device)
     objects = numbers(device, BATCH, OBJECTS, 4).detach()
-    return sum(matched_box_loss(numbers(device, LAYERS, BATCH, QUERIES, 4), objects, assignment, backend=backend))
+    return matched_box_loss(numbers(device, LAYERS, BATCH, QUERIES, 4), objects, assignment, backend=backend)
 
 
 def cost(device, backend):
@@ -116,8 +117,16 @@ def step_weights(device, backend):
     return sum(made.float().sum() for made in prepare_weights(recipes, torch.bfloat16, backend))
 
 
+def errors(device, backend):
+    assignment = torch.zeros(LAYERS, BATCH, QUERIES, dtype=torch.int64, device=device)
+    labels = torch.zeros(BATCH, OBJECTS, dtype=torch.int64, device=device)
+    counts = torch.full((BATCH,), OBJECTS, dtype=torch.int32, device=device)
+    logits = numbers(device, LAYERS, BATCH, QUERIES, CLASSES)
+    return prediction_errors(logits, assignment, labels, counts, backend=backend)[1]
+
+
 TRANSFORMER = (attention, dense_attention, embedding, spatial_query, norm, hidden)
-OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, convolved, step_weights)
+OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, errors, convolved, step_weights)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
