@@ -13,7 +13,6 @@ auxiliary losses, which ours has.
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -82,9 +81,14 @@ class Run:
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """Inference is in one autocast context throughout: where weights can have gradients, it casts them once."""
-        is_training = self.work == "training"
-        with torch.set_grad_enabled(is_training), torch.autocast("cuda", torch.bfloat16, enabled=self.work == AUTOCAST):
+        """Inference is in one autocast context throughout: where weights can have gradients, it casts them once.
+
+        A training step must be in none, or what it casts would still be there in the next step.
+        """
+        if self.work == "training":
+            yield
+            return
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=self.work == AUTOCAST):
             yield
 
 
@@ -405,7 +409,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # A null GPU's streams may be in use by threads of libraries at the end.
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(main())
