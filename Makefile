@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint bench paper gpu sanitize clean
+.PHONY: demo test test-all lint bench count paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -69,6 +69,10 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/report.py
+
+# What a training step and inference ask of a GPU, counted without one, beside how it was (docs/performance.md).
+count: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/step.py --before benchmarks/counts/before.json
 
 # The paper's tables, the convergence of both families in small, and cost against size. COCO=dir gives the tables its
 # image sizes; convergence stays with synthetic images, whose number does not depend on a data set.

@@ -183,7 +183,7 @@ def commit() -> str:
     head = _said("git", "rev-parse", "--short", "HEAD")
     if not head:
         return os.environ.get("CONDDETR_COMMIT") or "unknown"
-    code = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs")
+    code = (":/", *(f":(top,exclude){written}" for written in ("benchmarks/results", "benchmarks/counts", "docs")))
     return f"{head}{'-dirty' if _said('git', 'status', '--porcelain', '--', *code) else ''}"
 
 

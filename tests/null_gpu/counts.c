@@ -50,6 +50,15 @@ void null_gpu_reset(void) {
   pthread_mutex_unlock(&books);
 }
 
+// Launches, waits, and copies and memsets so far: what can be asked after every operation.
+void null_gpu_totals(long totals[3]) {
+  pthread_mutex_lock(&books);
+  totals[0] = counts.launches;
+  totals[1] = counts.waits;
+  totals[2] = counts.to_device + counts.from_device + counts.within_device + counts.memsets;
+  pthread_mutex_unlock(&books);
+}
+
 static void write_counts(FILE *file) {
   const struct {
     const char *name;
@@ -64,6 +73,7 @@ static void write_counts(FILE *file) {
       {"bytes_to_device", counts.bytes_to_device},
       {"bytes_from_device", counts.bytes_from_device},
       {"bytes_within_device", counts.bytes_within_device},
+      {"memsets", counts.memsets},
       {"allocations", counts.allocations},
       {"modules", counts.modules},
       {"refused_in_capture", counts.refused_in_capture},

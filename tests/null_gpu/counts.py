@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +30,8 @@ class Counts:
     bytes_to_device: int = 0
     bytes_from_device: int = 0
     bytes_within_device: int = 0
+    memsets: int = 0
+    """Orders to clear memory, which are no launches here, although a GPU works for each."""
     allocations: int = 0
     """Of the runtime, pinned memory included; the caching allocator makes few."""
     modules: int = 0
@@ -37,6 +40,22 @@ class Counts:
     """Calls that a capture of a CUDA graph forbids."""
     peak_bytes: int = 0
     """Of PyTorch's allocator on the current device; libraries' workspaces are none here."""
+
+
+class Totals(NamedTuple):
+    """What there was since the last block of `counted` began."""
+
+    launches: int
+    waits: int
+    others: int
+    """Copies and memsets."""
+
+
+def totals() -> Totals:
+    """Quick to ask, so that what happened between two moments can be told."""
+    numbers = (ctypes.c_long * 3)()
+    ctypes.CDLL(None).null_gpu_totals(numbers)
+    return Totals(*numbers)
 
 
 @contextmanager

@@ -159,8 +159,15 @@ cudaError_t cudaMemcpyPeerAsync(void *target, int to, const void *source, int fr
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void *target, int value, size_t size) { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void *target, int value, size_t size, cudaStream_t stream) { return check_stream(stream); }
+cudaError_t cudaMemset(void *target, int value, size_t size) {
+  COUNT(memsets);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *target, int value, size_t size, cudaStream_t stream) {
+  COUNT(memsets);
+  return check_stream(stream);
+}
 
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
   *pool = handle();

@@ -19,6 +19,7 @@ typedef struct {
   long waits;
   long to_device, from_device, within_device;
   long bytes_to_device, bytes_from_device, bytes_within_device;
+  long memsets;
   long allocations;
   long modules;
   long refused_in_capture;

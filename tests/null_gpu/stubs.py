@@ -15,8 +15,14 @@ BY_HAND = (
     r"AlgoGetHeuristic|cudnnBackend|WorkspaceSize|ReserveSpaceSize|DropoutGetStatesSize|ncclComm(Init|Count|GetAsync)"
 )
 """Functions that give something back: below, or never called."""
-COUNTED = r"cublas.*gemm|cublasLtMatmul|nccl(All|Broadcast|Reduce|Gather|Send|Recv)"
-"""Products and collectives: at least one launch each."""
+COUNTED = (
+    r"cublasLtMatmul|cublas\w*(gemm|gemv|dot[cu]?_v2|dotex|trsm)\w*"
+    r"|cudnn(Convolution|BatchNormalization|Pooling|RNN|CTCLoss|SpatialTf)\w+"
+    r"|nccl(All\w+|Broadcast|Bcast|Reduce\w*|Gather|Send|Recv)"
+)
+"""Whole names of products, of cuDNN's older functions, and of collectives: at least one launch each. Those that only
+describe a product begin with its name too. cuDNN's graphs are below.
+"""
 HEADER = r"""
 #include <stdlib.h>
 #include <string.h>
@@ -96,7 +102,7 @@ def _called(torch_libraries: Path) -> set[str]:
 
 def _stub(name: str) -> str:
     """Products and collectives are counted, handles made and freed; all else only says that it succeeded."""
-    if re.match(COUNTED, name, re.IGNORECASE):
+    if re.fullmatch(COUNTED, name, re.IGNORECASE):
         return f'int {name}() {{ null_gpu_library_call("{name}"); return 0; }}'
     if "Create" in name:
         return f"int {name}(void **made) {{ if (made) *made = calloc(1, 256); return 0; }}"

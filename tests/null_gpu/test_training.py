@@ -52,9 +52,9 @@ def count_step(stepper, batch):
 @pytest.mark.parametrize(
     ("options", "launches", "graphs"),
     [
-        ({"backend": "triton"}, 959, 0),
-        ({"backend": "triton", "precision": "bfloat16"}, 1170, 0),
-        ({"backend": "native"}, 957, 0),
+        ({"backend": "triton"}, 584, 0),
+        ({"backend": "triton", "precision": "bfloat16"}, 785, 0),
+        ({"backend": "native"}, 582, 0),
         ({"backend": "triton", "cuda_graphs": True}, 68, 1),
     ],
     ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs"],

@@ -1,0 +1,69 @@
+"""The counts themselves: what is one launch of a library, and what is none."""
+
+import torch
+import torch.nn.functional as F
+
+from null_gpu.counts import counted, totals
+
+ONE = (1, 1)
+
+
+def numbers(*shape):
+    return torch.zeros(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def launched(operation):
+    """Launches by the kernel's name in the second call: the first makes handles."""
+    operation()
+    with counted() as counts:
+        operation()
+    assert counts.launches == counts.kernels.total()
+    return dict(counts.kernels)
+
+
+def test_a_product_is_one_launch():
+    """cublasLt describes a product by a dozen calls before it computes it by one."""
+    x, weight, bias = numbers(300, 64), numbers(128, 64), numbers(128)
+    assert launched(lambda: F.linear(x, weight, bias)) == {"cublasLtMatmul": 1}
+    assert launched(lambda: x @ weight.t()) == {"cublasGemmEx": 1}
+    assert launched(lambda: torch.mv(weight.float(), x[0].float()))["cublasSgemv_v2"] == 1
+
+
+def test_a_convolution_is_one_launch_each_way():
+    x, weight, bias = numbers(2, 64, 16, 16), numbers(64, 64, 3, 3), numbers(64)
+    window = (ONE, ONE, ONE, 1)
+    convolutions = (
+        lambda: torch.cudnn_convolution(x, weight, ONE, ONE, ONE, 1, False, False, False),
+        lambda: torch.cudnn_convolution_relu(x, weight, bias, *window),
+        lambda: torch.cudnn_convolution_add_relu(x, weight, x, 1.0, bias, *window),
+    )
+    for convolution in convolutions:
+        assert launched(convolution) == {"cudnn": 1}
+    backward = torch.ops.aten.convolution_backward
+    gradients = (x, x, weight, None, ONE, ONE, ONE, False, (0, 0), 1, [True, True, False])
+    assert launched(lambda: backward(*gradients)) == {"cudnn": 2}
+
+
+def test_batch_norm_of_cudnn_is_one_launch():
+    x, weight = numbers(2, 64, 16, 16).float(), torch.ones(64, device="cuda")
+    options = (None, None, True, 0.1, 1e-5)
+    assert launched(lambda: torch.ops.aten.cudnn_batch_norm(x, weight, weight, *options)) == {
+        "cudnnBatchNormalizationForwardTrainingEx": 1
+    }
+
+
+def test_clearing_memory_is_counted_apart():
+    x = numbers(1 << 12)
+    with counted() as counts:
+        x.zero_()
+    assert (counts.memsets, counts.launches) == (1, 0)
+
+
+def test_totals_are_those_of_the_block():
+    x = numbers(8)
+    with counted() as counts:
+        x + 1
+        x.cpu()
+        x.zero_()
+        found = totals()
+    assert found == (counts.launches, counts.waits, counts.from_device + counts.memsets) == (1, 1, 2)
