@@ -48,7 +48,8 @@ class Stepper:
         self.steps_per_epoch = steps_per_epoch
         check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
         max_targets = config.max_targets or None
-        self.criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite).to(device)
+        criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite)
+        self.criterion = criterion.to(device, non_blocking=True)
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
         if config.compile:
@@ -307,4 +308,10 @@ def seed_step(seed: int, step: int) -> None:
     So dropout is a function of the step alone, and no state of a generator need be saved to go on exactly.
     """
     sequence = np.random.SeedSequence((seed, step, distributed.rank()))
-    torch.manual_seed(int(sequence.generate_state(1)[0]))
+    value = int(sequence.generate_state(1)[0])
+    # Not `torch.manual_seed`: for kinds of devices that are not there it notes the call, with a trace of the stack.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
