@@ -48,6 +48,9 @@ FIXED = {
 }
 """Official flags with the only value that is accepted (None: none), and why others are refused."""
 
+ONCE_SWITCHES = ("cuda_graphs",)
+"""Options that were switches once: without a value they mean `on`, and with `no-` in front `off`."""
+
 _SWITCHES = ("remove_difficult", "masks", "pre_norm")
 
 
@@ -85,8 +88,13 @@ def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> No
             parser.add_argument(*flags, action="store_true", help=text, **settings)
             negative = [flag for spelled in names for flag in _spellings(f"no_{spelled}")]
             parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **settings)
-        else:
-            parser.add_argument(*flags, type=kind, help=text, metavar=kind.__name__.upper(), **settings)
+            continue
+        if name in ONCE_SWITCHES:
+            parser.add_argument(
+                f"--no-{name.replace('_', '-')}", action="store_const", const="off", help=argparse.SUPPRESS, **settings
+            )
+            settings |= {"nargs": "?", "const": "on"}
+        parser.add_argument(*flags, type=kind, help=text, metavar=kind.__name__.upper(), **settings)
 
 
 def _spellings(name: str) -> list[str]:

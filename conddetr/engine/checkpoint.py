@@ -103,8 +103,9 @@ class Packed:
         self._arrived = torch.cuda.current_stream(self._gpu).record_event() if self._gpu else None
 
     def _wait(self) -> None:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        arrived, self._arrived = self._arrived, None
+        if arrived is not None:
+            arrived.synchronize()
 
     def unpack(self) -> dict[str, Any]:
         """The nested content; its tensors are views of the flat ones."""

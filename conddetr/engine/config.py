@@ -45,12 +45,13 @@ class TrainConfig:
     """`float32`, or `bfloat16`: autocast for the model; losses and weights stay float32."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
-    cuda_graphs: bool = False
-    """Record forward, losses and backward as one CUDA graph for each shape of a batch; best with `pad_buckets`. Needs
-    one process with an NVIDIA GPU, and backend `auto` or `triton`."""
+    cuda_graphs: str = "auto"
+    """Record whole steps as one CUDA graph for each shape of a batch. It needs one process with an NVIDIA GPU, and
+    backend `auto` or `triton`. `auto`: where that can be done, else one line says why not; `on`: else an error;
+    `off`."""
     max_targets: int = 0
-    """Objects per image that every batch is padded to, more are an error; 0: those of the fullest image, with
-    `cuda_graphs` as many as the model has queries."""
+    """Objects per image that every batch is padded to, more are an error; 0: those of the fullest image, in a graph
+    as many as the model has queries."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0
@@ -65,8 +66,9 @@ class TrainConfig:
     """Steps of a run that may be skipped because the loss or a gradient is not finite, before training stops."""
     workers: int = 2
     """Processes that load images; 0 loads them in the training process."""
-    pad_buckets: int = 0
-    """Pad batches to one of this many shapes; 0: to the largest image of the batch."""
+    pad_buckets: int = -1
+    """Pad batches to one of this many shapes; 0: to the largest image of the batch; -1: 4 where CUDA graphs are
+    recorded, else 0."""
     preflight: bool = False
     """Try the largest batch first, to see whether the memory suffices."""
     seed: int = 42
@@ -74,8 +76,12 @@ class TrainConfig:
     """Stop training after so many seconds, evaluation not counted, as if the epochs were over; 0: no limit."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.cuda_graphs, bool):
+            # So it was written once.
+            object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
         check_types(self, "Training option")
         choices = {
+            "cuda_graphs": ("auto", "on", "off"),
             "schedule": ("step", "cosine"),
             "precision": ("float32", "bfloat16"),
             "check_finite": ("auto", "always", "never"),
@@ -86,13 +92,13 @@ class TrainConfig:
                 raise ValueError(f"Training option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
         for option in fields(self):
-            least = 1 if option.name in at_least_one else 0
+            least = 1 if option.name in at_least_one else -1 if option.name == "pad_buckets" else 0
             value = getattr(self, option.name)
             if option.type is float and not math.isfinite(value):
                 raise ValueError(f"Training option {option.name}: expected a finite number, got {value}.")
             if option.type in (int, float) and value < least:
                 raise ValueError(f"Training option {option.name}: expected at least {least}, got {value}.")
-        if self.cuda_graphs and self.check_finite == "always":
+        if self.cuda_graphs == "on" and self.check_finite == "always":
             raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs can not.")
         if self.ema_decay >= 1:
             raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")

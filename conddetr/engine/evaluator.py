@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from conddetr.data.batch import Batch, make_loader
+from conddetr.engine.arrival import Arrival
 from conddetr.engine.progress import Progress
 from conddetr.files import atomic_file
 from conddetr.model.detr import DETR
@@ -240,28 +241,41 @@ def _detect(
     dtype = getattr(model, "dtype", torch.float32)
     was_training = model.training
     model.eval()
-    parts = []
+    parts: list[Detections] = []
+    last: _Found | None = None
     try:
         for batch in batches:
             batch = batch.to(device)
             outputs = model(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
-            found = postprocess(outputs, list(batch.original_sizes), MAX_DETECTIONS, model.config.activation)
-            parts.append(_pack(batch.image_ids, found, category_ids))
+            sizes = torch.tensor(batch.original_sizes).to(device, non_blocking=True)
+            found = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
+            # Those of the batch before, so that the device has work meanwhile.
+            parts += [last.read(category_ids)] if last else []
+            last = _Found(batch.image_ids, found)
             on_batch(len(batch))
     finally:
         model.train(was_training)
+    parts += [last.read(category_ids)] if last else []
     return Detections.join(parts)
 
 
-def _pack(image_ids: tuple[int, ...], found: list[dict[str, Tensor]], category_ids: np.ndarray) -> Detections:
-    scores, labels, boxes = (torch.cat([of_image[key] for of_image in found]) for key in ("scores", "labels", "boxes"))
-    boxes = box_convert(boxes.float(), "xyxy", "xywh")
-    return Detections(
-        np.repeat(np.array(image_ids, np.int64), [len(of_image["scores"]) for of_image in found]),
-        category_ids[labels.cpu().numpy()],
-        boxes.cpu().numpy(),
-        scores.float().cpu().numpy(),
-    )
+class _Found:
+    """The detections of a batch on their way to the host, in one copy."""
+
+    def __init__(self, image_ids: tuple[int, ...], found: list[dict[str, Tensor]]) -> None:
+        counts = [len(of_image["scores"]) for of_image in found]
+        self._image_ids = np.repeat(np.array(image_ids, np.int64), counts)
+        scores, labels, boxes = (torch.cat([image[key] for image in found]) for key in ("scores", "labels", "boxes"))
+        boxes = box_convert(boxes.float(), "xyxy", "xywh")
+        # Labels are small: float32 holds them exactly.
+        self._rows = Arrival(torch.cat([boxes, scores.float().unsqueeze(1), labels.float().unsqueeze(1)], 1))
+
+    def read(self, category_ids: np.ndarray) -> Detections:
+        """Wait until they have arrived."""
+        rows = self._rows.wait().numpy()
+        return Detections(
+            self._image_ids, category_ids[rows[:, 5].astype(np.int64)], rows[:, :4].copy(), rows[:, 4].copy()
+        )
 
 
 def coco_library(name: str | None = None) -> str:

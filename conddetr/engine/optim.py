@@ -1,7 +1,9 @@
 """What changes the weights: AdamW's parameter groups, the learning rates' course, and the moving average."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,23 @@ def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+@contextlib.contextmanager
+def rates_on_device(optimizer: torch.optim.AdamW, rates: Tensor) -> Iterator[None]:
+    """Let the optimizer read its learning rates there, [groups] float32, so that a recorded step follows them.
+
+    Afterwards they are numbers again, which is what checkpoints hold.
+    """
+    is_captured = rates.is_cuda and torch.cuda.is_current_stream_capturing()
+    before = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates.unbind(), strict=True):
+        group.update(lr=rate, capturable=is_captured)
+    try:
+        yield
+    finally:
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update(values)
 
 
 def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -56,20 +75,23 @@ class MovingAverage:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp = decay, ramp
 
+    def weight(self, step: int) -> float:
+        """What the weights after step `step`, counted from 0, have in the average: 1 - decay."""
+        return 1 - self.decay * (1 - math.exp(-(step + 1) / self.ramp))
+
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int, skipped: Tensor) -> None:
+    def update(self, model: nn.Module, weight: float | Tensor, skipped: Tensor) -> None:
         """Take over the weights after a step.
 
         Args:
             model: the one that trains.
-            step: the number of the step, counted from 0.
+            weight: of its weights in the average; a tensor is a scalar on the model's device.
             skipped: scalar on the model's device, 1 if the step changed nothing, so that the average stays too; else 0.
         """
-        decay = self.decay * (1 - math.exp(-(step + 1) / self.ramp))
         average = list(self.model.parameters())
         # Not `_foreach_lerp_`: its weight is a number, and the host would have to wait for it.
         change = torch._foreach_sub(list(model.parameters()), average)
-        torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
+        torch._foreach_mul_(change, weight * (1 - skipped))
         torch._foreach_add_(average, change)
         if buffers := list(self.model.buffers()):
             torch._foreach_copy_(buffers, list(model.buffers()))

@@ -1,13 +1,14 @@
 """One step of training: forward, losses, backward, clipping, update, moving average.
 
 Where predictions and objects are matched on the host, it waits for the device once per batch; fused matching waits for
-nothing. All else that the host wants to know (was the step sound, the losses, whether to stop) is decided on the device
-and read one step later, when the next forward pass is under way.
+nothing, and a whole step can be a CUDA graph. All else that the host wants to know (was the step sound, the losses,
+whether to stop) is decided on the device and read one step later, when the next one is under way.
 """
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
+from conddetr.engine.arrival import Arrival
 from conddetr.engine.config import TrainConfig
-from conddetr.engine.graphs import CudaCapture, StepGraphs, refuse_graphs
+from conddetr.engine.graphs import CudaCapture, Limits, Run, StepGraphs, why_no_graphs
 from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
-from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer
+from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer, rates_on_device
 from conddetr.loss.matcher import NonFiniteCostError
 from conddetr.loss.targets import PackedTargets
 from conddetr.model.detr import DETR
@@ -38,22 +40,29 @@ class Stepper:
             config: how to train.
             device: of the model.
             steps_per_epoch: for the schedule.
+
+        Raises:
+            ValueError: `cuda_graphs` is `on`, and steps cannot be recorded here; says why.
         """
         self.model, self.config, self.device = model, config, device
         self.steps_per_epoch = steps_per_epoch
-        max_targets = config.max_targets or (model.config.num_queries if config.cuda_graphs else None)
         check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
-        self.criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite).to(device)
+        max_targets = config.max_targets or None
+        criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite)
+        self.criterion = criterion.to(device, non_blocking=True)
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
         if config.compile:
             model.compile()
         self.forward = _distributed(model, device)
         self.graphs: StepGraphs | None = None
-        """Of forward, losses and backward, where they are recorded."""
-        if config.cuda_graphs:
-            refuse_graphs(model.config, device)
-            self.graphs = StepGraphs(model, self._losses_of_packed, CudaCapture(device))
+        """Of whole steps, where they are recorded."""
+        self.why_no_graphs = "" if config.cuda_graphs == "off" else why_no_graphs(model.config, config, device)
+        """What forbids to record steps; empty: the configuration; None: nothing."""
+        if self.why_no_graphs and config.cuda_graphs == "on":
+            raise ValueError(f"Training option cuda_graphs: {self.why_no_graphs}. Train without it.")
+        if self.why_no_graphs is None:
+            self.record(CudaCapture(device))
         self.skipped = 0
         """Steps of the run that changed nothing because they were not finite."""
         self.stop = 0.0
@@ -63,8 +72,16 @@ class Stepper:
         self._statistics = NormStatistics(model)
         self._names: list[str] = []
         self._sums = torch.zeros(0, dtype=torch.float64, device=device)
-        self._report = _Report()
-        self._last: tuple[Sequence[Batch], Tensor, int] | None = None
+        self._report: Arrival | None = None
+        self._last: tuple[Sequence[Batch], int] | None = None
+
+    def record(self, capture: Callable[[Run], Run]) -> None:
+        """From now on steps are recorded by `capture`."""
+        objects = self.config.max_targets or self.model.config.num_queries
+        is_strict = self.config.cuda_graphs == "on"
+        config = self.model.config
+        limits = Limits(self.device, config.num_classes, config.num_queries, objects, is_strict)
+        self.graphs = StepGraphs(self.model, self._recorded_step, capture, limits)
 
     def __call__(self, window: Sequence[Batch], step: int, stop: float = 0.0) -> None:
         """Train on the batches of one step.
@@ -78,49 +95,70 @@ class Stepper:
         Raises:
             FloatingPointError: more than `max_skipped_steps` steps were not finite; names the cause.
         """
-        window = [batch.to(self.device) for batch in window]
-        seed_step(self.config.seed, step)
-        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(step), strict=True):
+        rates = self.learning_rates(step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        normalizer = self._normalizer(window)
+        weight = self.average.weight(step) if self.average else 0.0
+        seed_step(self.config.seed, step)
+        report = None
+        if self.graphs is not None:
+            numbers = torch.tensor([0.0, stop, *rates, weight])
+            report = self.graphs(window, self._normalizer(window, torch.device("cpu")), numbers)
+        if report is None:
+            window = [batch.to(self.device) for batch in window]
+            report = self._plain_step(window, stop, weight)
+        # Behind the step: the device has work while the host waits for what the last one reported.
+        self._read()
+        self._report, self._last = Arrival(report), (window, step)
+
+    def _plain_step(self, window: Sequence[Batch], stop: float, weight: float) -> Tensor:
+        flags = torch.tensor([0.0, stop]).to(self.device, non_blocking=True)
+        normalizer = self._normalizer(window, self.device)
+        losses = [partial(self._losses_and_last_report, batch, normalizer) for batch in window]
+        return self._step(losses, flags, weight)
+
+    def _recorded_step(
+        self, window: Sequence[Batch], packed: Sequence[PackedTargets], normalizer: Tensor, numbers: Tensor
+    ) -> Tensor:
+        """As `_plain_step`, with all that changes from step to step on the device: [0, stop, rates, weight]."""
+        parts = zip(window, packed, strict=True)
+        losses = [partial(self._losses_of_packed, batch, targets, normalizer) for batch, targets in parts]
+        with rates_on_device(self.optimizer, numbers[2:4]):
+            return self._step(losses, numbers[:2].clone(), numbers[4])
+
+    def _step(self, losses: Sequence[Callable[[], dict[str, Tensor]]], flags: Tensor, weight: float | Tensor) -> Tensor:
+        """The step of which `losses` gives those of each batch; returns what it reports, which nobody waits for."""
         self._statistics.keep()
-        # Graphs add to gradients that stay where they are.
-        self.optimizer.zero_grad(set_to_none=self.graphs is None)
-        logged = self._backward(window, normalizer)
-        self._update(logged, step, stop)
-        self._last = (window, normalizer, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._update(self._backward(losses), flags, weight)
 
-    def _normalizer(self, window: Sequence[Batch]) -> Tensor:
+    def _normalizer(self, window: Sequence[Batch], device: torch.device) -> Tensor:
         counts = [count for batch in window for count in batch.counts]
-        return self.criterion.normalizer(counts, self.model.config.num_queries, self.device)
+        return self.criterion.normalizer(counts, self.model.config.num_queries, device)
 
-    def _backward(self, window: Sequence[Batch], normalizer: Tensor) -> Tensor:
+    def _backward(self, losses_of: Sequence[Callable[[], dict[str, Tensor]]]) -> Tensor:
         """Add up the gradients; returns the values to log in the order of `_names`, float64."""
         logged = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in window:
-            with self._gradients_stay(batch is not window[-1]):
-                losses = self._add_gradients(batch, normalizer)
+        for losses_of_batch in losses_of:
+            with self._gradients_stay(losses_of_batch is not losses_of[-1]):
+                losses = losses_of_batch()
+                losses["loss"].backward()
             self._names = list(losses)
             # Losses are divided by the objects of the whole window already, errors by those of a batch.
-            values = [v if name.startswith("loss") else v / len(window) for name, v in losses.items()]
+            values = [v if name.startswith("loss") else v / len(losses_of) for name, v in losses.items()]
             logged = logged + torch.stack([value.detach().double() for value in values])
         return logged
 
-    def _add_gradients(self, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
-        if self.graphs is not None:
-            losses = self.graphs(batch, self.criterion.pack(batch.targets, self.device), normalizer)
-            self._read()
-            return losses
+    def _losses_and_last_report(self, batch: Batch, normalizer: Tensor) -> dict[str, Tensor]:
         losses = self._losses(self.forward, batch, normalizer)
-        # Behind the forward pass: the device has work while the host waits for what the last step reported. Where
-        # matching has just waited for the device, it is here already.
+        # Before the weights change: a failed step is then run again as it was. Where matching has just waited for the
+        # device, the report is here already.
         self._read()
-        losses["loss"].backward()
         return losses
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The total loss of one batch, as a step computes it, without any other process."""
-        normalizer = self._normalizer([batch])
+        normalizer = self._normalizer([batch], self.device)
         return self._losses(self.model, batch.to(self.device), normalizer)["loss"]
 
     def _outputs(self, forward: nn.Module, batch: Batch) -> dict:
@@ -143,10 +181,9 @@ class Stepper:
             return self.forward.no_sync()
         return contextlib.nullcontext()
 
-    def _update(self, logged: Tensor, step: int, stop: float) -> None:
+    def _update(self, logged: Tensor, flags: Tensor, weight: float | Tensor) -> Tensor:
         gradients = [parameter.grad for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-        flags = torch.tensor([0.0, stop]).to(self.device, non_blocking=True)
         flags[0] = ~(torch.isfinite(norm) & torch.isfinite(logged[0]))
         distributed.reduce_max(flags)
         if self.config.clip_max_norm > 0:
@@ -157,23 +194,33 @@ class Stepper:
         self.optimizer.step()
         self._statistics.restore(flags[0] > 0)
         if self.average is not None:
-            self.average.update(self.model, step, flags[0])
+            self.average.update(self.model, weight, flags[0])
         counted = torch.cat([torch.ones_like(logged[:1]), logged])
-        self._sums = torch.where(flags[0] > 0, 0.0, counted) + (self._sums if len(self._sums) else 0.0)
-        self._report.send(torch.cat([flags, self._sums]))
+        if len(self._sums) == 0:
+            self._sums = torch.zeros_like(counted)
+        # In place: graphs go on adding to it.
+        self._sums += torch.where(flags[0] > 0, 0.0, counted)
+        return torch.cat([flags, self._sums])
 
     def _read(self) -> None:
         """Take in what the last step reported, once."""
-        values = self._report.take()
-        if values is None:
+        report, self._report = self._report, None
+        if report is None:
             return
-        is_bad, self.stop, count, *sums = values
-        self.means = {name: total / max(count, 1.0) for name, total in zip(self._names, sums, strict=True)}
+        is_bad, self.stop, *sums = report.wait().tolist()
+        self.means = self._means(sums)
         if is_bad:
             self._skip()
 
+    def _means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Of each loss; sums with the number of sound steps in front, or nothing."""
+        count, *totals = sums or [0.0]
+        return {name: total / max(count, 1.0) for name, total in zip(self._names, totals, strict=False)}
+
     def _skip(self) -> None:
-        window, normalizer, step = self._last
+        window, step = self._last
+        window = [batch.to(self.device) for batch in window]
+        normalizer = self._normalizer(window, self.device)
         self.skipped += 1
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             seed_step(self.config.seed, step)
@@ -201,13 +248,14 @@ class Stepper:
         self._read()
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean losses of the epoch so far over all processes, without the skipped steps."""
-        count, *totals = distributed.reduce_mean(self._sums.clone()).tolist() or [0.0]
-        return {name: total / max(count, 1.0) for name, total in zip(self._names, totals, strict=False)}
+        """Mean losses of the epoch over all processes, without the skipped steps; call `flush` before."""
+        if distributed.world_size() == 1:
+            return self.means
+        return self._means(distributed.reduce_mean(self._sums.clone()).tolist())
 
     def start_epoch(self) -> None:
         """Begin new sums of the losses."""
-        self._sums = self._sums.new_zeros(0)
+        self._sums.zero_()
         self.means = {}
 
     def state(self) -> dict:
@@ -218,12 +266,16 @@ class Stepper:
             "ema": self.average.model.state_dict(keep_vars=True) if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.skipped,
-            "sums": distributed.gather(self._sums.cpu()),
+            # Other processes cannot read this one's GPU; the file's copy is made without waiting.
+            "sums": distributed.gather(self._sums.cpu() if distributed.world_size() > 1 else self._sums),
             "names": self._names,
         }
 
     def load_state(self, state: dict) -> None:
         """Back to what `state` returned; the options of the optimizer stay those of the configuration."""
+        if self.graphs is not None:
+            # They hold the optimizer's state of before.
+            self.graphs.clear()
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["ema"] or state["model"])
@@ -234,7 +286,8 @@ class Stepper:
         # Inside an epoch a run goes on with as many processes; at its end nothing is summed up yet.
         if len(state["sums"]) == distributed.world_size():
             self._sums = state["sums"][distributed.rank()].to(self.device)
-        self._names = list(state["names"])
+            self._names = list(state["names"])
+            self.means = self._means(state["sums"][distributed.rank()].tolist())
 
 
 def _distributed(model: DETR, device: torch.device) -> nn.Module:
@@ -255,29 +308,10 @@ def seed_step(seed: int, step: int) -> None:
     So dropout is a function of the step alone, and no state of a generator need be saved to go on exactly.
     """
     sequence = np.random.SeedSequence((seed, step, distributed.rank()))
-    torch.manual_seed(int(sequence.generate_state(1)[0]))
-
-
-class _Report:
-    """A small tensor on its way from the device to the host."""
-
-    def __init__(self) -> None:
-        self._values: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
-
-    def send(self, values: Tensor) -> None:
-        """Start the copy; do not wait for it."""
-        self._values = values
-        if values.device.type == "cuda":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrived = torch.cuda.current_stream(values.device).record_event()
-
-    def take(self) -> list[float] | None:
-        """The values, once; None if there are none."""
-        if self._values is None:
-            return None
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        values, self._values = self._values.tolist(), None
-        return values
+    value = int(sequence.generate_state(1)[0])
+    # Not `torch.manual_seed`: for kinds of devices that are not there it notes the call, with a trace of the stack.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)

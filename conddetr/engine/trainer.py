@@ -21,6 +21,7 @@ from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_l
 from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import coco_library, evaluate
+from conddetr.engine.graphs import MAX_GRAPHS, buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, console
@@ -65,8 +66,9 @@ class Trainer:
                 f"num_classes: the data set has {len(train_set.classes)} classes, "
                 f"the model was built for {model.config.num_classes}."
             )
-        self.model, self.device = model.to(device), device
-        self.run, self.config = replace(run, model=model.config), run.train
+        self.model, self.device = model.to(device, non_blocking=True), device
+        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device))
+        self.run = replace(run, model=model.config, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
         self.is_main = distributed.is_main()
@@ -84,6 +86,7 @@ class Trainer:
         )
         steps_per_epoch = math.ceil(len(self.loader) / self.config.accumulate)
         self.stepper = Stepper(model, self.config, device, steps_per_epoch)
+        self._limit_graphs()
         self.position = Position()
         self.resumed_from: Path | None = None
         self.seconds = 0.0
@@ -92,6 +95,13 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
         self._speed = (0, 0.0)
+
+    def _limit_graphs(self) -> None:
+        """Under `auto`, no graphs where nearly every step would have one of its own."""
+        graphs, size = self.stepper.graphs, self.config.accumulate
+        kinds = len(self.loader.sampler.shapes) ** size
+        if graphs is not None and self.config.cuda_graphs == "auto" and kinds > MAX_GRAPHS:
+            graphs.give_up(f"steps of {size} batches come in {kinds} kinds (accumulate, pad_buckets)")
 
     @property
     def trained(self) -> DETR:
@@ -175,6 +185,8 @@ class Trainer:
             return self.metrics
         if self.config.preflight:
             self._preflight()
+        if self.is_main and (line := self._graphs_in_words()):
+            console.print(line, highlight=False, soft_wrap=True)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
             while self.position.epoch < self.config.epochs:
@@ -201,6 +213,18 @@ class Trainer:
         )
         if self.is_main:
             console.print(line, highlight=False, soft_wrap=True)
+
+    def _graphs_in_words(self) -> str:
+        """Whether steps are recorded, in one line; empty: nobody would expect it."""
+        graphs = self.stepper.graphs
+        reason = self.stepper.why_no_graphs if graphs is None else graphs.refused
+        if reason:
+            return f"without CUDA graphs: {reason}" if self.device.type == "cuda" else ""
+        if graphs is None:
+            return ""
+        shapes = len(self.loader.sampler.shapes)
+        known = f"batches come in {shapes} shape{'s' * (shapes > 1)}" if shapes else "batches come in any shape"
+        return f"CUDA graphs: {known}, at most {MAX_GRAPHS} graphs are recorded when they first come"
 
     def _open_log(self) -> RunLog:
         write_text(self.folder / "config.json", json.dumps(self.run.to_dict(), indent=1) + "\n")
@@ -283,6 +307,9 @@ class Trainer:
         }
         if self.device.type == "cuda":
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.stepper.graphs is not None:
+            record["cuda_graphs"] = len(self.stepper.graphs.recorded)
+            record["cuda_graphs_gib"] = self.stepper.graphs.bytes / 2**30
         return record
 
     def _evaluate(self, request: StopRequest, writer: CheckpointWriter) -> dict[str, float]:
@@ -339,6 +366,8 @@ class Trainer:
     def _print(self, record: dict[str, float]) -> None:
         line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  loss {record['loss']:.3f}"
         line += f"  {record['images_per_second']:.1f} images/s  {self.seconds:.0f} s"
+        if record.get("cuda_graphs"):
+            line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
         if "AP" in record:
             line += f"  AP {100 * record['AP']:.1f}  AP50 {100 * record['AP50']:.1f}"
         console.print(line, highlight=False)

@@ -1,5 +1,6 @@
 """Recorded steps: the same losses and weights as steps that are not recorded."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import conddetr
 from conddetr.data.batch import collate
 from conddetr.engine import graphs
 from conddetr.engine.config import TrainConfig
-from conddetr.engine.graphs import WARMUP, StepGraphs, refuse_graphs
+from conddetr.engine.graphs import WARMUP, buckets, why_no_graphs
 from conddetr.engine.step import Stepper
 
 CPU = torch.device("cpu")
@@ -22,53 +23,108 @@ def shapes_of(batch):
     return batch, replace(batch, images=images, padded=True)
 
 
-# With one decoder layer some parameters get no gradient.
-@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"family": "detr"}, {"decoder_layers": 1}], ids=str)
-def test_steps_equal_those_that_are_not_recorded(tmp_path, options):
-    """What is recorded is here run again, from the tensors it was recorded with; all else is as on a GPU."""
-    plain, recorded = (
-        small_trainer(tmp_path / name, model_options=options, max_targets=9, accumulate=2) for name in "ab"
-    )
+def recorded(run):
+    """Lets a trainer's steps be recorded: what is recorded is here run again, from the tensors it was recorded with;
+    all else is as on a GPU. Returns what was recorded."""
     runs = []
 
-    def capture(run):
-        runs.append(run)
-        return run
+    def capture(record):
+        runs.append(record)
+        return record
 
-    recorded.stepper.graphs = StepGraphs(recorded.model, recorded.stepper._losses_of_packed, capture)
+    run.stepper.record(capture)
+    return runs
+
+
+RATES = {"lr": 2**-10, "lr_backbone": 2**-11}
+"""Learning rates that float32 holds exactly, as a graph does."""
+
+
+# With one decoder layer some parameters get no gradient.
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"family": "detr"}, {"decoder_layers": 1}], ids=str)
+def test_steps_equal_those_that_are_not_recorded(tmp_path, options, accumulate):
+    """Bit for bit: losses, weights, moments, statistics, moving average, and all else that a checkpoint holds."""
+    training = {**RATES, "accumulate": accumulate, "ema_decay": 0.9, "warmup_steps": 4}
+    plain, graphed = (small_trainer(tmp_path / name, model_options=options, **training) for name in "ab")
+    runs = recorded(graphed)
     windows = [shapes_of(batch) for batch in batches(plain, 3)]
-    for run in (plain, recorded):
+    for run in (plain, graphed):
         run.model.train()
         for step, window in enumerate(windows):
-            run.stepper(window, step)
+            for number, batches_of_step in enumerate([window] if accumulate == 2 else [window[:1], window[1:]]):
+                run.stepper(batches_of_step, 2 * step + number)
         run.stepper.flush()
-    assert len(runs) == len(recorded.stepper.graphs.recorded) == 2
-    assert recorded.stepper.means == plain.stepper.means
-    assert_equal(recorded.stepper.state(), plain.stepper.state())
+    assert len(runs) == len(graphed.stepper.graphs.recorded) == 3 - accumulate
+    assert graphed.stepper.means == plain.stepper.means
+    assert_equal(graphed.stepper.state(), plain.stepper.state())
+    rates = [group["lr"] for group in graphed.stepper.state()["optimizer"]["param_groups"]]
+    assert all(type(rate) is float for rate in rates)
 
 
-def test_memory_stays_where_it_is(tmp_path):
-    run = small_trainer(tmp_path, max_targets=9)
-    calls = []
+def test_a_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
+    run = small_trainer(tmp_path, **RATES, ema_decay=0.9)
+    recorded(run)
+    run.model.train()
+    first, second, third = batches(run, 3)
+    run.stepper([first], 0)
+    run.stepper.flush()
+    before = copy.deepcopy(run.stepper.state())
+    broken = replace(second, boxes=second.boxes.fill_(1e38))
+    run.stepper([broken], 1)
+    run.stepper.flush()
+    assert run.stepper.skipped == 1
+    assert f"on image ids {list(second.image_ids)}" in caplog.text
+    assert "Step 1 is not finite: first the loss term" in caplog.text
+    after = run.stepper.state()
+    del before["skipped"], after["skipped"]
+    assert_equal(after, before)
+    run.stepper([third], 2)
+    run.stepper.flush()
+    assert run.stepper.means["loss"] > 0
+
+
+def test_gradients_begin_with_nothing_and_memory_stays_where_it_is(tmp_path):
+    run = small_trainer(tmp_path)
+    gradients, addresses = [], []
 
     def capture(record):
+        gradients.append([parameter.grad for parameter in run.model.parameters()])
+
         def replay():
-            calls.append([parameter.grad.data_ptr() for parameter in run.model.parameters()])
             record()
+            moments = run.stepper.optimizer.state.values()
+            own = [run.stepper._sums, *run.model.parameters(), *(values["exp_avg"] for values in moments)]
+            addresses.append([tensor.data_ptr() for tensor in own])
 
         return replay
 
-    run.stepper.graphs = StepGraphs(run.model, run.stepper._losses_of_packed, capture)
+    run.stepper.record(capture)
     forwards = []
     run.model.register_forward_hook(lambda *_: forwards.append(1))
     for step, batch in enumerate(batches(run, 3)):
         run.stepper([batch], step)
+        run.stepper.start_epoch()
     assert len(forwards) == WARMUP + 3
-    assert calls[0] == calls[1] == calls[2]
-    [found] = run.stepper.graphs.recorded.values()
-    packed = run.stepper.criterion.pack(batch.targets, CPU)
-    assert torch.equal(found.inputs[0], batch.images)
-    assert torch.equal(found.inputs[3], packed.boxes)
+    assert gradients == [[None] * len(list(run.model.parameters()))]
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_going_on_from_a_state_records_anew(tmp_path):
+    run = small_trainer(tmp_path, **RATES)
+    runs = recorded(run)
+    first, second = batches(run, 2)
+    run.stepper([first], 0)
+    run.stepper.flush()
+    state = copy.deepcopy(run.stepper.state())
+    weights = []
+    for _ in range(2):
+        run.stepper([second], 1)
+        run.stepper.flush()
+        weights.append({name: value.clone() for name, value in run.model.state_dict().items()})
+        run.stepper.load_state(copy.deepcopy(state))
+    assert len(runs) == 2
+    assert_equal(*weights)
 
 
 def test_more_objects_than_the_capacity(tmp_path):
@@ -77,30 +133,86 @@ def test_more_objects_than_the_capacity(tmp_path):
         run.stepper(batches(run, 1), 0)
 
 
-def test_more_objects_than_queries(tmp_path):
-    run = small_trainer(tmp_path, max_targets=9)
-    run.stepper.graphs = StepGraphs(run.model, run.stepper._losses_of_packed, lambda record: record)
+def full_batch():
+    """The second image has an object more than the model has queries."""
     full = {"labels": torch.zeros(9, dtype=torch.int64), "boxes": torch.full((9, 4), 0.5), "original_size": (64, 64)}
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     few = {**full, "labels": full["labels"][:8], "boxes": full["boxes"][:8]}
-    batch = collate([(images[0], {**few, "image_id": 5}), (images[1], {**full, "image_id": 7})])
-    with pytest.raises(ValueError, match="Image id 7 has 9 objects, the model 8 queries: with cuda_graphs none may"):
-        run.stepper([batch], 0)
+    return collate([(images[0], {**few, "image_id": 5}), (images[1], {**full, "image_id": 7})])
 
 
-def test_where_steps_can_not_be_recorded(monkeypatch):
+def test_more_objects_than_queries(tmp_path, caplog):
+    strict = small_trainer(tmp_path / "on")
+    strict.stepper.config = replace(strict.config, cuda_graphs="on")
+    recorded(strict)
+    with pytest.raises(ValueError, match=r"Image id 7 has 9 objects, the model 8 queries, .* `on` none may have more"):
+        strict.stepper([full_batch()], 0)
+    run, plain = (small_trainer(tmp_path / name, **RATES) for name in "ab")
+    recorded(run)
+    windows = [full_batch(), *batches(run, 1), full_batch()]
+    for trainer in (run, plain):
+        for step, batch in enumerate(windows):
+            trainer.stepper([batch], step)
+        trainer.stepper.flush()
+    assert caplog.text.count("image id 7 has 9 objects, a graph takes 8: such steps run without.") == 1
+    assert len(run.stepper.graphs.recorded) == 1
+    assert_equal(run.stepper.state(), plain.stepper.state())
+
+
+def test_memory_that_does_not_suffice(tmp_path, caplog):
+    def capture(_):
+        raise torch.OutOfMemoryError("planted")
+
+    run, plain = (small_trainer(tmp_path / name, **RATES) for name in "ab")
+    run.stepper.record(capture)
+    windows = batches(run, 2)
+    for trainer in (run, plain):
+        for step, batch in enumerate(windows):
+            trainer.stepper([batch], step)
+        trainer.stepper.flush()
+    assert caplog.text.count("the memory does not suffice for recording; going on without.") == 1
+    assert not run.stepper.graphs.recorded
+    assert_equal(run.stepper.state(), plain.stepper.state())
+    strict = small_trainer(tmp_path / "on")
+    strict.stepper.config = replace(strict.config, cuda_graphs="on")
+    strict.stepper.record(capture)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        strict.stepper(windows[:1], 0)
+
+
+def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
+    run = small_trainer(tmp_path)
+    runs = recorded(run)
+    [batch] = batches(run, 1)
+    for step, part in enumerate((*shapes_of(batch), *shapes_of(batch))):
+        run.stepper([part], step)
+    run.stepper.flush()
+    assert len(runs) == 1
+    assert run.stepper.means["loss"] > 0
+    assert caplog.text.count("1 kinds of steps are recorded, further ones run without") == 1
+
+
+def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
     config = conddetr.config.resolve("conditional-detr-tiny", backend="auto")
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match=r"cuda_graphs: graphs need an NVIDIA GPU, the device is cpu. Train without"):
-        Stepper(model, TrainConfig(cuda_graphs=True), CPU, 1)
-    cuda = torch.device("cuda")
+        Stepper(model, TrainConfig(cuda_graphs="on"), CPU, 1)
+    by_itself, cuda = TrainConfig(), torch.device("cuda")
+    assert Stepper(model, by_itself, CPU, 1).graphs is None
     monkeypatch.setattr(graphs, "choose", lambda backend, *_: "eager" if backend == "eager" else "triton")
-    refuse_graphs(config, cuda)
-    with pytest.raises(ValueError, match="matched on the host: train with backend auto or triton"):
-        refuse_graphs(replace(config, backend="eager"), cuda)
+    assert why_no_graphs(config, by_itself, cuda) is None
+    assert "matched on the host" in why_no_graphs(replace(config, backend="eager"), by_itself, cuda)
+    assert why_no_graphs(config, TrainConfig(compile=True), cuda) == "the model is compiled"
+    assert why_no_graphs(config, TrainConfig(compile=True, cuda_graphs="on"), cuda) is None
+    assert "check_finite" in why_no_graphs(config, TrainConfig(check_finite="always"), cuda)
+    assert buckets(config, by_itself, cuda) == 4
+    assert buckets(config, TrainConfig(pad_buckets=0), cuda) == 0
+    assert buckets(config, TrainConfig(pad_buckets=7), CPU) == 7
+    assert buckets(config, TrainConfig(cuda_graphs="off"), cuda) == buckets(config, by_itself, CPU) == 0
+    assert small_trainer(tmp_path).run.train.pad_buckets == 0
     monkeypatch.setattr(graphs.distributed, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match="one process, there are 2"):
-        refuse_graphs(config, cuda)
+    assert "one process, there are 2" in why_no_graphs(config, by_itself, cuda)
 
 
 @pytest.mark.gpu
@@ -108,7 +220,7 @@ def test_where_steps_can_not_be_recorded(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 def test_losses_on_a_gpu_are_those_of_plain_steps():
     device, curves = torch.device("cuda"), []
-    for cuda_graphs in (False, True):
+    for cuda_graphs in ("off", "on"):
         torch.manual_seed(0)
         model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto", dropout=0.1).to(device).train()
         config = TrainConfig(lr=1e-4, lr_backbone=1e-4, cuda_graphs=cuda_graphs, max_targets=9)

@@ -21,7 +21,7 @@ def test_a_step_waits_for_nothing_but_for_matching_on_the_host(tmp_path, backend
     # Heads as wide as Triton's kernels want them.
     options = {**SMALL_MODEL, "num_heads": 1, "dropout": 0.1, "backend": backend}
     model = conddetr.build("conditional-detr-tiny", **options).to(DEVICE).train()
-    stepper = Stepper(model, TrainConfig(max_targets=9), DEVICE, steps_per_epoch=3)
+    stepper = Stepper(model, TrainConfig(max_targets=9, cuda_graphs="off"), DEVICE, steps_per_epoch=3)
     first, *others = (batch.to(DEVICE) for batch in batches(small_trainer(tmp_path), 3))
     if DEVICE.type == "cpu":
         # It looks at the host's own copy of the targets, which on a CPU is the only one.

@@ -53,15 +53,15 @@ def test_moving_average_is_torchs():
         with torch.no_grad():
             model[0].weight.normal_()
         model(torch.randn(4, 3))
-        ours.update(model, step, torch.tensor(0.0))
+        ours.update(model, ours.weight(step), torch.tensor(0.0))
         theirs.update_parameters(model)
     torch.testing.assert_close(ours.model[0].weight, theirs.module[0].weight)
     assert torch.equal(ours.model[1].running_mean, model[1].running_mean)
     before = ours.model[0].weight.clone()
     with torch.no_grad():
         model[0].weight.add_(1.0)
-    ours.update(model, 0, torch.tensor(1.0))
+    ours.update(model, ours.weight(0), torch.tensor(1.0))
     assert torch.equal(ours.model[0].weight, before)
-    ours.update(model, 0, torch.tensor(0.0))
+    ours.update(model, ours.weight(0), torch.tensor(0.0))
     moved = (1 - 0.9 * (1 - math.exp(-1))) * (model[0].weight - before)
     torch.testing.assert_close(ours.model[0].weight - before, moved)

@@ -16,7 +16,7 @@ from conddetr.kernels import native
 from null_gpu.counts import counted
 
 SMALL = ["--train-images", "24", "--val-images", "4", "--batch-size", "4", "--epochs", "2", "--backend", "auto"]
-GRAPHS = ["--cuda-graphs", "--precision", "bfloat16", "--preflight"]
+BY_ITSELF = ["--precision", "bfloat16", "--preflight"]
 
 
 @pytest.fixture
@@ -31,16 +31,31 @@ def train(tmp_path):
     return run
 
 
+def needed_waits(epochs, steps, evaluated, graphs):
+    """What a training waits for, and how often: nothing else makes its host wait."""
+    return {
+        "the report of the step before": steps,
+        "before, while and after a graph is recorded": 3 * graphs,
+        "a checkpoint's copy, in the thread that writes it": epochs + 1,
+        "detections of the batch before": evaluated,
+    }
+
+
 @pytest.mark.parametrize(
     "options",
-    [pytest.param([], marks=pytest.mark.slow, id="plain"), pytest.param(GRAPHS, id="graphs")],
+    [pytest.param(["--no-cuda-graphs"], marks=pytest.mark.slow, id="plain"), pytest.param(BY_ITSELF, id="graphs")],
 )
 def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path, capsys):
     with counted() as counts:
         first = train("--workers", "2", *options)
-    assert ("preflight: 4 images of" in capsys.readouterr().out) == ("--preflight" in options)
+    said = capsys.readouterr().out
+    has_graphs = "--no-cuda-graphs" not in options
+    assert ("preflight: 4 images of" in said) == ("--preflight" in options)
+    assert ("CUDA graphs: batches come in 1 shape, at most 32 graphs" in said) == has_graphs
     assert counts.refused_in_capture == 0
-    assert (counts.graph_launches > 0) == ("--cuda-graphs" in options)
+    # Six steps an epoch.
+    assert counts.graph_launches == 12 * has_graphs
+    assert counts.waits == sum(needed_waits(epochs=2, steps=12, evaluated=1, graphs=has_graphs).values())
     assert {"AP", "AP50", "gpu_memory_gib"} <= set(first[-1])
     second = train("--epochs", "3", "--resume", "auto", *options)
     assert second[-1]["epoch"] == first[-1]["epoch"] + 1
