@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from conddetr.config import ModelConfig
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.config import TrainConfig
+from conddetr.kernels import addresses
 from conddetr.kernels.match.op import choose
 from conddetr.loss.targets import PackedTargets, pack_targets
 
@@ -216,7 +218,12 @@ class CudaCapture:
         capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         with current, capture:
             run()
-        return graph.replay
+        return partial(_replay, graph, addresses.fill_captured())
+
+
+def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:
+    """Do again what was recorded; `tables` are read by it, so that they live as long as this function is wanted."""
+    graph.replay()
 
 
 class _Inputs:

@@ -129,8 +129,11 @@ class _Work:
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of addresses, parts and blocks."""
+        table, fields = addresses.table(tuple(self.addresses), device), tuple(self.fields)
+        if addresses.is_capturing(device):
+            return table, *(addresses.place(rows, device) for rows in _layout(fields))
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return addresses.table(tuple(self.addresses), device), *_tables(tuple(self.fields), device, stream)
+        return table, *_placed_layout(fields, device, stream)
 
 
 class _Piece(NamedTuple):
@@ -249,13 +252,19 @@ def _dense(grad: Tensor, is_replicas: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    """The tables of parts and of blocks, of shapes alone; by stream, since only there the copies are done."""
+def _layout(fields: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """The tables of parts and of blocks, of shapes alone."""
     blocks = []
     for part, (kind, _, size, *_) in enumerate(fields):
         step = BLOCK // PARTIAL_ROWS if kind == PARTIALS else BLOCK
         blocks += [(part, first) for first in range(0, size, step)]
-    return tuple(addresses.without_wait(rows, device) for rows in (fields, blocks))
+    return tuple(torch.tensor(rows, dtype=torch.int64) for rows in (fields, blocks))
+
+
+# By stream, since only there the copies are known to be done.
+@functools.lru_cache(maxsize=16)
+def _placed_layout(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
+    return tuple(addresses.place(rows, device) for rows in _layout(fields))
 
 
 def _shape(recipe: Recipe) -> torch.Size:
