@@ -170,9 +170,9 @@ def forward(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
     first = _first(recipes)
     out = torch.empty(size, dtype=dtype, device=first.device)
     if work.fields:
+        sources = [tensor for recipe in recipes for tensor in _read(recipe)]
         with torch.cuda.device_of(first):
-            table, parts, blocks = work.tables(first.device)
-            prepare_kernel[(len(blocks),)](table, parts, blocks, first, out, BLOCK=BLOCK)
+            torch.ops.conddetr.prepare_weights(out, sources, *work.tables(first.device))
     return [_view(recipe, out, *place) for recipe, place in zip(recipes, shapes, strict=True)]
 
 
@@ -203,14 +203,32 @@ def backward(recipes: list[Recipe], grads: list[Tensor | None]) -> dict[int, Ten
     # Rows that nobody wrote have no influence.
     is_whole = written == sum(source.numel() for source, _ in places.values())
     flat = (torch.empty if is_whole else torch.zeros)(size, dtype=first.dtype, device=first.device)
-    # Of replicas it is float32; the others' is the step's dtype.
-    kind = next((grad for grad in kept if grad.dtype != torch.float32), kept[0])
     with torch.cuda.device_of(first):
-        table, parts, blocks = work.tables(first.device)
-        prepare_backward_kernel[(len(blocks),)](
-            table, parts, blocks, kind, flat, registry.REPLICAS, BLOCK=BLOCK, ROWS=PARTIAL_ROWS
-        )
+        torch.ops.conddetr.prepare_weights_backward(flat, kept, *work.tables(first.device))
     return {key: torch.as_strided(flat, x.shape, x.stride(), offset) for key, (x, offset) in places.items()}
+
+
+# What the tables point to is an argument all the same, so that counters of memory see what is read.
+@torch.library.custom_op("conddetr::prepare_weights", mutates_args=("out",))
+def launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
+    """Fill `out` by the tables; `sources` is all that they point to, of one dtype."""
+    prepare_kernel[(len(blocks),)](addresses, parts, blocks, sources[0], out, BLOCK=BLOCK)
+
+
+@torch.library.custom_op("conddetr::prepare_weights_backward", mutates_args=("out",))
+def launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
+    """Fill `out` by the tables; `grads` is all that they point to: of replicas float32, else of the step's dtype."""
+    kind = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
+    sizes = {"BLOCK": BLOCK, "ROWS": PARTIAL_ROWS}
+    prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, registry.REPLICAS, **sizes)
+
+
+def _read(recipe: Recipe) -> list[Tensor]:
+    """What a kernel reads to make a recipe's result."""
+    if isinstance(recipe, Replicas):
+        return []
+    norm = [] if recipe.norm is None else list(recipe.norm[:4])
+    return norm if isinstance(recipe, Shift) else [*recipe.parts, *norm]
 
 
 def _pieces(recipe: Recipe) -> list[_Piece]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conddetr.kernels import conditional_attention, paths, relu_dropout, sine_embedding
+from conddetr.kernels import conditional_attention, paths, sine_embedding
 from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
 from conddetr.model.fast.encoder import self_attention
@@ -21,6 +21,8 @@ from conddetr.model.fast.layers import (
     feed_forward,
     feed_forward_weights,
     for_a_module,
+    hidden,
+    hidden_weights,
 )
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
@@ -91,7 +93,7 @@ def recipes(decoder: ConditionalDecoder, object_query: Tensor) -> DecoderWeights
         parts.stack(layers[0].ca_qpos_proj),
         parts.stack(*(linear for layer in layers for linear in (layer.ca_kcontent_proj, layer.ca_v_proj))),
         parts.stack(*(layer.ca_kpos_proj for layer in layers)),
-        [parts.before_fusion(scale[0]), parts.stack(scale[1])] if scale else [],
+        [hidden_weights(scale[0]), parts.stack(scale[1])] if scale else [],
     )
 
 
@@ -198,10 +200,8 @@ def _spatial_query(
         return p_s
     if layer.is_first:
         return torch.ones_like(embedding)
-    (first, first_bias), last = weights.scale
-    asked = self_attended if layer.csq == "I" else embedding
-    hidden = relu_dropout(F.linear(asked, first), 0.0, "auto", first_bias)
-    transform = F.linear(hidden, *last)
+    first, last = weights.scale
+    transform = F.linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
     return transform if layer.csq == "T" else transform * p_s
 
 

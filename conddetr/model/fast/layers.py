@@ -34,7 +34,23 @@ class FeedForwardWeights(NamedTuple):
 
 def feed_forward_weights(layer: FeedForward, norm: torch.nn.LayerNorm) -> FeedForwardWeights:
     """Of an encoder or decoder layer whose last norm is given."""
-    return FeedForwardWeights(parts.before_fusion(layer.linear1), branch_weights(layer.linear2, norm))
+    return FeedForwardWeights(hidden_weights(layer.linear1), branch_weights(layer.linear2, norm))
+
+
+def hidden_weights(linear: torch.nn.Linear) -> tuple[Recipe, Recipe]:
+    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along, which have no gradient
+    there.
+    """
+    return parts.before_fusion(linear) if torch.is_grad_enabled() else parts.stack(linear)
+
+
+def hidden(x: Tensor, weights: tuple[Tensor, Tensor], dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """dropout(relu(linear(x))), x [B, N, C]."""
+    weight, bias = weights
+    if bias.dim() == 2:
+        return relu_dropout(F.linear(x, weight), dropout_p, "auto", bias, seed)
+    product = torch._addmm_activation(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
+    return product if dropout_p == 0 else relu_dropout(product, dropout_p, "auto", seed=seed)
 
 
 def branch_weights(last: torch.nn.Linear, norm: torch.nn.LayerNorm) -> Branch:
@@ -102,6 +118,5 @@ def feed_forward(
     outs: int = 1,
 ) -> tuple[Tensor, ...]:
     """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`."""
-    product, bias = weights.first
-    hidden = relu_dropout(F.linear(x, product), dropout.probability, "auto", bias, dropout.seed())
-    return end_branch(hidden, trunk, weights.last, dropout, position, trunks, outs)
+    inner = hidden(x, weights.first, dropout.probability, dropout.seed())
+    return end_branch(inner, trunk, weights.last, dropout, position, trunks, outs)
