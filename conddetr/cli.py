@@ -389,7 +389,7 @@ def _env(options: argparse.Namespace) -> None:
         table.add_column(column)
     for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
-    for operation in ("focal_loss", "matched_box_loss", "matching_cost"):
+    for operation in ("focal_loss", "matched_box_loss", "matching_cost", "prediction_errors", "grid_positions"):
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
     for operation in ("relu_dropout", "dropout_add"):
         table.add_row(operation, *(dropout.choose("auto", device, dtype) for dtype in dtypes))

@@ -10,6 +10,7 @@ from conddetr.kernels import (
     conditional_attention,
     conditional_spatial_query,
     focal_loss,
+    grid_positions,
     linear_assignment,
     matched_box_loss,
     matching_cost,
@@ -88,7 +89,12 @@ def errors(device, backend):
     return prediction_errors(logits, assignment, labels, counts, backend=backend)[1]
 
 
-OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, errors)
+def positions(device, backend):
+    valid = torch.full((BATCH, 2), 60, dtype=torch.int32, device=device)
+    return grid_positions(torch.empty(BATCH, 3, 4, 6, device=device), (64, 96), 32, valid, backend=backend)[0]
+
+
+OPERATIONS = (attention, dense_attention, embedding, spatial_query, classes, boxes, cost, assignment, errors, positions)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 
