@@ -10,6 +10,7 @@ from conddetr.kernels.dropout import dropout_add, relu_dropout
 from conddetr.kernels.errors import prediction_errors
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
+from conddetr.kernels.position import grid_positions
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "convolution_3x3_weight_gradient",
     "dropout_add",
     "focal_loss",
+    "grid_positions",
     "linear_assignment",
     "matched_box_loss",
     "matching_cost",

@@ -33,6 +33,7 @@ from conddetr.kernels.dropout import triton as dropout
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
+from conddetr.kernels.position import triton as position
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
 
@@ -46,7 +47,7 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, sine, weights)
+ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, position, sine, weights)
 """Where the kernels are."""
 
 
@@ -96,6 +97,9 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    for variant, has_valid in (("padding", True), ("no padding", False)):
+        options = {**position.launch(256, 67), "HAS_VALID": has_valid}
+        yield Job("position_kernel", variant, "bf16", tuple(options.items()))
     yield from convolution_jobs()
     yield from residual_jobs()
     yield from weight_jobs()
@@ -225,11 +229,11 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
 _KINDS = {
     "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
               "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual", "errors"),
-    "*i32": ("valid_hw", "counts"),
+    "*i32": ("valid_hw", "counts", "valid_cells"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
-    "*i1": ("padding",),
+    "*i1": ("padding", "is_padding"),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
-             "class_weight", "bbox_weight", "giou_weight"),
+             "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
             "classes", "images", "channels", "layers", "position_rows", "replicas", "units"),
 }  # fmt: skip

@@ -171,7 +171,7 @@ def test_env_says_what_runs_and_why(capsys):
     assert "native kernels: " in printed
     (row,) = [line for line in printed.splitlines() if "conditional_attention" in line]
     assert registry.choose("auto", torch.device("cpu"), torch.float32).backend in row
-    for operation in ("focal_loss", "matched_box_loss", "matching_cost"):
+    for operation in ("focal_loss", "matched_box_loss", "matching_cost", "prediction_errors", "grid_positions"):
         (row,) = [line for line in printed.splitlines() if operation in line]
         assert "eager" in row
         assert "native" not in row

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import registry
+from conddetr.kernels import grid_positions, registry
 from conddetr.kernels.attn import rectangle_padding
+from conddetr.kernels.position.reference import valid_cells
 from conddetr.model.backbone import build_backbone
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
@@ -67,25 +68,6 @@ def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour resize of a padding mask: [B, H, W] bool -> [B, h, w] bool."""
     return F.interpolate(mask[:, None].to(torch.float32), size=size).squeeze(1).to(torch.bool)
-
-
-def valid_cells(valid_hw: Tensor, image_size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """`resize_mask` for padding at the bottom and right, without the mask.
-
-    Args:
-        valid_hw: [B, 2] integer, valid height and width in pixels of a batch padded to `image_size`.
-        image_size: H and W in pixels.
-        grid: h and w of the feature map.
-
-    Returns:
-        [B, 2] int32, valid height and width in cells: those whose pixel, by nearest neighbour, is valid.
-    """
-    counts = []
-    for axis, (pixels, cells) in enumerate(zip(image_size, grid, strict=True)):
-        # In float32, as `interpolate` finds the pixel of a cell.
-        pixel = (torch.arange(cells, dtype=torch.float32, device=valid_hw.device) * (pixels / cells)).floor()
-        counts.append((pixel < valid_hw[:, axis, None]).sum(1))
-    return torch.stack(counts, dim=1).to(torch.int32)
 
 
 class DETR(nn.Module):
@@ -231,6 +213,18 @@ def _feature_grid(
         cells = valid_cells(valid_hw, image_size, size)
         return FeatureGrid(size, rectangle_padding(cells, *size), cells)
     return FeatureGrid(size, None if mask is None else resize_mask(mask, size).flatten(1), None)
+
+
+def _grid_and_positions(
+    features: Tensor, image_size: tuple[int, int], mask: Tensor | None, valid_hw: Tensor | None, dim: int, backend: str
+) -> tuple[FeatureGrid, Tensor]:
+    """The grid of a feature map [B, C, h, w], and its position encoding [B or 1, h·w, dim] in the same dtype."""
+    if mask is None:
+        # Without padding one encoding serves the whole batch.
+        position, padding, cells = grid_positions(features, image_size, dim, valid_hw, backend=backend)
+        return FeatureGrid(tuple(features.shape[-2:]), padding, cells), position
+    grid = _feature_grid(features, image_size, mask, None)
+    return grid, sine_position_encoding(grid.padding.unflatten(1, grid.size), dim).to(features.dtype)
 
 
 def _check_input(

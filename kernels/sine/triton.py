@@ -37,7 +37,7 @@ def sin_turns(turns):
 
 
 @triton.jit
-def _channels(DIM: tl.constexpr, PADDED: tl.constexpr, log2_temperature):
+def channels(DIM: tl.constexpr, PADDED: tl.constexpr, log2_temperature):
     """Per channel: turns per unit of its coordinate, a quarter turn for odd channels, and whether it is y's."""
     channel = tl.arange(0, PADDED)
     half: tl.constexpr = DIM // 2
@@ -52,7 +52,7 @@ def embed_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """out[n] = embedding of points[n], times transform[n] if there is one; all contiguous."""
-    channel, rate, shift, is_y = _channels(DIM, PADDED, log2_temperature)
+    channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
     x = tl.load(points + 2 * row, mask=inside, other=0.0).to(tl.float32)
@@ -71,7 +71,7 @@ def embed_backward_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `embed_kernel`; the sum over channels stays in registers."""
-    channel, rate, shift, is_y = _channels(DIM, PADDED, log2_temperature)
+    channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < count
     x = tl.load(points + 2 * row, mask=inside, other=0.0).to(tl.float32)

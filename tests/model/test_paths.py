@@ -92,7 +92,7 @@ def test_kernels_in_training():
 def test_triton_under_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = record("conditional-detr-tiny", "triton", train=True)
-    for name in ("conditional_attention", "sine_embedding", "matching_cost", "focal_loss", "prediction_errors"):
+    for name in ("conditional_attention", "sine_embedding", "matching_cost", "focal_loss", "matched_box_loss"):
         assert set(found[name]) == {"triton"}, name
     assert found["self-attention"] == {SDPA: 3}
 

@@ -12,6 +12,7 @@ from conddetr.kernels import (
     conditional_spatial_query,
     convolution,
     focal_loss,
+    grid_positions,
     linear_assignment,
     matched_box_loss,
     matching_cost,
@@ -125,7 +126,12 @@ def errors(device, backend):
     return prediction_errors(logits, assignment, labels, counts, backend=backend)[1]
 
 
-TRANSFORMER = (attention, dense_attention, embedding, spatial_query, norm, hidden)
+def positions(device, backend):
+    valid = torch.full((BATCH, 2), 60, dtype=torch.int32, device=device)
+    return grid_positions(torch.empty(BATCH, 3, 4, 6, device=device), (64, 96), 32, valid, backend=backend)[0]
+
+
+TRANSFORMER = (attention, dense_attention, embedding, spatial_query, positions, norm, hidden)
 OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, errors, convolved, step_weights)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]

@@ -1,0 +1,99 @@
+"""Positions of a grid: the public function, its checks, and the operator behind the kernel. There is no gradient."""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.position import reference
+
+MAX_CELLS = 1024
+"""Rows or columns of a grid; a program of the kernel counts over all of them."""
+
+
+@torch.no_grad()
+def grid_positions(
+    features: Tensor,
+    image_size: tuple[int, int],
+    dim: int,
+    valid_hw: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sine position encoding of a feature map, and what of it is padding, all from the sizes of its images.
+
+    Args:
+        features: [B, C, h, w], floating; only its shape, dtype and device are looked at.
+        image_size: H and W in pixels of the batch that it was made of.
+        dim: channels of the encoding, a multiple of 4.
+        valid_hw: [B, 2] int32, valid height and width in pixels of images padded at the bottom and right; None:
+            nothing is padded, and one encoding serves the whole batch.
+        backend: `auto`, `triton` (one launch) or `eager`.
+
+    Returns:
+        position [B or 1, h·w, dim] in the dtype of `features`, as `sine_position_encoding` has it, y's half first;
+        padding [B, h·w] bool, True = padding; valid height and width in cells [B, 2] int32. The last two are None
+        without `valid_hw`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend can not run here; says why.
+    """
+    _check(features, dim, valid_hw)
+    size = tuple(features.shape[-2:])
+    choice = registry.choose(backend, features.device, features.dtype, registry.WITHOUT_NATIVE)
+    refused = choice.refused
+    if choice.backend == "triton" and max(size) > MAX_CELLS:
+        reason = f"its kernel takes at most {MAX_CELLS} rows and columns, got {size[0]} × {size[1]}."
+        if backend != "auto":
+            raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+        choice, refused = registry.Choice("eager", {}), {**refused, "triton": reason}
+    paths.note("grid_positions", choice.backend, refused)
+    if choice.backend == "eager":
+        position, padding, cells = reference.grid_positions(valid_hw, image_size, size, dim, features.device)
+        return position.to(features.dtype), padding, cells
+    valid = None if valid_hw is None else valid_hw.contiguous()
+    position, padding, cells = torch.ops.conddetr.grid_positions(features, valid, *image_size, dim)
+    return (position, None, None) if valid is None else (position, padding, cells)
+
+
+def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
+    if features.dim() != 4 or not features.is_floating_point():
+        raise ValueError(f"features: expected [B, C, h, w], floating, got {tuple(features.shape)} {features.dtype}.")
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim: expected a multiple of 4, got {dim}.")
+    if valid_hw is None:
+        return
+    shape = (features.shape[0], 2)
+    if tuple(valid_hw.shape) != shape or valid_hw.dtype != torch.int32:
+        raise ValueError(f"valid_hw: expected {shape} torch.int32, got {tuple(valid_hw.shape)} {valid_hw.dtype}.")
+    if valid_hw.device != features.device:
+        raise ValueError(f"valid_hw: expected device {features.device} as of features, got {valid_hw.device}.")
+
+
+@torch.library.custom_op(
+    "conddetr::grid_positions",
+    mutates_args=(),
+    schema="(Tensor features, Tensor? valid_hw, SymInt image_height, SymInt image_width, SymInt dim) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+@registry.on_their_device
+def _forward(
+    features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from conddetr.kernels.position import triton
+
+    return triton.forward(features, valid_hw, (image_height, image_width), dim)
+
+
+@_forward.register_fake
+def _(
+    features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    images = 1 if valid_hw is None else features.shape[0]
+    cells = features.shape[2] * features.shape[3]
+    padded = 0 if valid_hw is None else images
+    return (
+        features.new_empty((images, cells, dim)),
+        features.new_empty((padded, cells), dtype=torch.bool),
+        features.new_empty((padded, 2), dtype=torch.int32),
+    )
