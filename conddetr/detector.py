@@ -113,19 +113,20 @@ class Detector:
             raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
         return self._model
 
-    def fused(self, backend: str | None = None) -> "Detector":
+    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None) -> "Detector":
         """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
 
         `predict` over several images and `evaluate` make one by themselves, anew for each call.
 
         Args:
             backend: of the copy, as in `build`; default: the model's own.
+            dtype: float16 or bfloat16 to compute in, as `DETR.fused` takes it.
 
         Returns:
             A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
             happens to this one's weights later does not change it.
         """
-        copy = Detector(self.model.fused(backend), self.classes, str(self.device))
+        copy = Detector(self.model.fused(backend, dtype), self.classes, str(self.device))
         copy.run, copy.metrics = self.run, self.metrics
         return copy
 

@@ -15,8 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
 from conddetr.kernels import grid_positions, registry
-from conddetr.kernels.attn import rectangle_padding
-from conddetr.kernels.position.reference import valid_cells
 from conddetr.model.backbone import build_backbone
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
@@ -78,6 +76,8 @@ class DETR(nn.Module):
         self.config = config
         self.fusion: FusionReport | None = None
         """What was fused, of a copy that `fused` made; None: this is no such copy."""
+        self.autocast: torch.dtype | None = None
+        """Of a frozen copy the dtype whose autocast it turns on by itself; None: it leaves that to the caller."""
         dim = config.hidden_dim
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(dim, config.num_logits)
@@ -116,15 +116,17 @@ class DETR(nn.Module):
             ValueError: shapes or dtypes do not fit; names the tensor, what was expected and what was found.
         """
         images, mask, valid_hw = _check_input(images, mask, valid_hw)
+        if self.autocast is None:
+            return self._detect(images, mask, valid_hw)
+        with torch.autocast(images.device.type, self.autocast):
+            return self._detect(images, mask, valid_hw)
+
+    def _detect(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
+        """As `forward`, of arguments that were checked."""
         object_query = table(self.query_embed, self.config.num_queries, images.device)
         plan = make_plan(self, images, object_query)
         features = self.backbone(images) if plan is None else plan.backbone(images)
-        grid = _feature_grid(features, tuple(images.shape[-2:]), mask, valid_hw)
-        # Without padding one encoding serves the whole batch.
-        padding = features.new_zeros((1, *grid.size), dtype=torch.bool)
-        if grid.padding is not None:
-            padding = grid.padding.unflatten(1, grid.size)
-        position = sine_position_encoding(padding, self.config.hidden_dim).to(features.dtype)
+        grid, position = self._grid(features, tuple(images.shape[-2:]), mask, valid_hw)
         if plan is None:
             tokens, transformer = self.input_proj(features).flatten(2).transpose(1, 2), self.transformer
         else:
@@ -135,7 +137,7 @@ class DETR(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
 
-    def fused(self, backend: str | None = None) -> "DETR":
+    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None) -> "DETR":
         """A frozen copy for inference at full speed; the model stays as it is.
 
         In the copy batch norms are part of the convolutions, once and for all. It has weights of its own: make a new
@@ -146,16 +148,21 @@ class DETR(nn.Module):
 
         Args:
             backend: of the copy; default: the model's own.
+            dtype: float16 or bfloat16: the copy computes as under autocast of this dtype, and keeps the weights of
+                its convolutions in it; norms, reference points and heads stay as they are. Default: as the model.
         """
-        copy, report = fused_copy(self)
+        copy, report = fused_copy(self, dtype)
         copy.fusion = self.fusion or report
+        copy.autocast = dtype or self.autocast
         if backend is not None:
             copy.set_backend(backend)
         return copy
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pixels that it takes: of the first floating weight of its backbone."""
+        """Of the pixels that it takes: of the first floating weight of its backbone, unless it casts them itself."""
+        if self.autocast is not None:
+            return torch.float32
         return next(weight.dtype for weight in self.backbone.parameters() if weight.is_floating_point())
 
     def set_backend(self, backend: str) -> None:
@@ -180,6 +187,19 @@ class DETR(nn.Module):
             raise RuntimeError("This is a frozen copy for inference (DETR.fused): train the model that it was made of.")
         return super().train(mode)
 
+    def _grid(
+        self, features: Tensor, image_size: tuple[int, int], mask: Tensor | None, valid_hw: Tensor | None
+    ) -> tuple[FeatureGrid, Tensor]:
+        """The grid of a feature map [B, C, h, w], and its position encoding [B or 1, h·w, dim] in the same dtype."""
+        size, dim = tuple(features.shape[-2:]), self.config.hidden_dim
+        if mask is None:
+            # Without padding one encoding serves the whole batch.
+            backend = "eager" if self.config.backend == "eager" else "auto"
+            position, padding, cells = grid_positions(features, image_size, dim, valid_hw, backend=backend)
+            return FeatureGrid(size, padding, cells), position
+        padding = resize_mask(mask, size)
+        return FeatureGrid(size, padding.flatten(1), None), sine_position_encoding(padding, dim).to(features.dtype)
+
     def _predict(self, hidden: Tensor, reference: Tensor | None) -> dict:
         """Heads, shared by all layers: hidden [L, B, Q, C], reference [Q, 2] or None -> the output dict."""
         if not self.config.aux_loss:
@@ -202,29 +222,6 @@ def _attention_kernels(tokens: Tensor, training: bool) -> AbstractContextManager
     """
     is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled() and not training
     return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
-
-
-def _feature_grid(
-    features: Tensor, image_size: tuple[int, int], mask: Tensor | None, valid_hw: Tensor | None
-) -> FeatureGrid:
-    """Size and padding of a feature map [B, C, h, w], from those of the images."""
-    size = tuple(features.shape[-2:])
-    if valid_hw is not None:
-        cells = valid_cells(valid_hw, image_size, size)
-        return FeatureGrid(size, rectangle_padding(cells, *size), cells)
-    return FeatureGrid(size, None if mask is None else resize_mask(mask, size).flatten(1), None)
-
-
-def _grid_and_positions(
-    features: Tensor, image_size: tuple[int, int], mask: Tensor | None, valid_hw: Tensor | None, dim: int, backend: str
-) -> tuple[FeatureGrid, Tensor]:
-    """The grid of a feature map [B, C, h, w], and its position encoding [B or 1, h·w, dim] in the same dtype."""
-    if mask is None:
-        # Without padding one encoding serves the whole batch.
-        position, padding, cells = grid_positions(features, image_size, dim, valid_hw, backend=backend)
-        return FeatureGrid(tuple(features.shape[-2:]), padding, cells), position
-    grid = _feature_grid(features, image_size, mask, None)
-    return grid, sine_position_encoding(grid.padding.unflatten(1, grid.size), dim).to(features.dtype)
 
 
 def _check_input(

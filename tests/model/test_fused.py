@@ -201,3 +201,21 @@ def test_a_copy_in_half_precision_casts_what_it_is_given(image, hooked):
     assert found.dtype == torch.bfloat16
     error, allowed = ((x.double() - exact).abs().max() for x in (found, in_half))
     assert error <= 2 * allowed
+
+
+def test_a_copy_in_half_precision_turns_autocast_on_by_itself():
+    """It takes float32 pixels, and gives what autocast gives, but that its norms are folded before they are rounded."""
+    torch.manual_seed(0)
+    model = conddetr.build("conditional-detr-r50", num_classes=3, encoder_layers=1, decoder_layers=1).eval()
+    nn.init.normal_(model.bbox_embed.layers[-1].weight, std=0.1)
+    copy = model.fused(dtype=torch.bfloat16)
+    image = torch.randn(1, 3, 64, 96)
+    assert copy.dtype == image.dtype
+    with torch.no_grad():
+        exact = model(image)["pred_boxes"]
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model(image)["pred_boxes"]
+        found = copy(image)["pred_boxes"]
+    assert found.dtype == torch.float32
+    assert copy.fused().autocast == torch.bfloat16
+    assert 0 < (found - exact).norm() <= 2 * (plain - exact).norm()

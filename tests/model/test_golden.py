@@ -9,8 +9,9 @@ from golden_rule import CASES, read_arrays, read_json, rule_inputs, rule_model, 
 
 import conddetr
 from conddetr.kernels.attn import attention_weights, conditional_attention, rectangle_padding
+from conddetr.kernels.position.reference import valid_cells
 from conddetr.loss.matcher import match
-from conddetr.model.detr import pad_images, valid_cells
+from conddetr.model.detr import pad_images
 from conddetr.model.position import sine_position_encoding
 
 OFFICIAL = {

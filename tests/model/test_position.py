@@ -5,7 +5,8 @@ import torch
 from golden_rule import read_arrays, read_json
 
 from conddetr.kernels.attn import rectangle_padding
-from conddetr.model.detr import inverse_sigmoid, pad_images, resize_mask, valid_cells
+from conddetr.kernels.position.reference import valid_cells
+from conddetr.model.detr import inverse_sigmoid, pad_images, resize_mask
 from conddetr.model.position import sine_position_encoding
 
 
