@@ -90,9 +90,8 @@ def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> No
             parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **settings)
             continue
         if name in ONCE_SWITCHES:
-            parser.add_argument(
-                f"--no-{name.replace('_', '-')}", action="store_const", const="off", help=argparse.SUPPRESS, **settings
-            )
+            negative = _spellings(f"no_{name}")
+            parser.add_argument(*negative, action="store_const", const="off", help=argparse.SUPPRESS, **settings)
             settings |= {"nargs": "?", "const": "on"}
         parser.add_argument(*flags, type=kind, help=text, metavar=kind.__name__.upper(), **settings)
 

@@ -211,6 +211,16 @@ def test_one_model_and_one_value_of_each_option(tmp_path, capsys):
     assert "run.toml: option 'lr' is given twice" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [("--cuda-graphs", "on"), ("--no_cuda_graphs", "off"), ("--cuda-graphs off --lr 1", "off"), ("--lr 1", "auto")],
+)
+def test_a_switch_of_once_takes_a_value_too(flags, chosen):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert resolve_run(chosen_options(parser.parse_args(flags.split()))[0]).train.cuda_graphs == chosen
+
+
 def test_help_of_backend_names_them_all():
     assert all(f"`{backend}`" in option_help()["backend"] for backend in BACKENDS)
 

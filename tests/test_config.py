@@ -42,6 +42,8 @@ def test_bad_overrides_are_named(overrides, message):
         ({"weight_decay": -0.1}, "Training option weight_decay: expected at least 0, got -0.1"),
         ({"check_finite": "allways"}, "check_finite: unknown value 'allways'. Did you mean 'always'"),
         ({"check_finite": "always", "cuda_graphs": True}, "`always` waits for the device, which cuda_graphs can not"),
+        ({"cuda_graphs": "onn"}, "cuda_graphs: unknown value 'onn'. Did you mean 'on'"),
+        ({"pad_buckets": -2}, "pad_buckets: expected at least -1, got -2"),
         ({"train_images": 0}, "Data option train_images: expected at least 1, got 0"),
         ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),
     ],
@@ -49,6 +51,11 @@ def test_bad_overrides_are_named(overrides, message):
 def test_options_of_a_run_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         resolve_run(options)
+
+
+def test_an_option_that_was_a_switch_once_is_read_from_older_files():
+    found = [resolve_run({"cuda_graphs": value}).train.cuda_graphs for value in (True, False, "auto")]
+    assert found == ["on", "off", "auto"]
 
 
 def test_unknown_preset_suggests_the_nearest():

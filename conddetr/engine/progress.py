@@ -31,6 +31,8 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None, disable: bool = False) -> None:
+        self.is_shown = not disable and sys.stdout.isatty()
+        """Whether anybody sees a note."""
         self._bar = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -42,7 +44,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=disable or not sys.stdout.isatty(),
+            disable=not self.is_shown,
             transient=True,
         )
         self._task = self._bar.add_task(title, total=total, rate="…", note="")

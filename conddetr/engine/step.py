@@ -248,7 +248,8 @@ class Stepper:
         self._read()
 
     def epoch_means(self) -> dict[str, float]:
-        """Mean losses of the epoch over all processes, without the skipped steps; call `flush` before."""
+        """Mean losses of the epoch so far over all processes, without the skipped steps."""
+        self.flush()
         if distributed.world_size() == 1:
             return self.means
         return self._means(distributed.reduce_mean(self._sums.clone()).tolist())

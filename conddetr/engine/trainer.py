@@ -245,7 +245,7 @@ class Trainer:
                 count = sum(len(batch) for batch in window) * distributed.world_size()
                 images += count
                 self.seconds = before + time.perf_counter() - start
-                progress.advance(count, self._note())
+                progress.advance(count, self._note() if progress.is_shown else "")
                 if self.stepper.stop:
                     break
                 if self._is_time_to_save():
