@@ -43,10 +43,10 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def fill_captured() -> list[Tensor]:
-    """Fill the tables of a capture that has ended; the caller keeps them as long as the graph."""
+    """Fill the tables of a capture that has ended, on the current stream; the caller keeps them as long as the graph."""
     tables = []
     while _captured:
         empty, table = _captured.pop()
-        empty.copy_(table)
+        empty.copy_(table.pin_memory(), non_blocking=True)
         tables.append(empty)
     return tables

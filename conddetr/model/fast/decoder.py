@@ -72,9 +72,9 @@ class Grid(NamedTuple):
     content: tuple[Tensor, ...]
     """[B, N, C] each."""
     rows: tuple[Tensor, ...]
-    """[B, h, C] each: with the columns they add up to the spatial keys."""
+    """[B or 1, h, C] each: with the columns they add up to the spatial keys."""
     columns: tuple[Tensor, ...]
-    """[B, w, C] each."""
+    """[B or 1, w, C] each."""
     value: tuple[Tensor, ...]
     """[B, N, C] each."""
 
@@ -170,8 +170,7 @@ def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple
     ends = torch.cat([F.pad(cells[:, :, 0, :half], (0, half)), F.pad(cells[:, 0, :, half:], (half, 0))], dim=1)
     weight, bias = weights.cell_position
     rows, columns = F.linear(ends, weight).split(size, dim=1)
-    spread = (part.expand(memory.shape[0], -1, -1).chunk(layers, dim=-1) for part in (rows + bias, columns))
-    return Grid(projected[0::2], *spread, projected[1::2])
+    return Grid(projected[0::2], (rows + bias).chunk(layers, dim=-1), columns.chunk(layers, dim=-1), projected[1::2])
 
 
 def _self_attend(
