@@ -43,7 +43,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def fill_captured() -> list[Tensor]:
-    """Fill the tables of a capture that has ended, on the current stream; the caller keeps them as long as the graph."""
+    """Fill the tables of a capture that has ended, on the current stream; to be kept as long as the graph."""
     tables = []
     while _captured:
         empty, table = _captured.pop()

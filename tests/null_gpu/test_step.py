@@ -183,7 +183,7 @@ def test_what_inductor_makes_is_seen_too():
         torch.zeros(512, 64, device="cuda"),
     )
     eager = watched(model, lambda: model(x).sum().backward())
-    if not hasattr(torch._dynamo.config, "inline_torch_dispatch_torch_compile"):
+    if torch.__version__ < (2, 12):
         pytest.skip("this PyTorch runs no compiled code while operators are watched: the table says –")
     model.compile()
     model(x).sum().backward()
