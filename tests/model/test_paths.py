@@ -35,6 +35,7 @@ def test_eager_is_plain_pytorch(train):
         "cross-attention": {DENSE: 2},
         "conditional_attention": {"eager": 2},
         "sine_embedding": {"eager": 1},
+        "grid_positions": {"eager": 1},
     }
     if train:
         expected |= {"relu_dropout": {"eager": 3}, "dropout_add": {"eager": 8}, "linear_assignment": {"eager": 1}}
@@ -58,6 +59,7 @@ def test_kernels_in_inference(backend):
         "cross-attention": {SEPARABLE: 2},
         "conditional_attention": {"native": 5},
         "sine_embedding": {"native": 1},
+        "grid_positions": {"eager": 1},
     }
     assert found == expected
     assert record("conditional-detr-r50", backend, fused=True) == {**expected, "backbone": {"frozen copy": 16}}
