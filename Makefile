@@ -60,6 +60,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/dropout.py
 	$(BIN)/python benchmarks/add_norm.py
+	$(BIN)/python benchmarks/weights.py
 	$(BIN)/python benchmarks/conv.py
 	$(BIN)/python benchmarks/conv3x3.py
 	$(BIN)/python benchmarks/focal.py

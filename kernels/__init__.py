@@ -12,6 +12,7 @@ from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
+from conddetr.kernels.weights import prepare_weights
 
 __all__ = [
     "add_norm",
@@ -27,6 +28,7 @@ __all__ = [
     "matched_box_loss",
     "matching_cost",
     "prediction_errors",
+    "prepare_weights",
     "relu_dropout",
     "sine_embedding",
 ]

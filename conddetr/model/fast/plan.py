@@ -125,10 +125,10 @@ def _is_plain(part: nn.Module, kind: type) -> bool:
 
 def _backbone_recipes(backbone: nn.Module) -> dict[int, tuple[Recipe, Recipe]] | None:
     """Of the convolutions of a ResNet's plain parts."""
-    if not _is_plain(backbone, nn.Sequential) or not _is_plain(backbone[0], ResNetBackbone) or len(backbone) > 1:
+    if not _is_plain(backbone, nn.Sequential) or [type(part) for part in backbone] != [ResNetBackbone]:
         return None
     body = backbone[0].body
-    if not _is_plain(body, ResNetBody):
+    if why_not_plain(backbone[0]) is not None or not _is_plain(body, ResNetBody):
         return None
     return {id(conv): _folded_recipes(conv, norm) for conv, norm in resnet.plain_pairs(body)}
 
