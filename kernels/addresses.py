@@ -1,12 +1,14 @@
 """Tables on a device, of memory addresses above all, for kernels that walk over many tensors in one launch."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-_captured: list[tuple[Tensor, Tensor]] = []
-"""Tables that a capture of a CUDA graph reads, and on the host what belongs in them."""
+_collectors: list[list[tuple[Tensor, Tensor]]] = []
+"""Of every `collected` that is going on, tables that a capture reads, and on the host what belongs in them."""
 
 
 def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
@@ -26,15 +28,25 @@ def place(table: Tensor, device: torch.device) -> Tensor:
     """A copy of a table of the host; the host does not wait for it.
 
     In a capture of a CUDA graph no copy is recorded, for then the host's memory would have to stay as long as the graph
-    does: the table is empty until `fill_captured`.
+    does: the table is empty until the capture has ended (`collected`).
+
+    Raises:
+        RuntimeError: a capture that nobody collects tables of (`can_place`).
     """
     if device.type != "cuda":
         return table.to(device)
     if is_capturing(device):
+        if not _collectors:
+            raise RuntimeError("A table of addresses in a capture of a CUDA graph: capture within `collected`.")
         empty = torch.empty_like(table, device=device)
-        _captured.append((empty, table))
+        _collectors[-1].append((empty, table))
         return empty
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def can_place(device: torch.device) -> bool:
+    """Whether there can be new tables now: not in a capture whose tables nobody fills afterwards."""
+    return bool(_collectors) or not is_capturing(device)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -42,11 +54,17 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def fill_captured() -> list[Tensor]:
-    """Fill the tables of a capture that has ended, on the current stream; to be kept as long as the graph."""
-    tables = []
-    while _captured:
-        empty, table = _captured.pop()
-        empty.copy_(table.pin_memory(), non_blocking=True)
-        tables.append(empty)
-    return tables
+@contextmanager
+def collected() -> Iterator[list[Tensor]]:
+    """Around a capture of a CUDA graph: fills its tables at the end, on the then current stream, without a wait.
+
+    Gives the tables, which must live as long as the graph.
+    """
+    tables: list[Tensor] = []
+    _collectors.append([])
+    try:
+        yield tables
+    finally:
+        for empty, table in _collectors.pop():
+            empty.copy_(table.pin_memory(), non_blocking=True)
+            tables.append(empty)

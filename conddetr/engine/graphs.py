@@ -216,9 +216,9 @@ class CudaCapture:
         # Of this thread alone: meanwhile the data loader's thread goes on pinning memory, which a capture of all
         # threads forbids.
         capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        with current, capture:
+        with addresses.collected() as tables, current, capture:
             run()
-        return partial(_replay, graph, addresses.fill_captured())
+        return partial(_replay, graph, tables)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import addresses, paths, registry
 from conddetr.kernels.weights import reference
 from conddetr.kernels.weights.reference import Recipe, Replicas, Shift, Weight
 
@@ -71,6 +71,10 @@ def _misfit(sources: list[Tensor]) -> str | None:
     """What the kernels cannot take of these parameters, or None."""
     from conddetr.kernels.weights import triton
 
+    if not addresses.can_place(sources[0].device):
+        return "its tables of addresses would have to outlive this capture of a CUDA graph."
+    if any(source.device != sources[0].device for source in sources):
+        return "its kernel takes parameters of one device."
     dtypes = sorted({str(source.dtype) for source in sources})
     if len(dtypes) > 1:
         return f"its kernel takes parameters of one dtype, not {', '.join(dtypes)}."

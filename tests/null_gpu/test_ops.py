@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import conddetr
 from conddetr.kernels import (
     add_norm,
+    addresses,
     conditional_attention,
     conditional_spatial_query,
     convolution,
@@ -205,3 +207,17 @@ def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(registry.BackendError, match=r"built for .*, this GPU has compute capability 7.5: build with"):
         registry.choose("native", device, torch.float32)
+
+
+def test_weights_in_a_capture_of_somebody_else_are_made_one_by_one():
+    """Nobody would fill the tables of the one kernel after that capture."""
+    weight = numbers("cuda", 3, 4)
+    prepare_weights([Weight((weight,))], torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with conddetr.record_paths() as paths, torch.cuda.graph(graph):
+        prepare_weights([Weight((weight,))], torch.bfloat16)
+    assert paths["prepare_weights"] == {"eager": 1}
+    with addresses.collected() as tables, torch.cuda.graph(torch.cuda.CUDAGraph()), conddetr.record_paths() as paths:
+        prepare_weights([Weight((weight,))], torch.bfloat16)
+    assert paths["prepare_weights"] == {"triton": 1}
+    assert len(tables) == 3
