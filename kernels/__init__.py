@@ -3,7 +3,7 @@
 from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.attn import conditional_attention
 from conddetr.kernels.boxes import matched_box_loss
-from conddetr.kernels.conv import convolution
+from conddetr.kernels.conv import convolution, convolution_pair
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
 from conddetr.kernels.dropout import dropout_add, relu_dropout
@@ -20,6 +20,7 @@ __all__ = [
     "convolution",
     "convolution_3x3",
     "convolution_3x3_weight_gradient",
+    "convolution_pair",
     "dropout_add",
     "focal_loss",
     "grid_positions",

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import convolution, paths
+from conddetr.kernels import convolution, convolution_pair, paths
+from conddetr.kernels.conv import Layer
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
 
@@ -257,8 +258,12 @@ def _residual_block(block: nn.Module, maps: tuple[Tensor, Tensor], way: _Way) ->
             bias = way.biases[id(block)] if id(block) in way.biases else bias + its_bias
             its_bias = None
         shortcut = convolution(shortcut, of_shortcut, its_bias, **window(block.downsample[0]), backend=way.backend)
-    for conv, norm in inner:
-        x = convolution(x, *way.folded(conv, norm), **window(conv), relu=True, backend=way.backend)
+    if len(inner) == 2 and max(inner[1][0].stride) > 1:
+        # The map between them is the largest of the block: it is computed again in backward.
+        x = convolution_pair(x, *(Layer(*way.folded(*pair), **window(pair[0])) for pair in inner), backend=way.backend)
+    else:
+        for conv, norm in inner:
+            x = convolution(x, *way.folded(conv, norm), **window(conv), relu=True, backend=way.backend)
     options = {**window(last[0]), "residual": shortcut, "relu": True, "uses": 2}
     return convolution(x, weight, bias, **options, backend=way.backend)
 
