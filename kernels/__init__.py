@@ -10,6 +10,7 @@ from conddetr.kernels.dropout import dropout_add, relu_dropout
 from conddetr.kernels.errors import prediction_errors
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
+from conddetr.kernels.pool import max_pool
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 
@@ -27,6 +28,7 @@ __all__ = [
     "linear_assignment",
     "matched_box_loss",
     "matching_cost",
+    "max_pool",
     "prediction_errors",
     "relu_dropout",
     "sine_embedding",

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import convolution, convolution_pair, paths
+from conddetr.kernels import convolution, convolution_pair, max_pool, paths
 from conddetr.kernels.conv import Layer
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
@@ -55,7 +55,7 @@ def stages(body: nn.Module, images: Tensor, backend: str, folded: Folded | None 
     """
     parts = [_parts(getattr(body, name)) for name in STAGES]
     way = _way(images, convolution_backend(backend), folded, [part for stage in parts for part in stage])
-    x = body.maxpool(_stem(body, images, way))
+    x = _pool(body.maxpool, _stem(body, images, way), way)
     # For the branch of the next block and its shortcut: two tensors, so that nothing else sums their gradients.
     maps = (x, x)
     for stage in parts:
@@ -243,6 +243,14 @@ def _stem(body: nn.Module, images: Tensor, way: _Way) -> Tensor:
     # That of a frozen copy sees to the layout itself, together with the dtype.
     x = images if getattr(body.conv1, "is_fused", False) else channels_last(images)
     return _stem_activation(body)(body.bn1(body.conv1(x)))
+
+
+def _pool(module: nn.Module, x: Tensor, way: _Way) -> Tensor:
+    if not way.moves_biases or type(module) is not nn.MaxPool2d or why_not_plain(module) is not None:
+        return module(x)
+    settings = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    is_ours = settings == (3, 2, 1, 1, False) and not module.return_indices
+    return max_pool(x, way.backend) if is_ours else module(x)
 
 
 def _residual_block(block: nn.Module, maps: tuple[Tensor, Tensor], way: _Way) -> tuple[Tensor, Tensor]:
