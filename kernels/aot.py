@@ -33,6 +33,7 @@ from conddetr.kernels.dropout import triton as dropout
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
+from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
@@ -47,7 +48,7 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, position, sine, weights)
+ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, pool, position, sine, weights)
 """Where the kernels are."""
 
 
@@ -139,6 +140,7 @@ def convolution_jobs() -> Iterator[Job]:
         yield Job("epilogue_kernel", variant, "bf16", tuple(options.items()))
     for variant, twice in (("used twice", True), ("", False)):
         yield Job("relu_backward_kernel", variant, "bf16", tuple({"HAS_OTHER": twice, **sizes}.items()))
+    yield Job("max_pool_kernel", "64 channels", "bf16", (("CHANNELS", 64), ("BLOCK", pool.BLOCK)))
 
 
 def loss_jobs() -> Iterator[Job]:
@@ -235,7 +237,7 @@ _KINDS = {
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes", "images", "channels", "layers", "position_rows", "replicas", "units"),
+            "classes", "images", "channels", "layers", "position_rows", "replicas", "units", "out_height", "out_width"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
           "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",

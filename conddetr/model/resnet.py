@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import convolution, paths
+from conddetr.kernels import convolution, convolution_pair, max_pool, paths
+from conddetr.kernels.conv import Layer
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
 
@@ -54,7 +55,7 @@ def stages(body: nn.Module, images: Tensor, backend: str, folded: Folded | None 
     """
     parts = [_parts(getattr(body, name)) for name in STAGES]
     way = _way(images, convolution_backend(backend), folded, [part for stage in parts for part in stage])
-    x = body.maxpool(_stem(body, images, way))
+    x = _pool(body.maxpool, _stem(body, images, way), way)
     # For the branch of the next block and its shortcut: two tensors, so that nothing else sums their gradients.
     maps = (x, x)
     for stage in parts:
@@ -244,6 +245,14 @@ def _stem(body: nn.Module, images: Tensor, way: _Way) -> Tensor:
     return _stem_activation(body)(body.bn1(body.conv1(x)))
 
 
+def _pool(module: nn.Module, x: Tensor, way: _Way) -> Tensor:
+    if not way.moves_biases or type(module) is not nn.MaxPool2d or why_not_plain(module) is not None:
+        return module(x)
+    settings = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    is_ours = settings == (3, 2, 1, 1, False) and not module.return_indices
+    return max_pool(x, way.backend) if is_ours else module(x)
+
+
 def _residual_block(block: nn.Module, maps: tuple[Tensor, Tensor], way: _Way) -> tuple[Tensor, Tensor]:
     """One map for the branch and one for the shortcut, of the same values, as of the result."""
     paths.note("backbone", way.name)
@@ -257,8 +266,12 @@ def _residual_block(block: nn.Module, maps: tuple[Tensor, Tensor], way: _Way) ->
             bias = way.biases[id(block)] if id(block) in way.biases else bias + its_bias
             its_bias = None
         shortcut = convolution(shortcut, of_shortcut, its_bias, **window(block.downsample[0]), backend=way.backend)
-    for conv, norm in inner:
-        x = convolution(x, *way.folded(conv, norm), **window(conv), relu=True, backend=way.backend)
+    if len(inner) == 2 and max(inner[1][0].stride) > 1:
+        # The map between them is the largest of the block: it is computed again in backward.
+        x = convolution_pair(x, *(Layer(*way.folded(*pair), **window(pair[0])) for pair in inner), backend=way.backend)
+    else:
+        for conv, norm in inner:
+            x = convolution(x, *way.folded(conv, norm), **window(conv), relu=True, backend=way.backend)
     options = {**window(last[0]), "residual": shortcut, "relu": True, "uses": 2}
     return convolution(x, weight, bias, **options, backend=way.backend)
 

@@ -1,5 +1,5 @@
 """Convolution with bias, residual sum and ReLU."""
 
-from conddetr.kernels.conv.op import convolution
+from conddetr.kernels.conv.op import Layer, convolution, convolution_pair
 
-__all__ = ["convolution"]
+__all__ = ["Layer", "convolution", "convolution_pair"]

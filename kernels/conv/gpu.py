@@ -5,6 +5,8 @@ Backward reads the result alone: one kernel sums the gradients of the two uses t
 network, and drops those of what ReLU has set to zero.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from torch.autograd.function import FunctionCtx
 from conddetr.kernels import paths, registry
 from conddetr.kernels.conv import reference
 
+Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, tuple], Tensor]
+"""What computes relu(x * weight + bias + residual), of these and a window."""
 CUDNN = "cuDNN, fused"
 """The path's name."""
 _failures: dict[tuple, str | None] = {}
@@ -51,18 +55,30 @@ def convolution(
     """relu(x * weight + bias + residual); `window`: stride, padding, dilation, groups. With uses 2 it is there twice,
     in one memory, and backward sums the gradients of both.
     """
-    refused = {}
-    if backend == "auto":
-        reason = _why_not_cudnn(x, weight, window, residual is not None)
-        refused = {} if reason is None else {CUDNN: reason}
-    is_cudnn = backend == "auto" and not refused
-    paths.note("convolution", CUDNN if is_cudnn else "triton", refused)
-    forward = _by_cudnn if is_cudnn else _with_epilogue
+    forward = _choose(backend, x, weight, window, residual is not None)
     tensors = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return ConvolutionReLU.apply(*tensors, window, uses, forward)
     out = forward(*tensors, window)
     return out if uses == 1 else (out, out)
+
+
+def convolution_pair(backend: str, x: Tensor, layers: tuple[tuple[Tensor, Tensor | None, tuple], ...]) -> Tensor:
+    """Two convolutions with ReLU, each a weight, a bias and a window as above; gradients are recorded."""
+    (*first, window), (*second, other_window) = layers
+    forwards = [_choose(backend, x, weight, window, False) for weight, _, window in layers]
+    return ConvolutionPair.apply(x, *first, *second, (window, other_window), forwards)
+
+
+def _choose(backend: str, x: Tensor, weight: Tensor, window: tuple, has_residual: bool) -> Forward:
+    """What computes it."""
+    refused = {}
+    if backend == "auto":
+        reason = _why_not_cudnn(x, weight, window, has_residual)
+        refused = {} if reason is None else {CUDNN: reason}
+    is_cudnn = backend == "auto" and not refused
+    paths.note("convolution", CUDNN if is_cudnn else "triton", refused)
+    return _by_cudnn if is_cudnn else _with_epilogue
 
 
 class ConvolutionReLU(torch.autograd.Function):
@@ -77,7 +93,7 @@ class ConvolutionReLU(torch.autograd.Function):
         residual: Tensor | None,
         window: tuple,
         uses: int,
-        forward: object,
+        forward: Forward,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`forward`: what computes it, from the first five."""
         y = forward(x, weight, bias, residual, window)
@@ -90,21 +106,76 @@ class ConvolutionReLU(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
         x, weight, y = ctx.saved_tensors
-        present = [grad for grad in grads if grad is not None]
-        if not present:
+        if all(grad is None for grad in grads):
             return (None,) * 7
-        if torch.is_grad_enabled() or registry.transforms():
-            # They will be differentiated again, or are several at once: by operators that PyTorch can do that with.
-            grad = torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
+        grad = _before_relu(grads, y)
+        *found, of_bias = _gradients(grad, x, weight, ctx.window, ctx.needs_input_grad[:3])
+        return *found, of_bias, grad if ctx.needs_input_grad[3] else None, None, None, None
+
+
+class ConvolutionPair(torch.autograd.Function):
+    """Two convolutions with ReLU; the map between them is not kept, but computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        other_weight: Tensor,
+        other_bias: Tensor | None,
+        windows: tuple[tuple, tuple],
+        forwards: list[Forward],
+    ) -> Tensor:
+        """`windows` and `forwards`: of the first and of the second convolution."""
+        y = forwards[1](forwards[0](x, weight, bias, None, windows[0]), other_weight, other_bias, None, windows[1])
+        ctx.save_for_backward(x, weight, bias, other_weight, y)
+        ctx.windows, ctx.forward_again = windows, forwards[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weights and biases."""
+        x, weight, bias, other_weight, y = ctx.saved_tensors
+        if _is_differentiated_on():
+            middle = reference.convolution(x, weight, bias, *ctx.windows[0], None, True)
         else:
-            grad = torch.ops.conddetr.relu_backward(*present, *[None] * (2 - len(present)), y)
-        of_x, of_weight, of_bias, of_residual = ctx.needs_input_grad[:4]
-        stride, padding, dilation, groups = ctx.window
-        found = (None, None)
-        if of_x or of_weight:
-            options = (None, stride, padding, dilation, False, (0, 0), groups, (of_x, of_weight, False))
-            found = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
-        return *found, grad.sum((0, 2, 3)) if of_bias else None, grad if of_residual else None, None, None, None
+            middle = ctx.forward_again(x, weight, bias, None, ctx.windows[0])
+        of_first, of_second = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:5]
+        grad = _before_relu((grad,), y)
+        grad, *found = _gradients(grad, middle, other_weight, ctx.windows[1], (any(of_first), *of_second))
+        if grad is None:
+            return None, None, None, *found, None, None
+        grad = _before_relu((grad,), middle)
+        return *_gradients(grad, x, weight, ctx.windows[0], of_first), *found, None, None
+
+
+def _is_differentiated_on() -> bool:
+    """Whether gradients will be differentiated again, or are several at once: by operators that PyTorch can do that
+    with.
+    """
+    return torch.is_grad_enabled() or bool(registry.transforms())
+
+
+def _before_relu(grads: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
+    """The gradient of what became y by ReLU, from those of the uses of y, of which one is there at least."""
+    present = [grad for grad in grads if grad is not None]
+    if _is_differentiated_on():
+        return torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
+    return torch.ops.conddetr.relu_backward(*present, *[None] * (2 - len(present)), y)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, window: tuple, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias of a convolution, where they are wanted."""
+    of_x, of_weight, of_bias = wanted
+    stride, padding, dilation, groups = window
+    found = (None, None)
+    if of_x or of_weight:
+        options = (None, stride, padding, dilation, False, (0, 0), groups, (of_x, of_weight, False))
+        found = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
+    return *found, grad.sum((0, 2, 3)) if of_bias else None
 
 
 def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: tuple) -> Tensor:

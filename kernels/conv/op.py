@@ -5,6 +5,7 @@ what follows them; weights that need a gradient get it from matrix products. On 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,48 @@ def convolution(
         refused["triton"] = reason
     out = _on_cpu(x, weight, bias, window, residual, overwrite, relu, backend, refused)
     return out if uses == 1 else (out, out)
+
+
+class Layer(NamedTuple):
+    """A convolution; all as of `convolution`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def convolution_pair(x: Tensor, first: Layer, second: Layer, *, backend: str = "auto") -> Tensor:
+    """Two convolutions with ReLU: relu(second(relu(first(x)))).
+
+    On GPUs the map between them is not kept for backward, but computed again there, by one launch. It pays where this
+    map is large: where the second convolution has a stride.
+
+    Args:
+        x: [B, C, H, W], floating.
+        first, second: what is convolved with.
+        backend: as of `convolution`.
+
+    Returns:
+        As of the second convolution. Gradients of any order are recorded.
+
+    Raises:
+        ValueError, RuntimeError: as of `convolution`.
+    """
+    layers = (first, second)
+    is_recorded = _records([tensor for tensor in (x, *first[:2], *second[:2]) if tensor is not None])
+    if is_recorded and (backend == "triton" or (backend == "auto" and x.is_cuda)):
+        _check(x, *first[:2], first[2:], None)
+        # The map between has channels of the first weight, and its size is of no matter to the check.
+        _check(x[:, :1].expand(-1, len(first.weight), -1, -1), *second[:2], second[2:], None)
+        if all(gpu.why_not(backend, x, *layer[:2], None, True) is None for layer in layers):
+            return gpu.convolution_pair(backend, x, tuple((*layer[:2], tuple(layer[2:])) for layer in layers))
+    for weight, bias, stride, padding, dilation, groups in layers:
+        window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        x = convolution(x, weight, bias, **window, relu=True, backend=backend)
+    return x
 
 
 def _on_cpu(

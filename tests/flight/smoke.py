@@ -100,6 +100,7 @@ def cases() -> Iterator[Case]:
     yield Case(kernels.matching_cost, [], [logits, boxes, labels, objects, counts])
     yield Case(kernels.prediction_errors, [], [logits, integers(-1, 7, 2, 2, 30), labels, counts])
     yield Case(kernels.grid_positions, [], [normal(2, 3, 9, 11), (288, 352), 64, 32 * valid])
+    yield Case(kernels.max_pool, [], [normal(2, 5, 9, 11).contiguous(memory_format=torch.channels_last)])
     yield Case(kernels.linear_assignment, [], [normal(2, 2, 7, 30), counts])
     yield Case(kernels.relu_dropout, [normal(50, 33)], [RARE])
     yield Case(kernels.relu_dropout, [normal(50, 33)], [RARE], {"bias": normal(33)}, "bias")

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conddetr import record_paths
-from conddetr.kernels import convolution, native, registry
-from conddetr.kernels.conv import gpu
+from conddetr.kernels import convolution, convolution_pair, native, registry
+from conddetr.kernels.conv import Layer, gpu
 from conddetr.kernels.conv.op import ConvolutionByProducts
 
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
@@ -289,6 +289,86 @@ def test_operators_are_registered_as_pytorch_wants_it(device):
         torch.library.opcheck(torch.ops.conddetr.relu_backward, (x, None, x.clone()))
         torch.library.opcheck(torch.ops.conddetr.relu_backward, (x, x + 1, x.clone()))
         torch.library.opcheck(torch.ops.conddetr.convolution_epilogue_, (x.clone(), x[0, :, 0, 0], x + 1))
+
+
+def pair_of_layers(device):
+    """x in channels-last, and a 1×1 and a strided convolution of it: tensors and windows."""
+    (x, weight, bias), _, _ = on(device, WINDOWS["1×1"])
+    (_, second, other_bias), options, _ = on(device, (3, (2, 2), (1, 1), (1, 1)))
+    return [
+        x,
+        weight,
+        bias,
+        second[:, : len(weight)].contiguous(memory_format=torch.channels_last),
+        other_bias,
+    ], options
+
+
+def run_pair(tensors, options, backend):
+    return convolution_pair(tensors[0], Layer(*tensors[1:3]), Layer(*tensors[3:], **options), backend=backend)
+
+
+def plain_pair(tensors, options):
+    return plain([plain(tensors[:3], {}, None, True), *tensors[3:]], options, None, True)
+
+
+def gradients_of_both_orders(out, leaves):
+    first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True, retain_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves, retain_graph=True)
+    return *torch.autograd.grad(out.square().sum(), leaves), *first, *second
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_pair_has_the_gradients_of_both_convolutions(backend, device):
+    tensors, options = pair_of_layers(device)
+    tensors = [x.requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    out, expected = run_pair(tensors, options, backend), plain_pair(exact, options)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    found = gradients_of_both_orders(out, tensors)
+    for ours, theirs in zip(found, gradients_of_both_orders(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
+def test_a_pair_computes_the_gradients_that_are_wanted_alone(device):
+    tensors, options = pair_of_layers(device)
+    expected = torch.autograd.grad(plain_pair([x.requires_grad_() for x in tensors], options).sum(), tensors)
+    for wanted, masks in (((4,), []), ((3, 4), [[False, True, False]]), ((1,), [[True, False, False]])):
+        leaves = [x.detach().requires_grad_(index in wanted) for index, x in enumerate(tensors)]
+        with Masks() as seen:
+            run_pair(leaves, options, "triton").sum().backward()
+        assert seen.seen[: len(masks)] == masks
+        for index, leaf in enumerate(leaves):
+            assert (leaf.grad is not None) == (index in wanted)
+            if index in wanted:
+                torch.testing.assert_close(leaf.grad, expected[index], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_pair_keeps_no_map_between(device):
+    tensors, options = pair_of_layers(device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        out = run_pair([tensors[0], *(x.requires_grad_() for x in tensors[1:])], options, "triton")
+    between = (*tensors[0].shape[:1], len(tensors[1]), *tensors[0].shape[2:])
+    assert between not in kept
+    assert sorted(kept) == sorted([tensors[0].shape, *(x.shape for x in tensors[1:4]), out.shape])
+
+
+def test_errors_of_a_pair():
+    (x, weight, bias, second, other_bias), options = pair_of_layers("cpu")
+    weight.requires_grad_()
+    for backend in ("auto", "triton"):
+        with pytest.raises(ValueError, match=r"x: expected \[B, 3, H, W\] as of weight, floating"):
+            convolution_pair(x, Layer(weight, bias), Layer(second[:, :3], other_bias, **options), backend=backend)
+        with pytest.raises(ValueError, match=r"bias: expected \(4,\) as of weight, got \(1,\)"):
+            convolution_pair(x, Layer(weight, bias[:1]), Layer(second, other_bias, **options), backend=backend)
+    with pytest.raises(registry.BackendError, match=r"not all ordinary ones of torch\.float32"):
+        convolution_pair(x, Layer(weight, bias), Layer(second.double(), None, **options), backend="triton")
 
 
 def test_triton_by_name_says_what_it_cannot():

@@ -18,6 +18,7 @@ from conddetr.kernels import (
     linear_assignment,
     matched_box_loss,
     matching_cost,
+    max_pool,
     native,
     prediction_errors,
     registry,
@@ -112,6 +113,10 @@ def convolved(device, backend):
     return sum(convolution(x, *weights, **options, backend=backend))
 
 
+def pooled(device, backend):
+    return max_pool(numbers(device, 2, 5, 7, 9).detach().contiguous(memory_format=torch.channels_last), backend)
+
+
 def step_weights(device, backend):
     """A folded convolution, a stack and replicas."""
     norm = FrozenNorm(*(numbers(device, 5).detach() for _ in range(4)), 1e-5)
@@ -134,7 +139,7 @@ def positions(device, backend):
 
 
 TRANSFORMER = (attention, dense_attention, embedding, spatial_query, positions, norm, hidden)
-OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, errors, convolved, step_weights)
+OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, errors, convolved, pooled, step_weights)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 

@@ -1,0 +1,69 @@
+"""Pooling of a map that needs no gradient: the public function, its checks, and the operator behind the kernel.
+
+PyTorch's own writes where it found each maximum, 8 bytes for 2 of the result in half precision, whether a gradient is
+wanted or not.
+"""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.pool import reference
+
+
+def max_pool(x: Tensor, backend: str = "auto") -> Tensor:
+    """The largest value of each window of 3×3 cells, stride 2, padding 1, as behind the stem of a ResNet.
+
+    Args:
+        x: [B, C, H, W], floating.
+        backend: `auto`, `triton`, which takes maps in channels-last and records no gradient, or `eager`.
+
+    Returns:
+        [B, C, ⌈H/2⌉, ⌈W/2⌉] in the dtype and layout of x. A window with a NaN gives NaN. Gradients are recorded;
+        `auto` is then PyTorch's own.
+
+    Raises:
+        ValueError: x is no floating map with cells.
+        RuntimeError: the requested backend cannot run here; says why.
+    """
+    if x.dim() != 4 or 0 in x.shape[1:] or not x.is_floating_point():
+        raise ValueError(f"x: expected [B, C, H, W] with cells, floating, got {tuple(x.shape)} {x.dtype}.")
+    choice = registry.choose(backend, x.device, x.dtype, registry.WITHOUT_NATIVE)
+    refused = choice.refused
+    if choice.backend == "triton":
+        reason = _why_not(x)
+        if reason is not None and backend != "auto":
+            raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
+        if reason is not None:
+            choice, refused = registry.Choice("eager", {}), {**refused, "triton": reason}
+    paths.note("max_pool", choice.backend, refused)
+    return reference.max_pool(x) if choice.backend == "eager" else torch.ops.conddetr.max_pool(x)
+
+
+def _why_not(x: Tensor) -> str | None:
+    """The reason why x is not for the kernel; None if it is."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return "its kernel has no gradient, and x needs one."
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a graph of PyTorch's own operators is traced."
+    if type(x) is not Tensor or len(x) == 0 or not x.is_contiguous(memory_format=torch.channels_last):
+        return "x is not an ordinary tensor in channels-last, or is empty."
+    return None
+
+
+@registry.on_their_device
+def _max_pool(x: Tensor) -> Tensor:
+    from conddetr.kernels.pool import triton
+
+    return triton.max_pool(x)
+
+
+def _fake(x: Tensor) -> Tensor:
+    shape = (*x.shape[:2], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+# Not `custom_op`, which costs the host three times as much.
+torch.library.define("conddetr::max_pool", "(Tensor x) -> Tensor")
+torch.library.impl("conddetr::max_pool", ("cpu", "cuda"), _max_pool)
+torch.library.register_fake("conddetr::max_pool", _fake)
