@@ -184,6 +184,16 @@ def on_their_device(launch: Callable) -> Callable:
     return run
 
 
+def cdiv(dividend: int, divisor: int) -> int:
+    """Quotient, rounded up. Triton's own costs the host more than an operator of PyTorch does."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a positive number; see `cdiv`."""
+    return 1 << (number - 1).bit_length()
+
+
 def is_interpreting() -> bool:
     """Whether Triton's interpreter was asked for, by its own environment variable."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
+
 SIZES = ("queries", "keys", "heads", "height", "width", "images", "channels")
 """Not specialised (`registry.py` says why)."""
 SEED = ("seed_pointer",)
@@ -410,7 +412,7 @@ def launch_settings(architecture: int, products: str, width: int) -> Launch:
         products: `half` (bfloat16, float16), `tf32`, or `ieee` (float32 without tensor cores).
         width: the widest of d, ds and dv, up to 128.
     """
-    padded = max(32, triton.next_power_of_2(width))
+    padded = max(32, registry.next_power_of_2(width))
     if padded == 32 and products != "ieee":
         return _DATACENTER if architecture in (90, 100) else _OTHER
     return _LAUNCH[products, padded]
@@ -467,7 +469,7 @@ class Inputs:
         }
         return {
             **widths,
-            **{f"P{name}": max(16, triton.next_power_of_2(width)) for name, width in widths.items()},
+            **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()},
             "SEPARABLE": self.columns is not None,
             "HAS_VALID": self.valid_hw is not None,
             "HAS_PADDING": self.padding is not None,
@@ -502,7 +504,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     tiles = (launch or inputs.launch()).forward
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
-    forward_kernel[(triton.cdiv(queries, tiles.queries), heads, batch)](
+    forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
         inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.k_spatial, inputs.columns, inputs.v, out, lse,
         inputs.valid_hw, inputs.padding, inputs.seed, *inputs.scalars(), **inputs.options(tiles),
     )  # fmt: skip
@@ -531,10 +533,10 @@ def backward(
     # Of separable keys the dense gradient is summed up afterwards.
     sums = inputs.k_spatial.dtype if inputs.columns is None else torch.float32
     grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=sums)
-    backward_query_kernel[(triton.cdiv(queries, settings.backward_query.queries), heads, batch)](
+    backward_query_kernel[(registry.cdiv(queries, settings.backward_query.queries), heads, batch)](
         *saved, out, grad_qc, grad_qs, *rest, **inputs.options(settings.backward_query)
     )
-    backward_key_kernel[(triton.cdiv(keys, settings.backward_key.keys), heads, batch)](
+    backward_key_kernel[(registry.cdiv(keys, settings.backward_key.keys), heads, batch)](
         *saved, grad_kc, grad_ks, grad_v, *rest, **inputs.options(settings.backward_key)
     )
     if inputs.columns is None:
@@ -547,7 +549,7 @@ def _sum_over_the_grid(grad_ks: Tensor, rows: Tensor, columns: Tensor) -> tuple[
     groups, height, width = len(rows), rows.shape[1], columns.shape[1]
     channels = grad_ks[0, 0].numel()
     grad_rows, grad_columns = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
-    backward_grid_kernel[(height + width, triton.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
+    backward_grid_kernel[(height + width, registry.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
         grad_ks, grad_rows, grad_columns, len(grad_ks) // groups, height, width, channels, **GRID_TILE
     )
     return grad_rows, grad_columns
