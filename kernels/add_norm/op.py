@@ -160,26 +160,13 @@ def _shared(
     return found if position is None else (*found, placed)
 
 
-_INPUTS = (
-    "Tensor branch, Tensor residual, Tensor weight, Tensor bias, Tensor? branch_bias, Tensor? position, Tensor? seed, "
-    "float dropout_p, float eps, bool has_trunk, bool has_out, bool saves"
-)
-
-
-@torch.library.custom_op(
-    "conddetr::add_norm",
-    mutates_args=(),
-    schema=f"({_INPUTS}) -> (Tensor trunk, Tensor out, Tensor placed, Tensor normalized, Tensor rstd)",
-)
-@registry.on_their_device
 def _forward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.add_norm import triton
 
     return triton.forward(*inputs)
 
 
-@_forward.register_fake
-def _(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
+def _fake_forward(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     *_, position, _, _, _, has_trunk, has_out, saves = inputs
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     wanted = ((has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype))
@@ -188,14 +175,6 @@ def _(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     return *maps, branch.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "conddetr::add_norm_backward",
-    mutates_args=(),
-    schema="(Tensor grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? grad_3, Tensor normalized, Tensor rstd, "
-    "Tensor weight, Tensor? seed, float dropout_p, ScalarType? branch, ScalarType? residual, int vectors, "
-    "SymInt replicas) -> (Tensor, Tensor, Tensor)",
-)
-@registry.on_their_device
 def _backward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.add_norm import triton
 
@@ -203,8 +182,7 @@ def _backward(*inputs: object) -> tuple[Tensor, ...]:
     return triton.backward(gradients, *inputs[MAX_GRADIENTS:])
 
 
-@_backward.register_fake
-def _(*inputs: object) -> tuple[Tensor, ...]:
+def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     normalized, *_, branch, residual, vectors, replicas = inputs[MAX_GRADIENTS:]
     maps = [normalized.new_empty(0 if kind is None else normalized.shape, dtype=kind) for kind in (branch, residual)]
     return *maps, normalized.new_empty((vectors, replicas, normalized.shape[-1]), dtype=torch.float32)
@@ -279,5 +257,18 @@ class AddNorm(torch.autograd.Function):
         return _differentiate(ctx, *gradients)[:-1]
 
 
-_forward.register_autograd(lambda ctx, *gradients: _differentiate(ctx, *gradients[:3]), setup_context=_setup)
+_INPUTS = (
+    "Tensor branch, Tensor residual, Tensor weight, Tensor bias, Tensor? branch_bias, Tensor? position, Tensor? seed, "
+    "float dropout_p, float eps, bool has_trunk, bool has_out, bool saves"
+)
+_OUTPUTS = "(Tensor trunk, Tensor out, Tensor placed, Tensor normalized, Tensor rstd)"
+_GRADIENTS = (
+    "Tensor grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? grad_3, Tensor normalized, Tensor rstd, Tensor weight, "
+    "Tensor? seed, float dropout_p, ScalarType? branch, ScalarType? residual, int vectors, SymInt replicas"
+)
+registry.define("conddetr::add_norm", f"({_INPUTS}) -> {_OUTPUTS}", _forward, _fake_forward)
+registry.define("conddetr::add_norm_backward", f"({_GRADIENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+torch.library.register_autograd(
+    "conddetr::add_norm", lambda ctx, *gradients: _differentiate(ctx, *gradients[:3]), setup_context=_setup
+)
 registry.once_differentiable("conddetr::add_norm_backward")

@@ -192,22 +192,12 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "conddetr::conditional_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor out, Tensor lse)"
-)
-@registry.on_their_device
 def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.attn import triton
 
     return triton.forward(triton.Inputs(*inputs))
 
 
-@torch.library.custom_op(
-    "conddetr::conditional_attention_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-@registry.on_their_device
 def _backward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.attn import triton
 
@@ -264,5 +254,11 @@ def _register(namespace: str) -> None:
     registry.count_flops(f"{namespace}::conditional_attention_backward", lambda *shapes, **_: 2 * _flops(*shapes))
 
 
+registry.define("conddetr::conditional_attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _forward)
+registry.define(
+    "conddetr::conditional_attention_backward",
+    f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+)
 for _namespace in registry.namespaces():
     _register(_namespace)

@@ -148,35 +148,23 @@ if native.NOT_LOADED is None:
     torch.library.register_autograd("conddetr_native::dropout", _differentiate, setup_context=_setup)
 
 
-@torch.library.custom_op(
-    "conddetr::relu_dropout", mutates_args=(), schema="(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor"
-)
-@registry.on_their_device
 def _relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     from conddetr.kernels.dropout import triton
 
     return triton.forward(x, bias, seed, p)
 
 
-@_relu_forward.register_fake
-def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+def _fake_relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(
-    "conddetr::relu_dropout_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
-)
-@registry.on_their_device
 def _relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.dropout import triton
 
     return triton.backward(grad, out, p, replicas)
 
 
-@_relu_backward.register_fake
-def _(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
+def _fake_relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
     channels = out.shape[-1] if out.dim() else 1
     return torch.empty_like(out), out.new_empty((replicas, channels), dtype=torch.float32)
 
@@ -200,5 +188,17 @@ def _relu_differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, 
     return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
 
 
-_relu_forward.register_autograd(_relu_differentiate, setup_context=_relu_setup)
+registry.define(
+    "conddetr::relu_dropout",
+    "(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor",
+    _relu_forward,
+    _fake_relu_forward,
+)
+registry.define(
+    "conddetr::relu_dropout_backward",
+    "(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
+    _relu_backward,
+    _fake_relu_backward,
+)
+torch.library.register_autograd("conddetr::relu_dropout", _relu_differentiate, setup_context=_relu_setup)
 registry.once_differentiable("conddetr::relu_dropout_backward")

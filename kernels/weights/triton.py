@@ -339,13 +339,11 @@ def backward(
     return [None if place is None else torch.as_strided(flat, *place) for place in layout.places]
 
 
-@registry.on_their_device
 def _launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
     """Fill `out` by the tables; `sources` is all that they point to, of one dtype."""
     prepare_kernel[(len(blocks),)](addresses, parts, blocks, sources[0], out, BLOCK=BLOCK)
 
 
-@registry.on_their_device
 def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
     """Fill `out` by the tables; `grads` is all that they point to: of replicas float32, else of the step's dtype."""
     kind = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
@@ -353,13 +351,12 @@ def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts:
     prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, registry.REPLICAS, **sizes)
 
 
-# What the tables point to is an argument all the same, so that counters of memory see what is read. Not `custom_op`,
-# which costs the host a multiple.
+# What the tables point to is an argument all the same, so that counters of memory see what is read.
 _TABLES = "Tensor addresses, Tensor parts, Tensor blocks"
-torch.library.define("conddetr::prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()")
-torch.library.define("conddetr::prepare_weights_backward", f"(Tensor(a!) out, Tensor[] grads, {_TABLES}) -> ()")
-torch.library.impl("conddetr::prepare_weights", ("cpu", "cuda"), _launch)
-torch.library.impl("conddetr::prepare_weights_backward", ("cpu", "cuda"), _launch_backward)
+registry.define("conddetr::prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()", _launch)
+registry.define(
+    "conddetr::prepare_weights_backward", f"(Tensor(a!) out, Tensor[] grads, {_TABLES}) -> ()", _launch_backward
+)
 
 
 def _is_channels_last(source: Tensor) -> bool:
