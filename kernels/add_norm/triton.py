@@ -7,6 +7,8 @@ Backward has a fixed number of programs, each of which walks over rows and adds 
 weight and bias: one row of partial sums a program, in an order that does not change. All arithmetic is float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -130,6 +132,7 @@ def add_norm_backward_kernel(
         store_partial(partials, replicas, column, is_column, tl.sum(of_branch_bias, axis=0), CHANNELS)
 
 
+@functools.cache
 def launch(channels: int, elements: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels, and of elements per program at a time."""
     padded = max(16, registry.next_power_of_2(channels))
@@ -156,7 +159,7 @@ def forward(
     """
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     trunk, out, placed, normalized = (
-        branch.new_empty(branch.shape if wanted else 0, dtype=kind)
+        torch.empty_like(branch, dtype=kind) if wanted else branch.new_empty(0, dtype=kind)
         for wanted, kind in (
             (has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype)
         )
@@ -192,7 +195,8 @@ def backward(
     `gradients`: of the outputs, from one to `MAX_GRADIENTS`, contiguous like all else.
     """
     of_branch, of_residual = (
-        normalized.new_empty(0 if dtype is None else normalized.shape, dtype=dtype) for dtype in (branch, residual)
+        normalized.new_empty(0) if dtype is None else torch.empty_like(normalized, dtype=dtype)
+        for dtype in (branch, residual)
     )
     channels, rows = normalized.shape[-1], rstd.numel()
     partials = normalized.new_empty((vectors, replicas, channels), dtype=torch.float32)

@@ -13,6 +13,7 @@ Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d],
 k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds], or one image's for all: [1, ...].
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -404,6 +405,7 @@ _DATACENTER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 
 _OTHER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 32, 8, 2))
 
 
+@functools.cache
 def launch_settings(architecture: int, products: str, width: int) -> Launch:
     """Launch settings by table; an architecture that is not in it takes the cautious ones.
 
@@ -438,7 +440,7 @@ class Inputs:
         """The settings that ship, for these tensors on their device."""
         architecture = 0
         if self.v.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.v.device)
+            major, minor = registry.capability(self.v.device)
             architecture = 10 * major + minor
         products = _precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
@@ -462,14 +464,8 @@ class Inputs:
 
     def options(self, tiles: Tiles) -> dict[str, object]:
         """Compile-time arguments and launch settings."""
-        widths = {
-            "D": self.q_content.shape[-1],
-            "DS": self.q_spatial.shape[-1],
-            "DV": self.v.shape[-1],
-        }
         return {
-            **widths,
-            **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()},
+            **_widths(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1]),
             "SEPARABLE": self.columns is not None,
             "HAS_VALID": self.valid_hw is not None,
             "HAS_PADDING": self.padding is not None,
@@ -482,6 +478,13 @@ class Inputs:
             # Asked for, since its default differs between Triton's releases.
             "enable_fp_fusion": True,
         }
+
+
+@functools.cache
+def _widths(d: int, ds: int, dv: int) -> dict[str, int]:
+    """Of heads, and their next powers of two."""
+    widths = {"D": d, "DS": ds, "DV": dv}
+    return {**widths, **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()}}
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:

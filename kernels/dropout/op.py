@@ -43,7 +43,10 @@ def relu_dropout(
     if choice.backend == "triton":
         seed = _seed(x.device) if seed is None and p > 0 else seed
         bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
-        return torch.ops.conddetr.relu_dropout(x.contiguous(), bias, seed, p)
+        inputs = (x.contiguous(), bias, seed, p)
+        if torch.compiler.is_compiling():
+            return torch.ops.conddetr.relu_dropout(*inputs)
+        return ReLUDropout.apply(*inputs)
     if bias is not None and bias.dim() == 2:
         bias = bias[0]
     if choice.backend == "eager":
@@ -109,9 +112,10 @@ def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
             raise ValueError(f"bias: expected {expected}, got {tuple(bias.shape)} {bias.dtype}.")
     if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64):
         raise ValueError(f"seed: expected (1,) torch.int64, got {tuple(seed.shape)} {seed.dtype}.")
+    device = x.device
     for name, tensor in (("bias", bias), ("seed", seed)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as of x, got {tensor.device}.")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as of x, got {tensor.device}.")
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -178,14 +182,28 @@ def _relu_setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _relu_differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
+    backward = torch.ops.conddetr.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
-        of_x, _ = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, 0)
+        of_x, _ = registry.call(backward, grad.contiguous(), output, ctx.p, 0)
         return of_x, None, None, None
     shape, dtype = ctx.bias
     rows = output.numel() // output.shape[-1]
     replicas = shape[0] if len(shape) == 2 else min(registry.REPLICAS, max(1, rows))
-    of_x, partial = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, replicas)
+    of_x, partial = registry.call(backward, grad.contiguous(), output, ctx.p, replicas)
     return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
+
+
+class ReLUDropout(torch.autograd.Function):
+    """The operator, as PyTorch records it with less work for the host."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
+        """The operator's inputs."""
+        output = registry.call(torch.ops.conddetr.relu_dropout.default, *inputs)
+        _relu_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_relu_differentiate)
 
 
 registry.define(

@@ -5,6 +5,8 @@ was kept. It has a fixed number of programs for each block of columns, each of w
 gives to the gradient of the bias: one row of partial sums a program, in an order that does not change.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -64,6 +66,7 @@ def relu_dropout_backward_kernel(
         store_partial(partial, replicas, column, is_column, tl.sum(of_bias, axis=0), CHANNELS)
 
 
+@functools.cache
 def launch(channels: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels."""
     width = min(256, max(16, registry.next_power_of_2(channels)))
