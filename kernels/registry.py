@@ -106,11 +106,17 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its kernels take float32, float16 and bfloat16, not {dtype}."
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+        major, minor = capability(device)
         return None if major >= 8 else f"its kernels need compute capability 8.0, this GPU has {major}.{minor}."
     if not is_interpreting():
         return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
     return "the interpreter is for tests: ask for it by name." if is_auto else None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
+    return torch.cuda.get_device_capability(device)
 
 
 def transforms() -> list[str]:
@@ -118,6 +124,8 @@ def transforms() -> list[str]:
     names. Operators that have a gradient alone fail there, or give no tangents.
     """
     # PyTorch has no public way to ask. Functionalisation is a transform too, which our operators are fit for.
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+        return []
     active = []
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_compiling():
@@ -170,6 +178,32 @@ def count_flops(operator: str, formula: Callable[..., int]) -> None:
         register_flop_formula(target)(formula)
 
 
+def define(operator: str, schema: str, launch: Callable, fake: Callable | None = None) -> None:
+    """Make an operator of a function that launches Triton kernels, so that whoever counts or traces sees it.
+
+    As `torch.library.custom_op`, which costs the host three times as much, without its checks for every call.
+
+    Args:
+        operator: its name with the namespace, e.g. `conddetr::relu_dropout`.
+        schema: arguments and results; what is changed in place is marked there.
+        launch: computes it, from tensors on a GPU or, interpreted, on a CPU; the results share no memory with the
+            arguments.
+        fake: gives results of the same shapes and dtypes, from tensors without values. Default: there is none.
+    """
+    torch.library.define(operator, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(operator, ("cpu", "cuda"), on_their_device(launch))
+    if fake is not None:
+        torch.library.register_fake(operator, fake)
+
+
+def call(operator: Callable, *arguments: object) -> object:
+    """An operator's result. Where no gradient is recorded, PyTorch does not look in Python who would want one."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def on_their_device(launch: Callable) -> Callable:
     """A function that launches Triton kernels, run with the device of its first tensor as the current one.
 
@@ -182,6 +216,16 @@ def on_their_device(launch: Callable) -> Callable:
             return launch(first, *others)
 
     return run
+
+
+def cdiv(dividend: int, divisor: int) -> int:
+    """Quotient, rounded up. Triton's own costs the host more than an operator of PyTorch does."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a positive number; see `cdiv`."""
+    return 1 << (number - 1).bit_length()
 
 
 def is_interpreting() -> bool:

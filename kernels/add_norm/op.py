@@ -17,6 +17,8 @@ MAX_CHANNELS = 1024
 """Of the kernels: a program keeps whole rows."""
 MAX_GRADIENTS = 4
 """Gradients of outputs that the backward kernel adds up itself; of more, the first are added up before."""
+_VECTORS = ("weight", "bias", "branch_bias")
+_OTHERS = ("residual", *_VECTORS, "position", "seed")
 
 
 def add_norm(
@@ -65,16 +67,16 @@ def add_norm(
         ValueError: shapes, dtypes, devices or numbers do not fit; names what was expected and what was found.
         RuntimeError: the requested backend cannot run here; says why.
     """
-    vectors = {"weight": weight, "bias": bias, "branch_bias": branch_bias}
+    vectors = (weight, bias, branch_bias)
     _check_tensors(branch, residual, vectors, position, seed)
     _check_numbers(dropout_p, trunks, outs, position is not None)
     choice = choose(backend, branch.device, torch.promote_types(branch.dtype, residual.dtype), branch.shape[-1])
     paths.note("add_norm", choice.backend, choice.refused)
     if choice.backend == "eager":
-        vectors = [x if x is None or x.dim() == 1 else x[0] for x in vectors.values()]
+        vectors = [x if x is None or x.dim() == 1 else x[0] for x in vectors]
         position = None if position is None else position.detach()
         return reference.add_norm(branch, residual, *vectors, position, dropout_p, eps, trunks, outs)
-    vectors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in vectors.values()]
+    vectors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in vectors]
     position = None if position is None else position.detach().contiguous()
     if dropout_p > 0 and seed is None:
         # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
@@ -100,32 +102,35 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, channels: int
 
 
 def _check_tensors(
-    branch: Tensor, residual: Tensor, vectors: dict[str, Tensor | None], position: Tensor | None, seed: Tensor | None
+    branch: Tensor, residual: Tensor, vectors: tuple[Tensor | None, ...], position: Tensor | None, seed: Tensor | None
 ) -> None:
-    if branch.dim() == 0 or branch.shape[-1] == 0 or not branch.is_floating_point():
-        raise ValueError(f"branch: expected [..., C], floating, got {tuple(branch.shape)} {branch.dtype}.")
-    if residual.shape != branch.shape or not residual.is_floating_point():
-        expected = f"{tuple(branch.shape)}, floating, as of branch"
+    shape = branch.shape
+    if not shape or shape[-1] == 0 or not branch.is_floating_point():
+        raise ValueError(f"branch: expected [..., C], floating, got {tuple(shape)} {branch.dtype}.")
+    if residual.shape != shape or not residual.is_floating_point():
+        expected = f"{tuple(shape)}, floating, as of branch"
         raise ValueError(f"residual: expected {expected}, got {tuple(residual.shape)} {residual.dtype}.")
-    channels = branch.shape[-1]
+    channels = shape[-1]
     replicas = None
-    for name, tensor in vectors.items():
+    for name, tensor in zip(_VECTORS, vectors, strict=True):
         if tensor is None:
             continue
-        if tensor.dim() not in (1, 2) or tensor.shape[-1] != channels or not tensor.is_floating_point():
+        *rows, width = tensor.shape or (0,)
+        if len(rows) > 1 or width != channels or not tensor.is_floating_point():
             expected = f"({channels},) or (P, {channels}), floating"
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)} {tensor.dtype}.")
-        if tensor.dim() == 2:
-            replicas = len(tensor) if replicas is None else replicas
-            if len(tensor) != replicas or replicas == 0:
-                raise ValueError(f"{name}: expected {replicas or 'at least 1'} replicas, got {len(tensor)}.")
+        if rows:
+            replicas = rows[0] if replicas is None else replicas
+            if rows[0] != replicas or replicas == 0:
+                raise ValueError(f"{name}: expected {replicas or 'at least 1'} replicas, got {rows[0]}.")
     if position is not None:
         _check_position(branch, position)
-    if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64):
+    if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64):
         raise ValueError(f"seed: expected (1,) torch.int64, got {tuple(seed.shape)} {seed.dtype}.")
-    for name, tensor in {"residual": residual, **vectors, "position": position, "seed": seed}.items():
-        if tensor is not None and tensor.device != branch.device:
-            raise ValueError(f"{name}: expected device {branch.device} as of branch, got {tensor.device}.")
+    device = branch.device
+    for name, tensor in zip(_OTHERS, (residual, *vectors, position, seed), strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as of branch, got {tensor.device}.")
 
 
 def _check_position(branch: Tensor, position: Tensor) -> None:
@@ -160,26 +165,13 @@ def _shared(
     return found if position is None else (*found, placed)
 
 
-_INPUTS = (
-    "Tensor branch, Tensor residual, Tensor weight, Tensor bias, Tensor? branch_bias, Tensor? position, Tensor? seed, "
-    "float dropout_p, float eps, bool has_trunk, bool has_out, bool saves"
-)
-
-
-@torch.library.custom_op(
-    "conddetr::add_norm",
-    mutates_args=(),
-    schema=f"({_INPUTS}) -> (Tensor trunk, Tensor out, Tensor placed, Tensor normalized, Tensor rstd)",
-)
-@registry.on_their_device
 def _forward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.add_norm import triton
 
     return triton.forward(*inputs)
 
 
-@_forward.register_fake
-def _(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
+def _fake_forward(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     *_, position, _, _, _, has_trunk, has_out, saves = inputs
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     wanted = ((has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype))
@@ -188,14 +180,6 @@ def _(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     return *maps, branch.new_empty(rows, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "conddetr::add_norm_backward",
-    mutates_args=(),
-    schema="(Tensor grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? grad_3, Tensor normalized, Tensor rstd, "
-    "Tensor weight, Tensor? seed, float dropout_p, ScalarType? branch, ScalarType? residual, int vectors, "
-    "SymInt replicas) -> (Tensor, Tensor, Tensor)",
-)
-@registry.on_their_device
 def _backward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.add_norm import triton
 
@@ -203,8 +187,7 @@ def _backward(*inputs: object) -> tuple[Tensor, ...]:
     return triton.backward(gradients, *inputs[MAX_GRADIENTS:])
 
 
-@_backward.register_fake
-def _(*inputs: object) -> tuple[Tensor, ...]:
+def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     normalized, *_, branch, residual, vectors, replicas = inputs[MAX_GRADIENTS:]
     maps = [normalized.new_empty(0 if kind is None else normalized.shape, dtype=kind) for kind in (branch, residual)]
     return *maps, normalized.new_empty((vectors, replicas, normalized.shape[-1]), dtype=torch.float32)
@@ -237,9 +220,9 @@ def _differentiate(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor 
     vectors = 3 if needs[4] else 2 if any(needs[2:4]) else 0
     shapes = [vector[0] for vector in ctx.vectors if vector is not None]
     replicas = next((shape[0] for shape in shapes if len(shape) == 2), min(registry.REPLICAS, max(1, len(rstd))))
-    of_branch, of_residual, partials = torch.ops.conddetr.add_norm_backward(
-        *given, normalized, rstd, weight, seed, ctx.dropout_p, branch, residual, vectors, replicas
-    )
+    shared = (normalized, rstd, weight, seed, ctx.dropout_p)
+    backward = torch.ops.conddetr.add_norm_backward.default
+    of_branch, of_residual, partials = registry.call(backward, *given, *shared, branch, residual, vectors, replicas)
     of_vectors = _of_vectors(ctx.vectors, partials, needs[2:])
     return of_branch if needs[0] else None, of_residual if needs[1] else None, *of_vectors, *others
 
@@ -267,7 +250,8 @@ class AddNorm(torch.autograd.Function):
         """The operator's inputs up to eps, trunks and outs."""
         *inputs, trunks, outs = inputs
         branch, residual, *_ = inputs
-        found = torch.ops.conddetr.add_norm(*inputs, *_wanted(branch, residual, trunks, outs), True)
+        wanted = _wanted(branch, residual, trunks, outs)
+        found = registry.call(torch.ops.conddetr.add_norm.default, *inputs, *wanted, True)
         _setup(ctx, inputs, found)
         # Each use is a tensor of its own.
         trunk, out, placed = found[:3]
@@ -279,5 +263,18 @@ class AddNorm(torch.autograd.Function):
         return _differentiate(ctx, *gradients)[:-1]
 
 
-_forward.register_autograd(lambda ctx, *gradients: _differentiate(ctx, *gradients[:3]), setup_context=_setup)
+_INPUTS = (
+    "Tensor branch, Tensor residual, Tensor weight, Tensor bias, Tensor? branch_bias, Tensor? position, Tensor? seed, "
+    "float dropout_p, float eps, bool has_trunk, bool has_out, bool saves"
+)
+_OUTPUTS = "(Tensor trunk, Tensor out, Tensor placed, Tensor normalized, Tensor rstd)"
+_GRADIENTS = (
+    "Tensor grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? grad_3, Tensor normalized, Tensor rstd, Tensor weight, "
+    "Tensor? seed, float dropout_p, ScalarType? branch, ScalarType? residual, int vectors, SymInt replicas"
+)
+registry.define("conddetr::add_norm", f"({_INPUTS}) -> {_OUTPUTS}", _forward, _fake_forward)
+registry.define("conddetr::add_norm_backward", f"({_GRADIENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+torch.library.register_autograd(
+    "conddetr::add_norm", lambda ctx, *gradients: _differentiate(ctx, *gradients[:3]), setup_context=_setup
+)
 registry.once_differentiable("conddetr::add_norm_backward")

@@ -7,11 +7,14 @@ Backward has a fixed number of programs, each of which walks over rows and adds 
 weight and bias: one row of partial sums a program, in an order that does not change. All arithmetic is float32.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
 from conddetr.kernels.add_norm.op import MAX_GRADIENTS
 from conddetr.kernels.attn.triton import keep_mask
 
@@ -129,9 +132,10 @@ def add_norm_backward_kernel(
         store_partial(partials, replicas, column, is_column, tl.sum(of_branch_bias, axis=0), CHANNELS)
 
 
+@functools.cache
 def launch(channels: int, elements: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels, and of elements per program at a time."""
-    padded = max(16, triton.next_power_of_2(channels))
+    padded = max(16, registry.next_power_of_2(channels))
     sizes = {"CHANNELS": channels, "PADDED": padded, "BLOCK": max(1, elements // padded)}
     return {**sizes, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -155,7 +159,7 @@ def forward(
     """
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     trunk, out, placed, normalized = (
-        branch.new_empty(branch.shape if wanted else 0, dtype=kind)
+        torch.empty_like(branch, dtype=kind) if wanted else branch.new_empty(0, dtype=kind)
         for wanted, kind in (
             (has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype)
         )
@@ -165,7 +169,7 @@ def forward(
     rstd = branch.new_empty(rows if saves else 0, dtype=torch.float32)
     sizes = launch(channels, FORWARD_ELEMENTS)
     if rows:
-        add_norm_kernel[(triton.cdiv(rows, sizes["BLOCK"]),)](
+        add_norm_kernel[(registry.cdiv(rows, sizes["BLOCK"]),)](
             branch, residual, weight, bias, branch_bias, position, seed, trunk, out, placed, normalized, rstd,
             dropout_p, eps, rows, 1 if position is None else position.numel() // channels,
             HAS_BIAS=branch_bias is not None, HAS_POSITION=position is not None, HAS_DROPOUT=dropout_p > 0,
@@ -191,12 +195,13 @@ def backward(
     `gradients`: of the outputs, from one to `MAX_GRADIENTS`, contiguous like all else.
     """
     of_branch, of_residual = (
-        normalized.new_empty(0 if dtype is None else normalized.shape, dtype=dtype) for dtype in (branch, residual)
+        normalized.new_empty(0) if dtype is None else torch.empty_like(normalized, dtype=dtype)
+        for dtype in (branch, residual)
     )
     channels, rows = normalized.shape[-1], rstd.numel()
     partials = normalized.new_empty((vectors, replicas, channels), dtype=torch.float32)
     sizes = launch(channels, BACKWARD_ELEMENTS)
-    programs = max(1, min(replicas, triton.cdiv(rows, sizes["BLOCK"])))
+    programs = max(1, min(replicas, registry.cdiv(rows, sizes["BLOCK"])))
     add_norm_backward_kernel[(programs,)](
         *gradients, *[None] * (MAX_GRADIENTS - len(gradients)), normalized, rstd, weight, seed,
         of_branch, of_residual, partials, dropout_p, rows, replicas,

@@ -3,8 +3,11 @@
 Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import paths, registry
 from conddetr.kernels.attn import reference
@@ -83,7 +86,10 @@ def conditional_attention(
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     valid = None if valid_hw is None else valid_hw.contiguous()
-    return registry.operators(choice.backend).conditional_attention(*tensors, valid, padding, seed, scale, dropout_p)[0]
+    inputs = (*tensors, valid, padding, seed, scale, dropout_p)
+    if choice.backend == "triton" and not torch.compiler.is_compiling():
+        return ConditionalAttention.apply(*inputs)
+    return registry.operators(choice.backend).conditional_attention(*inputs)[0]
 
 
 def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> registry.Choice:
@@ -125,13 +131,14 @@ def _check_tensors(
         for name, part, size in (("rows", rows, "H"), ("columns", columns, "W")):
             images, length = part.shape[:2] if part.dim() == 4 else (batch, size)
             expected[f"{name} of k_spatial"] = (part, (1 if images == 1 else batch, length, heads, spatial))
+    dtype, device = q_content.dtype, q_content.device
     for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
-        if tensor.dtype != q_content.dtype:
-            raise ValueError(f"{name}: expected dtype {q_content.dtype} as of q_content, got {tensor.dtype}.")
-        if tensor.device != q_content.device:
-            raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype} as of q_content, got {tensor.dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as of q_content, got {tensor.device}.")
     # Not min(...) < 1: that would compare sizes with each other, which an exported model must not.
     if 0 in (batch, queries, heads, width, spatial, v.shape[-1], k_content.shape[1]):
         raise ValueError(f"q_content {tuple(q_content.shape)}, v {tuple(v.shape)}: expected no empty dimension.")
@@ -192,22 +199,12 @@ _INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "conddetr::conditional_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor out, Tensor lse)"
-)
-@registry.on_their_device
 def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.attn import triton
 
     return triton.forward(triton.Inputs(*inputs))
 
 
-@torch.library.custom_op(
-    "conddetr::conditional_attention_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-@registry.on_their_device
 def _backward(*inputs: object) -> tuple[Tensor, ...]:
     from conddetr.kernels.attn import triton
 
@@ -239,22 +236,43 @@ def _flops(*shapes: object, **_: object) -> int:
     return 2 * batch * heads * queries * k_content[1] * (content + q_spatial[-1] + v[-1])
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
+def _differentiate(ctx: FunctionCtx, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
+    """Of the operator's inputs; `backward`: the operator that computes them."""
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = list(registry.call(backward, *tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
+    if tensors[4] is None:
+        gradients[4] = None
+    return *gradients, None, None, None, None, None
+
+
+class ConditionalAttention(torch.autograd.Function):
+    """Triton's operator, as PyTorch records it with less work for the host."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
+        """The operator's inputs; its first result."""
+        out, lse = registry.call(torch.ops.conddetr.conditional_attention.default, *inputs)
+        *tensors, ctx.scale, ctx.dropout_p = inputs
+        ctx.save_for_backward(*tensors, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """As of the operator."""
+        return _differentiate(ctx, grad, torch.ops.conddetr.conditional_attention_backward.default)
+
+
 def _register(namespace: str) -> None:
     """Shapes and gradients of the operators, the same whatever computes them."""
 
-    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-        *tensors, out, lse = ctx.saved_tensors
-        backward = getattr(torch.ops, namespace).conditional_attention_backward
-        gradients = list(backward(*tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
-        if tensors[4] is None:
-            gradients[4] = None
-        return *gradients, None, None, None, None, None
+    def differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
+        return _differentiate(ctx, grad, getattr(torch.ops, namespace).conditional_attention_backward.default)
 
     torch.library.register_fake(f"{namespace}::conditional_attention", _fake_forward)
     torch.library.register_fake(f"{namespace}::conditional_attention_backward", _fake_backward)
@@ -264,5 +282,11 @@ def _register(namespace: str) -> None:
     registry.count_flops(f"{namespace}::conditional_attention_backward", lambda *shapes, **_: 2 * _flops(*shapes))
 
 
+registry.define("conddetr::conditional_attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _forward)
+registry.define(
+    "conddetr::conditional_attention_backward",
+    f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+)
 for _namespace in registry.namespaces():
     _register(_namespace)

@@ -13,6 +13,7 @@ Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d],
 k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds], or one image's for all: [1, ...].
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from conddetr.kernels import registry
 
 SIZES = ("queries", "keys", "heads", "height", "width", "images", "channels")
 """Not specialised (`registry.py` says why)."""
@@ -402,6 +405,7 @@ _DATACENTER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 
 _OTHER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 32, 8, 2))
 
 
+@functools.cache
 def launch_settings(architecture: int, products: str, width: int) -> Launch:
     """Launch settings by table; an architecture that is not in it takes the cautious ones.
 
@@ -410,7 +414,7 @@ def launch_settings(architecture: int, products: str, width: int) -> Launch:
         products: `half` (bfloat16, float16), `tf32`, or `ieee` (float32 without tensor cores).
         width: the widest of d, ds and dv, up to 128.
     """
-    padded = max(32, triton.next_power_of_2(width))
+    padded = max(32, registry.next_power_of_2(width))
     if padded == 32 and products != "ieee":
         return _DATACENTER if architecture in (90, 100) else _OTHER
     return _LAUNCH[products, padded]
@@ -436,7 +440,7 @@ class Inputs:
         """The settings that ship, for these tensors on their device."""
         architecture = 0
         if self.v.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(self.v.device)
+            major, minor = registry.capability(self.v.device)
             architecture = 10 * major + minor
         products = _precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
@@ -460,14 +464,8 @@ class Inputs:
 
     def options(self, tiles: Tiles) -> dict[str, object]:
         """Compile-time arguments and launch settings."""
-        widths = {
-            "D": self.q_content.shape[-1],
-            "DS": self.q_spatial.shape[-1],
-            "DV": self.v.shape[-1],
-        }
         return {
-            **widths,
-            **{f"P{name}": max(16, triton.next_power_of_2(width)) for name, width in widths.items()},
+            **_widths(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1]),
             "SEPARABLE": self.columns is not None,
             "HAS_VALID": self.valid_hw is not None,
             "HAS_PADDING": self.padding is not None,
@@ -480,6 +478,13 @@ class Inputs:
             # Asked for, since its default differs between Triton's releases.
             "enable_fp_fusion": True,
         }
+
+
+@functools.cache
+def _widths(d: int, ds: int, dv: int) -> dict[str, int]:
+    """Of heads, and their next powers of two."""
+    widths = {"D": d, "DS": ds, "DV": dv}
+    return {**widths, **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()}}
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -502,7 +507,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     tiles = (launch or inputs.launch()).forward
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
-    forward_kernel[(triton.cdiv(queries, tiles.queries), heads, batch)](
+    forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
         inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.k_spatial, inputs.columns, inputs.v, out, lse,
         inputs.valid_hw, inputs.padding, inputs.seed, *inputs.scalars(), **inputs.options(tiles),
     )  # fmt: skip
@@ -531,10 +536,10 @@ def backward(
     # Of separable keys the dense gradient is summed up afterwards.
     sums = inputs.k_spatial.dtype if inputs.columns is None else torch.float32
     grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=sums)
-    backward_query_kernel[(triton.cdiv(queries, settings.backward_query.queries), heads, batch)](
+    backward_query_kernel[(registry.cdiv(queries, settings.backward_query.queries), heads, batch)](
         *saved, out, grad_qc, grad_qs, *rest, **inputs.options(settings.backward_query)
     )
-    backward_key_kernel[(triton.cdiv(keys, settings.backward_key.keys), heads, batch)](
+    backward_key_kernel[(registry.cdiv(keys, settings.backward_key.keys), heads, batch)](
         *saved, grad_kc, grad_ks, grad_v, *rest, **inputs.options(settings.backward_key)
     )
     if inputs.columns is None:
@@ -547,7 +552,7 @@ def _sum_over_the_grid(grad_ks: Tensor, rows: Tensor, columns: Tensor) -> tuple[
     groups, height, width = len(rows), rows.shape[1], columns.shape[1]
     channels = grad_ks[0, 0].numel()
     grad_rows, grad_columns = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
-    backward_grid_kernel[(height + width, triton.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
+    backward_grid_kernel[(height + width, registry.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
         grad_ks, grad_rows, grad_columns, len(grad_ks) // groups, height, width, channels, **GRID_TILE
     )
     return grad_rows, grad_columns

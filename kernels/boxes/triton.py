@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
 from conddetr.kernels.boxes import reference
 
 SIZES = ("predictions", "queries", "capacity")
@@ -162,7 +163,7 @@ def box_loss_backward_kernel(
 def _sizes(boxes: Tensor, objects: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """The grid; predictions per layer, queries and capacity."""
     layers, batch, queries, _ = boxes.shape
-    return (triton.cdiv(batch * queries, BLOCK), layers), (batch * queries, queries, objects.shape[1])
+    return (registry.cdiv(batch * queries, BLOCK), layers), (batch * queries, queries, objects.shape[1])
 
 
 def forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:

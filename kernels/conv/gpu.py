@@ -249,24 +249,27 @@ def _in_layout_of(like: Tensor, tensor: Tensor | None) -> Tensor | None:
     return torch.empty_like(like).copy_(tensor)
 
 
-@registry.on_their_device
 def _epilogue(out: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     from conddetr.kernels.conv import triton
 
     triton.epilogue_(out, None if bias is None else bias.contiguous(), _in_layout_of(out, residual))
 
 
-@registry.on_their_device
 def _relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor:
     from conddetr.kernels.conv import triton
 
     return triton.relu_backward(_in_layout_of(y, grad), _in_layout_of(y, other_grad), y)
 
 
-# Operators, so that whoever counts or traces sees them; not `custom_op`, which costs the host three times as much.
-torch.library.define("conddetr::convolution_epilogue_", "(Tensor(a!) out, Tensor? bias, Tensor? residual) -> ()")
-torch.library.define("conddetr::relu_backward", "(Tensor grad, Tensor? other_grad, Tensor y) -> Tensor")
-torch.library.impl("conddetr::convolution_epilogue_", ("cpu", "cuda"), _epilogue)
-torch.library.impl("conddetr::relu_backward", ("cpu", "cuda"), _relu_backward)
-torch.library.register_fake("conddetr::convolution_epilogue_", lambda out, bias, residual: None)
-torch.library.register_fake("conddetr::relu_backward", lambda grad, other_grad, y: torch.empty_like(y))
+registry.define(
+    "conddetr::convolution_epilogue_",
+    "(Tensor(a!) out, Tensor? bias, Tensor? residual) -> ()",
+    _epilogue,
+    lambda out, bias, residual: None,
+)
+registry.define(
+    "conddetr::relu_backward",
+    "(Tensor grad, Tensor? other_grad, Tensor y) -> Tensor",
+    _relu_backward,
+    lambda grad, other_grad, y: torch.empty_like(y),
+)

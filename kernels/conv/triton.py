@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
+
 SIZES = ("units",)
 """Not specialised (`registry.py` says why)."""
 BLOCK = 2048
@@ -61,7 +63,7 @@ def relu_backward_kernel(
 def launch(count: int) -> tuple[tuple[int], int, dict[str, int]]:
     """The grid, the number of units, and the sizes for a number of elements."""
     unit = UNIT if count % UNIT == 0 else 1
-    return (triton.cdiv(count, BLOCK),), count // unit, {"UNIT": unit, "BLOCK": BLOCK}
+    return (registry.cdiv(count, BLOCK),), count // unit, {"UNIT": unit, "BLOCK": BLOCK}
 
 
 def epilogue_(out: Tensor, shift: Tensor | None, addend: Tensor | None) -> None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
 from conddetr.kernels.boxes.triton import generalized_iou, load_box
 from conddetr.kernels.focal.triton import logistic
 
@@ -79,7 +80,7 @@ def forward(
     layers, batch, queries, classes = logits.shape
     capacity = labels.shape[1]
     out = logits.new_empty((layers, batch, capacity, queries), dtype=torch.float32)
-    grid = (triton.cdiv(queries, BLOCK_Q), triton.cdiv(capacity, BLOCK_N), layers * batch)
+    grid = (registry.cdiv(queries, BLOCK_Q), registry.cdiv(capacity, BLOCK_N), layers * batch)
     cost_kernel[grid](
         logits, boxes, labels, objects, counts, log_total, out, batch, queries, capacity, classes, *weights,
         alpha, gamma, SOFTMAX=log_total is not None, BLOCK_N=BLOCK_N, BLOCK_Q=BLOCK_Q,

@@ -43,7 +43,10 @@ def relu_dropout(
     if choice.backend == "triton":
         seed = _seed(x.device) if seed is None and p > 0 else seed
         bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
-        return torch.ops.conddetr.relu_dropout(x.contiguous(), bias, seed, p)
+        inputs = (x.contiguous(), bias, seed, p)
+        if torch.compiler.is_compiling():
+            return torch.ops.conddetr.relu_dropout(*inputs)
+        return ReLUDropout.apply(*inputs)
     if bias is not None and bias.dim() == 2:
         bias = bias[0]
     if choice.backend == "eager":
@@ -109,9 +112,10 @@ def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
             raise ValueError(f"bias: expected {expected}, got {tuple(bias.shape)} {bias.dtype}.")
     if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64):
         raise ValueError(f"seed: expected (1,) torch.int64, got {tuple(seed.shape)} {seed.dtype}.")
+    device = x.device
     for name, tensor in (("bias", bias), ("seed", seed)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as of x, got {tensor.device}.")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as of x, got {tensor.device}.")
 
 
 def _seed(device: torch.device) -> Tensor:
@@ -148,35 +152,23 @@ if native.NOT_LOADED is None:
     torch.library.register_autograd("conddetr_native::dropout", _differentiate, setup_context=_setup)
 
 
-@torch.library.custom_op(
-    "conddetr::relu_dropout", mutates_args=(), schema="(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor"
-)
-@registry.on_their_device
 def _relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     from conddetr.kernels.dropout import triton
 
     return triton.forward(x, bias, seed, p)
 
 
-@_relu_forward.register_fake
-def _(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+def _fake_relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(
-    "conddetr::relu_dropout_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
-)
-@registry.on_their_device
 def _relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.dropout import triton
 
     return triton.backward(grad, out, p, replicas)
 
 
-@_relu_backward.register_fake
-def _(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
+def _fake_relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
     channels = out.shape[-1] if out.dim() else 1
     return torch.empty_like(out), out.new_empty((replicas, channels), dtype=torch.float32)
 
@@ -190,15 +182,41 @@ def _relu_setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _relu_differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
+    backward = torch.ops.conddetr.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
-        of_x, _ = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, 0)
+        of_x, _ = registry.call(backward, grad.contiguous(), output, ctx.p, 0)
         return of_x, None, None, None
     shape, dtype = ctx.bias
     rows = output.numel() // output.shape[-1]
     replicas = shape[0] if len(shape) == 2 else min(registry.REPLICAS, max(1, rows))
-    of_x, partial = torch.ops.conddetr.relu_dropout_backward(grad.contiguous(), output, ctx.p, replicas)
+    of_x, partial = registry.call(backward, grad.contiguous(), output, ctx.p, replicas)
     return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
 
 
-_relu_forward.register_autograd(_relu_differentiate, setup_context=_relu_setup)
+class ReLUDropout(torch.autograd.Function):
+    """The operator, as PyTorch records it with less work for the host."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
+        """The operator's inputs."""
+        output = registry.call(torch.ops.conddetr.relu_dropout.default, *inputs)
+        _relu_setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_relu_differentiate)
+
+
+registry.define(
+    "conddetr::relu_dropout",
+    "(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor",
+    _relu_forward,
+    _fake_relu_forward,
+)
+registry.define(
+    "conddetr::relu_dropout_backward",
+    "(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
+    _relu_backward,
+    _fake_relu_backward,
+)
+torch.library.register_autograd("conddetr::relu_dropout", _relu_differentiate, setup_context=_relu_setup)
 registry.once_differentiable("conddetr::relu_dropout_backward")

@@ -5,11 +5,14 @@ was kept. It has a fixed number of programs for each block of columns, each of w
 gives to the gradient of the bias: one row of partial sums a program, in an order that does not change.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
 from conddetr.kernels.add_norm.triton import SEED, store_partial, vector
 from conddetr.kernels.attn.triton import keep_mask
 
@@ -63,9 +66,10 @@ def relu_dropout_backward_kernel(
         store_partial(partial, replicas, column, is_column, tl.sum(of_bias, axis=0), CHANNELS)
 
 
+@functools.cache
 def launch(channels: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels."""
-    width = min(256, max(16, triton.next_power_of_2(channels)))
+    width = min(256, max(16, registry.next_power_of_2(channels)))
     return {
         "CHANNELS": channels,
         "WIDTH": width,
@@ -86,7 +90,7 @@ def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: floa
     out = torch.empty_like(x)
     rows, sizes = _sizes(x)
     if rows:
-        relu_dropout_kernel[(triton.cdiv(rows, sizes["BLOCK"]), triton.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+        relu_dropout_kernel[(registry.cdiv(rows, sizes["BLOCK"]), registry.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
             x, bias, out, seed, dropout_p, rows, HAS_BIAS=bias is not None, HAS_DROPOUT=dropout_p > 0, **sizes
         )
     return out
@@ -97,11 +101,11 @@ def backward(grad: Tensor, out: Tensor, dropout_p: float, replicas: int) -> tupl
     rows, sizes = _sizes(out)
     grad_x = torch.empty_like(out)
     partial = out.new_empty((replicas, out.shape[-1] if out.dim() else 1), dtype=torch.float32)
-    programs = triton.cdiv(rows, sizes["BLOCK"])
+    programs = registry.cdiv(rows, sizes["BLOCK"])
     if replicas:
         programs = max(1, min(replicas, programs))
     if programs:
-        relu_dropout_backward_kernel[(programs, triton.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+        relu_dropout_backward_kernel[(programs, registry.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
             grad, out, grad_x, partial, dropout_p, rows, replicas, HAS_BIAS=replicas > 0, **sizes
         )
     return grad_x, partial

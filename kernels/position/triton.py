@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels import registry
 from conddetr.kernels.sine.triton import channels, sin_turns
 
 SIZES = ("height", "width")
@@ -64,9 +65,9 @@ def position_kernel(
 
 def launch(dim: int, cells: int) -> dict[str, int]:
     """Block sizes for a number of channels, and of rows or columns."""
-    padded = triton.next_power_of_2(dim)
+    padded = registry.next_power_of_2(dim)
     block = max(1, BLOCK_ELEMENTS // padded)
-    return {"DIM": dim, "PADDED": padded, "BLOCK": block, "CELLS": max(64, triton.next_power_of_2(cells))}
+    return {"DIM": dim, "PADDED": padded, "BLOCK": block, "CELLS": max(64, registry.next_power_of_2(cells))}
 
 
 def forward(
@@ -80,7 +81,7 @@ def forward(
     cells = features.new_empty((padded, 2), dtype=torch.int32)
     sizes = launch(dim, max(height, width))
     scales = (image_size[0] / height, image_size[1] / width)
-    position_kernel[(triton.cdiv(height * width, sizes["BLOCK"]), images)](
+    position_kernel[(registry.cdiv(height * width, sizes["BLOCK"]), images)](
         valid_hw, position, padding, cells, height, width, *scales, math.log2(temperature), **sizes,
         HAS_VALID=valid_hw is not None,
     )  # fmt: skip

@@ -31,28 +31,35 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
     """
     if not recipes:
         return []
-    sources = [part for recipe in recipes for part in _sources(recipe)]
+    sources = [source for recipe in recipes for source in _sources(recipe)]
     choice = _choose(backend, sources, dtype)
     paths.note("prepare_weights", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.prepare_weights(recipes, dtype)
-    prepared: list[Tensor | None] = [_as_it_is(recipe, dtype) for recipe in recipes]
-    rest = [recipe for recipe, made in zip(recipes, prepared, strict=True) if made is None]
-    parts = {id(part): part for recipe in rest for part in _parts(recipe)}
-    made = iter(_Prepare.apply(rest, dtype, *parts.values()) if rest else ())
-    return [next(made) if tensor is None else tensor for tensor in prepared]
+    if sources[0].dtype != dtype:
+        return _made(recipes, dtype)
+    prepared = [_as_it_is(recipe) for recipe in recipes]
+    made = iter(_made([recipe for recipe, same in zip(recipes, prepared, strict=True) if same is None], dtype))
+    return [next(made) if same is None else same for same in prepared]
+
+
+def _made(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
+    """By the kernels."""
+    parts = {id(part): part for recipe in recipes for part in _parts(recipe)}
+    return list(_Prepare.apply(recipes, dtype, *parts.values())) if recipes else []
 
 
 def _parts(recipe: Recipe) -> tuple[Tensor, ...]:
     """What may have a gradient."""
-    if isinstance(recipe, Weight):
+    kind = type(recipe)
+    if kind is Weight:
         return recipe.parts
-    return () if isinstance(recipe, Shift) else (recipe.vector,)
+    return () if kind is Shift else (recipe.vector,)
 
 
 def _sources(recipe: Recipe) -> tuple[Tensor, ...]:
-    norm = None if isinstance(recipe, Replicas) else recipe.norm
-    return _parts(recipe) + (() if norm is None else tuple(norm[:4]))
+    parts = _parts(recipe)
+    return parts if type(recipe) is Replicas or recipe.norm is None else parts + recipe.norm[:4]
 
 
 def _choose(backend: str, sources: list[Tensor], dtype: torch.dtype) -> registry.Choice:
@@ -75,23 +82,21 @@ def _misfit(sources: list[Tensor]) -> str | None:
         return "its tables of addresses would have to outlive this capture of a CUDA graph."
     if any(source.device != sources[0].device for source in sources):
         return "its kernel takes parameters of one device."
-    dtypes = sorted({str(source.dtype) for source in sources})
+    dtypes = {source.dtype for source in sources}
     if len(dtypes) > 1:
-        return f"its kernel takes parameters of one dtype, not {', '.join(dtypes)}."
-    odd = next((source for source in sources if not triton.is_dense(source)), None)
+        return f"its kernel takes parameters of one dtype, not {', '.join(sorted(map(str, dtypes)))}."
+    odd = next((source for source in sources if not source.is_contiguous() and not triton.is_dense(source)), None)
     if odd is not None:
         return f"its kernel takes parameters without gaps, not one of shape {tuple(odd.shape)}, strides {odd.stride()}."
     return None
 
 
-def _as_it_is(recipe: Recipe, dtype: torch.dtype) -> Tensor | None:
-    """The parameter, if it is what was asked for."""
+def _as_it_is(recipe: Recipe) -> Tensor | None:
+    """The parameter, if it is what was asked for but for the dtype."""
     if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe.norm is not None or recipe.rows is not None:
         return None
     [part] = recipe.parts
-    if part.dtype != dtype or (part.dim() == 4 and not part.is_contiguous(memory_format=torch.channels_last)):
-        return None
-    return part
+    return None if part.dim() == 4 and not part.is_contiguous(memory_format=torch.channels_last) else part
 
 
 class _Prepare(torch.autograd.Function):
@@ -101,9 +106,10 @@ class _Prepare(torch.autograd.Function):
     def forward(ctx: FunctionCtx, recipes: list[Recipe], dtype: torch.dtype, *parts: Tensor) -> tuple[Tensor, ...]:
         from conddetr.kernels.weights import triton
 
-        ctx.recipes, ctx.parts = recipes, parts
+        # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
+        ctx.recipes, ctx.parts, ctx.forms = recipes, parts, triton.forms(recipes, parts)
         ctx.set_materialize_grads(False)
-        made = triton.forward(recipes, dtype)
+        made = triton.forward(recipes, parts, ctx.forms, dtype)
         frozen = [x for x, recipe in zip(made, recipes, strict=True) if not _is_trained(recipe)]
         ctx.mark_non_differentiable(*frozen)
         return tuple(made)
@@ -113,10 +119,9 @@ class _Prepare(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
         from conddetr.kernels.weights import triton
 
-        # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
-        wanted = [grad if _is_trained(recipe) else None for recipe, grad in zip(ctx.recipes, grads, strict=True)]
-        found = triton.backward(ctx.recipes, wanted)
-        return None, None, *(found.get(id(part)) if part.requires_grad else None for part in ctx.parts)
+        # Those of what is not trained are None.
+        found = triton.backward(ctx.recipes, ctx.parts, ctx.forms, grads)
+        return None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
 
 
 def _is_trained(recipe: Recipe) -> bool:

@@ -6,6 +6,7 @@ into channels-last on the way, and its gradient back.
 
 import functools
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -113,144 +114,249 @@ def prepare_backward_kernel(
         tl.store(grad + offset + element, value.to(grad.dtype.element_ty), mask=inside)
 
 
-class _Work:
-    """The tables of one launch, part by part."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What is the same for all parameters of the same shapes, wherever they lie."""
 
-    def __init__(self) -> None:
-        self.fields: list[tuple[int, ...]] = []
-        self.addresses: list[int] = []
+    size: int
+    """Elements of the tensor that holds all results."""
+    is_whole: bool
+    """Whether every element of it is written that a result has."""
+    places: list[tuple[tuple[int, ...], tuple[int, ...], int] | None]
+    """Shape, strides and offset of each result in that tensor; None: there is none, or it lies elsewhere."""
+    starts: list[int]
+    """Of each part the first element that is read."""
+    tables: tuple[Tensor, Tensor]
+    """Of parts and of blocks."""
 
-    def add(self, piece: "_Piece", kind: int, address: int, offset: int) -> None:
-        """A part that lies at an address; `offset`: of its result, in elements."""
-        eps = 0 if piece.norm is None else struct.unpack("i", struct.pack("f", piece.norm.eps))[0]
-        self.fields.append((kind, offset, piece.size, piece.channels, piece.positions, eps))
-        vectors = [0, 0, 0, 0] if piece.norm is None else [vector.data_ptr() for vector in piece.norm[:4]]
-        self.addresses += [address, *vectors]
-
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Of addresses, parts and blocks."""
-        table, fields = addresses.table(tuple(self.addresses), device), tuple(self.fields)
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The tables on a device."""
         if addresses.is_capturing(device):
-            return table, *(addresses.place(rows, device) for rows in _layout(fields))
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        return table, *_placed_layout(fields, device, stream)
+            return tuple(addresses.place(table, device) for table in self.tables)
+        return _placed(self, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+
+
+# By stream, since only there the copies are known to be done.
+@functools.lru_cache(maxsize=16)
+def _placed(layout: Layout, device: torch.device, stream: int) -> tuple[Tensor, ...]:
+    return tuple(addresses.place(table, device) for table in layout.tables)
+
+
+class Forms(NamedTuple):
+    """Recipes without their tensors."""
+
+    recipes: tuple[tuple, ...]
+    """Kind, and of a matrix the numbers of its sources, its rows, and its norm's epsilon; of a shift its length, and
+    epsilon; of replicas the number of the vector."""
+    sources: tuple[tuple[torch.Size, tuple[int, ...]], ...]
+    """Shape and strides of each parameter."""
+
+
+def forms(recipes: list[Recipe], parameters: tuple[Tensor, ...]) -> Forms:
+    """What layouts depend on; `parameters`: all that the recipes name, each once."""
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    wanted = []
+    for recipe in recipes:
+        kind = type(recipe)
+        if kind is Replicas:
+            wanted.append((PARTIALS, numbers[id(recipe.vector)]))
+        elif kind is Shift:
+            wanted.append((SHIFT, recipe.norm.bias.shape[0], recipe.norm.eps))
+        else:
+            sources = tuple([numbers[id(part)] for part in recipe.parts])
+            wanted.append((MATRIX, sources, recipe.rows, None if recipe.norm is None else recipe.norm.eps))
+    return Forms(tuple(wanted), tuple([(x.shape, x.stride()) for x in parameters]))
 
 
 class _Piece(NamedTuple):
     """Rows of one parameter, as the kernels see them."""
 
-    source: Tensor | None
-    """None: the norm's shift."""
-    norm: FrozenNorm | None
+    source: int | None
+    """Its number; None: the norm's shift."""
     start: int
     """First element."""
     size: int
-    channels: int
-    positions: int
+    channels: int = 1
+    positions: int = 1
     """Of a convolution's kernel; 1 where the order of memory stays as it is."""
+    eps: float | None = None
 
-    def address(self) -> int:
-        return 0 if self.source is None else self.source.data_ptr() + self.start * self.source.element_size()
+    def fields(self, kind: int, offset: int) -> tuple[int, ...]:
+        """Its row in the table of parts; `offset`: of its result."""
+        eps = 0 if self.eps is None else struct.unpack("i", struct.pack("f", self.eps))[0]
+        return kind, offset, self.size, self.channels, self.positions, eps
 
 
-def forward(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
-    """What `op.prepare_weights` returns, as views of one new tensor; see there."""
-    work = _Work()
-    shapes: list[tuple[torch.Size, int]] = []
+def _pieces(recipe: tuple, sources: tuple) -> list[_Piece]:
+    """What a kernel walks over."""
+    kind, which, *options = recipe
+    if kind == SHIFT:
+        return [_Piece(None, 0, which, eps=options[0])]
+    if kind == PARTIALS:
+        return [_Piece(which, 0, sources[which][0].numel())]
+    rows, eps = options
+    pieces = []
+    for number in which:
+        shape, strides = sources[number]
+        row = shape[1:].numel()
+        first, end = rows or (0, shape[0])
+        is_turned = len(shape) == 4 and not _lies_in_channels_last(shape, strides)
+        positions = shape[2] * shape[3] if is_turned else 1
+        pieces.append(_Piece(number, first * row, (end - first) * row, row // positions, positions, eps))
+    return pieces
+
+
+def _lies_in_channels_last(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    return torch.empty_strided(shape, strides, device="meta").is_contiguous(memory_format=torch.channels_last)
+
+
+def _place(recipe: tuple, sources: tuple, offset: int) -> tuple | None:
+    """Shape, strides and offset of a recipe's result; replicas are views of their vector."""
+    kind, which, *options = recipe
+    if kind == PARTIALS:
+        return None
+    if kind == SHIFT:
+        return (which,), (1,), offset
+    first, end = options[0] or (0, sum(sources[number][0][0] for number in which))
+    shape = (end - first, *sources[which[0]][0][1:])
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return shape, torch.empty(shape, device="meta", memory_format=order).stride(), offset
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(of: Forms) -> Layout:
+    """Forward."""
+    fields, starts, places = [], [], []
     size = 0
+    for recipe in of.recipes:
+        places.append(_place(recipe, of.sources, size))
+        if recipe[0] == PARTIALS:
+            continue
+        for piece in _pieces(recipe, of.sources):
+            # The next part of a stack goes on where the one before it ended.
+            fields.append(piece.fields(recipe[0], size))
+            starts.append(piece.start)
+            size += piece.size
+        size = _aligned(size)
+    return Layout(size, True, places, starts, _tables(fields))
+
+
+@functools.lru_cache(maxsize=16)
+def _backward_layout(of: Forms, has_grad: tuple[bool, ...]) -> Layout:
+    """Backward: results are the gradients of parameters, sources those of the recipes' results."""
+    fields, starts, places = [], [], [None] * len(of.sources)
+    size = written = wanted = 0
+    for recipe, is_there in zip(of.recipes, has_grad, strict=True):
+        start = 0
+        for piece in _pieces(recipe, of.sources) if is_there else ():
+            shape, strides = of.sources[piece.source]
+            if places[piece.source] is None:
+                places[piece.source] = (tuple(shape), strides, size)
+                size += _aligned(shape.numel())
+                wanted += shape.numel()
+            fields.append(piece.fields(recipe[0], places[piece.source][2] + piece.start))
+            starts.append(start)
+            start += piece.size
+            written += piece.size
+    return Layout(size, written == wanted, places, starts, _tables(fields))
+
+
+def _aligned(size: int) -> int:
+    return registry.cdiv(size, ALIGNMENT) * ALIGNMENT
+
+
+def _tables(fields: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """The tables of parts and of blocks, on the host."""
+    blocks = []
+    for part, (kind, _, size, *_) in enumerate(fields):
+        step = BLOCK // PARTIAL_ROWS if kind == PARTIALS else BLOCK
+        blocks += [(part, first) for first in range(0, size, step)]
+    return tuple(torch.tensor(rows, dtype=torch.int64) for rows in (fields, blocks))
+
+
+def _addresses_of(norm: FrozenNorm | None) -> tuple[int, int, int, int]:
+    if norm is None:
+        return 0, 0, 0, 0
+    return norm.weight.data_ptr(), norm.bias.data_ptr(), norm.mean.data_ptr(), norm.variance.data_ptr()
+
+
+def forward(recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, dtype: torch.dtype) -> list[Tensor]:
+    """What `op.prepare_weights` returns, as views of one new tensor; see there and at `forms`."""
+    layout = _layout(of)
+    first = parameters[0] if parameters else recipes[0].norm.bias
+    width = first.element_size()
+    starts = iter(layout.starts)
+    read: list[Tensor] = []
+    lie: list[int] = []
     for recipe in recipes:
-        start = size
-        if not isinstance(recipe, Replicas):
-            for piece in _pieces(recipe):
-                # The next part of a stack goes on where the one before it ended.
-                work.add(piece, MATRIX if piece.source is not None else SHIFT, piece.address(), size)
-                size += piece.size
-        shapes.append((_shape(recipe), start))
-        size = triton.cdiv(size, ALIGNMENT) * ALIGNMENT
-    first = _first(recipes)
-    out = torch.empty(size, dtype=dtype, device=first.device)
-    if work.fields:
-        sources = [tensor for recipe in recipes for tensor in _read(recipe)]
-        with torch.cuda.device_of(first):
-            torch.ops.conddetr.prepare_weights(out, sources, *work.tables(first.device))
-    return [_view(recipe, out, *place) for recipe, place in zip(recipes, shapes, strict=True)]
+        if type(recipe) is Replicas:
+            continue
+        vectors = _addresses_of(recipe.norm)
+        if type(recipe) is Shift:
+            lie += (next(starts), *vectors)
+        else:
+            for part in recipe.parts:
+                lie += (part.data_ptr() + width * next(starts), *vectors)
+            read += recipe.parts
+        if recipe.norm is not None:
+            read += recipe.norm[:4]
+    out = torch.empty(layout.size, dtype=dtype, device=first.device)
+    if read:
+        table = addresses.table(tuple(lie), first.device)
+        torch.ops.conddetr.prepare_weights(out, read, table, *layout.on(first.device))
+    return [
+        recipe.vector.detach().expand(registry.REPLICAS, -1) if place is None else torch.as_strided(out, *place)
+        for recipe, place in zip(recipes, layout.places, strict=True)
+    ]
 
 
-def backward(recipes: list[Recipe], grads: list[Tensor | None]) -> dict[int, Tensor]:
-    """Gradients of parameters by `id`, as views of one new tensor; of those whose recipes have none it has none."""
-    work = _Work()
-    places: dict[int, tuple[Tensor, int]] = {}
-    size = written = 0
+def backward(
+    recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, grads: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the parameters, as views of one new tensor; None of those whose recipes have none."""
+    layout = _backward_layout(of, tuple([grad is not None for grad in grads]))
+    starts = iter(layout.starts)
     # They must outlive the launch.
     kept: list[Tensor] = []
+    lie: list[int] = []
     for recipe, grad in zip(recipes, grads, strict=True):
         if grad is None:
             continue
-        is_replicas = isinstance(recipe, Replicas)
-        kept.append(_dense(grad, is_replicas))
-        address = kept[-1].data_ptr()
-        for piece in _pieces(recipe):
-            if id(piece.source) not in places:
-                places[id(piece.source)] = (piece.source, size)
-                size += triton.cdiv(piece.source.numel(), ALIGNMENT) * ALIGNMENT
-            offset = places[id(piece.source)][1] + piece.start
-            work.add(piece, PARTIALS if is_replicas else MATRIX, address, offset)
-            address += piece.size * kept[-1].element_size()
-            written += piece.size
+        is_replicas = type(recipe) is Replicas
+        grad = _dense(grad, is_replicas)
+        kept.append(grad)
+        address, width = grad.data_ptr(), grad.element_size()
+        vectors = _addresses_of(None if is_replicas else recipe.norm)
+        for _ in (None,) if is_replicas else recipe.parts:
+            lie += (address + width * next(starts), *vectors)
     if not kept:
-        return {}
-    first = _first(recipes)
+        return layout.places
+    first = parameters[0]
     # Rows that nobody wrote have no influence.
-    is_whole = written == sum(source.numel() for source, _ in places.values())
-    flat = (torch.empty if is_whole else torch.zeros)(size, dtype=first.dtype, device=first.device)
-    with torch.cuda.device_of(first):
-        torch.ops.conddetr.prepare_weights_backward(flat, kept, *work.tables(first.device))
-    return {key: torch.as_strided(flat, x.shape, x.stride(), offset) for key, (x, offset) in places.items()}
+    flat = (torch.empty if layout.is_whole else torch.zeros)(layout.size, dtype=first.dtype, device=first.device)
+    table = addresses.table(tuple(lie), first.device)
+    torch.ops.conddetr.prepare_weights_backward(flat, kept, table, *layout.on(first.device))
+    return [None if place is None else torch.as_strided(flat, *place) for place in layout.places]
 
 
-# What the tables point to is an argument all the same, so that counters of memory see what is read.
-@torch.library.custom_op("conddetr::prepare_weights", mutates_args=("out",))
-def launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
+def _launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
     """Fill `out` by the tables; `sources` is all that they point to, of one dtype."""
     prepare_kernel[(len(blocks),)](addresses, parts, blocks, sources[0], out, BLOCK=BLOCK)
 
 
-@torch.library.custom_op("conddetr::prepare_weights_backward", mutates_args=("out",))
-def launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
+def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
     """Fill `out` by the tables; `grads` is all that they point to: of replicas float32, else of the step's dtype."""
     kind = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
     sizes = {"BLOCK": BLOCK, "ROWS": PARTIAL_ROWS}
     prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, registry.REPLICAS, **sizes)
 
 
-def _read(recipe: Recipe) -> list[Tensor]:
-    """What a kernel reads to make a recipe's result."""
-    if isinstance(recipe, Replicas):
-        return []
-    norm = [] if recipe.norm is None else list(recipe.norm[:4])
-    return norm if isinstance(recipe, Shift) else [*recipe.parts, *norm]
-
-
-def _pieces(recipe: Recipe) -> list[_Piece]:
-    """What a kernel walks over."""
-    if isinstance(recipe, Shift):
-        return [_Piece(None, recipe.norm, 0, recipe.norm.bias.numel(), 1, 1)]
-    if isinstance(recipe, Replicas):
-        return [_Piece(recipe.vector, None, 0, recipe.vector.numel(), 1, 1)]
-    pieces = []
-    for source in recipe.parts:
-        row = source[0].numel()
-        first, end = recipe.rows or (0, len(source))
-        is_turned = source.dim() == 4 and not _is_channels_last(source)
-        positions = source.shape[2] * source.shape[3] if is_turned else 1
-        pieces.append(_Piece(source, recipe.norm, first * row, (end - first) * row, row // positions, positions))
-    return pieces
-
-
-def _first(recipes: list[Recipe]) -> Tensor:
-    """Any parameter: all share a dtype and a device."""
-    [piece, *_] = _pieces(recipes[0])
-    return piece.norm.bias if piece.source is None else piece.source
+# What the tables point to is an argument all the same, so that counters of memory see what is read.
+_TABLES = "Tensor addresses, Tensor parts, Tensor blocks"
+registry.define("conddetr::prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()", _launch)
+registry.define(
+    "conddetr::prepare_weights_backward", f"(Tensor(a!) out, Tensor[] grads, {_TABLES}) -> ()", _launch_backward
+)
 
 
 def _is_channels_last(source: Tensor) -> bool:
@@ -267,38 +373,3 @@ def _dense(grad: Tensor, is_replicas: bool) -> Tensor:
     if is_replicas:
         return grad.to(torch.float32).contiguous()
     return grad.contiguous(memory_format=torch.channels_last) if grad.dim() == 4 else grad.contiguous()
-
-
-@functools.lru_cache(maxsize=16)
-def _layout(fields: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """The tables of parts and of blocks, of shapes alone."""
-    blocks = []
-    for part, (kind, _, size, *_) in enumerate(fields):
-        step = BLOCK // PARTIAL_ROWS if kind == PARTIALS else BLOCK
-        blocks += [(part, first) for first in range(0, size, step)]
-    return tuple(torch.tensor(rows, dtype=torch.int64) for rows in (fields, blocks))
-
-
-# By stream, since only there the copies are known to be done.
-@functools.lru_cache(maxsize=16)
-def _placed_layout(fields: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> tuple[Tensor, ...]:
-    return tuple(addresses.place(rows, device) for rows in _layout(fields))
-
-
-def _shape(recipe: Recipe) -> torch.Size:
-    if isinstance(recipe, Shift):
-        return recipe.norm.bias.shape
-    if isinstance(recipe, Replicas):
-        return torch.Size((registry.REPLICAS, len(recipe.vector)))
-    first, end = recipe.rows or (0, sum(len(part) for part in recipe.parts))
-    return torch.Size((end - first, *recipe.parts[0].shape[1:]))
-
-
-def _view(recipe: Recipe, out: Tensor, shape: torch.Size, offset: int) -> Tensor:
-    """A recipe's result, within the tensor that holds them all."""
-    if isinstance(recipe, Replicas):
-        return recipe.vector.detach().expand(shape)
-    view = out[offset : offset + shape.numel()]
-    if len(shape) == 4:
-        return view.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-    return view.view(shape)
