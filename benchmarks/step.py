@@ -163,9 +163,9 @@ def _training(run: Run, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[n
 
 @contextmanager
 def _all_is_true() -> Iterator[None]:
-    """`Tensor.all` as a GPU answers it here, where no image is padded and no box is wrong; the wait stays.
+    """`Tensor.all`, by which transformers asks, as a GPU answers it here: no image is padded, no box is wrong.
 
-    A null GPU says no to everything, and transformers would raise errors.
+    The wait stays. A null GPU says no to everything, and transformers would raise errors.
     """
     ask = Tensor.all
 

@@ -83,7 +83,7 @@ def _check_values(labels: Tensor, boxes: Tensor, counts: tuple[int, ...], num_cl
     is_box = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
     if labels.device.type != "cpu":
         message = f"targets: expected labels in [0, {num_classes}) and finite boxes with sizes ≥ 0."
-        torch._assert_async((is_label & is_box).all(), message)
+        torch._assert_async(torch.all(is_label & is_box), message)
         return
     if bool((is_label & is_box).all()):
         return

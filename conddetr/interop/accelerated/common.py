@@ -20,6 +20,11 @@ def runs_ours(backend: str, tensor: Tensor) -> bool:
     return backend != "auto" or registry.choose(backend, tensor.device, dtype).backend != "eager"
 
 
+def asking_waits(tensor: Tensor) -> bool:
+    """Whether the host would wait for the tensor's values, so that code of ours runs which does without."""
+    return tensor.is_cuda and not torch.compiler.is_compiling()
+
+
 def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: one projection of several may
     be wrapped in something that computes in float32.
@@ -110,15 +115,17 @@ def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None
     Attention maps, hidden states, tuples, layer drop, and gradient checkpointing where the decoder itself does it
     (early 4.5x) are left to transformers.
     """
-    config = decoder.config
-    wants_more = any(
-        options.get(name, getattr(config, name, False)) for name in ("output_attentions", "output_hidden_states")
-    )
-    is_tuple = options.get("return_dict", getattr(config, "return_dict", True)) is False
     is_checkpointed = getattr(decoder, "gradient_checkpointing", False)
     has_layer_drop = decoder.training and (decoder.layerdrop > 0 or is_checkpointed)
     has_memory = memory is not None and mask is not None and mask.dim() == 2
-    return has_memory and not (wants_more or is_tuple or has_layer_drop)
+    return has_memory and not (wants_more(decoder.config, options) or has_layer_drop)
+
+
+def wants_more(config: object, options: dict) -> bool:
+    """Whether a call asks for attention maps, hidden states or a tuple, which transformers collects."""
+    names = ("output_attentions", "output_hidden_states")
+    is_tuple = options.get("return_dict", getattr(config, "return_dict", True)) is False
+    return is_tuple or any(options.get(name, getattr(config, name, False)) for name in names)
 
 
 def decode(

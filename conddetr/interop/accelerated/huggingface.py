@@ -31,6 +31,7 @@ from conddetr.kernels import registry
 from conddetr.model.layers import is_native_on_cpu
 
 FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
+NO_WAIT = "on a GPU the host waits for nothing"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def replacements(model: nn.Module) -> list[Replacement]:
     if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
         from conddetr.interop.accelerated import projections_in_attention as structure
 
-        attention = [Replacement("cross-attention", structure.CrossAttention)]
+        attention = [
+            Replacement("encoder", structure.Encoder, NO_WAIT),
+            Replacement("encoder layer", structure.EncoderLayer, NO_WAIT),
+            Replacement("cross-attention", structure.CrossAttention),
+        ]
     elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
         from conddetr.interop.accelerated import projections_in_layer as structure
 

@@ -1,21 +1,29 @@
 """Late transformers 5 (tried: 5.23): the attention modules hold the projections of queries, keys and values."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
 from conddetr.interop.accelerated.common import (
     as_shipped,
     as_under_autocast,
+    asking_waits,
     cross_attention,
     decode,
     is_plain_call,
     key_padding,
     mask_of_keys,
     runs_ours,
+    wants_more,
 )
 from conddetr.kernels import paths
 from conddetr.model.layers import is_native_on_cpu
 from conddetr.model.transformer import self_attention
+
+_KNOWN_MASKS = ("eager", "sdpa", "conddetr")
+"""Implementations of attention that take masks as `mask_of_keys` makes them."""
 
 
 class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
@@ -67,6 +75,67 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask:
     projected = as_under_autocast(query, key, module.v_proj(tokens))
     attended = self_attention(*projected, heads, key_padding(mask), dropout_p, module.backend)
     return module.o_proj(attended)
+
+
+class EncoderLayer(theirs.ConditionalDetrEncoderLayer):
+    """On a GPU it does not ask whether all numbers are finite."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        spatial_position_embeddings: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """As the base class, which documents the arguments."""
+        if not (self.training and asking_waits(hidden_states)):
+            return super().forward(hidden_states, attention_mask, spatial_position_embeddings, **kwargs)
+        # As the base class, which calls its parts by these keywords.
+        attended, _ = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=spatial_position_embeddings,
+            **kwargs,
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, self.training))
+        return _finite(self.final_layer_norm(hidden_states + self.mlp(hidden_states)))
+
+
+def _finite(tokens: Tensor) -> Tensor:
+    """As transformers limits what an encoder layer gives where a number of it is not finite; the host asks nothing."""
+    limit = torch.finfo(tokens.dtype).max - 1000
+    limited = tokens.clamp(-limit, limit)
+    if tokens.dtype != torch.float16:
+        # Here the limit rounds to the largest number there is, and finite numbers stay in any case.
+        return limited
+    return torch.where(tokens.isfinite().all(), tokens, limited)
+
+
+class Encoder(theirs.ConditionalDetrEncoder):
+    """On a GPU the mask is a view, about which the host is not asked."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        spatial_position_embeddings: Tensor | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutput:
+        """As the base class, which documents the arguments."""
+        is_left = self.config._attn_implementation not in _KNOWN_MASKS or wants_more(self.config, kwargs)
+        has_mask = attention_mask is not None and attention_mask.dim() == 2
+        if is_left or not has_mask or not asking_waits(inputs_embeds):
+            with as_shipped(self, theirs.ConditionalDetrEncoder):
+                return theirs.ConditionalDetrEncoder.forward(
+                    self, inputs_embeds, attention_mask, spatial_position_embeddings, **kwargs
+                )
+
+        dtype = inputs_embeds.dtype if self.config._attn_implementation == "eager" else None
+        mask = mask_of_keys(attention_mask, inputs_embeds.shape[1], dtype)
+        tokens = F.dropout(inputs_embeds, self.dropout, self.training)
+        for layer in self.layers:
+            tokens = layer(tokens, mask, spatial_position_embeddings=spatial_position_embeddings, **kwargs)
+        return BaseModelOutput(last_hidden_state=tokens)
 
 
 class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
@@ -139,7 +208,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         """As the base class, which documents the arguments."""
         implementation = self.config._attn_implementation
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
-        has_known_mask = implementation in ("eager", "sdpa", "conddetr")
+        has_known_mask = implementation in _KNOWN_MASKS
         if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
             paths.note("decoder", "transformers' own")
             with as_shipped(self, theirs.ConditionalDetrDecoder):

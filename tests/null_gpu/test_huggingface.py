@@ -1,0 +1,46 @@
+"""Accelerated models of HuggingFace: what a training step asks of a GPU."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
+
+from small_huggingface import small_batch, small_model
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+
+import conddetr
+from null_gpu.counts import counted
+
+if not hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+    pytest.skip("the encoder of transformers before 5 is left as it is", allow_module_level=True)
+
+
+def count_step(model, autocast):
+    """What the third step asks for: the first compiles, the second makes what is made once."""
+    model.cuda().train()
+    inputs = small_batch()
+    pixels, mask = (inputs[name].cuda() for name in ("pixel_values", "pixel_mask"))
+    labels = [{name: value.cuda() for name, value in label.items()} for label in inputs["labels"]]
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(pixels, mask, labels=labels).loss
+        loss.backward()
+
+    for _ in range(2):
+        step()
+    with counted() as counts:
+        step()
+    return counts
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_step_waits_for_nothing(is_hooked, autocast):
+    model = small_model(auxiliary_loss=True, dropout=0.1)
+    conddetr.accelerate(model)
+    if is_hooked:
+        for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+            norm.register_forward_hook(lambda *_: None)
+    assert count_step(model, autocast).waits == 0
