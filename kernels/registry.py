@@ -113,10 +113,14 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     return "the interpreter is for tests: ask for it by name." if is_auto else None
 
 
-@functools.cache
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
-    return torch.cuda.get_device_capability(device)
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def transforms() -> list[str]:

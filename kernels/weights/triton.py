@@ -34,10 +34,11 @@ of a convolution's kernel, and the bits of the norm's epsilon."""
 def load_part(parts, blocks):
     """Number of this program's part, its first element, and its fields."""
     part = tl.load(blocks + 2 * tl.program_id(0))
-    first = tl.load(blocks + 2 * tl.program_id(0) + 1)
+    # No parameter has 2³¹ elements; all of them together may.
+    first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int32)
     record = parts + 6 * part
-    kind, offset, size = tl.load(record), tl.load(record + 1), tl.load(record + 2)
-    channels, positions = tl.load(record + 3), tl.load(record + 4)
+    kind, offset, size = tl.load(record), tl.load(record + 1), tl.load(record + 2).to(tl.int32)
+    channels, positions = tl.load(record + 3).to(tl.int32), tl.load(record + 4).to(tl.int32)
     eps = tl.load(record + 5).to(tl.int32).to(tl.float32, bitcast=True)
     return part, first, kind, offset, size, channels, positions, eps
 
@@ -61,6 +62,18 @@ def scale_at(addresses, part, row, inside, eps):
 
 
 @triton.jit
+def turned(element, inner, outer):
+    """Of elements in an order [row, outer, inner]: the row, and the place in the order [row, inner, outer]."""
+    row = element // (inner * outer)
+    place = element
+    if (inner > 1) & (outer > 1):
+        rest = element - row * (inner * outer)
+        i = rest // inner
+        place = row * (inner * outer) + (rest - i * inner) * outer + i
+    return row, place
+
+
+@triton.jit
 def prepare_kernel(addresses, parts, blocks, source_type, out, BLOCK: tl.constexpr):
     """out[offset + …] = the part, cast, scaled and in channels-last. `source_type`: a tensor of the sources' dtype."""
     part, first, kind, offset, size, channels, positions, eps = load_part(parts, blocks)
@@ -71,12 +84,7 @@ def prepare_kernel(addresses, parts, blocks, source_type, out, BLOCK: tl.constex
         mean = vector_at(addresses, 5 * part + 3, element, inside)
         value = vector_at(addresses, 5 * part + 2, element, inside) - mean * scale
     else:
-        row = element // (channels * positions)
-        place = element
-        if positions > 1:
-            rest = element - row * (channels * positions)
-            position = rest // channels
-            place = row * (channels * positions) + (rest - position * channels) * positions + position
+        row, place = turned(element, channels, positions)
         source = tl.load(addresses + 5 * part).to(tl.pointer_type(source_type.dtype.element_ty))
         value = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
         value *= scale_at(addresses, part, row, inside, eps)
@@ -102,12 +110,7 @@ def prepare_backward_kernel(
     else:
         element = first + tl.arange(0, BLOCK)
         inside = element < size
-        row = element // (channels * positions)
-        place = element
-        if positions > 1:
-            rest = element - row * (channels * positions)
-            channel = rest // positions
-            place = row * (channels * positions) + (rest - channel * positions) * channels + channel
+        row, place = turned(element, positions, channels)
         source = tl.load(addresses + 5 * part).to(tl.pointer_type(gradient_type.dtype.element_ty))
         value = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
         value *= scale_at(addresses, part, row, inside, eps)
