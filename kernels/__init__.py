@@ -12,6 +12,7 @@ from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.pool import max_pool
 from conddetr.kernels.position import grid_positions
+from conddetr.kernels.prediction import predicted_boxes
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 from conddetr.kernels.weights import prepare_weights
 
@@ -30,6 +31,7 @@ __all__ = [
     "matched_box_loss",
     "matching_cost",
     "max_pool",
+    "predicted_boxes",
     "prediction_errors",
     "prepare_weights",
     "relu_dropout",

@@ -35,6 +35,7 @@ from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
+from conddetr.kernels.prediction import triton as prediction
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
 
@@ -48,7 +49,7 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, pool, position, sine, weights)
+ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, pool, position, prediction, sine, weights)
 """Where the kernels are."""
 
 
@@ -154,6 +155,8 @@ def loss_jobs() -> Iterator[Job]:
         yield Job("cost_kernel", variant, "fp32", tuple(tiles.items()))
     for kernel in ("box_loss_kernel", "box_loss_backward_kernel"):
         yield Job(kernel, "", "fp32", (("BLOCK", boxes.BLOCK),))
+    for kernel in ("predict_kernel", "predict_backward_kernel"):
+        yield Job(kernel, "", "fp32", (("ROWS", prediction.ROWS), ("BLOCK", prediction.BLOCK)))
     yield Job("match_kernel", "300 queries", "fp32", tuple(match.launch(300).items()))
 
 
@@ -237,7 +240,8 @@ _KINDS = {
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
              "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
-            "classes", "images", "channels", "layers", "position_rows", "replicas", "units", "out_height", "out_width"),
+            "classes", "images", "channels", "layers", "position_rows", "replicas", "units",
+            "out_height", "out_width", "numbers"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
           "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",

@@ -13,7 +13,7 @@ from torchvision import ops
 from torchvision.models import resnet50
 from torchvision.models._utils import IntermediateLayerGetter
 
-from conddetr.model.detr import inverse_sigmoid
+from conddetr.kernels.prediction import inverse_sigmoid
 from conddetr.model.layers import MLP
 from conddetr.model.position import sine_position_encoding
 

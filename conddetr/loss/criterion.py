@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conddetr.config import ModelConfig
 from conddetr.kernels import focal_loss, matched_box_loss, prediction_errors, registry
 from conddetr.kernels.focal import matched_classes
+from conddetr.kernels.stack import stacked
 from conddetr.loss.matcher import assign
 from conddetr.loss.targets import PackedTargets, pack_targets
 
@@ -109,7 +110,7 @@ class Criterion(nn.Module):
         """
         registry.refuse_vmap("the criterion, whose matching depends on values,")
         layers = [*outputs.get("aux_outputs", []), outputs]
-        logits, boxes = (torch.stack([layer[k] for layer in layers]) for k in ("pred_logits", "pred_boxes"))
+        logits, boxes = (stacked([layer[k] for layer in layers]) for k in ("pred_logits", "pred_boxes"))
         if not isinstance(targets, PackedTargets):
             targets = self.pack(targets, logits.device)
         if len(targets.counts) != logits.shape[1]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import grid_positions, registry
+from conddetr.kernels import grid_positions, predicted_boxes, registry
+from conddetr.kernels.stack import unstacked
 from conddetr.model.backbone import build_backbone
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
@@ -24,12 +25,6 @@ from conddetr.model.position import sine_position_encoding
 from conddetr.model.transformer import FeatureGrid, Transformer
 
 _HERE = "conddetr.model."
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) with x, and both numerator and denominator, clamped at `eps`; any shape."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -206,10 +201,11 @@ class DETR(nn.Module):
             hidden = hidden[-1:]
         logits = self.class_embed(hidden)
         offsets = self.bbox_embed(hidden)
-        if reference is not None:
-            offsets = offsets + F.pad(inverse_sigmoid(reference), (0, 2))
-        boxes = offsets.sigmoid()
-        layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+        if reference is None:
+            boxes = offsets.sigmoid()
+        else:
+            boxes = predicted_boxes(offsets, reference, "eager" if self.config.backend == "eager" else "auto")
+        layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(unstacked(logits), unstacked(boxes), strict=True)]
         output = layers.pop()
         if self.config.aux_loss:
             output["aux_outputs"] = layers

@@ -95,6 +95,7 @@ def cases() -> Iterator[Case]:
     yield Case(kernels.conditional_spatial_query, [uniform(50, 2), normal(50, 256)])
     logits, boxes = normal(2, 2, 30, 91), uniform(2, 2, 30, 4)
     labels, objects = integers(0, 91, 2, 7), uniform(2, 7, 4)
+    yield Case(kernels.predicted_boxes, [normal(2, 2, 30, 4), uniform(30, 2)])
     yield Case(kernels.focal_loss, [logits], [integers(-1, 91, 2, 2, 30)])
     yield Case(kernels.matched_box_loss, [boxes], [objects, integers(-1, 7, 2, 2, 30)])
     yield Case(kernels.matching_cost, [], [logits, boxes, labels, objects, counts])

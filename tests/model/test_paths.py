@@ -31,6 +31,7 @@ def test_eager_is_plain_pytorch(train):
     found = record("conditional-detr-r50", "eager", train)
     expected = {
         "backbone": {"modules": 1},
+        "predicted_boxes": {"eager": 1},
         "self-attention": {SDPA: 3},
         "cross-attention": {DENSE: 2},
         "conditional_attention": {"eager": 2},
@@ -53,6 +54,7 @@ def test_kernels_in_inference(backend):
     found = record("conditional-detr-r50", backend)
     expected = {
         "backbone": {"norms folded in the graph": 17},
+        "predicted_boxes": {"eager": 1},
         "convolution": {"native": 13, "oneDNN, fused": 40},
         "self-attention": {"conditional_attention": 3},
         "key projections": {"one product": 6},

@@ -6,7 +6,8 @@ from golden_rule import read_arrays, read_json
 
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.kernels.position.reference import valid_cells
-from conddetr.model.detr import inverse_sigmoid, pad_images, resize_mask
+from conddetr.kernels.prediction import inverse_sigmoid
+from conddetr.model.detr import pad_images, resize_mask
 from conddetr.model.position import sine_position_encoding
 
 

@@ -20,6 +20,7 @@ from conddetr.kernels import (
     matching_cost,
     max_pool,
     native,
+    predicted_boxes,
     prediction_errors,
     registry,
     relu_dropout,
@@ -113,6 +114,10 @@ def convolved(device, backend):
     return sum(convolution(x, *weights, **options, backend=backend))
 
 
+def predicted(device, backend):
+    return predicted_boxes(numbers(device, LAYERS, BATCH, QUERIES, 4), numbers(device, QUERIES, 2), backend)
+
+
 def pooled(device, backend):
     return max_pool(numbers(device, 2, 5, 7, 9).detach().contiguous(memory_format=torch.channels_last), backend)
 
@@ -139,7 +144,7 @@ def positions(device, backend):
 
 
 TRANSFORMER = (attention, dense_attention, embedding, spatial_query, positions, norm, hidden)
-OPERATIONS = (*TRANSFORMER, classes, boxes, cost, assignment, errors, convolved, pooled, step_weights)
+OPERATIONS = (*TRANSFORMER, predicted, classes, boxes, cost, assignment, errors, convolved, pooled, step_weights)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 

@@ -1,0 +1,89 @@
+"""Predicted boxes: the public function, its checks, and the operator behind the kernels."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.prediction import reference
+
+
+def predicted_boxes(offsets: Tensor, points: Tensor, backend: str = "auto") -> Tensor:
+    """Boxes whose offsets, and whose centre's reference point, are added before the sigmoid (section 3.2).
+
+    Args:
+        offsets: [L, B, Q, 4] of (cx, cy, w, h), any real numbers, floating.
+        points: [Q, 2] as (x, y) in [0, 1], floating, on the same device.
+        backend: `auto`, `triton` (one launch each way) or `eager`.
+
+    Returns:
+        [L, B, Q, 4] as (cx, cy, w, h) in [0, 1], of the promoted dtype. Kernels compute in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        RuntimeError: the requested backend cannot run here; says why.
+    """
+    _check(offsets, points)
+    dtype = torch.promote_types(offsets.dtype, points.dtype)
+    choice = registry.choose(backend, offsets.device, dtype, registry.WITHOUT_NATIVE)
+    if choice.backend == "eager" or offsets.numel() == 0:
+        paths.note("predicted_boxes", "eager", choice.refused)
+        return reference.predicted_boxes(offsets, points)
+    paths.note("predicted_boxes", choice.backend)
+    return torch.ops.conddetr.predicted_boxes(offsets.contiguous(), points.contiguous())
+
+
+def _check(offsets: Tensor, points: Tensor) -> None:
+    if offsets.dim() != 4 or offsets.shape[-1] != 4 or not offsets.is_floating_point():
+        raise ValueError(f"offsets: expected [L, B, Q, 4], floating, got {tuple(offsets.shape)} {offsets.dtype}.")
+    expected = (offsets.shape[2], 2)
+    if tuple(points.shape) != expected or not points.is_floating_point():
+        raise ValueError(f"points: expected {expected}, floating, got {tuple(points.shape)} {points.dtype}.")
+    if points.device != offsets.device:
+        raise ValueError(f"points: expected device {offsets.device} as of offsets, got {points.device}.")
+
+
+@torch.library.custom_op(
+    "conddetr::predicted_boxes", mutates_args=(), schema="(Tensor offsets, Tensor points) -> Tensor"
+)
+@registry.on_their_device
+def _forward(offsets: Tensor, points: Tensor) -> Tensor:
+    from conddetr.kernels.prediction import triton
+
+    return triton.forward(offsets, points)
+
+
+@_forward.register_fake
+def _(offsets: Tensor, points: Tensor) -> Tensor:
+    return offsets.new_empty(offsets.shape, dtype=torch.promote_types(offsets.dtype, points.dtype))
+
+
+@torch.library.custom_op(
+    "conddetr::predicted_boxes_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor boxes, Tensor points, ScalarType dtype) -> (Tensor, Tensor)",
+)
+@registry.on_their_device
+def _backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from conddetr.kernels.prediction import triton
+
+    return triton.backward(grad.contiguous(), boxes, points, dtype)
+
+
+@_backward.register_fake
+def _(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(boxes, dtype=dtype), torch.empty_like(points)
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    offsets, points = inputs
+    ctx.dtype = offsets.dtype
+    ctx.save_for_backward(output, points)
+
+
+def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.conddetr.predicted_boxes_backward(grad, *ctx.saved_tensors, ctx.dtype)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::predicted_boxes_backward")

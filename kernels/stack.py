@@ -1,0 +1,75 @@
+"""Stacking and its inverse without a copy, where the parts lie one behind the other in one memory.
+
+A model gives the predictions of its layers one by one, views of one tensor; the loss wants them in one tensor again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from conddetr.kernels import registry
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack(parts)`, but of parts that `unstacked` made the tensor that they are views of, in one memory."""
+    if not _is_ordinary(parts):
+        return torch.stack(list(parts))
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return _Stack.apply(*parts)
+    return _join(parts)
+
+
+def unstacked(x: Tensor) -> tuple[Tensor, ...]:
+    """As `x.unbind()`, but gradients of the parts that lie one behind the other are not copied."""
+    if not _is_ordinary([x]) or not x.requires_grad or not torch.is_grad_enabled():
+        return x.unbind()
+    return _Unstack.apply(x)
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, *parts: Tensor) -> Tensor:
+        return _join(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        return unstacked(grad)
+
+
+class _Unstack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> tuple[Tensor, ...]:
+        return x.unbind()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        return stacked(grads)
+
+
+def _is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether these have a memory, which nothing traces or transforms."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or registry.transforms():
+        return False
+    # Those of `torch.autograd.grad(is_grads_batched=True)` are no transform of torch.func.
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return all(type(x) is Tensor and x.layout == torch.strided and not is_batched(x) for x in tensors)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """One memory with the parts where they have it, else a copy."""
+    first = parts[0]
+    size, begin, memory = first.numel(), first.storage_offset(), first.untyped_storage().data_ptr()
+    is_joined = all(
+        part.untyped_storage().data_ptr() == memory
+        and part.storage_offset() == begin + index * size
+        and part.dtype == first.dtype
+        and part.shape == first.shape
+        and part.is_contiguous()
+        for index, part in enumerate(parts)
+    )
+    # Nothing has no place in memory.
+    if not is_joined or size == 0 or first.device.type == "meta":
+        return torch.stack(list(parts))
+    return first.as_strided((len(parts), *first.shape), (size, *first.stride()))

@@ -1,0 +1,78 @@
+"""Stacking without a copy: memory, values, gradients of any order, and what has to be copied after all."""
+
+import pytest
+import torch
+
+from conddetr.kernels.stack import stacked, unstacked
+
+
+def leaf(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def test_what_was_taken_apart_is_put_together_in_its_own_memory():
+    x = leaf(3, 2, 4)
+    y = x * 1
+    parts = unstacked(y)
+    again = stacked(parts)
+    assert torch.equal(again, y)
+    assert again.data_ptr() == y.data_ptr()
+    upstream = torch.randn_like(y)
+    seen = []
+    y.register_hook(seen.append)
+    again.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    assert seen[0].data_ptr() == upstream.data_ptr()
+
+
+@pytest.mark.parametrize("change", ["replaced", "in another order", "fewer", "not contiguous", "empty"])
+def test_other_parts_are_copied(change):
+    x = leaf(3, 2, 4)
+    parts = list(unstacked(x * 1))
+    if change == "replaced":
+        parts[1] = parts[1] * 2
+    elif change == "in another order":
+        parts.reverse()
+    elif change == "fewer":
+        del parts[1]
+    elif change == "not contiguous":
+        parts = [part.t() for part in parts]
+    else:
+        parts = [part[:0] for part in parts]
+    found, expected = stacked(parts), torch.stack(parts)
+    assert torch.equal(found, expected)
+    weights = torch.randn_like(found)
+    (of_ours,) = torch.autograd.grad((found * weights).sum(), x, retain_graph=True)
+    (of_theirs,) = torch.autograd.grad((expected * weights).sum(), x)
+    assert torch.equal(of_ours, of_theirs)
+
+
+def test_hooks_and_kept_gradients_see_each_part():
+    x, seen = leaf(3, 2, 4), []
+    parts = unstacked(x * 1)
+    parts[1].retain_grad()
+    parts[2].register_hook(lambda grad: seen.append(grad) or 2 * grad)
+    upstream = torch.randn(3, 2, 4, dtype=torch.float64)
+    stacked(parts).backward(upstream)
+    assert torch.equal(parts[1].grad, upstream[1])
+    assert torch.equal(seen[0], upstream[2])
+    assert torch.equal(x.grad, upstream * torch.tensor([1, 1, 2]).view(3, 1, 1))
+
+
+def test_gradients_of_any_order_and_several_at_once():
+    x = leaf(3, 2)
+
+    def run(x):
+        return stacked(unstacked(x.sin())).cos()
+
+    assert torch.autograd.gradcheck(run, (x,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, (x,))
+    expected = torch.func.vmap(lambda x: x.sin().cos())(x)
+    assert torch.equal(torch.func.vmap(run)(x), expected)
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), expected)
+
+
+def test_a_part_alone_has_zeros_for_the_others():
+    x = leaf(3, 2)
+    unstacked(x * 2)[1].sum().backward()
+    assert x.grad.tolist() == [[0, 0], [2, 2], [0, 0]]
