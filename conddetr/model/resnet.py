@@ -30,9 +30,9 @@ _NAMES = {kind: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for kind, 
 _KNOWN = {"downsample", *(name for pair in _NAMES["Bottleneck"] for name in pair)}
 POINTWISE = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 """A window that sees one pixel and skips none, where its kernel is 1×1."""
-KEPT = 64 << 20
+KEPT = 48 << 20
 """Bytes of a map before a strided convolution up to which it is kept for backward on a GPU; a larger one is computed
-again. Of ResNet-50 at 800×1066 it is the first one of 105 MiB for 8 images, and the second of 105 for 16.
+again. Of ResNet-50 at 800×1066 these are two for 8 images, of 105 and 52 MiB, and none for 2.
 """
 EPS = 1e-5
 """Of norms that do not say theirs: transformers' have it as a constant."""
