@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.kernels import conditional_attention, paths, sine_embedding
+from conddetr.kernels.stack import unstacked
 from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
 from conddetr.model.fast.encoder import self_attention
@@ -129,7 +130,10 @@ def decode(
         reference = decoder.reference_logits(object_query).sigmoid()
         p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend).to(memory.dtype)
     keys = _keys(weights, memory, position, grid.size)
-    positions = F.linear(weights.object_query, *weights.self_position).chunk(len(weights.layers), dim=-1)
+    batch, layers = memory.shape[0], len(weights.layers)
+    # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
+    positions = F.linear(weights.object_query, *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
+    shared = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
     outs = (out, out)
@@ -138,7 +142,7 @@ def decode(
         paths.note("decoder layer", "fused operations")
         dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
         trunk, out = _self_attend(layer, own, positions[index], trunk, outs[0], dropout)
-        spatial = _spatial_query(layer, weights, p_s, outs[1], out)
+        spatial = _spatial_query(layer, weights, p_s, shared[index], outs[1], out)
         q_content = F.linear(out, *own.cross_content)
         q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
         if layer.is_first:
@@ -190,9 +194,14 @@ def _self_attend(
 
 
 def _spatial_query(
-    layer: ConditionalDecoderLayer, weights: DecoderWeights, p_s: Tensor, embedding: Tensor, self_attended: Tensor
+    layer: ConditionalDecoderLayer,
+    weights: DecoderWeights,
+    p_s: Tensor,
+    factor: Tensor,
+    embedding: Tensor,
+    self_attended: Tensor,
 ) -> Tensor:
-    """As the layer's own: the conditional spatial query before its projection."""
+    """As the layer's own: the conditional spatial query before its projection; `factor` is p_s once more."""
     if layer.csq == "C":
         return embedding
     if layer.csq == "P" or (layer.is_first and layer.csq != "T"):
@@ -201,7 +210,7 @@ def _spatial_query(
         return torch.ones_like(embedding)
     first, last = weights.scale
     transform = F.linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
-    return transform if layer.csq == "T" else transform * p_s
+    return transform if layer.csq == "T" else transform * factor
 
 
 def _cross_attend(
