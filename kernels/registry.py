@@ -113,14 +113,13 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
     return "the interpreter is for tests: ask for it by name." if is_auto else None
 
 
-_capabilities: dict[torch.device, tuple[int, int]] = {}
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
-    if device not in _capabilities:
-        _capabilities[device] = torch.cuda.get_device_capability(device)
-    return _capabilities[device]
+    # torch.compile warns of caches, and asks once.
+    return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
 
 
 def transforms() -> list[str]:

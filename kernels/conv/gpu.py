@@ -38,12 +38,11 @@ def why_not(
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
         return f"autocast wants {torch.get_autocast_dtype(kind)}, x is {x.dtype}."
-    if not all(
-        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == x.device and tensor.dtype == x.dtype
-        for tensor in (x, weight, bias, residual)
-        if tensor is not None
-    ):
-        return f"its tensors are not all ordinary ones of {x.dtype} on {x.device}."
+    device, dtype = x.device, x.dtype
+    for tensor in (x, weight, bias, residual):
+        is_ordinary = tensor is None or type(tensor) in (Tensor, torch.nn.Parameter)
+        if not is_ordinary or (tensor is not None and (tensor.device != device or tensor.dtype != dtype)):
+            return f"its tensors are not all ordinary ones of {dtype} on {device}."
     if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
         return "x is not in channels-last, or empty."
     return None
@@ -162,7 +161,7 @@ def _before_relu(grads: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
     present = [grad for grad in grads if grad is not None]
     if _is_differentiated_on():
         return torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
-    return torch.ops.conddetr.relu_backward(*present, *[None] * (2 - len(present)), y)
+    return registry.call(torch.ops.conddetr.relu_backward.default, *present, *[None] * (2 - len(present)), y)
 
 
 def _gradients(

@@ -125,4 +125,4 @@ class _Prepare(torch.autograd.Function):
 
 
 def _is_trained(recipe: Recipe) -> bool:
-    return any(part.requires_grad for part in _parts(recipe))
+    return True in [part.requires_grad for part in _parts(recipe)]

@@ -1,6 +1,5 @@
 """What a step computes with, made of the parameters one after the other in plain PyTorch."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ class FrozenNorm(NamedTuple):
         return self.bias.to(scale.dtype) - self.mean.to(scale.dtype) * scale
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """Parameters, one below the other along the first dimension; convolutions come out in channels-last."""
 
     parts: tuple[Tensor, ...]
@@ -41,15 +39,13 @@ class Weight:
     """Only these rows of one part, from the first up to the second; others may take the rest."""
 
 
-@dataclass(frozen=True)
-class Shift:
+class Shift(NamedTuple):
     """What a frozen norm adds: the bias of the convolution that took its scale."""
 
     norm: FrozenNorm
 
 
-@dataclass(frozen=True)
-class Replicas:
+class Replicas(NamedTuple):
     """A vector [C] as [`REPLICAS`, C], all rows equal, in its own dtype: a kernel of at most so many programs gives
     the gradient of row i as the sums of program i, and needs no second kernel that adds them up.
     """

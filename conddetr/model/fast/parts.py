@@ -16,7 +16,9 @@ def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
         part: to be looked through.
         kinds: the classes of ours that it consists of, beside linear layers and layer norms.
     """
-    for module in part.modules():
+    found = [part]
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
         kind = type(module)
         reason = why_not_plain(module)
         if reason is None and kind not in kinds and kind not in _LINEAR and kind is not nn.LayerNorm:
@@ -32,23 +34,26 @@ def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
 def _unusual(module: nn.Module) -> str | None:
     """What is not as usual about the parameters of a plain module."""
     parameters = module._parameters
-    if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in parameters.values()):
-        return "its weights are a class of their own"
-    if isinstance(module, (nn.Linear, nn.LayerNorm)) and any(parameters[name] is None for name in ("weight", "bias")):
+    for parameter in parameters.values():
+        if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
+            return "its weights are a class of their own"
+    if isinstance(module, (nn.Linear, nn.LayerNorm)) and (parameters["weight"] is None or parameters["bias"] is None):
         return "it has no weight or no bias"
     return None
 
 
 def stack(*modules: nn.Linear) -> tuple[Recipe, Recipe]:
     """Weights and biases of linear layers, one below the other."""
-    return tuple(Weight(tuple(getattr(module, name) for module in modules)) for name in ("weight", "bias"))
+    return tuple(Weight(tuple([module._parameters[name] for module in modules])) for name in ("weight", "bias"))
 
 
 def norm(module: nn.LayerNorm) -> tuple[Recipe, Recipe]:
     """Weight and bias of a layer norm, as the kernels want them."""
-    return Replicas(module.weight), Replicas(module.bias)
+    parameters = module._parameters
+    return Replicas(parameters["weight"]), Replicas(parameters["bias"])
 
 
 def before_fusion(module: nn.Linear) -> tuple[Recipe, Recipe]:
     """Weight of a linear layer whose bias is added by the kernel behind it, and that bias."""
-    return Weight((module.weight,)), Replicas(module.bias)
+    parameters = module._parameters
+    return Weight((parameters["weight"],)), Replicas(parameters["bias"])

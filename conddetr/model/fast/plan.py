@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from conddetr.model.transformer import ConditionalDecoder, Encoder, FeatureGrid,
 
 SEEDS_PER_LAYER = 5
 """Operations that draw random bits, at most."""
+
+_RECIPES = frozenset(get_args(Recipe))
 
 Tree = TypeVar("Tree")
 
@@ -134,7 +136,9 @@ def _backbone_recipes(backbone: nn.Module) -> dict[int, tuple[Recipe, Recipe]] |
 
 
 def _folded_recipes(conv: nn.Conv2d, norm: nn.Module) -> tuple[Recipe, Recipe]:
-    frozen = FrozenNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, getattr(norm, "eps", resnet.EPS))
+    # Looked up where they are, like a module's parameters: `nn.Module` takes a detour to each attribute.
+    vectors = (norm._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
+    frozen = FrozenNorm(*vectors, getattr(norm, "eps", resnet.EPS))
     return Weight((conv.weight,), frozen), Shift(frozen)
 
 
@@ -145,28 +149,34 @@ def _input_recipes(conv: nn.Module) -> tuple[Recipe, Recipe] | None:
     return Weight((conv.weight,)), Weight((conv.bias,))
 
 
-def _made(trees: tuple, dtype: torch.dtype) -> list:
+def _made(trees: tuple, dtype: torch.dtype) -> tuple | list:
     """The same trees with weights in place of recipes.
 
     All at once; with several processes part by part, so that the gradients of one can be exchanged while those of the
     next are computed.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        made = iter(prepare_weights(list(_flatten(trees)), dtype))
-        return list(_rebuild(trees, made))
-    return [_rebuild(tree, iter(prepare_weights(list(_flatten(tree)), dtype))) for tree in trees]
+        return _made_at_once(trees, dtype)
+    return [_made_at_once(tree, dtype) for tree in trees]
 
 
-def _flatten(tree: object) -> Iterator[Recipe]:
-    if isinstance(tree, Recipe):
-        yield tree
+def _made_at_once(tree: Tree, dtype: torch.dtype) -> Tree:
+    recipes: list[Recipe] = []
+    _flatten(tree, recipes)
+    return _rebuild(tree, iter(prepare_weights(recipes, dtype)))
+
+
+def _flatten(tree: object, recipes: list[Recipe]) -> None:
+    """Append all that are in a tree."""
+    if type(tree) in _RECIPES:
+        recipes.append(tree)
     elif isinstance(tree, (tuple, list, dict)):
         for branch in tree.values() if isinstance(tree, dict) else tree:
-            yield from _flatten(branch)
+            _flatten(branch, recipes)
 
 
 def _rebuild(tree: Tree, made: Iterator[Tensor]) -> Tree:
-    if isinstance(tree, Recipe):
+    if type(tree) in _RECIPES:
         return next(made)
     if isinstance(tree, dict):
         return {key: _rebuild(branch, made) for key, branch in tree.items()}
