@@ -13,10 +13,12 @@ from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
 from conddetr.model.fast.encoder import self_attention
 from conddetr.model.fast.layers import (
+    AddToFirst,
     Branch,
     Dropout,
     FeedForwardWeights,
     Made,
+    Pairs,
     branch_weights,
     end_branch,
     feed_forward,
@@ -24,6 +26,7 @@ from conddetr.model.fast.layers import (
     for_a_module,
     hidden,
     hidden_weights,
+    shared,
 )
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
@@ -42,7 +45,7 @@ class LayerWeights(NamedTuple):
     """Of one decoder layer."""
 
     self_content: tuple[Made, Made]
-    """Queries, keys and values."""
+    """Queries, keys and values, which get no position."""
     self_attention: Branch
     cross_content: tuple[Made, Made]
     cross_sine: tuple[Made, Made]
@@ -63,7 +66,7 @@ class DecoderWeights(NamedTuple):
     """Content keys and values of all layers."""
     cell_position: tuple[Made, Made]
     """Spatial keys of all layers."""
-    scale: list[tuple[Made, Made]]
+    scale: Pairs
     """The two linear layers that predict λ; none where the form of the spatial query has no λ."""
 
 
@@ -133,7 +136,8 @@ def decode(
     batch, layers = memory.shape[0], len(weights.layers)
     # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
     positions = F.linear(weights.object_query, *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
-    shared = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
+    factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
+    scales = weights.scale and shared(weights.scale, layers)
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
     outs = (out, out)
@@ -142,7 +146,7 @@ def decode(
         paths.note("decoder layer", "fused operations")
         dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
         trunk, out = _self_attend(layer, own, positions[index], trunk, outs[0], dropout)
-        spatial = _spatial_query(layer, weights, p_s, shared[index], outs[1], out)
+        spatial = _spatial_query(layer, scales and scales[index], p_s, factors[index], outs[1], out)
         q_content = F.linear(out, *own.cross_content)
         q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
         if layer.is_first:
@@ -185,30 +189,30 @@ def _self_attend(
     out: Tensor,
     dropout: Dropout,
 ) -> tuple[Tensor, ...]:
-    width = out.shape[-1]
-    content, value = F.linear(out, *weights.self_content).split((2 * width, width), dim=-1)
-    query, key = (content + position).chunk(2, dim=-1)
-    attended = self_attention(query, key, value, layer.self_attn, None)
-    # λ is predicted from these tokens in one form of the spatial query.
+    projected = AddToFirst.apply(F.linear(out, *weights.self_content), position)
+    attended = self_attention(*projected.chunk(3, dim=-1), layer.self_attn, None)
     return end_branch(attended, trunk, weights.self_attention, dropout)
 
 
 def _spatial_query(
     layer: ConditionalDecoderLayer,
-    weights: DecoderWeights,
+    scale: Pairs,
     p_s: Tensor,
     factor: Tensor,
     embedding: Tensor,
     self_attended: Tensor,
 ) -> Tensor:
-    """As the layer's own: the conditional spatial query before its projection; `factor` is p_s once more."""
+    """As the layer's own: the conditional spatial query before its projection.
+
+    `scale`: weights of what predicts λ; `factor`: p_s once more.
+    """
     if layer.csq == "C":
         return embedding
     if layer.csq == "P" or (layer.is_first and layer.csq != "T"):
         return p_s
     if layer.is_first:
         return torch.ones_like(embedding)
-    first, last = weights.scale
+    first, last = scale
     transform = F.linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
     return transform if layer.csq == "T" else transform * factor
 

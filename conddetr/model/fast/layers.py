@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import add_norm, relu_dropout
 from conddetr.kernels.weights import Recipe
@@ -14,6 +15,10 @@ from conddetr.model.layers import FeedForward
 
 Made = Recipe | Tensor
 """Before a step the recipe of a weight, within it the weight."""
+
+
+Pairs = list[tuple[Made, Made]]
+"""Weights and biases of several linear layers."""
 
 
 class Branch(NamedTuple):
@@ -120,3 +125,50 @@ def feed_forward(
     """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`."""
     inner = hidden(x, weights.first, dropout.probability, dropout.seed())
     return end_branch(inner, trunk, weights.last, dropout, position, trunks, outs)
+
+
+class AddToFirst(torch.autograd.Function):
+    """Add to the first channels of a tensor that nobody else uses, in place: neither it nor its gradient is cut."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
+        """x [..., C] and addend [..., c], c ≤ C -> x."""
+        ctx.width = addend.shape[-1]
+        x[..., : ctx.width] += addend
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, and its first channels."""
+        return grad, grad[..., : ctx.width]
+
+
+def shared(pairs: Pairs, uses: int) -> list[Pairs]:
+    """Weights of layers that are used several times, once for each use: their gradients are added up together."""
+    flat = [tensor for pair in pairs for tensor in pair]
+    made = iter(_Shared.apply(uses, *flat))
+    return [[(next(made), next(made)) for _ in pairs] for _ in range(uses)]
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, uses: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.count = len(tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for _ in range(uses) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total: dict[int, Tensor] = {}
+        for start in range(0, len(grads), ctx.count):
+            present = {i: grad for i, grad in enumerate(grads[start : start + ctx.count]) if grad is not None}
+            known = [i for i in present if i in total]
+            # One launch for all of a dtype.
+            for dtype in {total[i].dtype for i in known}:
+                same = [i for i in known if total[i].dtype == dtype]
+                total |= zip(
+                    same, torch._foreach_add([total[i] for i in same], [present[i] for i in same]), strict=True
+                )
+            total |= {i: grad for i, grad in present.items() if i not in known}
+        return None, *(total.get(i) for i in range(ctx.count))
