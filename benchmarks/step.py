@@ -53,7 +53,7 @@ IMPLEMENTATIONS = {
 AUTOCAST, HALF = "inference", "inference-bfloat16"
 WORK = {"training": tuple(IMPLEMENTATIONS), AUTOCAST: ("ours", "hf"), HALF: ("ours", "hf")}
 """What is counted → of which implementations. Inference: one image, under autocast or by weights in bfloat16; ours is
-the frozen copy that `DETR.fused` makes.
+the frozen copy that `DETR.fused` makes, under autocast the one that turns it on by itself.
 """
 CLASSES, OBJECTS, SIZE = 91, 7, (800, 1066)
 PACKAGES = ("torch", "triton", "transformers")
@@ -104,7 +104,8 @@ def _ours(run: Run, images: Tensor) -> tuple[nn.Module, Step]:
     backend = "eager" if run.implementation == "ours-eager" else "auto"
     model = conddetr.build("conditional-detr-r50", num_classes=CLASSES, backend=backend).to("cuda")
     if run.work != "training":
-        fused = model.eval().to(images.dtype).fused()
+        model.eval().to(images.dtype)
+        fused = model.fused(dtype=torch.bfloat16 if run.work == AUTOCAST else None)
         return fused, partial(fused, images)
     criterion = conddetr.build_criterion(model.config).to("cuda")
     targets = pack_targets(_objects(run.batch), CLASSES).to(torch.device("cuda"))
