@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conddetr.kernels import conditional_attention, paths, sine_embedding
 from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
-from conddetr.model.fast.encoder import self_attention
+from conddetr.model.fast.encoder import Settings, self_attention
 from conddetr.model.fast.layers import (
     Branch,
     Dropout,
@@ -137,7 +137,11 @@ def decode(
     for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
         paths.note("decoder layer", "fused operations")
         dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
-        trunk, out = _self_attend(layer, own, positions[index], trunk, outs[0], dropout)
+        attention = layer.self_attn
+        attention_dropout = attention.dropout if attention.training else 0.0
+        settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
+        # λ is predicted from these tokens in one form of the spatial query.
+        trunk, out = self_attend(own, settings, positions[index], trunk, outs[0])
         spatial = _spatial_query(layer, weights, p_s, outs[1], out)
         q_content = F.linear(out, *own.cross_content)
         q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
@@ -173,20 +177,20 @@ def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple
     return Grid(projected[0::2], (rows + bias).chunk(layers, dim=-1), columns.chunk(layers, dim=-1), projected[1::2])
 
 
-def _self_attend(
-    layer: ConditionalDecoderLayer,
-    weights: LayerWeights,
-    position: Tensor,
-    trunk: Tensor,
-    out: Tensor,
-    dropout: Dropout,
+def self_attend(
+    weights: LayerWeights, settings: Settings, position: Tensor, trunk: Tensor, out: Tensor
 ) -> tuple[Tensor, ...]:
+    """The first branch of a layer.
+
+    Args:
+        position: [B or none, Q, 2C] of queries and keys, projected.
+        trunk, out: [B, Q, C] tokens, as in the encoder.
+    """
     width = out.shape[-1]
     content, value = F.linear(out, *weights.self_content).split((2 * width, width), dim=-1)
     query, key = (content + position).chunk(2, dim=-1)
-    attended = self_attention(query, key, value, layer.self_attn, None)
-    # λ is predicted from these tokens in one form of the spatial query.
-    return end_branch(attended, trunk, weights.self_attention, dropout)
+    attended = self_attention(query, key, value, settings, None)
+    return end_branch(attended, trunk, weights.self_attention, settings.dropout)
 
 
 def _spatial_query(

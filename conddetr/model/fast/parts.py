@@ -32,6 +32,8 @@ def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
 def _unusual(module: nn.Module) -> str | None:
     """What is not as usual about the parameters of a plain module."""
     parameters = module._parameters
+    if getattr(module, "_is_replica", False):
+        return "it is a replica of DataParallel, which has no parameters"
     if any(x is not None and type(x) not in (Tensor, nn.Parameter) for x in parameters.values()):
         return "its weights are a class of their own"
     if isinstance(module, (nn.Linear, nn.LayerNorm)) and any(parameters[name] is None for name in ("weight", "bias")):
