@@ -44,3 +44,26 @@ def test_a_step_waits_for_nothing(is_hooked, autocast):
         for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
             norm.register_forward_hook(lambda *_: None)
     assert count_step(model, autocast).waits == 0
+
+
+def test_a_small_step_launches_few_kernels():
+    """As it was counted, and a few for other versions; the backbone is called as it is."""
+    model = small_model(dropout=0.1)
+    conddetr.accelerate(model)
+    assert count_step(model, autocast=True).launches <= 730
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+def test_outputs_have_the_dtypes_of_transformers(auxiliary_loss, autocast):
+    model = small_model(auxiliary_loss=auxiliary_loss).cuda()
+    names = ("last_hidden_state", "encoder_last_hidden_state", "logits", "pred_boxes")
+    dtypes = []
+    for accelerates in (False, True):
+        if accelerates:
+            conddetr.accelerate(model)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), conddetr.record_paths() as paths:
+            out = model(small_batch()["pixel_values"].cuda())
+        dtypes.append({name: getattr(out, name).dtype for name in names})
+    assert set(paths["encoder"]) == set(paths["decoder"]) == {"fused operations"}
+    assert dtypes[1] == dtypes[0]

@@ -6,6 +6,7 @@ from transformers.models.conditional_detr import modeling_conditional_detr as th
 from conddetr.kernels import paths
 from conddetr.model import resnet
 from conddetr.model.detr import resize_mask
+from conddetr.model.fast.plan import can_run, folded_recipes, make_weights, step_dtype
 from conddetr.model.plain import why_not_plain
 
 Maps = list[tuple[Tensor, Tensor]]
@@ -28,8 +29,18 @@ def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps
     if misfit(encoder) is not None:
         paths.note("backbone", "transformers' own")
         return None
-    maps = resnet.stages(timm_model(encoder), pixel_values, encoder.backend)
+    body = timm_model(encoder)
+    maps = resnet.stages(body, pixel_values, encoder.backend, _folded(encoder, body, pixel_values))
     return [(x, resize_mask(pixel_mask, tuple(x.shape[-2:]))) for x in maps]
+
+
+def _folded(encoder: nn.Module, body: nn.Module, pixel_values: Tensor) -> resnet.Folded | None:
+    """The weights of plain convolutions, all of them made at once; None where they are folded one by one."""
+    dtype = step_dtype(pixel_values.device, pixel_values.dtype)
+    if not can_run(encoder.backend, pixel_values.device, dtype):
+        return None
+    [made] = make_weights((folded_recipes(body),), dtype)
+    return lambda conv, _: made[id(conv)]
 
 
 def timm_model(encoder: nn.Module) -> nn.Module:

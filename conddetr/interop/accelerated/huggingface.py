@@ -28,10 +28,11 @@ from conddetr.interop.accelerated.changes import change
 from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
+from conddetr.model.fast.plan import can_run
 from conddetr.model.layers import is_native_on_cpu
 
 FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
-NO_WAIT = "on a GPU the host waits for nothing"
+NO_WAIT = "on a GPU fused operations, and the host waits for nothing"
 
 
 @dataclass(frozen=True)
@@ -129,22 +130,37 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
         _report_dab(model, report)
     elif hasattr(theirs, "ConditionalDetrSelfAttention"):
         _replace_self_attention(model, backend, choice, report)
-    report_hooks(model, report, _what_gives_way(model))
+    report_hooks(model, report, _what_gives_way(model, backend))
 
 
-def _what_gives_way(model: nn.Module) -> Callable[[str, nn.Module], str | None]:
+def _what_gives_way(model: nn.Module, backend: str) -> Callable[[str, nn.Module], str | None]:
     """For `report_hooks`: what runs as shipped because of something attached to a module."""
     kind = _conv_encoder(model)
     ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), kind)
     encoders = [encoder for encoder in model.modules() if type(encoder) is kind]
     backbone = {module for encoder in encoders for module in encoder.model.modules()}
+    layers = _layers_that_give_way(model, backend)
 
     def gives_way(name: str, module: nn.Module) -> str | None:
         if has_own_forward(module) and type(module) in ours:
             return "that runs in place of ours"
-        return "its part of the backbone runs as shipped" if module in backbone else None
+        return "its part of the backbone runs as shipped" if module in backbone else layers.get(module)
 
     return gives_way
+
+
+def _layers_that_give_way(model: nn.Module, backend: str) -> dict[nn.Module, str]:
+    """What is called as a module only if something is attached to it, where the model is now → what that means."""
+    parameter = parameter_of(model)
+    if not _self_attention() or not can_run(backend, parameter.device, parameter.dtype):
+        return {}
+    found = {}
+    for name in ("encoder", "decoder"):
+        container = getattr(model.model, name)
+        parts = [container.layers, *(getattr(container, part, None) for part in ("query_scale", "layernorm"))]
+        note = f"the layers of the {name} are called as modules"
+        found |= {module: note for part in parts if part is not None for module in part.modules()}
+    return found
 
 
 def _report_dab(model: nn.Module, report: AccelerationReport) -> None:

@@ -112,7 +112,9 @@ def _finite(tokens: Tensor) -> Tensor:
 
 
 class Encoder(theirs.ConditionalDetrEncoder):
-    """On a GPU the mask is a view, about which the host is not asked."""
+    """On a GPU from fused operations; or from its layers, whose mask is a view, about which the host is not asked."""
+
+    backend: str
 
     def forward(
         self,
@@ -123,8 +125,16 @@ class Encoder(theirs.ConditionalDetrEncoder):
     ) -> BaseModelOutput:
         """As the base class, which documents the arguments."""
         is_left = self.config._attn_implementation not in _KNOWN_MASKS or wants_more(self.config, kwargs)
-        has_mask = attention_mask is not None and attention_mask.dim() == 2
-        if is_left or not has_mask or not asking_waits(inputs_embeds):
+        is_left = is_left or attention_mask is None or attention_mask.dim() != 2
+        if not is_left:
+            # Here, not above: it takes its classes from this module.
+            from conddetr.interop.accelerated import fused
+
+            memory = fused.encode(self, inputs_embeds, attention_mask, spatial_position_embeddings)
+            if memory is not None:
+                return BaseModelOutput(last_hidden_state=memory)
+        paths.note("encoder", "modules")
+        if is_left or not asking_waits(inputs_embeds):
             with as_shipped(self, theirs.ConditionalDetrEncoder):
                 return theirs.ConditionalDetrEncoder.forward(
                     self, inputs_embeds, attention_mask, spatial_position_embeddings, **kwargs
@@ -223,6 +233,12 @@ class Decoder(theirs.ConditionalDetrDecoder):
                     **kwargs,
                 )
 
+        from conddetr.interop.accelerated import fused  # as in the encoder
+
+        inputs = (encoder_attention_mask, spatial_position_embeddings, object_queries_position_embeddings)
+        fields = fused.decode(self, inputs_embeds, encoder_hidden_states, *inputs)
+        if fields is not None:
+            return theirs.ConditionalDetrDecoderOutput(**fields)
         dtype = inputs_embeds.dtype if implementation == "eager" else None
         fields = decode(
             self,

@@ -11,7 +11,7 @@ from conddetr.kernels import conditional_attention, paths, sine_embedding
 from conddetr.kernels.stack import unstacked
 from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
-from conddetr.model.fast.encoder import self_attention
+from conddetr.model.fast.encoder import Settings, self_attention
 from conddetr.model.fast.layers import (
     AddToFirst,
     Branch,
@@ -145,7 +145,11 @@ def decode(
     for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
         paths.note("decoder layer", "fused operations")
         dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
-        trunk, out = _self_attend(layer, own, positions[index], trunk, outs[0], dropout)
+        attention = layer.self_attn
+        attention_dropout = attention.dropout if attention.training else 0.0
+        settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
+        # λ is predicted from these tokens in one form of the spatial query.
+        trunk, out = self_attend(own, settings, positions[index], trunk, outs[0])
         spatial = _spatial_query(layer, scales and scales[index], p_s, factors[index], outs[1], out)
         q_content = F.linear(out, *own.cross_content)
         q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
@@ -181,17 +185,18 @@ def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple
     return Grid(projected[0::2], (rows + bias).chunk(layers, dim=-1), columns.chunk(layers, dim=-1), projected[1::2])
 
 
-def _self_attend(
-    layer: ConditionalDecoderLayer,
-    weights: LayerWeights,
-    position: Tensor,
-    trunk: Tensor,
-    out: Tensor,
-    dropout: Dropout,
+def self_attend(
+    weights: LayerWeights, settings: Settings, position: Tensor, trunk: Tensor, out: Tensor
 ) -> tuple[Tensor, ...]:
+    """The first branch of a layer.
+
+    Args:
+        position: [B or none, Q, 2C] of queries and keys, projected.
+        trunk, out: [B, Q, C] tokens, as in the encoder.
+    """
     projected = AddToFirst.apply(F.linear(out, *weights.self_content), position)
-    attended = self_attention(*projected.chunk(3, dim=-1), layer.self_attn, None)
-    return end_branch(attended, trunk, weights.self_attention, dropout)
+    attended = self_attention(*projected.chunk(3, dim=-1), settings, None)
+    return end_branch(attended, trunk, weights.self_attention, settings.dropout)
 
 
 def _spatial_query(

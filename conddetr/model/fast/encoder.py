@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from conddetr.kernels import paths
 from conddetr.kernels.weights import Weight
@@ -33,6 +33,17 @@ class LayerWeights(NamedTuple):
     value: tuple[Made, Made]
     attention: Branch
     feed_forward: FeedForwardWeights
+
+
+class Settings(NamedTuple):
+    """Of an encoder or decoder layer, in the mode that it is in."""
+
+    heads: int
+    attention_dropout: float
+    inner_dropout: Dropout
+    """Behind ReLU."""
+    dropout: Dropout
+    """At the end of each branch."""
 
 
 class Tokens(NamedTuple):
@@ -87,58 +98,68 @@ def encode(
     Returns:
         Memory [B, N, C] in the step's dtype.
     """
-    hidden = None if padding is None else attention_mask(padding, tokens.dtype)
-    stream = _tokens(tokens, position)
+    mask = None if padding is None else attention_mask(padding, tokens.dtype)
+    stream = begin(tokens, position)
     last = len(weights) - 1
     for index, (layer, own) in enumerate(zip(encoder.layers, weights, strict=True)):
         paths.note("encoder layer", "modules" if own is None else "fused operations")
         if own is not None:
-            stream = _layer(layer, own, stream, hidden, position if index < last else None, seeds)
+            stream = run_layer(own, _settings(layer, seeds), stream, mask, position if index < last else None)
             continue
-        stream = _tokens(layer(for_a_module(stream.trunk, stream.out), padding, position), position)
+        stream = begin(layer(for_a_module(stream.trunk, stream.out), padding, position), position)
     return stream.out
 
 
-def _tokens(tokens: Tensor, position: Tensor) -> Tokens:
+def _settings(layer: EncoderLayer, seeds: Iterator[Tensor]) -> Settings:
+    attention = layer.self_attn
+    dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
+    return Settings(attention.num_heads, attention.dropout if attention.training else 0.0, dropout, dropout)
+
+
+def begin(tokens: Tensor, position: Tensor) -> Tokens:
     """Of a module's output; `position` has the step's dtype."""
     out = tokens.to(position.dtype)
     return Tokens(tokens.to(torch.promote_types(out.dtype, torch.float32)), out, out + position)
 
 
-def _layer(
-    layer: EncoderLayer,
+def run_layer(
     weights: LayerWeights,
+    settings: Settings,
     tokens: Tokens,
     mask: Tensor | None,
     position: Tensor | None,
-    seeds: Iterator[Tensor],
+    wants_trunk: bool = False,
 ) -> Tokens:
-    """A layer; without a position it is the last, of which only one form of the tokens is wanted."""
+    """A layer; without a position it is the last, of which one form of the tokens is wanted: the trunk or the other.
+
+    Args:
+        mask: as `attention_mask` makes it.
+    """
     query, key = F.linear(tokens.positioned, *weights.query_key).chunk(2, dim=-1)
     value = F.linear(tokens.out, *weights.value)
-    attended = self_attention(query, key, value, layer.self_attn, mask)
-    dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
-    trunk, out = end_branch(attended, tokens.trunk, weights.attention, dropout)
+    attended = self_attention(query, key, value, settings, mask)
+    trunk, out = end_branch(attended, tokens.trunk, weights.attention, settings.dropout)
+    options = {"inner_dropout": settings.inner_dropout}
     if position is None:
-        [out] = feed_forward(out, trunk, weights.feed_forward, dropout, trunks=0)
+        options |= {"trunks": int(wants_trunk), "outs": int(not wants_trunk)}
+        [out] = feed_forward(out, trunk, weights.feed_forward, settings.dropout, **options)
         return Tokens(out, out, out)
-    return Tokens(*feed_forward(out, trunk, weights.feed_forward, dropout, position))
+    return Tokens(*feed_forward(out, trunk, weights.feed_forward, settings.dropout, position, **options))
 
 
-def self_attention(query: Tensor, key: Tensor, value: Tensor, module: nn.Module, mask: Tensor | None) -> Tensor:
-    """PyTorch's fused attention of projected tokens [B, N, C]; `module` says how many heads and how much dropout."""
+def self_attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused attention of projected tokens [B, N, C]."""
     paths.note("self-attention", "PyTorch's scaled_dot_product_attention")
-    heads = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-    dropout_p = module.dropout if module.training else 0.0
-    attended = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout_p)
+    heads = (x.unflatten(-1, (settings.heads, -1)).transpose(1, 2) for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=settings.attention_dropout)
     return attended.transpose(1, 2).flatten(-2)
 
 
 def attention_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
     """What fused attention adds to its scores, [B, 1, 1, N], made once for all layers.
 
-    Rows begin at multiples of 16 elements: PyTorch would copy others in every call.
+    All strides but the last are multiples of 16 elements: PyTorch would copy others in every call.
     """
     batch, keys = padding.shape
-    mask = torch.zeros(batch, (keys + 15) // 16 * 16, dtype=dtype, device=padding.device)[:, :keys]
-    return mask.masked_fill_(padding, float("-inf"))[:, None, None, :]
+    mask = torch.zeros(batch, 1, 1, (keys + 15) // 16 * 16, dtype=dtype, device=padding.device)[..., :keys]
+    return mask.masked_fill_(padding[:, None, None], float("-inf"))

@@ -74,6 +74,10 @@ class Dropout(NamedTuple):
     probability: float
     seeds: Iterator[Tensor]
 
+    def of(self, probability: float) -> "Dropout":
+        """Another probability, bits of the same source."""
+        return Dropout(probability, self.seeds)
+
     def seed(self) -> Tensor | None:
         """One of its own for every operation."""
         return next(self.seeds) if self.probability > 0 else None
@@ -121,9 +125,15 @@ def feed_forward(
     position: Tensor | None = None,
     trunks: int = 1,
     outs: int = 1,
+    inner_dropout: Dropout | None = None,
 ) -> tuple[Tensor, ...]:
-    """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`."""
-    inner = hidden(x, weights.first, dropout.probability, dropout.seed())
+    """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`.
+
+    Args:
+        inner_dropout: behind ReLU; None: as at the end.
+    """
+    inner_dropout = inner_dropout or dropout
+    inner = hidden(x, weights.first, inner_dropout.probability, inner_dropout.seed())
     return end_branch(inner, trunk, weights.last, dropout, position, trunks, outs)
 
 
@@ -132,16 +142,16 @@ class AddToFirst(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
-        """x [..., C] and addend [..., c], c ≤ C -> x."""
-        ctx.width = addend.shape[-1]
-        x[..., : ctx.width] += addend
+        """x [..., C] and addend [..., c], c ≤ C, which may be the same for several images -> x."""
+        ctx.shape = addend.shape
+        x[..., : addend.shape[-1]] += addend
         ctx.mark_dirty(x)
         return x
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and its first channels."""
-        return grad, grad[..., : ctx.width]
+        return grad, grad[..., : ctx.shape[-1]].sum_to_size(ctx.shape)
 
 
 def shared(pairs: Pairs, uses: int) -> list[Pairs]:

@@ -34,6 +34,8 @@ def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
 def _unusual(module: nn.Module) -> str | None:
     """What is not as usual about the parameters of a plain module."""
     parameters = module._parameters
+    if getattr(module, "_is_replica", False):
+        return "it is a replica of DataParallel, which has no parameters"
     for parameter in parameters.values():
         if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
             return "its weights are a class of their own"

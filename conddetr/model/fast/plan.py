@@ -90,8 +90,8 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
         None where nothing of it can run here: another device, backend eager, torch.compile, a function transform.
     """
     device = images.device
-    dtype = _step_dtype(model, device)
-    if not _can_run(model.config.backend, device, dtype):
+    dtype = step_dtype(device, model.dtype)
+    if not can_run(model.config.backend, device, dtype):
         return None
     backbone = _backbone_recipes(model.backbone)
     input_proj = _input_recipes(model.input_proj)
@@ -105,16 +105,16 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     trees = (backbone, input_proj, encoder, decoder)
     layers = len(encoder or ()) + len(decoder.layers if decoder else ())
     drawn = seeds(device, SEEDS_PER_LAYER * layers)
-    return Plan(model, dtype, *_made(trees, dtype), drawn)
+    return Plan(model, dtype, *make_weights(trees, dtype), drawn)
 
 
-def _step_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return model.dtype
+def step_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """Autocast's where it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
-def _can_run(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether fused operations are what a model's backend means here."""
     if backend == "eager" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # By name for the interpreter's sake, which stands in for a GPU where it was asked for.
@@ -132,6 +132,11 @@ def _backbone_recipes(backbone: nn.Module) -> dict[int, tuple[Recipe, Recipe]] |
     body = backbone[0].body
     if why_not_plain(backbone[0]) is not None or not _is_plain(body, ResNetBody):
         return None
+    return folded_recipes(body)
+
+
+def folded_recipes(body: nn.Module) -> dict[int, tuple[Recipe, Recipe]]:
+    """`id` of a convolution of a ResNet's plain parts → recipes of weight and bias with its frozen norm folded in."""
     return {id(conv): _folded_recipes(conv, norm) for conv, norm in resnet.plain_pairs(body)}
 
 
@@ -149,7 +154,7 @@ def _input_recipes(conv: nn.Module) -> tuple[Recipe, Recipe] | None:
     return Weight((conv.weight,)), Weight((conv.bias,))
 
 
-def _made(trees: tuple, dtype: torch.dtype) -> tuple | list:
+def make_weights(trees: tuple, dtype: torch.dtype) -> tuple | list:
     """The same trees with weights in place of recipes.
 
     All at once; with several processes part by part, so that the gradients of one can be exchanged while those of the
