@@ -35,7 +35,8 @@ def test_what_takes_longer_on_two_null_gpus():
 
 @pytest.mark.slow
 def test_the_host_side_of_all_device_tests():
-    run_tests("tests", "-m", "gpu")
+    # Without the model's hooks one by one: on the host each asks for what the others do.
+    run_tests("tests", "-m", "gpu", "-k", "not test_hooks_fire")
 
 
 @pytest.mark.slow

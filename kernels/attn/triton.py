@@ -394,7 +394,7 @@ class Launch:
 _LAUNCH = {
     ("half", 64): Launch(Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1)),
     ("half", 128): Launch(Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1)),
     ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1)),
     ("ieee", 32): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1)),
     ("ieee", 64): Launch(Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1)),

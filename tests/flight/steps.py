@@ -13,6 +13,7 @@ DEVICE_TESTS = (
     "tests/engine/test_graphs.py",
     "tests/engine/test_no_wait.py",
     "tests/interop/test_accelerate.py",
+    "tests/interop/test_accelerated_fused.py",
     "tests/viz/test_attention.py",
     "tests/test_export.py",
     "tests/test_cli.py",

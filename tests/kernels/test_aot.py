@@ -45,5 +45,5 @@ def test_all_kernels_for_all_architectures(tmp_path):
     assert {found["architecture"] for found in kernels} == {80, 86, 89, 90, 100, 120}
     # Attention: three kernels, both forms at the widths of the model, one at two wider ones, times three ways to form
     # products; sums over the grid 2. Sine embedding 8, positions 2, losses, matching and errors 9, convolutions 4, what
-    # stands beside the products of a layer 8, weights 2.
-    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 2 + 8 + 2 + 9 + 4 + 8 + 2)
+    # stands beside the products of a layer 8, weights 2, pooling 1, predicted boxes 2.
+    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 2 + 8 + 2 + 9 + 4 + 8 + 2 + 1 + 2)

@@ -90,13 +90,12 @@ def test_an_epoch_of_mixed_sizes(backend, preset, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_inductor(backend):
+def test_inductor():
     """A minute and more: Inductor compiles about sixty C++ files for this smallest of models.
 
     In evaluation mode: gradients through batch norm's own statistics are differences of large sums.
     """
-    model, plain = (model.eval() for model in small_models(backend))
+    model, plain = (model.eval() for model in small_models("auto"))
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for size in SIZES[:3]:
         inputs = batch(size, 2)

@@ -18,8 +18,8 @@ QUICK = (("training", 8), ("inference-bfloat16", 1))
 
 def held() -> list:
     """The runs of ours in the file; what Inductor makes takes minutes."""
-    runs = [run for run in COMMITTED if run.implementation in ("ours", "ours-eager")]
-    slow = [run for run in runs if run.implementation != "ours" or (run.work, run.batch) not in QUICK]
+    runs = [run for run in COMMITTED if run.implementation == "ours"]
+    slow = [run for run in runs if (run.work, run.batch) not in QUICK]
     return [pytest.param(run, marks=[pytest.mark.slow] * (run in slow), id=run.title) for run in runs]
 
 
