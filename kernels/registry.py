@@ -184,7 +184,7 @@ def count_flops(operator: str, formula: Callable[..., int]) -> None:
 def define(operator: str, schema: str, launch: Callable, fake: Callable | None = None) -> None:
     """Make an operator of a function that launches Triton kernels, so that whoever counts or traces sees it.
 
-    As `torch.library.custom_op`, which costs the host three times as much, without its checks for every call.
+    As `torch.library.custom_op`, without its checks in every call, which cost the host time.
 
     Args:
         operator: its name with the namespace, e.g. `conddetr::relu_dropout`.

@@ -32,7 +32,7 @@ def relu_dropout(
 
     Raises:
         ValueError: p is out of range, x is not floating, or the bias or seed does not fit.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(x, p)
     _check_others(x, bias, seed)

@@ -30,7 +30,7 @@ def prediction_errors(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, assignment, labels, counts)
     choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)

@@ -36,7 +36,7 @@ def grid_positions(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(features, dim, valid_hw)
     size = tuple(features.shape[-2:])
@@ -45,7 +45,7 @@ def grid_positions(
     if choice.backend == "triton" and max(size) > MAX_CELLS:
         reason = f"its kernel takes at most {MAX_CELLS} rows and columns, got {size[0]} × {size[1]}."
         if backend != "auto":
-            raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+            raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
         choice, refused = registry.Choice("eager", {}), {**refused, "triton": reason}
     paths.note("grid_positions", choice.backend, refused)
     if choice.backend == "eager":
