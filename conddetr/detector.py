@@ -113,7 +113,7 @@ class Detector:
             raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
         return self._model
 
-    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None) -> "Detector":
+    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "Detector":
         """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
 
         `predict` over several images and `evaluate` make one by themselves, anew for each call.
@@ -121,12 +121,13 @@ class Detector:
         Args:
             backend: of the copy, as in `build`; default: the model's own.
             dtype: float16 or bfloat16 to compute in, as `DETR.fused` takes it.
+            graphs: on a GPU, replay CUDA graphs, one for each shape of a batch; see `DETR.fused`.
 
         Returns:
             A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
             happens to this one's weights later does not change it.
         """
-        copy = Detector(self.model.fused(backend, dtype), self.classes, str(self.device))
+        copy = Detector(self.model.fused(backend, dtype, graphs), self.classes, str(self.device))
         copy.run, copy.metrics = self.run, self.metrics
         return copy
 

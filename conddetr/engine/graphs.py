@@ -6,34 +6,25 @@ inside the graph alone. Random numbers differ from step to step: graphs read the
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from conddetr.capture import MAX_GRAPHS, WARMUP, Run, aside, bytes_of, reserved, views
 from conddetr.config import ModelConfig
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.config import TrainConfig
-from conddetr.kernels import addresses
 from conddetr.kernels.match.op import choose
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 log = logging.getLogger(__name__)
 
-WARMUP = 3
-"""Runs before recording: libraries choose their algorithms in the first."""
-MAX_GRAPHS = 32
-"""Shapes that are recorded; steps of others run without a graph."""
 BUCKETS = 4
 """`pad_buckets` where steps are recorded and nothing else is asked for."""
-ALIGNMENT = 64
-"""Bytes: kernels are compiled for aligned tensors."""
 
-Run = Callable[[], None]
 Step = Callable[[Sequence[Batch], Sequence[PackedTargets], Tensor, Tensor], Tensor]
 
 
@@ -175,14 +166,14 @@ class StepGraphs:
             results[:] = [self._step(window, packed, normalizer, numbers)]
 
         normalizer.fill_(float("nan"))
-        with _aside(self._limits.device):
+        with aside(self._limits.device):
             for _ in range(WARMUP):
                 run()
         # Recorded gradients are made in the graph's memory, and left to the next graph: none may be there before.
         self._model.zero_grad(set_to_none=True)
-        before = _reserved(self._limits.device)
+        before = reserved(self._limits.device)
         replay = self._capture(run)
-        self.bytes += _reserved(self._limits.device) - before
+        self.bytes += reserved(self._limits.device) - before
         self._model.zero_grad(set_to_none=True)
         return _Recorded(inputs, replay, results)
 
@@ -200,46 +191,20 @@ class Limits:
     """Whether a step that cannot be recorded is an error; else it runs without a graph."""
 
 
-class CudaCapture:
-    """Recording on a GPU. All graphs share memory: no two run at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        """`device`: of all that is recorded; it need not be the current one."""
-        # Not PyTorch's own, which one device has for all.
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
-        # Around it, because older PyTorch leaves the stream of the capture current after an error.
-        current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
-        # Of this thread alone: meanwhile the data loader's thread goes on pinning memory, which a capture of all
-        # threads forbids.
-        capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-        with addresses.collected() as tables, current, capture:
-            run()
-        return partial(_replay, graph, tables)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:
-    """Do again what was recorded; `tables` are read by it, so that they live as long as this function is wanted."""
-    graph.replay()
-
-
 class _Inputs:
     """What a graph reads: images and their sizes, and all else in one tensor, which one copy fills."""
 
     def __init__(self, pictures: list[Tensor], others: list[Tensor], device: torch.device) -> None:
         self._pictures = [torch.empty_like(tensor, device=device) for tensor in pictures]
-        size = sum(map(_aligned, others))
+        size = bytes_of(others)
         self._flat = torch.empty(size, dtype=torch.uint8, device=device)
-        self._others = _views(self._flat, others)
+        self._others = views(self._flat, others)
         self.fill(pictures, others)
 
     def fill(self, pictures: list[Tensor], others: list[Tensor]) -> None:
         """Copy, without waiting where the pictures are pinned; `others` are on the host."""
         host = torch.empty(self._flat.shape, dtype=torch.uint8, pin_memory=self._flat.is_cuda)
-        for own, value in zip(_views(host, others), others, strict=True):
+        for own, value in zip(views(host, others), others, strict=True):
             own.copy_(value)
         self._flat.copy_(host, non_blocking=True)
         for own, value in zip(self._pictures, pictures, strict=True):
@@ -269,42 +234,3 @@ def _tensors(
     pictures = [batch.images for batch in window] + [batch.sizes for batch in window]
     targets = [tensor for part in packed for tensor in (part.labels, part.boxes, part.device_counts)]
     return pictures, [*targets, normalizer, numbers]
-
-
-def _aligned(tensor: Tensor) -> int:
-    """Bytes of a tensor, rounded up."""
-    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Tensors of these kinds one after the other in a flat one of bytes."""
-    pieces = flat.split([_aligned(tensor) for tensor in like])
-    return [
-        piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)
-    ]
-
-
-def _reserved(device: torch.device) -> int:
-    """Bytes that PyTorch holds on a GPU and cannot give back."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device)
-
-
-@contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
-    """The random generators are afterwards what they were.
-
-    On a GPU what is done inside runs on a stream of its own, as libraries want it before recording.
-    """
-    if device.type != "cuda":
-        with torch.random.fork_rng([]):
-            yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.random.fork_rng([device]), torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from conddetr.capture import MAX_GRAPHS
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import coco_library, evaluate
-from conddetr.engine.graphs import MAX_GRAPHS, buckets
+from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, console

@@ -63,7 +63,7 @@ class AccelerationReport:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
+def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) -> AccelerationReport:
     """Make a model run on our operations, in place. Weights, state dict, outputs and training interface stay.
 
     Every module inside is called as before, so hooks fire, and adapters and other replaced submodules run; what gives
@@ -77,18 +77,29 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
         backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
             after this; where no kernel can, transformers' own runs. Any other name of
             `conddetr.kernels.registry.BACKENDS` is an error where it cannot run.
+        graphs: on a GPU, let forward and backward of transformers' `ConditionalDetrModel` in training be CUDA graphs,
+            one pair for each shape of a batch, so that the host launches some hundred kernels instead of a thousand.
+            Heads and loss are outside. Inside hooks would not fire: with one, and with gradient checkpointing, when
+            attention maps are asked for, or where the host has to wait, a call runs as without graphs, and a warning
+            says why, once. So do shapes beyond the first `conddetr.capture.MAX_GRAPHS`: pad images to few shapes
+            (`pad_size` of the image processor). Each shape takes memory of its own for its pixels and outputs.
 
     Returns:
         What was replaced, what was left, and why.
 
     Raises:
         TypeError: another model, or several inside this one.
-        ValueError: no such backend.
+        ValueError: no such backend; `graphs` of another model than `ConditionalDetrForObjectDetection`.
         RuntimeError: the requested backend cannot run where the model is now; says why.
     """
     from conddetr.interop.accelerated import official
 
     report = AccelerationReport()
+    if graphs and not is_huggingface(_find(model), ("ConditionalDetrForObjectDetection",)):
+        raise ValueError(
+            f"graphs: expected transformers' ConditionalDetrForObjectDetection, got {type(model).__qualname__}. Leave "
+            "graphs out; ours records whole steps where it trains by itself (cuda_graphs), and `fused(graphs=True)`."
+        )
     if official.is_criterion(model):
         official.accelerate_criterion(model, backend, report)
         return report
@@ -102,7 +113,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> AccelerationReport:
         return report
     from conddetr.interop.accelerated import huggingface
 
-    huggingface.accelerate(model, backend, choice, report)
+    huggingface.accelerate(model, backend, choice, report, graphs)
     return report
 
 
@@ -128,16 +139,17 @@ def decelerate(model: nn.Module) -> None:
 
 
 @contextmanager
-def accelerated(model: nn.Module, backend: str = "auto") -> Iterator[AccelerationReport]:
+def accelerated(model: nn.Module, backend: str = "auto", graphs: bool = False) -> Iterator[AccelerationReport]:
     """`accelerate` within a `with` block, whose variable is the report; `decelerate` at its end, whatever happens.
 
         with conddetr.accelerated(model) as report:
             model(**batch)
 
     Args:
-        model, backend: as for `accelerate`. A model that is accelerated already is decelerated at the end all the same.
+        model, backend, graphs: as for `accelerate`. A model that is accelerated already is decelerated at the end all
+            the same.
     """
-    report = accelerate(model, backend)
+    report = accelerate(model, backend, graphs)
     try:
         yield report
     finally:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig
+from conddetr.graphed import Graphs
 from conddetr.kernels import grid_positions, predicted_boxes, registry
 from conddetr.kernels.stack import unstacked
 from conddetr.model.backbone import build_backbone
@@ -73,6 +74,8 @@ class DETR(nn.Module):
         """What was fused, of a copy that `fused` made; None: this is no such copy."""
         self.autocast: torch.dtype | None = None
         """Of a frozen copy the dtype whose autocast it turns on by itself; None: it leaves that to the caller."""
+        self.graphs: Graphs | None = None
+        """Of a frozen copy that is replayed, one for each kind of inputs; None: it is called."""
         dim = config.hidden_dim
         self.transformer = Transformer(config)
         self.class_embed = nn.Linear(dim, config.num_logits)
@@ -110,7 +113,11 @@ class DETR(nn.Module):
         Raises:
             ValueError: shapes or dtypes do not fit; names the tensor, what was expected and what was found.
         """
-        images, mask, valid_hw = _check_input(images, mask, valid_hw)
+        inputs = _check_input(images, mask, valid_hw)
+        found = None if self.graphs is None else self.graphs(self, self._detect_in_own_dtype, inputs)
+        return self._detect_in_own_dtype(*inputs) if found is None else found
+
+    def _detect_in_own_dtype(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
         if self.autocast is None:
             return self._detect(images, mask, valid_hw)
         with torch.autocast(images.device.type, self.autocast):
@@ -132,7 +139,7 @@ class DETR(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
 
-    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None) -> "DETR":
+    def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "DETR":
         """A frozen copy for inference at full speed; the model stays as it is.
 
         In the copy batch norms are part of the convolutions, once and for all. It has weights of its own: make a new
@@ -145,8 +152,13 @@ class DETR(nn.Module):
             backend: of the copy; default: the model's own.
             dtype: float16 or bfloat16: the copy computes as under autocast of this dtype, and keeps the weights of
                 its convolutions in it; norms, reference points and heads stay as they are. Default: as the model.
+            graphs: on a GPU, let calls be CUDA graphs, one for each shape of the first
+                `conddetr.capture.MAX_GRAPHS`, so that the host launches one thing. Where a graph would leave something
+                out, as hooks inside, or where it cannot be recorded, the copy is called, and a warning says why, once.
+                The first call of each shape takes several times as long, and each shape has memory of its own.
         """
         copy, report = fused_copy(self, dtype)
+        copy.graphs = Graphs() if graphs else None
         copy.fusion = self.fusion or report
         copy.autocast = dtype or self.autocast
         if backend is not None:

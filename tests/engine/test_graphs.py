@@ -8,10 +8,11 @@ import torch
 from small_runs import assert_equal, batches, small_trainer
 
 import conddetr
+from conddetr.capture import WARMUP
 from conddetr.data.batch import collate
 from conddetr.engine import graphs
 from conddetr.engine.config import TrainConfig
-from conddetr.engine.graphs import WARMUP, buckets, why_no_graphs
+from conddetr.engine.graphs import buckets, why_no_graphs
 from conddetr.engine.step import Stepper
 
 CPU = torch.device("cpu")

@@ -14,9 +14,11 @@ DEVICE_TESTS = (
     "tests/engine/test_no_wait.py",
     "tests/interop/test_accelerate.py",
     "tests/interop/test_accelerated_fused.py",
+    "tests/interop/test_accelerated_graphs.py",
     "tests/viz/test_attention.py",
     "tests/test_export.py",
     "tests/test_cli.py",
+    "tests/test_graphed.py",
 )
 """Where the tests are that are marked `gpu`: those that a CUDA device changes."""
 DEVICE_ONLY = (

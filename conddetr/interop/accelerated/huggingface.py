@@ -25,6 +25,7 @@ from conddetr.interop.accelerate import (
 )
 from conddetr.interop.accelerated.backbone import ConvEncoder, misfit, timm_model
 from conddetr.interop.accelerated.changes import change
+from conddetr.interop.accelerated.graphs import graph_body
 from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
@@ -109,12 +110,15 @@ def _is_dab(model: nn.Module) -> bool:
     return is_huggingface(model, ("DabDetrForObjectDetection",))
 
 
-def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
+def accelerate(
+    model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport, graphs: bool
+) -> None:
     """Replace what can be replaced, and say so in the report.
 
     Args:
         model: `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`, changed in place.
         backend: as asked for; `choice` is what it means where the model is now.
+        graphs: of the body in training; only of the former kind of model.
     """
     found = replacements(model)
     for replacement in found:
@@ -126,6 +130,8 @@ def accelerate(model: nn.Module, backend: str, choice: registry.Choice, report: 
         )
     _replace_loss(model, backend, report)
     _replace_backbone(model, backend, report)
+    if not _is_dab(model):
+        graph_body(model, graphs, report)
     if _is_dab(model):
         _report_dab(model, report)
     elif hasattr(theirs, "ConditionalDetrSelfAttention"):

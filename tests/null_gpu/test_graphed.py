@@ -1,0 +1,115 @@
+"""Graphs of modules: what a replay asks of a GPU, and what is found out before anything is recorded."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import conddetr
+from conddetr.graphed import Graphs
+from null_gpu.counts import counted
+
+
+class Model(nn.Module):
+    """Trained, and replayed."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(8, 8), nn.Linear(8, 8) if inner is None else inner
+        self.graphs = Graphs()
+
+    def compute(self, x):
+        return [self.outer(self.inner(x).relu())]
+
+    def forward(self, x):
+        found = self.graphs(self, self.compute, [x])
+        return self.compute(x) if found is None else found
+
+
+class Waits(nn.Module):
+    """A layer that asks for a value."""
+
+    def forward(self, x):
+        return x / x.abs().max().item()
+
+
+class AskInBackward(torch.autograd.Function):
+    """Of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * grad.sum().item()
+
+
+class WaitsInBackward(nn.Module):
+    """A layer whose gradient depends on a value."""
+
+    def forward(self, x):
+        return AskInBackward.apply(x)
+
+
+def step(model, device="cuda"):
+    model(torch.zeros(4, 8, device=device))[0].sum().backward()
+
+
+def test_a_trained_module_is_two_launches():
+    model = Model().cuda()
+    step(model)
+    with counted() as counts:
+        step(model)
+    assert (counts.graph_launches, counts.waits) == (2, 0)
+    # The sum and its gradient, the second layer's gradients added up where those of the first step are.
+    assert counts.launches <= 8
+    assert model.graphs.bytes > 0
+
+
+def test_a_frozen_copy_is_one_launch():
+    model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto").cuda().eval()
+    images = torch.zeros(1, 3, 128, 128, device="cuda")
+    for options in ({}, {"dtype": torch.bfloat16}):
+        fused = model.fused(graphs=True, **options)
+        with torch.inference_mode():
+            fused(images)
+            with counted() as counts:
+                outputs = fused(images)
+        assert (counts.launches, counts.graph_launches, counts.waits) == (0, 1, 0)
+        assert outputs["pred_boxes"].shape == (1, model.config.num_queries, 4)
+        assert len(copy.deepcopy(fused).graphs) == 0
+
+
+@pytest.mark.parametrize("outer", [Waits, WaitsInBackward])
+def test_a_wait_is_found_before_recording(outer, caplog):
+    model = Model(outer()).cuda()
+    for _ in range(2):
+        step(model)
+    assert model.graphs.refused.startswith("the host waits for the device at ")
+    assert len(model.graphs) == 0
+    assert model.inner.weight.grad is not None
+    # PyTorch can go on drawing random numbers, which a recording that fails would end.
+    torch.rand(2, device="cuda")
+    assert caplog.text.count("running without") == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_device_than_the_current_one():
+    model = Model().to("cuda:1")
+    for _ in range(2):
+        step(model, "cuda:1")
+    with counted() as counts:
+        step(model, "cuda:1")
+    assert counts.graph_launches == 2
+    assert counts.launches_by_device[0] == 0
+
+
+def test_replays_belong_to_one_stream(caplog):
+    model = Model().cuda()
+    step(model)
+    with torch.cuda.stream(torch.cuda.Stream()), counted() as counts:
+        step(model)
+    assert counts.graph_launches == 0
+    assert "they belong to another stream" in caplog.text
