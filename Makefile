@@ -67,6 +67,10 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/boxes.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/match.py
+	$(BIN)/python benchmarks/prediction.py
+	$(BIN)/python benchmarks/errors.py
+	$(BIN)/python benchmarks/position.py
+	$(BIN)/python benchmarks/pool.py
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/report.py

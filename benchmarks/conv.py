@@ -3,139 +3,186 @@
     python benchmarks/conv.py
     python benchmarks/conv.py --size 800 1066 --batch 2
 
-Norms are folded already. On a GPU both are the same cuDNN.
+Norms are folded already. On a GPU the convolution itself is cuDNN's in all of them, and torch.compile is a peer; on a
+CPU it calls the same operators as PyTorch.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from harness import OURS, Result, Work, arguments, measure, parse, run_all, usable
-from machine import DEVICE, copy_bandwidth, product_rate
+from machine import DEVICE, copy_bandwidth, dtype_name, product_rate
 from torch import Tensor
 
-from conddetr.kernels import convolution
-from conddetr.kernels.conv import reference
+from conddetr.kernels import convolution, convolution_pair
+from conddetr.kernels.conv import Layer, reference
 
-# Name → channels in and out, window, stride, pixels of the image to a cell of the input, whether there is a residual.
-LAYERS = {
-    "1×1, in": (256, 64, 1, 1, 4, False),
-    "3×3": (64, 64, 3, 1, 4, False),
-    "1×1, out, residual": (64, 256, 1, 1, 4, True),
-    "3×3, strided": (256, 256, 3, 2, 8, False),
-    "1×1, out, residual, last stage": (512, 2048, 1, 1, 32, True),
+
+class Form(NamedTuple):
+    """A convolution of the network."""
+
+    taken: int
+    """Channels of its input."""
+    given: int
+    """Channels of its result."""
+    kernel: int
+    stride: int
+    pixels: int
+    """Of the image, to a cell of the input."""
+    has_residual: bool = False
+    before: int = 0
+    """Channels of the input of a convolution of 1×1 before it, both of which are computed; 0: there is none."""
+
+
+FORMS = {
+    "1×1, in": Form(256, 64, 1, 1, 4),
+    "3×3": Form(64, 64, 3, 1, 4),
+    "1×1, out, residual": Form(64, 256, 1, 1, 4, has_residual=True),
+    "3×3, strided": Form(256, 256, 3, 2, 8),
+    "pair, 1×1 and 3×3, strided": Form(128, 128, 3, 2, 4, before=256),
+    "1×1, out, residual, last stage": Form(512, 2048, 1, 1, 32, has_residual=True),
 }
+GIVEN = ("upstream", "residual")
+"""Tensors that get no gradient here."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One layer at one size."""
+    """One convolution at one size."""
 
     name: str
     batch: int
     size: tuple[int, int]
     backward: bool
+    dtype: torch.dtype = torch.float32
 
     @property
     def title(self) -> str:
         """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         height, width = self.cells
-        shape = f"{self.batch}×{LAYERS[self.name][0]}×{height}×{width}"
-        return f"convolution {self.name}, {shape}, {passes}, float32"
+        shape = f"{self.batch}×{self.form.before or self.form.taken}×{height}×{width}"
+        return f"convolution {self.name}, {shape}, {passes}, {dtype_name(self.dtype)}"
+
+    @property
+    def form(self) -> Form:
+        """All that does not depend on the size."""
+        return FORMS[self.name]
 
     @property
     def cells(self) -> tuple[int, int]:
         """Height and width of the input."""
-        return tuple(-(-pixels // LAYERS[self.name][4]) for pixels in self.size)
+        return tuple(-(-pixels // self.form.pixels) for pixels in self.size)
 
     @property
     def window(self) -> dict[str, tuple[int, int]]:
         """Stride and padding."""
-        _, _, kernel, stride, *_ = LAYERS[self.name]
+        stride, kernel = self.form.stride, self.form.kernel
         return {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2)}
 
     @property
     def shape_out(self) -> tuple[int, ...]:
         """Of the result."""
-        _, given, _, stride, *_ = LAYERS[self.name]
-        return (self.batch, given, *(-(-cells // stride) for cells in self.cells))
+        return (self.batch, self.form.given, *(-(-cells // self.form.stride) for cells in self.cells))
 
     def make(self) -> dict[str, Tensor]:
-        """Random x and residual after ReLU, weight, bias and the gradient of the output, in channels-last."""
-        taken, given, kernel, _, _, has_residual = LAYERS[self.name]
-        generator = torch.Generator().manual_seed(0)
+        """Random x and residual after ReLU, weights, biases and the gradient of the output, in channels-last."""
+        form, generator = self.form, torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
         made = {
-            "x": torch.randn(self.batch, taken, *self.cells, generator=generator).relu(),
-            "weight": torch.randn(given, taken, kernel, kernel, generator=generator) / (taken * kernel**2) ** 0.5,
-            "upstream": torch.randn(self.shape_out, generator=generator),
+            "x": normal(self.batch, form.before or form.taken, *self.cells).relu(),
+            "weight": normal(form.given, form.taken, form.kernel, form.kernel) / (form.taken * form.kernel**2) ** 0.5,
+            "upstream": normal(*self.shape_out),
         }
-        if has_residual:
-            made["residual"] = torch.randn(self.shape_out, generator=generator).relu()
+        if form.has_residual:
+            made["residual"] = normal(*self.shape_out).relu()
+        if form.before:
+            made["first_weight"] = normal(form.taken, form.before, 1, 1) / form.before**0.5
         made = {name: tensor.contiguous(memory_format=torch.channels_last) for name, tensor in made.items()}
-        return {**made, "bias": torch.randn(given, generator=generator)}
+        made["bias"] = normal(form.given)
+        if form.before:
+            made["first_bias"] = normal(form.taken)
+        return {name: tensor.to(DEVICE, self.dtype) for name, tensor in made.items()}
 
     def work(self) -> Work:
-        """Products as the convolution is defined, and each tensor once a pass. The floor counts a quarter of those
+        """Products as the convolutions are defined, and each tensor once a pass. The floor counts a quarter of those
         of 3×3 without stride, as minimal filtering needs them.
         """
         tensors = self.make()
         flops = 2 * tensors["weight"].numel() * tensors["upstream"].numel() // self.shape_out[1]
-        size = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items())
+        if self.form.before:
+            flops += 2 * tensors["first_weight"].numel() * tensors["x"].numel() // self.form.before
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         passes = 3 if self.backward else 1
         flops, size = passes * flops, passes * size
-        needed = flops / 4 if LAYERS[self.name][2:4] == (3, 1) else flops
-        return Work(flops, size, {"bytes": size / copy_bandwidth(), "products": needed / product_rate(torch.float32)})
+        needed = flops / 4 if (self.form.kernel, self.form.stride) == (3, 1) else flops
+        return Work(flops, size, {"bytes": size / copy_bandwidth(), "products": needed / product_rate(self.dtype)})
 
 
-def theirs(problem: Problem, **tensors: Tensor) -> dict[str, Tensor]:
-    """PyTorch's operators, one pass each."""
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        return reference.convolution(x, weight, bias, *problem.window.values(), (1, 1), 1, residual, True)
-
-    return both_ways(problem, convolve, **tensors)
-
-
-def ours(problem: Problem, backend: str, **tensors: Tensor) -> dict[str, Tensor]:
-    """Ours."""
-
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-        return convolution(x, weight, bias, **problem.window, residual=residual, relu=True, backend=backend)
-
-    return both_ways(problem, convolve, **tensors)
-
-
-def both_ways(
+def theirs(
     problem: Problem,
-    convolve: object,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    upstream: Tensor,
-    residual: Tensor = None,
-) -> dict[str, Tensor]:
-    """The result, and where they are wanted the gradients of x, weight and bias."""
+    residual: Tensor | None = None,
+    first_weight: Tensor | None = None,
+    first_bias: Tensor | None = None,
+) -> Tensor:
+    """PyTorch's operators, one pass each."""
+    if first_weight is not None:
+        x = reference.convolution(x, first_weight, first_bias, (1, 1), (0, 0), (1, 1), 1, None, True)
+    return reference.convolution(x, weight, bias, *problem.window.values(), (1, 1), 1, residual, True)
+
+
+def ours(
+    problem: Problem,
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    first_weight: Tensor | None = None,
+    first_bias: Tensor | None = None,
+) -> Tensor:
+    """Ours."""
+    if first_weight is None:
+        return convolution(x, weight, bias, **problem.window, residual=residual, relu=True, backend=backend)
+    layers = (Layer(first_weight, first_bias), Layer(weight, bias, **problem.window))
+    return convolution_pair(x, *layers, backend=backend)
+
+
+def compute(problem: Problem, forward: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The result, and where they are wanted the gradients of x, weights and biases."""
+    inputs = {name: tensor for name, tensor in tensors.items() if name != "upstream"}
     if not problem.backward:
         with torch.no_grad():
-            return {"out": convolve(x, weight, bias, residual)}
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-    out = convolve(*leaves, residual)
-    gradients = torch.autograd.grad(out, leaves, upstream)
-    return {"out": out.detach(), **dict(zip(("of x", "of weight", "of bias"), gradients, strict=True))}
+            return {"out": forward(**inputs)}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items() if name not in GIVEN}
+    out = forward(**{**inputs, **leaves})
+    gradients = torch.autograd.grad(out, leaves.values(), tensors["upstream"])
+    return {"out": out.detach(), **{f"of {name}": x for name, x in zip(leaves, gradients, strict=True)}}
 
 
 def run(problem: Problem, options: argparse.Namespace) -> Result:
     """Check all implementations of one problem, then time them."""
+    torch.compiler.reset()
     tensors = problem.make()
-    runs = {
-        "PyTorch": partial(theirs, problem, **tensors),
-        f"{OURS}, eager": partial(ours, problem, "eager", **tensors),
-        f"{OURS}, auto": partial(ours, problem, "auto", **tensors),
-    }
-    exact = theirs(problem, **{name: tensor.double() for name, tensor in tensors.items()})
+    plain = partial(theirs, problem)
+    ways = {"PyTorch": plain}
+    if DEVICE.type == "cuda":
+        ways["torch.compile of it"] = torch.compile(plain, dynamic=False)
+    for backend in ("eager", "triton", "auto"):
+        ways[f"{OURS}, {backend}"] = partial(ours, problem, backend)
+    runs = {name: partial(compute, problem, way, tensors) for name, way in ways.items()}
+    exact = compute(problem, plain, {name: tensor.double() for name, tensor in tensors.items()})
     good, refused = usable(runs, lambda call: call(), exact, is_random=False)
     return measure(problem.title, good, options, problem.work(), refused)
 
@@ -143,14 +190,15 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
 def main() -> None:
     """Time every problem asked for; one result file for all."""
     parser = arguments(__doc__.splitlines()[0], seconds=60)
-    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"), help="of the images")
-    parser.add_argument("--batch", type=int, nargs="+", default=[2])
+    on_gpu = DEVICE.type == "cuda"
+    size, batch, dtype = ([800, 1066], 8, "bfloat16") if on_gpu else ([480, 640], 2, "float32")
+    parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the images")
+    parser.add_argument("--batch", type=int, nargs="+", default=[batch])
+    parser.add_argument("--dtypes", nargs="+", default=[dtype])
     options = parse(parser)
-    if DEVICE.type == "cuda":
-        parser.error("on a GPU both are the same cuDNN: CUDA_VISIBLE_DEVICES= times them on the CPU")
     problems = [
-        Problem(name, batch, tuple(options.size), backward)
-        for batch, backward, name in product(options.batch, (True, False), LAYERS)
+        Problem(name, batch, tuple(options.size), backward, getattr(torch, dtype))
+        for dtype, batch, backward, name in product(options.dtypes, options.batch, (True, False), FORMS)
     ]
     run_all("conv", {problem.title: partial(run, problem, options) for problem in problems}, options)
 

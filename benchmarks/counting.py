@@ -275,16 +275,11 @@ def _flops(function: object, args: tuple, kwargs: dict, out: object) -> int | No
 
 @cache
 def _teach_flops() -> None:
-    """Formulas of PyTorch's operators that it has none for itself."""
-
-    def convolution(x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object) -> int:
-        return 2 * prod(out_shape) * prod(weight[1:])
+    """A formula of an operator of PyTorch that it has none for itself; those of cuDNN have one where we call them."""
 
     def product(_: list[int], left: list[int], right: list[int], *__: object, **___: object) -> int:
         return 2 * prod(left) * right[-1]
 
-    for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu"):
-        registry.count_flops(f"aten::{name}", convolution)
     registry.count_flops("aten::_addmm_activation", product)
 
 

@@ -1,10 +1,9 @@
-"""Pooling behind the stem, which needs no gradient, against PyTorch's, checked before timed.
+"""Pooling behind the stem, which needs no gradient, against plain PyTorch and torch.compile of it.
 
 python benchmarks/pool.py
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +12,7 @@ from harness import OURS, Result, Work, measure, run_losses, usable
 from machine import DEVICE, copy_bandwidth
 from torch import Tensor
 
-from conddetr.kernels import max_pool, registry
+from conddetr.kernels import max_pool
 
 CHANNELS, HEIGHT, WIDTH = 64, 400, 533
 """Behind the stem of a ResNet, of images of 800×1066."""
@@ -46,11 +45,11 @@ class Problem:
 
 def run(problem: Problem, options: argparse.Namespace) -> Result:
     """Check all implementations of one problem, then time them."""
+    torch.compiler.reset()
     x = problem.make()
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"PyTorch": partial(max_pool, backend="eager")}
-    for backend in registry.WITHOUT_NATIVE:
-        if backend != "eager":
-            ways[f"{OURS}, {backend}"] = partial(max_pool, backend=backend)
+    plain = partial(max_pool, backend="eager")
+    ways = {"PyTorch": plain, "torch.compile of it": torch.compile(plain, dynamic=False)}
+    ways[f"{OURS}, triton"] = partial(max_pool, backend="triton")
     runs = {name: partial(way, x) for name, way in ways.items()}
     exact = {"out": torch.nn.functional.max_pool2d(x.double(), 3, 2, 1)}
     good, refused = usable(runs, lambda call: {"out": call()}, exact, False)

@@ -271,7 +271,7 @@ def _stored(path: Path) -> list[dict]:
 
 def write(path: Path, runs: dict[Run, dict]) -> None:
     """One line for each operation and kernel."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lists = {"operations", "parts", "kernels"}
 
     def lines(found: dict) -> Iterator[str]:
@@ -412,7 +412,7 @@ def main() -> int:
             except RuntimeError as error:
                 console.print(f"failed: {error}", style="red", markup=False)
                 failed = 1
-        write(options.out, {**read(options.out), **{run: found[run] for run in found}})
+        write(options.out, {**read(options.out), **found})
     show(found, read(options.before) if options.before else {}, options.details)
     return failed
 

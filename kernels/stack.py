@@ -1,6 +1,7 @@
 """Stacking and its inverse without a copy, where the parts lie one behind the other in one memory.
 
 A model gives the predictions of its layers one by one, views of one tensor; the loss wants them in one tensor again.
+It computes nothing, so it is no operation: it has neither backends nor a benchmark.
 """
 
 from collections.abc import Sequence

@@ -136,10 +136,12 @@ class ConvolutionPair(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weights and biases."""
         x, weight, bias, other_weight, y = ctx.saved_tensors
-        if _is_differentiated_on():
-            middle = reference.convolution(x, weight, bias, *ctx.windows[0], None, True)
-        else:
-            middle = ctx.forward_again(x, weight, bias, None, ctx.windows[0])
+        # Autocast may be on for backward alone: the map is to be what it was.
+        with torch.autocast(x.device.type, enabled=False):
+            if _is_differentiated_on():
+                middle = reference.convolution(x, weight, bias, *ctx.windows[0], None, True)
+            else:
+                middle = ctx.forward_again(x, weight, bias, None, ctx.windows[0])
         of_first, of_second = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:5]
         grad = _before_relu((grad,), y)
         grad, *found = _gradients(grad, middle, other_weight, ctx.windows[1], (any(of_first), *of_second))

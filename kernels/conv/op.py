@@ -268,7 +268,9 @@ class ConvolutionByProducts(torch.autograd.Function):
                 grad, x, weight, None, *ctx.window, False, [0, 0], 1, [True, False, False]
             )
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
+            # Nothing here is cast, also where autocast is on for backward alone.
+            with torch.autocast(x.device.type, enabled=False):
+                of_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
         if ctx.needs_input_grad[2]:
             of_bias = grad.sum((0, 2, 3))
         return of_x, of_weight, of_bias, None, None, None

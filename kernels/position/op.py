@@ -57,8 +57,9 @@ def grid_positions(
 
 
 def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
-    if features.dim() != 4 or not features.is_floating_point():
-        raise ValueError(f"features: expected [B, C, h, w], floating, got {tuple(features.shape)} {features.dtype}.")
+    if features.dim() != 4 or 0 in features.shape[2:] or not features.is_floating_point():
+        found = f"{tuple(features.shape)} {features.dtype}"
+        raise ValueError(f"features: expected [B, C, h, w] with cells, floating, got {found}.")
     if dim < 4 or dim % 4:
         raise ValueError(f"dim: expected a multiple of 4, got {dim}.")
     if valid_hw is None:

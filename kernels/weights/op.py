@@ -45,8 +45,36 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
 
 def _made(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
     """By the kernels."""
-    parts = {id(part): part for recipe in recipes for part in _parts(recipe)}
-    return list(_Prepare.apply(recipes, dtype, *parts.values())) if recipes else []
+    if not recipes:
+        return []
+    uses = [part for recipe in recipes for part in _parts(recipe)]
+    parts = {id(part): part for part in uses}
+    if len(parts) < len(uses) and torch.is_grad_enabled():
+        recipes = _apart(recipes)
+        parts = {id(part): part for recipe in recipes for part in _parts(recipe)}
+    return list(_Prepare.apply(recipes, dtype, *parts.values()))
+
+
+def _apart(recipes: list[Recipe]) -> list[Recipe]:
+    """The recipes, with a view of a parameter wherever something wants the same of it as another before.
+
+    The kernel writes one gradient of every number; those of tied weights autograd adds up.
+    """
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    found = []
+    for recipe in recipes:
+        parts = []
+        for part in _parts(recipe):
+            first, last = getattr(recipe, "rows", None) or (0, len(part))
+            others = wanted.setdefault(id(part), [])
+            is_repeated = any(first < end and begin < last for begin, end in others)
+            others.append((first, last))
+            parts.append(part.view_as(part) if is_repeated else part)
+        kind = type(recipe)
+        if kind is Weight:
+            recipe = recipe._replace(parts=tuple(parts))
+        found.append(Replicas(*parts) if kind is Replicas else recipe)
+    return found
 
 
 def _parts(recipe: Recipe) -> tuple[Tensor, ...]:

@@ -23,7 +23,9 @@ from conddetr.data.batch import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
+from conddetr.kernels.conv import Layer
 from conddetr.kernels.registry import BackendError
+from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight
 
 DEVICE = torch.device("cuda")
 BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -69,6 +71,20 @@ def attend(q_content: Tensor, q_spatial: Tensor, k_content: Tensor, v: Tensor, *
     return kernels.conditional_attention(q_content, q_spatial, k_content, keys, v, **options)
 
 
+def convolve_twice(
+    x: Tensor, weight: Tensor, bias: Tensor, other_weight: Tensor, other_bias: Tensor, backend: str
+) -> Tensor:
+    """A pair of convolutions with its tensors as arguments of their own, the second strided."""
+    layers = (Layer(weight, bias), Layer(other_weight, other_bias, stride=(2, 2), padding=(1, 1)))
+    return kernels.convolution_pair(x, *layers, backend=backend)
+
+
+def weigh(weight: Tensor, other: Tensor, bias: Tensor, norm: FrozenNorm, backend: str) -> tuple[Tensor, ...]:
+    """Weights of a step from arguments of their own: a folded convolution, a stack, replicas."""
+    recipes = [Weight((weight,), norm), Shift(norm), Weight((other, other)), Replicas(bias)]
+    return tuple(kernels.prepare_weights(recipes, torch.float32, backend))
+
+
 def cases() -> Iterator[Case]:
     """Every operation, at small sizes with a remainder in every tile."""
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +98,8 @@ def cases() -> Iterator[Case]:
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator).to(DEVICE)
 
-    attend.__name__ = "conditional_attention"
+    attend.__name__, weigh.__name__ = "conditional_attention", "prepare_weights"
+    convolve_twice.__name__ = "convolution_pair"
     counts = torch.tensor([7, 3], dtype=torch.int32, device=DEVICE)
     valid = torch.tensor([[9, 11], [4, 7]], dtype=torch.int32, device=DEVICE)
     mask = torch.arange(99, device=DEVICE) >= torch.tensor([[99], [40]], device=DEVICE)
@@ -109,6 +126,12 @@ def cases() -> Iterator[Case]:
     others = {"branch_bias": vectors[2], "position": normal(1, 25, 33), "dropout_p": RARE}
     yield Case(kernels.add_norm, [*tokens, *vectors[:2]], [], others)
     yield Case(kernels.dropout_add, [normal(50, 33), normal(50, 33)], [RARE])
+    norm = FrozenNorm(*(uniform(5) for _ in range(4)), 1e-5)
+    yield Case(weigh, [normal(5, 4, 3, 3), normal(3, 4), normal(6)], [norm])
+    x, residual = (normal(2, 5, 9, 11).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    window = {"padding": (1, 1), "residual": residual, "relu": True, "uses": 2}
+    yield Case(kernels.convolution, [x, normal(5, 5, 3, 3), normal(5)], [], window)
+    yield Case(convolve_twice, [x, normal(5, 5, 1, 1), normal(5), normal(7, 5, 3, 3), normal(7)])
     image, weight = normal(1, 32, 9, 11), normal(32, 32, 3, 3)
     yield Case(kernels.convolution_3x3, [image, weight])
     yield Case(kernels.convolution_3x3_weight_gradient, [], [image, normal(1, 32, 9, 11)])

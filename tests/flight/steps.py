@@ -40,6 +40,7 @@ SMALL = {
     "focal": ("--images", "1", "--rounds", "1"),
     "boxes": ("--images", "1", "--rounds", "1"),
     "cost": ("--images", "1", "--rounds", "1"),
+    **dict.fromkeys(("prediction", "errors", "position", "pool"), ("--images", "1", "--rounds", "1")),
     "tune": ("--seconds", "1"),
 }
 """Benchmark → options with which it is over soon, and says nothing."""
@@ -85,17 +86,17 @@ class Setup:
 
 def first_flight(setup: Setup) -> list[Step]:
     """Does it run, is it right, how fast is it; 390 s where the extension need not be built."""
-    attention = setup.benchmark("attn", "--seconds", "40")
+    attention = setup.benchmark("attn", "--seconds", "30")
     decoder = setup.benchmark("decoder", "--dtypes", "bfloat16")
     return [
         *_preparation(setup),
         Step("smoke", setup.script("tests/flight/smoke.py"), 25, "each kernel once, and one captured training step"),
         device_tests(setup, DEVICE_TESTS),
         _train_benchmark(setup, 85),
-        Step("attn", attention, 60, "attention against its peers"),
+        Step("attn", attention, 50, "attention against its peers"),
         Step("decoder", decoder, 45, "six decoder layers against torch.compile"),
         Step("model", setup.benchmark("model"), 25, "inference of the whole model against its peers"),
-        Step("small-kernels", _small_benchmarks(setup), 30, "the other kernels against their peers, in one process"),
+        Step("small-kernels", _small_benchmarks(setup), 40, "the other kernels against their peers, in one process"),
         Step("training", _training(setup), 15, "a real run: bfloat16, CUDA graphs, workers, evaluation"),
         _pictures(setup),
     ]
@@ -156,7 +157,7 @@ def _train_benchmark(setup: Setup, seconds: float) -> Step:
 def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
     """All in one process, since each would spend most of its time importing PyTorch."""
     words: list[str] = []
-    for name in ("sine", "match", "focal", "boxes", "cost"):
+    for name in ("sine", "match", "focal", "boxes", "cost", "prediction", "errors", "position", "pool"):
         words += ["--", *setup.benchmark(name, "--seconds", "3")[1:]]
     return setup.script("tests/flight/several.py", *words)
 

@@ -309,6 +309,16 @@ def loss_inputs(config, device="cpu"):
     return torch.randn(*shape, config.num_labels).to(device), torch.rand(*shape, 4).to(device), labels
 
 
+def test_another_alpha_is_for_the_original_loss():
+    """It still matches with its own: the configuration may change after the model was accelerated."""
+    config = small_config(auxiliary_loss=True)
+    logits, boxes, labels = loss_inputs(config)
+    config.focal_alpha = 0.9
+    inputs = (4 * logits[-1], labels, logits.device, boxes[-1], config, 4 * logits, boxes)
+    expected, found = DeformableDetrForObjectDetectionLoss(*inputs), detection_loss(*inputs)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
+
+
 def test_not_a_number_leaves_the_other_layers_alone():
     """One image of one layer is not finite: the total neither; the other parts are transformers' without it."""
     config = small_config(auxiliary_loss=True)

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_rule import read_arrays, read_json, rule_inputs
 from official_contract import ConditionalDETR, SetCriterion, Transformer, with_rule_weights
 from torch import nn
@@ -141,6 +142,46 @@ def test_dropout_is_theirs_and_in_training_only():
         assert torch.equal(first, second)
 
 
+def test_settings_that_change_later_are_theirs_to_follow(monkeypatch):
+    model = ConditionalDETR(Transformer(layers=2, ffn=64, dropout=0.1), num_queries=12)
+    conddetr.accelerate(model, "eager")
+    tokens = torch.randn(2, 2, 256, 2, 3).unbind()
+    inputs = (tokens[0], torch.zeros(2, 2, 3, dtype=torch.bool), torch.randn(12, 256), tokens[1])
+    for part, name, value in (
+        ("encoder", "training", False),
+        ("decoder.layers.0", "training", False),
+        ("", "p", 0.0),
+        ("", "dropout", 0.0),
+        ("", "eps", 0.1),
+        ("decoder", "activation", F.gelu),
+    ):
+        with monkeypatch.context() as changed, conddetr.record_paths() as paths, torch.no_grad():
+            for module in model.transformer.get_submodule(part).modules():
+                if name in vars(module):
+                    changed.setattr(module, name, value)
+            torch.manual_seed(0)
+            found = model.transformer(*inputs)[0]
+            torch.manual_seed(0)
+            torch.testing.assert_close(found, Transformer.forward(model.transformer, *inputs)[0])
+        assert paths["transformer"] == {"the official code": 1}, (part, name)
+    with conddetr.record_paths() as paths:
+        model.transformer(*inputs)
+    assert paths["transformer"] == {"ours": 1}
+
+
+def test_another_alpha_is_for_their_matcher():
+    criterion = SetCriterion(num_classes=5)
+    out = {"pred_logits": torch.randn(2, 12, 5), "pred_boxes": torch.rand(2, 12, 4) * 0.4 + 0.2, "aux_outputs": []}
+    targets = [{"labels": torch.randint(5, (3,)), "boxes": torch.rand(3, 4) * 0.4 + 0.2} for _ in range(2)]
+    accelerated = copy.deepcopy(criterion)
+    conddetr.accelerate(accelerated, "eager")
+    for one in (criterion, accelerated):
+        one.focal_alpha = 0.6
+    with conddetr.record_paths() as paths:
+        assert accelerated(out, targets) == criterion(out, targets)
+    assert paths["loss"] == {"the official code": 1}
+
+
 def test_what_can_not_be_accelerated_is_left_and_listed():
     model = small_model()
     model.transformer.encoder.layers[0].normalize_before = True
@@ -150,6 +191,9 @@ def test_what_can_not_be_accelerated_is_left_and_listed():
     assert notes["part of the backbone"] == "conv1: BatchNorm2d: expected a frozen batch norm"
     assert "conddetr.accelerate(criterion)" in notes["matcher and loss"]
     assert type(model.transformer) is Transformer
+    model.transformer.encoder.layers[0].normalize_before = False
+    model.transformer.decoder.norm.eps = 1e-6
+    assert "eps 1e-05, got [1e-06, 1e-05]" in conddetr.accelerate(model).left[0].note
     for options, reason in (({"losses": ["labels", "masks"]}, "labels, masks"), ({"focal_alpha": 0.5}, "alpha 0.5")):
         criterion = SetCriterion(**options)
         assert reason in conddetr.accelerate(criterion).left[0].note

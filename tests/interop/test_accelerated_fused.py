@@ -160,6 +160,20 @@ def test_what_only_modules_can_give_comes_from_them():
     assert "fused operations" not in set(found["encoder"]) | set(found["decoder"])
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_rate_of_dropout_that_differs_within_a_layer_is_for_modules(part):
+    model = model_of(dropout=0.1)
+    accelerate(model)
+    mlp = getattr(model.model, part).layers[-1].mlp
+    mlp.dropout = 0.2
+    assert ways(model.eval()) == FUSED
+    assert "fused operations" not in ways(model.train())[part]
+    mlp.dropout = 0.1
+    assert ways(model) == FUSED
+    mlp.eval()
+    assert "fused operations" not in ways(model)[part]
+
+
 def test_trained_positions_get_their_gradients():
     config = small_config(position_embedding_type="learned", encoder_layers=2)
     torch.manual_seed(0)

@@ -334,6 +334,20 @@ def test_a_pair_has_the_gradients_of_both_convolutions(backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_autocast_in_backward_alone_changes_nothing(backend, device):
+    tensors, options = pair_of_layers(device)
+    tensors = [x.requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(run_pair(tensors, options, backend).sum(), tensors)
+    out = run_pair(tensors, options, backend).sum()
+    with torch.autocast(device.type, torch.bfloat16):
+        found = torch.autograd.grad(out, tensors)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.compares_numbers
 def test_a_pair_computes_the_gradients_that_are_wanted_alone(device):
     tensors, options = pair_of_layers(device)
     expected = torch.autograd.grad(plain_pair([x.requires_grad_() for x in tensors], options).sum(), tensors)

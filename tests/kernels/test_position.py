@@ -61,8 +61,9 @@ def test_operator_registration(device):
 
 def test_wrong_arguments_are_named(device):
     features = torch.empty(2, 3, 4, 5, device=device)
-    with pytest.raises(ValueError, match=r"features: expected \[B, C, h, w\], floating, got \(3, 4, 5\)"):
-        grid_positions(features[0], (31, 33), 16)
+    for wrong, found in ((features[0], r"\(3, 4, 5\)"), (features[:, :, :0], r"\(2, 3, 0, 5\)")):
+        with pytest.raises(ValueError, match=rf"features: expected \[B, C, h, w\] with cells, floating, got {found}"):
+            grid_positions(wrong, (31, 33), 16)
     with pytest.raises(ValueError, match="dim: expected a multiple of 4, got 6"):
         grid_positions(features, (31, 33), 6)
     with pytest.raises(ValueError, match=r"valid_hw: expected \(2, 2\) torch.int32, got \(2, 2\) torch.int64"):

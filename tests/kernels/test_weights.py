@@ -80,6 +80,29 @@ def test_what_got_no_gradient_has_none(device):
         assert (gradient is not None) == any(trained is part for part in stacked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_have_the_gradients_of_all_their_uses(dtype, device):
+    tied, other, vector = (parameter(*shape, device=device) for shape in ((6, 4), (2, 4), (5,)))
+    recipes = [
+        Weight((tied, other, tied)),
+        Weight((tied,)),
+        Weight((tied,), rows=(0, 3)),
+        Weight((tied,), rows=(2, 6)),
+        Weight((other,), rows=(0, 1)),
+        Weight((other,), rows=(1, 2)),
+        Replicas(vector),
+        Replicas(vector),
+    ]
+    found, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
+    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in found]
+    gradients = [torch.autograd.grad(made, (tied, other, vector), upstream) for made in (found, expected)]
+    for one, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    with torch.no_grad():
+        for one, exact in zip(prepare_weights(recipes, dtype, "triton"), expected, strict=True):
+            torch.testing.assert_close(one, exact)
+
+
 def test_rows_without_gradient_have_zeros(device):
     weight = parameter(6, 4, device=device)
     first, _ = prepare_weights(

@@ -13,6 +13,7 @@ from conddetr.kernels import (
     conditional_attention,
     conditional_spatial_query,
     convolution,
+    convolution_pair,
     focal_loss,
     grid_positions,
     linear_assignment,
@@ -26,6 +27,7 @@ from conddetr.kernels import (
     relu_dropout,
     sine_embedding,
 )
+from conddetr.kernels.conv import Layer
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 
@@ -114,6 +116,12 @@ def convolved(device, backend):
     return sum(convolution(x, *weights, **options, backend=backend))
 
 
+def convolved_twice(device, backend):
+    x = numbers(device, BATCH, 5, 7, 9).contiguous(memory_format=torch.channels_last)
+    layers = (Layer(numbers(device, 4, 5, 1, 1)), Layer(numbers(device, 3, 4, 3, 3), numbers(device, 3), (2, 2)))
+    return convolution_pair(x, *layers, backend=backend)
+
+
 def predicted(device, backend):
     return predicted_boxes(numbers(device, LAYERS, BATCH, QUERIES, 4), numbers(device, QUERIES, 2), backend)
 
@@ -144,7 +152,19 @@ def positions(device, backend):
 
 
 TRANSFORMER = (attention, dense_attention, embedding, spatial_query, positions, norm, hidden)
-OPERATIONS = (*TRANSFORMER, predicted, classes, boxes, cost, assignment, errors, convolved, pooled, step_weights)
+OPERATIONS = (
+    *TRANSFORMER,
+    predicted,
+    classes,
+    boxes,
+    cost,
+    assignment,
+    errors,
+    convolved,
+    convolved_twice,
+    pooled,
+    step_weights,
+)
 HAVE_NATIVE = (attention, dense_attention, embedding, spatial_query)
 CASES = [(operation, "triton") for operation in OPERATIONS] + [(operation, "native") for operation in HAVE_NATIVE]
 

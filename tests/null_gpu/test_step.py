@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from counting import BANDWIDTH, LAUNCH, RATES, Watch, short_name
-from step import COUNTS, IMPLEMENTATIONS, Run, count, make, read
+from step import COUNTS, IMPLEMENTATIONS, Run, count, make, read, write
 from torch import nn
 
 from null_gpu.counts import counted
@@ -61,6 +61,12 @@ def test_a_number_above_the_file_is_found():
             larger = value + 1e-8 if kind == "predicted" else value + 1 + (2 << 20)
             more = {**committed, kind: {**committed[kind], name: larger}}
             assert above(more, committed) == {name: (larger, value)}
+
+
+def test_a_file_may_be_anywhere(tmp_path):
+    path = tmp_path / "some" / "where.json"
+    write(path, COMMITTED)
+    assert read(path) == COMMITTED
 
 
 def test_every_implementation_of_the_file_is_known():

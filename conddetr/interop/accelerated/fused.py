@@ -247,6 +247,9 @@ def _dtype(container: nn.Module, known: list[nn.Module], tokens: Tensor, kinds: 
     is_checkpointed = any(getattr(part, "gradient_checkpointing", False) and part.training for part in known)
     if is_checkpointed or any(parts.misfit(part, kinds) is not None for part in known):
         return None
+    # Fused, all branches of a layer end with one rate.
+    if any(_dropout_p(layer) != _dropout_p(layer.mlp) for layer in container.layers):
+        return None
     if torch.is_autocast_enabled(tokens.device.type):
         return dtype
     return dtype if all(x.dtype == dtype for part in known for x in part.parameters()) else None
@@ -258,8 +261,13 @@ def _settings(layer: nn.Module, heads: int, dropout: Dropout) -> fast_encoder.Se
         heads,
         attention.attention_dropout if attention.training else 0.0,
         dropout.of(layer.mlp.activation_dropout if layer.mlp.training else 0.0),
-        dropout.of(layer.dropout if layer.training else 0.0),
+        dropout.of(_dropout_p(layer)),
     )
+
+
+def _dropout_p(module: nn.Module) -> float:
+    """The rate that a module drops with now."""
+    return module.dropout if module.training else 0.0
 
 
 def _feed_forward_recipes(layer: nn.Module) -> FeedForwardWeights:

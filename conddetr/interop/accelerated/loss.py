@@ -6,9 +6,10 @@ from functools import lru_cache, partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.loss.loss_deformable_detr import DeformableDetrImageLoss
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss, DeformableDetrImageLoss
 
 from conddetr.config import ModelConfig
+from conddetr.kernels import paths
 from conddetr.loss.criterion import Criterion
 from conddetr.zoo import build_criterion
 
@@ -31,7 +32,8 @@ def detection_loss(
 
     Its habits are kept: the classification loss has weight 1 whatever the configuration says, with several processes
     the losses are divided by the mean count of objects over the number of processes, and predictions that are not
-    finite are matched all the same. On a GPU the host waits for nothing.
+    finite are matched all the same. On a GPU the host waits for nothing. With another α than that of matching it is
+    the original.
 
     Args:
         logits: [B, Q, K].
@@ -49,6 +51,11 @@ def detection_loss(
     Raises:
         ValueError: labels do not fit; names the image. Values on a GPU stop the device instead.
     """
+    if config.focal_alpha != MATCHING_ALPHA:
+        # It was changed since.
+        paths.note("loss", "transformers' own")
+        layers = (outputs_class, outputs_coord)
+        return DeformableDetrForObjectDetectionLoss(logits, labels, device, pred_boxes, config, *layers, **kwargs)
     targets = [{"labels": label["class_labels"].long(), "boxes": label["boxes"]} for label in labels]
     auxiliary = []
     if config.auxiliary_loss:

@@ -27,6 +27,10 @@ from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
 """The official matcher's α, whatever the criterion's is; ours has one for both."""
+_SETTINGS = ("p", "dropout", "eps", "activation", "normalize_before", "return_intermediate", "num_heads")
+"""Attributes of the transformer's modules, beside parameters, that decide what they compute."""
+_EPS = 1e-5
+"""Of our layer norms."""
 
 
 def is_model(model: nn.Module) -> bool:
@@ -84,16 +88,20 @@ def _mix_in(module: nn.Module, ours: type, **attributes: object) -> None:
 
 
 class Transformer(_Accelerated):
-    """Encoder and decoder by ours. Where `_is_as_known` says no, theirs runs."""
+    """Encoder and decoder by ours. Where `_is_as_known` says no, theirs runs, and where settings were changed."""
 
     _twin: tuple[OurTransformer]
     """In a tuple, so that it is no part of the module: it holds theirs' parameters."""
+    _settings: list[object]
+    """Those that ours was made with."""
 
     def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> list[Tensor]:
         """src and pos_embed [B, C, h, w], mask [B, h, w] bool, True = padding, query_embed [Q, C]
         -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
         """
-        if not self._is_as_known():
+        # Of ours all parts are in one mode.
+        is_one_mode = all(module.training == self.training for module in self.modules())
+        if not (is_one_mode and self._is_as_known() and _settings(self) == self._settings):
             paths.note("transformer", "the official code")
             return super().forward(src, mask, query_embed, pos_embed)
         paths.note("transformer", "ours")
@@ -127,12 +135,13 @@ class SetCriterion(_Accelerated):
 
     def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
         """Unweighted losses and errors by name. Outputs that ours does not know (masks, of an encoder) are for theirs,
-        and so is a matcher that was exchanged or has hooks.
+        and so are a matcher that was exchanged or has hooks, and settings that ours does not have.
 
         Raises:
             ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
         """
-        if not (set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()):
+        is_known = set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()
+        if not is_known or _criterion_misfit(self) is not None:
             paths.note("loss", "the official code")
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
@@ -166,7 +175,8 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
     """
     reason = _transformer_misfit(model.transformer)
     if reason is None:
-        _mix_in(model.transformer, Transformer, _twin=(_twin(model.transformer, backend),))
+        twin, settings = _twin(model.transformer, backend), _settings(model.transformer)
+        _mix_in(model.transformer, Transformer, _twin=(twin,), _settings=settings)
         report.replaced.append(Part("transformer", 1, f"backend {describe(choice, parameter_of(model))}"))
     else:
         report.left.append(Part("transformer", 1, reason))
@@ -197,19 +207,30 @@ def _gives_way(model: nn.Module, name: str, module: nn.Module) -> str | None:
 
 def accelerate_criterion(criterion: nn.Module, backend: str, report: AccelerationReport) -> None:
     """As `accelerate_model`, for what `is_criterion` holds."""
-    reason = None
-    if {"labels", "boxes", "cardinality"} != set(criterion.losses):
-        reason = f"its losses are {', '.join(criterion.losses)}; expected labels, boxes, cardinality"
-    elif not all(hasattr(criterion.matcher, f"cost_{name}") for name in ("class", "bbox", "giou")):
-        reason = f"{type(criterion.matcher).__name__} is no matcher by class, L1 and GIoU"
-    elif criterion.focal_alpha != MATCHING_ALPHA:
-        reason = f"focal_alpha {criterion.focal_alpha}: its matcher uses {MATCHING_ALPHA} all the same"
+    reason = _criterion_misfit(criterion)
     if reason is not None:
         report.left.append(Part("matcher and loss", 1, reason))
         return
     _loss_config(criterion, backend)  # refuses a backend that there is not
     _mix_in(criterion, SetCriterion, backend=backend)
     report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
+
+
+def _criterion_misfit(criterion: nn.Module) -> str | None:
+    """The reason why ours is not the same as this one; None where it is."""
+    if {"labels", "boxes", "cardinality"} != set(criterion.losses):
+        return f"its losses are {', '.join(criterion.losses)}; expected labels, boxes, cardinality"
+    if not all(hasattr(criterion.matcher, f"cost_{name}") for name in ("class", "bbox", "giou")):
+        return f"{type(criterion.matcher).__name__} is no matcher by class, L1 and GIoU"
+    if criterion.focal_alpha != MATCHING_ALPHA:
+        return f"focal_alpha {criterion.focal_alpha}: its matcher uses {MATCHING_ALPHA} all the same"
+    return None
+
+
+def _settings(transformer: nn.Module) -> list[object]:
+    """The values of all `_SETTINGS`, in the order of the modules."""
+    attributes = [vars(module) for module in transformer.modules()]
+    return [found[name] for found in attributes for name in _SETTINGS if name in found]
 
 
 def _twin(transformer: nn.Module, backend: str) -> OurTransformer:
@@ -249,6 +270,9 @@ def _transformer_misfit(transformer: nn.Module) -> str | None:
     rates |= {attention.dropout for attention in attentions}
     if len(rates) != 1:
         return f"expected one rate of dropout, got {sorted(rates)}"
+    eps = {module.eps for module in transformer.modules() if isinstance(module, nn.LayerNorm)}
+    if eps != {_EPS}:
+        return f"expected layer norms with eps {_EPS}, got {sorted(eps)}"
     found, ours = (
         {name: tuple(x.shape) for name, x in module.named_parameters()}
         for module in (transformer, _same_size(transformer, "eager"))
