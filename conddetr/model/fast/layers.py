@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from conddetr.kernels import add_norm, relu_dropout
 from conddetr.kernels.weights import Recipe
@@ -40,6 +40,36 @@ class FeedForwardWeights(NamedTuple):
 def feed_forward_weights(layer: FeedForward, norm: torch.nn.LayerNorm) -> FeedForwardWeights:
     """Of an encoder or decoder layer whose last norm is given."""
     return FeedForwardWeights(hidden_weights(layer.linear1), branch_weights(layer.linear2, norm))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., C] times a weight, and a bias [O], or [rows, O] of equal rows: whose gradient is then the output's."""
+    if bias.dim() == 1:
+        return F.linear(x, weight, bias)
+    # How many rows there will be is guessed where the backbone decides it.
+    return _Linear.apply(x, weight, bias) if len(bias) == x.shape[:-1].numel() else F.linear(x, weight, bias[0])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        # Not `F.linear`: what it returns is a view in some versions of PyTorch, which nobody may change in place.
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        torch.addmm(bias[0], x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            (rows @ weight).view(x.shape) if of_x else None,
+            rows.t() @ x.flatten(0, -2) if of_weight else None,
+            rows if of_bias else None,
+        )
 
 
 def hidden_weights(linear: torch.nn.Linear) -> tuple[Recipe, Recipe]:
@@ -144,7 +174,7 @@ class AddToFirst(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
         """x [..., C] and addend [..., c], c ≤ C, which may be the same for several images -> x."""
         ctx.shape = addend.shape
-        x[..., : addend.shape[-1]] += addend
+        x[..., : addend.shape[-1]].add_(addend)
         ctx.mark_dirty(x)
         return x
 
@@ -152,33 +182,3 @@ class AddToFirst(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and its first channels."""
         return grad, grad[..., : ctx.shape[-1]].sum_to_size(ctx.shape)
-
-
-def shared(pairs: Pairs, uses: int) -> list[Pairs]:
-    """Weights of layers that are used several times, once for each use: their gradients are added up together."""
-    flat = [tensor for pair in pairs for tensor in pair]
-    made = iter(_Shared.apply(uses, *flat))
-    return [[(next(made), next(made)) for _ in pairs] for _ in range(uses)]
-
-
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, uses: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.count = len(tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for _ in range(uses) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        total: dict[int, Tensor] = {}
-        for start in range(0, len(grads), ctx.count):
-            present = {i: grad for i, grad in enumerate(grads[start : start + ctx.count]) if grad is not None}
-            known = [i for i in present if i in total]
-            # One launch for all of a dtype.
-            for dtype in {total[i].dtype for i in known}:
-                same = [i for i in known if total[i].dtype == dtype]
-                total |= zip(
-                    same, torch._foreach_add([total[i] for i in same], [present[i] for i in same]), strict=True
-                )
-            total |= {i: grad for i, grad in present.items() if i not in known}
-        return None, *(total.get(i) for i in range(ctx.count))
