@@ -8,7 +8,7 @@ import conddetr
 from conddetr.kernels import registry
 from conddetr.model.fast import make_plan, parts
 from conddetr.model.fast.encoder import attention_mask
-from conddetr.model.fast.layers import linear
+from conddetr.model.fast.layers import hidden, linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
@@ -176,19 +176,22 @@ def test_a_layer_gives_way_alone():
 
 
 @pytest.mark.parametrize("rows", [6, 5], ids=["as guessed", "guessed wrong"])
-def test_a_bias_for_every_row_has_the_gradient_of_the_output(rows):
+@pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
+def test_a_bias_for_every_row_has_the_gradient_of_the_output(has_relu, rows):
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
     upstream = torch.randn(2, 3, 5, device=DEVICE)
-    out = linear(x, weight, copies := bias.expand(rows, -1))
+    copies = bias.expand(rows, -1)
+    out = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = exact.relu() if has_relu else exact
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad(out, (x, weight, bias, copies), upstream)
     expected = torch.autograd.grad(exact, (x, weight, bias), upstream.double())
     for one, other in zip(found, expected, strict=False):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     if rows == 6:
-        torch.testing.assert_close(found[3], upstream.flatten(0, 1), rtol=0, atol=0)
+        torch.testing.assert_close(found[3], (upstream * (exact > 0 if has_relu else 1)).flatten(0, 1), rtol=0, atol=0)
 
 
 def test_the_number_of_tokens_is_known_before_the_backbone_runs():

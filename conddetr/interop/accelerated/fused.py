@@ -295,7 +295,7 @@ def _decoder_recipes(decoder: nn.Module, object_query: Tensor, memory: Tensor) -
         ),
         parts.stack(*(attention.k_pos_proj for attention in cross), rows=tokens),
         # The same recipes for all: one weight, whose gradients are added up.
-        [[hidden_weights(scale[0]), parts.stack(scale[1], rows=queries)]] * len(layers),
+        [[hidden_weights(scale[0], queries), parts.stack(scale[1], rows=queries)]] * len(layers),
         parts.norm(decoder.layernorm),
     )
 

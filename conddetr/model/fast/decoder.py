@@ -57,7 +57,8 @@ class DecoderWeights(NamedTuple):
     """Of the whole decoder."""
 
     layers: list[LayerWeights]
-    object_query: Made
+    object_query: tuple[Made, Made]
+    """Once for self-attention, once for the first cross-attention."""
     self_position: tuple[Made, Made]
     """Queries and keys of all layers."""
     cross_position: tuple[Made, Made]
@@ -99,17 +100,17 @@ def recipes(
         return None
     layers = list(decoder.layers)
     scale = [] if decoder.query_scale is None else list(decoder.query_scale.layers)
-    queries = object_query.shape[0]
+    queries, query = object_query.shape[0], Weight((object_query,))
     rows = images * queries
     return DecoderWeights(
         [_recipes(layer, rows, queries) for layer in layers],
-        Weight((object_query,)),
+        (query, query),
         parts.stack(*(part for layer in layers for part in (layer.sa_qpos_proj, layer.sa_kpos_proj)), rows=queries),
         parts.stack(layers[0].ca_qpos_proj, rows=queries),
         parts.stack(*(part for layer in layers for part in (layer.ca_kcontent_proj, layer.ca_v_proj)), rows=tokens),
         parts.stack(*(layer.ca_kpos_proj for layer in layers)),
         # The same recipes for all: one weight, whose gradients are added up.
-        [[hidden_weights(scale[0]), parts.stack(scale[1], rows=rows)]] * len(layers) if scale else [],
+        [[hidden_weights(scale[0], rows), parts.stack(scale[1], rows=rows)]] * len(layers) if scale else [],
     )
 
 
@@ -147,7 +148,7 @@ def decode(
     keys = _keys(weights, memory, position, grid.size)
     batch, layers = memory.shape[0], len(weights.layers)
     # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
-    positions = linear(weights.object_query, *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
+    positions = linear(weights.object_query[0], *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
     factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -166,7 +167,7 @@ def decode(
         q_spatial = linear(spatial, *own.cross_sine).expand_as(q_content)
         if layer.is_first:
             # As in `ConditionalDecoderLayer.forward`: the positions stay out of the keys.
-            q_content = q_content + linear(weights.object_query, *weights.cross_position)
+            q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
             q_spatial = q_content + q_spatial
         attended = _cross_attend(layer.cross_attn, q_content, q_spatial, keys, index, grid, seeds)
         trunk, out = end_branch(attended, trunk, own.cross_attention, dropout)
@@ -189,8 +190,10 @@ def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple
     # Inside the valid rectangle the encoding of a cell is [PE(y); PE(x)], so its projection is a row's part plus a
     # column's. The first cell of a row or column is valid if any is.
     cells = position.unflatten(1, size)
-    half = position.shape[-1] // 2
-    ends = torch.cat([F.pad(cells[:, :, 0, :half], (0, half)), F.pad(cells[:, 0, :, half:], (half, 0))], dim=1)
+    height, half = size[0], position.shape[-1] // 2
+    ends = position.new_zeros(len(position), sum(size), position.shape[-1])
+    ends[:, :height, :half] = cells[:, :, 0, :half]
+    ends[:, height:, half:] = cells[:, 0, :, half:]
     weight, bias = weights.cell_position
     rows, columns = F.linear(ends, weight).split(size, dim=1)
     return Grid(projected[0::2], (rows + bias).chunk(layers, dim=-1), columns.chunk(layers, dim=-1), projected[1::2])

@@ -47,42 +47,59 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if bias.dim() == 1:
         return F.linear(x, weight, bias)
     # How many rows there will be is guessed where the backbone decides it.
-    return _Linear.apply(x, weight, bias) if len(bias) == x.shape[:-1].numel() else F.linear(x, weight, bias[0])
+    return _Linear.apply(x, weight, bias, False) if len(bias) == _rows(x) else F.linear(x, weight, bias[0])
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
 
 
 class _Linear(torch.autograd.Function):
+    """With a bias for every row, and ReLU behind it if wanted."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
         # Not `F.linear`: what it returns is a view in some versions of PyTorch, which nobody may change in place.
         out = x.new_empty(*x.shape[:-1], len(weight))
-        torch.addmm(bias[0], x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
+        product = torch._addmm_activation if relu else torch.addmm
+        product(bias[0], x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
+        ctx.save_for_backward(x, weight, out if relu else None)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, activated = ctx.saved_tensors
+        if activated is not None:
+            grad = torch.ops.aten.threshold_backward(grad, activated, 0)
         rows = grad.flatten(0, -2)
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
             (rows @ weight).view(x.shape) if of_x else None,
             rows.t() @ x.flatten(0, -2) if of_weight else None,
             rows if of_bias else None,
+            None,
         )
 
 
-def hidden_weights(linear: torch.nn.Linear) -> tuple[Recipe, Recipe]:
-    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along, which have no gradient
-    there.
+def hidden_weights(linear: torch.nn.Linear, rows: int | None = None) -> tuple[Recipe, Recipe]:
+    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along.
+
+    Args:
+        linear: the layer.
+        rows: how many it will give, if no dropout follows; cuBLAS does the same in training then.
     """
-    return parts.before_fusion(linear) if torch.is_grad_enabled() else parts.stack(linear)
+    if not torch.is_grad_enabled() or parts.copies(rows) is not None:
+        return parts.stack(linear, rows=rows)
+    return parts.before_fusion(linear)
 
 
 def hidden(x: Tensor, weights: tuple[Tensor, Tensor], dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """dropout(relu(linear(x))), x [B, N, C]."""
     weight, bias = weights
     if bias.dim() == 2:
+        if dropout_p == 0 and len(bias) == _rows(x) and bias.dtype == x.dtype:
+            return _Linear.apply(x, weight, bias, True)
         return relu_dropout(F.linear(x, weight), dropout_p, "auto", bias, seed)
     product = torch._addmm_activation(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
     return product if dropout_p == 0 else relu_dropout(product, dropout_p, "auto", seed=seed)
