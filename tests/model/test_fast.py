@@ -194,6 +194,20 @@ def test_a_bias_for_every_row_has_the_gradient_of_the_output(has_relu, rows):
         torch.testing.assert_close(found[3], (upstream * (exact > 0 if has_relu else 1)).flatten(0, 1), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
+def test_a_bias_for_every_row_leaves_second_derivatives_right(has_relu):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
+    copies = bias.expand(6, -1)
+    found = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    results = []
+    for out in (found, expected.relu() if has_relu else expected):
+        gradients = torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, weight, bias)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_the_number_of_tokens_is_known_before_the_backbone_runs():
     """And where another backbone gives more or fewer, gradients stay right."""
     images = images_of((64, 96), (64, 96))
