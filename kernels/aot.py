@@ -129,8 +129,7 @@ def residual_jobs() -> Iterator[Job]:
 def weight_jobs() -> Iterator[Job]:
     """What makes the weights of a step, and brings their gradients back."""
     yield Job("prepare_kernel", "", "bf16", (("BLOCK", weights.BLOCK),))
-    sizes = {"BLOCK": weights.BLOCK, "ROWS": weights.PARTIAL_ROWS}
-    yield Job("prepare_backward_kernel", "", "bf16", tuple(sizes.items()))
+    yield Job("prepare_backward_kernel", "", "bf16", tuple(weights.BACKWARD_SIZES.items()))
 
 
 def convolution_jobs() -> Iterator[Job]:

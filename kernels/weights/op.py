@@ -17,14 +17,16 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
     """Make what a step computes with of its parameters: cast, stacked, with frozen norms folded in.
 
     Args:
-        recipes: what is wanted: `Weight`, `Shift` or `Replicas`. Parameters share a device.
+        recipes: what is wanted: `Weight`, `Shift` or `Replicas`. Parameters share a device. For what is used several
+            times the recipe is there several times, one and the same: the kernels make it once, and their backward
+            adds the gradients up.
         dtype: of the step, e.g. bfloat16; that of the parameters is float32 then.
         backend: `auto`, `triton` (one launch each way, however many parameters; they share one dtype) or `eager`.
 
     Returns:
-        One tensor per recipe: of `Weight` [ΣO, ...] and of `Shift` [C] in `dtype`, of `Replicas` [`REPLICAS`, C] in the
-        vector's own. They are new ones, except where a parameter is as it is wanted. Gradients flow to the parameters
-        that require them, not to norms.
+        One tensor per recipe: of `Weight` [ΣO, ...] or [copies, ΣO] and of `Shift` [C] in `dtype`, of `Replicas`
+        [`REPLICAS`, C] in the vector's own. They are new ones, except where a parameter is as it is wanted. Gradients
+        flow to the parameters that require them, not to norms.
 
     Raises:
         RuntimeError: the requested backend cannot run here; says why.
@@ -47,12 +49,17 @@ def _made(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
     """By the kernels."""
     if not recipes:
         return []
+    # What is used several times is made once.
+    once = {id(recipe): recipe for recipe in recipes}
+    numbers = {key: number for number, key in enumerate(once)}
+    which = [numbers[id(recipe)] for recipe in recipes]
+    recipes = list(once.values())
     uses = [part for recipe in recipes for part in _parts(recipe)]
     parts = {id(part): part for part in uses}
     if len(parts) < len(uses) and torch.is_grad_enabled():
         recipes = _apart(recipes)
         parts = {id(part): part for recipe in recipes for part in _parts(recipe)}
-    return list(_Prepare.apply(recipes, dtype, *parts.values()))
+    return list(_Prepare.apply(recipes, which, dtype, *parts.values()))
 
 
 def _apart(recipes: list[Recipe]) -> list[Recipe]:
@@ -121,7 +128,7 @@ def _misfit(sources: list[Tensor]) -> str | None:
 
 def _as_it_is(recipe: Recipe) -> Tensor | None:
     """The parameter, if it is what was asked for but for the dtype."""
-    if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe.norm is not None or recipe.rows is not None:
+    if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe[1:] != (None, None, None):
         return None
     [part] = recipe.parts
     return None if part.dim() == 4 and not part.is_contiguous(memory_format=torch.channels_last) else part
@@ -131,15 +138,17 @@ class _Prepare(torch.autograd.Function):
     """One kernel each way."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, recipes: list[Recipe], dtype: torch.dtype, *parts: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: FunctionCtx, recipes: list[Recipe], which: list[int], dtype: torch.dtype, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`which`: for each result the number of its recipe."""
         from conddetr.kernels.weights import triton
 
         # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
-        ctx.recipes, ctx.parts, ctx.forms = recipes, parts, triton.forms(recipes, parts)
+        ctx.recipes, ctx.which, ctx.parts, ctx.forms = recipes, which, parts, triton.forms(recipes, parts)
         ctx.set_materialize_grads(False)
-        made = triton.forward(recipes, parts, ctx.forms, dtype)
-        frozen = [x for x, recipe in zip(made, recipes, strict=True) if not _is_trained(recipe)]
-        ctx.mark_non_differentiable(*frozen)
+        made = triton.forward(recipes, which, parts, ctx.forms, dtype)
+        ctx.mark_non_differentiable(*(x for x, n in zip(made, which, strict=True) if not _is_trained(recipes[n])))
         return tuple(made)
 
     @staticmethod
@@ -148,8 +157,12 @@ class _Prepare(torch.autograd.Function):
         from conddetr.kernels.weights import triton
 
         # Those of what is not trained are None.
-        found = triton.backward(ctx.recipes, ctx.parts, ctx.forms, grads)
-        return None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
+        of_recipes: list[list[Tensor]] = [[] for _ in ctx.recipes]
+        for number, grad in zip(ctx.which, grads, strict=True):
+            if grad is not None:
+                of_recipes[number].append(grad)
+        found = triton.backward(ctx.recipes, ctx.parts, ctx.forms, of_recipes)
+        return None, None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
 
 
 def _is_trained(recipe: Recipe) -> bool:

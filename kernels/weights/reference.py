@@ -37,6 +37,9 @@ class Weight(NamedTuple):
     """Of a convolution: the frozen norm behind it, whose scale the weight takes along."""
     rows: tuple[int, int] | None = None
     """Only these rows of one part, from the first up to the second; others may take the rest."""
+    copies: int | None = None
+    """Of vectors: so many of [ΣO] as [copies, ΣO], all equal: whoever adds row i to row i of a matrix hands on the
+    matrix's gradient as it is, and needs no kernel that adds its rows up."""
 
 
 class Shift(NamedTuple):
@@ -72,4 +75,6 @@ def _prepare(recipe: Recipe, dtype: torch.dtype) -> Tensor:
     if recipe.norm is not None:
         weight = weight * recipe.norm.scale()[:, None, None, None]
     weight = weight.to(dtype)
+    if recipe.copies is not None:
+        return weight.expand(recipe.copies, -1)
     return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight

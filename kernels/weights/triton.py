@@ -19,15 +19,18 @@ from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shi
 
 BLOCK = 2048
 """Elements per program."""
-PARTIAL_ROWS = 16
-"""Rows of partial sums that a program adds up at once; it has BLOCK / PARTIAL_ROWS columns."""
+SUM_ROWS, SUM_COLUMNS = 128, 32
+"""What a program adds up at once of the rows of a vector's gradient: many, for they come one block after the other."""
+BACKWARD_SIZES = {"BLOCK": BLOCK, "SUM_ROWS": SUM_ROWS, "SUM_COLUMNS": SUM_COLUMNS}
+"""Of the gradient's kernel."""
 ALIGNMENT = 8
 """Elements that outputs begin at multiples of."""
-MATRIX, SHIFT, PARTIALS = 0, 1, 2
-"""Kinds of parts."""
-ADDRESSES, FIELDS = 5, 6
+MATRIX, SHIFT, PARTIALS, ROWS = 0, 1, 2, 3
+"""Kinds of parts; the gradient of the last two has rows to be added up, in float32 or in the step's dtype."""
+ADDRESSES, FIELDS = 5, 9
 """Numbers per part in the two tables: source and the norm's four vectors; kind, offset, elements, channels, positions
-of a convolution's kernel, and the bits of the norm's epsilon."""
+of a convolution's kernel, the bits of the norm's epsilon, how many parts from this one on are added up, and of each the
+rows to be added up and the elements from one to the next."""
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def load_part(parts, blocks):
     part = tl.load(blocks + 2 * tl.program_id(0))
     # No parameter has 2³¹ elements; all of them together may.
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int32)
-    record = parts + 6 * part
+    record = parts + 9 * part
     kind, offset, size = tl.load(record), tl.load(record + 1), tl.load(record + 2).to(tl.int32)
     channels, positions = tl.load(record + 3).to(tl.int32), tl.load(record + 4).to(tl.int32)
     eps = tl.load(record + 5).to(tl.int32).to(tl.float32, bitcast=True)
@@ -92,27 +95,56 @@ def prepare_kernel(addresses, parts, blocks, source_type, out, BLOCK: tl.constex
 
 
 @triton.jit
+def column_sums(source, column, is_column, rows, stride, ROWS: tl.constexpr):
+    """[ROWS, columns] float32, whose sums over rows are those of all rows."""
+    total = tl.zeros((ROWS, column.shape[0]), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        place = row[:, None] * stride + column[None, :]
+        mask = (row < rows)[:, None] & is_column[None, :]
+        total += tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def prepare_backward_kernel(
-    addresses, parts, blocks, gradient_type, grad, replicas, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    addresses,
+    parts,
+    blocks,
+    gradient_type,
+    grad,
+    BLOCK: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
 ):
-    """grad[offset + …] = the gradient of the part, in its own order; of replicas the sum over them, in fixed order."""
+    """grad[offset + …] = the gradient of the part, in its own order: summed over uses, and over rows where there are
+    any, in fixed order.
+    """
     part, first, kind, offset, size, channels, positions, eps = load_part(parts, blocks)
-    if kind == 2:
-        column = first + tl.arange(0, BLOCK // ROWS)
+    record = parts + 9 * part
+    end = part + tl.load(record + 6)
+    if kind >= 2:
+        rows, stride = tl.load(record + 7).to(tl.int32), tl.load(record + 8)
+        column = first + tl.arange(0, SUM_COLUMNS)
         is_column = column < size
-        partials = tl.load(addresses + 5 * part).to(tl.pointer_type(tl.float32))
-        total = tl.zeros((ROWS, BLOCK // ROWS), tl.float32)
-        for start in range(0, replicas, ROWS):
-            row = start + tl.arange(0, ROWS)
-            mask = (row < replicas)[:, None] & is_column[None, :]
-            total += tl.load(partials + row[:, None] * size + column[None, :], mask=mask, other=0.0)
+        total = tl.zeros((SUM_ROWS, SUM_COLUMNS), tl.float32)
+        for use in range(part, end):
+            source = tl.load(addresses + 5 * use)
+            if kind == 2:
+                partials = source.to(tl.pointer_type(tl.float32))
+                total += column_sums(partials, column, is_column, rows, stride, SUM_ROWS)
+            else:
+                values = source.to(tl.pointer_type(gradient_type.dtype.element_ty))
+                total += column_sums(values, column, is_column, rows, stride, SUM_ROWS)
         tl.store(grad + offset + column, tl.sum(total, axis=0).to(grad.dtype.element_ty), mask=is_column)
     else:
         element = first + tl.arange(0, BLOCK)
         inside = element < size
         row, place = turned(element, positions, channels)
-        source = tl.load(addresses + 5 * part).to(tl.pointer_type(gradient_type.dtype.element_ty))
-        value = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.zeros((BLOCK,), tl.float32)
+        for use in range(part, end):
+            source = tl.load(addresses + 5 * use).to(tl.pointer_type(gradient_type.dtype.element_ty))
+            value += tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
         value *= scale_at(addresses, part, row, inside, eps)
         tl.store(grad + offset + element, value.to(grad.dtype.element_ty), mask=inside)
 
@@ -149,8 +181,8 @@ class Forms(NamedTuple):
     """Recipes without their tensors."""
 
     recipes: tuple[tuple, ...]
-    """Kind, and of a matrix the numbers of its sources, its rows, and its norm's epsilon; of a shift its length, and
-    epsilon; of replicas the number of the vector."""
+    """Kind, and of a matrix the numbers of its sources, its rows, its norm's epsilon, and its copies; of a shift its
+    length, and epsilon; of replicas the number of the vector."""
     sources: tuple[tuple[torch.Size, tuple[int, ...]], ...]
     """Shape and strides of each parameter."""
 
@@ -167,7 +199,8 @@ def forms(recipes: list[Recipe], parameters: tuple[Tensor, ...]) -> Forms:
             wanted.append((SHIFT, recipe.norm.bias.shape[0], recipe.norm.eps))
         else:
             sources = tuple([numbers[id(part)] for part in recipe.parts])
-            wanted.append((MATRIX, sources, recipe.rows, None if recipe.norm is None else recipe.norm.eps))
+            eps = None if recipe.norm is None else recipe.norm.eps
+            wanted.append((MATRIX if recipe.copies is None else ROWS, sources, recipe.rows, eps, recipe.copies))
     return Forms(tuple(wanted), tuple([(x.shape, x.stride()) for x in parameters]))
 
 
@@ -183,11 +216,15 @@ class _Piece(NamedTuple):
     positions: int = 1
     """Of a convolution's kernel; 1 where the order of memory stays as it is."""
     eps: float | None = None
+    rows: int = 0
+    """Of its gradient; 0: the gradient is no sum over rows."""
+    stride: int = 0
+    """Elements from one row to the next."""
 
-    def fields(self, kind: int, offset: int) -> tuple[int, ...]:
+    def fields(self, kind: int, offset: int, uses: int = 1) -> tuple[int, ...]:
         """Its row in the table of parts; `offset`: of its result."""
         eps = 0 if self.eps is None else struct.unpack("i", struct.pack("f", self.eps))[0]
-        return kind, offset, self.size, self.channels, self.positions, eps
+        return kind, offset, self.size, self.channels, self.positions, eps, uses, self.rows, self.stride
 
 
 def _pieces(recipe: tuple, sources: tuple) -> list[_Piece]:
@@ -196,13 +233,18 @@ def _pieces(recipe: tuple, sources: tuple) -> list[_Piece]:
     if kind == SHIFT:
         return [_Piece(None, 0, which, eps=options[0])]
     if kind == PARTIALS:
-        return [_Piece(which, 0, sources[which][0].numel())]
-    rows, eps = options
+        length = sources[which][0].numel()
+        return [_Piece(which, 0, length, rows=registry.REPLICAS, stride=length)]
+    rows, eps, copies = options
     pieces = []
     for number in which:
         shape, strides = sources[number]
         row = shape[1:].numel()
         first, end = rows or (0, shape[0])
+        if copies is not None:
+            stride = end - first if rows else sum(sources[other][0][0] for other in which)
+            pieces.append(_Piece(number, first, end - first, rows=copies, stride=stride))
+            continue
         is_turned = len(shape) == 4 and not _lies_in_channels_last(shape, strides)
         positions = shape[2] * shape[3] if is_turned else 1
         pieces.append(_Piece(number, first * row, (end - first) * row, row // positions, positions, eps))
@@ -220,7 +262,10 @@ def _place(recipe: tuple, sources: tuple, offset: int) -> tuple | None:
         return None
     if kind == SHIFT:
         return (which,), (1,), offset
-    first, end = options[0] or (0, sum(sources[number][0][0] for number in which))
+    rows, _, copies = options
+    first, end = rows or (0, sum(sources[number][0][0] for number in which))
+    if kind == ROWS:
+        return (copies, end - first), (0, 1), offset
     shape = (end - first, *sources[which[0]][0][1:])
     order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return shape, torch.empty(shape, device="meta", memory_format=order).stride(), offset
@@ -245,20 +290,22 @@ def _layout(of: Forms) -> Layout:
 
 
 @functools.lru_cache(maxsize=16)
-def _backward_layout(of: Forms, has_grad: tuple[bool, ...]) -> Layout:
-    """Backward: results are the gradients of parameters, sources those of the recipes' results."""
+def _backward_layout(of: Forms, uses: tuple[int, ...]) -> Layout:
+    """Backward: results are the gradients of parameters, sources those of the recipes' results, `uses` of each."""
     fields, starts, places = [], [], [None] * len(of.sources)
     size = written = wanted = 0
-    for recipe, is_there in zip(of.recipes, has_grad, strict=True):
+    for recipe, count in zip(of.recipes, uses, strict=True):
         start = 0
-        for piece in _pieces(recipe, of.sources) if is_there else ():
+        for piece in _pieces(recipe, of.sources) if count else ():
             shape, strides = of.sources[piece.source]
             if places[piece.source] is None:
                 places[piece.source] = (tuple(shape), strides, size)
                 size += _aligned(shape.numel())
                 wanted += shape.numel()
-            fields.append(piece.fields(recipe[0], places[piece.source][2] + piece.start))
-            starts.append(start)
+            # Only the first has blocks, and adds the others.
+            offset = places[piece.source][2] + piece.start
+            fields += [piece.fields(recipe[0], offset, count - use) for use in range(count)]
+            starts += [start] * count
             start += piece.size
             written += piece.size
     return Layout(size, written == wanted, places, starts, _tables(fields))
@@ -271,9 +318,13 @@ def _aligned(size: int) -> int:
 def _tables(fields: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """The tables of parts and of blocks, on the host."""
     blocks = []
-    for part, (kind, _, size, *_) in enumerate(fields):
-        step = BLOCK // PARTIAL_ROWS if kind == PARTIALS else BLOCK
-        blocks += [(part, first) for first in range(0, size, step)]
+    part = 0
+    # What takes longest begins first.
+    while part < len(fields):
+        _, _, size, *_, uses, rows, _ = fields[part]
+        blocks += [(part, first) for first in range(0, size, SUM_COLUMNS if rows else BLOCK)]
+        part += uses
+    blocks.sort(key=lambda block: -fields[block[0]][7])
     return tuple(torch.tensor(rows, dtype=torch.int64) for rows in (fields, blocks))
 
 
@@ -283,8 +334,12 @@ def _addresses_of(norm: FrozenNorm | None) -> tuple[int, int, int, int]:
     return norm.weight.data_ptr(), norm.bias.data_ptr(), norm.mean.data_ptr(), norm.variance.data_ptr()
 
 
-def forward(recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, dtype: torch.dtype) -> list[Tensor]:
-    """What `op.prepare_weights` returns, as views of one new tensor; see there and at `forms`."""
+def forward(
+    recipes: list[Recipe], which: list[int], parameters: tuple[Tensor, ...], of: Forms, dtype: torch.dtype
+) -> list[Tensor]:
+    """What `op.prepare_weights` returns, as views of one new tensor: `recipes` are there once, `which` are the numbers
+    of those that are wanted; see there and at `forms`.
+    """
     layout = _layout(of)
     first = parameters[0] if parameters else recipes[0].norm.bias
     width = first.element_size()
@@ -307,31 +362,35 @@ def forward(recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, dt
     if read:
         table = addresses.table(tuple(lie), first.device)
         torch.ops.conddetr.prepare_weights(out, read, table, *layout.on(first.device))
-    return [
-        recipe.vector.detach().expand(registry.REPLICAS, -1) if place is None else torch.as_strided(out, *place)
-        for recipe, place in zip(recipes, layout.places, strict=True)
-    ]
+    return [_result(recipes[number], out, layout.places[number]) for number in which]
+
+
+def _result(recipe: Recipe, out: Tensor, place: tuple | None) -> Tensor:
+    return recipe.vector.detach().expand(registry.REPLICAS, -1) if place is None else torch.as_strided(out, *place)
 
 
 def backward(
-    recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, grads: list[Tensor | None]
+    recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, grads: list[list[Tensor]]
 ) -> list[Tensor | None]:
-    """Gradients of the parameters, as views of one new tensor; None of those whose recipes have none."""
-    layout = _backward_layout(of, tuple([grad is not None for grad in grads]))
+    """Gradients of the parameters, as views of one new tensor; None of those whose recipes have none.
+
+    `grads`: of each recipe those that there are.
+    """
+    layout = _backward_layout(of, tuple([len(uses) for uses in grads]))
     starts = iter(layout.starts)
     # They must outlive the launch.
     kept: list[Tensor] = []
     lie: list[int] = []
-    for recipe, grad in zip(recipes, grads, strict=True):
-        if grad is None:
+    for recipe, uses in zip(recipes, grads, strict=True):
+        if not uses:
             continue
         is_replicas = type(recipe) is Replicas
-        grad = _dense(grad, is_replicas)
-        kept.append(grad)
-        address, width = grad.data_ptr(), grad.element_size()
+        dense = [_dense(grad, is_replicas) for grad in uses]
+        kept += dense
         vectors = _addresses_of(None if is_replicas else recipe.norm)
         for _ in (None,) if is_replicas else recipe.parts:
-            lie += (address + width * next(starts), *vectors)
+            for grad in dense:
+                lie += (grad.data_ptr() + grad.element_size() * next(starts), *vectors)
     if not kept:
         return layout.places
     first = parameters[0]
@@ -350,8 +409,7 @@ def _launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor
 def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
     """Fill `out` by the tables; `grads` is all that they point to: of replicas float32, else of the step's dtype."""
     kind = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
-    sizes = {"BLOCK": BLOCK, "ROWS": PARTIAL_ROWS}
-    prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, registry.REPLICAS, **sizes)
+    prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, **BACKWARD_SIZES)
 
 
 # What the tables point to is an argument all the same, so that counters of memory see what is read.

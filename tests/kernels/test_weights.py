@@ -127,6 +127,44 @@ def test_rows_of_replicas_are_one_memory(device):
     assert replicas.data_ptr() == vector.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_copies_are_added_up(dtype, device):
+    """Of stacked vectors, and of parts of one: more rows and more columns than a program takes at once."""
+    one, other, cut = (parameter(size, device=device) for size in (9, 40, 12))
+    parts = (Weight((cut,), rows=rows, copies=copies) for rows, copies in (((0, 8), 3), ((8, 12), 5)))
+    recipes = [Weight((one, other), copies=200), *parts]
+    made = prepare_weights(recipes, dtype, "triton")
+    for copies, vector in zip(made, (torch.cat([one, other]), cut[:8], cut[8:]), strict=True):
+        # Triton's interpreter rounds to bfloat16 in its own way.
+        expected = vector.to(dtype).expand(len(copies), -1)
+        torch.testing.assert_close(copies, expected, rtol=torch.finfo(dtype).eps, atol=0)
+        assert copies.stride() == (0, 1)
+    upstream = [torch.randn(x.shape, device=device).to(dtype) for x in made]
+    gradients = torch.autograd.grad(made, (one, other, cut), upstream)
+    sums = [x.double().sum(0) for x in upstream]
+    for gradient, exact in zip(gradients, (sums[0][:9], sums[0][9:], torch.cat(sums[1:])), strict=True):
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_used_several_times_is_made_once_and_its_gradients_are_added(dtype, device):
+    matrix, conv, bias, vector = (parameter(*shape, device=device) for shape in ((70, 40), (3, 4, 3, 3), (6,), (5,)))
+    stack = Weight((matrix, parameter(2, 40, device=device)))
+    twice = [stack, Weight((conv,)), Weight((bias,), copies=150), Replicas(vector)]
+    recipes = [*twice, Replicas(vector), *twice, stack]
+    made = prepare_weights(recipes, dtype, "triton")
+    assert len({x.data_ptr() for x in (made[0], made[5], made[9])}) == 1
+    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in made]
+    # The last use gets no gradient, as of a layer that does without.
+    gradients = torch.autograd.grad(made[:4] + made[5:9], (matrix, conv, bias), upstream[:4] + upstream[5:9])
+    first, second = (
+        torch.stack([a.double(), b.double()]).sum(0) for a, b in zip(upstream[:2], upstream[5:7], strict=True)
+    )
+    rows = torch.cat([upstream[2], upstream[7]]).double().sum(0)
+    for gradient, exact in zip(gradients, (first[:70], second, rows), strict=True):
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_what_the_kernels_cannot_take_is_said(device):
     gaps = parameter(8, 8, device=device)[:, ::2]
     mixed = [Weight((parameter(4, 4, device=device),)), Weight((parameter(4, 4, device=device, dtype=torch.float16),))]

@@ -8,6 +8,7 @@ import conddetr
 from conddetr.kernels import registry
 from conddetr.model.fast import make_plan, parts
 from conddetr.model.fast.encoder import attention_mask
+from conddetr.model.fast.layers import hidden, linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
@@ -172,6 +173,57 @@ def test_a_layer_gives_way_alone():
         model(images_of((64, 64)))
     assert paths["encoder layer"] == {"fused operations": 1, "modules": 1}
     assert paths["decoder layer"] == {"fused operations": 3}
+
+
+@pytest.mark.parametrize("rows", [6, 5], ids=["as guessed", "guessed wrong"])
+@pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
+def test_a_bias_for_every_row_has_the_gradient_of_the_output(has_relu, rows):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
+    upstream = torch.randn(2, 3, 5, device=DEVICE)
+    copies = bias.expand(rows, -1)
+    out = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    exact = exact.relu() if has_relu else exact
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(out, (x, weight, bias, copies), upstream)
+    expected = torch.autograd.grad(exact, (x, weight, bias), upstream.double())
+    for one, other in zip(found, expected, strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    if rows == 6:
+        torch.testing.assert_close(found[3], (upstream * (exact > 0 if has_relu else 1)).flatten(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
+def test_a_bias_for_every_row_leaves_second_derivatives_right(has_relu):
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
+    copies = bias.expand(6, -1)
+    found = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    results = []
+    for out in (found, expected.relu() if has_relu else expected):
+        gradients = torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, weight, bias)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_tokens_is_known_before_the_backbone_runs():
+    """And where another backbone gives more or fewer, gradients stay right."""
+    images = images_of((64, 96), (64, 96))
+    model = model_on("fast")
+    plan = make_plan(model, torch.stack(images), model.query_embed.weight)
+    assert len(plan.input_proj[1]) == 2 * 4 * 6
+    assert all(len(bias) == 2 * 4 * 6 for layer in plan.encoder for bias in (layer.query_key[1], layer.value[1]))
+    with torch.no_grad():
+        plan = make_plan(model, torch.stack(images), model.query_embed.weight)
+    assert plan.input_proj[1].dim() == 1
+    results = []
+    for path in ("fast", "modules"):
+        model = model_on(path)
+        model.backbone[0].stride = 32
+        results.append(run(model, images))
+    assert_close(*results, 2e-5)
 
 
 class Doubled(nn.Linear):

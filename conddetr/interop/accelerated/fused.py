@@ -20,12 +20,14 @@ from conddetr.model.fast.layers import (
     Dropout,
     FeedForwardWeights,
     Made,
+    Pairs,
     branch_weights,
     end_branch,
     feed_forward,
     for_a_module,
     hidden,
     hidden_weights,
+    linear,
     seeds,
 )
 from conddetr.model.fast.plan import SEEDS_PER_LAYER, can_run, make_weights, step_dtype
@@ -66,8 +68,8 @@ class DecoderWeights(NamedTuple):
     """Content keys and values of all layers."""
     spatial: tuple[Made, Made]
     """Spatial keys of all layers."""
-    scale: list[tuple[Made, Made]]
-    """The two linear layers that predict λ."""
+    scale: list[Pairs]
+    """For each layer the two linear layers that predict λ."""
     norm: tuple[Made, Made]
 
 
@@ -91,7 +93,7 @@ def encode(encoder: nn.Module, tokens: Tensor, mask: Tensor, position: Tensor | 
     if dtype is None or (encoder.training and tokens.dtype == torch.float16):
         return None
     paths.note("encoder", "fused operations")
-    [weights] = make_weights(([_encoder_recipes(layer) for layer in layers],), dtype)
+    [weights] = make_weights(([_encoder_recipes(layer, tokens.shape[:-1].numel()) for layer in layers],), dtype)
     drawn = seeds(tokens.device, SEEDS_PER_LAYER * len(layers))
     tokens = F.dropout(tokens, encoder.dropout, encoder.training)
     position = position.to(dtype)
@@ -124,14 +126,14 @@ def decode(
     if dtype is None or len(decoder.query_scale.layers) != 2:
         return None
     paths.note("decoder", "fused operations")
-    [weights] = make_weights((_decoder_recipes(decoder),), dtype)
+    [weights] = make_weights((_decoder_recipes(decoder, object_query, memory),), dtype)
     drawn = seeds(tokens.device, SEEDS_PER_LAYER * len(decoder.layers))
     reference = decoder.ref_point_head(object_query).sigmoid()
     p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend).to(dtype)
     keys = _keys(weights, memory.to(dtype), position.to(dtype), ~mask.to(torch.bool))
     query = object_query.to(dtype)
-    positions = F.linear(query, *weights.self_position).chunk(len(weights.layers), dim=-1)
-    first = F.linear(query, *weights.cross_position)
+    positions = linear(query, *weights.self_position).chunk(len(weights.layers), dim=-1)
+    first = linear(query, *weights.cross_position)
     norm = _Norm(weights.norm, decoder.layernorm.eps, torch.zeros_like(query))
     out = tokens.to(dtype)
     stream = _Tokens(tokens.to(torch.promote_types(dtype, torch.float32)), (out, out), None)
@@ -141,9 +143,10 @@ def decode(
         trunk, out = fast_decoder.self_attend(own, settings, positions[index], stream.trunk, stream.outs[0])
         spatial = p_s
         if index > 0:
-            spatial = F.linear(hidden(stream.outs[1], weights.scale[0]), *weights.scale[1]) * p_s
-        q_content = F.linear(out, *own.cross_content)
-        q_spatial = F.linear(spatial, *own.cross_sine)
+            begin, end = weights.scale[index]
+            spatial = linear(hidden(stream.outs[1], begin), *end) * p_s
+        q_content = linear(out, *own.cross_content)
+        q_spatial = linear(spatial, *own.cross_sine)
         if index == 0:
             # As in `structure.CrossAttention`: the positions stay out of the keys.
             q_content = q_content + first
@@ -211,8 +214,8 @@ class _Keys(NamedTuple):
 
 def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, padding: Tensor) -> _Keys:
     layers = len(weights.layers)
-    projected = F.linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
-    spatial = F.linear(position, *weights.spatial).chunk(layers, dim=-1)
+    projected = linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
+    spatial = linear(position, *weights.spatial).chunk(layers, dim=-1)
     return _Keys(projected[0::2], projected[1::2], spatial, padding)
 
 
@@ -274,38 +277,44 @@ def _feed_forward_recipes(layer: nn.Module) -> FeedForwardWeights:
     return FeedForwardWeights(hidden_weights(layer.mlp.fc1), branch_weights(layer.mlp.fc2, layer.final_layer_norm))
 
 
-def _encoder_recipes(layer: nn.Module) -> fast_encoder.LayerWeights:
+def _encoder_recipes(layer: nn.Module, tokens: int) -> fast_encoder.LayerWeights:
     attention = layer.self_attn
     return fast_encoder.LayerWeights(
-        parts.stack(attention.q_proj, attention.k_proj),
-        parts.stack(attention.v_proj),
+        parts.stack(attention.q_proj, attention.k_proj, rows=tokens),
+        parts.stack(attention.v_proj, rows=tokens),
         branch_weights(attention.o_proj, layer.self_attn_layer_norm),
         _feed_forward_recipes(layer),
     )
 
 
-def _decoder_recipes(decoder: nn.Module) -> DecoderWeights:
+def _decoder_recipes(decoder: nn.Module, object_query: Tensor, memory: Tensor) -> DecoderWeights:
     layers = list(decoder.layers)
     own, cross = ([getattr(layer, name) for layer in layers] for name in ("self_attn", "encoder_attn"))
     scale = decoder.query_scale.layers
+    queries, tokens = (x.shape[:-1].numel() for x in (object_query, memory))
     return DecoderWeights(
-        [_decoder_layer_recipes(layer) for layer in layers],
-        parts.stack(*(linear for attention in own for linear in (attention.q_pos_proj, attention.k_pos_proj))),
-        parts.stack(cross[0].q_pos_proj),
-        parts.stack(*(linear for attention in cross for linear in (attention.k_content_proj, attention.v_proj))),
-        parts.stack(*(attention.k_pos_proj for attention in cross)),
-        [hidden_weights(scale[0]), parts.stack(scale[1])],
+        [_decoder_layer_recipes(layer, queries) for layer in layers],
+        parts.stack(
+            *(part for attention in own for part in (attention.q_pos_proj, attention.k_pos_proj)), rows=queries
+        ),
+        parts.stack(cross[0].q_pos_proj, rows=queries),
+        parts.stack(
+            *(part for attention in cross for part in (attention.k_content_proj, attention.v_proj)), rows=tokens
+        ),
+        parts.stack(*(attention.k_pos_proj for attention in cross), rows=tokens),
+        # The same recipes for all: one weight, whose gradients are added up.
+        [[hidden_weights(scale[0], queries), parts.stack(scale[1], rows=queries)]] * len(layers),
         parts.norm(decoder.layernorm),
     )
 
 
-def _decoder_layer_recipes(layer: nn.Module) -> fast_decoder.LayerWeights:
+def _decoder_layer_recipes(layer: nn.Module, queries: int) -> fast_decoder.LayerWeights:
     own, cross = layer.self_attn, layer.encoder_attn
     return fast_decoder.LayerWeights(
-        parts.stack(own.q_content_proj, own.k_content_proj, own.v_proj),
+        parts.stack(own.q_content_proj, own.k_content_proj, own.v_proj, rows=queries),
         branch_weights(own.o_proj, layer.self_attn_layer_norm),
-        parts.stack(cross.q_content_proj),
-        parts.stack(cross.q_pos_sine_proj),
+        parts.stack(cross.q_content_proj, rows=queries),
+        parts.stack(cross.q_pos_sine_proj, rows=queries),
         branch_weights(cross.o_proj, layer.encoder_attn_layer_norm),
         _feed_forward_recipes(layer),
     )

@@ -26,7 +26,7 @@ from conddetr.model.fast.layers import (
     for_a_module,
     hidden,
     hidden_weights,
-    shared,
+    linear,
 )
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
@@ -57,7 +57,8 @@ class DecoderWeights(NamedTuple):
     """Of the whole decoder."""
 
     layers: list[LayerWeights]
-    object_query: Made
+    object_query: tuple[Made, Made]
+    """Once for self-attention, once for the first cross-attention."""
     self_position: tuple[Made, Made]
     """Queries and keys of all layers."""
     cross_position: tuple[Made, Made]
@@ -66,8 +67,8 @@ class DecoderWeights(NamedTuple):
     """Content keys and values of all layers."""
     cell_position: tuple[Made, Made]
     """Spatial keys of all layers."""
-    scale: Pairs
-    """The two linear layers that predict λ; none where the form of the spatial query has no λ."""
+    scale: list[Pairs]
+    """For each layer the two linear layers that predict λ; none where the form of the spatial query has no λ."""
 
 
 class Grid(NamedTuple):
@@ -83,30 +84,42 @@ class Grid(NamedTuple):
     """[B, N, C] each."""
 
 
-def recipes(decoder: ConditionalDecoder, object_query: Tensor) -> DecoderWeights | None:
-    """Of all parts but the reference points'; None where one of them has to be called as a module."""
+def recipes(
+    decoder: ConditionalDecoder, object_query: Tensor, images: int, tokens: int | None
+) -> DecoderWeights | None:
+    """Of all parts but the reference points'; None where one of them has to be called as a module.
+
+    Args:
+        decoder: the module.
+        object_query: [Q, C], the parameter.
+        images: in the batch.
+        tokens: of the memory, of all images; None: nobody knows yet.
+    """
     known = [*decoder.layers, *([] if decoder.query_scale is None else [decoder.query_scale])]
     if any(parts.misfit(part, _KINDS) is not None for part in known):
         return None
     layers = list(decoder.layers)
     scale = [] if decoder.query_scale is None else list(decoder.query_scale.layers)
+    queries, query = object_query.shape[0], Weight((object_query,))
+    rows = images * queries
     return DecoderWeights(
-        [_recipes(layer) for layer in layers],
-        Weight((object_query,)),
-        parts.stack(*(linear for layer in layers for linear in (layer.sa_qpos_proj, layer.sa_kpos_proj))),
-        parts.stack(layers[0].ca_qpos_proj),
-        parts.stack(*(linear for layer in layers for linear in (layer.ca_kcontent_proj, layer.ca_v_proj))),
+        [_recipes(layer, rows, queries) for layer in layers],
+        (query, query),
+        parts.stack(*(part for layer in layers for part in (layer.sa_qpos_proj, layer.sa_kpos_proj)), rows=queries),
+        parts.stack(layers[0].ca_qpos_proj, rows=queries),
+        parts.stack(*(part for layer in layers for part in (layer.ca_kcontent_proj, layer.ca_v_proj)), rows=tokens),
         parts.stack(*(layer.ca_kpos_proj for layer in layers)),
-        [hidden_weights(scale[0]), parts.stack(scale[1])] if scale else [],
+        # The same recipes for all: one weight, whose gradients are added up.
+        [[hidden_weights(scale[0], rows), parts.stack(scale[1], rows=rows)]] * len(layers) if scale else [],
     )
 
 
-def _recipes(layer: ConditionalDecoderLayer) -> LayerWeights:
+def _recipes(layer: ConditionalDecoderLayer, rows: int, queries: int) -> LayerWeights:
     return LayerWeights(
-        parts.stack(layer.sa_qcontent_proj, layer.sa_kcontent_proj, layer.sa_v_proj),
+        parts.stack(layer.sa_qcontent_proj, layer.sa_kcontent_proj, layer.sa_v_proj, rows=rows),
         branch_weights(layer.self_attn.out_proj, layer.norm1),
-        parts.stack(layer.ca_qcontent_proj),
-        parts.stack(layer.ca_qpos_sine_proj),
+        parts.stack(layer.ca_qcontent_proj, rows=rows),
+        parts.stack(layer.ca_qpos_sine_proj, rows=queries if _is_for_all_images(layer) else rows),
         branch_weights(layer.cross_attn.out_proj, layer.norm2),
         feed_forward_weights(layer, layer.norm3),
     )
@@ -135,9 +148,8 @@ def decode(
     keys = _keys(weights, memory, position, grid.size)
     batch, layers = memory.shape[0], len(weights.layers)
     # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
-    positions = F.linear(weights.object_query, *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
+    positions = linear(weights.object_query[0], *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
     factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
-    scales = weights.scale and shared(weights.scale, layers)
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
     outs = (out, out)
@@ -150,12 +162,12 @@ def decode(
         settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
         # λ is predicted from these tokens in one form of the spatial query.
         trunk, out = self_attend(own, settings, positions[index], trunk, outs[0])
-        spatial = _spatial_query(layer, scales and scales[index], p_s, factors[index], outs[1], out)
-        q_content = F.linear(out, *own.cross_content)
-        q_spatial = F.linear(spatial, *own.cross_sine).expand_as(q_content)
+        spatial = _spatial_query(layer, weights.scale and weights.scale[index], p_s, factors[index], outs[1], out)
+        q_content = linear(out, *own.cross_content)
+        q_spatial = linear(spatial, *own.cross_sine).expand_as(q_content)
         if layer.is_first:
             # As in `ConditionalDecoderLayer.forward`: the positions stay out of the keys.
-            q_content = q_content + F.linear(weights.object_query, *weights.cross_position)
+            q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
             q_spatial = q_content + q_spatial
         attended = _cross_attend(layer.cross_attn, q_content, q_spatial, keys, index, grid, seeds)
         trunk, out = end_branch(attended, trunk, own.cross_attention, dropout)
@@ -174,12 +186,14 @@ def _normalized(norm: nn.Module, outputs: list[Tensor]) -> Tensor:
 def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple[int, int]) -> Grid:
     """Keys and values of all layers: a product over the memory, and one over rows and columns."""
     layers = len(weights.layers)
-    projected = F.linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
+    projected = linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
     # Inside the valid rectangle the encoding of a cell is [PE(y); PE(x)], so its projection is a row's part plus a
     # column's. The first cell of a row or column is valid if any is.
     cells = position.unflatten(1, size)
-    half = position.shape[-1] // 2
-    ends = torch.cat([F.pad(cells[:, :, 0, :half], (0, half)), F.pad(cells[:, 0, :, half:], (half, 0))], dim=1)
+    height, half = size[0], position.shape[-1] // 2
+    ends = position.new_zeros(len(position), sum(size), position.shape[-1])
+    ends[:, :height, :half] = cells[:, :, 0, :half]
+    ends[:, height:, half:] = cells[:, 0, :, half:]
     weight, bias = weights.cell_position
     rows, columns = F.linear(ends, weight).split(size, dim=1)
     return Grid(projected[0::2], (rows + bias).chunk(layers, dim=-1), columns.chunk(layers, dim=-1), projected[1::2])
@@ -194,7 +208,7 @@ def self_attend(
         position: [B or none, Q, 2C] of queries and keys, projected.
         trunk, out: [B, Q, C] tokens, as in the encoder.
     """
-    projected = AddToFirst.apply(F.linear(out, *weights.self_content), position)
+    projected = AddToFirst.apply(linear(out, *weights.self_content), position)
     attended = self_attention(*projected.chunk(3, dim=-1), settings, None)
     return end_branch(attended, trunk, weights.self_attention, settings.dropout)
 
@@ -213,13 +227,18 @@ def _spatial_query(
     """
     if layer.csq == "C":
         return embedding
-    if layer.csq == "P" or (layer.is_first and layer.csq != "T"):
+    if _is_for_all_images(layer):
         return p_s
     if layer.is_first:
         return torch.ones_like(embedding)
     first, last = scale
-    transform = F.linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
+    transform = linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
     return transform if layer.csq == "T" else transform * factor
+
+
+def _is_for_all_images(layer: ConditionalDecoderLayer) -> bool:
+    """Whether the spatial query depends on the reference points alone."""
+    return layer.csq == "P" or (layer.is_first and layer.csq not in ("C", "T"))
 
 
 def _cross_attend(

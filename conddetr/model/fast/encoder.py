@@ -20,6 +20,7 @@ from conddetr.model.fast.layers import (
     feed_forward,
     feed_forward_weights,
     for_a_module,
+    linear,
 )
 from conddetr.model.transformer import Encoder, EncoderLayer, EncoderSelfAttention
 
@@ -57,16 +58,19 @@ class Tokens(NamedTuple):
     """[B, N, C] in the step's dtype, with the positions added."""
 
 
-def recipes(encoder: Encoder) -> list[LayerWeights | None]:
-    """Of each layer; None for one that has to be called as a module."""
-    return [_recipes(layer) if parts.misfit(layer, _KINDS) is None else None for layer in encoder.layers]
+def recipes(encoder: Encoder, tokens: int | None) -> list[LayerWeights | None]:
+    """Of each layer; None for one that has to be called as a module. `tokens`: of all images, where that is known."""
+    return [_recipes(layer, tokens) if parts.misfit(layer, _KINDS) is None else None for layer in encoder.layers]
 
 
-def _recipes(layer: EncoderLayer) -> LayerWeights:
+def _recipes(layer: EncoderLayer, tokens: int | None) -> LayerWeights:
     attention = layer.self_attn
-    width = attention.embed_dim
+    width, copies = attention.embed_dim, parts.copies(tokens)
     query_key, value = (
-        tuple(Weight((x,), rows=rows) for x in (attention.in_proj_weight, attention.in_proj_bias))
+        (
+            Weight((attention.in_proj_weight,), rows=rows),
+            Weight((attention.in_proj_bias,), rows=rows, copies=copies),
+        )
         for rows in ((0, 2 * width), (2 * width, 3 * width))
     )
     return LayerWeights(
@@ -135,8 +139,8 @@ def run_layer(
     Args:
         mask: as `attention_mask` makes it.
     """
-    query, key = F.linear(tokens.positioned, *weights.query_key).chunk(2, dim=-1)
-    value = F.linear(tokens.out, *weights.value)
+    query, key = linear(tokens.positioned, *weights.query_key).chunk(2, dim=-1)
+    value = linear(tokens.out, *weights.value)
     attended = self_attention(query, key, value, settings, mask)
     trunk, out = end_branch(attended, tokens.trunk, weights.attention, settings.dropout)
     options = {"inner_dropout": settings.inner_dropout}

@@ -42,17 +42,63 @@ def feed_forward_weights(layer: FeedForward, norm: torch.nn.LayerNorm) -> FeedFo
     return FeedForwardWeights(hidden_weights(layer.linear1), branch_weights(layer.linear2, norm))
 
 
-def hidden_weights(linear: torch.nn.Linear) -> tuple[Recipe, Recipe]:
-    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along, which have no gradient
-    there.
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [..., C] times a weight, and a bias [O], or [rows, O] of equal rows: whose gradient is then the output's."""
+    if bias.dim() == 1:
+        return F.linear(x, weight, bias)
+    # How many rows there will be is guessed where the backbone decides it.
+    return _Linear.apply(x, weight, bias, False) if len(bias) == _rows(x) else F.linear(x, weight, bias[0])
+
+
+def _rows(x: Tensor) -> int:
+    return x.shape[:-1].numel()
+
+
+class _Linear(torch.autograd.Function):
+    """With a bias for every row, and ReLU behind it if wanted."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+        # Not `F.linear`: what it returns is a view in some versions of PyTorch, which nobody may change in place.
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        product = torch._addmm_activation if relu else torch.addmm
+        product(bias[0], x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
+        ctx.save_for_backward(x, weight, out if relu else None)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, activated = ctx.saved_tensors
+        if activated is not None:
+            grad = torch.ops.aten.threshold_backward(grad, activated, 0)
+        rows = grad.flatten(0, -2)
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        return (
+            (rows @ weight).view(x.shape) if of_x else None,
+            rows.t() @ x.flatten(0, -2) if of_weight else None,
+            rows if of_bias else None,
+            None,
+        )
+
+
+def hidden_weights(linear: torch.nn.Linear, rows: int | None = None) -> tuple[Recipe, Recipe]:
+    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along.
+
+    Args:
+        linear: the layer.
+        rows: how many it will give, if no dropout follows; cuBLAS does the same in training then.
     """
-    return parts.before_fusion(linear) if torch.is_grad_enabled() else parts.stack(linear)
+    if not torch.is_grad_enabled() or parts.copies(rows) is not None:
+        return parts.stack(linear, rows=rows)
+    return parts.before_fusion(linear)
 
 
 def hidden(x: Tensor, weights: tuple[Tensor, Tensor], dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """dropout(relu(linear(x))), x [B, N, C]."""
     weight, bias = weights
     if bias.dim() == 2:
+        if dropout_p == 0 and len(bias) == _rows(x) and bias.dtype == x.dtype:
+            return _Linear.apply(x, weight, bias, True)
         return relu_dropout(F.linear(x, weight), dropout_p, "auto", bias, seed)
     product = torch._addmm_activation(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
     return product if dropout_p == 0 else relu_dropout(product, dropout_p, "auto", seed=seed)
@@ -144,7 +190,7 @@ class AddToFirst(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
         """x [..., C] and addend [..., c], c ≤ C, which may be the same for several images -> x."""
         ctx.shape = addend.shape
-        x[..., : addend.shape[-1]] += addend
+        x[..., : addend.shape[-1]].add_(addend)
         ctx.mark_dirty(x)
         return x
 
@@ -152,33 +198,3 @@ class AddToFirst(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and its first channels."""
         return grad, grad[..., : ctx.shape[-1]].sum_to_size(ctx.shape)
-
-
-def shared(pairs: Pairs, uses: int) -> list[Pairs]:
-    """Weights of layers that are used several times, once for each use: their gradients are added up together."""
-    flat = [tensor for pair in pairs for tensor in pair]
-    made = iter(_Shared.apply(uses, *flat))
-    return [[(next(made), next(made)) for _ in pairs] for _ in range(uses)]
-
-
-class _Shared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, uses: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.count = len(tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for _ in range(uses) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        total: dict[int, Tensor] = {}
-        for start in range(0, len(grads), ctx.count):
-            present = {i: grad for i, grad in enumerate(grads[start : start + ctx.count]) if grad is not None}
-            known = [i for i in present if i in total]
-            # One launch for all of a dtype.
-            for dtype in {total[i].dtype for i in known}:
-                same = [i for i in known if total[i].dtype == dtype]
-                total |= zip(
-                    same, torch._foreach_add([total[i] for i in same], [present[i] for i in same]), strict=True
-                )
-            total |= {i: grad for i, grad in present.items() if i not in known}
-        return None, *(total.get(i) for i in range(ctx.count))

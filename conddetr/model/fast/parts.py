@@ -1,5 +1,6 @@
 """Which parts of a model are plain, and their parameters as recipes of what a step computes with."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -7,6 +8,9 @@ from conddetr.kernels.weights import Recipe, Replicas, Weight
 from conddetr.model.plain import why_not_plain
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+
+MOST_ROWS = 8192
+"""Of a gradient that is kept until all weights' gradients are made; the sum of more rows is worth a launch."""
 
 
 def misfit(part: nn.Module, kinds: frozenset[type]) -> str | None:
@@ -44,9 +48,15 @@ def _unusual(module: nn.Module) -> str | None:
     return None
 
 
-def stack(*modules: nn.Linear) -> tuple[Recipe, Recipe]:
-    """Weights and biases of linear layers, one below the other."""
-    return tuple(Weight(tuple([module._parameters[name] for module in modules])) for name in ("weight", "bias"))
+def stack(*modules: nn.Linear, rows: int | None = None) -> tuple[Recipe, Recipe]:
+    """Weights and biases of linear layers, one below the other, for `layers.linear`; `rows`: as of `copies`."""
+    weights, biases = (tuple([module._parameters[name] for module in modules]) for name in ("weight", "bias"))
+    return Weight(weights), Weight(biases, copies=copies(rows))
+
+
+def copies(rows: int | None) -> int | None:
+    """Of a bias that is added to so many rows, where the number is known before: one for each, or a vector alone."""
+    return rows if torch.is_grad_enabled() and rows is not None and 0 < rows <= MOST_ROWS else None
 
 
 def norm(module: nn.LayerNorm) -> tuple[Recipe, Recipe]:

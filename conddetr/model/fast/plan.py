@@ -6,7 +6,6 @@ from typing import TypeVar, get_args
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.kernels import paths, registry
@@ -15,7 +14,8 @@ from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBackbone, ResNetBody
 from conddetr.model.fast import decoder as fast_decoder
 from conddetr.model.fast import encoder as fast_encoder
-from conddetr.model.fast.layers import seeds
+from conddetr.model.fast import parts
+from conddetr.model.fast.layers import linear, seeds
 from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import ConditionalDecoder, Encoder, FeatureGrid, Transformer
 
@@ -57,7 +57,7 @@ class Plan:
             return self.model.input_proj(features).flatten(2).transpose(1, 2)
         weight, bias = self.input_proj
         # A 1×1 convolution is a product, of channels that lie side by side.
-        return F.linear(features.to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
+        return linear(features.to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
 
     def transformer(
         self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
@@ -93,14 +93,15 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     dtype = step_dtype(device, model.dtype)
     if not can_run(model.config.backend, device, dtype):
         return None
+    tokens = _number_of_tokens(model.backbone, images)
     backbone = _backbone_recipes(model.backbone)
-    input_proj = _input_recipes(model.input_proj)
+    input_proj = _input_recipes(model.input_proj, tokens)
     encoder = decoder = None
     if _is_plain(model.transformer, Transformer):
-        parts = model.transformer
-        encoder = fast_encoder.recipes(parts.encoder) if _is_plain(parts.encoder, Encoder) else None
-        if _is_plain(parts.decoder, ConditionalDecoder) and type(object_query) is nn.Parameter:
-            decoder = fast_decoder.recipes(parts.decoder, object_query)
+        inner = model.transformer
+        encoder = fast_encoder.recipes(inner.encoder, tokens) if _is_plain(inner.encoder, Encoder) else None
+        if _is_plain(inner.decoder, ConditionalDecoder) and type(object_query) is nn.Parameter:
+            decoder = fast_decoder.recipes(inner.decoder, object_query, len(images), tokens)
     paths.note("decoder", "modules" if decoder is None else "fused operations")
     trees = (backbone, input_proj, encoder, decoder)
     layers = len(encoder or ()) + len(decoder.layers if decoder else ())
@@ -147,11 +148,19 @@ def _folded_recipes(conv: nn.Conv2d, norm: nn.Module) -> tuple[Recipe, Recipe]:
     return Weight((conv.weight,), frozen), Shift(frozen)
 
 
-def _input_recipes(conv: nn.Module) -> tuple[Recipe, Recipe] | None:
+def _number_of_tokens(backbone: nn.Module, images: Tensor) -> int | None:
+    """Of all images [B, 3, H, W], if the backbone gives as many as ours would; None: nobody knows."""
+    stride = getattr(next(backbone.children(), None), "stride", None)
+    if not isinstance(stride, int):
+        return None
+    return len(images) * registry.cdiv(images.shape[-2], stride) * registry.cdiv(images.shape[-1], stride)
+
+
+def _input_recipes(conv: nn.Module, tokens: int | None) -> tuple[Recipe, Recipe] | None:
     is_product = _is_plain(conv, nn.Conv2d) and resnet.window(conv) == resnet.POINTWISE and conv.kernel_size == (1, 1)
     if not is_product or any(type(x) is not nn.Parameter for x in (conv.weight, conv.bias)):
         return None
-    return Weight((conv.weight,)), Weight((conv.bias,))
+    return Weight((conv.weight,)), Weight((conv.bias,), copies=parts.copies(tokens))
 
 
 def make_weights(trees: tuple, dtype: torch.dtype) -> tuple | list:
