@@ -146,6 +146,9 @@ def refuse_vmap(what: str) -> None:
         raise BackendError(f'{what} does not run inside torch.func.vmap, not even with backend="eager".')
 
 
+FIRST_DERIVATIVES = '{} has first derivatives only: for second ones use backend="eager".'
+
+
 def once_differentiable(operator: str) -> None:
     """Let the gradient of an operator that computes gradients be an error, where PyTorch would go on without it.
 
@@ -154,11 +157,42 @@ def once_differentiable(operator: str) -> None:
     """
 
     def refuse(*_: object) -> None:
-        raise BackendError(
-            f'{operator.removesuffix("_backward")} has first derivatives only: for second ones use backend="eager".'
-        )
+        raise BackendError(FIRST_DERIVATIVES.format(operator.removesuffix("_backward")))
 
     torch.library.register_autograd(operator, refuse)
+
+
+def first_derivatives(name: str) -> Callable[[Callable], Callable]:
+    """Decorates the `backward` of what is no operator, as `torch.autograd.function.once_differentiable`: its own
+    derivatives are an error that says what to do.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx: object, *grads: torch.Tensor | None) -> tuple:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            differentiated = [grad for grad in grads if grad is not None and grad.requires_grad]
+            if not (torch.is_grad_enabled() and differentiated):
+                return found
+            return _Refusal.apply(name, differentiated[0], *found)
+
+        return run
+
+    return decorate
+
+
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are; their own derivatives are an error."""
+
+    @staticmethod
+    def forward(ctx: object, name: str, differentiated: torch.Tensor, *found: torch.Tensor | None) -> tuple:
+        ctx.name = name
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in found)
+
+    @staticmethod
+    def backward(ctx: object, *_: object) -> None:
+        raise BackendError(FIRST_DERIVATIVES.format(ctx.name))
 
 
 def count_flops(operator: str, formula: Callable[..., int]) -> None:

@@ -5,17 +5,22 @@ worker is free. So neither workers nor prefetching change what is trained on, an
 must be remembered to go on in the middle of an epoch.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from conddetr.data.images import to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator
 
+PREFETCH = 2
+"""Batches that a worker loads ahead."""
 SHAPE_STRIDE = 32
 """Bucket shapes are multiples of this many pixels, the stride of a ResNet."""
 _SHAPE_SAMPLES = 2000
@@ -40,14 +45,21 @@ class Batch:
     """Height and width of each image file, in pixels."""
     padded: bool
     """Whether any image is smaller than the batch."""
+    _SMALL = ("sizes", "labels", "boxes")
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Between processes: the small tensors as values, as memory that is shared costs more than it holds."""
+        return {**vars(self), **{name: getattr(self, name).numpy() for name in self._SMALL}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, **{name: torch.from_numpy(state[name]) for name in self._SMALL})
+
     def pin_memory(self) -> "Batch":
         """In page-locked memory, for copies that do not wait; a `DataLoader` calls it."""
-        names = ("images", "sizes", "labels", "boxes")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", *self._SMALL)})
 
     def to(self, device: torch.device) -> "Batch":
         """Images and sizes on the device, copied without waiting where they are pinned."""
@@ -79,30 +91,41 @@ class Batch:
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def collate(samples: Sequence[tuple[Tensor, dict]], shape: tuple[int, int] | None = None) -> Batch:
-    """Put samples of a data set's `load` together.
+def collate(samples: Iterable[tuple[Tensor, dict]], pixels: Tensor | None = None) -> Batch:
+    """Put samples of a data set's `load` together, one after the other.
 
     Args:
         samples: image [3, h, w] uint8 and target, see `CocoDetection.load`.
-        shape: (H, W) to pad to, at the bottom and right; default: the largest height and width.
+        pixels: [B, 3, H, W] uint8, of any values: becomes the images of the batch, padded at the bottom and right;
+            default: new, of the largest height and width.
     """
-    images, targets = zip(*samples, strict=True)
-    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int32)
-    height, width = shape or sizes.amax(0).tolist()
-    # Colours interleaved, as images come from their files: rows are copied whole.
-    batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
-    for padded, image in zip(batch, images, strict=True):
-        padded[:, : image.shape[1], : image.shape[2]] = image
+    if pixels is None:
+        samples = list(samples)
+        height, width = (max(image.shape[dim] for image, _ in samples) for dim in (1, 2))
+        pixels = _interleaved(torch.empty(len(samples) * 3 * height * width, dtype=torch.uint8), height, width)
+    sizes, targets = [], []
+    for padded, (image, target) in zip(pixels, samples, strict=True):
+        rows, columns = image.shape[1:]
+        padded[:, :rows, :columns] = image
+        padded[:, rows:] = 0
+        padded[:, :rows, columns:] = 0
+        sizes.append((rows, columns))
+        targets.append(target)
     return Batch(
-        batch,
-        sizes,
+        pixels,
+        torch.tensor(sizes, dtype=torch.int32),
         torch.cat([target["labels"] for target in targets]),
         torch.cat([target["boxes"] for target in targets]),
         tuple(len(target["labels"]) for target in targets),
         tuple(target["image_id"] for target in targets),
         tuple(target["original_size"] for target in targets),
-        bool((sizes != torch.tensor([height, width])).any()),
+        any(size != tuple(pixels.shape[2:]) for size in sizes),
     )
+
+
+def _interleaved(memory: Tensor, height: int, width: int) -> Tensor:
+    """Bytes as [B, 3, H, W] with colours interleaved, as images come from their files: rows are copied whole."""
+    return memory.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -223,12 +246,29 @@ class EpochBatches(Sampler[BatchPlan]):
 class _BatchReader(Dataset):
     """Carries batch plans out, in a worker process or in the main one."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, are_copied: bool) -> None:
+        """`are_copied`: whether the loader copies batches before it hands them out, so that their memory is free."""
+        self.dataset, self._are_copied = dataset, are_copied
+        self._lent: deque[Tensor] = deque()
 
     def __getitem__(self, batch: BatchPlan) -> Batch:
-        samples = [self.dataset.load(index, plan) for index, plan in zip(batch.indices, batch.plans, strict=True)]
-        return collate(samples, batch.shape)
+        size = len(batch.plans) * 3 * math.prod(batch.shape)
+        memory = torch.empty(size, dtype=torch.uint8) if get_worker_info() is None else self._shared(size)
+        samples = (self.dataset.load(index, plan) for index, plan in zip(batch.indices, batch.plans, strict=True))
+        return collate(samples, _interleaved(memory, *batch.shape))
+
+    def _shared(self, size: int) -> Tensor:
+        """Bytes of shared memory, where the images that a worker sends must be.
+
+        New pages can cost as much as reading the images, so that old ones are used again: a loader asks a worker for
+        `PREFETCH` batches, and for a further one when it hands the first one out.
+        """
+        memory = self._lent.popleft() if len(self._lent) == PREFETCH else torch.empty(0, dtype=torch.uint8)
+        if len(memory) < size:
+            memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,))
+        if self._are_copied:
+            self._lent.append(memory)
+        return memory[:size]
 
 
 def make_loader(
@@ -259,13 +299,15 @@ def make_loader(
     Raises:
         ValueError: fewer training images than one batch on every rank.
     """
+    is_pinned = device is not None and device.type == "cuda"
     return DataLoader(
-        _BatchReader(dataset),
+        _BatchReader(dataset, are_copied=is_pinned),
         batch_size=None,
         sampler=EpochBatches(dataset, batch_size, train, seed, rank, world, pad_buckets),
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=device is not None and device.type == "cuda",
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=is_pinned,
         # Else every pass would draw from torch's global generator, and dropout with it would differ.
         generator=torch.Generator(),
     )

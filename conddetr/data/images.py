@@ -119,7 +119,8 @@ def _from_pil(image: Image.Image) -> Tensor:
     if image.mode == "F":
         return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None])
     # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _from_tensor(image: Tensor) -> Tensor:

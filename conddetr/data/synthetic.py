@@ -1,5 +1,6 @@
 """An endless, seeded set of textured shapes on clutter: a detection task that needs no download."""
 
+from functools import lru_cache
 from random import Random
 
 import numpy as np
@@ -9,11 +10,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from conddetr.data.images import to_model_input
-from conddetr.data.transforms import Plan, finish
+from conddetr.data.transforms import Plan
 
 CLASSES = ("disk", "square", "triangle")
 MAX_SHAPES = 4
 MAX_OVERLAP = 0.1
+_LEAST_BAR, _LARGEST_BAR = np.array([0, 0.3, 0.01]), np.array([0.9, 0.9, 0.04])
+"""Start, length and width, as parts of the image's side."""
 
 
 class SyntheticShapes(Dataset):
@@ -62,11 +65,11 @@ class SyntheticShapes(Dataset):
         pixels, labels, boxes = self.draw(index)
         target = {
             "labels": torch.tensor(labels, dtype=torch.int64),
-            "boxes": torch.tensor(boxes, dtype=torch.float32),
+            "boxes": torch.tensor([_relative(box, self.image_size) for box in boxes], dtype=torch.float32),
             "image_id": index,
             "original_size": (self.image_size, self.image_size),
         }
-        return torch.from_numpy(pixels).permute(2, 0, 1), finish(target, plan.height, plan.width)
+        return torch.from_numpy(pixels).permute(2, 0, 1), target
 
     def draw(self, index: int) -> tuple[np.ndarray, list[int], list[list[float]]]:
         """Pixels [S, S, 3] uint8, labels, and xyxy boxes in pixels."""
@@ -76,15 +79,16 @@ class SyntheticShapes(Dataset):
         for _ in range(int(rng.integers(1, MAX_SHAPES + 1))):
             label = int(rng.integers(len(CLASSES)))
             side = int(rng.uniform(0.18, 0.42) * self.image_size)
-            left, top = (int(value) for value in rng.integers(0, self.image_size - side, size=2))
-            mask = _shape_mask(label, side)
-            box = _bounding_box(mask, left, top)
+            left, top = rng.integers(0, self.image_size - side, size=2).tolist()
+            mask, (x0, y0, x1, y1) = _shape(label, side)
+            box = [left + x0, top + y0, left + x1, top + y1]
             if any(_overlap(box, other) > MAX_OVERLAP for other in boxes):
                 continue
-            canvas[top : top + side, left : left + side][mask] = _texture(rng, side)[mask]
+            np.copyto(canvas[top : top + side, left : left + side], _texture(rng, side), where=mask)
             labels.append(label)
             boxes.append(box)
-        return (canvas * 255).clip(0, 255).astype(np.uint8), labels, boxes
+        canvas *= 255
+        return np.clip(canvas, 0, 255, out=canvas).astype(np.uint8), labels, boxes
 
     def ground_truth(self) -> dict:
         """The first `length` images' annotations in COCO's format, for evaluation."""
@@ -109,48 +113,61 @@ class SyntheticShapes(Dataset):
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """Soft blotches, bars that are no object, and pixel noise; [S, S, 3] float32 about [0, 1]."""
     coarse = torch.from_numpy(rng.uniform(0.3, 0.7, size=(1, 3, 5, 5)).astype(np.float32))
+    # Colours interleaved, as in the canvas.
+    coarse = coarse.contiguous(memory_format=torch.channels_last)
     smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-    canvas = np.ascontiguousarray(smooth[0].permute(1, 2, 0).numpy())
+    canvas = smooth[0].permute(1, 2, 0).numpy()
     for _ in range(int(rng.integers(2, 6))):
-        start, length, width = (int(value * size) for value in rng.uniform((0, 0.3, 0.01), (0.9, 0.9, 0.04)))
+        lengths = (_LEAST_BAR + (_LARGEST_BAR - _LEAST_BAR) * rng.random(3)) * size
+        start, length, width = lengths.astype(int).tolist()
         across = int(rng.integers(size))
         bar = (slice(start, start + length), slice(across, across + max(1, width)))
-        canvas[bar if rng.random() < 0.5 else bar[::-1]] = rng.uniform(0, 1, 3)
-    return canvas + 0.15 * (rng.random(canvas.shape, dtype=np.float32) - 0.5)
+        canvas[bar if rng.random() < 0.5 else bar[::-1]] = rng.random(3)
+    noise = rng.random(canvas.shape, dtype=np.float32)
+    noise -= 0.5
+    noise *= 0.15
+    canvas += noise
+    return canvas
 
 
 def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
     """Two colours in stripes, checks or noise; [side, side, 3] float32 in [0, 1]."""
-    y, x = np.mgrid[:side, :side]
+    place = np.arange(side)
     period = int(rng.integers(3, 8))
     angle = rng.uniform(0, np.pi)
     kind = int(rng.integers(3))
+    if kind == 2:
+        share = rng.random((side, side)).astype(np.float32)[..., None]
+        first, second = rng.random((2, 3))
+        return (share * first + (1 - share) * second).astype(np.float32)
     if kind == 0:
-        on = ((x * np.cos(angle) + y * np.sin(angle)) // period) % 2
-    elif kind == 1:
-        on = (x // period + y // period) % 2
+        number = np.floor((place * np.cos(angle) + place[:, None] * np.sin(angle)) / period).astype(int)
     else:
-        on = rng.random((side, side))
-    first, second = rng.uniform(0, 1, (2, 3))
-    on = on[..., None].astype(np.float32)
-    return (on * first + (1 - on) * second).astype(np.float32)
+        number = place // period + place[:, None] // period
+    colours = rng.random((2, 3)).astype(np.float32)
+    return colours.take(1 - number % 2, axis=0)
 
 
-def _shape_mask(label: int, side: int) -> np.ndarray:
-    """Pixels whose centre lies in the shape that fills a square; [side, side] bool."""
+@lru_cache(maxsize=256)
+def _shape(label: int, side: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """Pixels whose centre lies in the shape that fills a square; [side, side, 3] bool, and their tight xyxy box."""
     v, u = (np.mgrid[:side, :side] + 0.5) / side - 0.5
     if CLASSES[label] == "disk":
-        return u**2 + v**2 <= 0.25
-    if CLASSES[label] == "square":
-        return np.ones_like(u, dtype=bool)
-    return np.abs(u) <= (v + 0.5) / 2
-
-
-def _bounding_box(mask: np.ndarray, left: int, top: int) -> list[float]:
-    """The tight xyxy box, in pixels of the image, of a mask that stands at (left, top)."""
+        mask = u**2 + v**2 <= 0.25
+    elif CLASSES[label] == "square":
+        mask = np.ones_like(u, dtype=bool)
+    else:
+        mask = np.abs(u) <= (v + 0.5) / 2
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x0, y0, x1, y1 = left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1
-    return [float(x0), float(y0), float(x1), float(y1)]
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    # Once for each colour: a mask that is spread while it is used takes three times as long.
+    return np.repeat(mask[..., None], 3, axis=2), tuple(map(float, box))
+
+
+def _relative(box: list[float], size: int) -> list[float]:
+    """An xyxy box in pixels of a size × size image as cxcywh in [0, 1]."""
+    x0, y0, x1, y1 = box
+    return [(x0 + x1) / 2 / size, (y0 + y1) / 2 / size, (x1 - x0) / size, (y1 - y0) / size]
 
 
 def _overlap(a: list[float], b: list[float]) -> float:

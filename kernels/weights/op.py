@@ -6,7 +6,7 @@ for less than a microsecond of work.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import addresses, paths, registry
 from conddetr.kernels.weights import reference
@@ -152,7 +152,7 @@ class _Prepare(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @once_differentiable
+    @registry.first_derivatives("prepare_weights")
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
         from conddetr.kernels.weights import triton
 

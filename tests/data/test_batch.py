@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from conddetr.config import resolve
-from conddetr.data.batch import make_loader
+from conddetr.data.batch import _BatchReader, collate, make_loader
 from conddetr.data.coco import CocoDetection, coco_split
 from conddetr.data.images import to_model_input
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.data.transforms import EvalTransform, TrainTransform
+from conddetr.data.transforms import EvalTransform, TrainTransform, augmentation_generator
 
 CONFIG = resolve("conditional-detr-tiny")
 SIZES = ((60, 90), (90, 60), (50, 120), (70, 70))
@@ -164,6 +164,27 @@ def test_padding_is_zero_and_targets_are_those_of_their_image(mixed):
             assert target["image_id"] == batch.image_ids[index]
             assert len(target["boxes"]) == len(target["labels"]) == batch.counts[index]
         assert torch.equal(torch.cat([target["boxes"] for target in batch.targets]), batch.boxes)
+
+
+def test_memory_that_is_used_again_leaves_nothing(mixed):
+    samples = [mixed.load(index, mixed.plan(index, augmentation_generator(0, 0, index))) for index in range(4)]
+    expected = collate(samples)
+    pixels = torch.full_like(expected.images, 255)
+    batch = collate(iter(samples), pixels)
+    assert batch.images is pixels
+    assert same(batch, expected)
+
+
+@pytest.mark.parametrize("are_copied", [False, True])
+def test_workers_use_memory_again_that_is_copied(are_copied):
+    reader = _BatchReader(SyntheticShapes(4, seed=1), are_copied)
+    memory = [reader._shared(size) for size in (100, 100, 80, 120, 90)]
+    assert [len(part) for part in memory] == [100, 100, 80, 120, 90]
+    assert all(part.is_shared() for part in memory)
+    places = [part.data_ptr() for part in memory]
+    # As many as a worker may have on their way; too small ones are replaced.
+    assert (places[2] == places[0]) == (places[4] == places[2]) == are_copied
+    assert len(set(places)) == (3 if are_copied else 5)
 
 
 def test_equal_sizes_have_no_padding():

@@ -8,7 +8,8 @@ import triton
 from small_runs import SMALL_MODEL
 
 import conddetr
-from conddetr.data.batch import collate
+from conddetr.data.batch import collate, make_loader
+from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
 from null_gpu.counts import counted
@@ -122,6 +123,23 @@ def test_recording_that_forbids_other_threads_to_pin_is_seen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, capture_error_mode, **options: record(*args, **options))
     counts, loader, _ = record_three_sizes()
     assert counts.refused_in_capture == len(loader.errors) == 3
+
+
+def test_batches_of_workers_that_use_memory_again_are_not_mixed_up():
+    """Pinned copies of what two workers load, all of them kept, also after an epoch that was left."""
+    shapes = SyntheticShapes(64, seed=1, image_size=64)
+    plain = make_loader(shapes, 4, train=True)
+    pinned = make_loader(shapes, 4, train=True, workers=2, device=torch.device("cuda"))
+    next(iter(pinned))
+    for epoch in range(2):
+        for loader in (plain, pinned):
+            loader.sampler.set_epoch(epoch)
+        for expected, batch in zip(list(plain), list(pinned), strict=True):
+            assert batch.images.is_pinned()
+            assert batch.labels.is_pinned()
+            assert batch.image_ids == expected.image_ids
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.boxes, expected.boxes)
 
 
 def test_mixed_sizes_compile_nothing_new():
