@@ -284,11 +284,11 @@ def _export(options: argparse.Namespace) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from conddetr.demo import (
-        RECIPE,
         RECIPE_FOR_PHOTOS,
         check_learned,
         draw_samples,
         free_folder,
+        recipe_for_shapes,
         report,
         use_one_thread,
     )
@@ -297,7 +297,7 @@ def _demo(options: argparse.Namespace) -> None:
     from conddetr.engine.run import train
 
     out = free_folder(options.out)
-    recipe = RECIPE_FOR_PHOTOS if options.coco_path else RECIPE
+    recipe = RECIPE_FOR_PHOTOS if options.coco_path else recipe_for_shapes(options.device)
     chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out), **recipe}
     if options.seconds is not None:
         chosen["time_limit"] = options.seconds

@@ -25,6 +25,8 @@ RECIPE = {
 }
 """Two minutes on two CPU cores, on synthetic shapes. Boxes are learned long before classes, so the class loss weighs
 five times as much as usual. One process trains, on one thread (`use_one_thread`), and another draws the images."""
+WORKERS_BESIDE_A_GPU = 2
+"""Processes that draw shapes: the training process does less there, so that it would wait for one."""
 RECIPE_FOR_PHOTOS = {"epochs": 100, "lr_drop": 80, "eval_every": 50, "time_limit": 600.0}
 """A small set of real images is passed over many times, within ten minutes."""
 EXPECTED_AP50 = 0.85
@@ -32,6 +34,12 @@ EXPECTED_AP50 = 0.85
 ATTENTION_PICTURES = 3
 THRESHOLD = 0.3
 """Least score that is drawn, unless it is an image's best: after minutes of training, scores are still low."""
+
+
+def recipe_for_shapes(device: str | None) -> dict[str, object]:
+    """Options of the training on synthetic shapes; `device` as torch names it, default CUDA where there is one."""
+    is_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    return {**RECIPE, "workers": WORKERS_BESIDE_A_GPU if is_gpu else RECIPE["workers"]}
 
 
 def free_folder(wanted: str | Path) -> Path:

@@ -12,7 +12,7 @@ from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
 from conddetr.config import BACKENDS, resolve
-from conddetr.demo import check_learned
+from conddetr.demo import check_learned, recipe_for_shapes
 from conddetr.engine import evaluator
 from conddetr.engine.config import option_help, read_config, resolve_run
 from conddetr.kernels import registry
@@ -135,6 +135,12 @@ def test_demo_on_synthetic_images(trained, tmp_path):
     assert (earlier / "checkpoint.pt").read_bytes() == before
     files = {file.name for file in (tmp_path / "demo-2").iterdir()}
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= files
+
+
+def test_beside_a_gpu_more_processes_draw_shapes():
+    assert recipe_for_shapes("cpu")["workers"] == 1
+    assert recipe_for_shapes("cuda:1")["workers"] == 2
+    assert recipe_for_shapes(None)["workers"] == (2 if torch.cuda.is_available() else 1)
 
 
 def test_a_demonstration_that_did_not_learn_is_an_error(capsys):
