@@ -7,6 +7,7 @@ so that outputs and gradients that somebody keeps change with the next call, and
 """
 
 import logging
+import random
 import threading
 import warnings
 import weakref
@@ -67,7 +68,8 @@ class Recorded:
 class Graphs:
     """Of one module. Call it in place of the module's forward.
 
-    Copies and pickles of it hold no graph: they record their own.
+    What PyTorch is told for all, as to allow TF32, stays as it was at the recording. Copies and pickles of it hold no
+    graph: they record their own.
     """
 
     def __init__(self, capture: Callable[[torch.device], Callable[[Run], Run]] = CudaCapture) -> None:
@@ -193,9 +195,9 @@ class Graphs:
                     with aside(device):
                         for _ in range(WARMUP - 1):
                             self._prepare(found, run, pairs)
-                        reason = _wait(lambda: self._prepare(found, run, pairs), device)
-                    if reason or found.reason:
-                        self._give_up(reason or found.reason)
+                        reason = found.reason or _objection(lambda: self._prepare(found, run, pairs), device)
+                    if reason:
+                        self._give_up(reason)
                         return None
                     before = reserved(device)
                     self._capture = self._capture or self._make_capture(device)
@@ -253,7 +255,8 @@ def survey(module: nn.Module) -> tuple[str, tuple]:
         state += [value for value in part.__dict__.values() if type(value) in _SETTINGS]
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if tensor is not None:
-                state += (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.requires_grad)
+                # The object too: it is what gets the gradient.
+                state += (id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.requires_grad)
     return "", tuple(state)
 
 
@@ -371,24 +374,29 @@ def _buffers_stay(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _wait(run: Run, device: torch.device) -> str:
-    """Where a function lets the host wait for the device; empty: nowhere.
+def _objection(run: Run, device: torch.device) -> str:
+    """What of a function a graph would do otherwise, or cannot; empty: nothing is known.
 
     Asked before recording: a recording that fails leaves PyTorch's random generators where they cannot go on.
     """
     if device.type != "cuda":
         run()
         return ""
-    before = torch.cuda.get_sync_debug_mode()
+    drawn = torch.random.get_rng_state(), random.getstate()
+    mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
-            torch.cuda.set_sync_debug_mode(before)
+            torch.cuda.set_sync_debug_mode(mode)
     places = [f"{entry.filename}:{entry.lineno}" for entry in said if str(entry.message).startswith(WAITS)]
-    return f"the host waits for the device at {places[0]}" if places else ""
+    if places:
+        return f"the host waits for the device at {places[0]}"
+    # As for layers that are left out at random: always the same ones would be.
+    is_same = torch.equal(drawn[0], torch.random.get_rng_state()) and drawn[1] == random.getstate()
+    return "" if is_same else "the host draws random numbers"
 
 
 def _stream(device: torch.device) -> int:

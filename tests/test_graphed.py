@@ -157,6 +157,9 @@ def test_recording_changes_no_random_number_and_no_statistic():
 CHANGES = {
     "another weight": lambda model: setattr(model, "outer", nn.Linear(7, 3).to(DEVICE)),
     "a weight that is elsewhere": lambda model: setattr(model.outer.weight, "data", torch.ones(3, 7, device=DEVICE)),
+    "another parameter in the same memory": lambda model: setattr(
+        model.outer, "weight", nn.Parameter(model.outer.weight.data)
+    ),
     "a frozen weight": lambda model: model.outer.weight.requires_grad_(False),
     "a setting": lambda model: setattr(model.norm, "eps", 0.5),
     "evaluation mode of a part": lambda model: model.norm.eval(),

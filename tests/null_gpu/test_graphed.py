@@ -82,12 +82,26 @@ def test_a_frozen_copy_is_one_launch():
         assert len(copy.deepcopy(fused).graphs) == 0
 
 
-@pytest.mark.parametrize("outer", [Waits, WaitsInBackward])
-def test_a_wait_is_found_before_recording(outer, caplog):
+class LayerDrop(nn.Module):
+    """A layer that is left out at random."""
+
+    def forward(self, x):
+        return x if torch.rand(()) < 0.5 else 2 * x
+
+
+@pytest.mark.parametrize(
+    ("outer", "reason"),
+    [
+        (Waits, "the host waits for the device at "),
+        (WaitsInBackward, "the host waits for the device at "),
+        (LayerDrop, "the host draws random numbers"),
+    ],
+)
+def test_what_cannot_be_recorded_is_found_before(outer, reason, caplog):
     model = Model(outer()).cuda()
     for _ in range(2):
         step(model)
-    assert model.graphs.refused.startswith("the host waits for the device at ")
+    assert model.graphs.refused.startswith(reason)
     assert len(model.graphs) == 0
     assert model.inner.weight.grad is not None
     # PyTorch can go on drawing random numbers, which a recording that fails would end.
