@@ -351,7 +351,8 @@ class Detector:
         Args:
             images: one image or a list: file, PIL image, array [H, W] or [H, W, 3], tensor [3, H, W]; see
                 `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
-                copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights.
+                copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights,
+                unless this detector is one.
             threshold: keep scores of at least this.
             top_k: keep at most so many per image.
 
@@ -367,7 +368,8 @@ class Detector:
 
         if not isinstance(images, (list, tuple)):
             images = [images]
-        model = self.model.fused() if len(images) > 1 else self.model
+        is_alone = len(images) == 1 or self.model.fusion is not None
+        model = self.model if is_alone else self.model.fused()
         return [self._predict_one(model, read_image(image), threshold, top_k) for image in images]
 
     def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from golden_rule import read_arrays, rule_inputs, rule_model
 from PIL import Image
+from recorder import record
 from small_runs import SMALL_MODEL
 
 import conddetr
 from conddetr.engine.checkpoint import save_checkpoint
+from conddetr.graphed import Graphs
 
 CLASSES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "toothbrush"}]
 
@@ -77,6 +79,21 @@ def test_a_frozen_detector_cannot_be_trained_or_saved(checkpoint, tmp_path):
         frozen.train(epochs=1)
     with pytest.raises(ValueError, match="cannot be saved"):
         frozen.save(tmp_path / "a.pt")
+
+
+def test_a_frozen_detector_with_graphs_replays_them(checkpoint):
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 40), torch.rand(3, 40, 60)]
+    expected = detector.fused().predict(images, threshold=0.0)
+    frozen = detector.fused(graphs=True)
+    frozen.model.graphs = Graphs(record)
+    with conddetr.record_paths() as paths:
+        found = frozen.predict(images, threshold=0.0)
+    assert paths["graph"] == {"replayed": 3}
+    assert len(frozen.model.graphs) == 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.scores, other.scores)
+        torch.testing.assert_close(one.boxes, other.boxes)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])

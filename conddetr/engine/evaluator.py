@@ -236,7 +236,7 @@ def _detect(
     on_batch: Callable[[int], None],
 ) -> Detections:
     """Run over batches in eval mode, leaving the model in the mode it was in."""
-    if isinstance(model, DETR) and model._compiled_call_impl is None:
+    if isinstance(model, DETR) and model.fusion is None and model._compiled_call_impl is None:
         model = model.fused()
     dtype = getattr(model, "dtype", torch.float32)
     was_training = model.training
