@@ -113,6 +113,8 @@ def train_until_killed(words: list[str], checkpoint: Path) -> None:
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_commands_exist(page, line):
     words = [word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word)]
+    if words[:2] == ["python", "tests/null_gpu"]:
+        words = words[2:]
     program = words[0].removeprefix(".venv/bin/")
     if program == "conddetr":
         check_command_line(words[1:])
