@@ -55,7 +55,7 @@ _PLACES = {
     "backbone": r"conddetr/model/(fast/)?(resnet|backbone)\.py|conddetr/interop/accelerated/backbone\.py",
     "encoder": r"conddetr/model/fast/encoder\.py",
     "decoder": r"conddetr/model/fast/decoder\.py",
-    "heads and loss": r"conddetr/loss/|conddetr/model/fast/heads\.py|conddetr/model/detr\.py:DETR\._predict"
+    "heads and loss": r"conddetr/loss/|conddetr/model/detr\.py:DETR\._predict"
     r"|conddetr/interop/accelerated/loss\.py|transformers/loss/"
     r"|modeling_conditional_detr\.py:ConditionalDetrForObjectDetection\.forward",
 }

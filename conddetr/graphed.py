@@ -68,8 +68,9 @@ class Recorded:
 class Graphs:
     """Of one module. Call it in place of the module's forward.
 
-    What PyTorch is told for all, as to allow TF32, stays as it was at the recording. Copies and pickles of it hold no
-    graph: they record their own.
+    What PyTorch is told for all, as to allow TF32, stays as it was at the recording. An output that a loss does not use
+    gets a gradient of zeros, and so do parameters behind it alone, where a call would leave None. Copies and pickles of
+    it hold no graph: they record their own.
     """
 
     def __init__(self, capture: Callable[[torch.device], Callable[[Run], Run]] = CudaCapture) -> None:
