@@ -1,0 +1,186 @@
+// Forward: scores of kRows queries × one tile, weights, values, with a running reference in place of the maximum: it is
+// the maximum of the first tile, and follows only if a later weight outgrows it by 2^30.
+#pragma once
+
+#include "attn/keep.h"
+#include "attn/scores.h"
+
+#include "common/softmax.h"
+
+namespace conddetr::attn::CONDDETR_LEVEL {
+namespace {
+
+// What one block of kRows queries carries from tile to tile.
+template <typename Real>
+struct Running {
+  Real reference[kRows];
+  Vector<Real> total[kRows];
+};
+
+// Scores become weights in place; their sums are added to `total`. Returns the largest sum of a lane.
+template <typename Real>
+CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, Vector<Real>* total) {
+  constexpr int L = kLanes<Real>;
+  Vector<Real> worst = {};
+  for (int m = 0; m < kRows; ++m) {
+    Vector<Real> sum = {};
+    for (int64_t i = 0; i < keys; i += L) {
+      const Vector<Real> weight = exp2<Real>(load_vector(scores + m * kStride + i));
+      store_vector(scores + m * kStride + i, weight);
+      sum += weight;
+    }
+    total[m] += sum;
+    worst = sum > worst ? sum : worst;
+  }
+  return largest_of<Real>(worst);
+}
+
+// Measures each query's scores against their maximum from now on, if it is higher than before: what was summed so far
+// shrinks. Before the first tile there is no reference and nothing was summed.
+template <typename Real>
+void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const Shape<Real>& shape,
+                     const Start<Real>& start, Real* sums, bool is_first) {
+  constexpr int L = kLanes<Real>;
+  for (int m = 0; m < kRows; ++m) {
+    Real* row = scores + m * kStride;
+    Vector<Real> highest = load_vector(row);
+    for (int64_t i = L; i < keys; i += L) {
+      const Vector<Real> next = load_vector(row + i);
+      highest = next > highest ? next : highest;
+    }
+    const Real largest = largest_of<Real>(highest), rise = is_first || largest > 0 ? largest : Real(0);
+    for (int64_t i = 0; i < keys; i += L) store_vector(row + i, load_vector(row + i) - rise);
+    running.reference[m] += rise;
+    for (int64_t y = 0; y < shape.height; ++y) start.rows[m * shape.height + y] -= rise;
+    if (is_first) continue;
+    const Vector<Real> shrink = exp2<Real>(broadcast(-rise));
+    running.total[m] *= shrink;
+    for (int64_t panel = 0; panel * kPanel<Real> < shape.values; ++panel) {
+      Real* sum = sums + (panel * kRows + m) * kPanel<Real>;
+      for (int i = 0; i < kPanel<Real>; i += L) store_vector(sum + i, load_vector(sum + i) * shrink);
+    }
+  }
+}
+
+template <typename T>
+struct Forward {
+  using Real = Compute<T>;
+
+  Forward(const Problem& p_, const Result& r_, const Task& task_)
+      : p(p_), r(r_), task(task_), shape(p_), blocks((task.end - task.begin + kRows - 1) / kRows) {
+    Arena counting(nullptr);
+    lay_out(counting);
+    Arena arena(scratch(counting.used()));
+    lay_out(arena);
+  }
+
+  void lay_out(Arena& arena) {
+    running = arena.take<Running<Real>>(blocks);
+    left = arena.take<Real>(blocks * left_size(shape.depth));
+    start_columns = arena.take<Real>(blocks * kRows * shape.width);
+    start_rows = arena.take<Real>(blocks * kRows * shape.height);
+    sums = arena.take<Real>(blocks * kRows * shape.values);
+    columns = arena.take<Real>(p.ds * shape.width);
+    rows = arena.take<Real>(p.ds * shape.height);
+    spatial_left = arena.take<Real>(left_size(p.ds));
+    keys = arena.take<Real>(kTileKeys * shape.depth);
+    values = arena.take<Real>(kTileKeys * shape.values);
+    scores = arena.take<Real>(2 * kRows * kStride);
+    kept = arena.take<Real>(kStride);
+    positions = arena.take<int32_t>(kTileKeys + p.width + p.height);
+  }
+
+  Start<Real> start(int64_t block) const {
+    return {start_columns + block * kRows * shape.width, start_rows + block * kRows * shape.height};
+  }
+
+  void run() {
+    fill(sums, size_t(blocks * kRows * shape.values) * sizeof(Real));
+    fill(values, size_t(kTileKeys * shape.values) * sizeof(Real));
+    pack_grid<T>(p, task.image, task.head, columns, rows, positions);
+    for (int64_t block = 0; block < blocks; ++block) {
+      running[block] = {};
+      pack_queries<T>(p, shape, task.image, task.head, first_query(block), count(block), columns, rows,
+                      left + block * left_size(shape.depth), spatial_left, start(block));
+    }
+    const Keys& visited = p.visited[task.image];
+    for (int64_t t = 0; t < visited.count; ++t) {
+      const Tile& tile = visited.tiles[t];
+      tile_positions(p, visited, tile, positions);
+      pack_keys<T>(p, shape, task.image, task.head, tile, positions, keys);
+      pack_straight<T>(values, kTileKeys, at<T>(p.v, task.image, task.head), p.v.item, positions, tile.keys, 0, p.dv,
+                       Real(1));
+      // One block ahead: what was just written is not read at once.
+      start_scores<Real>(p, visited, tile, shape, start(0), scores);
+      for (int64_t block = 0; block < blocks; ++block) {
+        Real *here = scores + block % 2 * kRows * kStride, *next = scores + (block + 1) % 2 * kRows * kStride;
+        multiply_content(tile, block, here);
+        if (block + 1 < blocks) start_scores<Real>(p, visited, tile, shape, start(block + 1), next);
+        visit(visited, tile, block, here, t == 0);
+      }
+    }
+    for (int64_t block = 0; block < blocks; ++block) write(block);
+  }
+
+  int64_t first_query(int64_t block) const { return task.begin + block * kRows; }
+  int64_t count(int64_t block) const {
+    const int64_t left_over = task.end - first_query(block);
+    return left_over < kRows ? left_over : kRows;
+  }
+
+  void multiply_content(const Tile& tile, int64_t block, Real* scores) {
+    multiply(left + block * left_size(shape.depth), keys, shape.depth, tile.keys, scores, kPanel<Real>, kStride);
+  }
+
+  // From the scores of one block of queries and one tile of keys to their part of the output.
+  void visit(const Keys& visited, const Tile& tile, int64_t block, Real* scores, bool is_first) {
+    Running<Real>& state = running[block];
+    Real* block_sums = sums + block * kRows * shape.values;
+    if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, true);
+    const Running<Real> before = state;
+    if (make_weights<Real>(scores, tile.keys, state.total) > Real(1 << 30)) {
+      state = before;
+      start_scores<Real>(p, visited, tile, shape, start(block), scores);
+      multiply_content(tile, block, scores);
+      raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, false);
+      make_weights<Real>(scores, tile.keys, state.total);
+    }
+    if (p.dropout_p > 0) drop(visited, tile, block, scores);
+    for (int64_t panel = 0; panel * kPanel<Real> < shape.values; ++panel) {
+      product<kStride, 1>(tile.keys, scores, values + panel * kTileKeys * kPanel<Real>,
+                          block_sums + panel * kRows * kPanel<Real>, kPanel<Real>);
+    }
+  }
+
+  void drop(const Keys& visited, const Tile& tile, int64_t block, Real* scores) {
+    const Dropout<Real> dropout(p);
+    for (int m = 0; m < count(block); ++m) {
+      dropout.fill(p, visited, tile, query_index(p, task.image, task.head, first_query(block) + m), kept);
+      for (int i = 0; i < tile.keys; ++i) scores[m * kStride + i] *= kept[i];
+    }
+  }
+
+  void write(int64_t block) {
+    const Real* block_sums = sums + block * kRows * shape.values;
+    for (int64_t m = 0; m < count(block); ++m) {
+      const int64_t query = first_query(block) + m;
+      const Real total = sum_of<Real>(running[block].total[m]), factor = inverse_total(total);
+      T* out = static_cast<T*>(r.out) + ((task.image * p.queries + query) * p.heads + task.head) * p.dv;
+      unpack_row(out, block_sums + m * kPanel<Real>, kRows * kPanel<Real>, 0, p.dv, factor);
+      static_cast<Real*>(r.lse)[query_index(p, task.image, task.head, query)] =
+          log_sum_exp2(running[block].reference[m], total);
+    }
+  }
+
+  const Problem& p;
+  const Result& r;
+  const Task& task;
+  const Shape<Real> shape;
+  const int64_t blocks;
+  Running<Real>* running;
+  Real *left, *start_columns, *start_rows, *sums, *columns, *rows, *spatial_left, *keys, *values, *scores, *kept;
+  int32_t* positions;
+};
+
+}  // namespace
+}  // namespace conddetr::attn::CONDDETR_LEVEL
