@@ -15,7 +15,7 @@ namespace {
 // Log-sum-exps between -kModerate and kModerate are of moderate size: no power of two is too large or too small then.
 constexpr int kModerate = 24;
 
-template <typename T>
+template <typename T, bool kDrops>
 struct Backward {
   using Real = Compute<T>;
   static constexpr int L = kLanes<Real>, P = kPanel<Real>;
@@ -49,7 +49,6 @@ struct Backward {
     slopes = memory.take<Real>(kBlockQueries * kStride);
     key_sums = memory.take<Real>(kTileKeys * shape.content);
     value_sums = memory.take<Real>(kTileKeys * shape.values);
-    kept = memory.take<Real>(kStride);
     positions = memory.take<int32_t>(kTileKeys + p.width + p.height + sums.queries);
   }
 
@@ -100,7 +99,7 @@ struct Backward {
 
   // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Where the scores are of moderate size
   // there is no shift, so that they are rounded once less and as the small numbers that they are. The factor goes to
-  // dO, and delta = dO·O with it.
+  // dO, and delta = dO·O with it; that of weights that dropout keeps goes to dO alone.
   void pack_row(int64_t block, int64_t m) {
     const int64_t query = block * kRows + m;
     Real factor = 0, total = 0;
@@ -111,7 +110,7 @@ struct Backward {
       if (is_seen) factor = ::exp2(shift - lse);
       Real* row = start(block).rows + m * shape.height;
       for (int64_t y = 0; shift != 0 && y < shape.height; ++y) row[y] -= shift;
-      scale(scaled + query * p.dv, row_of(u.grad, query), p.dv, factor);
+      scale(scaled + query * p.dv, row_of(u.grad, query), p.dv, factor * Real(1 / (1 - p.dropout_p)));
       total = dot(row_of(u.grad, query), row_of(u.out, query), p.dv) * factor;
     }
     delta[query] = total;
@@ -152,23 +151,17 @@ struct Backward {
     start_scores<Real>(p, visited, tile, shape, start(block), weight);
     multiply(left + block * left_size(shape.depth), keys_transposed, shape.depth, tile.keys, weight, P, kStride);
     multiply<false>(upstream_left + block * left_size(p.dv), values_transposed, p.dv, tile.keys, slope, P, kStride);
-    const Dropout<Real> dropout(p);
+    Kept kept;
+    if (kDrops) find_kept(p, visited, tile, task, block * kRows, count(block), kept);
     for (int m = 0; m < kRows; ++m) {
       Real *w = weight + m * kStride, *s = slope + m * kStride;
       const Vector<Real> less = broadcast(delta[block * kRows + m]);
-      if (p.dropout_p > 0) {
-        dropout.fill(p, visited, tile, query_index(p, task.image, task.head, block * kRows + m), kept);
-        for (int i = 0; i < tile.keys; i += L) {
-          const Vector<Real> value = exp2<Real>(load_vector(w + i)), factor = load_vector(kept + i);
-          store_vector(w + i, value * factor);
-          store_vector(s + i, value * (load_vector(s + i) * factor - less));
-        }
-      } else {
-        for (int i = 0; i < tile.keys; i += L) {
-          const Vector<Real> value = exp2<Real>(load_vector(w + i));
-          store_vector(w + i, value);
-          store_vector(s + i, value * (load_vector(s + i) - less));
-        }
+      Integers<Real> bits = {};
+      for (int i = 0; i < tile.keys; i += L) {
+        const Vector<Real> value = exp2<Real>(load_vector(w + i)), slope = load_vector(s + i);
+        if (kDrops) bits = i % kWord == 0 ? spread<Real>(kept.words[i / kWord][m]) : bits >> L;
+        store_vector(w + i, kDrops ? keep<Real>(value, bits) : value);
+        store_vector(s + i, value * ((kDrops ? keep<Real>(slope, bits) : slope) - less));
       }
       // Nothing but zeros for keys that are not there: their sums stay zero.
       for (int i = tile.keys; i < kTileKeys; ++i) w[i] = s[i] = 0;
@@ -228,7 +221,7 @@ struct Backward {
   const Partial<Real> sums;
   const int64_t blocks;
   Real *left, *upstream_left, *queries, *upstream, *scaled, *delta, *start_columns, *start_rows, *columns, *rows, *spatial_left;
-  Real *keys_transposed, *values_transposed, *keys, *weights, *slopes, *key_sums, *value_sums, *kept;
+  Real *keys_transposed, *values_transposed, *keys, *weights, *slopes, *key_sums, *value_sums;
   int32_t* positions;
 };
 

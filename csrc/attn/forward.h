@@ -17,16 +17,19 @@ struct Running {
   Vector<Real> total[kRows];
 };
 
-// Scores become weights in place; their sums are added to `total`. Returns the largest sum of a lane.
-template <typename Real>
-CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, Vector<Real>* total) {
+// Scores become weights in place, and zero where `kept` says so; the sums of all, kept or not, are added to `total`.
+// Returns the largest sum of a lane.
+template <bool kDrops, typename Real>
+CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, const Kept& kept, Vector<Real>* total) {
   constexpr int L = kLanes<Real>;
   Vector<Real> worst = {};
   for (int m = 0; m < kRows; ++m) {
     Vector<Real> sum = {};
+    Integers<Real> bits = {};
     for (int64_t i = 0; i < keys; i += L) {
       const Vector<Real> weight = exp2<Real>(load_vector(scores + m * kStride + i));
-      store_vector(scores + m * kStride + i, weight);
+      if (kDrops) bits = i % kWord == 0 ? spread<Real>(kept.words[i / kWord][m]) : bits >> L;
+      store_vector(scores + m * kStride + i, kDrops ? keep<Real>(weight, bits) : weight);
       sum += weight;
     }
     total[m] += sum;
@@ -62,7 +65,7 @@ void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const S
   }
 }
 
-template <typename T>
+template <typename T, bool kDrops>
 struct Forward {
   using Real = Compute<T>;
 
@@ -86,7 +89,6 @@ struct Forward {
     keys = arena.take<Real>(kTileKeys * shape.depth);
     values = arena.take<Real>(kTileKeys * shape.values);
     scores = arena.take<Real>(2 * kRows * kStride);
-    kept = arena.take<Real>(kStride);
     positions = arena.take<int32_t>(kTileKeys + p.width + p.height);
   }
 
@@ -137,26 +139,19 @@ struct Forward {
     Running<Real>& state = running[block];
     Real* block_sums = sums + block * kRows * shape.values;
     if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, true);
+    Kept kept;
+    if (kDrops) find_kept(p, visited, tile, task, first_query(block), count(block), kept);
     const Running<Real> before = state;
-    if (make_weights<Real>(scores, tile.keys, state.total) > Real(1 << 30)) {
+    if (make_weights<kDrops>(scores, tile.keys, kept, state.total) > Real(1 << 30)) {
       state = before;
       start_scores<Real>(p, visited, tile, shape, start(block), scores);
       multiply_content(tile, block, scores);
       raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, false);
-      make_weights<Real>(scores, tile.keys, state.total);
+      make_weights<kDrops>(scores, tile.keys, kept, state.total);
     }
-    if (p.dropout_p > 0) drop(visited, tile, block, scores);
     for (int64_t panel = 0; panel * kPanel<Real> < shape.values; ++panel) {
       product<kStride, 1>(tile.keys, scores, values + panel * kTileKeys * kPanel<Real>,
                           block_sums + panel * kRows * kPanel<Real>, kPanel<Real>);
-    }
-  }
-
-  void drop(const Keys& visited, const Tile& tile, int64_t block, Real* scores) {
-    const Dropout<Real> dropout(p);
-    for (int m = 0; m < count(block); ++m) {
-      dropout.fill(p, visited, tile, query_index(p, task.image, task.head, first_query(block) + m), kept);
-      for (int i = 0; i < tile.keys; ++i) scores[m * kStride + i] *= kept[i];
     }
   }
 
@@ -164,7 +159,8 @@ struct Forward {
     const Real* block_sums = sums + block * kRows * shape.values;
     for (int64_t m = 0; m < count(block); ++m) {
       const int64_t query = first_query(block) + m;
-      const Real total = sum_of<Real>(running[block].total[m]), factor = inverse_total(total);
+      const Real total = sum_of<Real>(running[block].total[m]);
+      const Real factor = inverse_total(total) * Real(1 / (1 - p.dropout_p));
       T* out = static_cast<T*>(r.out) + ((task.image * p.queries + query) * p.heads + task.head) * p.dv;
       unpack_row(out, block_sums + m * kPanel<Real>, kRows * kPanel<Real>, 0, p.dv, factor);
       static_cast<Real*>(r.lse)[query_index(p, task.image, task.head, query)] =
@@ -178,7 +174,7 @@ struct Forward {
   const Shape<Real> shape;
   const int64_t blocks;
   Running<Real>* running;
-  Real *left, *start_columns, *start_rows, *sums, *columns, *rows, *spatial_left, *keys, *values, *scores, *kept;
+  Real *left, *start_columns, *start_rows, *sums, *columns, *rows, *spatial_left, *keys, *values, *scores;
   int32_t* positions;
 };
 

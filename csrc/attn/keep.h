@@ -1,43 +1,56 @@
-// Which weights dropout keeps.
+// Which weights dropout keeps: the bits of `keep`, in the order of a tile's keys.
 #pragma once
 
 #include "attn/shape.h"
 
-#include "common/philox_simd.h"
-
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Which weights survive, for the keys of one tile.
-template <typename Real>
-struct Dropout {
-  explicit Dropout(const Problem& p)
-      : threshold(philox::threshold(float(p.dropout_p))), factor(Real(1 / (1 - p.dropout_p))) {}
-  uint32_t threshold;
-  Real factor;
+constexpr int kWord = 32;
+static_assert(kTileKeys % kWord == 0);
 
-  // kept[i] = factor or 0 for the keys of a tile, of one query.
-  void fill(const Problem& p, const Keys& keys, const Tile& tile, int64_t query_index, Real* kept) const {
-    uint32_t numbers[kTileKeys + 8 + 4 * kCounters];
-    for (int r = 0; r < tile.runs;) {
-      const Run& run = keys.runs[tile.first_run + r];
-      // Rows of a rectangle follow one another: their numbers are drawn together.
-      int64_t length = 0;
-      for (; r < tile.runs && keys.runs[tile.first_run + r].ordinal == run.ordinal + length; ++r) {
-        length += keys.runs[tile.first_run + r].length;
-      }
-      const int64_t skipped = run.ordinal % 4, groups = (skipped + length + 3) / 4;
-      const uint64_t counter = philox::counter(query_index, p.keys, run.ordinal);
-      for (int64_t g = 0; g < groups; g += kCounters) random_numbers(p.seed, counter + uint64_t(g), numbers + 4 * g);
-      for (int64_t i = 0; i < length; ++i) {
-        kept[run.offset + i] = (numbers[skipped + i] >> 8) >= threshold ? factor : Real(0);
-      }
-    }
-  }
+// Of a block of kRows queries and a tile: bit i % 32 of words[i / 32][m] is the weight of query m and the tile's key i.
+struct Kept {
+  uint32_t words[kTileKeys / kWord][kRows];
 };
 
-int64_t query_index(const Problem& p, int64_t image, int64_t head, int64_t query) {
-  return (image * p.heads + head) * p.queries + query;
+// The words of `count` queries from `query` on. Where no key of the tile's stretch of ordinals is left out they are
+// those of `keep`, else they are put together from pieces.
+inline void find_kept(const Problem& p, const Keys& keys, const Tile& tile, const Task& task, int64_t query,
+                      int64_t count, Kept& kept) {
+  const uint32_t* words = p.keep + (task.image * p.heads + task.head) * p.keep_words * p.queries + query;
+  memset(&kept, 0, sizeof kept);
+  for (int r = 0; r < tile.runs;) {
+    const Run& run = keys.runs[tile.first_run + r];
+    // Rows of a rectangle follow one another.
+    int length = 0;
+    for (; r < tile.runs && keys.runs[tile.first_run + r].ordinal == run.ordinal + length; ++r) {
+      length += keys.runs[tile.first_run + r].length;
+    }
+    for (int done = 0; done < length;) {
+      const int from = int((run.ordinal + done) % kWord), to = (run.offset + done) % kWord;
+      const int room = kWord - (from > to ? from : to), bits = length - done < room ? length - done : room;
+      const uint32_t chosen = ~uint32_t(0) >> (kWord - bits);
+      const uint32_t* source = words + (run.ordinal + done) / kWord * p.queries;
+      uint32_t* target = kept.words[(run.offset + done) / kWord];
+      for (int64_t m = 0; m < count; ++m) target[m] |= (source[m] >> from & chosen) << to;
+      done += bits;
+    }
+  }
+}
+
+// A word in every lane, the bit of key 0 in lane 0 in its place; the next vector of keys follows with `>> kLanes`.
+template <typename Real>
+CONDDETR_INLINE Integers<Real> spread(uint32_t word) {
+  return Integers<Real>{} + decltype(Integers<Real>{}[0] + 0)(word);
+}
+
+// `value` where the bit of its lane is set, else zero.
+template <typename Real>
+CONDDETR_INLINE Vector<Real> keep(Vector<Real> value, Integers<Real> bits) {
+  Integers<Real> lanes;
+  for (int i = 0; i < kLanes<Real>; ++i) lanes[i] = 1 << i;
+  return (bits & lanes) != 0 ? value : Vector<Real>{};
 }
 
 }  // namespace

@@ -12,12 +12,20 @@ namespace {
 
 template <typename T>
 void run_forward(const Problem& p, const Result& r, const Task& task) {
-  Forward<T>(p, r, task).run();
+  if (p.keep == nullptr) {
+    Forward<T, false>(p, r, task).run();
+  } else {
+    Forward<T, true>(p, r, task).run();
+  }
 }
 
 template <typename T>
 void run_backward(const Problem& p, const Upstream& u, const Gradients& g, const Task& task, void* partial) {
-  Backward<T>(p, u, g, task, partial).run();
+  if (p.keep == nullptr) {
+    Backward<T, false>(p, u, g, task, partial).run();
+  } else {
+    Backward<T, true>(p, u, g, task, partial).run();
+  }
 }
 
 template <typename T>

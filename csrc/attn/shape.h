@@ -45,6 +45,10 @@ const T* at(const Tensor4& tensor, int64_t image, int64_t head) {
   return static_cast<const T*>(tensor.data) + image * tensor.image + head * tensor.head;
 }
 
+inline int64_t query_index(const Problem& p, int64_t image, int64_t head, int64_t query) {
+  return (image * p.heads + head) * p.queries + query;
+}
+
 // Sizes of packed operands.
 template <typename Real>
 struct Shape {
