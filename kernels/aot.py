@@ -277,15 +277,15 @@ _KINDS = {
     "*i32": ("valid_hw", "counts", "valid_cells", "keep", "words"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding", "is_padding"),
-    "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent", "kept_factor",
-             "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
+    "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
+             "kept_factor", "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
             "classes", "images", "channels", "layers", "position_rows", "replicas", "units",
             "out_height", "out_width", "numbers", "threshold", "padded"),
 }  # fmt: skip
 _NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "keep": "HAS_DROPOUT", "seed_pointer": "HAS_DROPOUT",
-          "columns": "SEPARABLE", "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",
-          "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
+          "columns": "SEPARABLE", "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM",
+          "log_total": "SOFTMAX", "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 
 
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:

@@ -13,6 +13,7 @@ from conddetr.kernels.attn.triton.tiles import (
     load_kept,
     load_kept_turned,
     load_keys,
+    load_parts,
     load_queries,
     load_rows,
     next_tile,
@@ -84,23 +85,30 @@ def backward_query_kernel(
     spatial = tl.zeros((BLOCK_Q, PDS), tl.float32)
     ordinal = tl.arange(0, BLOCK_N)
     row, column = ordinal // row_width, ordinal % row_width
+    # One tile ahead, into registers: copies to shared memory would have to be read back to add them.
+    row_part, column_part = load_parts(tensors, image, head, row, column, ordinal < visited, DS, PDS, OFFSET)
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
         position = row * width + column
-        k_c, k_s, value = load_keys(tensors, image, head, position, row, column, None, D, DS, DV, PD, PDS, PDV, OFFSET)
+        k_c, k_s, value = load_keys(
+            tensors, image, head, position, row_part, column_part, None, D, DS, DV, PD, PDS, PDV, OFFSET
+        )
+        row, column = next_tile(row, column, row_width, BLOCK_N)
+        is_next = start + BLOCK_N + ordinal < visited
+        row_part, column_part = load_parts(tensors, image, head, row, column, is_next, DS, PDS, OFFSET)
         visible = tl.load(padding + position) == 0 if padding is not None else None
         kept = load_kept(keep, within, start, queries, BLOCK_N, OFFSET) if keep is not None else None
         content, spatial = query_tile(
             q_c, q_s, k_c, k_s, value, gradient, lse_rows, delta_rows, content, spatial, visible, kept, log2_scale,
             kept_factor, PRECISION,
         )  # fmt: skip
-        row, column = next_tile(row, column, row_width, BLOCK_N)
     # At most once.
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
         position = row * width + column
+        row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
         k_c, k_s, value = load_keys(
-            tensors, image, head, position, row, column, inside, D, DS, DV, PD, PDS, PDV, OFFSET
+            tensors, image, head, position, row_part, column_part, inside, D, DS, DV, PD, PDS, PDV, OFFSET
         )
         visible = inside
         if padding is not None:
@@ -138,7 +146,10 @@ def backward_key_kernel(
     row, column = ordinal // row_width, ordinal % row_width
     position = row * width + column
     visible = ordinal < visited
-    k_c, k_s, value = load_keys(tensors, image, head, position, row, column, visible, D, DS, DV, PD, PDS, PDV, OFFSET)
+    row_part, column_part = load_parts(tensors, image, head, row, column, visible, DS, PDS, OFFSET)
+    k_c, k_s, value = load_keys(
+        tensors, image, head, position, row_part, column_part, visible, D, DS, DV, PD, PDS, PDV, OFFSET
+    )
     # The sign goes to the keys here: queries are what their gradients are made of.
     if scale < 0:
         k_c, k_s = -k_c, -k_s

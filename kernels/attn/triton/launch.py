@@ -25,20 +25,30 @@ class Launch:
     backward_key: Tiles
 
 
-# Chosen so that nothing spills, by what the compiler reports; not yet tuned on a device. How products are formed, then
-# the widest of d, ds and dv.
-_LAUNCH = {
-    ("half", 64): Launch(Tiles(64, 64, 8, 2), Tiles(32, 32, 4, 1), Tiles(64, 32, 8, 1)),
-    ("half", 128): Launch(Tiles(64, 64, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
-    ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1)),
-    ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1)),
-    ("ieee", 32): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 8, 1)),
-    ("ieee", 64): Launch(Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1), Tiles(32, 32, 4, 1)),
-    ("ieee", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+# Chosen without a device: nothing spills, and of what does not, what the model of the machine (benchmarks/sass) predicts
+# to be fastest. How products are formed, then the widest of d, ds and dv.
+_DATACENTER = {
+    ("half", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
+    ("half", 64): Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 1)),
+    ("half", 128): Launch(Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 64, 8, 1)),
+    ("tf32", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
+    ("tf32", 64): Launch(Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 64, 4, 1)),
+    ("tf32", 128): Launch(Tiles(64, 16, 4, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1)),
 }
-# The model's own widths on tensor cores: GPUs of data centres have more registers to give to a block.
-_DATACENTER = Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3))
-_OTHER = Launch(Tiles(64, 64, 4, 2), Tiles(64, 16, 4, 1), Tiles(64, 32, 8, 2))
+"""GPUs of data centres from Hopper on, whose products are those of 64 rows at a time."""
+_OTHER = {
+    ("half", 32): Launch(Tiles(64, 32, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2)),
+    ("half", 64): Launch(Tiles(64, 32, 4, 3), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    ("half", 128): Launch(Tiles(64, 64, 8, 2), Tiles(32, 16, 4, 1), Tiles(32, 32, 4, 1)),
+    ("tf32", 32): Launch(Tiles(64, 32, 4, 3), Tiles(64, 16, 4, 3), Tiles(32, 64, 4, 3)),
+    ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
+    ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(16, 32, 4, 1)),
+}
+_WITHOUT_TENSOR_CORES = {
+    32: Launch(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    64: Launch(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    128: Launch(Tiles(32, 16, 8, 1), Tiles(16, 16, 4, 1), Tiles(16, 32, 8, 1)),
+}
 
 
 @functools.cache
@@ -51,6 +61,6 @@ def launch_settings(architecture: int, products: str, width: int) -> Launch:
         width: the widest of d, ds and dv, up to 128.
     """
     padded = max(32, registry.next_power_of_2(width))
-    if padded == 32 and products != "ieee":
-        return _DATACENTER if architecture in (90, 100) else _OTHER
-    return _LAUNCH[products, padded]
+    if products == "ieee":
+        return _WITHOUT_TENSOR_CORES[padded]
+    return (_DATACENTER if architecture in (90, 100) else _OTHER)[products, padded]

@@ -35,9 +35,7 @@ class Operands(NamedTuple):
 
 @triton.jit
 def of_head(rows, image, head):
-    """The tensor of one head of one image; None of None."""
-    if rows is None:
-        return None
+    """The tensor of one head of one image."""
     return rows.data + image * rows.image + head * rows.head
 
 
@@ -78,10 +76,12 @@ def load_rows(base, item, stride, inside, WIDTH: tl.constexpr, PADDED: tl.conste
     channel = tl.arange(0, PADDED)
     pointers = base + item[:, None].to(OFFSET) * stride + channel[None, :]
     if inside is not None:
-        return tl.load(pointers, mask=inside[:, None] & (channel < WIDTH)[None, :], other=0.0)
-    if WIDTH == PADDED:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(channel < WIDTH)[None, :], other=0.0)
+        value = tl.load(pointers, mask=inside[:, None] & (channel < WIDTH)[None, :], other=0.0)
+    elif WIDTH == PADDED:
+        value = tl.load(pointers)
+    else:
+        value = tl.load(pointers, mask=(channel < WIDTH)[None, :], other=0.0)
+    return value
 
 
 @triton.jit
@@ -104,21 +104,31 @@ def load_queries(
 
 
 @triton.jit
+def load_parts(tensors, image, head, row, column, inside, DS: tl.constexpr, PDS: tl.constexpr, OFFSET: tl.constexpr):
+    """What separable spatial keys are the sum of; zeros of dense ones, which `load_keys` loads."""
+    if tensors.columns is None:
+        row_part = tl.zeros((row.shape[0], PDS), tensors.k_spatial.data.dtype.element_ty)
+        column_part = row_part
+    else:
+        rows, columns = of_head(tensors.k_spatial, image, head), of_head(tensors.columns, image, head)
+        row_part = load_rows(rows, row, tensors.k_spatial.item, inside, DS, PDS, OFFSET)
+        column_part = load_rows(columns, column, tensors.columns.item, inside, DS, PDS, OFFSET)
+    return row_part, column_part
+
+
+@triton.jit
 def load_keys(
-    tensors, image, head, position, row, column, inside,
+    tensors, image, head, position, row_part, column_part, inside,
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
     OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Content keys, spatial keys and values of some positions, which are these rows and columns of the grid."""
+    """Content keys, spatial keys and values of some positions, of which there are the parts of separable keys."""
     k_c = load_rows(of_head(tensors.k_content, image, head), position, tensors.k_content.item, inside, D, PD, OFFSET)
-    spatial = of_head(tensors.k_spatial, image, head)
     if tensors.columns is None:
+        spatial = of_head(tensors.k_spatial, image, head)
         k_s = load_rows(spatial, position, tensors.k_spatial.item, inside, DS, PDS, OFFSET)
     else:
-        columns = of_head(tensors.columns, image, head)
-        row_part = load_rows(spatial, row, tensors.k_spatial.item, inside, DS, PDS, OFFSET)
-        column_part = load_rows(columns, column, tensors.columns.item, inside, DS, PDS, OFFSET)
-        k_s = (row_part.to(tl.float32) + column_part.to(tl.float32)).to(spatial.dtype.element_ty)
+        k_s = (row_part.to(tl.float32) + column_part.to(tl.float32)).to(row_part.dtype)
     value = load_rows(of_head(tensors.v, image, head), position, tensors.v.item, inside, DV, PDV, OFFSET)
     return k_c, k_s, value
 
@@ -159,9 +169,9 @@ def drop(weights, kept, kept_factor):
     The zero is one that the compiler does not know: it would round each weight before it chooses, one by one, where two
     are rounded at a time.
     """
-    if kept is None:
-        return weights
-    return tl.where(kept, weights, 0.0 * kept_factor)
+    if kept is not None:
+        weights = tl.where(kept, weights, 0.0 * kept_factor)
+    return weights
 
 
 @triton.jit
