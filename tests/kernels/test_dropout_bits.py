@@ -1,4 +1,4 @@
-"""Random bits of a given probability: against Philox in plain Python, decision by decision, and as what they are for."""
+"""Random bits of a given probability: against Philox in plain Python, decision by decision, and their share."""
 
 import pytest
 import torch

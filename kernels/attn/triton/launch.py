@@ -25,8 +25,8 @@ class Launch:
     backward_key: Tiles
 
 
-# Chosen without a device: nothing spills, and of what does not, what the model of the machine (benchmarks/sass) predicts
-# to be fastest. How products are formed, then the widest of d, ds and dv.
+# Chosen without a device: of what spills nothing, what the model of the machine predicts to be fastest
+# (benchmarks/predict.py). How products are formed, then the widest of d, ds and dv.
 _DATACENTER = {
     ("half", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
     ("half", 64): Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 1)),
