@@ -37,7 +37,7 @@ struct Backward {
     upstream = memory.take<Real>(sums.queries * shape.values);
     scaled = memory.take<Real>(sums.queries * p.dv);
     delta = memory.take<Real>(sums.queries);
-    start_columns = memory.take<Real>(blocks * kRows * shape.width);
+    start_columns = memory.take<Real>(blocks * kRows * shape.start);
     start_rows = memory.take<Real>(blocks * kRows * shape.height);
     columns = memory.take<Real>(p.ds * shape.width);
     rows = memory.take<Real>(p.ds * shape.height);
@@ -49,11 +49,12 @@ struct Backward {
     slopes = memory.take<Real>(kBlockQueries * kStride);
     key_sums = memory.take<Real>(kTileKeys * shape.content);
     value_sums = memory.take<Real>(kTileKeys * shape.values);
+    pieces = memory.take<Pieces<Real>>(1);
     positions = memory.take<int32_t>(kTileKeys + p.width + p.height + sums.queries);
   }
 
   Start<Real> start(int64_t block) const {
-    return {start_columns + block * kRows * shape.width, start_rows + block * kRows * shape.height};
+    return {start_columns + block * kRows * shape.start, start_rows + block * kRows * shape.height};
   }
   int64_t count(int64_t block) const {
     const int64_t left_over = p.queries - block * kRows;
@@ -69,6 +70,7 @@ struct Backward {
     for (int64_t t = task.begin; t < task.end; ++t) {
       const Tile& tile = visited.tiles[t];
       tile_positions(p, visited, tile, positions);
+      pieces->find(p, visited, tile);
       pack_tile(tile);
       for (int64_t first = 0; first < blocks; first += kBlockQueries / kRows) visit(visited, tile, first);
       write(tile);
@@ -148,8 +150,7 @@ struct Backward {
 
   // Weights and slopes (dS before `scale`) of kRows queries; weights before their factor, see `pack_row`.
   void differentiate(const Keys& visited, const Tile& tile, int64_t block, Real* weight, Real* slope) {
-    start_scores<Real>(p, visited, tile, shape, start(block), weight);
-    multiply(left + block * left_size(shape.depth), keys_transposed, shape.depth, tile.keys, weight, P, kStride);
+    make_scores<Real>(tile, *pieces, shape, start(block), left + block * left_size(shape.depth), keys_transposed, weight);
     multiply<false>(upstream_left + block * left_size(p.dv), values_transposed, p.dv, tile.keys, slope, P, kStride);
     Kept kept;
     if (kDrops) find_kept(p, visited, tile, task, block * kRows, count(block), kept);
@@ -222,6 +223,7 @@ struct Backward {
   const int64_t blocks;
   Real *left, *upstream_left, *queries, *upstream, *scaled, *delta, *start_columns, *start_rows, *columns, *rows, *spatial_left;
   Real *keys_transposed, *values_transposed, *keys, *weights, *slopes, *key_sums, *value_sums;
+  Pieces<Real>* pieces;
   int32_t* positions;
 };
 

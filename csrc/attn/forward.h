@@ -80,7 +80,7 @@ struct Forward {
   void lay_out(Arena& arena) {
     running = arena.take<Running<Real>>(blocks);
     left = arena.take<Real>(blocks * left_size(shape.depth));
-    start_columns = arena.take<Real>(blocks * kRows * shape.width);
+    start_columns = arena.take<Real>(blocks * kRows * shape.start);
     start_rows = arena.take<Real>(blocks * kRows * shape.height);
     sums = arena.take<Real>(blocks * kRows * shape.values);
     columns = arena.take<Real>(p.ds * shape.width);
@@ -88,12 +88,13 @@ struct Forward {
     spatial_left = arena.take<Real>(left_size(p.ds));
     keys = arena.take<Real>(kTileKeys * shape.depth);
     values = arena.take<Real>(kTileKeys * shape.values);
-    scores = arena.take<Real>(2 * kRows * kStride);
+    scores = arena.take<Real>(kRows * kStride);
+    pieces = arena.take<Pieces<Real>>(1);
     positions = arena.take<int32_t>(kTileKeys + p.width + p.height);
   }
 
   Start<Real> start(int64_t block) const {
-    return {start_columns + block * kRows * shape.width, start_rows + block * kRows * shape.height};
+    return {start_columns + block * kRows * shape.start, start_rows + block * kRows * shape.height};
   }
 
   void run() {
@@ -112,14 +113,8 @@ struct Forward {
       pack_keys<T>(p, shape, task.image, task.head, tile, positions, keys);
       pack_straight<T>(values, kTileKeys, at<T>(p.v, task.image, task.head), p.v.item, positions, tile.keys, 0, p.dv,
                        Real(1));
-      // One block ahead: what was just written is not read at once.
-      start_scores<Real>(p, visited, tile, shape, start(0), scores);
-      for (int64_t block = 0; block < blocks; ++block) {
-        Real *here = scores + block % 2 * kRows * kStride, *next = scores + (block + 1) % 2 * kRows * kStride;
-        multiply_content(tile, block, here);
-        if (block + 1 < blocks) start_scores<Real>(p, visited, tile, shape, start(block + 1), next);
-        visit(visited, tile, block, here, t == 0);
-      }
+      pieces->find(p, visited, tile);
+      for (int64_t block = 0; block < blocks; ++block) visit(visited, tile, block, t == 0);
     }
     for (int64_t block = 0; block < blocks; ++block) write(block);
   }
@@ -130,22 +125,19 @@ struct Forward {
     return left_over < kRows ? left_over : kRows;
   }
 
-  void multiply_content(const Tile& tile, int64_t block, Real* scores) {
-    multiply(left + block * left_size(shape.depth), keys, shape.depth, tile.keys, scores, kPanel<Real>, kStride);
-  }
-
   // From the scores of one block of queries and one tile of keys to their part of the output.
-  void visit(const Keys& visited, const Tile& tile, int64_t block, Real* scores, bool is_first) {
+  void visit(const Keys& visited, const Tile& tile, int64_t block, bool is_first) {
     Running<Real>& state = running[block];
     Real* block_sums = sums + block * kRows * shape.values;
+    const Real* block_left = left + block * left_size(shape.depth);
+    make_scores<Real>(tile, *pieces, shape, start(block), block_left, keys, scores);
     if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, true);
     Kept kept;
     if (kDrops) find_kept(p, visited, tile, task, first_query(block), count(block), kept);
     const Running<Real> before = state;
     if (make_weights<kDrops>(scores, tile.keys, kept, state.total) > Real(1 << 30)) {
       state = before;
-      start_scores<Real>(p, visited, tile, shape, start(block), scores);
-      multiply_content(tile, block, scores);
+      make_scores<Real>(tile, *pieces, shape, start(block), block_left, keys, scores);
       raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, false);
       make_weights<kDrops>(scores, tile.keys, kept, state.total);
     }
@@ -175,6 +167,7 @@ struct Forward {
   const int64_t blocks;
   Running<Real>* running;
   Real *left, *start_columns, *start_rows, *sums, *columns, *rows, *spatial_left, *keys, *values, *scores;
+  Pieces<Real>* pieces;
   int32_t* positions;
 };
 

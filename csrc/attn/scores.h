@@ -1,4 +1,4 @@
-// Scores of a block of kRows queries and a tile of keys, in base 2, before the content product is added.
+// Scores of a block of kRows queries and a tile of keys, in base 2.
 //
 // With separable spatial keys the score is q_c·k_c[y, x] + q_s·R[y] + q_s·C[x]: the products with R and C are made once
 // per query, so that only the content product depends on the key.
@@ -18,59 +18,93 @@ void tile_positions(const Problem& p, const Keys& keys, const Tile& tile, int32_
 }
 
 // What scores of a block of kRows queries start from, in base 2: q_s·C[x], and q_s·R[y] less each query's reference.
-// Dense keys: there is one row, and no column adds anything.
+// Dense keys: there is one row, and columns are zeros.
 template <typename Real>
 struct Start {
-  Real* columns;  // [kRows][Shape::width]
+  Real* columns;  // [kRows][Shape::start]: a vector for keys that are not there, then the columns
   Real* rows;     // [kRows][Shape::height]
 };
 
-// Scores of a run of at most kVectors vectors. What the last one writes beyond the run, the next run writes over.
-template <int kVectors, typename Real>
-CONDDETR_INLINE void start_run(const Run& run, const Shape<Real>& shape, const Start<Real>& start, Real* scores) {
+// Of one vector of a tile, the keys that are neighbours in a row of the grid, or that are not there.
+template <typename Real>
+struct Piece {
+  Integers<Real> lanes;  // all bits of each of them, no bit of the others
+  int32_t column, row;   // where they start, in Start; `column` is that of lane 0
+};
+
+template <typename Real>
+struct Pieces {
+  static constexpr int L = kLanes<Real>;
+
+  // For the keys of one tile.
+  void find(const Problem& p, const Keys& keys, const Tile& tile) {
+    count = 0;
+    if (p.is_separable()) {
+      for (int r = 0; r < tile.runs; ++r) {
+        const Run& run = keys.runs[tile.first_run + r];
+        for (int i = 0; i < run.length;) i += add(run.offset + i, run.length - i, run.column + i, run.row);
+      }
+    } else {
+      for (int i = 0; i < tile.keys;) i += add(i, tile.keys - i, 0, 0);
+    }
+    const int padded = int(round_up(tile.keys, kPanel<Real>)), row = list[count - 1].row;
+    for (int i = tile.keys; i < padded;) i += add(i, padded - i, i % L - L, row);
+    first[padded / L] = count;
+  }
+
+  // As many of `length` keys as are in the vector that key `offset` is in.
+  int add(int offset, int length, int column, int row) {
+    const int lane = offset % L, end = lane + length < L ? lane + length : L;
+    if (lane == 0) first[offset / L] = count;
+    Piece<Real>& piece = list[count++];
+    for (int i = 0; i < L; ++i) piece.lanes[i] = i >= lane && i < end ? -1 : 0;
+    piece.column = L + column - lane;
+    piece.row = row;
+    return end - lane;
+  }
+
+  Piece<Real> list[kTileKeys];
+  int32_t first[kTileKeys / L + 1], count;  // first[v]: of vector v
+};
+
+// Scores of kRows queries and a panel of keys, whose first vector is `vector`: start + A B, see `product`.
+template <typename Real>
+__attribute__((noinline)) void score(int64_t depth, const Real* a, const Real* b, const Pieces<Real>& pieces, int vector,
+                                     const Shape<Real>& shape, const Start<Real>& start, Real* scores) {
   constexpr int L = kLanes<Real>;
-  const Real *columns = start.columns + run.column, *rows = start.rows + run.row;
-  Real* target = scores + run.offset;
+  Vector<Real> sums[kRows][2];
+  sum_products<kDepth, 1>(depth, a, b, sums);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    for (int i = pieces.first[vector + half]; i < pieces.first[vector + half + 1]; ++i) {
+      const Piece<Real>& piece = pieces.list[i];
+      const Real *column = start.columns + piece.column, *row = start.rows + piece.row;
+#pragma GCC unroll 12
+      for (int m = 0; m < kRows; ++m) {
+        const Vector<Real> value = load_vector(column + m * shape.start) + row[m * shape.height];
+        sums[m][half] += (Vector<Real>)((Integers<Real>)value & piece.lanes);
+      }
+    }
+  }
+#pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
-    const Vector<Real> row = broadcast(*rows);
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) store_vector(target + i * L, load_vector(columns + i * L) + row);
-    columns += shape.width;
-    rows += shape.height;
-    target += kStride;
+    store_vector(scores + m * kStride, sums[m][0]);
+    store_vector(scores + m * kStride + L, sums[m][1]);
   }
 }
 
-// Scores of a block of queries and a tile of keys, before the content product is added.
+// Scores of a block of queries and a tile of keys.
 template <typename Real>
-void start_scores(const Problem& p, const Keys& keys, const Tile& tile, const Shape<Real>& shape,
-                  const Start<Real>& start, Real* scores) {
-  constexpr int L = kLanes<Real>;
-  if (!p.is_separable()) {
-    for (int m = 0; m < kRows; ++m) {
-      const Vector<Real> row = broadcast(start.rows[m * shape.height]);
-      for (int i = 0; i < tile.keys; i += L) store_vector(scores + m * kStride + i, row);
+CONDDETR_INLINE void make_scores(const Tile& tile, const Pieces<Real>& pieces, const Shape<Real>& shape,
+                                 const Start<Real>& start, const Real* left, const Real* keys, Real* scores) {
+  const int64_t first = shape.depth < kDepth ? shape.depth : kDepth;
+  for (int key = 0; key < tile.keys; key += kPanel<Real>) {
+    const Real* panel = keys + key * shape.depth;
+    score(first, left, panel, pieces, key / kLanes<Real>, shape, start, scores + key);
+    for (int64_t k = kDepth; k < shape.depth; k += kDepth) {
+      const int64_t count = shape.depth - k < kDepth ? shape.depth - k : kDepth;
+      product<kDepth, 1>(count, left + k * kRows, panel + k * kPanel<Real>, scores + key, kStride);
     }
-  }
-  for (int r = 0; p.is_separable() && r < tile.runs; ++r) {
-    Run run = keys.runs[tile.first_run + r];
-    for (; run.length > 4 * L; run.length -= 4 * L, run.offset += 4 * L, run.column += 4 * L) {
-      start_run<4>(run, shape, start, scores);
-    }
-    if (run.length <= L) {
-      start_run<1>(run, shape, start, scores);
-    } else if (run.length <= 2 * L) {
-      start_run<2>(run, shape, start, scores);
-    } else if (run.length <= 3 * L) {
-      start_run<3>(run, shape, start, scores);
-    } else {
-      start_run<4>(run, shape, start, scores);
-    }
-  }
-  const int padded = int(round_up(tile.keys, kPanel<Real>));
-  for (int m = 0; m < kRows && tile.keys < padded; ++m) {
-    // Finite, so that nothing becomes NaN; as a weight it is zero, or 2^-126 times a value that is zero.
-    for (int i = tile.keys; i < padded; ++i) scores[m * kStride + i] = Real(-1e30);
   }
 }
 
@@ -94,15 +128,20 @@ void pack_queries(const Problem& p, const Shape<Compute<T>>& shape, int64_t imag
   const T* q_content = at<T>(p.q_content, image, head) + query * p.q_content.item;
   const T* q_spatial = at<T>(p.q_spatial, image, head) + query * p.q_spatial.item;
   pack_left(left, q_content, p.q_content.item, count, 0, p.d, factor);
-  fill(start.rows, size_t(kRows * shape.height) * sizeof(Real));
+  for (int m = 0; m < kRows; ++m) {
+    // Finite, so that nothing becomes NaN; as a weight it is zero, or 2^-126 times a value that is zero.
+    store_vector(start.columns + m * shape.start, broadcast(Real(-1e30)));
+  }
+  Real* first_column = start.columns + kLanes<Real>;
   if (!p.is_separable()) {
+    for (int m = 0; m < kRows; ++m) store_vector(first_column + m * shape.start, Vector<Real>{});
+    fill(start.rows, size_t(kRows * shape.height) * sizeof(Real));
     pack_left(left, q_spatial, p.q_spatial.item, count, p.d, p.ds, factor);
     return;
   }
   pack_left(spatial_left, q_spatial, p.q_spatial.item, count, 0, p.ds, factor);
-  fill(start.columns, size_t(kRows * shape.width) * sizeof(Real));
-  multiply(spatial_left, columns, p.ds, p.width, start.columns, kPanel<Real>, shape.width);
-  multiply(spatial_left, rows, p.ds, p.height, start.rows, kPanel<Real>, shape.height);
+  multiply<false>(spatial_left, columns, p.ds, p.width, first_column, kPanel<Real>, shape.start);
+  multiply<false>(spatial_left, rows, p.ds, p.height, start.rows, kPanel<Real>, shape.height);
 }
 
 template <typename T>

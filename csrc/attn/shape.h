@@ -17,7 +17,7 @@ constexpr int kDepth = 32;
 constexpr int kDepth = 16;  // twice the roundings
 #endif
 // Scores of one query in a tile, with room for a vector that starts at the last of them.
-constexpr int kStride = kTileKeys + 4 * kLanes<float>;
+constexpr int kStride = kTileKeys + kLanes<float>;
 constexpr int kAlign = 64;
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -57,11 +57,13 @@ struct Shape {
         content(round_up(depth, kPanel<Real>)),
         spatial(round_up(p.ds, kPanel<Real>)),
         values(round_up(p.dv, kPanel<Real>)),
-        width(p.is_separable() ? round_up(p.width, kPanel<Real>) + 4 * kLanes<Real> : 0),
-        height(round_up(p.height, kPanel<Real>)) {}
+        width(p.is_separable() ? round_up(p.width, kPanel<Real>) + kLanes<Real> : 0),
+        height(round_up(p.height, kPanel<Real>)),
+        start(kLanes<Real> + (p.is_separable() ? width : kLanes<Real>)) {}
   int64_t depth;                     // of the product of queries and keys
   int64_t content, spatial, values;  // channels, whole panels
-  int64_t width, height;             // of the grid, whole panels, and four vectors that start at the last column
+  int64_t width, height;             // of the grid, whole panels, and a vector that starts at the last column
+  int64_t start;                     // of Start::columns
 };
 
 int64_t left_size(int64_t depth) { return round_up(depth, kDepth) * kRows; }
