@@ -37,10 +37,8 @@ struct Backward {
     upstream = memory.take<Real>(sums.queries * shape.values);
     scaled = memory.take<Real>(sums.queries * p.dv);
     delta = memory.take<Real>(sums.queries);
-    start_columns = memory.take<Real>(blocks * kRows * shape.start);
-    start_rows = memory.take<Real>(blocks * kRows * shape.height);
-    columns = memory.take<Real>(p.ds * shape.width);
-    rows = memory.take<Real>(p.ds * shape.height);
+    starts = memory.take<Real>(blocks * kRows * shape.start);
+    grid = memory.take<Real>(grid_size<Real>(p));
     spatial_left = memory.take<Real>(left_size(p.ds));
     keys_transposed = memory.take<Real>(kTileKeys * shape.depth);
     values_transposed = memory.take<Real>(kTileKeys * p.dv);
@@ -53,9 +51,7 @@ struct Backward {
     positions = memory.take<int32_t>(kTileKeys + p.width + p.height + sums.queries);
   }
 
-  Start<Real> start(int64_t block) const {
-    return {start_columns + block * kRows * shape.start, start_rows + block * kRows * shape.height};
-  }
+  Real* start(int64_t block) const { return starts + block * kRows * shape.start; }
   int64_t count(int64_t block) const {
     const int64_t left_over = p.queries - block * kRows;
     return left_over < 0 ? 0 : (left_over < kRows ? left_over : kRows);
@@ -70,7 +66,7 @@ struct Backward {
     for (int64_t t = task.begin; t < task.end; ++t) {
       const Tile& tile = visited.tiles[t];
       tile_positions(p, visited, tile, positions);
-      pieces->find(p, visited, tile);
+      pieces->find(p, shape, visited, tile);
       pack_tile(tile);
       for (int64_t first = 0; first < blocks; first += kBlockQueries / kRows) visit(visited, tile, first);
       write(tile);
@@ -78,7 +74,7 @@ struct Backward {
   }
 
   void pack() {
-    pack_grid<T>(p, task.image, task.head, columns, rows, positions);
+    pack_grid<T>(p, task.image, task.head, grid, positions);
     fill(queries, size_t(sums.queries * shape.content) * sizeof(Real));
     fill(upstream, size_t(sums.queries * shape.values) * sizeof(Real));
     fill(keys, size_t(kTileKeys * shape.content) * sizeof(Real));
@@ -91,7 +87,7 @@ struct Backward {
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t query = block * kRows;
-      pack_queries<T>(p, shape, task.image, task.head, query, count(block), columns, rows,
+      pack_queries<T>(p, shape, task.image, task.head, query, count(block), grid,
                       left + block * left_size(shape.depth), spatial_left, start(block));
       for (int64_t m = 0; m < kRows; ++m) pack_row(block, m);
       pack_left(upstream_left + block * left_size(p.dv), scaled + query * p.dv, p.dv, count(block), 0, p.dv, Real(1));
@@ -110,8 +106,8 @@ struct Backward {
       const bool is_seen = lse != Real(INFINITY);  // it has a key
       const Real shift = !is_seen || (lse > -kModerate && lse < kModerate) ? Real(0) : ::round(lse);
       if (is_seen) factor = ::exp2(shift - lse);
-      Real* row = start(block).rows + m * shape.height;
-      for (int64_t y = 0; shift != 0 && y < shape.height; ++y) row[y] -= shift;
+      Real* rows = start(block) + m * shape.start + shape.rows;
+      for (int64_t y = 0; shift != 0 && y < p.height; ++y) rows[y] -= shift;
       scale(scaled + query * p.dv, row_of(u.grad, query), p.dv, factor * Real(1 / (1 - p.dropout_p)));
       total = dot(row_of(u.grad, query), row_of(u.out, query), p.dv) * factor;
     }
@@ -150,7 +146,8 @@ struct Backward {
 
   // Weights and slopes (dS before `scale`) of kRows queries; weights before their factor, see `pack_row`.
   void differentiate(const Keys& visited, const Tile& tile, int64_t block, Real* weight, Real* slope) {
-    make_scores<Real>(tile, *pieces, shape, start(block), left + block * left_size(shape.depth), keys_transposed, weight);
+    const Real* block_left = left + block * left_size(shape.depth);
+    make_scores<Real>(tile, *pieces, shape, start(block), block_left, keys_transposed, weight);
     multiply<false>(upstream_left + block * left_size(p.dv), values_transposed, p.dv, tile.keys, slope, P, kStride);
     Kept kept;
     if (kDrops) find_kept(p, visited, tile, task, block * kRows, count(block), kept);
@@ -221,7 +218,7 @@ struct Backward {
   Arena arena;
   const Partial<Real> sums;
   const int64_t blocks;
-  Real *left, *upstream_left, *queries, *upstream, *scaled, *delta, *start_columns, *start_rows, *columns, *rows, *spatial_left;
+  Real *left, *upstream_left, *queries, *upstream, *scaled, *delta, *starts, *grid, *spatial_left;
   Real *keys_transposed, *values_transposed, *keys, *weights, *slopes, *key_sums, *value_sums;
   Pieces<Real>* pieces;
   int32_t* positions;

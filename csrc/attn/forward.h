@@ -41,8 +41,8 @@ CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, const Kept& kept, 
 // Measures each query's scores against their maximum from now on, if it is higher than before: what was summed so far
 // shrinks. Before the first tile there is no reference and nothing was summed.
 template <typename Real>
-void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const Shape<Real>& shape,
-                     const Start<Real>& start, Real* sums, bool is_first) {
+void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const Shape<Real>& shape, int64_t height,
+                     Real* start, Real* sums, bool is_first) {
   constexpr int L = kLanes<Real>;
   for (int m = 0; m < kRows; ++m) {
     Real* row = scores + m * kStride;
@@ -54,7 +54,7 @@ void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const S
     const Real largest = largest_of<Real>(highest), rise = is_first || largest > 0 ? largest : Real(0);
     for (int64_t i = 0; i < keys; i += L) store_vector(row + i, load_vector(row + i) - rise);
     running.reference[m] += rise;
-    for (int64_t y = 0; y < shape.height; ++y) start.rows[m * shape.height + y] -= rise;
+    for (int64_t y = 0; y < height; ++y) start[m * shape.start + shape.rows + y] -= rise;
     if (is_first) continue;
     const Vector<Real> shrink = exp2<Real>(broadcast(-rise));
     running.total[m] *= shrink;
@@ -80,11 +80,9 @@ struct Forward {
   void lay_out(Arena& arena) {
     running = arena.take<Running<Real>>(blocks);
     left = arena.take<Real>(blocks * left_size(shape.depth));
-    start_columns = arena.take<Real>(blocks * kRows * shape.start);
-    start_rows = arena.take<Real>(blocks * kRows * shape.height);
+    starts = arena.take<Real>(blocks * kRows * shape.start);
     sums = arena.take<Real>(blocks * kRows * shape.values);
-    columns = arena.take<Real>(p.ds * shape.width);
-    rows = arena.take<Real>(p.ds * shape.height);
+    grid = arena.take<Real>(grid_size<Real>(p));
     spatial_left = arena.take<Real>(left_size(p.ds));
     keys = arena.take<Real>(kTileKeys * shape.depth);
     values = arena.take<Real>(kTileKeys * shape.values);
@@ -93,17 +91,15 @@ struct Forward {
     positions = arena.take<int32_t>(kTileKeys + p.width + p.height);
   }
 
-  Start<Real> start(int64_t block) const {
-    return {start_columns + block * kRows * shape.start, start_rows + block * kRows * shape.height};
-  }
+  Real* start(int64_t block) const { return starts + block * kRows * shape.start; }
 
   void run() {
     fill(sums, size_t(blocks * kRows * shape.values) * sizeof(Real));
     fill(values, size_t(kTileKeys * shape.values) * sizeof(Real));
-    pack_grid<T>(p, task.image, task.head, columns, rows, positions);
+    pack_grid<T>(p, task.image, task.head, grid, positions);
     for (int64_t block = 0; block < blocks; ++block) {
       running[block] = {};
-      pack_queries<T>(p, shape, task.image, task.head, first_query(block), count(block), columns, rows,
+      pack_queries<T>(p, shape, task.image, task.head, first_query(block), count(block), grid,
                       left + block * left_size(shape.depth), spatial_left, start(block));
     }
     const Keys& visited = p.visited[task.image];
@@ -113,7 +109,7 @@ struct Forward {
       pack_keys<T>(p, shape, task.image, task.head, tile, positions, keys);
       pack_straight<T>(values, kTileKeys, at<T>(p.v, task.image, task.head), p.v.item, positions, tile.keys, 0, p.dv,
                        Real(1));
-      pieces->find(p, visited, tile);
+      pieces->find(p, shape, visited, tile);
       for (int64_t block = 0; block < blocks; ++block) visit(visited, tile, block, t == 0);
     }
     for (int64_t block = 0; block < blocks; ++block) write(block);
@@ -131,14 +127,14 @@ struct Forward {
     Real* block_sums = sums + block * kRows * shape.values;
     const Real* block_left = left + block * left_size(shape.depth);
     make_scores<Real>(tile, *pieces, shape, start(block), block_left, keys, scores);
-    if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, true);
+    if (is_first) raise_reference<Real>(scores, tile.keys, state, shape, p.height, start(block), block_sums, true);
     Kept kept;
     if (kDrops) find_kept(p, visited, tile, task, first_query(block), count(block), kept);
     const Running<Real> before = state;
     if (make_weights<kDrops>(scores, tile.keys, kept, state.total) > Real(1 << 30)) {
       state = before;
       make_scores<Real>(tile, *pieces, shape, start(block), block_left, keys, scores);
-      raise_reference<Real>(scores, tile.keys, state, shape, start(block), block_sums, false);
+      raise_reference<Real>(scores, tile.keys, state, shape, p.height, start(block), block_sums, false);
       make_weights<kDrops>(scores, tile.keys, kept, state.total);
     }
     for (int64_t panel = 0; panel * kPanel<Real> < shape.values; ++panel) {
@@ -166,7 +162,7 @@ struct Forward {
   const Shape<Real> shape;
   const int64_t blocks;
   Running<Real>* running;
-  Real *left, *start_columns, *start_rows, *sums, *columns, *rows, *spatial_left, *keys, *values, *scores;
+  Real *left, *starts, *sums, *grid, *spatial_left, *keys, *values, *scores;
   Pieces<Real>* pieces;
   int32_t* positions;
 };

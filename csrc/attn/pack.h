@@ -61,15 +61,22 @@ template <typename T>
 void pack_straight(Compute<T>* to, int64_t length, const T* from, int64_t stride, const int32_t* positions,
                    int64_t items, int64_t offset, int64_t channels, Compute<T> factor) {
   using Real = Compute<T>;
-  for (int64_t item = 0; item < items; ++item) {
-    const T* source = from + positions[item] * stride;
-    for (int64_t channel = 0; channel < channels;) {
-      const int64_t position = offset + channel, room = kPanel<Real> - position % kPanel<Real>;
-      const int64_t count = channels - channel < room ? channels - channel : room;
-      Real* target = to + (position / kPanel<Real> * length + item) * kPanel<Real> + position % kPanel<Real>;
-      scale(target, source + channel, count, factor);
-      channel += count;
+  constexpr int L = kLanes<Real>;
+  for (int64_t channel = 0; channel < channels;) {
+    const int64_t position = offset + channel, room = kPanel<Real> - position % kPanel<Real>;
+    const int64_t count = channels - channel < room ? channels - channel : room;
+    const T* source = from + channel;
+    Real* target = to + position / kPanel<Real> * length * kPanel<Real> + position % kPanel<Real>;
+    for (int64_t item = 0; item < items; ++item, target += kPanel<Real>) {
+      const T* numbers = source + positions[item] * stride;
+      if (count == kPanel<Real>) {
+        store_vector(target, load_vector(numbers) * factor);
+        store_vector(target + L, load_vector(numbers + L) * factor);
+      } else {
+        scale(target, numbers, count, factor);
+      }
     }
+    channel += count;
   }
 }
 

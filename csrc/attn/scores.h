@@ -17,19 +17,11 @@ void tile_positions(const Problem& p, const Keys& keys, const Tile& tile, int32_
   }
 }
 
-// What scores of a block of kRows queries start from, in base 2: q_s·C[x], and q_s·R[y] less each query's reference.
-// Dense keys: there is one row, and columns are zeros.
-template <typename Real>
-struct Start {
-  Real* columns;  // [kRows][Shape::start]: a vector for keys that are not there, then the columns
-  Real* rows;     // [kRows][Shape::height]
-};
-
 // Of one vector of a tile, the keys that are neighbours in a row of the grid, or that are not there.
 template <typename Real>
 struct Piece {
   Integers<Real> lanes;  // all bits of each of them, no bit of the others
-  int32_t column, row;   // where they start, in Start; `column` is that of lane 0
+  int32_t column, row;   // of what they start from, see Shape::start; `column` is that of lane 0
 };
 
 template <typename Real>
@@ -37,8 +29,9 @@ struct Pieces {
   static constexpr int L = kLanes<Real>;
 
   // For the keys of one tile.
-  void find(const Problem& p, const Keys& keys, const Tile& tile) {
+  void find(const Problem& p, const Shape<Real>& shape, const Keys& keys, const Tile& tile) {
     count = 0;
+    first_row = int(shape.rows);
     if (p.is_separable()) {
       for (int r = 0; r < tile.runs; ++r) {
         const Run& run = keys.runs[tile.first_run + r];
@@ -47,7 +40,7 @@ struct Pieces {
     } else {
       for (int i = 0; i < tile.keys;) i += add(i, tile.keys - i, 0, 0);
     }
-    const int padded = int(round_up(tile.keys, kPanel<Real>)), row = list[count - 1].row;
+    const int padded = int(round_up(tile.keys, kPanel<Real>)), row = list[count - 1].row - first_row;
     for (int i = tile.keys; i < padded;) i += add(i, padded - i, i % L - L, row);
     first[padded / L] = count;
   }
@@ -59,18 +52,19 @@ struct Pieces {
     Piece<Real>& piece = list[count++];
     for (int i = 0; i < L; ++i) piece.lanes[i] = i >= lane && i < end ? -1 : 0;
     piece.column = L + column - lane;
-    piece.row = row;
+    piece.row = first_row + row;
     return end - lane;
   }
 
   Piece<Real> list[kTileKeys];
-  int32_t first[kTileKeys / L + 1], count;  // first[v]: of vector v
+  int32_t first[kTileKeys / L + 1];  // [v]: of vector v
+  int32_t count, first_row;
 };
 
 // Scores of kRows queries and a panel of keys, whose first vector is `vector`: start + A B, see `product`.
 template <typename Real>
-__attribute__((noinline)) void score(int64_t depth, const Real* a, const Real* b, const Pieces<Real>& pieces, int vector,
-                                     const Shape<Real>& shape, const Start<Real>& start, Real* scores) {
+__attribute__((noinline)) void score(int64_t depth, const Real* a, const Real* b, const Pieces<Real>& pieces,
+                                     int vector, const Shape<Real>& shape, const Real* start, Real* scores) {
   constexpr int L = kLanes<Real>;
   Vector<Real> sums[kRows][2];
   sum_products<kDepth, 1>(depth, a, b, sums);
@@ -78,10 +72,10 @@ __attribute__((noinline)) void score(int64_t depth, const Real* a, const Real* b
   for (int half = 0; half < 2; ++half) {
     for (int i = pieces.first[vector + half]; i < pieces.first[vector + half + 1]; ++i) {
       const Piece<Real>& piece = pieces.list[i];
-      const Real *column = start.columns + piece.column, *row = start.rows + piece.row;
+      const Real *column = start + piece.column, *row = start + piece.row;
 #pragma GCC unroll 12
       for (int m = 0; m < kRows; ++m) {
-        const Vector<Real> value = load_vector(column + m * shape.start) + row[m * shape.height];
+        const Vector<Real> value = load_vector(column + m * shape.start) + row[m * shape.start];
         sums[m][half] += (Vector<Real>)((Integers<Real>)value & piece.lanes);
       }
     }
@@ -96,7 +90,7 @@ __attribute__((noinline)) void score(int64_t depth, const Real* a, const Real* b
 // Scores of a block of queries and a tile of keys.
 template <typename Real>
 CONDDETR_INLINE void make_scores(const Tile& tile, const Pieces<Real>& pieces, const Shape<Real>& shape,
-                                 const Start<Real>& start, const Real* left, const Real* keys, Real* scores) {
+                                 const Real* start, const Real* left, const Real* keys, Real* scores) {
   const int64_t first = shape.depth < kDepth ? shape.depth : kDepth;
   for (int key = 0; key < tile.keys; key += kPanel<Real>) {
     const Real* panel = keys + key * shape.depth;
@@ -108,40 +102,49 @@ CONDDETR_INLINE void make_scores(const Tile& tile, const Pieces<Real>& pieces, c
   }
 }
 
-// R and C as panels, used by all queries.
+// C and R as panels, one behind the other, used by all queries. `grid` has room for them before they are packed, too.
 template <typename T>
-void pack_grid(const Problem& p, int64_t image, int64_t head, Compute<T>* columns, Compute<T>* rows,
-               int32_t* positions) {
+void pack_grid(const Problem& p, int64_t image, int64_t head, Compute<T>* grid, int32_t* positions) {
+  using Real = Compute<T>;
   if (!p.is_separable()) return;
-  for (int64_t i = 0; i < p.width || i < p.height; ++i) positions[i] = int32_t(i);
-  pack_transposed(columns, p.ds, at<T>(p.columns, image, head), p.columns.item, positions, p.width, p.ds);
-  pack_transposed(rows, p.ds, at<T>(p.spatial, image, head), p.spatial.item, positions, p.height, p.ds);
+  const int64_t count = p.width + p.height;
+  Real* copy = grid + round_up(count, kPanel<Real>) * p.ds;
+  for (int64_t i = 0; i < count; ++i) {
+    positions[i] = int32_t(i);
+    const T* from = i < p.width ? at<T>(p.columns, image, head) + i * p.columns.item
+                                : at<T>(p.spatial, image, head) + (i - p.width) * p.spatial.item;
+    scale(copy + i * p.ds, from, p.ds, Real(1));
+  }
+  pack_transposed(grid, p.ds, copy, p.ds, positions, count, p.ds);
 }
 
-// Packs kRows queries, scaled so that scores are in base 2, and multiplies their spatial part with R and C.
+template <typename Real>
+int64_t grid_size(const Problem& p) {
+  return p.is_separable() ? 2 * round_up(p.width + p.height, kPanel<Real>) * p.ds : 0;
+}
+
+// Packs kRows queries, scaled so that scores are in base 2, and multiplies their spatial part with C and R.
 template <typename T>
 void pack_queries(const Problem& p, const Shape<Compute<T>>& shape, int64_t image, int64_t head, int64_t query,
-                  int64_t count, const Compute<T>* columns, const Compute<T>* rows, Compute<T>* left,
-                  Compute<T>* spatial_left, const Start<Compute<T>>& start) {
+                  int64_t count, const Compute<T>* grid, Compute<T>* left, Compute<T>* spatial_left,
+                  Compute<T>* start) {
   using Real = Compute<T>;
+  constexpr int L = kLanes<Real>;
   const Real factor = Real(p.scale * 1.4426950408889634);
   const T* q_content = at<T>(p.q_content, image, head) + query * p.q_content.item;
   const T* q_spatial = at<T>(p.q_spatial, image, head) + query * p.q_spatial.item;
   pack_left(left, q_content, p.q_content.item, count, 0, p.d, factor);
   for (int m = 0; m < kRows; ++m) {
     // Finite, so that nothing becomes NaN; as a weight it is zero, or 2^-126 times a value that is zero.
-    store_vector(start.columns + m * shape.start, broadcast(Real(-1e30)));
+    store_vector(start + m * shape.start, broadcast(Real(-1e30)));
   }
-  Real* first_column = start.columns + kLanes<Real>;
-  if (!p.is_separable()) {
-    for (int m = 0; m < kRows; ++m) store_vector(first_column + m * shape.start, Vector<Real>{});
-    fill(start.rows, size_t(kRows * shape.height) * sizeof(Real));
+  if (p.is_separable()) {
+    pack_left(spatial_left, q_spatial, p.q_spatial.item, count, 0, p.ds, factor);
+    multiply<false>(spatial_left, grid, p.ds, p.width + p.height, start + L, kPanel<Real>, shape.start);
+  } else {
     pack_left(left, q_spatial, p.q_spatial.item, count, p.d, p.ds, factor);
-    return;
+    for (int m = 0; m < kRows; ++m) fill(start + m * shape.start + L, size_t(L + 1) * sizeof(Real));
   }
-  pack_left(spatial_left, q_spatial, p.q_spatial.item, count, 0, p.ds, factor);
-  multiply<false>(spatial_left, columns, p.ds, p.width, first_column, kPanel<Real>, shape.start);
-  multiply<false>(spatial_left, rows, p.ds, p.height, start.rows, kPanel<Real>, shape.height);
 }
 
 template <typename T>

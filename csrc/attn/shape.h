@@ -59,11 +59,14 @@ struct Shape {
         values(round_up(p.dv, kPanel<Real>)),
         width(p.is_separable() ? round_up(p.width, kPanel<Real>) + kLanes<Real> : 0),
         height(round_up(p.height, kPanel<Real>)),
-        start(kLanes<Real> + (p.is_separable() ? width : kLanes<Real>)) {}
+        rows(kLanes<Real> + (p.is_separable() ? p.width : kLanes<Real>)),
+        start(round_up(rows + p.height, kPanel<Real>) + 2 * kLanes<Real>) {}
   int64_t depth;                     // of the product of queries and keys
   int64_t content, spatial, values;  // channels, whole panels
   int64_t width, height;             // of the grid, whole panels, and a vector that starts at the last column
-  int64_t start;                     // of Start::columns
+  // What scores of one query start from: a vector for keys that are not there, columns of the grid, its rows; and room
+  // for whole panels and for a vector that starts at the last column. Dense keys: a vector of zeros, one row.
+  int64_t rows, start;  // the first row, length
 };
 
 int64_t left_size(int64_t depth) { return round_up(depth, kDepth) * kRows; }
