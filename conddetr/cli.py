@@ -390,7 +390,7 @@ def _env(options: argparse.Namespace) -> None:
     for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
     losses = ("focal_loss", "matched_box_loss", "matching_cost", "prediction_errors")
-    fused = ("add_norm", "grid_positions", "max_pool", "predicted_boxes", "prepare_weights")
+    fused = ("add_norm", "grid_positions", "max_pool", "predicted_boxes", "prepare_weights", "spatial_query")
     for operation in (*fused, *losses):
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
     table.add_row("relu_dropout", *(dropout.choose("auto", device, dtype).backend for dtype in dtypes))

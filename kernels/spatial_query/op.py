@@ -87,8 +87,9 @@ def _backward(grad: Tensor, transform: Tensor, *inputs: object) -> tuple[Tensor,
 def _fake_backward(
     grad: Tensor, transform: Tensor, embedding: Tensor, weight: Tensor, *wanted: bool
 ) -> tuple[Tensor, ...]:
-    likes = (transform, embedding, transform)
-    return tuple(like.new_empty(like.shape if is_wanted else 0) for like, is_wanted in zip(likes, wanted, strict=True))
+    images, queries, channels = transform.shape
+    shapes = (transform.shape, embedding.shape, (images * queries, channels))
+    return tuple(transform.new_empty(shape if made else 0) for shape, made in zip(shapes, wanted, strict=True))
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -107,7 +108,7 @@ def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         made = registry.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
         found = [x if is_wanted else None for x, is_wanted in zip(made, wanted, strict=True)]
     if found[2] is not None:
-        found[2] = rows.t() @ found[2].flatten(0, 1)
+        found[2] = rows.t() @ found[2]
     bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if of_bias else None
     return *found, bias
 

@@ -119,9 +119,13 @@ def launch(images: int, dtype: torch.dtype, backward: bool) -> dict[str, int | b
     sizes = {"IMAGES": block, "QUERIES": ROWS // block, "enable_fp_fusion": True}
     if dtype == torch.float32:
         return {**sizes, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 8, "num_stages": 1}
-    # Backward of one image has a tile of p_s as large as that of the product.
-    width = (32 if block == 1 else 64) if backward else 128
-    return {**sizes, "BLOCK_N": width, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    if backward:
+        # That of one image has a tile of p_s as large as that of the product.
+        width, stages = 32 if block == 1 else 64, 3
+    else:
+        # Of few images narrow tiles, so that there are more programs.
+        width, stages = (32, 4) if block < MOST_IMAGES else (128, 3)
+    return {**sizes, "BLOCK_N": width, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
 
 
 def forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -148,13 +152,14 @@ def backward(
     of_embedding: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of transform and embedding, and transform ⊙ embedding for that of the weight; what is not wanted is
-    empty. All contiguous.
+    """Gradients of transform and embedding, and transform ⊙ embedding [B · Q, C] for that of the weight; what is not
+    wanted is empty. All contiguous.
     """
     images, queries, channels = transform.shape
+    shapes = (transform.shape, embedding.shape, (images * queries, channels))
     grad_transform, grad_embedding, scaled = (
-        torch.empty_like(like) if wanted else like.new_empty(0)
-        for like, wanted in ((transform, of_transform), (embedding, of_embedding), (transform, of_weight))
+        transform.new_empty(shape if wanted else 0)
+        for shape, wanted in zip(shapes, (of_transform, of_embedding, of_weight), strict=True)
     )
     sizes = launch(max(images, 1), transform.dtype, True)
     if embedding.numel():
