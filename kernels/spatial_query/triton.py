@@ -61,7 +61,7 @@ def spatial_query_kernel(
         is_channel = channel < CHANNELS
         mask = inside[:, :, None] & is_channel[None, None, :]
         scale = tl.load(transform + row[:, :, None] * CHANNELS + channel[None, None, :], mask=mask, other=0.0)
-        own = query[:, None] * CHANNELS + channel[None, :]
+        own = query.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         p_s = tl.load(embedding + own, mask=(query < queries)[:, None] & is_channel[None, :], other=0.0)
         scaled = (scale.to(tl.float32) * p_s.to(tl.float32)[None, :, :]).to(out.dtype.element_ty)
         mask = is_output[:, None] & is_channel[None, :]
@@ -83,7 +83,7 @@ def spatial_query_backward_kernel(
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_channel = channel < CHANNELS
-    own = query[:, None] * CHANNELS + channel[None, :]
+    own = query.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
     is_own = (query < queries)[:, None] & is_channel[None, :]
     p_s = tl.load(embedding + own, mask=is_own, other=0.0)[None, :, :]
     total = tl.zeros((QUERIES, BLOCK_N), tl.float32)
