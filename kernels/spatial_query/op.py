@@ -24,7 +24,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         bias: [O]; or [rows, O], one for each row of the result and all equal, of which the first is read: the gradient
             of each is then that of its row, for whoever made the rows to add up. All tensors share dtype and device.
         backend: `auto`, `triton` (one launch forward; backward one, and a product for the gradient of the weight) or
-            `eager` (the product of λ and p_s, then `F.linear`).
+            `eager` (the product of λ and p_s, then `F.linear`), which `auto` takes in float32.
 
     Returns:
         [..., Q, O] of that dtype.
@@ -34,7 +34,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(transform, embedding, weight, bias)
-    choice = registry.choose(backend, transform.device, transform.dtype, registry.WITHOUT_NATIVE)
+    choice = choose(backend, transform.device, transform.dtype)
     paths.note("spatial_query", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.spatial_query(transform, embedding, weight, bias if bias.dim() == 1 else bias[0])
@@ -48,6 +48,15 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
     inputs = (transform.contiguous(), embedding.contiguous(), weight.contiguous(), bias)
     run = torch.ops.conddetr.spatial_query if torch.compiler.is_compiling() else SpatialQuery.apply
     return run(*inputs).view(*images, queries, len(weight))
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> registry.Choice:
+    """The implementation for tensors of a device and dtype."""
+    choice = registry.choose(backend, device, dtype, registry.WITHOUT_NATIVE)
+    if backend != "auto" or choice.backend == "eager" or dtype != torch.float32:
+        return choice
+    reason = "in float32 its product would take longer than cuBLAS's and the product of two tensors together."
+    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
 
 
 def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> None:

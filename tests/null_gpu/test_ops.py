@@ -29,6 +29,7 @@ from conddetr.kernels import (
 )
 from conddetr.kernels import spatial_query as project
 from conddetr.kernels.conv import Layer
+from conddetr.kernels.spatial_query import op as spatial_query_op
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 
@@ -228,8 +229,9 @@ def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
 def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
     """The kernel's, and PyTorch's for the weight; the gradient of a bias for every row is the result's."""
     device = torch.device("cuda")
-    scale, p_s, weight = (numbers(device, *x) for x in ((BATCH, QUERIES, 256), (QUERIES, 256), (256, 256)))
-    bias = numbers(device, 256).expand(BATCH * QUERIES, -1).detach().requires_grad_()
+    shapes = ((BATCH, QUERIES, 256), (QUERIES, 256), (256, 256))
+    scale, p_s, weight = (numbers(device, *shape).bfloat16() for shape in shapes)
+    bias = numbers(device, 256).bfloat16().expand(BATCH * QUERIES, -1)
     with counted() as counts:
         out = project(scale, p_s, weight, bias)
     with counted() as counts_back:
@@ -237,6 +239,16 @@ def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
     assert dict(counts.kernels) == {"spatial_query_kernel": 1}
     assert counts_back.kernels["spatial_query_backward_kernel"] == 1
     assert counts_back.launches == 2
+
+
+def test_a_projected_spatial_query_in_float32_is_cublas_s():
+    """Unless the kernel is asked for."""
+    device = torch.device("cuda")
+    choice = spatial_query_op.choose("auto", device, torch.float32)
+    assert choice.backend == "eager"
+    assert "longer than cuBLAS's" in choice.refused["triton"]
+    assert spatial_query_op.choose("auto", device, torch.bfloat16).backend == "triton"
+    assert spatial_query_op.choose("triton", device, torch.float32).backend == "triton"
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
