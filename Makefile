@@ -57,6 +57,7 @@ lint: $(READY)
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
 	$(BIN)/python benchmarks/sine.py
+	$(BIN)/python benchmarks/spatial_query.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/dropout.py
 	$(BIN)/python benchmarks/dropout_bits.py

@@ -15,6 +15,7 @@ from conddetr.kernels.pool import max_pool
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.prediction import predicted_boxes
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
+from conddetr.kernels.spatial_query import spatial_query
 from conddetr.kernels.weights import prepare_weights
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "prepare_weights",
     "relu_dropout",
     "sine_embedding",
+    "spatial_query",
 ]

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -40,6 +41,7 @@ from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.prediction import triton as prediction
 from conddetr.kernels.sine import triton as sine
+from conddetr.kernels.spatial_query import triton as spatial_query
 from conddetr.kernels.weights import triton as weights
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -49,7 +51,13 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
-PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+PRODUCTS = (
+    "forward_kernel",
+    "backward_query_kernel",
+    "backward_key_kernel",
+    "spatial_query_kernel",
+    "spatial_query_backward_kernel",
+)
 """The kernels that are made of such."""
 
 ROOMS = (
@@ -67,6 +75,7 @@ ROOMS = (
     position,
     prediction,
     sine,
+    spatial_query,
     weights,
 )
 """Where the kernels are."""
@@ -119,6 +128,7 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from spatial_query_jobs()
     for variant, has_valid in (("padding", True), ("no padding", False)):
         options = {**position.launch(256, 67), "HAS_VALID": has_valid}
         yield Job("position_kernel", variant, "bf16", tuple(options.items()))
@@ -126,6 +136,21 @@ def jobs(architecture: int) -> Iterator[Job]:
     yield from residual_jobs()
     yield from weight_jobs()
     yield from loss_jobs()
+
+
+def spatial_query_jobs() -> Iterator[Job]:
+    """The projected spatial query, for every number of images that has tiles of its own."""
+    forms = [("half", "bf16", images) for images in (8, 1, 2, 4, 32)] + [("tf32", "fp32", 8), ("ieee", "fp32", 8)]
+    wanted = dict.fromkeys(("OF_TRANSFORM", "OF_EMBEDDING", "OF_WEIGHT"), True)
+    for products, dtype, images in forms:
+        sizes = {"CHANNELS": 256, "OUTPUTS": 256, "PRECISION": "tf32" if products == "tf32" else "ieee"}
+        for kernel, backward, more in (
+            ("spatial_query_kernel", False, {}),
+            ("spatial_query_backward_kernel", True, wanted),
+        ):
+            launch = spatial_query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
+            options = {**sizes, **more, **launch}
+            yield Job(kernel, f"{products}, 256 channels, {images} images", dtype, tuple(options.items()))
 
 
 def residual_jobs() -> Iterator[Job]:
