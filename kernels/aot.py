@@ -28,20 +28,20 @@ from conddetr.kernels.add_norm.op import MAX_CHANNELS
 from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.bits import triton as bits
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.dropout import triton as dropout
-from conddetr.kernels.dropout_bits import triton as dropout_bits
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.prediction import triton as prediction
+from conddetr.kernels.query import triton as query
 from conddetr.kernels.sine import triton as sine
-from conddetr.kernels.spatial_query import triton as spatial_query
 from conddetr.kernels.weights import triton as weights
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -67,7 +67,7 @@ ROOMS = (
     conv,
     cost,
     dropout,
-    dropout_bits,
+    bits,
     errors,
     focal,
     match,
@@ -75,7 +75,7 @@ ROOMS = (
     position,
     prediction,
     sine,
-    spatial_query,
+    query,
     weights,
 )
 """Where the kernels are."""
@@ -120,7 +120,7 @@ def jobs(architecture: int) -> Iterator[Job]:
         for width in (32, 64, 128):
             for is_separable in (True, False) if width == 32 else (True,):
                 yield from _attention_jobs(architecture, products, dtype, width, is_separable)
-    yield Job("dropout_bits_kernel", "", "bf16", tuple(dropout_bits.SETTINGS.items()))
+    yield Job("dropout_bits_kernel", "", "bf16", tuple(bits.SETTINGS.items()))
     for dtype in ("bf16", "fp32"):
         yield Job("backward_grid_kernel", "", dtype, tuple(attn.GRID_TILE.items()))
     for kernel in ("embed_kernel", "embed_backward_kernel"):
@@ -148,7 +148,7 @@ def spatial_query_jobs() -> Iterator[Job]:
             ("spatial_query_kernel", False, {}),
             ("spatial_query_backward_kernel", True, wanted),
         ):
-            launch = spatial_query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
+            launch = query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
             options = {**sizes, **more, **launch}
             yield Job(kernel, f"{products}, 256 channels, {images} images", dtype, tuple(options.items()))
 

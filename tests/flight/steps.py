@@ -41,7 +41,7 @@ SMALL = {
     "boxes": ("--images", "1", "--rounds", "1"),
     "cost": ("--images", "1", "--rounds", "1"),
     **dict.fromkeys(
-        ("prediction", "errors", "position", "pool", "dropout_bits", "spatial_query"),
+        ("prediction", "errors", "position", "pool", "bits", "query"),
         ("--images", "1", "--rounds", "1"),
     ),
     "tune": ("--seconds", "1"),
@@ -170,8 +170,8 @@ def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
         "errors",
         "position",
         "pool",
-        "dropout_bits",
-        "spatial_query",
+        "bits",
+        "query",
     ):
         words += ["--", *setup.benchmark(name, "--seconds", "3")[1:]]
     return setup.script("tests/flight/several.py", *words)

@@ -29,7 +29,7 @@ from conddetr.kernels import (
 )
 from conddetr.kernels import spatial_query as project
 from conddetr.kernels.conv import Layer
-from conddetr.kernels.spatial_query import op as spatial_query_op
+from conddetr.kernels.query import op as spatial_query_op
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 

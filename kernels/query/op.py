@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import paths, registry
-from conddetr.kernels.spatial_query import reference
+from conddetr.kernels.query import reference
 
 
 def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
@@ -78,7 +78,7 @@ def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -
 
 
 def _forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from conddetr.kernels.spatial_query import triton
+    from conddetr.kernels.query import triton
 
     return triton.forward(transform, embedding, weight, bias)
 
@@ -88,7 +88,7 @@ def _fake_forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
 
 
 def _backward(grad: Tensor, transform: Tensor, *inputs: object) -> tuple[Tensor, Tensor, Tensor]:
-    from conddetr.kernels.spatial_query import triton
+    from conddetr.kernels.query import triton
 
     return triton.backward(grad, transform, *inputs)
 

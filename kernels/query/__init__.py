@@ -1,5 +1,5 @@
 """The conditional spatial query λ ⊙ p_s with its projection, see `spatial_query`."""
 
-from conddetr.kernels.spatial_query.op import spatial_query
+from conddetr.kernels.query.op import spatial_query
 
 __all__ = ["spatial_query"]

@@ -2,7 +2,7 @@
 
 Forward and backward; torch.compile of the two is there as well.
 
-python benchmarks/spatial_query.py
+python benchmarks/query.py
 """
 
 import argparse
@@ -73,4 +73,4 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    run_losses("spatial_query", __doc__.splitlines()[0], Problem, run, ["bfloat16"])
+    run_losses("query", __doc__.splitlines()[0], Problem, run, ["bfloat16"])

@@ -2,18 +2,18 @@
 
 import argparse
 
-import spatial_query
+import query
 import torch
 
 
 def test_smoke(benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(spatial_query, "copy_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(spatial_query, "product_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(query, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(query, "product_rate", lambda dtype: 1e12)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(spatial_query, "QUERIES", 7)
-    problem, options = spatial_query.Problem(2, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
-    result = benchmark.pedantic(spatial_query.run, (problem, options), rounds=1)
+    monkeypatch.setattr(query, "QUERIES", 7)
+    problem, options = query.Problem(2, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
+    result = benchmark.pedantic(query.run, (problem, options), rounds=1)
     assert {"product, then F.linear", "torch.compile of it"} <= set(result.seconds)
     # λ, the result, its gradient, λ again, the gradient of λ; a product forward, two backward.
     assert result.work.bytes == 5 * 4 * 2 * 7 * 256
