@@ -5,7 +5,7 @@
 
 #define CONDDETR_ATTENTION_INPUTS                                                                       \
   "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, " \
-  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY(conddetr_emulated, library) {
   library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");
