@@ -13,8 +13,9 @@ __device__ __forceinline__ void store_forward(T* out, float* lse, float (&sums)[
                                               const Problem<T>& p, int image, int head, int first, Tile<T> tile,
                                               const Lane& lane) {
   const float totals[2] = {softmax.sum(0), softmax.sum(1)};
+  const float factors[2] = {inverse_total(totals[0] * p.drop_factor), inverse_total(totals[1] * p.drop_factor)};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= inverse_total(totals[i / 2 % 2] * p.drop_factor);
+  for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= factors[i / 2 % 2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int query = first + lane.first_row() + lane.g + 8 * row;
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
   const Lane lane;
   Shared shared;
   const Tile<T> q_content = shared.tile<T>(), q_spatial = shared.tile<T>();
-  KeyTiles<T, kSeparable, kThreads> key_tiles(p, image, head, keys, shared);
+  KeyTiles<T, kSeparable> key_tiles(p, image, head, keys, shared);
 
   load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
   load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
@@ -55,12 +56,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
   Softmax<> softmax;
   float sums[4][4];
   clear(sums);
+  KeptOfKeys kept_of(p, image, head, first, lane);
   for (int tile = 0; tile < tiles; ++tile) {
     wait_group<0>();
     barrier();  // this tile is there, and nobody reads the other
-    if (tile + 1 < tiles) key_tiles.load(tile + 1);
+    if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
-    const Kept kept(p, image, head, first, tile, lane);
+    const Kept kept = kept_of.next();
     float weights[8][4];
 #pragma unroll
     for (int group = 0; group < 4; ++group) {

@@ -5,10 +5,10 @@
 
 namespace conddetr::attn {
 
-// A tile of 64 queries, or two with 128, of one image and head; zeros past the last query.
-template <int kQueries = kTile, typename T>
+// A tile of queries of one image and head; zeros past the last query.
+template <typename T>
 __device__ __forceinline__ void load_queries(Tile<T> tile, const T* base, int64_t stride, int first, int queries) {
-  load_tile<kQueries>(tile, base, stride, [=](int row) -> int64_t { return first + row < queries ? first + row : -1; });
+  load_tile(tile, base, stride, [=](int row) -> int64_t { return first + row < queries ? first + row : -1; });
 }
 
 // Bytes of the rows and columns that `KeyTiles` keeps.
@@ -19,9 +19,9 @@ constexpr int64_t line_bytes(int64_t height, int64_t width) {
 
 // Keys of one image and head, tile after tile: content keys, values and spatial keys. Tile i is in stage i % 2. Separable
 // spatial keys are built, rows[y] + columns[x], once for each key: rounded to T, as dense keys are.
-template <typename T, bool kSeparable, int kBlockThreads>
+template <typename T, bool kSeparable>
 struct KeyTiles {
-  static constexpr int kStages = 2, kStep = kBlockThreads / Tile<T>::kChunks;
+  static constexpr int kStages = 2, kStep = kThreads / Tile<T>::kChunks;
 
   const Problem<T>& p;
   const T *k_content, *k_spatial, *v;
@@ -58,9 +58,9 @@ struct KeyTiles {
   __device__ void finish_first() { cursor = build(0, cursor); }
 
   // Starts to copy the next tile.
-  __device__ void load(int tile) {
-    copy(tile % kStages, cursor);
-    cursor = build(tile % kStages, cursor);
+  __device__ void load(int stage) {
+    copy(stage, cursor);
+    cursor = build(stage, cursor);
   }
 
   __device__ void copy(int stage, Cursor at) const {

@@ -36,14 +36,13 @@ struct Tile {
   CONDDETR_BOTH Tile stage(int index) const { return {data + index * (kTile * kWidth)}; }
 };
 
-// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative. A block has two
-// threads for each row.
-template <int kRows = kTile, typename T, typename ItemOf>
+// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative.
+template <typename T, typename ItemOf>
 __device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t stride, ItemOf item_of) {
-  constexpr int kChunks = Tile<T>::kChunks, kBlockThreads = kRows * kThreads / kTile;
+  constexpr int kChunks = Tile<T>::kChunks;
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / kBlockThreads; ++i) {
-    const int index = i * kBlockThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
     const int64_t item = item_of(row);
     copy_async(tile.chunk(row, chunk), base + (item < 0 ? 0 : item * stride) + chunk * Tile<T>::kPerChunk, item >= 0);
   }

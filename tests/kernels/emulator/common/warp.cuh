@@ -30,6 +30,9 @@
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -66,6 +69,11 @@ struct Copy {
   int group;
 };
 
+struct Product {
+  int group;
+  std::function<void()> carry_out;
+};
+
 constexpr size_t kStack = 64 * 1024;
 constexpr int kGroup = 128;  // threads of a warpgroup
 
@@ -75,7 +83,8 @@ struct Thread {
   std::vector<Copy> copies;
   int group = 0;
   std::vector<char*> written;                    // chunks of shared memory, by copies; see hopper.cuh
-  std::vector<std::function<void()>> products;  // not yet finished; see hopper.cuh
+  std::vector<Product> products;                 // not yet finished; see hopper.cuh
+  int product_group = 0;
   bool may_multiply = false;
   const Team* waits_for = nullptr;
   int generation = 0;

@@ -1,0 +1,75 @@
+// Attention forward on Hopper, for 16-bit numbers: what forward.cuh does, with other products. Instructions are what
+// binds there, so they are saved: a negative scale turns the queries' sign, and the maximum then needs no scale; masks
+// are looked at only where keys may be hidden; stages of tiles are constants.
+#pragma once
+
+#include "attn/forward.cuh"
+#include "attn/hopper.cuh"
+
+namespace conddetr::attn {
+
+// A block has 64 queries of one head of one image; keys go by in tiles, two in flight.
+template <typename T, bool kSeparable>
+__global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
+#if defined(CONDDETR_HAS_WARPGROUPS)
+  const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
+  const Keys keys = p.keys_of(image);
+  const int tiles = keys.tiles();
+  const Lane lane;
+  Shared shared;
+  const Tile<T> q_content = shared.tile<T>(), q_spatial = shared.tile<T>();
+  KeyTiles<T, kSeparable> key_tiles(p, image, head, keys, shared);
+
+  load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
+  load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
+  key_tiles.begin(image, head);
+  end_group();
+  wait_group<0>();
+  barrier();
+  Fragment<T> content(q_content, lane.first_row()), conditional(q_spatial, lane.first_row());
+  const uint32_t sign = p.log2_scale < 0 ? 0x80008000u : 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) content.part[i / 4][i % 4] ^= sign, conditional.part[i / 4][i % 4] ^= sign;
+  key_tiles.finish_first();
+
+  const float log2_scale = fabsf(p.log2_scale);
+  KeptOfKeys kept_of(p, image, head, first, lane);
+  Softmax<true> softmax;
+  float sums[4][4];
+  clear(sums);
+  const auto attend = [&](int tile, int stage) {
+    wait_group<0>();
+    show_to_products();
+    barrier();  // this tile is there, and nobody reads the other
+    float weights[8][4];
+    begin_products(weights, content.part, conditional.part);
+    multiply_rows_async<false>(weights, content, key_tiles.content.stage(stage));
+    multiply_rows_async<true>(weights, conditional, key_tiles.spatial.stage(stage));
+    end_products();
+    if (tile + 1 < tiles) key_tiles.load(1 - stage);
+    end_group();
+    const Kept kept = kept_of.next();
+    wait_products<0>(weights);
+
+    const Visible visible(p, image, keys, tile, lane);
+    if (!visible.is_all) visible.hide(weights, -INFINITY);
+    softmax.update(weights, log2_scale);
+    uint32_t packed[4][4];
+    pack_all<T>(packed, weights);
+    if (p.keep) kept.apply(packed);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= softmax.shrink[i / 2 % 2];
+    begin_products(sums, packed);
+    multiply_columns_async<T>(sums, packed, key_tiles.values.stage(stage));
+    end_products();
+    wait_products<0>(sums);
+  };
+  for (int tile = 0; tile < tiles; tile += 2) {
+    attend(tile, 0);
+    if (tile + 1 < tiles) attend(tile + 1, 1);
+  }
+  store_forward(out, lse, sums, softmax, p, image, head, first, q_content, lane);
+#endif
+}
+
+}  // namespace conddetr::attn
