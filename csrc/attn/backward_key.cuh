@@ -12,43 +12,44 @@ struct QueryTiles {
   static constexpr int kStages = 2;
   static constexpr int64_t kBytes = kStages * (3 * int64_t(Tile<T>::kBytes) + 4 * kTile * int64_t(sizeof(float)));
 
-  const Problem<T>& p;
-  const T *q_content, *q_spatial, *grad;
-  int64_t stride;  // of grad
-  const float *all_lse, *all_delta;
-  const uint32_t* all_keep;
+  Part<T> part;
+  Source<T> q_content, q_spatial, grad;
   Tile<T> content, spatial, gradient;
   float *lse, *delta;  // [stages, 64]
   uint32_t* keep;      // [stages, 2, 64], of the halves of the tile of keys
+  // The first 64 threads copy lse and the first half's bits, the others delta and the second half's.
+  int half, slot;
+  const float* words;
+  const uint32_t* keep_words;  // or null
+  int queries;
+  float log2_scale;
 
   __device__ QueryTiles(const Problem<T>& p, const Upstream<T>& upstream, int image, int head, int tile, Shared& shared)
-      : p(p),
-        q_content(p.q_content.of(image, head)),
-        q_spatial(p.q_spatial.of(image, head)),
-        grad(upstream.grad + (int64_t(image) * p.queries * p.heads + head) * kWidth),
-        stride(int64_t(p.heads) * kWidth),
-        all_lse(upstream.lse + p.query_index(image, head, 0)),
-        all_delta(upstream.delta + p.query_index(image, head, 0)),
-        all_keep(p.keep ? p.keep_of(image, head, tile) : nullptr),
+      : q_content(p.q_content, image, head, part),
+        q_spatial(p.q_spatial, image, head, part),
+        grad(upstream.grad + (int64_t(image) * p.queries * p.heads + head) * kWidth, int64_t(p.heads) * kWidth, part),
         content(shared.tile<T>(kStages)),
         spatial(shared.tile<T>(kStages)),
         gradient(shared.tile<T>(kStages)),
         lse(shared.take<float>(kStages * kTile)),
         delta(shared.take<float>(kStages * kTile)),
-        keep(shared.take<uint32_t>(kStages * 2 * kTile)) {}
+        keep(shared.take<uint32_t>(kStages * 2 * kTile)),
+        half(threadIdx.x / kTile),
+        slot(threadIdx.x % kTile),
+        words((half ? upstream.delta : upstream.lse) + p.query_index(image, head, 0)),
+        keep_words(p.keep ? p.keep_of(image, head, tile) + half * p.queries : nullptr),
+        queries(p.queries),
+        log2_scale(p.log2_scale) {}
 
   // Starts to copy a tile.
-  __device__ void load(int tile, int stage) {
-    const int first = tile * kTile;
-    load_queries(content.stage(stage), q_content, p.q_content.item, first, p.queries);
-    load_queries(spatial.stage(stage), q_spatial, p.q_spatial.item, first, p.queries);
-    load_queries(gradient.stage(stage), grad, stride, first, p.queries);
-    const int half = threadIdx.x / kTile, slot = threadIdx.x % kTile, query = first + slot;
-    const bool is_inside = query < p.queries;
-    const int64_t from = is_inside ? query : 0;
-    copy_word_async((half ? delta : lse) + stage * kTile + slot, (half ? all_delta : all_lse) + from, is_inside);
-    if (!p.keep) return;
-    copy_word_async(keep + (2 * stage + half) * kTile + slot, all_keep + half * p.queries + from, is_inside);
+  __device__ __forceinline__ void load(int tile, int stage) {
+    const int first = tile * kTile, query = first + slot;
+    load_queries(content.stage(stage), q_content, first, queries, part);
+    load_queries(spatial.stage(stage), q_spatial, first, queries, part);
+    load_queries(gradient.stage(stage), grad, first, queries, part);
+    copy_word_async((half ? delta : lse) + stage * kTile + slot, words + query, query < queries);
+    if (!keep_words) return;
+    copy_word_async(keep + (2 * stage + half) * kTile + slot, keep_words + query, query < queries);
   }
 
   // Of scores [8 · octets, 4], from query `first` of a stage on: weights on return, for a warp's rows of keys.
@@ -59,7 +60,7 @@ struct QueryTiles {
       const float2 minus = *reinterpret_cast<const float2*>(lse + stage * kTile + first + 8 * octet + 2 * lane.t);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[octet][i] = exp2_fast(scores[octet][i] * p.log2_scale - (i % 2 ? minus.y : minus.x));
+        scores[octet][i] = exp2_fast(scores[octet][i] * log2_scale - (i % 2 ? minus.y : minus.x));
       }
     }
   }
@@ -72,12 +73,12 @@ struct QueryTiles {
     for (int octet = 0; octet < kOctets; ++octet) {
       const int query = first + 8 * octet + 2 * lane.t;
       const float2 minus = *reinterpret_cast<const float2*>(delta + stage * kTile + query);
-      uint2 words{~0u, ~0u};
-      if (p.keep) words = *reinterpret_cast<const uint2*>(keep + (2 * stage + lane.warp / 2) * kTile + query);
+      uint2 kept{~0u, ~0u};
+      if (keep_words) kept = *reinterpret_cast<const uint2*>(keep + (2 * stage + lane.warp / 2) * kTile + query);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float without = weights[octet][i] * (i % 2 ? minus.y : minus.x);
-        const uint32_t bits = (i % 2 ? words.y : words.x) >> (lane.warp % 2 * kWarpRows + lane.g);
+        const uint32_t bits = (i % 2 ? kept.y : kept.x) >> (lane.warp % 2 * kWarpRows + lane.g);
         weights[octet][i] = has_bit(bits, i / 2 * 8) ? weights[octet][i] : 0.0f;
         grads[octet][i] = weights[octet][i] * grads[octet][i] - without;
       }
@@ -103,12 +104,13 @@ __device__ __forceinline__ void load_key_tile(Tile<T> content, Tile<T> spatial, 
 #pragma unroll
     for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
       const int index = i * kThreads + threadIdx.x, slot = index / kChunks, chunk = index % kChunks;
-      const int64_t item = item_of(slot);
+      const int64_t item = item_of(slot), y = item / p.width, x = item - y * p.width;
       if (item < 0) {
-        write_zeros(spatial.chunk(slot, chunk));
+        write_chunk(spatial.chunk(slot, chunk), uint4{0, 0, 0, 0});
       } else {
-        const int64_t y = item / p.width, x = item - y * p.width, channel = chunk * Tile<T>::kPerChunk;
-        write_sum(spatial.chunk(slot, chunk), rows + y * p.spatial.item + channel, columns + x * p.columns.item + channel);
+        const int channel = chunk * Tile<T>::kPerChunk;
+        write_chunk(spatial.chunk(slot, chunk),
+                    sum_of(rows + y * p.spatial.item + channel, columns + x * p.columns.item + channel));
       }
     }
   }

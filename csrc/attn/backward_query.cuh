@@ -64,11 +64,12 @@ struct QueryRows {
 
   // Loads the queries and starts with the keys. Ends with a barrier.
   __device__ void begin(const Upstream<T>& upstream, int image, int head) {
-    load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
-    load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-    load_queries(gradient, upstream.grad + offset, stride, first, p.queries);
-    load_queries(out(), upstream.out + offset, stride, first, p.queries);
-    key_tiles.begin(image, head);
+    const Part<T> part;
+    load_queries(q_content, Source<T>(p.q_content, image, head, part), first, p.queries, part);
+    load_queries(q_spatial, Source<T>(p.q_spatial, image, head, part), first, p.queries, part);
+    load_queries(gradient, Source<T>(upstream.grad + offset, stride, part), first, p.queries, part);
+    load_queries(out(), Source<T>(upstream.out + offset, stride, part), first, p.queries, part);
+    key_tiles.begin(p, image, head);
     end_group();
     wait_group<0>();
     barrier();
@@ -110,8 +111,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     barrier();  // this tile is there, and nobody reads the other
     if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
-    const Kept kept = kept_of.next();
+    Kept kept = kept_of.next();
     const Visible visible(p, image, keys, tile, lane);
+    kept.start_at(2 * lane.t);
     const Tile<T> k_content = key_tiles.content.stage(tile % 2), k_spatial = key_tiles.spatial.stage(tile % 2);
 #pragma unroll kUnrolledGroups<T>
     for (int group = 0; group < 4; ++group) {

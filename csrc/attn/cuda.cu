@@ -68,7 +68,8 @@ struct Inputs {
     const int64_t step = 16 / tensor.element_size();
     const bool is_in_steps =
         tensor.stride(0) % step == 0 && tensor.stride(1) % step == 0 && tensor.stride(2) % step == 0;
-    if (tensor.stride(3) != 1 || !is_in_steps) tensor = torch::stable::contiguous(tensor);
+    const bool is_near = tensor.stride(1) * int64_t(tensor.element_size()) < int64_t(1) << 31;  // kernels have ints
+    if (tensor.stride(3) != 1 || !is_in_steps || !is_near) tensor = torch::stable::contiguous(tensor);
     tensor = aligned(tensor);
   }
 

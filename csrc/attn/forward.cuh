@@ -44,9 +44,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
   const Tile<T> q_content = shared.tile<T>(), q_spatial = shared.tile<T>();
   KeyTiles<T, kSeparable> key_tiles(p, image, head, keys, shared);
 
-  load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
-  load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-  key_tiles.begin(image, head);
+  const Part<T> part;
+  load_queries(q_content, Source<T>(p.q_content, image, head, part), first, p.queries, part);
+  load_queries(q_spatial, Source<T>(p.q_spatial, image, head, part), first, p.queries, part);
+  key_tiles.begin(p, image, head);
   end_group();
   wait_group<0>();
   barrier();
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     barrier();  // this tile is there, and nobody reads the other
     if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
-    const Kept kept = kept_of.next();
+    Kept kept = kept_of.next();
     float weights[8][4];
 #pragma unroll
     for (int group = 0; group < 4; ++group) {
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     if (!visible.is_all) visible.hide(weights, p.hidden);
     softmax.update(weights, p.log2_scale);
     if (p.keep) {
+      kept.start_at(2 * lane.t);
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
         if (!kept.has(i / 2 % 2, i / 4, i % 2)) weights[i / 4][i % 4] = 0;

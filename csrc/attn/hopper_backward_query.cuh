@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     end_products();
     if (tile + 1 < tiles) key_tiles.load(1 - stage);
     end_group();
-    const Kept kept = kept_of.next();
+    Kept kept = kept_of.next();
     wait_products<1>(scores);
 
     const Visible visible(p, image, keys, tile, lane);
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       scores[i / 4][i % 4] = exp2_fast(scores[i / 4][i % 4] * p.log2_scale - row_sums.lse[i / 2 % 2]);
     }
     wait_products<0>(grad_weights);
+    kept.start_at(2 * lane.t);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       float& value = scores[i / 4][i % 4];

@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> 
   const Tile<T> q_content = shared.tile<T>(), q_spatial = shared.tile<T>();
   KeyTiles<T, kSeparable> key_tiles(p, image, head, keys, shared);
 
-  load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
-  load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-  key_tiles.begin(image, head);
+  const Part<T> part;
+  load_queries(q_content, Source<T>(p.q_content, image, head, part), first, p.queries, part);
+  load_queries(q_spatial, Source<T>(p.q_spatial, image, head, part), first, p.queries, part);
+  key_tiles.begin(p, image, head);
   end_group();
   wait_group<0>();
   barrier();
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> 
     end_products();
     if (tile + 1 < tiles) key_tiles.load(1 - stage);
     end_group();
-    const Kept kept = kept_of.next();
+    Kept kept = kept_of.next();
     wait_products<0>(weights);
 
     const Visible visible(p, image, keys, tile, lane);
@@ -56,7 +57,10 @@ __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> 
     softmax.update(weights, log2_scale);
     uint32_t packed[4][4];
     pack_all<T>(packed, weights);
-    if (p.keep) kept.apply(packed);
+    if (p.keep) {
+      kept.start_at(2 * lane.t);
+      kept.apply(packed);
+    }
 #pragma unroll
     for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= softmax.shrink[i / 2 % 2];
     begin_products(sums, packed);

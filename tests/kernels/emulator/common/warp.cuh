@@ -210,13 +210,16 @@ uint32_t pack(float first, float second) {
 inline float exp2_fast(float x) { return exp2f(x); }
 
 template <typename T>
-void write_sum(T* shared, const T* a, const T* b) {
-  for (int i = 0; i < 16 / int(sizeof(T)); ++i) shared[i] = T(float(a[i]) + float(b[i]));
-  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
+uint4 sum_of(const T* a, const T* b) {
+  T sums[16 / sizeof(T)];
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) sums[i] = T(float(a[i]) + float(b[i]));
+  uint4 result;
+  memcpy(&result, sums, sizeof result);
+  return result;
 }
 template <typename T>
-void write_zeros(T* shared) {
-  memset(shared, 0, 16);
+void write_chunk(T* shared, uint4 chunk) {
+  memcpy(shared, &chunk, sizeof chunk);
   emulator::self().written.push_back(reinterpret_cast<char*>(shared));
 }
 
