@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     end_products();
     multiply_rows_async<false>(grad_weights, grads, key_tiles.values.stage(stage));
     end_products();
-    if (tile + 1 < tiles) key_tiles.load(1 - stage);
-    end_group();
     Kept kept = kept_of.next();
     wait_products<1>(scores);
 
     const Visible visible(p, image, keys, tile, lane);
     if (!visible.is_all) visible.hide(scores, p.hidden);
+    key_tiles.load(1 - stage);  // past the last tile zeros
+    end_group();
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       scores[i / 4][i % 4] = exp2_fast(scores[i / 4][i % 4] * p.log2_scale - row_sums.lse[i / 2 % 2]);
@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     attend(tile, 0);
     if (tile + 1 < tiles) attend(tile + 1, 1);
   }
+  wait_group<0>();
   rows.store(grad_content, by_content, lane);
   rows.store(grad_spatial, by_spatial, lane);
 #endif

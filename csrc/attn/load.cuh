@@ -62,7 +62,8 @@ struct KeyTiles {
   Tile<T> content, values, spatial;
   T *rows, *columns;
   int grid_width;
-  Cursor cursor;  // of the thread's first key of the next tile to load
+  Cursor first, cursor;  // of the thread's first key, and of that of the next tile to load
+  int items[Part<T>::kRows];  // of the thread in the last tile of keys; negative outside the rectangle
 
   __device__ KeyTiles(const Problem<T>& p, int image, int head, const Keys& keys, Shared& shared)
       : k_content(p.k_content, image, head, part),
@@ -74,11 +75,13 @@ struct KeyTiles {
         rows(shared.take<T>(kSeparable ? keys.valid.height * kWidth : 0)),
         columns(shared.take<T>(kSeparable ? keys.valid.width * kWidth : 0)),
         grid_width(p.width),
-        cursor(keys, part.row, Part<T>::kStep) {}
+        first(keys, part.row, Part<T>::kStep),
+        cursor(first) {}
 
   // Starts to copy the first tile, and what spatial keys are built of.
   __device__ void begin(const Problem<T>& p, int image, int head) {
-    copy(0, cursor);
+    copy_keys(0);
+    copy_values(0);
     if constexpr (kSeparable) {
       copy_lines(rows, k_spatial, cursor.height);
       copy_lines(columns, Source<T>(p.columns, image, head, part), cursor.width);
@@ -86,26 +89,38 @@ struct KeyTiles {
   }
 
   // Builds the first tile's spatial keys, once the block has what `begin` copied.
-  __device__ void finish_first() { cursor = build(0, cursor); }
+  __device__ void finish_first() { build(0, first); }
 
   // Starts to copy the next tile.
   __device__ __forceinline__ void load(int stage) {
-    copy(stage, cursor);
-    cursor = build(stage, cursor);
+    load_keys(stage);
+    copy_values(stage);
   }
 
-  __device__ __forceinline__ void copy(int stage, Cursor at) const {
+  // Without its values.
+  __device__ __forceinline__ void load_keys(int stage) {
+    build(stage, cursor);
+    copy_keys(stage);
+  }
+
+  // Content keys, and dense spatial ones.
+  __device__ __forceinline__ void copy_keys(int stage) {
 #pragma unroll
-    for (int i = 0; i < Part<T>::kRows; ++i, at.next()) {
-      const int item = at.y * grid_width + at.x;
-      k_content.copy(part.of(content.stage(stage), i), item, at.is_inside());
-      v.copy(part.of(values.stage(stage), i), item, at.is_inside());
-      if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), i), item, at.is_inside());
+    for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) {
+      items[i] = cursor.is_inside() ? cursor.y * grid_width + cursor.x : -1;
+      k_content.copy(part.of(content.stage(stage), i), items[i], items[i] >= 0);
+      if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), i), items[i], items[i] >= 0);
     }
   }
 
+  // Values of the last keys.
+  __device__ __forceinline__ void copy_values(int stage) const {
+#pragma unroll
+    for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
+  }
+
   // Outside, sums with the last row: no weight counts there, but it must not meet a NaN.
-  __device__ __forceinline__ Cursor build(int stage, Cursor at) const {
+  __device__ __forceinline__ void build(int stage, Cursor at) const {
     if constexpr (kSeparable) {
       uint4 sums[Part<T>::kRows];
 #pragma unroll
@@ -115,11 +130,7 @@ struct KeyTiles {
       }
 #pragma unroll
       for (int i = 0; i < Part<T>::kRows; ++i) write_chunk(part.of(spatial.stage(stage), i), sums[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < Part<T>::kRows; ++i) at.next();
     }
-    return at;
   }
 
   __device__ void copy_lines(T* lines, const Source<T>& source, int count) const {
