@@ -65,15 +65,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     end_group();
     Kept kept = kept_of.next();
     float weights[8][4];
-#pragma unroll
-    for (int group = 0; group < 4; ++group) {
-      float scores[2][4];
-      clear(scores);
-      multiply_rows(scores, conditional, key_tiles.spatial.stage(tile % 2), 16 * group);
-      multiply_rows(scores, content, key_tiles.content.stage(tile % 2), 16 * group);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) weights[2 * group + i / 4][i % 4] = scores[i / 4][i % 4];
-    }
+    clear(weights);
+    multiply_rows(weights, conditional, key_tiles.spatial.stage(tile % 2), 0);
+    multiply_rows(weights, content, key_tiles.content.stage(tile % 2), 0);
     const Visible visible(p, image, keys, tile, lane);
     if (!visible.is_all) visible.hide(weights, p.hidden);
     softmax.update(weights, p.log2_scale);
