@@ -36,6 +36,8 @@ constexpr int64_t forward_bytes(int64_t height, int64_t width) {
 // A block has 64 queries of one head of one image, a warp 16 of them; keys go by in tiles, two in flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T> p, T* out, float* lse) {
+  // Octets of scores. Float32 reads queries again for each; 16-bit numbers have them in registers, and none to spare.
+  constexpr int kAtOnce = sizeof(T) == 2 ? 2 : 8;
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Keys keys = p.keys_of(image);
   const int tiles = keys.tiles();
@@ -63,11 +65,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
     barrier();  // this tile is there, and nobody reads the other
     if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
-    Kept kept = kept_of.next();
     float weights[8][4];
     clear(weights);
-    multiply_rows(weights, conditional, key_tiles.spatial.stage(tile % 2), 0);
-    multiply_rows(weights, content, key_tiles.content.stage(tile % 2), 0);
+#pragma unroll
+    for (int octet = 0; octet < 8; octet += kAtOnce) {
+      auto& scores = reinterpret_cast<float (&)[kAtOnce][4]>(weights[octet]);
+      multiply_rows(scores, conditional, key_tiles.spatial.stage(tile % 2), 8 * octet);
+      multiply_rows(scores, content, key_tiles.content.stage(tile % 2), 8 * octet);
+    }
+    Kept kept = kept_of.next();
     const Visible visible(p, image, keys, tile, lane);
     if (!visible.is_all) visible.hide(weights, p.hidden);
     softmax.update(weights, p.log2_scale);
