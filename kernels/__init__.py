@@ -2,6 +2,7 @@
 
 from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.attn import conditional_attention
+from conddetr.kernels.bits import drawn_probability, dropout_bits
 from conddetr.kernels.boxes import matched_box_loss
 from conddetr.kernels.conv import convolution, convolution_pair
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
@@ -13,6 +14,7 @@ from conddetr.kernels.match import linear_assignment
 from conddetr.kernels.pool import max_pool
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.prediction import predicted_boxes
+from conddetr.kernels.query import spatial_query
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 from conddetr.kernels.weights import prepare_weights
 
@@ -24,7 +26,9 @@ __all__ = [
     "convolution_3x3",
     "convolution_3x3_weight_gradient",
     "convolution_pair",
+    "drawn_probability",
     "dropout_add",
+    "dropout_bits",
     "focal_loss",
     "grid_positions",
     "linear_assignment",
@@ -36,4 +40,5 @@ __all__ = [
     "prepare_weights",
     "relu_dropout",
     "sine_embedding",
+    "spatial_query",
 ]

@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -25,6 +27,8 @@ from conddetr.kernels.add_norm import triton as add_norm
 from conddetr.kernels.add_norm.op import MAX_CHANNELS
 from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.bits import triton as bits
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
@@ -36,6 +40,7 @@ from conddetr.kernels.match import triton as match
 from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.prediction import triton as prediction
+from conddetr.kernels.query import triton as query
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
 
@@ -46,10 +51,33 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
-PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+PRODUCTS = (
+    "forward_kernel",
+    "backward_query_kernel",
+    "backward_key_kernel",
+    "spatial_query_kernel",
+    "spatial_query_backward_kernel",
+)
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, pool, position, prediction, sine, weights)
+ROOMS = (
+    add_norm,
+    attn,
+    boxes,
+    conv,
+    cost,
+    dropout,
+    bits,
+    errors,
+    focal,
+    match,
+    pool,
+    position,
+    prediction,
+    sine,
+    query,
+    weights,
+)
 """Where the kernels are."""
 
 
@@ -92,6 +120,7 @@ def jobs(architecture: int) -> Iterator[Job]:
         for width in (32, 64, 128):
             for is_separable in (True, False) if width == 32 else (True,):
                 yield from _attention_jobs(architecture, products, dtype, width, is_separable)
+    yield Job("dropout_bits_kernel", "", "bf16", tuple(bits.SETTINGS.items()))
     for dtype in ("bf16", "fp32"):
         yield Job("backward_grid_kernel", "", dtype, tuple(attn.GRID_TILE.items()))
     for kernel in ("embed_kernel", "embed_backward_kernel"):
@@ -99,6 +128,7 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from spatial_query_jobs()
     for variant, has_valid in (("padding", True), ("no padding", False)):
         options = {**position.launch(256, 67), "HAS_VALID": has_valid}
         yield Job("position_kernel", variant, "bf16", tuple(options.items()))
@@ -106,6 +136,21 @@ def jobs(architecture: int) -> Iterator[Job]:
     yield from residual_jobs()
     yield from weight_jobs()
     yield from loss_jobs()
+
+
+def spatial_query_jobs() -> Iterator[Job]:
+    """The projected spatial query, for every number of images that has tiles of its own."""
+    forms = [("half", "bf16", images) for images in (8, 1, 2, 4, 32)] + [("tf32", "fp32", 8), ("ieee", "fp32", 8)]
+    wanted = dict.fromkeys(("OF_TRANSFORM", "OF_EMBEDDING", "OF_WEIGHT"), True)
+    for products, dtype, images in forms:
+        sizes = {"CHANNELS": 256, "OUTPUTS": 256, "PRECISION": "tf32" if products == "tf32" else "ieee"}
+        for kernel, backward, more in (
+            ("spatial_query_kernel", False, {}),
+            ("spatial_query_backward_kernel", True, wanted),
+        ):
+            launch = query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
+            options = {**sizes, **more, **launch}
+            yield Job(kernel, f"{products}, 256 channels, {images} images", dtype, tuple(options.items()))
 
 
 def residual_jobs() -> Iterator[Job]:
@@ -183,6 +228,7 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
             "HAS_VALID": is_separable,
             "HAS_PADDING": not is_separable,
             "HAS_DROPOUT": is_separable,
+            "OFFSET": tl.int32,
             "PRECISION": "tf32" if products == "tf32" else "ieee",
             "BLOCK_Q": tile.queries,
             "BLOCK_N": tile.keys,
@@ -195,7 +241,7 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
 
 def compile_job(job: Job, architecture: int) -> Compiled:
     """Compile one job for one architecture and read its machine code."""
-    rooms = [Path(room.__file__) for room in ROOMS]
+    rooms = [path for room in ROOMS for path in sorted(Path(room.__file__).parent.glob("*.py"))]
     depends_on = [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
     return Compiled(**cached("aot", depends_on, lambda: asdict(_compile_now(job, architecture))))
 
@@ -205,17 +251,7 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")
     launch = {name: options.pop(name) for name in compiler if name in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        kind = _kind(name, job.dtype, options)
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name] = options.get(name)
-        elif kind != "fp32":
-            # Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
-            aligned = kind.startswith("*") or name.startswith("stride")
-            attributes.update({(index,): [["tt.divisibility", 16]]} if aligned else {})
-    source = ASTSource(function, signature, constants, attributes)
+    source = ASTSource(function, *_arguments(function.arg_names, job.dtype, options))
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
     usage = _resource_usage(compiled.asm["cubin"])
     return Compiled(
@@ -230,32 +266,59 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
     )
 
 
+def _arguments(names: list[str], dtype: str, options: dict[str, object]) -> tuple[dict, dict, dict]:
+    """The kinds of arguments, the values of those known while compiling, and what is known of the others.
+
+    Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
+    """
+    aligned = [["tt.divisibility", 16]]
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        if name == "tensors":
+            signature[name] = _operands(dtype, options["SEPARABLE"])
+            for field, rows in enumerate(signature[name]):
+                if rows == "constexpr":
+                    constants[(index, field)] = None
+                else:
+                    attributes.update({(index, field, part): aligned for part in range(len(rows))})
+            continue
+        kind = signature[name] = _kind(name, dtype, options)
+        if kind == "constexpr":
+            constants[name] = options.get(name)
+        elif kind.startswith("*") or name.startswith("stride"):
+            attributes[(index,)] = aligned
+    return signature, constants, attributes
+
+
+def _operands(dtype: str, is_separable: bool) -> Operands:
+    """The kinds of the tensors of attention."""
+    rows = Rows(f"*{dtype}", "i32", "i32", "i32")
+    return Operands(rows, rows, rows, rows, rows if is_separable else "constexpr", rows)
+
+
 _KINDS = {
-    "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
+    "*fp32": ("lse", "statistics", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
               "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual", "errors"),
-    "*i32": ("valid_hw", "counts", "valid_cells"),
+    "*i32": ("valid_hw", "counts", "valid_cells", "keep", "words"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding", "is_padding"),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
-             "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
+             "kept_factor", "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
             "classes", "images", "channels", "layers", "position_rows", "replicas", "units",
-            "out_height", "out_width", "numbers"),
+            "out_height", "out_width", "numbers", "threshold", "padded"),
 }  # fmt: skip
-_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
-          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",
-          "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
+_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "keep": "HAS_DROPOUT", "seed_pointer": "HAS_DROPOUT",
+          "columns": "SEPARABLE", "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM",
+          "log_total": "SOFTMAX", "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 
 
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
     """The type of an argument, by its name."""
-    if name in options or (name in _NEEDS and not options[_NEEDS[name]]):
+    if name in options or (name in _NEEDS and not options.get(_NEEDS[name], True)):
         return "constexpr"
     if name.startswith("stride"):
         return "i32"
-    if name == "grad_ks" and not options.get("SEPARABLE", True):
-        # Of dense keys it is what the caller gets.
-        return f"*{dtype}"
     return next((kind for kind, names in _KINDS.items() if name in names), f"*{dtype}")
 
 
