@@ -172,7 +172,8 @@ struct KeyRows {
 };
 
 // Of content keys, spatial keys (dense ones, or what separable ones stand for) and values, contiguous [batch, keys,
-// heads, 32]. A block has one tile of keys, a warp 16 of them as rows; queries go by as columns, in tiles, two in flight.
+// heads, 32]. A block has one tile of keys, a warp 16 of them as rows; queries go by as columns, in tiles, two in
+// flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_key_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial, T* grad_v) {

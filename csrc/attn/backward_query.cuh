@@ -14,14 +14,14 @@ __device__ __forceinline__ float score_gradient(float weight, float grad_weight,
   return is_kept ? weight * grad_weight + without : without;
 }
 
-// lse and delta of a warp's queries, of rows g and g + 8; the latter from tiles of the output and its gradient, and kept
-// for the gradients of keys. Rows past the last query have no weights.
+// lse and delta of a warp's queries, of rows g and g + 8; the latter from tiles of the output and its gradient, and
+// kept for the gradients of keys. Rows past the last query have no weights.
 template <typename T>
 struct RowSums {
   float lse[2], delta[2];
 
-  __device__ RowSums(const Problem<T>& p, const Upstream<T>& upstream, Tile<T> gradient, Tile<T> out, int image, int head,
-                     int first, const Lane& lane) {
+  __device__ RowSums(const Problem<T>& p, const Upstream<T>& upstream, Tile<T> gradient, Tile<T> out, int image,
+                     int head, int first, const Lane& lane) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_tile = lane.first_row() + lane.g + 8 * row, query = first + in_tile;

@@ -184,8 +184,8 @@ Gradients backward_form(const Inputs& inputs, const Tensor& grad, const Tensor& 
   const Upstream<T> upstream{data<T>(grad), data<T>(out), data<float>(lse), data<float>(delta)};
   const int64_t query_bytes = QueryRows<T, kSeparable>::bytes(inputs.height(), inputs.width());
   launch("conditional_attention_backward (queries)", kernel_backward_query<T, kSeparable>(inputs),
-         grid(inputs, tiles_of(queries)), kThreads, checked(query_bytes, inputs), inputs.v, p, upstream, data<T>(grad_qc),
-         data<T>(grad_qs));
+         grid(inputs, tiles_of(queries)), kThreads, checked(query_bytes, inputs), inputs.v, p, upstream,
+         data<T>(grad_qc), data<T>(grad_qs));
   launch("conditional_attention_backward (keys)", kernel_backward_key<T, kSeparable>(inputs),
          grid(inputs, inputs.tiles()), kThreads, KeyRows<T, kSeparable>::kBytes, inputs.v, p, upstream,
          data<T>(grad_kc), data<T>(grad_ks), data<T>(grad_v));

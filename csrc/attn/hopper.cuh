@@ -1,10 +1,11 @@
 // Products of tiles on Hopper, for 16-bit numbers: a warpgroup, which is a block, multiplies 64 rows of its own with a
-// tile in shared memory. That reads the tile once, where warps read it four times: 8 KiB for 16 rows at 128 bytes a clock
-// take as long as the exponentials.
+// tile in shared memory. That reads the tile once, where warps read it four times: 8 KiB for 16 rows at 128 bytes a
+// clock take as long as the exponentials.
 //
-// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes as they lie, and a row of
-// 64 bytes has to be swizzled; cp.async.bulk.tensor does swizzle, but needs a map that the driver encodes for every call,
-// and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes zeros.
+// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes as they lie, and a row
+// of 64 bytes has to be swizzled; cp.async.bulk.tensor does swizzle, but needs a map that the driver encodes for every
+// call, and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes
+// zeros.
 #pragma once
 
 #include "attn/tile.cuh"
@@ -60,7 +61,9 @@ __device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const
 template <typename T>
 __device__ __forceinline__ void pack_all(uint32_t (&packed)[4][4], const float (&values)[8][4]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) packed[i / 4][i % 4] = pack<T>(values[i / 2][2 * (i % 2)], values[i / 2][2 * (i % 2) + 1]);
+  for (int i = 0; i < 16; ++i) {
+    packed[i / 4][i % 4] = pack<T>(values[i / 2][2 * (i % 2)], values[i / 2][2 * (i % 2) + 1]);
+  }
 }
 
 }  // namespace conddetr::attn

@@ -1,7 +1,7 @@
 // Attention forward on Hopper, for 16-bit numbers: what forward.cuh does, with other products. Instructions are what
-// binds there, so they are saved: a negative scale turns the queries' sign, and the maximum then needs no scale; stages of
-// tiles are constants. Scores of the next tile are on their way while weights of this one are made, and copies are started
-// between the exponentials.
+// binds there, so they are saved: a negative scale turns the queries' sign, and the maximum then needs no scale; stages
+// of tiles are constants. Scores of the next tile are on their way while weights of this one are made, and copies are
+// started between the exponentials.
 #pragma once
 
 #include "attn/forward.cuh"

@@ -51,8 +51,8 @@ constexpr int64_t line_bytes(int64_t height, int64_t width) {
   return (height + width) * kWidth * int64_t(sizeof(T));
 }
 
-// Keys of one image and head, tile after tile, in two stages. Separable spatial keys are built, rows[y] + columns[x], once
-// for each key: rounded to T, as dense keys are.
+// Keys of one image and head, tile after tile, in two stages. Separable spatial keys are built, rows[y] + columns[x],
+// once for each key: rounded to T, as dense keys are.
 template <typename T, bool kSeparable>
 struct KeyTiles {
   static constexpr int kStages = 2;

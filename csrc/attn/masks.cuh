@@ -29,7 +29,9 @@ struct Visible {
   }
 
   // Key 8 · octet + 2t + column.
-  __device__ bool has(int octet, int column) const { return has_bit(octet < 4 ? words[0] : words[1], octet % 4 * 8 + column); }
+  __device__ bool has(int octet, int column) const {
+    return has_bit(octet < 4 ? words[0] : words[1], octet % 4 * 8 + column);
+  }
 
   __device__ __forceinline__ void hide(float (&scores)[8][4], float hidden) const {
 #pragma unroll

@@ -15,9 +15,9 @@ constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
 // [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of
-// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are in
-// eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is what
-// Hopper calls 64-byte swizzle.
+// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are
+// in eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is
+// what Hopper calls 64-byte swizzle.
 template <typename T>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T));
@@ -150,8 +150,8 @@ __device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], cons
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] += part[i / 4][i % 4];
 }
 
-// Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp uses;
-// nothing where that is negative.
+// Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp
+// uses; nothing where that is negative.
 template <typename T, typename ItemOf>
 __device__ __forceinline__ void store_rows(T* base, int64_t stride, const float (&value)[4][4], Tile<T> tile, int first,
                                            ItemOf item_of) {
