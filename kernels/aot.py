@@ -18,7 +18,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from conddetr.kernels import registry
 from conddetr.kernels.add_norm import triton as add_norm
@@ -201,6 +201,22 @@ def compile_job(job: Job, architecture: int) -> Compiled:
 
 
 def _compile_now(job: Job, architecture: int) -> Compiled:
+    compiled = build(job, architecture)
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Compiled(
+        kernel=job.kernel,
+        variant=job.variant,
+        dtype=job.dtype,
+        architecture=architecture,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared_kib=compiled.metadata.shared / 1024,
+        tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
+    )
+
+
+def build(job: Job, architecture: int) -> CompiledKernel:
+    """What Triton makes of one job: machine code and all before it in `asm`, shared memory in `metadata`."""
     function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -216,18 +232,7 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
             aligned = kind.startswith("*") or name.startswith("stride")
             attributes.update({(index,): [["tt.divisibility", 16]]} if aligned else {})
     source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    usage = _resource_usage(compiled.asm["cubin"])
-    return Compiled(
-        kernel=job.kernel,
-        variant=job.variant,
-        dtype=job.dtype,
-        architecture=architecture,
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared_kib=compiled.metadata.shared / 1024,
-        tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
-    )
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
 
 
 _KINDS = {
