@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -195,14 +196,17 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
 
 def compile_job(job: Job, architecture: int) -> Compiled:
     """Compile one job for one architecture and read its machine code."""
+    return Compiled(**cached("aot", _depends_on(job, architecture), lambda: asdict(_compile_now(job, architecture))))
+
+
+def _depends_on(job: Job, architecture: int) -> list[Path | str]:
     rooms = [Path(room.__file__) for room in ROOMS]
-    depends_on = [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
-    return Compiled(**cached("aot", depends_on, lambda: asdict(_compile_now(job, architecture))))
+    return [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
 
 
 def _compile_now(job: Job, architecture: int) -> Compiled:
-    compiled = build(job, architecture)
-    usage = _resource_usage(compiled.asm["cubin"])
+    built = build(job, architecture)
+    usage = _resource_usage(built.cubin)
     return Compiled(
         kernel=job.kernel,
         variant=job.variant,
@@ -210,13 +214,39 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
         architecture=architecture,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared_kib=compiled.metadata.shared / 1024,
-        tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
+        shared_kib=built.shared / 1024,
+        tensor_core_instructions=built.tensor_core_instructions,
     )
 
 
-def build(job: Job, architecture: int) -> CompiledKernel:
-    """What Triton makes of one job: machine code and all before it in `asm`, shared memory in `metadata`."""
+@dataclass(frozen=True)
+class Built:
+    """The machine code of one job, and what its launch needs to know."""
+
+    cubin: bytes
+    shared: int
+    """Bytes."""
+    warps: int
+    stages: int
+    tensor_core_instructions: int
+    """In PTX."""
+
+
+def build(job: Job, architecture: int) -> Built:
+    """Compile one job for one architecture."""
+
+    def build_now() -> dict[str, object]:
+        compiled = _triton_compile(job, architecture)
+        products = len(TENSOR_CORE.findall(compiled.asm["ptx"]))
+        made = compiled.metadata
+        found = Built(compiled.asm["cubin"], made.shared, made.num_warps, made.num_stages, products)
+        return {**asdict(found), "cubin": b64encode(found.cubin).decode()}
+
+    found = cached("cubin", _depends_on(job, architecture), build_now)
+    return Built(**{**found, "cubin": b64decode(found["cubin"])})
+
+
+def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
     function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")

@@ -151,7 +151,7 @@ def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
 
 def readable(name: str) -> str:
     """A mangled kernel name in short: `attn forward_kernel bf16 separable`."""
-    op, kernel, arguments = re.search(r"conddetr\d+([a-z]+)\d+([a-z_]+_kernel)(I\w+?E)?", name).groups()
+    op, kernel, arguments = re.search(r"conddetr\d+([a-z_]+)\d+([a-z_]+_kernel)(I\w+?E)?", name).groups()
     dtypes = {"I13__nv_bfloat16": "bf16", "I6__half": "fp16", "If": "fp32"}
     dtype = [short for mangled, short in dtypes.items() if (arguments or "").startswith(mangled)]
     form = [short for mangled, short in {"Lb1": "separable", "Lb0": "dense"}.items() if mangled in (arguments or "")]

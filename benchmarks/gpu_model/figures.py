@@ -1,10 +1,15 @@
 """What is known of one kernel from its machine code; on Hopper how long it takes, predicted."""
 
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
+from math import prod
+from pathlib import Path
 
-from gpu_model import partition, pipes
+from conddetr.kernels.cached import cached
+from gpu_model import machine_code, partition, pipes
 from gpu_model.hot_path import PRODUCTS, Hints, HotPath, find, is_exponential
 from gpu_model.machine_code import Function, Instruction
 
@@ -15,7 +20,9 @@ FLOOR = 256.0
 REGISTERS = 65536
 """Of a multiprocessor, given to warps eight for each lane at a time."""
 SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-"""Of a multiprocessor; a block takes 1 KiB more than it asks for (CUDA programming guide, compute capabilities)."""
+"""Of a multiprocessor (CUDA programming guide, compute capabilities)."""
+RESERVED = 1024
+"""Bytes that a block takes more than it asks for."""
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
@@ -28,15 +35,20 @@ class Kernel:
     form: str
     """In words: settings and variant."""
     architecture: int
-    function: Function
-    registers: int
-    stack: int
+    cubin: bytes
+    symbol: str
+    """Its name in the machine code."""
     shared: int
-    """Bytes, static and dynamic together, without the 1 KiB that a block has on top."""
+    """Bytes of dynamic shared memory."""
     warps: int
-    scores: int
-    """Of a block in one trip of the main loop: queries × keys of a tile, or what else it makes."""
+    tile: tuple[int, int]
+    """Queries and keys of a block in one trip of the main loop; of other kernels: what else it makes."""
     hints: Hints
+
+    @cached_property
+    def function(self) -> Function:
+        """Its machine code."""
+        return machine_code.read(self.cubin, self.symbol)[self.symbol]
 
     @cached_property
     def path(self) -> HotPath:
@@ -44,17 +56,9 @@ class Kernel:
         return find(self.function, self.hints)
 
     @property
-    def blocks(self) -> int:
-        """That a multiprocessor has at once."""
-        registers = -(-self.registers // 8) * 8 * 32 * self.warps
-        shared = SHARED_KIB[self.architecture] * 1024 // (self.shared + 1024)
-        warps = WARPS[self.architecture] // self.warps
-        return min(REGISTERS // registers, shared, warps, BLOCKS[self.architecture])
-
-    @property
     def share(self) -> float:
         """What makes numbers of one warp's trip those of 1024 scores."""
-        return 1024 * self.warps / self.scores
+        return 1024 * self.warps / prod(self.tile)
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,22 @@ class Figures:
     registers: int
     stack: int
     shared: int
+    """Bytes, static and dynamic together."""
     warps: int
-    scores: int
+    tile: tuple[int, int]
     blocks: int
+    """That a multiprocessor has at once."""
     instructions: float
     """That a warp issues for 1024 scores."""
     by_name: dict[str, float]
     """These instructions by what they are; products, and what is at least 1 % of them."""
     exponentials: float
     """Of the special-function unit, for each score."""
+    local: float
+    """Instructions of local memory, where registers are spilled, for 1024 scores."""
+    overlap: float | None
+    """Share of a trip between the last copy into shared memory and the wait for all of them; None: there is no such
+    wait, because no copy is made or the newest may be under way."""
     needs: dict[str, float]
     """Unit → its clocks for 1024 scores."""
     clocks: dict[str, float]
@@ -105,33 +116,69 @@ class Figures:
 
 
 def of(kernel: Kernel) -> Figures:
-    """Count and simulate."""
+    """Count and simulate, or what that gave before for the same machine code."""
+    fields = {name: value for name, value in vars(kernel).items() if name in Kernel.__dataclass_fields__}
+    depends_on = [*sorted(Path(__file__).parent.glob("*.py")), sha256(fields.pop("cubin")).hexdigest(), repr(fields)]
+    return read(cached("figures", depends_on, lambda: asdict(_of(kernel))))
+
+
+def read(stored: dict) -> Figures:
+    """From what `asdict` makes, and JSON."""
+    return Figures(**{**stored, "tile": tuple(stored["tile"])})
+
+
+def _of(kernel: Kernel) -> Figures:
     path, share = kernel.path, kernel.share
+    usage = machine_code.resources(kernel.cubin)[kernel.symbol]
+    shared = kernel.shared + max(0, usage["SHARED"] - RESERVED)
+    blocks = blocks_of(kernel.architecture, kernel.warps, usage["REG"], shared)
     return Figures(
         name=kernel.name,
         form=kernel.form,
         architecture=kernel.architecture,
-        registers=kernel.registers,
-        stack=kernel.stack,
-        shared=kernel.shared,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        shared=shared,
         warps=kernel.warps,
-        scores=kernel.scores,
-        blocks=kernel.blocks,
+        tile=kernel.tile,
+        blocks=blocks,
         instructions=len(path.main) * share,
         by_name=_by_name(path.main, share),
         # A warp's instruction makes 32 of them.
-        exponentials=sum(map(is_exponential, path.main)) * 32 * kernel.warps / kernel.scores,
+        exponentials=sum(map(is_exponential, path.main)) * 32 * kernel.warps / prod(kernel.tile),
+        local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
+        overlap=_overlap(path),
         needs={unit: clocks * share for unit, clocks in pipes.needs(path.main).items()},
-        clocks=_clocks(kernel, path.main),
-        tail_clocks=_clocks(kernel, path.tail),
+        clocks=_clocks(kernel, path.main, blocks),
+        tail_clocks=_clocks(kernel, path.tail, blocks),
     )
 
 
-def _clocks(kernel: Kernel, path: list[Instruction]) -> dict[str, float]:
+def blocks_of(architecture: int, warps: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor has at once; 0 if not even one fits."""
+    of_block = -(-registers // 8) * 8 * 32 * warps
+    of_shared = SHARED_KIB[architecture] * 1024 // (shared + RESERVED)
+    return min(REGISTERS // of_block, of_shared, WARPS[architecture] // warps, BLOCKS[architecture])
+
+
+def _clocks(kernel: Kernel, path: list[Instruction], blocks: int) -> dict[str, float]:
     if kernel.architecture != TIMED or not path:
         return {}
-    counts = sorted({blocks for blocks in (1, 2, 3) if blocks < kernel.blocks} | {kernel.blocks})
-    return {str(blocks): partition.clocks(path, kernel.warps, blocks) * kernel.share for blocks in counts}
+    counts = sorted({count for count in (1, 2, 3) if count < blocks} | {blocks})
+    return {str(count): partition.clocks(path, kernel.warps, count) * kernel.share for count in counts}
+
+
+def _overlap(path: HotPath) -> float | None:
+    code = path.main
+    copies = [place for place, instruction in enumerate(code) if instruction.name == "LDGSTS"]
+    waits = [
+        place
+        for place, instruction in enumerate(code)
+        if instruction.name == "DEPBAR" and re.search(r"SB0, 0x0$", instruction.operands)
+    ]
+    if not path.is_loop or not copies or not waits:
+        return None
+    return min((wait - copies[-1]) % len(code) for wait in waits) / len(code)
 
 
 def _by_name(path: list[Instruction], share: float) -> dict[str, float]:

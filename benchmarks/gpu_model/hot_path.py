@@ -18,13 +18,18 @@ class HotPathError(ValueError):
 class Hints:
     """What is known of a kernel that its machine code does not tell."""
 
-    has_dropout: bool = False
     exponentials: float = 0.0
     """Of a thread in one trip of the main loop: inner loops are gone through until there are so many."""
+    seeks: tuple[str, ...] = ("LDGSTS", "STS")
+    """Operations that the hot path goes for: copies of the next tile."""
+    avoids: tuple[str, ...] = ()
+    """Operations in front of which it turns away."""
+    avoids_inside: tuple[str, ...] = ()
+    """The same in inner loops alone."""
+    depth: int = 0
+    """Of the main loop: so many loops with products and exponentials are around it."""
     trips: tuple[int, ...] = ()
     """Of the inner loops in the order of their addresses, where the exponentials do not tell."""
-    rare_inside: tuple[str, ...] = ()
-    """Instructions in front of which a branch in an inner loop nearly always turns away."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,23 @@ def is_exponential(instruction: Instruction) -> bool:
     return instruction.operation == "MUFU.EX2"
 
 
+def _is_one_of(instruction: Instruction, operations: tuple[str, ...]) -> bool:
+    """By the beginning of its operation: `IMAD.WIDE` is `IMAD.WIDE.U32` too."""
+    return any(f"{instruction.operation}.".startswith(f"{operation}.") for operation in operations)
+
+
 def find(function: Function, hints: Hints) -> HotPath:
     """The main loop is the outermost one with products and exponentials; of two the first, the second is the tail.
 
     Kernels without exponentials: the outermost loop with products, else the largest; without any loop, all of it.
-    Through it goes the way with most products, exponentials and stores to shared memory, with dropout most loads, and
-    then with fewest instructions: copies of the next tile are hot, masks at the edge of the grid are not.
+    Through it goes the way with most products, then exponentials, then least of what the hints avoid and most of what
+    they seek, and then with fewest instructions: copies of the next tile are hot, masks at the edge of the grid not.
 
     Raises:
         HotPathError: there are more than two such loops, or inner loops whose trips nothing tells.
     """
     flow = Flow(function)
-    outermost = _main_loops(flow)
+    outermost = _main_loops(flow, hints.depth)
     if not outermost:
         return HotPath(_straight(flow), [], is_loop=False)
     if len(outermost) > 2:
@@ -69,11 +79,12 @@ def find(function: Function, hints: Hints) -> HotPath:
     return HotPath(main, tail[0] if tail else [])
 
 
-def _main_loops(flow: Flow) -> list[Loop]:
+def _main_loops(flow: Flow, depth: int) -> list[Loop]:
+    code = {loop: flow.instructions(sorted(loop.body)) for loop in flow.loops}
+
     def have(*kinds: Callable[[Instruction], bool]) -> list[Loop]:
-        code = {loop: flow.instructions(sorted(loop.body)) for loop in flow.loops}
         found = [loop for loop in flow.loops if all(any(map(kind, code[loop])) for kind in kinds)]
-        return [loop for loop in found if not any(other.holds(loop) for other in found)]
+        return [loop for loop in found if sum(other.holds(loop) for other in found) == depth]
 
     loops = have(is_product, is_exponential) or have(is_product)
     largest = sorted(have(), key=lambda loop: sum(len(flow.blocks[block]) for block in loop.body))
@@ -92,12 +103,13 @@ def _trip(flow: Flow, loop: Loop, hints: Hints) -> list[Instruction]:
     in_inner = {id(i) for other in inner for i in flow.instructions(sorted(other.body))}
 
     def value(instruction: Instruction) -> Value:
-        is_rare = instruction.name in hints.rare_inside and id(instruction) in in_inner
+        avoided = hints.avoids + (hints.avoids_inside if id(instruction) in in_inner else ())
+        wanted = _is_one_of(instruction, hints.seeks) and not _is_one_of(instruction, avoided)
         return (
             is_product(instruction),
             is_exponential(instruction),
-            (instruction.name in ("LDGSTS", "STS")) * (-1 if is_rare else 1),
-            hints.has_dropout and instruction.name == "LDG" and "U8" not in instruction.parts,
+            -_is_one_of(instruction, avoided),
+            wanted,
             -1,
         )
 

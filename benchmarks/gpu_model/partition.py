@@ -60,9 +60,10 @@ def _decode(instruction: Instruction) -> _Step:
     left = re.search(r", (0x[0-9a-f]+)", instruction.operands) if event.startswith("wait") else None
     if event == "product" and "gsb0" in instruction.operands:
         event = "end of products"
+    fence = pipes.FENCE_OF_GPU if {"GPU", "SYS"} & set(instruction.parts) else pipes.FENCE
     return _Step(
         unit=pipes.unit(instruction),
-        clocks=pipes.clocks(instruction),
+        clocks=fence if event == "fence" else pipes.clocks(instruction),
         shared=pipes.shared_clocks(instruction),
         latency=pipes.OTHER_LATENCY if instruction.is_never else pipes.latency(instruction),
         stall=max(1, control.stall),
@@ -201,7 +202,7 @@ class _Partition:
                 if step.event == "end of products":
                     warp.products.end(at)
             case "fence":
-                warp.ready = max(warp.ready, at + pipes.FENCE)
+                warp.ready = max(warp.ready, at + step.clocks)
             case "barrier":
                 self._arrive(warp, at)
 

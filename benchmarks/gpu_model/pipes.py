@@ -25,14 +25,16 @@ shared memory and the load-store unit, which four quarters share."""
 LATENCY = {
     "MUFU": 18, "F2F": 18, "F2I": 18, "I2F": 18, "POPC": 18, "FLO": 18, "BREV": 18,
     "LDS": 29, "LDSM": 33, "STS": 12, "STSM": 12, "ATOMS": 60, "SHFL": 24,
-    "LDG": 280, "LDGSTS": 500, "LDC": 30, "LDCU": 30, "ULDC": 30, "S2R": 24, "S2UR": 24, "R2UR": 12,
-    "VOTE": 8, "VOTEU": 8, "HMMA": 33, "HGMMA": 50,
+    "LDG": 280, "LD": 280, "ATOM": 280, "ATOMG": 280, "LDGSTS": 500, "LDL": 35,
+    "LDC": 30, "LDCU": 30, "ULDC": 30, "S2R": 24, "S2UR": 24, "R2UR": 12, "VOTE": 8, "VOTEU": 8,
+    "HMMA": 33, "HGMMA": 50,
 }  # fmt: skip
 """Clocks from when the unit begins until what waits for the result may go on, of those whose time is not fixed. Of
-copies to shared memory (LDGSTS) from the beginning of the last of a group; LDG from the L2 cache."""
+copies to shared memory (LDGSTS) from the beginning of the last of a group; LDG from the L2 cache, LDL from the L1."""
 OTHER_LATENCY = 6
-BARRIER, FENCE, OPERANDS = 25, 20, 10
-"""Clocks until a barrier opens after its last warp, until a fence lets go, until operands have been read."""
+BARRIER, FENCE, FENCE_OF_GPU, OPERANDS = 25, 20, 500, 10
+"""Clocks until a barrier opens after its last warp, until a fence within the block lets go, until one lets go behind
+which all blocks see what was written, until operands have been read."""
 
 _FMA = ("FFMA", "FMUL", "FADD", "FFMA32I", "FMUL32I", "FADD32I", "FFMA2", "FMUL2", "FADD2")
 _HALVES = ("HADD2", "HFMA2", "HMUL2", "HSETP2", "HSET2", "HMNMX2")
