@@ -98,21 +98,24 @@ def problems_here(path: Path, result: Path) -> None:
 def show_kernels(found: Predictions, before: Predictions) -> None:
     """A row for each."""
     table = Table(title="Kernels: instructions, and predicted clocks of a quarter of a multiprocessor, for 1024 scores")
-    left = ("", "kernel", "variant", "settings", "remarks")
-    whole = ("kernel", "variant", "settings", "one block", "all blocks")
+    left = ("", "kernel", "variant", "settings", "binding")
     for name in ("", "kernel", "variant", "settings", "sm", "registers", "shared, KiB", "blocks", "instructions",
-                 "binding", "one block", "all blocks", "× floor", "remarks"):  # fmt: skip
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=name in whole)
+                 "binding", "one block", "all blocks", "× floor"):  # fmt: skip
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     old = before.figures()
     longer = remarks.longer(found.figures(), old)
+    said = {}
     for row in (*found.kernels, *(Row("PyTorch", one.form, one) for one in found.peers)):
-        said = remarks.of(row.figures)
-        if row.key in longer:
-            said.append(f"{longer[row.key]:.2f}× as long as before")
+        again = [f"{longer[row.key]:.2f}× as long as before"] if row.key in longer else []
+        said[row.key] = "; ".join((*remarks.of(row.figures), *again))
         form = "" if row.implementation == "PyTorch" else row.figures.form
-        table.add_row(row.implementation, row.figures.name, row.variant, form, *_cells(row.figures, old.get(row.key)),
-                      "; ".join(said))  # fmt: skip
+        cells = _cells(row.figures, old.get(row.key))
+        table.add_row(row.implementation, row.figures.name, row.variant, form, *cells)
     console.print(table)
+    for (implementation, name, variant, architecture), words in said.items():
+        if words:
+            row = f"{implementation}, {name}{', ' if variant else ''}{variant}, sm_{architecture}"
+            console.print(f"- {row}: {words}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(found: Figures, before: Figures | None) -> list[str]:

@@ -27,7 +27,8 @@ class Loop:
 class Flow:
     """Blocks of instructions without a jump between them, and where they lead to.
 
-    A branch for lanes of a warp that have parted (BRA.DIV) is not taken, a call comes back.
+    A branch for lanes of a warp that have parted (BRA.DIV) is not taken. A call comes back, or is a jump: nvcc leaves
+    loops so for some architectures.
     """
 
     def __init__(self, function: Function) -> None:
@@ -35,9 +36,9 @@ class Flow:
         code, places = function.code, function.places
         starts = {0}
         for place, instruction in enumerate(code):
-            if instruction.name in ("BRA", *_LEAVES):
+            if instruction.name in ("BRA", "CALL", *_LEAVES):
                 starts.add(place + 1)
-            if instruction.name == "BRA" and instruction.target in places:
+            if instruction.name in ("BRA", "CALL") and instruction.target in places:
                 starts.add(places[instruction.target])
         bounds = sorted(starts - {len(code)})
         self.blocks = [range(*ends) for ends in zip(bounds, [*bounds[1:], len(code)], strict=True)]
@@ -49,10 +50,12 @@ class Flow:
         after = (self._block_at[block.stop],) if block.stop in self._block_at else ()
         if last.name in _LEAVES:
             return after if last.predicate else ()
-        if last.name != "BRA" or last.operation == "BRA.DIV":
+        place = self.function.places.get(last.target) if last.name in ("BRA", "CALL") else None
+        if place is None or last.operation == "BRA.DIV":
             return after
-        target = self._block_at[self.function.places[last.target]]
-        return (target,) if last.is_always else tuple(dict.fromkeys((*after, target)))
+        target = self._block_at[place]
+        is_jump = last.name == "BRA" and last.is_always
+        return (target,) if is_jump else tuple(dict.fromkeys((*after, target)))
 
     def instructions(self, blocks: list[int]) -> list[Instruction]:
         """Of blocks one after the other."""
@@ -131,22 +134,24 @@ class Flow:
         """Where the loop begins."""
         return self.function.code[self.blocks[loop.head].start].address
 
-    def unrolled(
-        self, loop: Loop, value: Callable[[Instruction], Value], trips: Callable[[Loop], int]
-    ) -> Iterator[int]:
-        """Blocks of one trip, inner loops as often as `trips` says."""
-        inner = [other for other in self.loops if loop.holds(other)]
-        yield from self._expanded(self.way(loop, value), inner, value, trips)
+    def goes_through(self, way: list[int], inner: Loop, value: Callable[[Instruction], Value]) -> bool:
+        """Whether a way makes a trip of an inner loop; else it passes the head and leaves, as if there were none."""
+        passed = sum(len(self.blocks[block]) for block in way if block in inner.body)
+        return 2 * passed > sum(len(self.blocks[block]) for block in self.way(inner, value))
 
-    def _expanded(self, way: list[int], inner: list[Loop], value: Callable, trips: Callable) -> Iterator[int]:
-        heads = {loop.head: loop for loop in inner}
-        for index, block in enumerate(way):
+    def unrolled(self, loop: Loop, value: Callable[[Instruction], Value], more: Callable[[Loop], int]) -> Iterator[int]:
+        """Blocks of one trip.
+
+        Args:
+            loop: one of `loops`.
+            value: as in `way`.
+            more: inner loop → its trips beside what is on the way.
+        """
+        heads = {other.head: other for other in self.loops if loop.holds(other)}
+        for block in self.way(loop, value):
             if block in heads:
-                loop = heads[block]
-                # The last trip is on the way already, if the loop is left at its end and not at its head.
-                is_left_at_its_end = any((b, loop.head) in self.back_edges for b in way[index:] if b in loop.body)
-                for _ in range(trips(loop) - is_left_at_its_end):
-                    yield from self.unrolled(loop, value, trips)
+                for _ in range(more(heads[block])):
+                    yield from self.unrolled(heads[block], value, more)
             yield block
 
 

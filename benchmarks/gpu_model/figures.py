@@ -147,7 +147,7 @@ def _of(kernel: Kernel) -> Figures:
         # A warp's instruction makes 32 of them.
         exponentials=sum(map(is_exponential, path.main)) * 32 * kernel.warps / prod(kernel.tile),
         local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
-        overlap=_overlap(path),
+        overlap=overlap(path),
         needs={unit: clocks * share for unit, clocks in pipes.needs(path.main).items()},
         clocks=_clocks(kernel, path.main, blocks),
         tail_clocks=_clocks(kernel, path.tail, blocks),
@@ -168,7 +168,8 @@ def _clocks(kernel: Kernel, path: list[Instruction], blocks: int) -> dict[str, f
     return {str(count): partition.clocks(path, kernel.warps, count) * kernel.share for count in counts}
 
 
-def _overlap(path: HotPath) -> float | None:
+def overlap(path: HotPath) -> float | None:
+    """As in `Figures`."""
     code = path.main
     copies = [place for place, instruction in enumerate(code) if instruction.name == "LDGSTS"]
     waits = [

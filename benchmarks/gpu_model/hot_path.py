@@ -10,6 +10,10 @@ PRODUCTS = ("HMMA", "IMMA", "HGMMA", "UTCHMMA", "OMMA", "QMMA")
 """Instructions of tensor cores: of warps, of Hopper's warpgroups, of Blackwell's and its consumer variants."""
 
 
+FEW = 0.5
+"""Share of the exponentials under which the loop is a wrong one. Some may be series, which look like other products."""
+
+
 class HotPathError(ValueError):
     """A rule does not know a kernel's main loop, or the way through it."""
 
@@ -66,7 +70,8 @@ def find(function: Function, hints: Hints) -> HotPath:
     they seek, and then with fewest instructions: copies of the next tile are hot, masks at the edge of the grid not.
 
     Raises:
-        HotPathError: there are more than two such loops, or inner loops whose trips nothing tells.
+        HotPathError: there are more than two such loops, or inner loops whose trips nothing tells, or too few
+            exponentials in a trip.
     """
     flow = Flow(function)
     outermost = _main_loops(flow, hints.depth)
@@ -113,31 +118,38 @@ def _trip(flow: Flow, loop: Loop, hints: Hints) -> list[Instruction]:
             -1,
         )
 
-    trips = _trips(flow, loop, inner, value, hints)
-    blocks = flow.unrolled(loop, value, lambda other: trips[other])
-    return flow.instructions(list(blocks))
+    more = _more_trips(flow, loop, inner, value, hints)
+    trip = flow.instructions(list(flow.unrolled(loop, value, lambda other: more[other])))
+    found = sum(map(is_exponential, trip))
+    if found < FEW * hints.exponentials:
+        raise HotPathError(
+            f"{flow.function.name}: {found} exponentials in a trip of the loop at {flow.address(loop):#x}, expected "
+            f"{hints.exponentials:.0f}."
+        )
+    return trip
 
 
-def _trips(flow: Flow, loop: Loop, inner: list[Loop], value: Callable, hints: Hints) -> dict[Loop, int]:
-    """How often each inner loop is gone through in one trip of the outer one."""
+def _more_trips(flow: Flow, loop: Loop, inner: list[Loop], value: Callable, hints: Hints) -> dict[Loop, int]:
+    """How often each inner loop is gone through in one trip of the outer one, beside what is on its way."""
     if hints.trips:
         if len(hints.trips) != len(inner):
             places = ", ".join(f"{flow.address(other):#x}" for other in inner)
             raise HotPathError(f"{flow.function.name}: trips of {len(hints.trips)} inner loops, found {places}.")
-        return dict(zip(inner, hints.trips, strict=True))
+        way = flow.way(loop, value)
+        on_way = (flow.goes_through(way, other, value) for other in inner)
+        return {other: trips - is_on for other, trips, is_on in zip(inner, hints.trips, on_way, strict=True)}
 
     def exponentials(of: Loop) -> int:
         return sum(map(is_exponential, flow.instructions(flow.way(of, value))))
 
     counted = [other for other in inner if exponentials(other) and not any(o.holds(other) for o in inner)]
     inside = sum(map(exponentials, counted))
-    # Once each is on the way already.
     missing = hints.exponentials - exponentials(loop)
-    trips = 1 + max(0, round(missing / inside)) if inside else 1
+    more = max(0, round(missing / inside)) if inside else 0
     for other in inner:
         has_products = any(map(is_product, flow.instructions(sorted(other.body))))
         if has_products and not any(other == o or o.holds(other) or other.holds(o) for o in counted):
             raise HotPathError(
                 f"{flow.function.name}: nothing tells the trips of the loop of products at {flow.address(other):#x}."
             )
-    return {other: trips if other in counted else 1 for other in inner}
+    return {other: more if other in counted else 0 for other in inner}
