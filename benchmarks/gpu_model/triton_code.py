@@ -75,7 +75,7 @@ def kernel_of(name: str, built: aot.Built, options: dict[str, object], architect
         shared=built.shared,
         warps=built.warps,
         tile=tile,
-        hints=Hints(exponentials=prod(tile) / built.warps / 32),
+        hints=Hints(exponentials=prod(tile) / built.warps / 32 if "BLOCK_Q" in options else 0.0),
     )
 
 

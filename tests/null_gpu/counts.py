@@ -69,9 +69,7 @@ def launched() -> list[Launch]:
     """
     found = [Launch(name, tuple(grid), tuple(block), size) for name, grid, block, size in _told("null_gpu_log")]
     if len(found) == 1 << 14:
-        raise RuntimeError(
-            "the null GPU keeps 16384 launches, there were more: begin another block of `counted`"
-        )
+        raise RuntimeError("the null GPU keeps 16384 launches, there were more: begin another block of `counted`")
     return found
 
 
