@@ -37,7 +37,7 @@ if __name__ == "__main__":
     # Where the null GPU is; the tests have it on their path.
     sys.path.append(str(ROOT / "tests"))
 
-console = Console(width=max(200, Console().width))
+console = Console(width=max(235, Console().width))
 """Wide enough for every column: on a narrower terminal lines wrap."""
 
 
@@ -99,8 +99,8 @@ def show_kernels(found: Predictions, before: Predictions) -> None:
     """A row for each."""
     table = Table(title="Kernels: instructions, and predicted clocks of a quarter of a multiprocessor, for 1024 scores")
     left = ("", "kernel", "variant", "settings", "binding")
-    for name in ("", "kernel", "variant", "settings", "sm", "registers", "shared, KiB", "blocks", "instructions",
-                 "binding", "one block", "all blocks", "× floor"):  # fmt: skip
+    for name in ("", "kernel", "variant", "settings", "sm", "registers", "KiB", "blocks", "instructions", "binding",
+                 "one block", "all blocks", "× floor"):  # fmt: skip
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     old = before.figures()
     longer = remarks.longer(found.figures(), old)

@@ -13,7 +13,7 @@
 
 #define CONDDETR_ATTENTION_INPUTS                                                                                  \
   "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "            \
-  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) {
   library.def("conditional_attention(" CONDDETR_ATTENTION_INPUTS ") -> (Tensor out, Tensor lse)");
@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) {
   library.def("convolution_3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed, bool relu) -> Tensor");
   library.def("convolution_3x3_weight(Tensor x, Tensor grad) -> Tensor");
   library.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, bool relu) -> Tensor");
+  library.def("dropout_bits(Tensor seed, SymInt count, int threshold) -> Tensor");
   library.def("linear_assignment(Tensor cost, Tensor counts) -> Tensor");
   library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");
   library.def(

@@ -7,6 +7,7 @@ from conddetr.kernels.conv import convolution, convolution_pair
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
 from conddetr.kernels.dropout import dropout_add, relu_dropout
+from conddetr.kernels.dropout_bits import drawn_probability, dropout_bits
 from conddetr.kernels.errors import prediction_errors
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
@@ -24,7 +25,9 @@ __all__ = [
     "convolution_3x3",
     "convolution_3x3_weight_gradient",
     "convolution_pair",
+    "drawn_probability",
     "dropout_add",
+    "dropout_bits",
     "focal_loss",
     "grid_positions",
     "linear_assignment",

@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -26,11 +27,13 @@ from conddetr.kernels.add_norm import triton as add_norm
 from conddetr.kernels.add_norm.op import MAX_CHANNELS
 from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.attn.triton.tiles import Operands, Rows
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.dropout import triton as dropout
+from conddetr.kernels.dropout_bits import triton as dropout_bits
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
@@ -50,7 +53,23 @@ TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
 """The kernels that are made of such."""
 
-ROOMS = (add_norm, attn, boxes, conv, cost, dropout, errors, focal, match, pool, position, prediction, sine, weights)
+ROOMS = (
+    add_norm,
+    attn,
+    boxes,
+    conv,
+    cost,
+    dropout,
+    dropout_bits,
+    errors,
+    focal,
+    match,
+    pool,
+    position,
+    prediction,
+    sine,
+    weights,
+)
 """Where the kernels are."""
 
 
@@ -93,6 +112,7 @@ def jobs(architecture: int) -> Iterator[Job]:
         for width in (32, 64, 128):
             for is_separable in (True, False) if width == 32 else (True,):
                 yield from _attention_jobs(architecture, products, dtype, width, is_separable)
+    yield Job("dropout_bits_kernel", "", "bf16", tuple(dropout_bits.SETTINGS.items()))
     for dtype in ("bf16", "fp32"):
         yield Job("backward_grid_kernel", "", dtype, tuple(attn.GRID_TILE.items()))
     for kernel in ("embed_kernel", "embed_backward_kernel"):
@@ -184,6 +204,7 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
             "HAS_VALID": is_separable,
             "HAS_PADDING": not is_separable,
             "HAS_DROPOUT": is_separable,
+            "OFFSET": tl.int32,
             "PRECISION": "tf32" if products == "tf32" else "ieee",
             "BLOCK_Q": tile.queries,
             "BLOCK_N": tile.keys,
@@ -200,7 +221,7 @@ def compile_job(job: Job, architecture: int) -> Compiled:
 
 
 def _depends_on(job: Job, architecture: int) -> list[Path | str]:
-    rooms = [Path(room.__file__) for room in ROOMS]
+    rooms = [path for room in ROOMS for path in sorted(Path(room.__file__).parent.glob("*.py"))]
     return [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
 
 
@@ -251,46 +272,63 @@ def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion")
     launch = {name: options.pop(name) for name in compiler if name in options}
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        kind = _kind(name, job.dtype, options)
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name] = options.get(name)
-        elif kind != "fp32":
-            # Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
-            aligned = kind.startswith("*") or name.startswith("stride")
-            attributes.update({(index,): [["tt.divisibility", 16]]} if aligned else {})
-    source = ASTSource(function, signature, constants, attributes)
+    source = ASTSource(function, *_arguments(function.arg_names, job.dtype, options))
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
 
 
+def _arguments(names: list[str], dtype: str, options: dict[str, object]) -> tuple[dict, dict, dict]:
+    """The kinds of arguments, the values of those known while compiling, and what is known of the others.
+
+    Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
+    """
+    aligned = [["tt.divisibility", 16]]
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        if name == "tensors":
+            signature[name] = _operands(dtype, options["SEPARABLE"])
+            for field, rows in enumerate(signature[name]):
+                if rows == "constexpr":
+                    constants[(index, field)] = None
+                else:
+                    attributes.update({(index, field, part): aligned for part in range(len(rows))})
+            continue
+        kind = signature[name] = _kind(name, dtype, options)
+        if kind == "constexpr":
+            constants[name] = options.get(name)
+        elif kind.startswith("*") or name.startswith("stride"):
+            attributes[(index,)] = aligned
+    return signature, constants, attributes
+
+
+def _operands(dtype: str, is_separable: bool) -> Operands:
+    """The kinds of the tensors of attention."""
+    rows = Rows(f"*{dtype}", "i32", "i32", "i32")
+    return Operands(rows, rows, rows, rows, rows if is_separable else "constexpr", rows)
+
+
 _KINDS = {
-    "*fp32": ("lse", "delta", "grad_ks", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
+    "*fp32": ("lse", "statistics", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
               "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual", "errors"),
-    "*i32": ("valid_hw", "counts", "valid_cells"),
+    "*i32": ("valid_hw", "counts", "valid_cells", "keep", "words"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding", "is_padding"),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
-             "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
+             "kept_factor", "class_weight", "bbox_weight", "giou_weight", "scale_y", "scale_x"),
     "i32": ("queries", "keys", "heads", "height", "width", "count", "rows", "predictions", "capacity", "batch",
             "classes", "images", "channels", "layers", "position_rows", "replicas", "units",
-            "out_height", "out_width", "numbers"),
+            "out_height", "out_width", "numbers", "threshold", "padded"),
 }  # fmt: skip
-_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "seed_pointer": "HAS_DROPOUT", "columns": "SEPARABLE",
-          "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM", "log_total": "SOFTMAX",
-          "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
+_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "keep": "HAS_DROPOUT", "seed_pointer": "HAS_DROPOUT",
+          "columns": "SEPARABLE", "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM",
+          "log_total": "SOFTMAX", "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 
 
 def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
     """The type of an argument, by its name."""
-    if name in options or (name in _NEEDS and not options[_NEEDS[name]]):
+    if name in options or (name in _NEEDS and not options.get(_NEEDS[name], True)):
         return "constexpr"
     if name.startswith("stride"):
         return "i32"
-    if name == "grad_ks" and not options.get("SEPARABLE", True):
-        # Of dense keys it is what the caller gets.
-        return f"*{dtype}"
     return next((kind for kind, names in _KINDS.items() if name in names), f"*{dtype}")
 
 

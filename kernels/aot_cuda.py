@@ -166,7 +166,7 @@ def problems(found: Compiled) -> list[str]:
         wrong.append(f"{local}, {found.local_instructions} local memory instructions")
     if found.registers > REGISTER_LIMIT:
         wrong.append(f"{found.registers} registers, the limit is {REGISTER_LIMIT}")
-    is_product = found.kernel.startswith("attn") and "keep" not in found.kernel
+    is_product = found.kernel.startswith("attn") and "lines" not in found.kernel
     if is_product and "fp32" not in found.kernel and not found.tensor_core_instructions:
         wrong.append("no tensor core instruction")
     if found.serialized:

@@ -1,66 +1,64 @@
 """The attention kernels of csrc/, as nvcc compiles them for one architecture."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from conddetr.kernels import aot_cuda
 from gpu_model import machine_code
-from gpu_model.figures import Kernel
+from gpu_model.figures import Kernel, UnknownKernelError
 from gpu_model.hot_path import Hints
 
 OPERATIONS = ("attn", "dropout_bits")
 """Folders of csrc/."""
 TILE = 64
-TILE_BYTES = TILE * 32 * 2
-GRID = (25, 34)
-"""Height and width of the grid of keys by which shared memory is told where it depends on that."""
+LINES = 25 + 34
+"""Rows and columns of the grid by which shared memory is told where it depends on that."""
+BYTES = 64
+"""Of a key or query: 32 channels of 16 bits."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the machine code of a kernel does not tell: see `csrc/attn/cuda.cu`."""
+    """What the machine code of a kernel does not tell: see `csrc/attn/cuda.cu`. Whole problems tell their bytes."""
 
     queries: int
     keys: int
     """Of the tile of a block in one trip of the main loop, or what else it makes: their product."""
     warps: int
-    shared: Callable[[int, int], int]
-    """Height and width of the grid → bytes."""
-    avoids_inside: tuple[str, ...] = ()
-    seeks: tuple[str, ...] = ("LDGSTS", "STS")
-    """Both as in `Hints`."""
+    tiles: int = 0
+    """Of 64 queries or keys, in shared memory."""
+    lines: bool = False
+    """Whether rows and columns of the grid are there too."""
+    more: int = 0
+    """Other bytes there."""
+    hints: Hints = field(default_factory=Hints)
+    """Exponentials, and what dropout adds, come from the rest."""
     has_exponentials: bool = True
 
-
-def table_bytes(height: int, width: int, has_sums: bool) -> int:
-    """Of the parts of scores by rows and columns: 64 queries and 4 more, float32."""
-    return (height * (2 if has_sums else 1) + -(-width // 8) * 8) * (TILE + 4) * 4
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.tiles * TILE * BYTES + self.lines * LINES * BYTES + self.more
 
 
 LAUNCHES = {
-    "attn forward_kernel": Launch(TILE, TILE, 4, lambda h, w: 5 * TILE_BYTES + table_bytes(h, w, False)),
-    "attn hopper_forward_kernel": Launch(2 * TILE, TILE, 8, lambda h, w: 10 * TILE_BYTES + (h + w) * 64),
-    # A sum over a column is stored where the column ends.
-    "attn backward_query_kernel": Launch(
-        TILE, TILE, 4, lambda h, w: 6 * TILE_BYTES + table_bytes(h, w, True), avoids_inside=("STS",)
-    ),
-    "attn backward_key_kernel": Launch(TILE, TILE, 4, lambda h, w: 9 * TILE_BYTES + 2 * TILE * 16),
-    "attn backward_table_kernel": Launch(
-        TILE, TILE, 4, lambda h, w: 2 * TILE_BYTES, seeks=("LDG",), has_exponentials=False
-    ),
-    # A thread makes a word of 64 weights, eight in a trip. Some lane of a warp nearly always needs a third call of
-    # Philox, whose products are of 64 bits.
-    "attn keep_kernel": Launch(256, 8, 8, lambda h, w: 0, seeks=("IMAD.WIDE",), has_exponentials=False),
+    "attn forward_kernel": Launch(TILE, TILE, 4, tiles=7, lines=True),
+    "attn hopper_forward_kernel": Launch(2 * TILE, TILE, 8, tiles=10, lines=True),
+    "attn backward_query_kernel": Launch(TILE, TILE, 4, tiles=9, lines=True),
+    "attn backward_key_kernel": Launch(TILE, TILE, 4, tiles=9, more=2 * TILE * 16),
+    # Four times eight keys of 32 channels for each warp.
+    "attn backward_lines_kernel": Launch(4 * 32, 32, 4, hints=Hints(seeks=("LDG",)), has_exponentials=False),
+    # A thread makes a word of 32 weights.
+    "dropout_bits fill_kernel": Launch(256, 32, 8, has_exponentials=False),
 }
 """Operation and kernel → its launch, for 16-bit numbers and separable keys."""
 
 
-def kernels(architecture: int, dropout: bool, grid: tuple[int, int] = GRID) -> dict[str, Kernel]:
+def kernels(architecture: int, dropout: bool) -> dict[str, Kernel]:
     """The kernels in `LAUNCHES`, for bfloat16 and separable keys; compiled for one architecture.
 
     Raises:
-        KeyError: there is a kernel that `LAUNCHES` does not know.
+        UnknownKernelError: there is a kernel that `LAUNCHES` does not know.
     """
     target = aot_cuda.HOPPER if architecture == 90 else str(architecture)
     found = {}
@@ -72,7 +70,7 @@ def kernels(architecture: int, dropout: bool, grid: tuple[int, int] = GRID) -> d
             name, form = name_of(symbol)
             is_here = architecture == 90 or "hopper" not in name
             if is_here and form in ("bf16 separable", "bf16", ""):
-                found[name] = kernel(symbol, cubin, architecture, dropout, LAUNCHES[name].shared(*grid))
+                found[name] = kernel(symbol, cubin, architecture, dropout)
     return found
 
 
@@ -82,7 +80,7 @@ def name_of(symbol: str) -> tuple[str, str]:
     return f"{operation} {name}", " ".join(form)
 
 
-def kernel(symbol: str, cubin: bytes, architecture: int, dropout: bool, shared: int) -> Kernel:
+def kernel(symbol: str, cubin: bytes, architecture: int, dropout: bool) -> Kernel:
     """One of them.
 
     Args:
@@ -90,18 +88,19 @@ def kernel(symbol: str, cubin: bytes, architecture: int, dropout: bool, shared: 
         cubin: the machine code.
         architecture: for example 90.
         dropout: whether it reads which weights are kept.
-        shared: bytes of dynamic shared memory.
+
+    Raises:
+        UnknownKernelError: `LAUNCHES` does not know it.
     """
     name, _ = name_of(symbol)
+    if name not in LAUNCHES:
+        raise UnknownKernelError(f"{name}: LAUNCHES in gpu_model/cuda_code.py does not know its tile and warps.")
     launch = LAUNCHES[name]
-    tile = launch.queries, launch.keys
-    reads_words = dropout and launch.has_exponentials
-    hints = Hints(
-        exponentials=prod(tile) / launch.warps / 32 if launch.has_exponentials else 0.0,
-        seeks=(*launch.seeks, "LDG") if reads_words else launch.seeks,
-        # Of a mask that separable keys do not have.
-        avoids=("LDG.E.U8",),
-        avoids_inside=launch.avoids_inside,
-    )
+    tile, hints = (launch.queries, launch.keys), launch.hints
+    if launch.has_exponentials:
+        # A load of bytes is one of a mask, which separable keys do not have; other loads are those of dropout's words,
+        # whose bits PRMT makes bytes of.
+        hints = replace(hints, exponentials=prod(tile) / launch.warps / 32, avoids=(*hints.avoids, "LDG.E.U8"))
+        hints = replace(hints, seeks=(*hints.seeks, "LDG", "PRMT")) if dropout else hints
     form = f"{launch.queries} × {launch.keys}, {launch.warps} warps"
-    return Kernel(name, form, architecture, cubin, symbol, shared, launch.warps, tile, hints)
+    return Kernel(name, form, architecture, cubin, symbol, launch.shared, launch.warps, tile, hints)

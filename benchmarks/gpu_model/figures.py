@@ -27,6 +27,10 @@ WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
+class UnknownKernelError(LookupError):
+    """Too little is known of a kernel."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel, and what its launch says of it."""
@@ -111,8 +115,8 @@ class Figures:
 
     @property
     def ratio(self) -> float | None:
-        """To the floor of exponentials."""
-        return self.full and self.full / FLOOR
+        """To the floor of exponentials, of a kernel that has some."""
+        return self.full / FLOOR if self.full and self.exponentials else None
 
 
 def of(kernel: Kernel) -> Figures:

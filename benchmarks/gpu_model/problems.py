@@ -1,7 +1,7 @@
 """Whole problems on an H100, predicted: what an implementation launches, each kernel by its machine code."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import attn
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from conddetr.kernels import aot_cuda
 from gpu_model import blocks, cuda_code, figures, machine_code, peer_code, triton_code
-from gpu_model.figures import TIMED, Figures
+from gpu_model.figures import TIMED, Figures, Kernel, UnknownKernelError
 from gpu_model.launches import Operation, Recording, record
 from gpu_model.stored import Part, Prediction
 
@@ -25,20 +25,15 @@ PRODUCTS = 990e12
 DROPOUT = 0.1
 
 
-class UnknownKernelError(LookupError):
-    """Nothing is known of a kernel that is launched."""
-
-
 @dataclass(frozen=True)
 class Walk:
     """Which trips the blocks of a kernel make."""
 
     over: str
     """`keys`: a block has some queries of one head and image, and all their keys go by; `queries`: the other way round;
-    `all queries`: whatever its keys are; `once`: it makes so many trips as `trips` says."""
-    counts: str = "ordinals"
-    """What keys are counted in: `ordinals` of the valid rectangle, `octets` in its rows, or `all` with padding."""
-    trips: int = 1
+    `once`: it makes one trip."""
+    with_padding: bool = False
+    """Whether keys outside the valid rectangle go by too."""
 
 
 WALKS = {
@@ -46,25 +41,25 @@ WALKS = {
         "forward_kernel": Walk("keys"),
         "backward_query_kernel": Walk("keys"),
         "backward_key_kernel": Walk("queries"),
+        "dropout_bits_kernel": Walk("once"),
     },
     "native": {
-        "attn forward_kernel": Walk("keys", "octets"),
-        "attn hopper_forward_kernel": Walk("keys", "octets"),
-        "attn backward_query_kernel": Walk("keys", "octets"),
-        "attn backward_key_kernel": Walk("queries", "octets"),
-        "attn backward_table_kernel": Walk("all queries"),
-        # A word has eight octets.
-        "attn keep_kernel": Walk("once", trips=8),
+        "attn forward_kernel": Walk("keys"),
+        "attn hopper_forward_kernel": Walk("keys"),
+        "attn backward_query_kernel": Walk("keys"),
+        "attn backward_key_kernel": Walk("queries"),
+        "dropout_bits fill_kernel": Walk("once"),
     },
     PEER: {
-        "memory-efficient forward": Walk("keys", "all"),
-        "memory-efficient backward": Walk("queries", "all"),
+        "memory-efficient forward": Walk("keys", with_padding=True),
+        "memory-efficient backward": Walk("queries", with_padding=True),
     },
 }
 """Implementation → kernel → its walk."""
 STREAMS: dict[str, Callable[[Problem], int]] = {
-    # Reads the gradient of dense spatial keys, float32.
-    "backward_grid_kernel": lambda problem: problem.batch * _cells(problem) * HEADS * WIDTH * 4,
+    # They read the gradient of dense spatial keys, for rows and for columns; the second time out of the L2 cache.
+    "backward_grid_kernel": lambda problem: problem.batch * _cells(problem) * HEADS * WIDTH * 2,
+    "attn backward_lines_kernel": lambda problem: problem.batch * _cells(problem) * HEADS * WIDTH * 2,
 }
 """Kernels that do little but read and write: problem → bytes."""
 
@@ -142,8 +137,9 @@ def _bytes(launch: Launch, problem: Problem) -> int:
     """That a launch without a loop of products moves."""
     if launch.kernel == "memset":
         return launch.bytes
-    if launch.kernel in STREAMS:
-        return STREAMS[launch.kernel](problem)
+    name = cuda_code.name_of(launch.kernel)[0] if "conddetr" in launch.kernel else launch.kernel
+    if name in STREAMS:
+        return STREAMS[name](problem)
     raise UnknownKernelError(
         f"{short_name(launch.kernel)} with grid {launch.grid}: an attention operator launches it, and "
         "gpu_model/problems.py knows neither how its blocks walk (WALKS) nor how much it moves (STREAMS)."
@@ -158,9 +154,9 @@ def _figures(
         built, options = recording.triton[launch.kernel]
         return "triton", figures.of(triton_code.kernel_of(launch.kernel, built, options, TIMED))
     if "conddetr" in launch.kernel:
-        name, _ = cuda_code.name_of(launch.kernel)
-        kernel = cuda_code.kernel(launch.kernel, _cubin(launch.kernel), TIMED, problem.dropout > 0, launch.bytes)
-        return ("native", figures.of(kernel)) if name in WALKS["native"] else None
+        if cuda_code.name_of(launch.kernel)[0] not in WALKS["native"]:
+            return None
+        return "native", figures.of(_cuda_kernel(launch, problem))
     used = ", ".join(word for word, is_so in (("dropout", problem.dropout), ("mask", problem.padded)) if is_so)
     for symbol, name in (
         (peer_code.FORWARD, "memory-efficient forward"),
@@ -169,6 +165,19 @@ def _figures(
         if symbol in launch.kernel:
             return PEER, next(found for found in peers if (found.name, found.form) == (name, used))
     return None
+
+
+def _cuda_kernel(launch: Launch, problem: Problem) -> Kernel:
+    kernel = cuda_code.kernel(launch.kernel, _cubin(launch.kernel), TIMED, problem.dropout > 0)
+    if launch.block != (32 * kernel.warps, 1, 1):
+        raise UnknownKernelError(
+            f"{kernel.name}: blocks of {launch.block} threads, LAUNCHES says {kernel.warps} warps."
+        )
+    if problem.grid == "r50" and launch.bytes != kernel.shared:
+        raise UnknownKernelError(
+            f"{kernel.name}: {launch.bytes} bytes of shared memory, LAUNCHES says {kernel.shared}."
+        )
+    return replace(kernel, shared=launch.bytes)
 
 
 @cache
@@ -194,27 +203,20 @@ def _work(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[
 
     columns, heads, images = launch.grid
     if walk.over == "once":
-        return [float(scores * walk.trips)] * (columns * heads * images)
+        return [float(scores)] * (columns * heads * images)
     if heads != HEADS or images != problem.batch:
         raise UnknownKernelError(f"{known.name}: grid {launch.grid}, expected (·, {HEADS}, {problem.batch}).")
-    valid = problem.valid_hw().tolist()
     work: list[float] = []
-    for image in range(images):
-        visited = _counted(walk.counts, *valid[image], problem)
-        for _ in range(heads):
-            for column in range(columns):
-                if walk.over == "keys":
-                    work.append(amount(visited, known.tile[1]))
-                    continue
-                # Blocks of a grid that is smaller than the keys take several tiles.
-                tiles = len(range(column, -(-visited // known.tile[1]), columns))
-                work.append((1 if walk.over == "all queries" else tiles) * amount(problem.queries, known.tile[0]))
+    for height, width in problem.valid_hw().tolist():
+        visited = _cells(problem) if walk.with_padding else height * width
+        if walk.over == "keys":
+            of_head = columns * [amount(visited, known.tile[1])]
+        else:
+            # Blocks of a grid that is smaller than the keys take several tiles.
+            tiles = [len(range(column, -(-visited // known.tile[1]), columns)) for column in range(columns)]
+            of_head = [count * amount(problem.queries, known.tile[0]) for count in tiles]
+        work += heads * of_head
     return work
-
-
-def _counted(counts: str, height: int, width: int, problem: Problem) -> int:
-    """Keys that are visited, with those that fill something up."""
-    return {"ordinals": height * width, "octets": height * -(-width // 8) * 8, "all": _cells(problem)}[counts]
 
 
 def _cells(problem: Problem) -> int:

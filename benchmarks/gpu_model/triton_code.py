@@ -5,14 +5,21 @@ from math import prod
 
 from conddetr.kernels import aot
 from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.dropout_bits import triton as dropout_bits
 from gpu_model.figures import Kernel
 from gpu_model.hot_path import Hints
+
+ROOMS = (attn, dropout_bits)
+"""Where the kernels are."""
+WORD = 32
+"""Decisions of dropout that are one number of its kernel."""
 
 
 def jobs(architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16") -> list[aot.Job]:
     """The attention kernels of the ahead-of-time check, of one width and form."""
     products = "half" if dtype == "bf16" else "tf32"
-    found = [job for job in aot.jobs(architecture) if hasattr(attn, job.kernel) and job.dtype == dtype]
+    found = [job for job in aot.jobs(architecture) if job.dtype == dtype]
+    found = [job for job in found if any(hasattr(room, job.kernel) for room in ROOMS)]
 
     def fits(job: aot.Job) -> bool:
         options = job.options_dict()
@@ -83,7 +90,7 @@ def tile_of(options: dict[str, object]) -> tuple[int, int]:
     """Of a block in one trip: queries and keys, or what else the kernel makes."""
     if "BLOCK_Q" in options:
         return options["BLOCK_Q"], options["BLOCK_N"]
-    return options["BLOCK"], options.get("BLOCK_C", 1)
+    return options["BLOCK"], options.get("BLOCK_C", WORD)
 
 
 def form_of(options: dict[str, object], warps: int, stages: int) -> str:

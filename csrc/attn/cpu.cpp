@@ -69,7 +69,7 @@ Visited visit(const int32_t* valid_hw, const bool* padding, int64_t image, int32
 struct Call {
   Call(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content, const Tensor& k_spatial,
        const std::optional<Tensor>& columns, const Tensor& v, const std::optional<Tensor>& valid_hw,
-       const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed, double scale,
+       const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& keep, double scale,
        double dropout_p) {
     STD_TORCH_CHECK(q_content.dim() == 4 && q_spatial.dim() == 4 && k_content.dim() == 4 && v.dim() == 4,
                     "expected four dimensions of every tensor");
@@ -87,9 +87,11 @@ struct Call {
     p.v = strided(v, "v", batch, keys, heads, dv, dtype);
     p.batch = batch, p.queries = queries, p.heads = heads, p.keys = keys, p.height = height, p.width = width;
     p.d = d, p.ds = ds, p.dv = dv, p.scale = scale, p.dropout_p = dropout_p;
-    STD_TORCH_CHECK(dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
-                    "seed: expected one int64 with dropout");
-    p.seed = dropout_p > 0 ? uint64_t(*seed->const_data_ptr<int64_t>()) : 0;
+    p.keep_words = (keys + 63) / 64 * 2;
+    STD_TORCH_CHECK(dropout_p == 0 || (keep && keep->scalar_type() == ScalarType::Int && keep->is_contiguous() &&
+                                       keep->numel() == batch * heads * p.keep_words * queries),
+                    "keep: expected contiguous int32 [B, heads, 2 · ceil(N / 64), Q] with dropout");
+    p.keep = dropout_p > 0 ? static_cast<const uint32_t*>(keep->const_data_ptr()) : nullptr;
     find_keys(valid_hw, key_padding_mask);
   }
 
@@ -121,8 +123,8 @@ struct Call {
 std::tuple<Tensor, Tensor> forward(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content,
                                    const Tensor& k_spatial, const std::optional<Tensor>& columns, const Tensor& v,
                                    const std::optional<Tensor>& valid_hw, const std::optional<Tensor>& key_padding_mask,
-                                   const std::optional<Tensor>& seed, double scale, double dropout_p) {
-  const Call call(q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale,
+                                   const std::optional<Tensor>& keep, double scale, double dropout_p) {
+  const Call call(q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, keep, scale,
                   dropout_p);
   const Problem& p = call.p;
   Tensor out = torch::stable::new_empty(v, {p.batch, p.queries, p.heads, p.dv});
@@ -150,9 +152,9 @@ Tensor zeros_like(const Tensor& tensor) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content, const Tensor& k_spatial,
     const std::optional<Tensor>& columns, const Tensor& v, const std::optional<Tensor>& valid_hw,
-    const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed, double scale, double dropout_p,
+    const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& keep, double scale, double dropout_p,
     const Tensor& grad, const Tensor& out, const Tensor& lse) {
-  const Call call(q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale,
+  const Call call(q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, keep, scale,
                   dropout_p);
   const Problem& p = call.p;
   const Tensor upstream = torch::stable::contiguous(grad);

@@ -1,5 +1,5 @@
-// Conditional attention on NVIDIA GPUs: operators, checks, memory, launches. The mathematics is in kernels.cuh, and in
-// hopper.cuh for the forward pass there.
+// Conditional attention on NVIDIA GPUs: operators, checks, memory, launches. The mathematics is in forward.cuh,
+// backward_query.cuh, backward_key.cuh and backward_lines.cuh, and in hopper.cuh for the forward pass there.
 
 #include "common/cuda.h"
 
@@ -8,21 +8,24 @@
 #include <cstring>
 #include <limits>
 
+#include "attn/backward_key.cuh"
+#include "attn/backward_lines.cuh"
+#include "attn/backward_query.cuh"
+#include "attn/forward.cuh"
 #include "attn/hopper.cuh"
-#include "attn/kernels.cuh"
 
 namespace conddetr::attn {
 namespace {
 
 // The largest grid of the presets, 1333 × 1333 pixels at stride 16, fits GPUs with the smallest shared memory.
-static_assert(shared_bytes<bf16, true>(84, 84).backward_query <= 99 * 1024);
+static_assert(backward_query_bytes<bf16, true>(84, 84) <= 99 * 1024);
 
 // The arguments that both operators have; see kernels/attn/op.py.
 struct Inputs {
   Tensor q_content, q_spatial, k_content, k_spatial;
   std::optional<Tensor> columns;
   Tensor v;
-  std::optional<Tensor> valid_hw, key_padding_mask, seed;
+  std::optional<Tensor> valid_hw, key_padding_mask, keep;
   double scale, dropout_p;
 
   int64_t batch() const { return q_content.size(0); }
@@ -31,7 +34,7 @@ struct Inputs {
   int64_t keys() const { return k_content.size(1); }
   int64_t height() const { return columns ? k_spatial.size(1) : 1; }
   int64_t width() const { return columns ? columns->size(1) : keys(); }
-  int64_t tiles() const { return Octets{{int32_t(height()), int32_t(width())}}.tiles(); }
+  int64_t tiles() const { return (keys() + kTile - 1) / kTile; }
 
   // Throws if a kernel would read what is not there; copies what does not lie in steps of 16 bytes.
   void prepare() {
@@ -49,8 +52,8 @@ struct Inputs {
     STD_TORCH_CHECK(batch() < 65536 && heads() < 65536, "expected fewer than 65536 images and heads");
     check(valid_hw, "valid_hw", ScalarType::Int, 2 * batch());
     check(key_padding_mask, "key_padding_mask", ScalarType::Bool, batch() * keys());
-    check(seed, "seed", ScalarType::Long, 1);
-    STD_TORCH_CHECK(dropout_p == 0 || seed, "seed: expected one with dropout");
+    check(keep, "keep", ScalarType::Int, batch() * heads() * 2 * tiles() * queries());
+    STD_TORCH_CHECK(dropout_p == 0 || keep, "keep: expected bits with dropout");
   }
 
   void prepare(Tensor& tensor, const char* name, int64_t items) const {
@@ -79,20 +82,8 @@ Rows<T> rows(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// Which weights dropout keeps, one bit each; none without dropout.
-std::optional<Tensor> kept(const Inputs& inputs) {
-  if (inputs.dropout_p == 0) return std::nullopt;
-  const int64_t count = inputs.batch() * inputs.heads() * inputs.queries() * inputs.tiles();
-  Tensor keep = torch::stable::new_empty(inputs.v, {count}, ScalarType::Long);
-  launch("conditional_attention (dropout)", keep_kernel, blocks_for(count, kKeepThreads), kKeepThreads, 0, inputs.v,
-         data<uint64_t>(keep), data<int64_t>(*inputs.seed), data_or_null<int32_t>(inputs.valid_hw), count,
-         int(inputs.queries()), int(inputs.keys()), int(inputs.heads()), int(inputs.height()), int(inputs.width()),
-         int(inputs.tiles()), philox::threshold(float(inputs.dropout_p)));
-  return keep;
-}
-
 template <typename T>
-Problem<T> problem(const Inputs& inputs, const std::optional<Tensor>& keep) {
+Problem<T> problem(const Inputs& inputs) {
   Problem<T> p{};
   p.q_content = rows<T>(inputs.q_content);
   p.q_spatial = rows<T>(inputs.q_spatial);
@@ -107,12 +98,12 @@ Problem<T> problem(const Inputs& inputs, const std::optional<Tensor>& keep) {
   p.width = int(inputs.width());
   p.valid_hw = data_or_null<int32_t>(inputs.valid_hw);
   p.padding = data_or_null<bool>(inputs.key_padding_mask);
-  p.keep = data_or_null<uint64_t>(keep);
-  p.keep_tiles = int(inputs.tiles());
+  if (inputs.dropout_p > 0) p.keep = data_or_null<uint32_t>(inputs.keep);
+  p.keep_words = int(2 * inputs.tiles());
   p.scale = float(inputs.scale);
   p.log2_scale = inputs.scale == 0 ? std::numeric_limits<float>::min() : float(inputs.scale * 1.4426950408889634);
   p.hidden = -std::copysign(std::numeric_limits<float>::infinity(), p.log2_scale);
-  p.kept_factor = float(1.0 / (1.0 - inputs.dropout_p));
+  p.drop_factor = float(1.0 - inputs.dropout_p);
   return p;
 }
 
@@ -137,14 +128,14 @@ bool wants_hopper() {
 
 // Runs the forward kernel of hopper.cuh if it can; false if not.
 template <typename T, bool kSeparable>
-bool forward_on_hopper(const Inputs& inputs, const std::optional<Tensor>& keep, const Tensor& out, const Tensor& lse) {
+bool forward_on_hopper(const Inputs& inputs, const Tensor& out, const Tensor& lse) {
   if constexpr (sizeof(T) == 2) {
     const auto kernel = hopper_forward_kernel<T, kSeparable>;
-    const int64_t bytes = hopper_bytes<T>(kSeparable ? inputs.height() + inputs.width() : 0);
+    const int64_t bytes = hopper_forward_bytes<T, kSeparable>(inputs.height(), inputs.width());
     if (!wants_hopper() || !has_warpgroups(kernel, inputs.v) || bytes > shared_limit(inputs.v)) return false;
     const int64_t blocks = (inputs.queries() + kGroupQueries - 1) / kGroupQueries;
     launch("conditional_attention (Hopper)", kernel, grid(inputs, blocks), kGroupThreads, bytes, inputs.v,
-           problem<T>(inputs, keep), data<T>(out), data<float>(lse));
+           problem<T>(inputs), data<T>(out), data<float>(lse));
     return true;
   }
   return false;
@@ -154,11 +145,10 @@ template <typename T, bool kSeparable>
 std::tuple<Tensor, Tensor> forward_form(const Inputs& inputs) {
   Tensor out = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.queries(), inputs.heads(), kWidth});
   Tensor lse = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
-  const std::optional<Tensor> keep = kept(inputs);
-  if (forward_on_hopper<T, kSeparable>(inputs, keep, out, lse)) return {out, lse};
-  const int64_t bytes = checked(shared_bytes<T, kSeparable>(inputs.height(), inputs.width()).forward, inputs);
+  if (forward_on_hopper<T, kSeparable>(inputs, out, lse)) return {out, lse};
+  const int64_t bytes = checked(forward_bytes<T, kSeparable>(inputs.height(), inputs.width()), inputs);
   launch("conditional_attention", forward_kernel<T, kSeparable>, grid(inputs, tiles_of(inputs.queries())), kThreads,
-         bytes, inputs.v, problem<T>(inputs, keep), data<T>(out), data<float>(lse));
+         bytes, inputs.v, problem<T>(inputs), data<T>(out), data<float>(lse));
   return {out, lse};
 }
 
@@ -167,39 +157,33 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T, bool kSeparable>
 Gradients backward_form(const Inputs& inputs, const Tensor& grad, const Tensor& out, const Tensor& lse) {
-  const int64_t batch = inputs.batch(), queries = inputs.queries(), heads = inputs.heads();
+  const int64_t queries = inputs.queries();
   const auto like = [](const Tensor& tensor, int64_t items) {
     return torch::stable::new_empty(tensor, {tensor.size(0), items, tensor.size(2), kWidth});
   };
-  // What belongs to keys outside the valid rectangle is never written.
-  const auto like_keys = [&](const Tensor& tensor) {
-    return inputs.valid_hw ? torch::stable::new_zeros(tensor, {batch, inputs.keys(), heads, kWidth})
-                           : like(tensor, inputs.keys());
-  };
   Tensor grad_qc = like(inputs.q_content, queries), grad_qs = like(inputs.q_spatial, queries);
-  Tensor grad_kc = like_keys(inputs.k_content), grad_v = like_keys(inputs.v);
-  Tensor grad_ks = like(inputs.k_spatial, inputs.k_spatial.size(1));
-  Tensor grad_columns =
-      kSeparable ? like(*inputs.columns, inputs.width()) : torch::stable::new_empty(inputs.v, {0});
-  Tensor delta = torch::stable::new_empty(lse, {batch, heads, queries});
-  const int64_t lines = inputs.height() + inputs.width();
-  Tensor sums = torch::stable::new_empty(lse, {kSeparable ? batch * heads * lines * queries : 0});
+  Tensor grad_kc = like(inputs.k_content, inputs.keys()), grad_v = like(inputs.v, inputs.keys());
+  Tensor grad_ks = like(inputs.k_spatial, inputs.keys());
+  Tensor delta = torch::stable::new_empty(lse, {inputs.batch(), inputs.heads(), queries});
 
-  const std::optional<Tensor> keep = kept(inputs);
-  const Problem<T> p = problem<T>(inputs, keep);
+  const Problem<T> p = problem<T>(inputs);
   const Upstream<T> upstream{data<T>(grad), data<T>(out), data<float>(lse), data<float>(delta)};
-  const SharedBytes bytes = shared_bytes<T, kSeparable>(inputs.height(), inputs.width());
+  const int64_t bytes = backward_query_bytes<T, kSeparable>(inputs.height(), inputs.width());
   launch("conditional_attention_backward (queries)", backward_query_kernel<T, kSeparable>,
-         grid(inputs, tiles_of(queries)), kThreads, checked(bytes.backward_query, inputs), inputs.v, p, upstream,
-         data<T>(grad_qc), data<T>(grad_qs), data<float>(sums));
+         grid(inputs, tiles_of(queries)), kThreads, checked(bytes, inputs), inputs.v, p, upstream, data<T>(grad_qc),
+         data<T>(grad_qs));
   launch("conditional_attention_backward (keys)", backward_key_kernel<T, kSeparable>, grid(inputs, inputs.tiles()),
-         kThreads, checked(bytes.backward_key, inputs), inputs.v, p, upstream, data<T>(grad_kc), data<T>(grad_ks),
+         kThreads, checked(backward_key_bytes<T>, inputs), inputs.v, p, upstream, data<T>(grad_kc), data<T>(grad_ks),
          data<T>(grad_v));
-  if constexpr (kSeparable) {
-    launch("conditional_attention_backward (rows and columns)", backward_table_kernel<T>, grid(inputs, tiles_of(lines)),
-           kThreads, 2 * Tile<T>::kBytes, inputs.v, p, data<float>(sums), data<T>(grad_ks), data<T>(grad_columns));
+  if constexpr (!kSeparable) {
+    return {grad_qc, grad_qs, grad_kc, grad_ks, torch::stable::new_empty(inputs.v, {0}), grad_v};
   }
-  return {grad_qc, grad_qs, grad_kc, grad_ks, grad_columns, grad_v};
+  Tensor grad_rows = like(inputs.k_spatial, inputs.height()), grad_columns = like(*inputs.columns, inputs.width());
+  constexpr int kLines = kThreads / kLanes;
+  launch("conditional_attention_backward (rows and columns)", backward_lines_kernel<T>,
+         grid(inputs, (inputs.height() + inputs.width() + kLines - 1) / kLines), kThreads, 0, inputs.v, p,
+         data<T>(grad_ks), data<T>(grad_rows), data<T>(grad_columns));
+  return {grad_qc, grad_qs, grad_kc, grad_rows, grad_columns, grad_v};
 }
 
 template <typename T>
@@ -216,8 +200,8 @@ Gradients run_backward(const Inputs& inputs, const Tensor& grad, const Tensor& o
 std::tuple<Tensor, Tensor> forward(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content,
                                    const Tensor& k_spatial, const std::optional<Tensor>& columns, const Tensor& v,
                                    const std::optional<Tensor>& valid_hw, const std::optional<Tensor>& key_padding_mask,
-                                   const std::optional<Tensor>& seed, double scale, double dropout_p) {
-  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale, dropout_p};
+                                   const std::optional<Tensor>& keep, double scale, double dropout_p) {
+  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, keep, scale, dropout_p};
   const DeviceGuard guard(v.get_device_index());
   inputs.prepare();
   CONDDETR_RETURN_FOR_DTYPE(v, run_forward, inputs)
@@ -225,9 +209,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_content, const Tensor& q_spat
 
 Gradients backward(const Tensor& q_content, const Tensor& q_spatial, const Tensor& k_content, const Tensor& k_spatial,
                    const std::optional<Tensor>& columns, const Tensor& v, const std::optional<Tensor>& valid_hw,
-                   const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& seed, double scale,
+                   const std::optional<Tensor>& key_padding_mask, const std::optional<Tensor>& keep, double scale,
                    double dropout_p, const Tensor& grad, const Tensor& out, const Tensor& lse) {
-  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, seed, scale, dropout_p};
+  Inputs inputs{q_content, q_spatial, k_content, k_spatial, columns, v, valid_hw, key_padding_mask, keep, scale, dropout_p};
   const DeviceGuard guard(v.get_device_index());
   inputs.prepare();
   Tensor upstream = torch::stable::contiguous(grad), result = torch::stable::contiguous(out);

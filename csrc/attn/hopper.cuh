@@ -15,7 +15,7 @@
 // and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes zeros.
 #pragma once
 
-#include "attn/kernels.cuh"
+#include "attn/forward.cuh"
 #include "common/hopper.cuh"
 
 namespace conddetr::attn {
@@ -23,7 +23,6 @@ namespace conddetr::attn {
 constexpr int kGroups = 2;  // warpgroups of a block
 constexpr int kGroupQueries = kGroups * kTile;
 constexpr int kGroupThreads = kGroups * kThreads;
-constexpr int kSeries = 1;  // of 16 exponentials
 
 // A tile as products want it described (PTX ISA 9.0, 9.7.15.5.1.2.2): a matrix in rows of 64 bytes, with the swizzle of
 // 64 bytes. That goes by the bits of addresses, so that its pattern starts at multiples of 512, as tiles do, and a
@@ -49,55 +48,6 @@ struct Matrix {
   __device__ uint64_t description() const { return uint64_t(2u << 30 | 512 >> 4) << 32 | low; }
 };
 
-// What a thread does for each tile of keys: one chunk of 16 bytes of one key, in each of its tensors.
-template <typename T>
-struct Chunk {
-  static_assert(kGroupThreads == kTile * Tile<T>::kChunks);
-  int slot, chunk, width, height, tile_columns, tile_rows, x, y;
-
-  __device__ explicit Chunk(const Octets& octets)
-      : slot(threadIdx.x / Tile<T>::kChunks), chunk(threadIdx.x % Tile<T>::kChunks), width(octets.valid.width) {
-    height = octets.valid.height > 0 ? octets.valid.height : 1;
-    tile_columns = kTileOctets / height * kOctet;
-    tile_rows = kTileOctets % height;
-    x = slot / kOctet / height * kOctet + slot % kOctet;
-    y = slot / kOctet % height;
-  }
-
-  // Past the last octet too x is outside.
-  __device__ bool is_inside() const { return x < width; }
-
-  // Goes on to the next tile.
-  __device__ void next() {
-    x += tile_columns;
-    y += tile_rows;
-    if (y < height) return;
-    y -= height;
-    x += kOctet;
-  }
-
-  // Starts to copy it from a tensor of one image and head; zeros outside.
-  __device__ void copy(Tile<T> tile, const T* base, int64_t stride, int grid_width) const {
-    const int64_t item = is_inside() ? int64_t(y) * grid_width + x : 0;
-    copy_async(tile.chunk(slot, chunk), base + item * stride + chunk * Tile<T>::kPerChunk, is_inside());
-  }
-
-  // Writes rows[y] + columns[x], from lines of 32 channels; nothing outside.
-  __device__ void build(Tile<T> tile, const T* rows, const T* columns) const {
-    const int first = chunk * Tile<T>::kPerChunk;
-    if (is_inside()) write_sum(tile.chunk(slot, chunk), rows + y * kWidth + first, columns + x * kWidth + first);
-  }
-};
-
-// Starts to copy so many lines of a tensor, one after the other, as they are.
-template <typename T>
-__device__ __forceinline__ void load_lines(T* lines, const T* base, int64_t stride, int count) {
-  for (int i = threadIdx.x; i < count * Tile<T>::kChunks; i += kGroupThreads) {
-    const int line = i / Tile<T>::kChunks, channel = i % Tile<T>::kChunks * Tile<T>::kPerChunk;
-    copy_async(lines + line * kWidth + channel, base + line * stride + channel, true);
-  }
-}
-
 // Starts sum[64, 64] = left[64, 32] · tileᵀ, or += it.
 template <bool kAdds, typename T>
 __device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], const Fragment<T>& left, Matrix tile) {
@@ -116,9 +66,9 @@ __device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const
   }
 }
 
-template <typename T>
-constexpr int64_t hopper_bytes(int64_t lines) {  // of rows and columns
-  return (2 * kGroups + 6) * Tile<T>::kBytes + lines * kWidth * int64_t(sizeof(T));
+template <typename T, bool kSeparable>
+constexpr int64_t hopper_forward_bytes(int64_t height, int64_t width) {
+  return (2 * kGroups + 6) * Tile<T>::kBytes + (kSeparable ? line_bytes<T>(height, width) : 0);
 }
 
 // A block has 128 queries of one head of one image, a warpgroup 64 of them; keys go by in tiles, two in flight.
@@ -126,31 +76,18 @@ template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kGroupThreads, 2) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
 #if defined(CONDDETR_HAS_WARPGROUPS)
   const int first = blockIdx.x * kGroupQueries, head = blockIdx.y, image = blockIdx.z;
-  const Octets octets = p.octets(image);
-  const int tiles = octets.tiles(), whole_tiles = octets.valid.width / kOctet * octets.valid.height / kTileOctets;
+  const Keys keys = p.keys_of(image);
+  const int tiles = keys.tiles();
   const Lane lane;
   // Of the last block's two warpgroups one may have no query. It copies, and waits at barriers.
   const bool is_idle = first + lane.first_row() / kTile * kTile >= p.queries;
   Shared shared;
   const Tile<T> q_content = shared.tile<T>(kGroups), q_spatial = shared.tile<T>(kGroups);
-  const Tile<T> keys = shared.tile<T>(2), values = shared.tile<T>(2), spatial = shared.tile<T>(2);
-  T* rows = shared.take<T>(kSeparable ? octets.valid.height * kWidth : 0);
-  T* columns = shared.take<T>(0);
-  const T *k_content = p.k_content.of(image, head), *v = p.v.of(image, head), *k_spatial = p.spatial.of(image, head);
-  Chunk<T> chunk(octets);
-  const auto load = [&](int tile) {
-    chunk.copy(stage(keys, tile % 2), k_content, p.k_content.item, p.width);
-    chunk.copy(stage(values, tile % 2), v, p.v.item, p.width);
-    if constexpr (!kSeparable) chunk.copy(stage(spatial, tile % 2), k_spatial, p.spatial.item, p.width);
-  };
+  KeyTiles<T, kSeparable, kGroupThreads> key_tiles(p, image, head, keys, shared);
 
   load_queries<kGroupQueries>(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
   load_queries<kGroupQueries>(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-  if constexpr (kSeparable) {
-    load_lines(rows, k_spatial, p.spatial.item, octets.valid.height);
-    load_lines(columns, p.columns.of(image, head), p.columns.item, octets.valid.width);
-  }
-  load(0);
+  key_tiles.begin(image, head);
   end_group();
   wait_group<0>();
   barrier();
@@ -158,24 +95,21 @@ __global__ void __launch_bounds__(kGroupThreads, 2) hopper_forward_kernel(Proble
   const uint32_t sign = p.log2_scale < 0 ? 0x80008000u : 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) content.part[i / 4][i % 4] ^= sign, conditional.part[i / 4][i % 4] ^= sign;
-  if constexpr (kSeparable) chunk.build(spatial, rows, columns);
+  key_tiles.finish_first();
 
-  Softmax<true, kSeries> softmax;
+  Softmax<true> softmax;
   float sums[4][4];
   clear(sums);
-  const Matrix key_matrix(keys), value_matrix(values), spatial_matrix(spatial);
+  const Matrix key_matrix(key_tiles.content), value_matrix(key_tiles.values), spatial_matrix(key_tiles.spatial);
   for (int tile = 0; tile < tiles; ++tile) {
     wait_group<0>();
     show_to_products();
     barrier();  // this tile is there, and nobody reads the other
-    if (tile + 1 < tiles) {
-      chunk.next();
-      load(tile + 1);
-      if constexpr (kSeparable) chunk.build(stage(spatial, (tile + 1) % 2), rows, columns);
-    }
+    if (tile + 1 < tiles) key_tiles.load(tile + 1);
     end_group();
     if (is_idle) continue;
 
+    const Kept kept(p, image, head, first, tile, lane);
     const int offset = tile % 2 * Tile<T>::kBytes;
     float weights[8][4];
     begin_products(weights, content.part, conditional.part);
@@ -183,17 +117,16 @@ __global__ void __launch_bounds__(kGroupThreads, 2) hopper_forward_kernel(Proble
     multiply_rows_async<true>(weights, conditional, spatial_matrix.from(offset));
     finish_products(weights);
 
-    if (p.padding || tile >= whole_tiles) hide(weights, visible_keys(p, image, octets, tile), -INFINITY, lane);
+    const Visible visible(p, image, keys, tile, lane);
+    if (!visible.is_all) visible.hide(weights, -INFINITY);
     softmax.update(weights, fabsf(p.log2_scale));
-    settle(weights);  // or the compiler has two copies of them, with dropout and without
-    if (p.keep) drop(weights, p, image, head, first, tile, lane);
-
     uint32_t packed[4][4];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       packed[i / 4][i % 4] = pack<T>(weights[i / 2][2 * (i % 2)], weights[i / 2][2 * (i % 2) + 1]);
       sums[i / 4][i % 4] *= softmax.shrink[i / 2 % 2];
     }
+    if (p.keep) kept.apply(packed);
     begin_products(sums, packed);
     multiply_columns_async<T>(sums, packed, value_matrix.from(offset));
     finish_products(sums);

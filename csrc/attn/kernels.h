@@ -27,7 +27,7 @@ struct Run {
   int32_t offset;   // of the first one in its tile
   int32_t length;
   int32_t row, column;
-  int64_t ordinal;  // of the first one; see philox::counter
+  int64_t ordinal;  // of the first one: its place among the keys of the valid rectangle, in row-major order
 };
 
 struct Tile {
@@ -50,7 +50,10 @@ struct Problem {
   const Keys* visited;  // for each image
   double scale;
   double dropout_p;
-  uint64_t seed;
+  // [batch, heads, keep_words, queries], or null without dropout: bit j of word w of a query is the weight of the key
+  // with ordinal 32 w + j, and is set where that weight is kept.
+  const uint32_t* keep;
+  int64_t keep_words;
 
   bool is_separable() const { return columns.data != nullptr; }
 };

@@ -4,19 +4,20 @@
 // of row g + 8. That is how tensor cores hand it out; float32, which is summed without them, keeps to the same layout.
 #pragma once
 
+#include "attn/keys.h"
 #include "common/portable.h"
 #include "common/warp.cuh"
 
 namespace conddetr::attn {
 
 constexpr int kWidth = 32;     // channels of a head
-constexpr int kTile = 64;      // rows of a tile
 constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
-// [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of row r lies where chunk c ^ (r, or r / 2
-// for the four chunks of a 16-bit row) would: eight rows of one chunk then are in eight different groups of four
-// banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is what Hopper calls 64-byte swizzle.
+// [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of
+// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are in
+// eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is what
+// Hopper calls 64-byte swizzle.
 template <typename T>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T));
@@ -32,6 +33,7 @@ struct Tile {
   CONDDETR_BOTH T* at(int row, int channel) const {
     return chunk(row, channel / kPerChunk) + channel % kPerChunk;
   }
+  CONDDETR_BOTH Tile stage(int index) const { return {data + index * (kTile * kWidth)}; }
 };
 
 // Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative. A block has two
@@ -147,30 +149,6 @@ __device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], cons
   }
 #pragma unroll
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] += part[i / 4][i % 4];
-}
-
-// sum[16, 8] += the sums of the octets of left[16, 16] in columns 2 · group and 2 · group + 1: the product with a matrix
-// of ones and zeros.
-template <typename T>
-__device__ __forceinline__ void add_octets(float (&sum)[4], const float (&left)[2][4], int group) {
-  const int g = threadIdx.x % kLanes / 4;
-  const uint32_t packed[4] = {pack<T>(left[0][0], left[0][1]), pack<T>(left[0][2], left[0][3]),
-                              pack<T>(left[1][0], left[1][1]), pack<T>(left[1][2], left[1][3])};
-  const uint32_t ones = pack<T>(1.0f, 1.0f);
-  multiply<T>(sum, packed, g == 2 * group ? ones : 0, g == 2 * group + 1 ? ones : 0);
-}
-
-template <>
-__device__ __forceinline__ void add_octets<float>(float (&sum)[4], const float (&left)[2][4], int group) {
-  const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int octet = i % 2, row = i / 2;
-    float total = left[octet][2 * row] + left[octet][2 * row + 1];
-    total += from_lane_xor(total, 1);
-    total += from_lane_xor(total, 2);
-    if (t == group) sum[2 * row + octet] += total;
-  }
 }
 
 // Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp uses;

@@ -14,20 +14,6 @@
 
 namespace conddetr {
 
-// Writes a[i] + b[i], for eight 16-bit numbers in shared memory, rounded once.
-template <typename T>
-__device__ __forceinline__ void write_sum(T* shared, const T* a, const T* b) {
-  using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
-  const uint4 first = *reinterpret_cast<const uint4*>(a), second = *reinterpret_cast<const uint4*>(b);
-  uint4 result;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    reinterpret_cast<Pair*>(&result)[i] =
-        __hadd2(reinterpret_cast<const Pair*>(&first)[i], reinterpret_cast<const Pair*>(&second)[i]);
-  }
-  *reinterpret_cast<uint4*>(shared) = result;
-}
-
 // Products read shared memory by a way of their own, the async proxy (9.7.15.4). This orders what the thread has written
 // there, finished copies too, before what products read; then comes a barrier.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

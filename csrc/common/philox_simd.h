@@ -21,11 +21,13 @@ CONDDETR_INLINE Wide multiply_lower(Wide a, uint32_t b) {
 #endif
 }
 
-// Writes the 4 · kCounters numbers of counters `first`, `first` + 1, …, those of one counter side by side.
-CONDDETR_INLINE void random_numbers(uint64_t seed, uint64_t first, uint32_t* to) {
-  Wide c0;
-  for (int i = 0; i < kCounters; ++i) c0[i] = first + uint64_t(i);
-  Wide c1 = c0 >> 32, c2 = {}, c3 = {};
+struct WideFour {
+  Wide lane[4];
+};
+
+// The four random numbers of each counter, in the lower halves; what is in the upper halves means nothing.
+CONDDETR_INLINE WideFour random_lanes(uint64_t seed, Wide counter) {
+  Wide c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < philox::kRounds; ++round) {
     const Wide a = multiply_lower(c0, philox::kMultiplierA), b = multiply_lower(c2, philox::kMultiplierB);
@@ -36,8 +38,18 @@ CONDDETR_INLINE void random_numbers(uint64_t seed, uint64_t first, uint32_t* to)
     k0 += philox::kWeylA;
     k1 += philox::kWeylB;
   }
-  const Vector<double> left = (Vector<double>)((c0 & 0xFFFFFFFFu) | (c1 << 32));
-  const Vector<double> right = (Vector<double>)((c2 & 0xFFFFFFFFu) | (c3 << 32));
+  return {{c0, c1, c2, c3}};
+}
+
+// Writes the 4 · kCounters numbers of counters `first`, `first` + 1, …, those of one counter side by side.
+CONDDETR_INLINE void random_numbers(uint64_t seed, uint64_t first, uint32_t* to) {
+  Wide counter;
+  for (int i = 0; i < kCounters; ++i) counter[i] = first + uint64_t(i);
+  const WideFour numbers = random_lanes(seed, counter);
+  const auto pairs = [&](int lane) {
+    return (Vector<double>)((numbers.lane[lane] & 0xFFFFFFFFu) | (numbers.lane[lane + 1] << 32));
+  };
+  const Vector<double> left = pairs(0), right = pairs(2);
   const Vector<double> halves[] = {interleave<double, 0>(left, right), interleave<double, kCounters / 2>(left, right)};
   memcpy(to, halves, sizeof halves);
 }

@@ -117,14 +117,13 @@ CONDDETR_INLINE Vector<Real> first_lanes(Vector<Real> value, int64_t count) {
   return lane < decltype(lane[0] + 0)(count) ? value : Vector<Real>{};
 }
 
-// C[kRows][panel] += A B, or = A B: the only matrix product there is. B is a packed panel, [depth][kPanel]; element
-// (m, k) of A is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant offset.
-// The products are summed from zero and added to C at the end, which rounds less than one long sum.
-// Not inlined: all registers are its own.
-template <int kRowStride, int kDepthStride, bool kAdd = true, typename Real>
-__attribute__((noinline)) void product(int64_t depth, const Real* a, const Real* b, Real* c, int64_t c_stride) {
+// A B in registers, to be inlined into a function whose registers are its own: the only matrix product there is. B is a
+// packed panel, [depth][kPanel]; element (m, k) of A is at m · kRowStride + k · kDepthStride, known when compiling so
+// that every address is a constant offset.
+template <int kRowStride, int kDepthStride, typename Real>
+CONDDETR_INLINE void sum_products(int64_t depth, const Real* a, const Real* b, Vector<Real> (&sums)[kRows][2]) {
   constexpr int L = kLanes<Real>;
-  Vector<Real> sums[kRows][2] = {};
+  for (int m = 0; m < kRows; ++m) sums[m][0] = sums[m][1] = Vector<Real>{};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector<Real> left = load_vector(b), right = load_vector(b + L);
 #pragma GCC unroll 12
@@ -136,6 +135,15 @@ __attribute__((noinline)) void product(int64_t depth, const Real* a, const Real*
     a += kDepthStride;
     b += 2 * L;
   }
+}
+
+// C[kRows][panel] += A B, or = A B. The products are summed from zero and added to C at the end, which rounds less than
+// one long sum.
+template <int kRowStride, int kDepthStride, bool kAdd = true, typename Real>
+__attribute__((noinline)) void product(int64_t depth, const Real* a, const Real* b, Real* c, int64_t c_stride) {
+  constexpr int L = kLanes<Real>;
+  Vector<Real> sums[kRows][2];
+  sum_products<kRowStride, kDepthStride>(depth, a, b, sums);
 #pragma GCC unroll 12
   for (int m = 0; m < kRows; ++m) {
     Real* row = c + m * c_stride;

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 namespace conddetr {
 
 using bf16 = __nv_bfloat16;
@@ -43,6 +45,39 @@ __device__ __forceinline__ uint32_t pack<fp16>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+// Writes a[i] + b[i] for 16 bytes of numbers in shared memory, each rounded once.
+template <typename T>
+__device__ __forceinline__ void write_sum(T* shared, const T* a, const T* b) {
+  const uint4 first = *reinterpret_cast<const uint4*>(a), second = *reinterpret_cast<const uint4*>(b);
+  uint4 result;
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      reinterpret_cast<float*>(&result)[i] =
+          reinterpret_cast<const float*>(&first)[i] + reinterpret_cast<const float*>(&second)[i];
+    }
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      reinterpret_cast<Pair*>(&result)[i] =
+          __hadd2(reinterpret_cast<const Pair*>(&first)[i], reinterpret_cast<const Pair*>(&second)[i]);
+    }
+  }
+  *reinterpret_cast<uint4*>(shared) = result;
+}
+
+// Writes 16 bytes of zeros.
+template <typename T>
+__device__ __forceinline__ void write_zeros(T* shared) {
+  *reinterpret_cast<uint4*>(shared) = uint4{0, 0, 0, 0};
+}
+
+// The sign of one byte of `low` sixteen times, then that of the same byte of `high`.
+__device__ __forceinline__ uint32_t signs_of_bytes(uint32_t low, uint32_t high, int byte) {
+  return __byte_perm(low, high, 0xCC88 + 0x1111 * byte);
+}
+
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
@@ -71,6 +106,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+
+// The same for four bytes.
+__device__ __forceinline__ void copy_word_async(void* shared, const void* global, bool inside) {
+  const int bytes = inside ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
 

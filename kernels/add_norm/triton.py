@@ -16,7 +16,6 @@ from torch import Tensor
 
 from conddetr.kernels import registry
 from conddetr.kernels.add_norm.op import MAX_GRADIENTS
-from conddetr.kernels.attn.triton import keep_mask
 
 SIZES = ("rows", "position_rows")
 """Not specialised (`registry.py` says why)."""
@@ -24,6 +23,23 @@ SEED = ("seed_pointer",)
 """Its alignment is not specialised: the seeds of a step are slices of one tensor."""
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1024, 2048
 """Per program at a time, for 128 threads. Backward has few programs, so each must have more loads in flight."""
+
+
+@triton.jit
+def keep_mask(seed, row, first, channels, dropout_p, WIDTH: tl.constexpr):
+    """[rows, WIDTH] bool: which elements of the channels first … first + WIDTH dropout leaves.
+
+    Decided by Philox at (seed, row, channel // 4) and lane channel % 4: whatever the tiles.
+    """
+    groups = (channels + 3) // 4
+    group = first // 4 + tl.arange(0, WIDTH // 4)
+    counter = row[:, None].to(tl.int64) * groups + group[None, :]
+    a, b, c, d = tl.randint4x(seed, counter)
+    lanes = tl.join(tl.join(a, c), tl.join(b, d))
+    lanes = tl.reshape(lanes, (row.shape[0], WIDTH))
+    # The upper 24 bits as a number in [0, 1): exact in float32.
+    uniform = ((lanes.to(tl.uint32, bitcast=True)) >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return uniform >= dropout_p
 
 
 @triton.jit

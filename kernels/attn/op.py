@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import paths, registry
 from conddetr.kernels.attn import reference
+from conddetr.kernels.dropout_bits import drawn_probability, dropout_bits
 
 
 def conditional_attention(
@@ -44,10 +45,12 @@ def conditional_attention(
             stop the host, they are clamped, as they are where there are none to look at (torch.compile, torch.func).
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
         scale: default (d + ds) ** -0.5.
-        dropout_p: probability, in [0, 1), that an attention weight is dropped.
-        seed: [1] int64, what the weights to be dropped are drawn from: of one seed the same ones, whatever the tile
-            sizes. None: the next number of torch's generator, which is one more launch. `eager` draws from that
-            generator itself, and does not look at it.
+        dropout_p: probability, in [0, 1), that an attention weight is dropped. Kernels round it to a multiple of 2⁻¹⁶,
+            and the others grow by what was really drawn (`dropout_bits`); the bits, one for each weight, are kept for
+            backward.
+        seed: [1] int64, what the weights to be dropped are drawn from: of one seed the same ones on every backend.
+            None: the next number of torch's generator, which is one more launch; `eager` then has PyTorch draw, weight
+            by weight.
         backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` (on a GPU: all of them 32) or `eager`.
 
     Returns:
@@ -69,33 +72,48 @@ def conditional_attention(
     paths.note("conditional_attention", choice.backend, choice.refused)
     if columns is not None and (choice.backend != "triton" or rows.shape[0] != columns.shape[0]):
         rows, columns = (part.expand(v.shape[0], -1, -1, -1) for part in (rows, columns))
+    keep = None
+    if dropout_p > 0 and not (choice.backend == "eager" and seed is None):
+        keep, dropout_p = _keep(q_content, v, seed, dropout_p, choice.backend)
     if choice.backend == "eager":
+        kept = None if keep is None else reference.kept_weights(keep, valid_hw, *_grid(rows, columns))
         if columns is not None:
             if valid_hw is not None:
                 key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
             rows = reference.dense_spatial_keys(rows, columns)
         return reference.conditional_attention(
-            q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p
+            q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p, kept
         )
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
-        seed = torch.randint(2**31 - 1, (1,), device=v.device)
     tensors = [q_content, q_spatial, k_content, rows, columns, v]
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     valid = None if valid_hw is None else valid_hw.contiguous()
-    inputs = (*tensors, valid, padding, seed, scale, dropout_p)
+    inputs = (*tensors, valid, padding, keep, scale, dropout_p)
     if choice.backend == "triton" and not torch.compiler.is_compiling():
         return ConditionalAttention.apply(*inputs)
     return registry.operators(choice.backend).conditional_attention(*inputs)[0]
+
+
+def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, backend: str) -> tuple[Tensor, float]:
+    """The bits of dropout, [B, h, words, Q] int32 in whole tiles of 64 keys, and the probability really drawn."""
+    if seed is None:
+        # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
+        seed = torch.randint(2**31 - 1, (1,), device=v.device)
+    batch, queries, heads, _ = q_content.shape
+    words = (v.shape[1] + 63) // 64 * 2
+    return dropout_bits(seed, (batch, heads, words, queries), dropout_p, backend), drawn_probability(dropout_p)
+
+
+def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
+    """Height and width of the grid of keys; dense ones are one row."""
+    return (1, rows.shape[1]) if columns is None else (rows.shape[1], columns.shape[1])
 
 
 def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> registry.Choice:
     """Widths that a backend's kernels do not take are a reason against it like any other."""
     choice = registry.choose(backend, v.device, v.dtype)
     reason = _why_not_widths(choice.backend, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
+    reason = reason or _why_not_many(choice.backend, v.device, v.shape[0], v.shape[2])
     if reason is None:
         return choice
     if backend != "auto":
@@ -110,6 +128,13 @@ def _why_not_widths(choice: str, device: torch.device, widths: tuple[int, int, i
     if choice == "native" and device.type == "cuda" and widths != (32, 32, 32):
         return f"on a GPU d, ds, dv must be 32, got {widths} (triton takes 16 to 128)."
     return None
+
+
+def _why_not_many(choice: str, device: torch.device, batch: int, heads: int) -> str | None:
+    """The reason against a backend for so many images and heads, or None. The limit is that of a GPU's grid."""
+    if choice == "eager" or device.type == "cpu" or max(batch, heads) < 65536:
+        return None
+    return f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
 
 
 def _check_tensors(
@@ -195,7 +220,7 @@ def _check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> Non
 
 _INPUTS = (
     "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "
-    "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+    "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
 )
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from conddetr.kernels.dropout_bits.reference import unpacked
+
 
 def attention_weights(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float) -> Tensor:
     """Softmax of the scaled scores over the keys that are not padding.
@@ -38,15 +40,38 @@ def conditional_attention(
     key_padding_mask: Tensor | None,
     scale: float,
     dropout_p: float,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · (q_content·k_content + q_spatial·k_spatial)) v, as the official code computes it: concatenated.
 
-    Shapes as in `op.py`, with dense spatial keys; checks are there too.
+    Shapes as in `op.py`, with dense spatial keys; checks are there too. kept [B, h, Q, N] bool: the weights that
+    dropout leaves; None: drawn by PyTorch.
     """
     query = torch.cat([q_content, q_spatial], dim=-1)
     key = torch.cat([k_content, k_spatial], dim=-1)
-    weights = F.dropout(attention_weights(query, key, key_padding_mask, scale), dropout_p)
+    weights = attention_weights(query, key, key_padding_mask, scale)
+    weights = F.dropout(weights, dropout_p) if kept is None else weights * kept / (1 - dropout_p)
     return torch.einsum("bhqn,bnhd->bqhd", weights, v)
+
+
+def kept_weights(keep: Tensor, valid_hw: Tensor | None, height: int, width: int) -> Tensor:
+    """Which weights dropout leaves, from the bits that kernels read.
+
+    Args:
+        keep: [B, h, words, Q] int32; bit j of word w is the key with ordinal 32 w + j.
+        valid_hw: [B, 2], clamped to the grid, or None for all of it. Ordinals count the keys inside, row by row.
+        height, width: of the grid of keys.
+
+    Returns:
+        [B, h, Q, height · width] bool; outside the valid rectangle the values mean nothing.
+    """
+    bits = unpacked(keep.transpose(2, 3)).flatten(-2)
+    ordinal = torch.arange(height * width, device=keep.device).expand(len(keep), -1)
+    if valid_hw is not None:
+        valid_width = valid_hw[:, 1:].clamp(0, width)
+        inside = ordinal // width * valid_width + ordinal % width
+        ordinal = inside.clamp(max=height * width - 1)
+    return bits.gather(-1, ordinal[:, None, None].expand(*bits.shape[:3], -1))
 
 
 def dense_spatial_keys(rows: Tensor, columns: Tensor) -> Tensor:

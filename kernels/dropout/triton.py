@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
-from conddetr.kernels.add_norm.triton import SEED, store_partial, vector
-from conddetr.kernels.attn.triton import keep_mask
+from conddetr.kernels.add_norm.triton import SEED, keep_mask, store_partial, vector
 
 SIZES = ("rows", "replicas")
 """Not specialised (`registry.py` says why)."""

@@ -323,6 +323,7 @@ def test_a_good_kernel_needs_no_remark():
     assert remarks.of(KERNEL) == []
     assert (KERNEL.binding, KERNEL.alone, KERNEL.full) == ("issue", 1838.0, 607.0)
     assert KERNEL.ratio == pytest.approx(607 / 256)
+    assert replace(KERNEL, exponentials=0.0).ratio is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from golden_rule import read_arrays
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from conddetr.kernels import conditional_attention, native, registry
+from conddetr.kernels import conditional_attention, drawn_probability, dropout_bits, native, registry
 from conddetr.kernels.attn import op
 from conddetr.kernels.attn.reference import attention_weights, dense_spatial_keys, rectangle_padding
 
@@ -289,7 +289,7 @@ def test_backward_uses_the_mask_of_forward(backend, device):
     def exact(dtype):
         leaves = case.to(device, dtype)
         query, key = torch.cat(leaves[:2], -1), torch.cat([leaves[2], dense_spatial_keys(*leaves[3:5])], -1)
-        weights = attention_weights(query, key, None, 64**-0.5) * mask / (1 - p)
+        weights = attention_weights(query, key, None, 64**-0.5) * mask / (1 - drawn_probability(p))
         out = torch.einsum("bhqn,bnhd->bqhd", weights, leaves[-1])
         return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, dtype))
 
@@ -299,20 +299,19 @@ def test_backward_uses_the_mask_of_forward(backend, device):
 
 
 @pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
-def test_native_drops_what_triton_drops(kind, device):
+@pytest.mark.parametrize("name", ["triton", "native"])
+def test_every_backend_drops_the_same_weights(name, kind, device):
     """With the same seed; keys are counted alike whatever the padding."""
-    skip_unless_runs("triton", device)
-    skip_unless_runs("native", device)
+    skip_unless_runs(name, device)
     case = Case(queries=50, height=7, width=13, value=91, heads=1)
     leaves = case.to(device, torch.float32)
     leaves[-1] = torch.eye(91, device=device)[None, :, None].repeat(2, 1, 1, 1)
-    options = padding_options(kind, case, device)
-    masks = []
-    for name in ("triton", "native"):
-        torch.manual_seed(2)
-        masks.append(attend(leaves, name, dropout_p=0.3, **options) != 0)
-    assert torch.equal(*masks)
-    assert 0.3 < masks[0].double().mean().item() / (1 - 0.3) <= 1.05
+    options = {**padding_options(kind, case, device), "dropout_p": 0.3, "seed": torch.tensor([2], device=device)}
+    found, expected = (attend(leaves, backend, **options) for backend in (name, "eager"))
+    assert torch.equal(found != 0, expected != 0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    visible = attend(leaves, "eager", **padding_options(kind, case, device)) != 0
+    assert 0.65 < (found != 0).double().sum() / visible.double().sum() < 0.75
 
 
 @pytest.fixture
@@ -352,6 +351,50 @@ def test_every_instruction_set_matches_the_reference(level, shape, restored_cpu)
     assert_within_budget(case.run("cpu", torch.float32, "native", **options), plain, exact)
     for found, truth in zip(case.run("cpu", torch.float64, "native", **options), exact, strict=True):
         torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-12)
+
+
+def kept_weights(keep, options, case):
+    """[B, h, Q, N] float64: 1 where the bit of `keep` is set for the key, counted in the valid rectangle."""
+    batch, keys = len(keep), case.height * case.width
+    ordinals = torch.arange(keys).expand(batch, -1)
+    if "valid_hw" in options:
+        visible = ~rectangle_padding(options["valid_hw"], case.height, case.width)
+        ordinals = (visible.cumsum(-1) - 1).where(visible, 0)
+    index = (ordinals // 32)[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
+    bits = keep.gather(2, index) >> (ordinals % 32)[:, None, :, None]
+    return (bits & 1).transpose(2, 3).double()
+
+
+@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_every_instruction_set_drops_what_the_bits_say(level, dtype, kind, restored_cpu):
+    if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
+        pytest.skip(f"this processor has no {level}")
+    case, p = Case(queries=50, height=9, width=37), 0.25
+    options = padding_options(kind, case, "cpu")
+    words = 2 * -(-case.height * case.width // 64)
+    keep = torch.randint(-(2**31), 2**31, (2, 2, words, 50)).int()
+    mask = kept_weights(keep, options, case) / (1 - p)
+
+    def plain(dtype):
+        leaves = case.to("cpu", dtype)
+        padding = options.get("key_padding_mask")
+        if "valid_hw" in options:
+            padding = rectangle_padding(options["valid_hw"], case.height, case.width)
+        query, key = torch.cat(leaves[:2], -1), torch.cat([leaves[2], dense_spatial_keys(*leaves[3:5])], -1)
+        weights = attention_weights(query, key, padding, 0.1) * mask.to(dtype)
+        out = torch.einsum("bhqn,bnhd->bqhd", weights, leaves[-1])
+        return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype))
+
+    leaves = case.to("cpu", dtype)
+    inputs = (*leaves, options.get("valid_hw"), options.get("key_padding_mask"), keep, 0.1, p)
+    out, _ = registry.operators("native").conditional_attention(*inputs)
+    found = (out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype)))
+    if dtype == torch.float32:
+        assert_within_budget(found, plain(dtype), plain(torch.float64))
+    for ours, truth in zip(found, plain(dtype), strict=True) if dtype == torch.float64 else ():
+        torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
 
 
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
@@ -420,8 +463,8 @@ def test_operator_registration(form, backend, device):
     if form == "dense":
         leaves.insert(4, None)
     valid = None if form == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
-    seed = torch.tensor([7], device=device) if form == "dropout" else None
-    arguments = (*leaves, valid, None, seed, 0.2, 0.1 if form == "dropout" else 0.0)
+    keep = dropout_bits(torch.tensor([7], device=device), (2, 2, 2, 5), 0.1) if form == "dropout" else None
+    arguments = (*leaves, valid, None, keep, 0.2, 0.1 if form == "dropout" else 0.0)
     torch.library.opcheck(registry.operators(backend).conditional_attention.default, arguments)
 
 

@@ -16,6 +16,7 @@ import torch
 from conddetr.kernels import conditional_attention, conditional_spatial_query, native, registry, sine_embedding
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
+from conddetr.kernels.dropout_bits import op as dropout_bits_op
 from conddetr.kernels.sine import op as sine_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
@@ -45,7 +46,7 @@ def library():
         assert run.returncode == 0, run.stderr
         partial.rename(found)
     torch.ops.load_library(str(found))
-    for op in (attention_op, sine_op):
+    for op in (attention_op, dropout_bits_op, sine_op):
         op._register("conddetr_emulated")
     return torch.ops.conddetr_emulated
 
@@ -182,6 +183,51 @@ def test_dropout_is_that_of_triton(dense, device):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
+def unpacked(keep, valid, height, width):
+    """[B, heads, Q, N] bool: bit j of word w is that of ordinal 32 w + j of the valid rectangle; False outside."""
+    bits = (keep[..., None] >> torch.arange(32) & 1).bool().transpose(2, 3).flatten(3)
+    kept = torch.zeros(*bits.shape[:3], height, width, dtype=torch.bool)
+    for image, (valid_height, valid_width) in enumerate(valid):
+        rectangle = bits[image, ..., : valid_height * valid_width].unflatten(-1, (valid_height, valid_width))
+        kept[image, ..., :valid_height, :valid_width] = rectangle
+    return kept.flatten(3)
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_dropout_bits(dense, dtype, kernel, device):
+    """Weights whose bit is not set are dropped, forward and backward, whatever the others."""
+    height, width = (1, 143) if dense else (11, 13)
+    valid = [[height, width], [height, width] if dense else [9, 11]]
+    leaves = [leaf.to(dtype).double() for leaf in make_leaves(70, height, width, heads=2, dense=dense)]
+    keep = torch.randint(-(2**31), 2**31, (2, 2, 6, 70), dtype=torch.int32)
+    kept, upstream = unpacked(keep, valid, height, width), torch.randn(2, 70, 2, 32).to(dtype)
+    hw = None if dense else torch.tensor(valid, dtype=torch.int32)
+
+    def plain(q_content, q_spatial, k_content, *spatial, v):
+        dense_keys = spatial[0] if dense else dense_spatial_keys(*spatial)
+        pairs = ((q_content, k_content), (q_spatial, dense_keys))
+        scores = sum(torch.einsum("bqhd,bnhd->bhqn", query, key) for query, key in pairs) / 8
+        if not dense:
+            scores = scores.masked_fill(rectangle_padding(hw, height, width)[:, None, None], -torch.inf)
+        return torch.einsum("bhqn,bnhd->bqhd", scores.softmax(-1) * kept / 0.75, v)
+
+    def native_op(*tensors, v):
+        tensors = [*tensors, None] if dense else tensors
+        masks = [None if mask is None else mask.to(device) for mask in (hw, None, keep)]
+        return registry.operators("native").conditional_attention(*tensors, v, *masks, 1 / 8, 0.25)[0]
+
+    def both(attend, dtype, device="cpu"):
+        parts = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
+        out = attend(*parts[:-1], v=parts[-1])
+        return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, parts, upstream.to(device, dtype)))]
+
+    exact, rounded, found = both(plain, torch.float64), both(plain, dtype), both(native_op, dtype, device)
+    for ours, theirs, truth in zip(found, rounded, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max() for x in (ours, theirs))
+        assert error <= 2 * budget + 2 * torch.finfo(dtype).eps * truth.abs().max()
+
+
 @pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
 def test_order_of_threads_changes_nothing(kernel, device):
     """Runs differ in which warp and lane goes first and when copies arrive: equal bits mean no race."""
@@ -209,9 +255,11 @@ def forward(leaves, dtype, device, valid=None, padding=None, scale=64**-0.5, dro
     tensors = [leaf.to(device, dtype) for leaf in leaves]
     if len(tensors) == 5:
         tensors.insert(4, None)
-    seed = torch.tensor([7], device=device) if dropout_p else None
-    masks = [mask if mask is None else mask.to(device) for mask in (valid, padding)]
-    found = registry.operators("native").conditional_attention(*tensors, *masks, seed, scale, dropout_p)
+    words = (tensors[0].shape[0], tensors[0].shape[2], -(-tensors[2].shape[1] // 64) * 2, tensors[0].shape[1])
+    generator = torch.Generator().manual_seed(7)
+    keep = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, generator=generator) if dropout_p else None
+    masks = [mask if mask is None else mask.to(device) for mask in (valid, padding, keep)]
+    found = registry.operators("native").conditional_attention(*tensors, *masks, scale, dropout_p)
     return [tensor.cpu() for tensor in found]
 
 
@@ -225,19 +273,6 @@ def test_lse(dense, dtype, kernel, device):
     exact, plain = (lse_of(leaves, which, **options) for which in (torch.float64, dtype))
     error, budget = ((x.double() - exact).abs().max() for x in (forward(leaves, dtype, device, **options)[1], plain))
     assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-
-
-@pytest.mark.parametrize("kernel", ["hopper"], indirect=True)
-def test_series_on_hopper(kernel, device):
-    """Only keys whose exponentials are series, scores without rounding: the bound that exp2_series states."""
-    leaves = [torch.zeros_like(leaf) for leaf in make_leaves(512, 8, 8, batch=1)]
-    leaves[0][0, :, 0, 0] = 1 + torch.arange(512) / 1024  # times a power of two below: exact in half precision
-    seen = torch.tensor([57, 59, 61, 63])
-    leaves[2][0, seen, 0, 0] = -(2.0 ** torch.arange(-3, 1, dtype=torch.float64))
-    padding = torch.ones(1, 64, dtype=torch.bool).index_fill(1, seen, False)
-    options = {"padding": padding, "scale": 1.0}
-    exact, found = lse_of(leaves, torch.float64, **options), forward(leaves, HALF, device, **options)[1]
-    assert (found.double() - exact).abs().max() < 3e-6 / math.log(2) + 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -1,13 +1,15 @@
 // The CUDA operators on a CPU, as torch.ops.conddetr_emulated; see common/warp.cuh beside this.
 
 #include "attn/cuda.cu"
+#include "dropout_bits/cuda.cu"
 #include "sine/cuda.cu"
 
 #define CONDDETR_ATTENTION_INPUTS                                                                       \
   "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, " \
-  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p"
+  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
 
 STABLE_TORCH_LIBRARY(conddetr_emulated, library) {
+  library.def("dropout_bits(Tensor seed, SymInt count, int threshold) -> Tensor");
   library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");
   library.def(
       "sine_embedding_backward(Tensor grad, Tensor points, Tensor? transform, int dim, float temperature) "

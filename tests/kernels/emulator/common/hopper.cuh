@@ -59,12 +59,6 @@ inline uint32_t shared_address(const void* pointer) {
   return emulator::kSharedStart + uint32_t(static_cast<const char*>(pointer) - shared_memory());
 }
 
-template <typename T>
-void write_sum(T* shared, const T* a, const T* b) {
-  for (int i = 0; i < 8; ++i) shared[i] = T(float(a[i]) + float(b[i]));
-  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
-}
-
 inline void show_to_products() {
   for (const char* chunk : emulator::self().written) {
     const size_t offset = chunk - emulator::block->shared.data();

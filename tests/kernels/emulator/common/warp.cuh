@@ -61,6 +61,7 @@ struct Team {
 struct Copy {
   void* shared;
   const void* global;
+  size_t bytes;
   bool inside;
   int group;
 };
@@ -117,16 +118,16 @@ inline const char (*show(const void* value, size_t bytes))[16] {
 }
 
 inline void carry_out(const Copy& copy) {
-  if (reinterpret_cast<uintptr_t>(copy.shared) % 16 || reinterpret_cast<uintptr_t>(copy.global) % 16) {
-    fprintf(stderr, "emulator: a copy is not aligned to 16 bytes\n");
+  if (reinterpret_cast<uintptr_t>(copy.shared) % copy.bytes || reinterpret_cast<uintptr_t>(copy.global) % copy.bytes) {
+    fprintf(stderr, "emulator: a copy is not aligned to its %zu bytes\n", copy.bytes);
     abort();
   }
   if (copy.inside) {
-    memcpy(copy.shared, copy.global, 16);
+    memcpy(copy.shared, copy.global, copy.bytes);
   } else {
-    memset(copy.shared, 0, 16);
+    memset(copy.shared, 0, copy.bytes);
   }
-  self().written.push_back(static_cast<char*>(copy.shared));
+  if (copy.bytes == 16) self().written.push_back(static_cast<char*>(copy.shared));
 }
 
 inline void finish_copies(Thread& thread, int groups) {
@@ -199,6 +200,22 @@ uint32_t pack(float first, float second) {
 
 inline float exp2_fast(float x) { return exp2f(x); }
 
+template <typename T>
+void write_sum(T* shared, const T* a, const T* b) {
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) shared[i] = T(float(a[i]) + float(b[i]));
+  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
+}
+template <typename T>
+void write_zeros(T* shared) {
+  memset(shared, 0, 16);
+  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
+}
+
+inline uint32_t signs_of_bytes(uint32_t low, uint32_t high, int byte) {
+  const auto sign = [=](uint32_t word) { return 0 - (word >> (8 * byte + 7) & 1); };
+  return (sign(low) & 0xFFFF) | (sign(high) & 0xFFFF0000);
+}
+
 inline void barrier() { emulator::meet(emulator::block->all); }
 inline void warp_barrier() { emulator::meet(emulator::warp()); }
 
@@ -224,14 +241,24 @@ inline char* shared_memory() {
   return reinterpret_cast<char*>((start + 511) / 512 * 512);
 }
 
-inline void copy_async(void* shared, const void* global, bool inside) {
-  emulator::Thread& thread = emulator::self();
-  const emulator::Copy copy{shared, global, inside, thread.group};
-  if (emulator::random_numbers() % 2) {
-    emulator::carry_out(copy);
+namespace emulator {
+
+inline void start_copy(void* shared, const void* global, size_t bytes, bool inside) {
+  const Copy copy{shared, global, bytes, inside, self().group};
+  if (random_numbers() % 2) {
+    carry_out(copy);
   } else {
-    thread.copies.push_back(copy);
+    self().copies.push_back(copy);
   }
+}
+
+}  // namespace emulator
+
+inline void copy_async(void* shared, const void* global, bool inside) {
+  emulator::start_copy(shared, global, 16, inside);
+}
+inline void copy_word_async(void* shared, const void* global, bool inside) {
+  emulator::start_copy(shared, global, 4, inside);
 }
 inline void end_group() { ++emulator::self().group; }
 template <int Pending>

@@ -1,0 +1,175 @@
+"""Conditional attention in Triton: what the host does. `tiles.py` has what the kernels share, `launch.py` settings.
+
+Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d], v [B, N, h, dv],
+k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds], or one image's for all: [1, ...];
+keep [B, h, 2 ⌈N / 64⌉, Q] int32.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.attn.triton.backward import backward_grid_kernel, backward_key_kernel, backward_query_kernel
+from conddetr.kernels.attn.triton.forward import forward_kernel
+from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings
+from conddetr.kernels.attn.triton.tiles import Operands, Rows
+
+GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
+"""Cells and channels per program of the sums over the grid."""
+SMALLEST = 2.0**-126
+"""The smallest normal float32."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call; the last dimension of each is contiguous."""
+
+    q_content: Tensor
+    q_spatial: Tensor
+    k_content: Tensor
+    k_spatial: Tensor
+    columns: Tensor | None
+    v: Tensor
+    valid_hw: Tensor | None
+    padding: Tensor | None
+    keep: Tensor | None
+    scale: float
+    dropout_p: float
+
+    def launch(self) -> Launch:
+        """The settings that ship, for these tensors on their device."""
+        architecture = 0
+        if self.v.device.type == "cuda":
+            major, minor = registry.capability(self.v.device)
+            architecture = 10 * major + minor
+        products = _precision(self.v) if self.v.dtype == torch.float32 else "half"
+        width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
+        return launch_settings(architecture, "half" if products == "emulate" else products, width)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, Q, h, N."""
+        batch, queries, heads, _ = self.q_content.shape
+        return batch, queries, heads, self.k_content.shape[1]
+
+    def operands(self) -> Operands:
+        """The tensors that scores and sums are made of."""
+        columns = None if self.columns is None else _rows(self.columns)
+        queries, content = (_rows(self.q_content), _rows(self.q_spatial)), _rows(self.k_content)
+        return Operands(*queries, content, _rows(self.k_spatial), columns, _rows(self.v))
+
+    def scalars(self) -> tuple[float | int, ...]:
+        """Arguments of every kernel from `scale` on, up to the widths."""
+        _, queries, heads, keys = self.sizes
+        height, width = (1, keys) if self.columns is None else (self.k_spatial.shape[1], self.columns.shape[1])
+        # Positive: a hidden score is -inf, and its product too.
+        log2_scale = abs(self.scale) * math.log2(math.e) or SMALLEST
+        return self.scale, log2_scale, 1 / (1 - self.dropout_p), queries, keys, heads, height, width
+
+    def options(self, tiles: Tiles) -> dict[str, object]:
+        """Compile-time arguments and launch settings."""
+        return {
+            **_widths(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1]),
+            "OFFSET": tl.int64 if self._is_wide() else tl.int32,
+            "PRECISION": _precision(self.v),
+            "BLOCK_Q": tiles.queries,
+            "BLOCK_N": tiles.keys,
+            "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+            # Asked for, since its default differs between Triton's releases.
+            "enable_fp_fusion": True,
+        }
+
+    def _is_wide(self) -> bool:
+        """Whether offsets inside one head of one image, of any tensor or gradient, may need more than 32 bits."""
+        _, queries, heads, keys = self.sizes
+        tensors = (self.q_content, self.q_spatial, self.k_content, self.k_spatial, self.columns, self.v)
+        given = max(tensor.shape[1] * tensor.stride(1) for tensor in tensors if tensor is not None)
+        made = max(queries, keys) * heads * max(tensor.shape[-1] for tensor in tensors if tensor is not None)
+        return max(given, made, queries * (keys // 32 + 2)) >= 2**31
+
+
+@functools.cache
+def _widths(d: int, ds: int, dv: int) -> dict[str, int]:
+    """Of heads, and their next powers of two."""
+    widths = {"D": d, "DS": ds, "DV": dv}
+    return {**widths, **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()}}
+
+
+def _rows(tensor: Tensor) -> Rows:
+    """The stride of images is 0 where all have the same."""
+    image, item, head, _ = tensor.stride()
+    return Rows(tensor, 0 if len(tensor) == 1 else image, item, head)
+
+
+def _precision(v: Tensor) -> str:
+    """How products of float32 are formed; TF32 by PyTorch's own switch."""
+    if v.device.type == "cpu":
+        return "emulate"
+    # Of PyTorch's several ways to ask, the one that answers whichever way was used to set it.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+    """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`. `launch`: for tuning."""
+    batch, queries, heads, _ = inputs.sizes
+    tiles = (launch or inputs.launch()).forward
+    out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
+    lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
+    forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
+        inputs.operands(), out, lse, inputs.valid_hw, inputs.padding, inputs.keep, *inputs.scalars(),
+        **inputs.options(tiles),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    inputs: Inputs, upstream: Tensor, out: Tensor, lse: Tensor, launch: Launch | None = None
+) -> tuple[Tensor, ...]:
+    """Gradients of q_content, q_spatial, k_content, k_spatial, columns (empty if dense) and v.
+
+    Those of rows and columns are sums of the dense gradient in a fixed order, so that two runs agree bit for bit.
+    """
+    batch, queries, heads, keys = inputs.sizes
+    settings = launch or inputs.launch()
+    upstream = upstream.contiguous()
+    operands, masks = inputs.operands(), (inputs.valid_hw, inputs.padding, inputs.keep)
+    grad_qc, grad_qs, grad_kc, grad_v = (
+        x.new_empty(x.shape) for x in (inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.v)
+    )
+    # Of separable keys the dense gradient is summed up afterwards. A part of such a sum may be too large for float16
+    # where the sum is not.
+    is_narrow = inputs.columns is not None and upstream.dtype == torch.float16
+    sums = torch.float32 if is_narrow else upstream.dtype
+    grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=sums)
+    by_query, by_key = settings.backward_query, settings.backward_key
+    block = max(by_query.queries, by_key.queries)
+    padded = registry.cdiv(queries, block) * block
+    statistics = lse.new_empty((batch, heads, 2, padded))
+    backward_query_kernel[(padded // by_query.queries, heads, batch)](
+        operands, upstream, out, lse, statistics, grad_qc, grad_qs, *masks, *inputs.scalars(),
+        **inputs.options(by_query),
+    )  # fmt: skip
+    backward_key_kernel[(registry.cdiv(keys, by_key.keys), heads, batch)](
+        operands, upstream, statistics, grad_kc, grad_ks, grad_v, *masks, *inputs.scalars(), padded,
+        **inputs.options(by_key),
+    )  # fmt: skip
+    if inputs.columns is None:
+        return grad_qc, grad_qs, grad_kc, grad_ks, upstream.new_empty(0), grad_v
+    return grad_qc, grad_qs, grad_kc, *_sum_over_the_grid(grad_ks, inputs.k_spatial, inputs.columns), grad_v
+
+
+def _sum_over_the_grid(grad_ks: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and columns, from that of dense spatial keys [B, H·W, h, ds], in one launch."""
+    groups, height, width = len(rows), rows.shape[1], columns.shape[1]
+    channels = grad_ks[0, 0].numel()
+    grad_rows, grad_columns = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
+    backward_grid_kernel[(height + width, registry.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
+        grad_ks, grad_rows, grad_columns, len(grad_ks) // groups, height, width, channels, **GRID_TILE
+    )
+    return grad_rows, grad_columns

@@ -1,0 +1,79 @@
+"""Which attention weights dropout keeps: the public function, its checks, and the operator behind the kernels.
+
+One bit for each weight, made once and read by forward and backward: a random number for each weight, twice, took longer
+than the rest of attention. Every backend makes the same bits of the same seed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.dropout_bits import reference
+
+
+def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "auto") -> Tensor:
+    """Random bits, 32 in each word, of which a share of `drawn_probability(p)` is 0.
+
+    Args:
+        seed: [1] int64; on its device the bits are made.
+        shape: of the result.
+        p: probability, in [0, 1), that a bit is 0: dropped. It is rounded to a multiple of 2⁻¹⁶.
+        backend: `auto`, `triton`, `native` or `eager`; the bits are the same.
+
+    Returns:
+        `shape` int32. Bit j of word i, words counted through the whole shape, depends on the seed, i, j and p alone.
+
+    Raises:
+        ValueError: p is out of range, or the seed is not one int64.
+        RuntimeError: the requested backend cannot run here; says why.
+    """
+    if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
+        raise ValueError(f"seed: expected shape (1,) and dtype torch.int64, got {tuple(seed.shape)} and {seed.dtype}.")
+    threshold = _threshold(p)
+    count = 1
+    for size in shape:
+        count = count * size
+    choice = registry.choose(backend, seed.device, torch.float32)
+    paths.note("dropout_bits", choice.backend, choice.refused)
+    if choice.backend == "eager":
+        words = reference.dropout_bits(seed, count, threshold)
+    else:
+        words = registry.operators(choice.backend).dropout_bits(seed, count, threshold)
+    return words.view(*shape)
+
+
+def drawn_probability(p: float) -> float:
+    """The probability with which `dropout_bits` really drops for p: a multiple of 2⁻¹⁶, below 1.
+
+    Raises:
+        ValueError: p is not in [0, 1).
+    """
+    return _threshold(p) / 2**reference.BITS
+
+
+def _threshold(p: float) -> int:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p: expected a probability in [0, 1), got {p}.")
+    return min(round(p * 2**reference.BITS), 2**reference.BITS - 1)
+
+
+def _forward(seed: Tensor, count: int, threshold: int) -> Tensor:
+    from conddetr.kernels.dropout_bits import triton
+
+    return triton.forward(seed, count, threshold)
+
+
+def _fake(seed: Tensor, count: int, threshold: int) -> Tensor:
+    return seed.new_empty(count, dtype=torch.int32)
+
+
+def _register(namespace: str) -> None:
+    """The operator's shape, the same whatever computes it."""
+    torch.library.register_fake(f"{namespace}::dropout_bits", _fake)
+
+
+registry.define("conddetr::dropout_bits", "(Tensor seed, SymInt count, int threshold) -> Tensor", _forward)
+for _namespace in registry.namespaces():
+    _register(_namespace)
