@@ -23,8 +23,10 @@ class Launch:
 
     queries: int
     keys: int
-    """Of the tile of a block in one trip of the main loop, or what else it makes: their product."""
+    """Of a block's tile, or what else it makes: their product."""
     warps: int
+    unrolled: int = 1
+    """Tiles in one trip of the main loop."""
     tiles: int = 0
     """Of 64 queries or keys, in shared memory."""
     lines: bool = False
@@ -100,7 +102,8 @@ def kernel(symbol: str, cubin: bytes, architecture: int, dropout: bool) -> Kerne
     if launch.has_exponentials:
         # A load of bytes is one of a mask, which separable keys do not have; other loads are those of dropout's words,
         # whose bits PRMT makes bytes of.
-        hints = replace(hints, exponentials=prod(tile) / launch.warps / 32, avoids=(*hints.avoids, "LDG.E.U8"))
+        numbers = prod(tile) * launch.unrolled / launch.warps / 32
+        hints = replace(hints, exponentials=numbers, avoids=(*hints.avoids, "LDG.E.U8"))
         hints = replace(hints, seeks=(*hints.seeks, "LDG", "PRMT")) if dropout else hints
     form = f"{launch.queries} × {launch.keys}, {launch.warps} warps"
-    return Kernel(name, form, architecture, cubin, symbol, launch.shared, launch.warps, tile, hints)
+    return Kernel(name, form, architecture, cubin, symbol, launch.shared, launch.warps, tile, hints, launch.unrolled)

@@ -46,8 +46,10 @@ class Kernel:
     """Bytes of dynamic shared memory."""
     warps: int
     tile: tuple[int, int]
-    """Queries and keys of a block in one trip of the main loop; of other kernels: what else it makes."""
+    """Queries and keys of a block at a time; of other kernels: what else it makes."""
     hints: Hints
+    unrolled: int = 1
+    """Tiles in one trip of the main loop."""
 
     @cached_property
     def function(self) -> Function:
@@ -60,9 +62,14 @@ class Kernel:
         return find(self.function, self.hints)
 
     @property
+    def scores(self) -> float:
+        """Of a warp in one trip."""
+        return prod(self.tile) * self.unrolled / self.warps
+
+    @property
     def share(self) -> float:
         """What makes numbers of one warp's trip those of 1024 scores."""
-        return 1024 * self.warps / prod(self.tile)
+        return 1024 / self.scores
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class Figures:
     local: float
     """Instructions of local memory, where registers are spilled, for 1024 scores."""
     overlap: float | None
-    """Share of a trip between the last copy into shared memory and the wait for all of them; None: there is no such
-    wait, because no copy is made or the newest may be under way."""
+    """Between the last copy into shared memory and the wait for all of them, the share of what there is to do for a
+    tile; None: there is no such wait, because no copy is made or the newest may be under way."""
     needs: dict[str, float]
     """Unit → its clocks for 1024 scores."""
     clocks: dict[str, float]
@@ -149,9 +156,9 @@ def _of(kernel: Kernel) -> Figures:
         instructions=len(path.main) * share,
         by_name=_by_name(path.main, share),
         # A warp's instruction makes 32 of them.
-        exponentials=sum(map(is_exponential, path.main)) * 32 * kernel.warps / prod(kernel.tile),
+        exponentials=sum(map(is_exponential, path.main)) * 32 / kernel.scores,
         local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
-        overlap=overlap(path),
+        overlap=overlap(path, kernel.unrolled),
         needs={unit: clocks * share for unit, clocks in pipes.needs(path.main).items()},
         clocks=_clocks(kernel, path.main, blocks),
         tail_clocks=_clocks(kernel, path.tail, blocks),
@@ -172,7 +179,7 @@ def _clocks(kernel: Kernel, path: list[Instruction], blocks: int) -> dict[str, f
     return {str(count): partition.clocks(path, kernel.warps, count) * kernel.share for count in counts}
 
 
-def overlap(path: HotPath) -> float | None:
+def overlap(path: HotPath, unrolled: int = 1) -> float | None:
     """As in `Figures`."""
     code = path.main
     copies = [place for place, instruction in enumerate(code) if instruction.name == "LDGSTS"]
@@ -183,7 +190,7 @@ def overlap(path: HotPath) -> float | None:
     ]
     if not path.is_loop or not copies or not waits:
         return None
-    return min((wait - copies[-1]) % len(code) for wait in waits) / len(code)
+    return min((wait - copy) % len(code) for wait in waits for copy in copies) * unrolled / len(code)
 
 
 def _by_name(path: list[Instruction], share: float) -> dict[str, float]:
