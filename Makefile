@@ -57,9 +57,10 @@ lint: $(READY)
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
 	$(BIN)/python benchmarks/sine.py
+	$(BIN)/python benchmarks/query.py
 	$(BIN)/python benchmarks/decoder.py
 	$(BIN)/python benchmarks/dropout.py
-	$(BIN)/python benchmarks/dropout_bits.py
+	$(BIN)/python benchmarks/bits.py
 	$(BIN)/python benchmarks/add_norm.py
 	$(BIN)/python benchmarks/weights.py
 	$(BIN)/python benchmarks/conv.py
@@ -98,7 +99,7 @@ gpu:
 	$(PYTHON) tests/fly.py $(FLIGHT)
 
 # CPU kernels under AddressSanitizer and UBSan: a copy of the package, built with them, in build/sanitized.
-SUITE := $(foreach op,attn sine match dropout dropout_bits conv3x3,tests/kernels/test_$(op).py) \
+SUITE := $(foreach op,attn sine match dropout bits conv3x3,tests/kernels/test_$(op).py) \
     -k "native or instruction or threads or rise"
 sanitize: $(READY)
 	CONDDETR_SANITIZE=address,undefined CONDDETR_CUDA=0 \

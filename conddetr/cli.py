@@ -371,6 +371,7 @@ def _env(options: argparse.Namespace) -> None:
     from conddetr.kernels.conv3x3 import op as conv3x3
     from conddetr.kernels.dropout import op as dropout
     from conddetr.kernels.match import op as match
+    from conddetr.kernels.query import op as query
 
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
@@ -393,6 +394,7 @@ def _env(options: argparse.Namespace) -> None:
     fused = ("add_norm", "grid_positions", "max_pool", "predicted_boxes", "prepare_weights")
     for operation in (*fused, *losses):
         table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
+    table.add_row("spatial_query", *(query.choose("auto", device, dtype).backend for dtype in dtypes))
     table.add_row("relu_dropout", *(dropout.choose("auto", device, dtype).backend for dtype in dtypes))
     table.add_row("dropout_add", *(dropout.choose_add("auto", device, dtype) for dtype in dtypes))
     shapes = [torch.empty(1, conv3x3.GRAIN, 1, 1, device=device, dtype=dtype) for dtype in dtypes]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -28,18 +29,19 @@ from conddetr.kernels.add_norm.op import MAX_CHANNELS
 from conddetr.kernels.aot_cuda import find_cuobjdump
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.bits import triton as bits
 from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.dropout import triton as dropout
-from conddetr.kernels.dropout_bits import triton as dropout_bits
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
 from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.prediction import triton as prediction
+from conddetr.kernels.query import triton as query
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
 
@@ -50,7 +52,13 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 """Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
-PRODUCTS = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+PRODUCTS = (
+    "forward_kernel",
+    "backward_query_kernel",
+    "backward_key_kernel",
+    "spatial_query_kernel",
+    "spatial_query_backward_kernel",
+)
 """The kernels that are made of such."""
 
 ROOMS = (
@@ -60,7 +68,7 @@ ROOMS = (
     conv,
     cost,
     dropout,
-    dropout_bits,
+    bits,
     errors,
     focal,
     match,
@@ -68,6 +76,7 @@ ROOMS = (
     position,
     prediction,
     sine,
+    query,
     weights,
 )
 """Where the kernels are."""
@@ -112,7 +121,7 @@ def jobs(architecture: int) -> Iterator[Job]:
         for width in (32, 64, 128):
             for is_separable in (True, False) if width == 32 else (True,):
                 yield from _attention_jobs(architecture, products, dtype, width, is_separable)
-    yield Job("dropout_bits_kernel", "", "bf16", tuple(dropout_bits.SETTINGS.items()))
+    yield Job("dropout_bits_kernel", "", "bf16", tuple(bits.SETTINGS.items()))
     for dtype in ("bf16", "fp32"):
         yield Job("backward_grid_kernel", "", dtype, tuple(attn.GRID_TILE.items()))
     for kernel in ("embed_kernel", "embed_backward_kernel"):
@@ -120,6 +129,7 @@ def jobs(architecture: int) -> Iterator[Job]:
             for variant, transform in (("embedding", False), ("λ ⊙ p_s", True)):
                 options = {**sine.launch(256), "HAS_TRANSFORM": transform}
                 yield Job(kernel, variant, dtype, tuple(options.items()))
+    yield from spatial_query_jobs()
     for variant, has_valid in (("padding", True), ("no padding", False)):
         options = {**position.launch(256, 67), "HAS_VALID": has_valid}
         yield Job("position_kernel", variant, "bf16", tuple(options.items()))
@@ -127,6 +137,21 @@ def jobs(architecture: int) -> Iterator[Job]:
     yield from residual_jobs()
     yield from weight_jobs()
     yield from loss_jobs()
+
+
+def spatial_query_jobs() -> Iterator[Job]:
+    """The projected spatial query, for every number of images that has tiles of its own."""
+    forms = [("half", "bf16", images) for images in (8, 1, 2, 4, 32)] + [("tf32", "fp32", 8), ("ieee", "fp32", 8)]
+    wanted = dict.fromkeys(("OF_TRANSFORM", "OF_EMBEDDING", "OF_WEIGHT"), True)
+    for products, dtype, images in forms:
+        sizes = {"CHANNELS": 256, "OUTPUTS": 256, "PRECISION": "tf32" if products == "tf32" else "ieee"}
+        for kernel, backward, more in (
+            ("spatial_query_kernel", False, {}),
+            ("spatial_query_backward_kernel", True, wanted),
+        ):
+            launch = query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
+            options = {**sizes, **more, **launch}
+            yield Job(kernel, f"{products}, 256 channels, {images} images", dtype, tuple(options.items()))
 
 
 def residual_jobs() -> Iterator[Job]:

@@ -8,7 +8,7 @@ from gpu_model import machine_code
 from gpu_model.figures import Kernel, UnknownKernelError
 from gpu_model.hot_path import Hints
 
-OPERATIONS = ("attn", "dropout_bits")
+OPERATIONS = ("attn", "bits")
 """Folders of csrc/."""
 TILE = 64
 LINES = 25 + 34
@@ -51,7 +51,7 @@ LAUNCHES = {
     # Four times eight keys of 32 channels for each warp.
     "attn backward_lines_kernel": Launch(4 * 32, 32, 4, hints=Hints(seeks=("LDG",)), has_exponentials=False),
     # A thread makes a word of 32 weights.
-    "dropout_bits fill_kernel": Launch(256, 32, 8, has_exponentials=False),
+    "bits fill_kernel": Launch(256, 32, 8, has_exponentials=False),
 }
 """Operation and kernel → its launch, for 16-bit numbers and separable keys."""
 

@@ -48,7 +48,7 @@ WALKS = {
         "attn hopper_forward_kernel": Walk("keys"),
         "attn backward_query_kernel": Walk("keys"),
         "attn backward_key_kernel": Walk("queries"),
-        "dropout_bits fill_kernel": Walk("once"),
+        "bits fill_kernel": Walk("once"),
     },
     PEER: {
         "memory-efficient forward": Walk("keys", with_padding=True),

@@ -5,11 +5,11 @@ from math import prod
 
 from conddetr.kernels import aot
 from conddetr.kernels.attn import triton as attn
-from conddetr.kernels.dropout_bits import triton as dropout_bits
+from conddetr.kernels.bits import triton as bits
 from gpu_model.figures import Kernel
 from gpu_model.hot_path import Hints
 
-ROOMS = (attn, dropout_bits)
+ROOMS = (attn, bits)
 """Where the kernels are."""
 WORD = 32
 """Decisions of dropout that are one number of its kernel."""

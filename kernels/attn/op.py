@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import paths, registry
 from conddetr.kernels.attn import reference
-from conddetr.kernels.dropout_bits import drawn_probability, dropout_bits
+from conddetr.kernels.bits import drawn_probability, dropout_bits
 
 
 def conditional_attention(

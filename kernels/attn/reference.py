@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conddetr.kernels.dropout_bits.reference import unpacked
+from conddetr.kernels.bits.reference import unpacked
 
 
 def attention_weights(query: Tensor, key: Tensor, key_padding_mask: Tensor | None, scale: float) -> Tensor:

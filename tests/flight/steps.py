@@ -40,7 +40,10 @@ SMALL = {
     "focal": ("--images", "1", "--rounds", "1"),
     "boxes": ("--images", "1", "--rounds", "1"),
     "cost": ("--images", "1", "--rounds", "1"),
-    **dict.fromkeys(("prediction", "errors", "position", "pool", "dropout_bits"), ("--images", "1", "--rounds", "1")),
+    **dict.fromkeys(
+        ("prediction", "errors", "position", "pool", "bits", "query"),
+        ("--images", "1", "--rounds", "1"),
+    ),
     "tune": ("--seconds", "1"),
 }
 """Benchmark → options with which it is over soon, and says nothing."""
@@ -157,7 +160,19 @@ def _train_benchmark(setup: Setup, seconds: float) -> Step:
 def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
     """All in one process, since each would spend most of its time importing PyTorch."""
     words: list[str] = []
-    for name in ("sine", "match", "focal", "boxes", "cost", "prediction", "errors", "position", "pool", "dropout_bits"):
+    for name in (
+        "sine",
+        "match",
+        "focal",
+        "boxes",
+        "cost",
+        "prediction",
+        "errors",
+        "position",
+        "pool",
+        "bits",
+        "query",
+    ):
         words += ["--", *setup.benchmark(name, "--seconds", "3")[1:]]
     return setup.script("tests/flight/several.py", *words)
 

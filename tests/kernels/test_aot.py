@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+ATTENTION = ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
+PRODUCTS = (*ATTENTION, "spatial_query_kernel", "spatial_query_backward_kernel")
 
 
 def compile_in_another_process(out, *options):
@@ -22,8 +24,7 @@ def compile_in_another_process(out, *options):
     kernels = json.loads(out.read_text())["kernels"]
     assert all(found["stack_bytes"] == 0 for found in kernels)
     for found in kernels:
-        is_attention = found["kernel"] in ("forward_kernel", "backward_query_kernel", "backward_key_kernel")
-        uses_tensor_cores = is_attention and "ieee" not in found["variant"]
+        uses_tensor_cores = found["kernel"] in PRODUCTS and "ieee" not in found["variant"]
         assert bool(found["tensor_core_instructions"]) == uses_tensor_cores, found
     return kernels
 
@@ -32,10 +33,11 @@ def test_every_kernel_for_hopper(tmp_path):
     """With the settings of the model; in all forms and for all architectures by the test below."""
     kernels = compile_in_another_process(tmp_path / "table.json", "--architectures", "90", "--one-form")
     names = [found["kernel"] for found in kernels]
-    sources = (ROOT / "kernels").glob("*/triton.py")
+    sources = (ROOT / "kernels").rglob("*.py")
     assert sorted(names) == sorted(name for path in sources for name in re.findall(r"(\w+_kernel)\[", path.read_text()))
     assert {found["variant"] for found in kernels if found["tensor_core_instructions"]} == {
-        "half, 32, separable, valid_hw, dropout"
+        "half, 32, separable, valid_hw, dropout",
+        "half, 256 channels, 8 images",
     }
 
 
@@ -44,6 +46,7 @@ def test_all_kernels_for_all_architectures(tmp_path):
     kernels = compile_in_another_process(tmp_path / "table.json")
     assert {found["architecture"] for found in kernels} == {80, 86, 89, 90, 100, 120}
     # Attention: three kernels, both forms at the widths of the model, one at two wider ones, times three ways to form
-    # products; sums over the grid 2. Sine embedding 8, positions 2, losses, matching and errors 9, convolutions 4, what
-    # stands beside the products of a layer 8, weights 2, pooling 1, predicted boxes 2.
-    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 2 + 8 + 2 + 9 + 4 + 8 + 2 + 1 + 2)
+    # products; sums over the grid 2, bits of dropout 1. Sine embedding 8, positions 2, losses, matching and errors 9,
+    # convolutions 4, what stands beside the products of a layer 8, weights 2, pooling 1, predicted boxes 2, the
+    # projected spatial query 14.
+    assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 2 + 1 + 8 + 2 + 9 + 4 + 8 + 2 + 1 + 2 + 14)

@@ -625,17 +625,17 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
-    from conddetr.kernels.attn.triton import _precision
+    from conddetr.kernels.attn.triton import precision
 
     v = torch.empty(1, device="meta")
-    assert _precision(v) == "ieee"
+    assert precision(v) == "ieee"
     torch.set_float32_matmul_precision("high")
-    assert _precision(v) == "tf32"
+    assert precision(v) == "tf32"
     torch.set_float32_matmul_precision("highest")
-    assert _precision(v) == "ieee"
+    assert precision(v) == "ieee"
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert _precision(v) == "tf32"
+    assert precision(v) == "tf32"
     torch.backends.cuda.matmul.fp32_precision = before
 
 

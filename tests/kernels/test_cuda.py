@@ -16,7 +16,7 @@ import torch
 from conddetr.kernels import conditional_attention, conditional_spatial_query, native, registry, sine_embedding
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
-from conddetr.kernels.dropout_bits import op as dropout_bits_op
+from conddetr.kernels.bits import op as bits_op
 from conddetr.kernels.sine import op as sine_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
@@ -46,7 +46,7 @@ def library():
         assert run.returncode == 0, run.stderr
         partial.rename(found)
     torch.ops.load_library(str(found))
-    for op in (attention_op, dropout_bits_op, sine_op):
+    for op in (attention_op, bits_op, sine_op):
         op._register("conddetr_emulated")
     return torch.ops.conddetr_emulated
 

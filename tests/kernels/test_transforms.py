@@ -71,6 +71,13 @@ def spatial_query() -> Operation:
     return Operation(partial(kernels.conditional_spatial_query, temperature=20.0), (boxes(2)[:, :2], normal(2, 8)))
 
 
+def projected_query() -> Operation:
+    def call(transform, embedding, weight, bias, backend):
+        return kernels.query(transform, embedding, weight, bias, backend)
+
+    return Operation(call, (normal(2, 3, 8), normal(3, 8), normal(5, 8), normal(5)))
+
+
 def focal(gamma: float) -> Operation:
     return Operation(
         partial(kernels.focal_loss, target=torch.tensor([[0, -1, 3], [1, 1, 2]]), gamma=gamma), (normal(2, 3, 4),)
@@ -122,6 +129,7 @@ ONCE = {
     "attention, dense keys": (dense_attention, registry.BACKENDS),
     "sine embedding": (embedding, registry.BACKENDS),
     "spatial query": (spatial_query, registry.BACKENDS),
+    "projected spatial query": (projected_query, registry.WITHOUT_NATIVE),
     "focal loss": (partial(focal, 2.0), registry.WITHOUT_NATIVE),
     "focal loss, γ = 1.5": (partial(focal, 1.5), registry.WITHOUT_NATIVE),
     "box loss": (box_loss, registry.WITHOUT_NATIVE),

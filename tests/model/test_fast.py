@@ -1,11 +1,14 @@
 """The forward pass from fused operations: the numbers of the modules, and modules where a part is more than plain."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import conddetr
-from conddetr.kernels import registry
+from conddetr.kernels import registry, spatial_query
+from conddetr.model.fast import decoder as fast_decoder
 from conddetr.model.fast import make_plan, parts
 from conddetr.model.fast.encoder import attention_mask
 from conddetr.model.fast.layers import hidden, linear
@@ -66,6 +69,17 @@ def distances(found, exact):
 def test_numbers_are_those_of_the_modules(csq, sizes):
     images = images_of(*sizes)
     found = run(model_on("fast", csq=csq), images)
+    assert_close(found, run(model_on("modules", csq=csq), images), 2e-5)
+
+
+@pytest.mark.parametrize("csq", ["full", "I"])
+def test_every_layer_with_a_scale_projects_its_spatial_query_by_the_kernel(csq, monkeypatch):
+    """Where `auto` means the kernel, which it does not in the interpreter."""
+    monkeypatch.setattr(fast_decoder, "spatial_query", partial(spatial_query, backend="triton"))
+    images = images_of((64, 64), (48, 64))
+    with conddetr.record_paths() as paths:
+        found = run(model_on("fast", csq=csq), images)
+    assert paths["spatial_query"] == {"triton": SMALL["decoder_layers"] - 1}
     assert_close(found, run(model_on("modules", csq=csq), images), 2e-5)
 
 

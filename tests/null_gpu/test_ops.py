@@ -27,7 +27,9 @@ from conddetr.kernels import (
     relu_dropout,
     sine_embedding,
 )
+from conddetr.kernels import spatial_query as project
 from conddetr.kernels.conv import Layer
+from conddetr.kernels.query import op as spatial_query_op
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 
@@ -65,6 +67,11 @@ def embedding(device, backend):
 
 def spatial_query(device, backend):
     return conditional_spatial_query(numbers(device, QUERIES, 2), numbers(device, BATCH, QUERIES, 64), backend=backend)
+
+
+def projected_query(device, backend):
+    tensors = ((BATCH, QUERIES, 256), (QUERIES, 256), (256, 256), (256,))
+    return project(*(numbers(device, *shape) for shape in tensors), backend)
 
 
 def classes(device, backend):
@@ -151,7 +158,7 @@ def positions(device, backend):
     return grid_positions(torch.empty(BATCH, 3, 4, 6, device=device), (64, 96), 32, valid, backend=backend)[0]
 
 
-TRANSFORMER = (attention, dense_attention, embedding, spatial_query, positions, norm, hidden)
+TRANSFORMER = (attention, dense_attention, embedding, spatial_query, projected_query, positions, norm, hidden)
 OPERATIONS = (
     *TRANSFORMER,
     predicted,
@@ -217,6 +224,31 @@ def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
         assert dict(counts_back.kernels) == {"add_norm_backward_kernel": 1, "relu_dropout_backward_kernel": 1}
         modules.append(counts.modules + counts_back.modules)
     assert modules[1:] == [0, 0], "nothing is compiled anew"
+
+
+def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
+    """The kernel's, and PyTorch's for the weight; the gradient of a bias for every row is the result's."""
+    device = torch.device("cuda")
+    shapes = ((BATCH, QUERIES, 256), (QUERIES, 256), (256, 256))
+    scale, p_s, weight = (numbers(device, *shape).bfloat16() for shape in shapes)
+    bias = numbers(device, 256).bfloat16().expand(BATCH * QUERIES, -1)
+    with counted() as counts:
+        out = project(scale, p_s, weight, bias)
+    with counted() as counts_back:
+        torch.autograd.grad(out, (scale, p_s, weight, bias), torch.empty_like(out))
+    assert dict(counts.kernels) == {"spatial_query_kernel": 1}
+    assert counts_back.kernels["spatial_query_backward_kernel"] == 1
+    assert counts_back.launches == 2
+
+
+def test_a_projected_spatial_query_in_float32_is_cublas_s():
+    """Unless the kernel is asked for."""
+    device = torch.device("cuda")
+    choice = spatial_query_op.choose("auto", device, torch.float32)
+    assert choice.backend == "eager"
+    assert "longer than cuBLAS's" in choice.refused["triton"]
+    assert spatial_query_op.choose("auto", device, torch.bfloat16).backend == "triton"
+    assert spatial_query_op.choose("triton", device, torch.float32).backend == "triton"
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])

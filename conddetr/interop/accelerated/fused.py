@@ -141,12 +141,12 @@ def decode(
     for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
         settings = _settings(layer, decoder.config.decoder_attention_heads, Dropout(0.0, drawn))
         trunk, out = fast_decoder.self_attend(own, settings, positions[index], stream.trunk, stream.outs[0])
-        spatial = p_s
+        spatial, factor = p_s, None
         if index > 0:
             begin, end = weights.scale[index]
-            spatial = linear(hidden(stream.outs[1], begin), *end) * p_s
+            spatial, factor = linear(hidden(stream.outs[1], begin), *end), p_s
         q_content = linear(out, *own.cross_content)
-        q_spatial = linear(spatial, *own.cross_sine)
+        q_spatial = fast_decoder.project_spatial_query(spatial, factor, own.cross_sine)
         if index == 0:
             # As in `structure.CrossAttention`: the positions stay out of the keys.
             q_content = q_content + first

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conddetr.kernels import conditional_attention, paths, sine_embedding
+from conddetr.kernels import conditional_attention, paths, sine_embedding, spatial_query
 from conddetr.kernels.stack import unstacked
 from conddetr.kernels.weights import Weight
 from conddetr.model.fast import parts
@@ -149,7 +149,7 @@ def decode(
     batch, layers = memory.shape[0], len(weights.layers)
     # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
     positions = linear(weights.object_query[0], *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
-    factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), batch, -1, -1)))
+    factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), -1, -1)))
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
     outs = (out, out)
@@ -160,11 +160,12 @@ def decode(
         attention = layer.self_attn
         attention_dropout = attention.dropout if attention.training else 0.0
         settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
-        # λ is predicted from these tokens in one form of the spatial query.
         trunk, out = self_attend(own, settings, positions[index], trunk, outs[0])
-        spatial = _spatial_query(layer, weights.scale and weights.scale[index], p_s, factors[index], outs[1], out)
+        scale = weights.scale and weights.scale[index]
+        # λ is predicted from these tokens in one form of the spatial query.
+        spatial, factor = _spatial_query(layer, scale, p_s, factors[index], outs[1], out)
         q_content = linear(out, *own.cross_content)
-        q_spatial = linear(spatial, *own.cross_sine).expand_as(q_content)
+        q_spatial = project_spatial_query(spatial, factor, own.cross_sine).expand_as(q_content)
         if layer.is_first:
             # As in `ConditionalDecoderLayer.forward`: the positions stay out of the keys.
             q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
@@ -220,20 +221,28 @@ def _spatial_query(
     factor: Tensor,
     embedding: Tensor,
     self_attended: Tensor,
-) -> Tensor:
-    """As the layer's own: the conditional spatial query before its projection.
+) -> tuple[Tensor, Tensor | None]:
+    """As the layer's own: the conditional spatial query before its projection, as λ and p_s where it is their product,
+    else with None.
 
     `scale`: weights of what predicts λ; `factor`: p_s once more.
     """
     if layer.csq == "C":
-        return embedding
+        return embedding, None
     if _is_for_all_images(layer):
-        return p_s
+        return p_s, None
     if layer.is_first:
-        return torch.ones_like(embedding)
+        return torch.ones_like(embedding), None
     first, last = scale
     transform = linear(hidden(self_attended if layer.csq == "I" else embedding, first), *last)
-    return transform if layer.csq == "T" else transform * factor
+    return transform, None if layer.csq == "T" else factor
+
+
+def project_spatial_query(query: Tensor, factor: Tensor | None, weights: tuple[Tensor, Tensor]) -> Tensor:
+    """The linear layer behind a spatial query [..., Q, C], which is multiplied with a factor [Q, C] or [..., Q, C] if
+    there is one.
+    """
+    return linear(query, *weights) if factor is None else spatial_query(query, factor, *weights)
 
 
 def _is_for_all_images(layer: ConditionalDecoderLayer) -> bool:

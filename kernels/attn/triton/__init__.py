@@ -47,7 +47,7 @@ class Inputs:
         if self.v.device.type == "cuda":
             major, minor = registry.capability(self.v.device)
             architecture = 10 * major + minor
-        products = _precision(self.v) if self.v.dtype == torch.float32 else "half"
+        products = precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
         return launch_settings(architecture, "half" if products == "emulate" else products, width)
 
@@ -76,7 +76,7 @@ class Inputs:
         return {
             **_widths(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1]),
             "OFFSET": tl.int64 if self._is_wide() else tl.int32,
-            "PRECISION": _precision(self.v),
+            "PRECISION": precision(self.v),
             "BLOCK_Q": tiles.queries,
             "BLOCK_N": tiles.keys,
             "num_warps": tiles.warps,
@@ -107,7 +107,7 @@ def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor, 0 if len(tensor) == 1 else image, item, head)
 
 
-def _precision(v: Tensor) -> str:
+def precision(v: Tensor) -> str:
     """How products of float32 are formed; TF32 by PyTorch's own switch."""
     if v.device.type == "cpu":
         return "emulate"

@@ -1,7 +1,7 @@
 // The CUDA operators on a CPU, as torch.ops.conddetr_emulated; see common/warp.cuh beside this.
 
 #include "attn/cuda.cu"
-#include "dropout_bits/cuda.cu"
+#include "bits/cuda.cu"
 #include "sine/cuda.cu"
 
 #define CONDDETR_ATTENTION_INPUTS                                                                       \

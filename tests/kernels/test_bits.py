@@ -5,7 +5,7 @@ import torch
 from philox import philox
 
 from conddetr.kernels import drawn_probability, dropout_bits, registry
-from conddetr.kernels.dropout_bits.reference import unpacked
+from conddetr.kernels.bits.reference import unpacked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 

@@ -1,5 +1,5 @@
 """Which attention weights dropout keeps, one bit each."""
 
-from conddetr.kernels.dropout_bits.op import drawn_probability, dropout_bits
+from conddetr.kernels.bits.op import drawn_probability, dropout_bits
 
 __all__ = ["drawn_probability", "dropout_bits"]

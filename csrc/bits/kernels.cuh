@@ -1,10 +1,10 @@
-// Random bits on a GPU. A thread makes one word of 32 decisions; kernels/dropout_bits/reference.py says how.
+// Random bits on a GPU. A thread makes one word of 32 decisions; kernels/bits/reference.py says how.
 #pragma once
 
 #include "common/philox.h"
 #include "common/warp.cuh"
 
-namespace conddetr::dropout_bits {
+namespace conddetr::bits {
 
 constexpr int kThreads = 256;
 
@@ -28,4 +28,4 @@ __global__ void __launch_bounds__(kThreads)
   words[index] = ~below;
 }
 
-}  // namespace conddetr::dropout_bits
+}  // namespace conddetr::bits

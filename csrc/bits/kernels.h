@@ -5,7 +5,7 @@
 
 #include "common/levels.h"
 
-namespace conddetr::dropout_bits {
+namespace conddetr::bits {
 
 // Words that are made together, a multiple of the lanes of every instruction set.
 constexpr int64_t kChunk = 64;
@@ -18,4 +18,4 @@ constexpr int64_t kChunk = 64;
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE
 
-}  // namespace conddetr::dropout_bits
+}  // namespace conddetr::bits

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conddetr.kernels import paths, registry
-from conddetr.kernels.dropout_bits import reference
+from conddetr.kernels.bits import reference
 
 
 def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "auto") -> Tensor:
@@ -60,7 +60,7 @@ def _threshold(p: float) -> int:
 
 
 def _forward(seed: Tensor, count: int, threshold: int) -> Tensor:
-    from conddetr.kernels.dropout_bits import triton
+    from conddetr.kernels.bits import triton
 
     return triton.forward(seed, count, threshold)
 

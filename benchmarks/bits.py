@@ -1,6 +1,6 @@
 """Bits of dropout for attention weights, against the same in plain PyTorch and torch.compile of it.
 
-python benchmarks/dropout_bits.py
+python benchmarks/bits.py
 """
 
 import argparse
@@ -13,7 +13,7 @@ from machine import DEVICE, copy_bandwidth
 from torch import Tensor
 
 from conddetr.kernels import dropout_bits
-from conddetr.kernels.dropout_bits.reference import unpacked
+from conddetr.kernels.bits.reference import unpacked
 
 P, HEADS, QUERIES = 0.1, 8, 300
 KEYS = {"25×34": 850, "50×67": 3350}
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--grids", nargs="+", choices=KEYS, default=["25×34"])
     options = parse(parser)
     problems = [Problem(images, grid) for grid in options.grids for images in options.images]
-    run_all("dropout_bits", {problem.title: partial(run, problem, options) for problem in problems}, options)
+    run_all("bits", {problem.title: partial(run, problem, options) for problem in problems}, options)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 // Random bits on the CPU, compiled once for each instruction set. A lane makes one word of 32 decisions;
-// kernels/dropout_bits/reference.py says how.
+// kernels/bits/reference.py says how.
 
-#include "dropout_bits/kernels.h"
+#include "bits/kernels.h"
 
 #include "common/philox_simd.h"
 
-namespace conddetr::dropout_bits::CONDDETR_LEVEL {
+namespace conddetr::bits::CONDDETR_LEVEL {
 namespace {
 
 // Where the numbers of words `first`, `first` + 1, … are below the threshold; the upper halves of lanes mean nothing.
@@ -33,4 +33,4 @@ void fill(uint32_t* words, uint64_t seed, uint32_t threshold, int64_t begin, int
   }
 }
 
-}  // namespace conddetr::dropout_bits::CONDDETR_LEVEL
+}  // namespace conddetr::bits::CONDDETR_LEVEL

@@ -2,9 +2,9 @@
 
 #include "common/cuda.h"
 
-#include "dropout_bits/kernels.cuh"
+#include "bits/kernels.cuh"
 
-namespace conddetr::dropout_bits {
+namespace conddetr::bits {
 namespace {
 
 Tensor dropout_bits(const Tensor& seed, int64_t count, int64_t threshold) {
@@ -21,4 +21,4 @@ Tensor dropout_bits(const Tensor& seed, int64_t count, int64_t threshold) {
 CONDDETR_CUDA_OPERATORS(library) { library.impl("dropout_bits", TORCH_BOX(&dropout_bits)); }
 
 }  // namespace
-}  // namespace conddetr::dropout_bits
+}  // namespace conddetr::bits

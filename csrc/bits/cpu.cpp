@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "dropout_bits/kernels.h"
+#include "bits/kernels.h"
 
-namespace conddetr::dropout_bits {
+namespace conddetr::bits {
 namespace {
 
 constexpr int64_t kChunksPerThread = 16;
@@ -26,4 +26,4 @@ Tensor dropout_bits(const Tensor& seed, int64_t count, int64_t threshold) {
 STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CPU, library) { library.impl("dropout_bits", TORCH_BOX(&dropout_bits)); }
 
 }  // namespace
-}  // namespace conddetr::dropout_bits
+}  // namespace conddetr::bits

@@ -1,0 +1,164 @@
+"""W (λ ⊙ p_s) + b, the conditional spatial query with its projection: the public function, its checks, the operators.
+
+Kernels form λ ⊙ p_s where the product loads it, so that it is neither a launch of its own nor kept for backward. They
+cast nothing under autocast: all tensors are of the step's dtype. Sums are float32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from conddetr.kernels import paths, registry
+from conddetr.kernels.query import reference
+
+
+def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
+    """The conditional spatial query of cross-attention, projected (Conditional DETR, equation 5 and section 3.3).
+
+    Args:
+        transform: [..., Q, C] λ, floating.
+        embedding: [Q, C] p_s, the embedding of the reference points, the same for all images; or [..., Q, C].
+        weight: [O, C] of the projection.
+        bias: [O]; or [rows, O], one for each row of the result and all equal, of which the first is read: the gradient
+            of each is then that of its row, for whoever made the rows to add up. All tensors share dtype and device.
+        backend: `auto`, `triton` (one launch forward; backward one, and a product for the gradient of the weight) or
+            `eager` (the product of λ and p_s, then `F.linear`), which `auto` takes in float32.
+
+    Returns:
+        [..., Q, O] of that dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names what was expected and what was found.
+        RuntimeError: the requested backend cannot run here; says why.
+    """
+    _check(transform, embedding, weight, bias)
+    choice = choose(backend, transform.device, transform.dtype)
+    paths.note("spatial_query", choice.backend, choice.refused)
+    if choice.backend == "eager":
+        return reference.spatial_query(transform, embedding, weight, bias if bias.dim() == 1 else bias[0])
+    *images, queries, channels = transform.shape
+    shape = (math.prod(images), queries)
+    if embedding.dim() > 2:
+        # With embeddings of their own, images are as good as more queries of one.
+        shape = (1, math.prod(shape))
+    transform, embedding = transform.reshape(*shape, channels), embedding.reshape(shape[1], channels)
+    bias = bias if bias.stride(-1) == 1 else bias.contiguous()
+    inputs = (transform.contiguous(), embedding.contiguous(), weight.contiguous(), bias)
+    run = torch.ops.conddetr.spatial_query if torch.compiler.is_compiling() else SpatialQuery.apply
+    return run(*inputs).view(*images, queries, len(weight))
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype) -> registry.Choice:
+    """The implementation for tensors of a device and dtype."""
+    choice = registry.choose(backend, device, dtype, registry.WITHOUT_NATIVE)
+    if backend != "auto" or choice.backend == "eager" or dtype != torch.float32:
+        return choice
+    reason = "in float32 its product would take longer than cuBLAS's and the product of two tensors together."
+    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
+
+
+def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> None:
+    shape = tuple(transform.shape)
+    if len(shape) < 2 or 0 in shape[-1:] or not transform.is_floating_point():
+        raise ValueError(f"transform: expected [..., Q, C], floating, got {shape} {transform.dtype}.")
+    if tuple(embedding.shape) not in (shape[-2:], shape):
+        raise ValueError(f"embedding: expected {shape[-2:]} or {shape}, got {tuple(embedding.shape)}.")
+    if weight.dim() != 2 or weight.shape[1] != shape[-1] or len(weight) == 0:
+        raise ValueError(f"weight: expected (O, {shape[-1]}), got {tuple(weight.shape)}.")
+    rows = transform.shape[:-1].numel()
+    expected = ((len(weight),), (rows, len(weight)))
+    if tuple(bias.shape) not in expected or 0 in bias.shape[:-1]:
+        raise ValueError(f"bias: expected {expected[0]} or {expected[1]}, got {tuple(bias.shape)}.")
+    for name, tensor in (("embedding", embedding), ("weight", weight), ("bias", bias)):
+        if tensor.dtype != transform.dtype or tensor.device != transform.device:
+            wanted = f"{transform.dtype} on {transform.device} as of transform"
+            raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} on {tensor.device}.")
+
+
+def _forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from conddetr.kernels.query import triton
+
+    return triton.forward(transform, embedding, weight, bias)
+
+
+def _fake_forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return transform.new_empty((*transform.shape[:-1], weight.shape[0]))
+
+
+def _backward(grad: Tensor, transform: Tensor, *inputs: object) -> tuple[Tensor, Tensor, Tensor]:
+    from conddetr.kernels.query import triton
+
+    return triton.backward(grad, transform, *inputs)
+
+
+def _fake_backward(
+    grad: Tensor, transform: Tensor, embedding: Tensor, weight: Tensor, *wanted: bool
+) -> tuple[Tensor, ...]:
+    images, queries, channels = transform.shape
+    shapes = (transform.shape, embedding.shape, (images * queries, channels))
+    return tuple(transform.new_empty(shape if made else 0) for shape, made in zip(shapes, wanted, strict=True))
+
+
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, bias = inputs
+    ctx.bias_dim = bias.dim()
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    transform, embedding, weight = ctx.saved_tensors
+    *wanted, of_bias = ctx.needs_input_grad
+    rows = grad.reshape(-1, grad.shape[-1])
+    found: list[Tensor | None] = [None] * 3
+    if any(wanted):
+        backward = torch.ops.conddetr.spatial_query_backward.default
+        made = registry.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
+        found = [x if is_wanted else None for x, is_wanted in zip(made, wanted, strict=True)]
+    if found[2] is not None:
+        found[2] = rows.t() @ found[2]
+    bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if of_bias else None
+    return *found, bias
+
+
+class SpatialQuery(torch.autograd.Function):
+    """The operator, as PyTorch records it with less work for the host."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
+        """The operator's inputs."""
+        output = registry.call(torch.ops.conddetr.spatial_query.default, *inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_differentiate)
+
+
+def _flops(transform: list[int], embedding: list[int], weight: list[int], *_: object, **__: object) -> int:
+    """Of shapes: those of the matrix product."""
+    return 2 * transform[0] * transform[1] * weight[0] * weight[1]
+
+
+def _backward_flops(grad: list[int], *shapes: object, **_: object) -> int:
+    """Of one of backward's two products; the other is PyTorch's."""
+    return _flops(*shapes[:3])
+
+
+registry.define(
+    "conddetr::spatial_query",
+    "(Tensor transform, Tensor embedding, Tensor weight, Tensor bias) -> Tensor",
+    _forward,
+    _fake_forward,
+)
+registry.define(
+    "conddetr::spatial_query_backward",
+    "(Tensor grad, Tensor transform, Tensor embedding, Tensor weight, bool of_transform, bool of_embedding, "
+    "bool of_weight) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd("conddetr::spatial_query", _differentiate, setup_context=_setup)
+registry.once_differentiable("conddetr::spatial_query_backward")
+registry.count_flops("conddetr::spatial_query", _flops)
+registry.count_flops("conddetr::spatial_query_backward", _backward_flops)
