@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint bench count paper gpu sanitize clean
+.PHONY: demo test test-all lint bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -80,6 +80,10 @@ bench: $(VENV)/.ready-bench
 # What a training step and inference ask of a GPU, counted without one, beside how it was (docs/performance.md).
 count: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/step.py --before benchmarks/counts/before.json
+
+# What the attention kernels should take on an H100, predicted from their machine code without one, beside how it was.
+predict: $(VENV)/.ready-bench
+	$(BIN)/python benchmarks/predict.py --before benchmarks/predictions/before.json
 
 # The paper's tables, the convergence of both families in small, and cost against size. COCO=dir gives the tables its
 # image sizes; convergence stays with synthetic images, whose number does not depend on a data set.

@@ -21,6 +21,8 @@ from conddetr.kernels import native
 
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WRITTEN = ("benchmarks/results", "benchmarks/counts", "benchmarks/predictions", "docs")
+"""What benchmarks write."""
 PEERS = ("torch-linear-assignment", "flash-attn-4", "transformers")
 """Packages beside PyTorch whose version decides what a peer is."""
 Run = Callable[[], object]
@@ -183,7 +185,7 @@ def commit() -> str:
     head = _said("git", "rev-parse", "--short", "HEAD")
     if not head:
         return os.environ.get("CONDDETR_COMMIT") or "unknown"
-    code = (":/", *(f":(top,exclude){written}" for written in ("benchmarks/results", "benchmarks/counts", "docs")))
+    code = (":/", *(f":(top,exclude){written}" for written in WRITTEN))
     return f"{head}{'-dirty' if _said('git', 'status', '--porcelain', '--', *code) else ''}"
 
 

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from conddetr.kernels import registry
 from conddetr.kernels.add_norm import triton as add_norm
@@ -241,19 +242,17 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
 
 def compile_job(job: Job, architecture: int) -> Compiled:
     """Compile one job for one architecture and read its machine code."""
+    return Compiled(**cached("aot", _depends_on(job, architecture), lambda: asdict(_compile_now(job, architecture))))
+
+
+def _depends_on(job: Job, architecture: int) -> list[Path | str]:
     rooms = [path for room in ROOMS for path in sorted(Path(room.__file__).parent.glob("*.py"))]
-    depends_on = [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
-    return Compiled(**cached("aot", depends_on, lambda: asdict(_compile_now(job, architecture))))
+    return [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
 
 
 def _compile_now(job: Job, architecture: int) -> Compiled:
-    function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
-    options = job.options_dict()
-    compiler = ("num_warps", "num_stages", "enable_fp_fusion")
-    launch = {name: options.pop(name) for name in compiler if name in options}
-    source = ASTSource(function, *_arguments(function.arg_names, job.dtype, options))
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    usage = _resource_usage(compiled.asm["cubin"])
+    built = build(job, architecture)
+    usage = _resource_usage(built.cubin)
     return Compiled(
         kernel=job.kernel,
         variant=job.variant,
@@ -261,9 +260,45 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
         architecture=architecture,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared_kib=compiled.metadata.shared / 1024,
-        tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
+        shared_kib=built.shared / 1024,
+        tensor_core_instructions=built.tensor_core_instructions,
     )
+
+
+@dataclass(frozen=True)
+class Built:
+    """The machine code of one job, and what its launch needs to know."""
+
+    cubin: bytes
+    shared: int
+    """Bytes."""
+    warps: int
+    stages: int
+    tensor_core_instructions: int
+    """In PTX."""
+
+
+def build(job: Job, architecture: int) -> Built:
+    """Compile one job for one architecture."""
+
+    def build_now() -> dict[str, object]:
+        compiled = _triton_compile(job, architecture)
+        products = len(TENSOR_CORE.findall(compiled.asm["ptx"]))
+        made = compiled.metadata
+        found = Built(compiled.asm["cubin"], made.shared, made.num_warps, made.num_stages, products)
+        return {**asdict(found), "cubin": b64encode(found.cubin).decode()}
+
+    found = cached("cubin", _depends_on(job, architecture), build_now)
+    return Built(**{**found, "cubin": b64decode(found["cubin"])})
+
+
+def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
+    function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
+    options = job.options_dict()
+    compiler = ("num_warps", "num_stages", "enable_fp_fusion")
+    launch = {name: options.pop(name) for name in compiler if name in options}
+    source = ASTSource(function, *_arguments(function.arg_names, job.dtype, options))
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
 
 
 def _arguments(names: list[str], dtype: str, options: dict[str, object]) -> tuple[dict, dict, dict]:

@@ -12,8 +12,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -78,21 +81,44 @@ def compile_source(source: Path, architecture: str) -> list[Compiled]:
     Raises:
         RuntimeError: it does not compile; with the compiler's words.
     """
+    cubin, messages = build(source, architecture)
+
+    def read_now() -> list[dict]:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            return [asdict(kernel) for kernel in read(messages, Path(file.name), architecture)]
+
+    depends_on = [Path(__file__), sha256(cubin).hexdigest(), messages, architecture]
+    return [Compiled(**kernel) for kernel in cached("aot_cuda", depends_on, read_now)]
+
+
+def build(source: Path, architecture: str) -> tuple[bytes, str]:
+    """The machine code of one source for one architecture, and what the compiler says of it.
+
+    Raises:
+        RuntimeError: it does not compile; with the compiler's words.
+    """
     command = [find_nvcc(), *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", str(source)]
 
-    def compile_now() -> list[dict]:
+    def build_now() -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernels.cubin"
             run = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
             if run.returncode:
                 raise RuntimeError(f"{source} does not compile for sm_{architecture}:\n{run.stderr}")
-            return [asdict(kernel) for kernel in read(run.stdout + run.stderr, cubin, architecture)]
+            return {"cubin": b64encode(cubin.read_bytes()).decode(), "messages": run.stdout + run.stderr}
 
-    compiler = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu"))
-    depends_on = [*headers, Path(__file__), compiler, torch.__version__, *command]
-    return [Compiled(**kernel) for kernel in cached("aot_cuda", depends_on, compile_now)]
+    built = cached("cubin", [*headers, nvcc_version(), torch.__version__, *command], build_now)
+    return b64decode(built["cubin"]), built["messages"]
+
+
+@cache
+def nvcc_version() -> str:
+    """As the compiler tells it."""
+    return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
@@ -125,7 +151,7 @@ def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
 
 def readable(name: str) -> str:
     """A mangled kernel name in short: `attn forward_kernel bf16 separable`."""
-    op, kernel, arguments = re.search(r"conddetr\d+([a-z]+)\d+([a-z_]+_kernel)(I\w+?E)?", name).groups()
+    op, kernel, arguments = re.search(r"conddetr\d+([a-z_]+)\d+([a-z_]+_kernel)(I\w+?E)?", name).groups()
     dtypes = {"I13__nv_bfloat16": "bf16", "I6__half": "fp16", "If": "fp32"}
     dtype = [short for mangled, short in dtypes.items() if (arguments or "").startswith(mangled)]
     form = [short for mangled, short in {"Lb1": "separable", "Lb0": "dense"}.items() if mangled in (arguments or "")]

@@ -13,6 +13,15 @@ static struct {
   long launches;
 } kernels[SLOTS];
 
+// What was launched or cleared since the last reset, in order; later ones than LOGGED are counted only.
+enum { LOGGED = 1 << 14 };
+static struct {
+  const void *kernel;
+  dim3 grid, block;
+  size_t bytes;
+} entries[LOGGED];
+static int logged;
+
 // The slot of a kernel: open addressing, never full in practice (PyTorch has some 20,000 kernels).
 static int slot_of(const void *kernel) {
   size_t slot = ((size_t)kernel >> 4) * 2654435761u % SLOTS;
@@ -29,8 +38,18 @@ void name_kernel(const void *kernel, const char *name) {
   pthread_mutex_unlock(&books);
 }
 
-void count_launch(const void *kernel) {
+static void log_entry(const void *kernel, dim3 grid, dim3 block, size_t bytes) {
+  if (logged == LOGGED) return;
+  entries[logged].kernel = kernel;
+  entries[logged].grid = grid;
+  entries[logged].block = block;
+  entries[logged].bytes = bytes;
+  logged++;
+}
+
+void count_launch(const void *kernel, dim3 grid, dim3 block, size_t shared) {
   pthread_mutex_lock(&books);
+  log_entry(kernel, grid, block, shared);
   counts.launches++;
   counts.launches_by_device[current_device]++;
   kernels[slot_of(kernel)].launches++;
@@ -40,12 +59,22 @@ void count_launch(const void *kernel) {
 // A call of a library that would launch at least one kernel; `name` lives as long as the process.
 void null_gpu_library_call(const char *name) {
   name_kernel(name, name);
-  count_launch(name);
+  count_launch(name, (dim3){0}, (dim3){0}, 0);
+}
+
+void count_memset(size_t bytes) {
+  static const char name[] = "memset";
+  name_kernel(name, name);
+  pthread_mutex_lock(&books);
+  counts.memsets++;
+  log_entry(name, (dim3){0}, (dim3){0}, bytes);
+  pthread_mutex_unlock(&books);
 }
 
 void null_gpu_reset(void) {
   pthread_mutex_lock(&books);
   memset(&counts, 0, sizeof counts);
+  logged = 0;
   for (int slot = 0; slot < SLOTS; slot++) kernels[slot].launches = 0;
   pthread_mutex_unlock(&books);
 }
@@ -58,6 +87,8 @@ void null_gpu_totals(long totals[3]) {
   totals[2] = counts.to_device + counts.from_device + counts.within_device + counts.memsets;
   pthread_mutex_unlock(&books);
 }
+
+static const char *name_of(int slot) { return kernels[slot].name ? kernels[slot].name : "unknown"; }
 
 static void write_counts(FILE *file) {
   const struct {
@@ -89,21 +120,35 @@ static void write_counts(FILE *file) {
   const char *separator = "";
   for (int slot = 0; slot < SLOTS; slot++) {
     if (kernels[slot].launches == 0) continue;
-    const char *name = kernels[slot].name ? kernels[slot].name : "unknown";
-    fprintf(file, "%s[\"%s\", %ld]", separator, name, kernels[slot].launches);
+    fprintf(file, "%s[\"%s\", %ld]", separator, name_of(slot), kernels[slot].launches);
     separator = ", ";
   }
   fprintf(file, "]}");
 }
 
-// The counts as JSON; the caller frees it.
-char *null_gpu_counts(void) {
+static void write_log(FILE *file) {
+  fprintf(file, "[");
+  for (int i = 0; i < logged; i++) {
+    const dim3 grid = entries[i].grid, block = entries[i].block;
+    fprintf(file, "%s[\"%s\", [%u, %u, %u], [%u, %u, %u], %zu]", i ? ", " : "", name_of(slot_of(entries[i].kernel)),
+            grid.x, grid.y, grid.z, block.x, block.y, block.z, entries[i].bytes);
+  }
+  fprintf(file, "]");
+}
+
+static char *as_text(void (*write)(FILE *)) {
   char *text = NULL;
   size_t size = 0;
   FILE *file = open_memstream(&text, &size);
   pthread_mutex_lock(&books);
-  write_counts(file);
+  write(file);
   pthread_mutex_unlock(&books);
   fclose(file);
   return text;
 }
+
+// The counts as JSON; the caller frees it.
+char *null_gpu_counts(void) { return as_text(write_counts); }
+
+// The log as JSON: kernel, grid, block, bytes of dynamic shared memory, of a memset those cleared; the caller frees it.
+char *null_gpu_log(void) { return as_text(write_log); }

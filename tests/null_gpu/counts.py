@@ -51,6 +51,28 @@ class Totals(NamedTuple):
     """Copies and memsets."""
 
 
+class Launch(NamedTuple):
+    """One kernel, one call of a library (an empty grid), or one order to clear memory (`memset`)."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    bytes: int
+    """Of dynamic shared memory; of a memset those that it clears."""
+
+
+def launched() -> list[Launch]:
+    """What there was since the last block of `counted` began, in order.
+
+    Raises:
+        RuntimeError: there was more than the null GPU keeps, 16384.
+    """
+    found = [Launch(name, tuple(grid), tuple(block), size) for name, grid, block, size in _told("null_gpu_log")]
+    if len(found) == 1 << 14:
+        raise RuntimeError("the null GPU keeps 16384 launches, there were more: begin another block of `counted`")
+    return found
+
+
 def totals() -> Totals:
     """Quick to ask, so that what happened between two moments can be told."""
     numbers = (ctypes.c_long * 3)()
@@ -61,17 +83,24 @@ def totals() -> Totals:
 @contextmanager
 def counted() -> Iterator[Counts]:
     """Counts of the block, filled in at its end. Needs a process that has null GPUs."""
-    library = ctypes.CDLL(None)
-    library.null_gpu_counts.restype = ctypes.c_void_p
     counts = Counts()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    library.null_gpu_reset()
+    ctypes.CDLL(None).null_gpu_reset()
     yield counts
-    address = library.null_gpu_counts()
-    found = json.loads(ctypes.string_at(address))
-    library.free(ctypes.c_void_p(address))
+    found = _told("null_gpu_counts")
     kernels: Counter = Counter()
     for name, launches in found.pop("kernels"):
         kernels[name] += launches
     vars(counts).update(found, kernels=kernels, peak_bytes=torch.cuda.max_memory_allocated())
+
+
+def _told(function: str) -> object:
+    """What a function of the null GPU writes as JSON."""
+    library = ctypes.CDLL(None)
+    told = getattr(library, function)
+    told.restype = ctypes.c_void_p
+    address = told()
+    found = json.loads(ctypes.string_at(address))
+    library.free(ctypes.c_void_p(address))
+    return found

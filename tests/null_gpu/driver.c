@@ -147,7 +147,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **arguments,
                         void **extra) {
   const dim3 grid = {grid_x, grid_y, grid_z}, block = {block_x, block_y, block_z};
-  return launch_kernel(function, grid, block, stream) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+  return launch_kernel(function, grid, block, shared, stream) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
 CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,

@@ -4,12 +4,12 @@
 // Something that is not NULL, for whoever wants a handle.
 void *handle(void) { return calloc(1, 64); }
 
-cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, cudaStream_t stream) {
+cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
   const long threads = (long)block.x * block.y * block.z;
   const bool fits = threads > 0 && threads <= 1024 && grid.x > 0 && grid.y > 0 && grid.z > 0;
   if (!fits || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
   const cudaError_t error = check_stream(stream);
-  if (error == cudaSuccess) count_launch(kernel);
+  if (error == cudaSuccess) count_launch(kernel, grid, block, shared);
   return error;
 }
 
@@ -62,26 +62,26 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
 
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                cudaStream_t stream) {
-  return launch_kernel(kernel, grid, block, stream);
+  return launch_kernel(kernel, grid, block, shared, stream);
 }
 
 cudaError_t __cudaLaunchKernel_ptsz(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                     cudaStream_t stream) {
-  return launch_kernel(kernel, grid, block, stream);
+  return launch_kernel(kernel, grid, block, shared, stream);
 }
 
 cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                              cudaStream_t stream) {
-  return launch_kernel(kernel, grid, block, stream);
+  return launch_kernel(kernel, grid, block, shared, stream);
 }
 
 cudaError_t cudaLaunchCooperativeKernel(const void *kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
                                         cudaStream_t stream) {
-  return launch_kernel(kernel, grid, block, stream);
+  return launch_kernel(kernel, grid, block, shared, stream);
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *launch, const void *kernel, void **arguments) {
-  return launch_kernel(kernel, launch->gridDim, launch->blockDim, launch->stream);
+  return launch_kernel(kernel, launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, launch->stream);
 }
 
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *found, const void *kernel) {

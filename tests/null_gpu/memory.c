@@ -160,12 +160,12 @@ cudaError_t cudaMemcpyPeerAsync(void *target, int to, const void *source, int fr
 }
 
 cudaError_t cudaMemset(void *target, int value, size_t size) {
-  COUNT(memsets);
+  count_memset(size);
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void *target, int value, size_t size, cudaStream_t stream) {
-  COUNT(memsets);
+  count_memset(size);
   return check_stream(stream);
 }
 

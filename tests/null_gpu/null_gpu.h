@@ -39,7 +39,8 @@ extern __thread int current_device;
 
 // counts.c: kernels are known by an address, of the host's function or of a handle.
 void name_kernel(const void *kernel, const char *name);
-void count_launch(const void *kernel);
+void count_launch(const void *kernel, dim3 grid, dim3 block, size_t shared);
+void count_memset(size_t bytes);
 
 // device.c
 int device_count(void);
@@ -65,5 +66,5 @@ enum Owner owner_of(const void *address);
 int device_of(const void *address);
 
 // kernels.c
-cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, cudaStream_t stream);
+cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream);
 void *handle(void);

@@ -4,8 +4,11 @@ import ctypes
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from null_gpu.counts import counted, totals
+from null_gpu.counts import Launch, counted, totals
+from null_gpu.counts import launched as log
 
 ONE = (1, 1)
 
@@ -74,3 +77,24 @@ def test_totals_are_those_of_the_block():
         clear(x)
         found = totals()
     assert found == (counts.launches, counts.waits, counts.from_device + counts.memsets) == (1, 1, 2)
+
+
+@triton.jit
+def fill_kernel(out, size: tl.constexpr):
+    tl.store(out + tl.program_id(0) * size + tl.arange(0, size), 1.0)
+
+
+def test_launches_are_told_in_order_with_their_grids():
+    x = numbers(1 << 10)
+    fill_kernel[(4, 2)](x, 128, num_warps=2)
+    with counted():
+        clear(x)
+        fill_kernel[(4, 2)](x, 128, num_warps=2)
+        torch.mm(x.view(32, 32), x.view(32, 32))
+        assert log() == [
+            Launch("memset", (0, 0, 0), (0, 0, 0), x.nbytes),
+            Launch("fill_kernel", (4, 2, 1), (64, 1, 1), 0),
+            Launch("cublasGemmEx", (0, 0, 0), (0, 0, 0), 0),
+        ]
+    with counted():
+        assert log() == []

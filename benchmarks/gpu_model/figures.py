@@ -1,0 +1,198 @@
+"""What is known of one kernel from its machine code; on Hopper how long it takes, predicted."""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+
+from conddetr.kernels.cached import cached
+from gpu_model import machine_code, partition, pipes
+from gpu_model.hot_path import PRODUCTS, Hints, HotPath, find, is_exponential
+from gpu_model.machine_code import Function, Instruction
+
+TIMED = 90
+"""The architecture whose units and latencies `pipes.py` knows."""
+FLOOR = 256.0
+"""Clocks of a quarter for 1024 exponentials: 16 a clock and multiprocessor."""
+REGISTERS = 65536
+"""Of a multiprocessor, given to warps eight for each lane at a time."""
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+"""Of a multiprocessor (CUDA programming guide, compute capabilities)."""
+RESERVED = 1024
+"""Bytes that a block takes more than it asks for."""
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+
+
+class UnknownKernelError(LookupError):
+    """Too little is known of a kernel."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel, and what its launch says of it."""
+
+    name: str
+    form: str
+    """In words: settings and variant."""
+    architecture: int
+    cubin: bytes
+    symbol: str
+    """Its name in the machine code."""
+    shared: int
+    """Bytes of dynamic shared memory."""
+    warps: int
+    tile: tuple[int, int]
+    """Queries and keys of a block at a time; of other kernels: what else it makes."""
+    hints: Hints
+    unrolled: int = 1
+    """Tiles in one trip of the main loop."""
+
+    @cached_property
+    def function(self) -> Function:
+        """Its machine code."""
+        return machine_code.read(self.cubin, self.symbol)[self.symbol]
+
+    @cached_property
+    def path(self) -> HotPath:
+        """What a warp executes."""
+        return find(self.function, self.hints)
+
+    @property
+    def scores(self) -> float:
+        """Of a warp in one trip."""
+        return prod(self.tile) * self.unrolled / self.warps
+
+    @property
+    def share(self) -> float:
+        """What makes numbers of one warp's trip those of 1024 scores."""
+        return 1024 / self.scores
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a kernel; all but registers, memory and counts of instructions is predicted."""
+
+    name: str
+    form: str
+    architecture: int
+    registers: int
+    stack: int
+    shared: int
+    """Bytes, static and dynamic together."""
+    warps: int
+    tile: tuple[int, int]
+    blocks: int
+    """That a multiprocessor has at once."""
+    instructions: float
+    """That a warp issues for 1024 scores."""
+    by_name: dict[str, float]
+    """These instructions by what they are; products, and what is at least 1 % of them."""
+    exponentials: float
+    """Of the special-function unit, for each score."""
+    local: float
+    """Instructions of local memory, where registers are spilled, for 1024 scores."""
+    overlap: float | None
+    """Between the last copy into shared memory and the wait for all of them, the share of what there is to do for a
+    tile; None: there is no such wait, because no copy is made or the newest may be under way."""
+    needs: dict[str, float]
+    """Unit → its clocks for 1024 scores."""
+    clocks: dict[str, float]
+    """Blocks on the multiprocessor → clocks of a quarter for 1024 scores; empty where no timing is known."""
+    tail_clocks: dict[str, float]
+    """The same of the loop for the edges; empty: the kernel has none."""
+
+    @property
+    def binding(self) -> str:
+        """The unit that is asked for most."""
+        return max(self.needs, key=self.needs.get)
+
+    @property
+    def alone(self) -> float | None:
+        """Clocks with one block on the multiprocessor."""
+        return self.clocks.get("1")
+
+    @property
+    def full(self) -> float | None:
+        """Clocks with as many blocks as there can be."""
+        return self.clocks.get(str(self.blocks))
+
+    @property
+    def ratio(self) -> float | None:
+        """To the floor of exponentials, of a kernel that has some."""
+        return self.full / FLOOR if self.full and self.exponentials else None
+
+
+def of(kernel: Kernel) -> Figures:
+    """Count and simulate, or what that gave before for the same machine code."""
+    fields = {name: value for name, value in vars(kernel).items() if name in Kernel.__dataclass_fields__}
+    depends_on = [*sorted(Path(__file__).parent.glob("*.py")), sha256(fields.pop("cubin")).hexdigest(), repr(fields)]
+    return read(cached("figures", depends_on, lambda: asdict(_of(kernel))))
+
+
+def read(stored: dict) -> Figures:
+    """From what `asdict` makes, and JSON."""
+    return Figures(**{**stored, "tile": tuple(stored["tile"])})
+
+
+def _of(kernel: Kernel) -> Figures:
+    path, share = kernel.path, kernel.share
+    usage = machine_code.resources(kernel.cubin)[kernel.symbol]
+    shared = kernel.shared + max(0, usage["SHARED"] - RESERVED)
+    blocks = blocks_of(kernel.architecture, kernel.warps, usage["REG"], shared)
+    return Figures(
+        name=kernel.name,
+        form=kernel.form,
+        architecture=kernel.architecture,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        shared=shared,
+        warps=kernel.warps,
+        tile=kernel.tile,
+        blocks=blocks,
+        instructions=len(path.main) * share,
+        by_name=_by_name(path.main, share),
+        # A warp's instruction makes 32 of them.
+        exponentials=sum(map(is_exponential, path.main)) * 32 / kernel.scores,
+        local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
+        overlap=overlap(path, kernel.unrolled),
+        needs={unit: clocks * share for unit, clocks in pipes.needs(path.main).items()},
+        clocks=_clocks(kernel, path.main, blocks),
+        tail_clocks=_clocks(kernel, path.tail, blocks),
+    )
+
+
+def blocks_of(architecture: int, warps: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor has at once; 0 if not even one fits."""
+    of_block = -(-registers // 8) * 8 * 32 * warps
+    of_shared = SHARED_KIB[architecture] * 1024 // (shared + RESERVED)
+    return min(REGISTERS // of_block, of_shared, WARPS[architecture] // warps, BLOCKS[architecture])
+
+
+def _clocks(kernel: Kernel, path: list[Instruction], blocks: int) -> dict[str, float]:
+    if kernel.architecture != TIMED or not path:
+        return {}
+    counts = sorted({count for count in (1, 2, 3) if count < blocks} | {blocks})
+    return {str(count): partition.clocks(path, kernel.warps, count) * kernel.share for count in counts}
+
+
+def overlap(path: HotPath, unrolled: int = 1) -> float | None:
+    """As in `Figures`."""
+    code = path.main
+    copies = [place for place, instruction in enumerate(code) if instruction.name == "LDGSTS"]
+    waits = [
+        place
+        for place, instruction in enumerate(code)
+        if instruction.name == "DEPBAR" and re.search(r"SB0, 0x0$", instruction.operands)
+    ]
+    if not path.is_loop or not copies or not waits:
+        return None
+    return min((wait - copy) % len(code) for wait in waits for copy in copies) * unrolled / len(code)
+
+
+def _by_name(path: list[Instruction], share: float) -> dict[str, float]:
+    names = Counter(instruction.name for instruction in path)
+    return {name: n * share for name, n in names.most_common() if n > len(path) / 100 or name in PRODUCTS}

@@ -1,0 +1,45 @@
+"""All attention kernels of one architecture, in the forms that the model uses and a few others."""
+
+from collections.abc import Iterator
+
+from gpu_model import cuda_code, figures, triton_code
+from gpu_model.figures import TIMED
+from gpu_model.stored import Row
+
+WIDTHS = (32, 64, 128)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+
+def rows(architecture: int, main: bool = False) -> Iterator[Row]:
+    """Of Triton and of CUDA.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        main: only what training runs, in bfloat16 with dropout. Where no timing is known this is all.
+    """
+    main = main or architecture != TIMED
+    yield from _triton_rows(architecture, main)
+    for dropout in (True,) if main else (True, False):
+        for name, kernel in cuda_code.kernels(architecture, dropout).items():
+            has_variants = cuda_code.LAUNCHES[name].has_exponentials
+            if dropout or has_variants:
+                yield Row("native", _variant(32, True, dropout) if has_variants else "", figures.of(kernel))
+
+
+def _triton_rows(architecture: int, main: bool) -> Iterator[Row]:
+    forms = [(32, True, True)]
+    if not main:
+        forms += [(32, True, False), (32, False, False), *((width, True, True) for width in WIDTHS[1:])]
+    for width, separable, dropout in forms:
+        for job in triton_code.jobs(architecture, width, separable):
+            has_variants = "SEPARABLE" in job.options_dict()
+            if has_variants:
+                job = triton_code.changed(job, dropout=dropout)
+            elif (width, separable, dropout) != forms[0]:
+                continue
+            variant = _variant(width, separable, dropout) if has_variants else ""
+            yield Row("triton", variant, figures.of(triton_code.compiled(job, architecture)))
+
+
+def _variant(width: int, separable: bool, dropout: bool) -> str:
+    return f"{width} channels, {'separable' if separable else 'dense'}{', dropout' if dropout else ''}"

@@ -1,0 +1,240 @@
+"""A quarter of one of Hopper's multiprocessors that goes through the main loop of a kernel, instruction by instruction.
+
+A warp issues in order: when the clocks are over that the assembler gave its last instruction, when the scoreboards that
+it must wait for are free, and when the unit takes it. One warp issues in a clock. All four quarters are taken to do the
+same, so that what they share costs four times its time. Not modelled: the cache of instructions, conflicts of banks and
+registers, atomics of shared memory, contention for the L2 cache.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gpu_model import pipes
+from gpu_model.machine_code import Instruction
+
+TRIPS = 10
+"""Of which the first two are not counted."""
+STAGGERS = (37.0, 150.0, 400.0)
+"""Clocks between the starts of blocks; nothing is known of them, so that the mean over a few is taken."""
+QUEUE = 8.0
+"""Clocks of work that may wait before the special-function unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An instruction as the model needs it."""
+
+    unit: str
+    clocks: float
+    shared: float
+    latency: float
+    stall: int
+    sets: int | None
+    reads: int | None
+    waits: tuple[int, ...]
+    event: str
+    """What else happens: see `_EVENTS`; empty: nothing."""
+    left: int
+    """Of a wait for groups: so many may still be under way."""
+
+
+_EVENTS = {
+    "LDGSTS": "copy",
+    "LDGDEPBAR": "end of copies",
+    "DEPBAR": "wait for copies",
+    "HGMMA": "product",
+    "WARPGROUP.DEPBAR": "wait for products",
+    "BAR": "barrier",
+    "MEMBAR": "fence",
+    "FENCE": "fence",
+}
+
+
+def _decode(instruction: Instruction) -> _Step:
+    control = instruction.control
+    event = "" if instruction.is_never else _EVENTS.get(instruction.name, "")
+    if instruction.operation.startswith("WARPGROUP.DEPBAR"):
+        event = _EVENTS["WARPGROUP.DEPBAR"]
+    left = re.search(r", (0x[0-9a-f]+)", instruction.operands) if event.startswith("wait") else None
+    if event == "product" and "gsb0" in instruction.operands:
+        event = "end of products"
+    fence = pipes.FENCE_OF_GPU if {"GPU", "SYS"} & set(instruction.parts) else pipes.FENCE
+    return _Step(
+        unit=pipes.unit(instruction),
+        clocks=fence if event == "fence" else pipes.clocks(instruction),
+        shared=pipes.shared_clocks(instruction),
+        latency=pipes.OTHER_LATENCY if instruction.is_never else pipes.latency(instruction),
+        stall=max(1, control.stall),
+        sets=control.sets,
+        reads=control.reads,
+        waits=control.waits,
+        event=event,
+        left=int(left[1], 16) if left else 0,
+    )
+
+
+@dataclass(slots=True)
+class _Groups:
+    """Copies or products that are waited for by groups: when each is done."""
+
+    done: list[float] = field(default_factory=list)
+    open: float = 0.0
+    """When the last of the group is done that is not ended yet."""
+
+    def add(self, at: float) -> None:
+        self.open = max(self.open, at)
+
+    def end(self, now: float) -> None:
+        self.done.append(self.open or now)
+        self.open = 0.0
+
+    def free(self, left: int) -> float:
+        """When no more than `left` groups are under way; groups end in their order."""
+        return self.done[-1 - left] if len(self.done) > left else 0.0
+
+
+@dataclass(slots=True)
+class _Warp:
+    block: int
+    ready: float
+    place: int = 0
+    boards: list[float] = field(default_factory=lambda: [0.0] * 6)
+    """When each scoreboard is free."""
+    copies: _Groups = field(default_factory=_Groups)
+    products: _Groups = field(default_factory=_Groups)
+    at_barrier: float | None = None
+    trips: list[float] = field(default_factory=list)
+    """When each was over."""
+
+
+class _Partition:
+    """Warps and units."""
+
+    def __init__(self, path: Iterable[Instruction], warps: list[_Warp], trips: int) -> None:
+        self.path = [_decode(instruction) for instruction in path]
+        self.warps, self.trips = warps, trips
+        self.free: dict[str, float] = defaultdict(float)
+        """Unit → when it takes the next instruction."""
+        self.now = 0.0
+        self.turn = 0
+
+    def run(self) -> None:
+        """Until every warp has made its trips."""
+        while any(len(warp.trips) < self.trips for warp in self.warps):
+            warp, at = self._next()
+            self._issue(warp, at)
+
+    def _next(self) -> tuple[_Warp, float]:
+        """Who issues first, and when; of those who could at once, the one whose turn it is."""
+        best, first = None, 0.0
+        for offset in range(len(self.warps)):
+            warp = self.warps[(self.turn + offset) % len(self.warps)]
+            if warp.at_barrier is not None or len(warp.trips) == self.trips:
+                continue
+            at = self._earliest(warp)
+            if best is None or at < first:
+                best, first = warp, at
+            if at <= self.now:
+                break
+        if best is None:
+            raise RuntimeError("all warps wait at barriers that no other warp comes to.")
+        return best, first
+
+    def _earliest(self, warp: _Warp) -> float:
+        step = self.path[warp.place]
+        at = max(self.now, warp.ready, *(warp.boards[board] for board in step.waits))
+        if step.event == "wait for copies":
+            at = max(at, warp.copies.free(step.left))
+        elif step.event == "wait for products":
+            at = max(at, warp.products.free(step.left))
+        if step.unit == "fma":
+            return max(at, min(self.free["heavy"], self.free["light"]))
+        if step.unit == "xu":
+            return max(at, self.free["xu"] - QUEUE)
+        # What goes to memory, or is a warpgroup's, waits in queues behind the issue.
+        waits_here = step.unit in ("heavy", "alu") or (step.unit == "tensor" and "product" not in step.event)
+        return max(at, self.free[step.unit]) if waits_here else at
+
+    def _issue(self, warp: _Warp, at: float) -> None:
+        step = self.path[warp.place]
+        done = self._work(step, at) + step.latency
+        if step.event:
+            self._note(warp, step, at, done)
+        if step.sets is not None:
+            warp.boards[step.sets] = max(warp.boards[step.sets], done)
+        if step.reads is not None:
+            read = at + pipes.OPERANDS
+            # A warpgroup's product reads its left operand from registers as it goes.
+            until = max(read, min(done, at + 60)) if "product" in step.event else read
+            warp.boards[step.reads] = max(warp.boards[step.reads], until)
+        warp.ready = max(warp.ready, at + step.stall)
+        self.now = at + 1
+        self.turn = self.warps.index(warp) + 1
+        warp.place += 1
+        if warp.place == len(self.path):
+            warp.place = 0
+            warp.trips.append(self.now)
+
+    def _work(self, step: _Step, at: float) -> float:
+        """Keeps the unit busy; when it begins, of a warpgroup's product when it ends."""
+        if not step.unit:
+            return at
+        unit = step.unit
+        if unit == "fma":
+            unit = "light" if self.free["light"] <= self.free["heavy"] else "heavy"
+        begin = max(at, self.free[unit])
+        self.free[unit] = begin + step.clocks
+        if "product" in step.event:
+            self.free["shared"] = max(at, self.free["shared"]) + step.shared
+            return begin + step.clocks
+        return begin
+
+    def _note(self, warp: _Warp, step: _Step, at: float, done: float) -> None:
+        match step.event:
+            case "copy":
+                warp.copies.add(done)
+            case "end of copies":
+                warp.copies.end(at)
+            case "product" | "end of products":
+                warp.products.add(done)
+                if step.event == "end of products":
+                    warp.products.end(at)
+            case "fence":
+                warp.ready = max(warp.ready, at + step.clocks)
+            case "barrier":
+                self._arrive(warp, at)
+
+    def _arrive(self, warp: _Warp, at: float) -> None:
+        """The barrier of a block opens some time after its last warp has come."""
+        warp.at_barrier = at
+        block = [other for other in self.warps if other.block == warp.block]
+        if all(other.at_barrier is not None for other in block):
+            opens = max(other.at_barrier for other in block) + pipes.BARRIER
+            for other in block:
+                other.ready, other.at_barrier = max(other.ready, opens), None
+
+
+def simulate(path: list[Instruction], warps: int, blocks: int, stagger: float, trips: int = TRIPS) -> float:
+    """Clocks of the quarter for one trip of one warp, in the long run.
+
+    Args:
+        path: the instructions of one trip.
+        warps: of a block, in all four quarters: 4, 8, ...
+        blocks: on the multiprocessor.
+        stagger: clocks between the starts of blocks.
+        trips: of every warp.
+    """
+    per_quarter = -(-warps // 4)
+    # Blocks of fewer than four warps share the quarters out among them.
+    blocks_here = -(-blocks * warps // 4) if warps < 4 else blocks
+    here = [_Warp(block, stagger * block) for block in range(blocks_here) for _ in range(per_quarter)]
+    _Partition(path, here, trips).run()
+    begin, end = (sum(warp.trips[trip] for warp in here) / len(here) for trip in (1, -1))
+    return (end - begin) / (trips - 2) / len(here)
+
+
+def clocks(path: list[Instruction], warps: int, blocks: int) -> float:
+    """As `simulate`, the mean over some staggers."""
+    return sum(simulate(path, warps, blocks, stagger) for stagger in STAGGERS) / len(STAGGERS)

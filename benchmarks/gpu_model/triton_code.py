@@ -1,0 +1,98 @@
+"""The attention kernels that Triton compiles, with the settings that ship or with others."""
+
+from dataclasses import replace
+from math import prod
+
+from conddetr.kernels import aot
+from conddetr.kernels.attn import triton as attn
+from conddetr.kernels.bits import triton as bits
+from gpu_model.figures import Kernel
+from gpu_model.hot_path import Hints
+
+ROOMS = (attn, bits)
+"""Where the kernels are."""
+WORD = 32
+"""Decisions of dropout that are one number of its kernel."""
+
+
+def jobs(architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16") -> list[aot.Job]:
+    """The attention kernels of the ahead-of-time check, of one width and form."""
+    products = "half" if dtype == "bf16" else "tf32"
+    found = [job for job in aot.jobs(architecture) if job.dtype == dtype]
+    found = [job for job in found if any(hasattr(room, job.kernel) for room in ROOMS)]
+
+    def fits(job: aot.Job) -> bool:
+        options = job.options_dict()
+        if "PD" not in options:
+            return True
+        return options["PD"] == width and options["SEPARABLE"] == separable and job.variant.startswith(products)
+
+    return [job for job in found if fits(job)]
+
+
+def job(kernel: str, architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16") -> aot.Job:
+    """One of `jobs`.
+
+    Raises:
+        ValueError: there is no such kernel; lists those that there are.
+    """
+    found = {job.kernel: job for job in jobs(architecture, width, separable, dtype)}
+    if kernel not in found:
+        raise ValueError(f"kernel {kernel!r}: expected one of {', '.join(found)}.")
+    return found[kernel]
+
+
+def changed(
+    job: aot.Job,
+    tiles: attn.Tiles | None = None,
+    dropout: bool | None = None,
+    options: dict[str, object] | None = None,
+) -> aot.Job:
+    """The same kernel with other settings.
+
+    Args:
+        job: with the settings that ship.
+        tiles: queries, keys, warps, stages.
+        dropout: whether weights are dropped.
+        options: any other compile-time argument.
+    """
+    made = {**job.options_dict(), **(options or {})}
+    if tiles is not None:
+        made |= {"BLOCK_Q": tiles.queries, "BLOCK_N": tiles.keys}
+        made |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    if dropout is not None:
+        made["HAS_DROPOUT"] = dropout
+    return replace(job, options=tuple(made.items()))
+
+
+def compiled(job: aot.Job, architecture: int) -> Kernel:
+    """Compile one job; see `Kernel`."""
+    return kernel_of(job.kernel, aot.build(job, architecture), job.options_dict(), architecture)
+
+
+def kernel_of(name: str, built: aot.Built, options: dict[str, object], architecture: int) -> Kernel:
+    """What Triton has compiled, with its compile-time arguments."""
+    tile = tile_of(options)
+    return Kernel(
+        name=name,
+        form=form_of(options, built.warps, built.stages),
+        architecture=architecture,
+        cubin=built.cubin,
+        symbol=name,
+        shared=built.shared,
+        warps=built.warps,
+        tile=tile,
+        hints=Hints(exponentials=prod(tile) / built.warps / 32 if "BLOCK_Q" in options else 0.0),
+    )
+
+
+def tile_of(options: dict[str, object]) -> tuple[int, int]:
+    """Of a block in one trip: queries and keys, or what else the kernel makes."""
+    if "BLOCK_Q" in options:
+        return options["BLOCK_Q"], options["BLOCK_N"]
+    return options["BLOCK"], options.get("BLOCK_C", WORD)
+
+
+def form_of(options: dict[str, object], warps: int, stages: int) -> str:
+    """`64 × 64, 4 warps, 2 stages`."""
+    return f"{' × '.join(map(str, tile_of(options)))}, {warps} warps, {stages} stages"
