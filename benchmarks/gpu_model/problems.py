@@ -31,9 +31,11 @@ class Walk:
 
     over: str
     """`keys`: a block has some queries of one head and image, and all their keys go by; `queries`: the other way round;
-    `once`: it makes one trip."""
+    `once`: it makes `trips`."""
     with_padding: bool = False
     """Whether keys outside the valid rectangle go by too."""
+    trips: int = 1
+    """That a block makes which makes the same number of them whatever the problem."""
 
 
 WALKS = {
@@ -47,8 +49,10 @@ WALKS = {
         "attn forward_kernel": Walk("keys"),
         "attn hopper_forward_kernel": Walk("keys"),
         "attn backward_query_kernel": Walk("keys"),
+        "attn hopper_backward_query_kernel": Walk("keys"),
         "attn backward_key_kernel": Walk("queries"),
-        "bits fill_kernel": Walk("once"),
+        "attn hopper_backward_key_kernel": Walk("queries"),
+        "bits fill_kernel": Walk("once", trips=4),
     },
     PEER: {
         "memory-efficient forward": Walk("keys", with_padding=True),
@@ -203,7 +207,7 @@ def _work(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[
 
     columns, heads, images = launch.grid
     if walk.over == "once":
-        return [float(scores)] * (columns * heads * images)
+        return [float(walk.trips * scores)] * (columns * heads * images)
     if heads != HEADS or images != problem.batch:
         raise UnknownKernelError(f"{known.name}: grid {launch.grid}, expected (·, {HEADS}, {problem.batch}).")
     work: list[float] = []
