@@ -388,7 +388,7 @@ def _env(options: argparse.Namespace) -> None:
     table = Table(title="what backend=auto picks")
     for column in ("operation", *(str(dtype).removeprefix("torch.") for dtype in dtypes)):
         table.add_column(column)
-    for operation in ("conditional_attention", "sine_embedding", "conditional_spatial_query"):
+    for operation in ("conditional_attention", "dropout_bits", "sine_embedding", "conditional_spatial_query"):
         table.add_row(operation, *(choice.backend for choice in choices))
     losses = ("focal_loss", "matched_box_loss", "matching_cost", "prediction_errors")
     fused = ("add_norm", "grid_positions", "max_pool", "predicted_boxes", "prepare_weights")

@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(kThreads)
   Chunk<T> result;
 #pragma unroll
   for (int j = 0; j < kPerChunk; ++j) result.numbers[j] = from_float<T>(sums[j]);
-  T* target = is_row ? grad_rows + int64_t(image) * p.height * stride : grad_columns + int64_t(image) * p.width * stride;
-  *reinterpret_cast<Chunk<T>*>(target + index * stride + channel) = result;
+  T* target = is_row ? grad_rows : grad_columns;
+  const int64_t target_item = int64_t(image) * (is_row ? p.height : p.width) + index;
+  *reinterpret_cast<Chunk<T>*>(target + target_item * stride + channel) = result;
 }
 
 }  // namespace conddetr::attn

@@ -14,14 +14,14 @@ __device__ __forceinline__ float score_gradient(float weight, float grad_weight,
   return is_kept ? weight * grad_weight + without : without;
 }
 
-// lse and delta of a warp's queries, of rows g and g + 8; the latter from tiles of the output and its gradient, and kept
-// for the gradients of keys. Rows past the last query have no weights.
+// lse and delta of a warp's queries, of rows g and g + 8; the latter from tiles of the output and its gradient, and
+// kept for the gradients of keys. Rows past the last query have no weights.
 template <typename T>
 struct RowSums {
   float lse[2], delta[2];
 
-  __device__ RowSums(const Problem<T>& p, const Upstream<T>& upstream, Tile<T> gradient, Tile<T> out, int image, int head,
-                     int first, const Lane& lane) {
+  __device__ RowSums(const Problem<T>& p, const Upstream<T>& upstream, Tile<T> gradient, Tile<T> out, int image,
+                     int head, int first, const Lane& lane) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int in_tile = lane.first_row() + lane.g + 8 * row, query = first + in_tile;
@@ -39,10 +39,52 @@ struct RowSums {
   }
 };
 
+// A block's 64 queries, as rows, and the keys that go by.
 template <typename T, bool kSeparable>
-constexpr int64_t backward_query_bytes(int64_t height, int64_t width) {
-  return 9 * Tile<T>::kBytes + (kSeparable ? line_bytes<T>(height, width) : 0);
-}
+struct QueryRows {
+  const Problem<T>& p;
+  int first;
+  int64_t stride, offset;  // of the gradients and of the output
+  Tile<T> q_content, q_spatial, gradient;
+  KeyTiles<T, kSeparable> key_tiles;
+
+  static constexpr int64_t bytes(int64_t height, int64_t width) {
+    return 9 * Tile<T>::kBytes + (kSeparable ? line_bytes<T>(height, width) : 0);
+  }
+
+  __device__ QueryRows(const Problem<T>& p, int image, int head, int first, const Keys& keys, Shared& shared)
+      : p(p),
+        first(first),
+        stride(int64_t(p.heads) * kWidth),
+        offset((int64_t(image) * p.queries * p.heads + head) * kWidth),
+        q_content(shared.tile<T>()),
+        q_spatial(shared.tile<T>()),
+        gradient(shared.tile<T>()),
+        key_tiles(p, image, head, keys, shared) {}
+
+  // Loads the queries and starts with the keys. Ends with a barrier.
+  __device__ void begin(const Upstream<T>& upstream, int image, int head) {
+    const Part<T> part;
+    load_queries(q_content, Source<T>(p.q_content, image, head, part), first, p.queries, part);
+    load_queries(q_spatial, Source<T>(p.q_spatial, image, head, part), first, p.queries, part);
+    load_queries(gradient, Source<T>(upstream.grad + offset, stride, part), first, p.queries, part);
+    load_queries(out(), Source<T>(upstream.out + offset, stride, part), first, p.queries, part);
+    key_tiles.begin(p, image, head);
+    end_group();
+    wait_group<0>();
+    barrier();
+    key_tiles.finish_first();
+  }
+
+  // The output, until the second tile of keys comes.
+  __device__ Tile<T> out() const { return key_tiles.values.stage(1); }
+
+  __device__ void store(T* target, float (&sums)[4][4], const Lane& lane) const {
+    scale_by(sums, p.scale / p.drop_factor);
+    store_rows(target + offset, stride, sums, q_content, lane.first_row(),
+               [=, this](int row) -> int64_t { return first + row < p.queries ? first + row : -1; });
+  }
+};
 
 // A block has 64 queries of one head of one image, a warp 16 of them; keys go by in tiles, two in flight.
 template <typename T, bool kSeparable>
@@ -53,23 +95,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const int tiles = keys.tiles();
   const Lane lane;
   Shared shared;
-  const Tile<T> q_content = shared.tile<T>(), q_spatial = shared.tile<T>(), gradient = shared.tile<T>();
-  KeyTiles<T, kSeparable, kThreads> key_tiles(p, image, head, keys, shared);
-  const Tile<T> out = key_tiles.values.stage(1);  // free until the second tile comes
-
-  const int64_t stride = int64_t(p.heads) * kWidth, offset = int64_t(image) * p.queries * stride + head * kWidth;
-  load_queries(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
-  load_queries(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-  load_queries(gradient, upstream.grad + offset, stride, first, p.queries);
-  load_queries(out, upstream.out + offset, stride, first, p.queries);
-  key_tiles.begin(image, head);
-  end_group();
-  wait_group<0>();
-  barrier();
-  const Fragment<T> content(q_content, lane.first_row()), conditional(q_spatial, lane.first_row());
-  const Fragment<T> grads(gradient, lane.first_row());
-  const RowSums<T> row_sums(p, upstream, gradient, out, image, head, first, lane);
-  key_tiles.finish_first();
+  QueryRows<T, kSeparable> rows(p, image, head, first, keys, shared);
+  rows.begin(upstream, image, head);
+  const Fragment<T> content(rows.q_content, lane.first_row()), conditional(rows.q_spatial, lane.first_row());
+  const Fragment<T> grads(rows.gradient, lane.first_row());
+  const RowSums<T> row_sums(p, upstream, rows.gradient, rows.out(), image, head, first, lane);
+  KeptOfKeys kept_of(p, image, head, first, lane);
+  KeyTiles<T, kSeparable>& key_tiles = rows.key_tiles;
 
   float by_content[4][4], by_spatial[4][4];
   clear(by_content);
@@ -77,10 +109,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   for (int tile = 0; tile < tiles; ++tile) {
     wait_group<0>();
     barrier();  // this tile is there, and nobody reads the other
-    if (tile + 1 < tiles) key_tiles.load(tile + 1);
+    if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
-    const Kept kept(p, image, head, first, tile, lane);
+    Kept kept = kept_of.next();
     const Visible visible(p, image, keys, tile, lane);
+    kept.start_at(2 * lane.t);
     const Tile<T> k_content = key_tiles.content.stage(tile % 2), k_spatial = key_tiles.spatial.stage(tile % 2);
 #pragma unroll kUnrolledGroups<T>
     for (int group = 0; group < 4; ++group) {
@@ -103,12 +136,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
       multiply_columns(by_spatial, by_score, k_spatial, 16 * group);
     }
   }
-
-  scale_by(by_content, p.scale / p.drop_factor);
-  scale_by(by_spatial, p.scale / p.drop_factor);
-  const auto item_of = [=](int row) -> int64_t { return first + row < p.queries ? first + row : -1; };
-  store_rows(grad_content + offset, stride, by_content, q_content, lane.first_row(), item_of);
-  store_rows(grad_spatial + offset, stride, by_spatial, q_content, lane.first_row(), item_of);
+  rows.store(grad_content, by_content, lane);
+  rows.store(grad_spatial, by_spatial, lane);
 }
 
 }  // namespace conddetr::attn

@@ -12,13 +12,15 @@
 #include "attn/backward_lines.cuh"
 #include "attn/backward_query.cuh"
 #include "attn/forward.cuh"
-#include "attn/hopper.cuh"
+#include "attn/hopper_backward_key.cuh"
+#include "attn/hopper_backward_query.cuh"
+#include "attn/hopper_forward.cuh"
 
 namespace conddetr::attn {
 namespace {
 
 // The largest grid of the presets, 1333 × 1333 pixels at stride 16, fits GPUs with the smallest shared memory.
-static_assert(backward_query_bytes<bf16, true>(84, 84) <= 99 * 1024);
+static_assert(QueryRows<bf16, true>::bytes(84, 84) <= 99 * 1024);
 
 // The arguments that both operators have; see kernels/attn/op.py.
 struct Inputs {
@@ -66,7 +68,8 @@ struct Inputs {
     const int64_t step = 16 / tensor.element_size();
     const bool is_in_steps =
         tensor.stride(0) % step == 0 && tensor.stride(1) % step == 0 && tensor.stride(2) % step == 0;
-    if (tensor.stride(3) != 1 || !is_in_steps) tensor = torch::stable::contiguous(tensor);
+    const bool is_near = tensor.stride(1) * int64_t(tensor.element_size()) < int64_t(1) << 31;  // kernels have ints
+    if (tensor.stride(3) != 1 || !is_in_steps || !is_near) tensor = torch::stable::contiguous(tensor);
     tensor = aligned(tensor);
   }
 
@@ -120,36 +123,47 @@ dim3 grid(const Inputs& inputs, int64_t tiles) {
 
 int64_t tiles_of(int64_t items) { return (items + kTile - 1) / kTile; }
 
-// Whether the environment allows the kernels of hopper.cuh: yes, unless CONDDETR_HOPPER is 0 (to compare).
+// Whether the environment allows the kernels for Hopper: yes, unless CONDDETR_HOPPER is 0 (to compare).
 bool wants_hopper() {
   const char* value = std::getenv("CONDDETR_HOPPER");
   return value == nullptr || std::strcmp(value, "0") != 0;
 }
 
-// Runs the forward kernel of hopper.cuh if it can; false if not.
+// A kernel's form for Hopper where it can run, else the one for any GPU. Both have the same blocks.
+template <typename... Parameters>
+auto fitting(void (*any)(Parameters...), void (*hopper)(Parameters...), const Inputs& inputs) {
+  return wants_hopper() && has_warpgroups(hopper, inputs.v) ? hopper : any;
+}
+
 template <typename T, bool kSeparable>
-bool forward_on_hopper(const Inputs& inputs, const Tensor& out, const Tensor& lse) {
-  if constexpr (sizeof(T) == 2) {
-    const auto kernel = hopper_forward_kernel<T, kSeparable>;
-    const int64_t bytes = hopper_forward_bytes<T, kSeparable>(inputs.height(), inputs.width());
-    if (!wants_hopper() || !has_warpgroups(kernel, inputs.v) || bytes > shared_limit(inputs.v)) return false;
-    const int64_t blocks = (inputs.queries() + kGroupQueries - 1) / kGroupQueries;
-    launch("conditional_attention (Hopper)", kernel, grid(inputs, blocks), kGroupThreads, bytes, inputs.v,
-           problem<T>(inputs), data<T>(out), data<float>(lse));
-    return true;
-  }
-  return false;
+auto kernel_forward(const Inputs& inputs) {
+  const auto any = forward_kernel<T, kSeparable>;
+  if constexpr (sizeof(T) == 2) return fitting(any, hopper_forward_kernel<T, kSeparable>, inputs);
+  return any;
 }
 
 template <typename T, bool kSeparable>
 std::tuple<Tensor, Tensor> forward_form(const Inputs& inputs) {
   Tensor out = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.queries(), inputs.heads(), kWidth});
   Tensor lse = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
-  if (forward_on_hopper<T, kSeparable>(inputs, out, lse)) return {out, lse};
-  const int64_t bytes = checked(forward_bytes<T, kSeparable>(inputs.height(), inputs.width()), inputs);
-  launch("conditional_attention", forward_kernel<T, kSeparable>, grid(inputs, tiles_of(inputs.queries())), kThreads,
-         bytes, inputs.v, problem<T>(inputs), data<T>(out), data<float>(lse));
+  const int64_t bytes = forward_bytes<T, kSeparable>(inputs.height(), inputs.width());
+  launch("conditional_attention", kernel_forward<T, kSeparable>(inputs), grid(inputs, tiles_of(inputs.queries())),
+         kThreads, checked(bytes, inputs), inputs.v, problem<T>(inputs), data<T>(out), data<float>(lse));
   return {out, lse};
+}
+
+template <typename T, bool kSeparable>
+auto kernel_backward_query(const Inputs& inputs) {
+  const auto any = backward_query_kernel<T, kSeparable>;
+  if constexpr (sizeof(T) == 2) return fitting(any, hopper_backward_query_kernel<T, kSeparable>, inputs);
+  return any;
+}
+
+template <typename T, bool kSeparable>
+auto kernel_backward_key(const Inputs& inputs) {
+  const auto any = backward_key_kernel<T, kSeparable>;
+  if constexpr (sizeof(T) == 2) return fitting(any, hopper_backward_key_kernel<T, kSeparable>, inputs);
+  return any;
 }
 
 // Of q_content, q_spatial, k_content, k_spatial, columns (empty for dense keys) and v.
@@ -168,13 +182,13 @@ Gradients backward_form(const Inputs& inputs, const Tensor& grad, const Tensor& 
 
   const Problem<T> p = problem<T>(inputs);
   const Upstream<T> upstream{data<T>(grad), data<T>(out), data<float>(lse), data<float>(delta)};
-  const int64_t bytes = backward_query_bytes<T, kSeparable>(inputs.height(), inputs.width());
-  launch("conditional_attention_backward (queries)", backward_query_kernel<T, kSeparable>,
-         grid(inputs, tiles_of(queries)), kThreads, checked(bytes, inputs), inputs.v, p, upstream, data<T>(grad_qc),
-         data<T>(grad_qs));
-  launch("conditional_attention_backward (keys)", backward_key_kernel<T, kSeparable>, grid(inputs, inputs.tiles()),
-         kThreads, checked(backward_key_bytes<T>, inputs), inputs.v, p, upstream, data<T>(grad_kc), data<T>(grad_ks),
-         data<T>(grad_v));
+  const int64_t query_bytes = QueryRows<T, kSeparable>::bytes(inputs.height(), inputs.width());
+  launch("conditional_attention_backward (queries)", kernel_backward_query<T, kSeparable>(inputs),
+         grid(inputs, tiles_of(queries)), kThreads, checked(query_bytes, inputs), inputs.v, p, upstream,
+         data<T>(grad_qc), data<T>(grad_qs));
+  launch("conditional_attention_backward (keys)", kernel_backward_key<T, kSeparable>(inputs),
+         grid(inputs, inputs.tiles()), kThreads, KeyRows<T, kSeparable>::kBytes, inputs.v, p, upstream,
+         data<T>(grad_kc), data<T>(grad_ks), data<T>(grad_v));
   if constexpr (!kSeparable) {
     return {grad_qc, grad_qs, grad_kc, grad_ks, torch::stable::new_empty(inputs.v, {0}), grad_v};
   }

@@ -1,28 +1,17 @@
-// Conditional attention on Hopper, forward, for 16-bit numbers: what kernels.cuh does, with other products.
+// Products of tiles on Hopper, for 16-bit numbers: a warpgroup, which is a block, multiplies 64 rows of its own with a
+// tile in shared memory. That reads the tile once, where warps read it four times: 8 KiB for 16 rows at 128 bytes a
+// clock take as long as the exponentials.
 //
-// - A warpgroup's product reads a tile of keys from shared memory once for 64 queries, a warp's for 16. Reading for 16
-//   takes as long as the exponentials: 8 KiB at 128 bytes a clock are 64 clocks, and so are 1024 exponentials at 16.
-// - With products this cheap, separable spatial keys need no table: rows[y] + columns[x] is built in shared memory, for
-//   each key once, and takes part in the product. It is rounded to T, as dense keys are.
-// - A block has 128 queries, so that keys are fetched half as often.
-// - What is left of a tile for a warp, counted in the machine code: 337 instructions, one a clock, among them 34 of the
-//   special-function unit, one in 8 clocks. So instructions are saved: a negative scale turns the queries' sign, and the
-//   maximum then needs no scale; masks are looked at in the last tiles alone, where keys may be outside the rectangle.
-//   One exponential in 16 is a series: 19 instructions more, 16 clocks less of that unit (`kSeries`; not measured).
-//
-// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes as they lie, and a row of
-// 64 bytes has to be swizzled; cp.async.bulk.tensor does swizzle, but needs a map that the driver encodes for every call,
-// and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes zeros.
+// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes as they lie, and a row
+// of 64 bytes has to be swizzled; cp.async.bulk.tensor does swizzle, but needs a map that the driver encodes for every
+// call, and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes
+// zeros.
 #pragma once
 
-#include "attn/forward.cuh"
+#include "attn/tile.cuh"
 #include "common/hopper.cuh"
 
 namespace conddetr::attn {
-
-constexpr int kGroups = 2;  // warpgroups of a block
-constexpr int kGroupQueries = kGroups * kTile;
-constexpr int kGroupThreads = kGroups * kThreads;
 
 // A tile as products want it described (PTX ISA 9.0, 9.7.15.5.1.2.2): a matrix in rows of 64 bytes, with the swizzle of
 // 64 bytes. That goes by the bits of addresses, so that its pattern starts at multiples of 512, as tiles do, and a
@@ -50,89 +39,31 @@ struct Matrix {
 
 // Starts sum[64, 64] = left[64, 32] · tileᵀ, or += it.
 template <bool kAdds, typename T>
-__device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], const Fragment<T>& left, Matrix tile) {
+__device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], const Fragment<T>& left, Tile<T> tile) {
   constexpr int kStep = 16 * sizeof(T);
-  multiply_async<T, false, kAdds>(sum, left.part[0], tile.description());
-  multiply_async<T, false, true>(sum, left.part[1], tile.from(kStep).description());
+  const Matrix matrix(tile);
+  multiply_async<T, false, kAdds>(sum, left.part[0], matrix.description());
+  multiply_async<T, false, true>(sum, left.part[1], matrix.from(kStep).description());
 }
 
 // Starts sum[64, 32] += left[64, 64] · tile.
 template <typename T>
-__device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const uint32_t (&left)[4][4], Matrix tile) {
+__device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const uint32_t (&left)[4][4], Tile<T> tile) {
   constexpr int kStep = 16 * kWidth * sizeof(T);
+  const Matrix matrix(tile);
 #pragma unroll
   for (int group = 0; group < 4; ++group) {
-    multiply_async<T, true, true>(sum, left[group], tile.from(group * kStep).description());
+    multiply_async<T, true, true>(sum, left[group], matrix.from(group * kStep).description());
   }
 }
 
-template <typename T, bool kSeparable>
-constexpr int64_t hopper_forward_bytes(int64_t height, int64_t width) {
-  return (2 * kGroups + 6) * Tile<T>::kBytes + (kSeparable ? line_bytes<T>(height, width) : 0);
-}
-
-// A block has 128 queries of one head of one image, a warpgroup 64 of them; keys go by in tiles, two in flight.
-template <typename T, bool kSeparable>
-__global__ void __launch_bounds__(kGroupThreads, 2) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
-#if defined(CONDDETR_HAS_WARPGROUPS)
-  const int first = blockIdx.x * kGroupQueries, head = blockIdx.y, image = blockIdx.z;
-  const Keys keys = p.keys_of(image);
-  const int tiles = keys.tiles();
-  const Lane lane;
-  // Of the last block's two warpgroups one may have no query. It copies, and waits at barriers.
-  const bool is_idle = first + lane.first_row() / kTile * kTile >= p.queries;
-  Shared shared;
-  const Tile<T> q_content = shared.tile<T>(kGroups), q_spatial = shared.tile<T>(kGroups);
-  KeyTiles<T, kSeparable, kGroupThreads> key_tiles(p, image, head, keys, shared);
-
-  load_queries<kGroupQueries>(q_content, p.q_content.of(image, head), p.q_content.item, first, p.queries);
-  load_queries<kGroupQueries>(q_spatial, p.q_spatial.of(image, head), p.q_spatial.item, first, p.queries);
-  key_tiles.begin(image, head);
-  end_group();
-  wait_group<0>();
-  barrier();
-  Fragment<T> content(q_content, lane.first_row()), conditional(q_spatial, lane.first_row());
-  const uint32_t sign = p.log2_scale < 0 ? 0x80008000u : 0;
+// Sums as the left operand of the next product.
+template <typename T>
+__device__ __forceinline__ void pack_all(uint32_t (&packed)[4][4], const float (&values)[8][4]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) content.part[i / 4][i % 4] ^= sign, conditional.part[i / 4][i % 4] ^= sign;
-  key_tiles.finish_first();
-
-  Softmax<true> softmax;
-  float sums[4][4];
-  clear(sums);
-  const Matrix key_matrix(key_tiles.content), value_matrix(key_tiles.values), spatial_matrix(key_tiles.spatial);
-  for (int tile = 0; tile < tiles; ++tile) {
-    wait_group<0>();
-    show_to_products();
-    barrier();  // this tile is there, and nobody reads the other
-    if (tile + 1 < tiles) key_tiles.load(tile + 1);
-    end_group();
-    if (is_idle) continue;
-
-    const Kept kept(p, image, head, first, tile, lane);
-    const int offset = tile % 2 * Tile<T>::kBytes;
-    float weights[8][4];
-    begin_products(weights, content.part, conditional.part);
-    multiply_rows_async<false>(weights, content, key_matrix.from(offset));
-    multiply_rows_async<true>(weights, conditional, spatial_matrix.from(offset));
-    finish_products(weights);
-
-    const Visible visible(p, image, keys, tile, lane);
-    if (!visible.is_all) visible.hide(weights, -INFINITY);
-    softmax.update(weights, fabsf(p.log2_scale));
-    uint32_t packed[4][4];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      packed[i / 4][i % 4] = pack<T>(weights[i / 2][2 * (i % 2)], weights[i / 2][2 * (i % 2) + 1]);
-      sums[i / 4][i % 4] *= softmax.shrink[i / 2 % 2];
-    }
-    if (p.keep) kept.apply(packed);
-    begin_products(sums, packed);
-    multiply_columns_async<T>(sums, packed, value_matrix.from(offset));
-    finish_products(sums);
+  for (int i = 0; i < 16; ++i) {
+    packed[i / 4][i % 4] = pack<T>(values[i / 2][2 * (i % 2)], values[i / 2][2 * (i % 2) + 1]);
   }
-  if (!is_idle) store_forward(out, lse, sums, softmax, p, image, head, first, q_content, lane);
-#endif
 }
 
 }  // namespace conddetr::attn

@@ -1,6 +1,6 @@
 // The order of keys on GPUs. A key's ordinal counts the keys of the image's valid rectangle, row by row; those outside
-// come after. A tile is 64 ordinals: the rectangle is padded to a multiple of 64 keys, no more, and dropout's bits, which
-// go by ordinals, are read as they lie. Dense keys are a grid of one row.
+// come after. A tile is 64 ordinals: the rectangle is padded to a multiple of 64 keys, no more, and dropout's bits,
+// which go by ordinals, are read as they lie. Dense keys are a grid of one row.
 #pragma once
 
 #include "common/rectangle.h"

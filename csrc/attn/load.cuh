@@ -5,10 +5,44 @@
 
 namespace conddetr::attn {
 
-// A tile of 64 queries, or two with 128, of one image and head; zeros past the last query.
-template <int kQueries = kTile, typename T>
-__device__ __forceinline__ void load_queries(Tile<T> tile, const T* base, int64_t stride, int first, int queries) {
-  load_tile<kQueries>(tile, base, stride, [=](int row) -> int64_t { return first + row < queries ? first + row : -1; });
+// What a thread copies of tiles: a chunk of 16 bytes of a few rows.
+template <typename T>
+struct Part {
+  static constexpr int kStep = kThreads / Tile<T>::kChunks, kRows = kTile / kStep;
+  static_assert(kStep % 8 == 0, "the swizzle of a tile repeats every eight rows");
+  int row, chunk;  // the first row, and others kStep apart
+
+  __device__ Part() : row(threadIdx.x / Tile<T>::kChunks), chunk(threadIdx.x % Tile<T>::kChunks) {}
+  __device__ int in_lines() const { return chunk * Tile<T>::kPerChunk; }
+  __device__ T* of(Tile<T> tile, int index) const { return tile.chunk(row, chunk) + index * kStep * kWidth; }
+};
+
+// The thread's chunk in the items of a tensor, of one image and head.
+template <typename T>
+struct Source {
+  const char* data;
+  int item_bytes;
+
+  __device__ Source(const T* base, int64_t stride, const Part<T>& part)
+      : data(reinterpret_cast<const char*>(base + part.in_lines())), item_bytes(int(stride * sizeof(T))) {}
+  __device__ Source(const Rows<T>& rows, int image, int head, const Part<T>& part)
+      : Source(rows.of(image, head), rows.item, part) {}
+
+  // Starts to copy it; zeros if not `inside`.
+  __device__ __forceinline__ void copy(T* target, int item, bool inside) const {
+    copy_async(target, data + int64_t(item) * item_bytes, inside);
+  }
+};
+
+// Starts to copy a tile of queries; zeros past the last query.
+template <typename T>
+__device__ __forceinline__ void load_queries(Tile<T> tile, const Source<T>& source, int first, int queries,
+                                             const Part<T>& part) {
+#pragma unroll
+  for (int i = 0; i < Part<T>::kRows; ++i) {
+    const int query = first + part.row + i * Part<T>::kStep;
+    source.copy(part.of(tile, i), query, query < queries);
+  }
 }
 
 // Bytes of the rows and columns that `KeyTiles` keeps.
@@ -17,89 +51,91 @@ constexpr int64_t line_bytes(int64_t height, int64_t width) {
   return (height + width) * kWidth * int64_t(sizeof(T));
 }
 
-// Keys of one image and head, tile after tile: content keys, values and spatial keys. Tile i is in stage i % 2. Separable
-// spatial keys are built, rows[y] + columns[x], once for each key: rounded to T, as dense keys are.
-template <typename T, bool kSeparable, int kBlockThreads>
+// Keys of one image and head, tile after tile, in two stages. Separable spatial keys are built, rows[y] + columns[x],
+// once for each key: rounded to T, as dense keys are.
+template <typename T, bool kSeparable>
 struct KeyTiles {
-  static constexpr int kStages = 2, kStep = kBlockThreads / Tile<T>::kChunks;
+  static constexpr int kStages = 2;
 
-  const Problem<T>& p;
-  const T *k_content, *k_spatial, *v;
+  Part<T> part;
+  Source<T> k_content, k_spatial, v;
   Tile<T> content, values, spatial;
   T *rows, *columns;
-  int chunk;
-  Cursor cursor;  // of the thread's first key of the next tile to load
+  int grid_width;
+  Cursor first, cursor;  // of the thread's first key, and of that of the next tile to load
+  int items[Part<T>::kRows];  // of the thread in the last tile of keys; negative outside the rectangle
 
   __device__ KeyTiles(const Problem<T>& p, int image, int head, const Keys& keys, Shared& shared)
-      : p(p),
-        k_content(p.k_content.of(image, head)),
-        k_spatial(p.spatial.of(image, head)),
-        v(p.v.of(image, head)),
+      : k_content(p.k_content, image, head, part),
+        k_spatial(p.spatial, image, head, part),
+        v(p.v, image, head, part),
         content(shared.tile<T>(kStages)),
         values(shared.tile<T>(kStages)),
         spatial(shared.tile<T>(kStages)),
         rows(shared.take<T>(kSeparable ? keys.valid.height * kWidth : 0)),
         columns(shared.take<T>(kSeparable ? keys.valid.width * kWidth : 0)),
-        chunk(threadIdx.x % Tile<T>::kChunks),
-        cursor(keys, threadIdx.x / Tile<T>::kChunks, kStep) {}
-
-  static __device__ int slot(int part) { return part * kStep + threadIdx.x / Tile<T>::kChunks; }
+        grid_width(p.width),
+        first(keys, part.row, Part<T>::kStep),
+        cursor(first) {}
 
   // Starts to copy the first tile, and what spatial keys are built of.
-  __device__ void begin(int image, int head) {
-    copy(0, cursor);
+  __device__ void begin(const Problem<T>& p, int image, int head) {
+    copy_keys(0);
+    copy_values(0);
     if constexpr (kSeparable) {
-      copy_lines(rows, k_spatial, p.spatial.item, cursor.height);
-      copy_lines(columns, p.columns.of(image, head), p.columns.item, cursor.width);
+      copy_lines(rows, k_spatial, cursor.height);
+      copy_lines(columns, Source<T>(p.columns, image, head, part), cursor.width);
     }
   }
 
   // Builds the first tile's spatial keys, once the block has what `begin` copied.
-  __device__ void finish_first() { cursor = build(0, cursor); }
+  __device__ void finish_first() { build(0, first); }
 
   // Starts to copy the next tile.
-  __device__ void load(int tile) {
-    copy(tile % kStages, cursor);
-    cursor = build(tile % kStages, cursor);
+  __device__ __forceinline__ void load(int stage) {
+    load_keys(stage);
+    copy_values(stage);
   }
 
-  __device__ void copy(int stage, Cursor at) const {
+  // Without its values.
+  __device__ __forceinline__ void load_keys(int stage) {
+    build(stage, cursor);
+    copy_keys(stage);
+  }
+
+  // Content keys, and dense spatial ones.
+  __device__ __forceinline__ void copy_keys(int stage) {
 #pragma unroll
-    for (int part = 0; part < kTile / kStep; ++part, at.next()) {
-      const int64_t item = at.is_inside() ? at.y * p.width + at.x : 0;
-      copy_chunk(content.stage(stage), part, k_content + item * p.k_content.item, at.is_inside());
-      copy_chunk(values.stage(stage), part, v + item * p.v.item, at.is_inside());
-      if constexpr (!kSeparable) {
-        copy_chunk(spatial.stage(stage), part, k_spatial + item * p.spatial.item, at.is_inside());
-      }
+    for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) {
+      items[i] = cursor.is_inside() ? cursor.y * grid_width + cursor.x : -1;
+      k_content.copy(part.of(content.stage(stage), i), items[i], items[i] >= 0);
+      if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), i), items[i], items[i] >= 0);
     }
   }
 
-  // Zeros outside: what is there must not be a NaN.
-  __device__ Cursor build(int stage, Cursor at) const {
-    const int first = chunk * Tile<T>::kPerChunk;
+  // Values of the last keys.
+  __device__ __forceinline__ void copy_values(int stage) const {
 #pragma unroll
-    for (int part = 0; part < kTile / kStep; ++part, at.next()) {
-      if constexpr (kSeparable) {
-        T* target = spatial.stage(stage).chunk(slot(part), chunk);
-        if (at.is_inside()) {
-          write_sum(target, rows + at.y * kWidth + first, columns + at.x * kWidth + first);
-        } else {
-          write_zeros(target);
-        }
+    for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
+  }
+
+  // Outside, sums with the last row: no weight counts there, but it must not meet a NaN.
+  __device__ __forceinline__ void build(int stage, Cursor at) const {
+    if constexpr (kSeparable) {
+      uint4 sums[Part<T>::kRows];
+#pragma unroll
+      for (int i = 0; i < Part<T>::kRows; ++i, at.next()) {
+        const int y = at.y < at.height ? at.y : at.height - 1;
+        sums[i] = sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());
       }
+#pragma unroll
+      for (int i = 0; i < Part<T>::kRows; ++i) write_chunk(part.of(spatial.stage(stage), i), sums[i]);
     }
-    return at;
   }
 
-  __device__ void copy_chunk(Tile<T> tile, int part, const T* from, bool is_inside) const {
-    copy_async(tile.chunk(slot(part), chunk), from + chunk * Tile<T>::kPerChunk, is_inside);
-  }
-
-  __device__ void copy_lines(T* lines, const T* base, int64_t stride, int count) const {
-    for (int line = threadIdx.x / Tile<T>::kChunks; line < count; line += kStep) {
-      const int channel = chunk * Tile<T>::kPerChunk;
-      copy_async(lines + line * kWidth + channel, base + line * stride + channel, true);
+  __device__ void copy_lines(T* lines, const Source<T>& source, int count) const {
+    for (int line = part.row; line < count; line += Part<T>::kStep) {
+      source.copy(lines + line * kWidth + part.in_lines(), line, true);
     }
   }
 };

@@ -29,7 +29,9 @@ struct Visible {
   }
 
   // Key 8 · octet + 2t + column.
-  __device__ bool has(int octet, int column) const { return has_bit(octet < 4 ? words[0] : words[1], octet % 4 * 8 + column); }
+  __device__ bool has(int octet, int column) const {
+    return has_bit(octet < 4 ? words[0] : words[1], octet % 4 * 8 + column);
+  }
 
   __device__ __forceinline__ void hide(float (&scores)[8][4], float hidden) const {
 #pragma unroll
@@ -39,20 +41,14 @@ struct Visible {
   }
 };
 
-// Bits of a lane's weights in one tile of keys, rows g and g + 8 being queries; all set without dropout.
+// Bits of a lane's weights in one tile of keys, rows g and g + 8 being queries.
 struct Kept {
-  uint32_t words[2][2];  // of row and half of the tile, from key 2t on
+  uint32_t words[2][2];  // of row and half of the tile
 
-  template <typename T>
-  __device__ __forceinline__ Kept(const Problem<T>& p, int image, int head, int first, int tile, const Lane& lane) {
+  // So that they start at the lane's key 2t. Apart from the loads, which take their time.
+  __device__ __forceinline__ void start_at(int key) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[i / 2][i % 2] = ~0u;
-      if (!p.keep) continue;
-      const int query = first + lane.first_row() + lane.g + i / 2 * 8;
-      const uint32_t* word = p.keep_of(image, head, tile) + i % 2 * p.queries;
-      words[i / 2][i % 2] = word[query < p.queries ? query : p.queries - 1] >> 2 * lane.t;
-    }
+    for (int i = 0; i < 4; ++i) words[i / 2][i % 2] >>= key;
   }
 
   // Of key 8 · octet + 2t + column.
@@ -69,6 +65,35 @@ struct Kept {
       const uint32_t word = words[row][octet / 4];
       packed[octet / 2][octet % 2 * 2 + row] &= signs_of_bytes(word << 7, word << 6, byte);
     }
+  }
+};
+
+// Reads them, tile after tile.
+struct KeptOfKeys {
+  const uint32_t* words[2];  // of both rows
+  bool has_dropout;
+  int queries;
+
+  template <typename T>
+  __device__ KeptOfKeys(const Problem<T>& p, int image, int head, int first, const Lane& lane)
+      : has_dropout(p.keep), queries(p.queries) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int query = first + lane.first_row() + lane.g + 8 * row;
+      words[row] = p.keep_of(image, head, 0) + (query < queries ? query : queries - 1);
+    }
+  }
+
+  __device__ __forceinline__ Kept next() {
+    Kept kept{{{~0u, ~0u}, {~0u, ~0u}}};
+    if (!has_dropout) return kept;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      kept.words[row][0] = words[row][0];
+      kept.words[row][1] = words[row][queries];
+      words[row] += 2 * queries;
+    }
+    return kept;
   }
 };
 

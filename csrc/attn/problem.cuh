@@ -23,7 +23,7 @@ struct Problem {
   int queries, keys, heads, height, width;
   const int32_t* valid_hw;  // or null
   const bool* padding;      // [batch, keys], or null
-  const uint32_t* keep;     // [batch, heads, keep_words, queries]: of word w, bit j is that of ordinal 32 w + j; or null
+  const uint32_t* keep;     // [batch, heads, keep_words, queries]: bit j of word w is of ordinal 32 w + j; or null
   int keep_words;           // two for each tile of the grid
   float scale, log2_scale;  // the latter with log2(e), and never 0: a hidden score is infinite, its product too
   float hidden;             // -inf times the sign of the scale

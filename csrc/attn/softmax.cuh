@@ -40,6 +40,13 @@ struct Softmax {
     }
   }
 
+  // Sums so far, of rows g and g + 8. Maxima seldom change after the first tiles.
+  __device__ __forceinline__ void shrink_sums(float (&sums)[4][4]) const {
+    if (ballot(shrink[0] != 1 || shrink[1] != 1) == 0) return;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] *= shrink[i / 2 % 2];
+  }
+
   __device__ float sum(int row) const {
     const float pair = total[row] + from_lane_xor(total[row], 1);
     return pair + from_lane_xor(pair, 2);

@@ -15,9 +15,9 @@ constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
 // [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of
-// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are in
-// eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is what
-// Hopper calls 64-byte swizzle.
+// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are
+// in eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is
+// what Hopper calls 64-byte swizzle.
 template <typename T>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T));
@@ -36,14 +36,13 @@ struct Tile {
   CONDDETR_BOTH Tile stage(int index) const { return {data + index * (kTile * kWidth)}; }
 };
 
-// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative. A block has two
-// threads for each row.
-template <int kRows = kTile, typename T, typename ItemOf>
+// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative.
+template <typename T, typename ItemOf>
 __device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t stride, ItemOf item_of) {
-  constexpr int kChunks = Tile<T>::kChunks, kBlockThreads = kRows * kThreads / kTile;
+  constexpr int kChunks = Tile<T>::kChunks;
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / kBlockThreads; ++i) {
-    const int index = i * kBlockThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
+  for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
+    const int index = i * kThreads + threadIdx.x, row = index / kChunks, chunk = index % kChunks;
     const int64_t item = item_of(row);
     copy_async(tile.chunk(row, chunk), base + (item < 0 ? 0 : item * stride) + chunk * Tile<T>::kPerChunk, item >= 0);
   }
@@ -70,12 +69,12 @@ struct Fragment<float> {
   __device__ __forceinline__ Fragment(Tile<float> tile, int first) : tile(tile), first(first) {}
 };
 
-// sum[16, 16] += left[16, 32] · (rows `first` to `first` + 15 of the tile)ᵀ
-template <typename T>
-__device__ __forceinline__ void multiply_rows(float (&sum)[2][4], const Fragment<T>& left, Tile<T> tile, int first) {
+// sum[16, 8 N] += left[16, 32] · (8 N rows of the tile, from `first` on)ᵀ
+template <int N, typename T>
+__device__ __forceinline__ void multiply_rows(float (&sum)[N][4], const Fragment<T>& left, Tile<T> tile, int first) {
   const int lane = threadIdx.x % kLanes;
 #pragma unroll
-  for (int octet = 0; octet < 2; ++octet) {
+  for (int octet = 0; octet < N; ++octet) {
     uint32_t right[4];
     load_matrices<false>(right, tile.chunk(first + 8 * octet + lane % 8, lane / 8));
     multiply<T>(sum[octet], left.part[0], right[0], right[1]);
@@ -84,14 +83,14 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[2][4], const Fragment
 }
 
 // Float32 adds up eight products before they join the sum: the error grows more slowly.
-template <>
-__device__ __forceinline__ void multiply_rows<float>(float (&sum)[2][4], const Fragment<float>& left,
-                                                     Tile<float> tile, int first) {
+template <int N>
+__device__ __forceinline__ void multiply_rows(float (&sum)[N][4], const Fragment<float>& left, Tile<float> tile,
+                                              int first) {
   const int g = threadIdx.x % kLanes / 4, t = threadIdx.x % 4;
 #pragma unroll 1  // unrolled it would hoist loads until registers spill
   for (int pair = 0; pair < Tile<float>::kChunks; pair += 2) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4 * N; ++i) {
       const int octet = i / 4, row = i / 2 % 2, column = i % 2;
       float part = 0;
 #pragma unroll
@@ -151,8 +150,8 @@ __device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], cons
   for (int i = 0; i < 16; ++i) sum[i / 4][i % 4] += part[i / 4][i % 4];
 }
 
-// Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp uses;
-// nothing where that is negative.
+// Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp
+// uses; nothing where that is negative.
 template <typename T, typename ItemOf>
 __device__ __forceinline__ void store_rows(T* base, int64_t stride, const float (&value)[4][4], Tile<T> tile, int first,
                                            ItemOf item_of) {

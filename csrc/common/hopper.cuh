@@ -31,19 +31,20 @@ __device__ __forceinline__ void settle(uint32_t (&values)[N][4]) {
 }
 
 // Before products that use these registers, but for the second and later products with the same sum (9.7.15.7.1).
-template <int N, typename... Lefts>
-__device__ __forceinline__ void begin_products(float (&sum)[N][4], Lefts&... lefts) {
-  settle(sum);
-  (settle(lefts), ...);
+template <typename... Registers>
+__device__ __forceinline__ void begin_products(Registers&... registers) {
+  (settle(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Waits for all products; `sum` may be read then.
-template <int N>
-__device__ __forceinline__ void finish_products(float (&sum)[N][4]) {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-  settle(sum);
+// Ends a group of products.
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits for all products but those of the last `Pending` groups; these registers may be used then.
+template <int Pending, typename... Registers>
+__device__ __forceinline__ void wait_products(Registers&... registers) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+  (settle(registers), ...);
 }
 
 #define CONDDETR_SUM(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])

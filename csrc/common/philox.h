@@ -31,18 +31,12 @@ CONDDETR_BOTH Four randint4x(uint64_t seed, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// A weight survives if the upper 24 bits of its number, as a fraction of 1, are at least p (a float32, as in Triton).
+// An element survives dropout if the upper 24 bits of its number, as a fraction of 1, are at least p (a float32, as in Triton).
 // Compared as integers: keep if (number >> 8) >= threshold(p). Exact.
 CONDDETR_BOTH uint32_t threshold(float p) {
   const double scaled = double(p) * 16777216.0;
   const uint32_t whole = uint32_t(scaled);
   return whole + (double(whole) < scaled);
-}
-
-// The counter of four consecutive keys of one query. `query_index` = (image · heads + head) · queries + query;
-// keys are counted by ordinal, in row-major order over the valid rectangle; `keys` is N, padded or not.
-CONDDETR_BOTH uint64_t counter(int64_t query_index, int64_t keys, int64_t ordinal) {
-  return uint64_t(query_index * ((keys + 3) / 4) + ordinal / 4);
 }
 
 }  // namespace conddetr::philox

@@ -45,9 +45,9 @@ __device__ __forceinline__ uint32_t pack<fp16>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
-// Writes a[i] + b[i] for 16 bytes of numbers in shared memory, each rounded once.
+// a[i] + b[i] for 16 bytes of numbers, each rounded once.
 template <typename T>
-__device__ __forceinline__ void write_sum(T* shared, const T* a, const T* b) {
+__device__ __forceinline__ uint4 sum_of(const T* a, const T* b) {
   const uint4 first = *reinterpret_cast<const uint4*>(a), second = *reinterpret_cast<const uint4*>(b);
   uint4 result;
   if constexpr (std::is_same_v<T, float>) {
@@ -64,13 +64,13 @@ __device__ __forceinline__ void write_sum(T* shared, const T* a, const T* b) {
           __hadd2(reinterpret_cast<const Pair*>(&first)[i], reinterpret_cast<const Pair*>(&second)[i]);
     }
   }
-  *reinterpret_cast<uint4*>(shared) = result;
+  return result;
 }
 
-// Writes 16 bytes of zeros.
+// Writes 16 bytes to shared memory.
 template <typename T>
-__device__ __forceinline__ void write_zeros(T* shared) {
-  *reinterpret_cast<uint4*>(shared) = uint4{0, 0, 0, 0};
+__device__ __forceinline__ void write_chunk(T* shared, uint4 chunk) {
+  *reinterpret_cast<uint4*>(shared) = chunk;
 }
 
 // The sign of one byte of `low` sixteen times, then that of the same byte of `high`.

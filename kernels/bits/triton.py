@@ -12,6 +12,8 @@ SIZES = ("count", "threshold")
 SEED = ("seed_pointer",)
 """Neither is its alignment: it may be any element of the seeds of a step."""
 SETTINGS = {"BLOCK": 512, "num_warps": 4}
+ONES = tl.constexpr(0xFFFFFFFF)
+"""Triton's interpreter does not know `~` of unsigned numbers."""
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def compare(below, word, threshold, BIT: tl.constexpr):
     """One more bit of 32 comparisons: where it differs from the threshold's, it decides anew."""
     # All ones or all zeros.
     of_threshold = (0 - ((threshold >> BIT) & 1)).to(tl.uint32)
-    return (~word & (of_threshold | below)) | (of_threshold & below)
+    return ((word ^ ONES) & (of_threshold | below)) | (of_threshold & below)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
@@ -48,7 +50,7 @@ def dropout_bits_kernel(words, seed_pointer, count, threshold, BLOCK: tl.constex
         below = compare(below, b, threshold, 4 * call + 1)
         below = compare(below, c, threshold, 4 * call + 2)
         below = compare(below, d, threshold, 4 * call + 3)
-    tl.store(words + index, (~below).to(tl.int32, bitcast=True), mask=index < count)
+    tl.store(words + index, (below ^ ONES).to(tl.int32, bitcast=True), mask=index < count)
 
 
 def forward(seed: Tensor, count: int, threshold: int) -> Tensor:

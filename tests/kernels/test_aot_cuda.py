@@ -28,22 +28,24 @@ def test_nothing_is_in_local_memory(compiled):
 
 
 def test_every_kernel_is_there_once(compiled, architecture):
-    expected = set()
+    expected = {"bits fill_kernel"}
     for dtype in ("bf16", "fp16", "fp32"):
         expected |= {f"sine {kernel} {dtype}" for kernel in ("forward_kernel", "backward_kernel")}
         expected.add(f"attn backward_lines_kernel {dtype}")
         for kernel in ("forward_kernel", "backward_query_kernel", "backward_key_kernel"):
             expected |= {f"attn {kernel} {dtype} {form}" for form in ("dense", "separable")}
     if architecture == aot_cuda.HOPPER:
-        pairs = product(("bf16", "fp16"), ("dense", "separable"))
-        expected |= {f"attn hopper_forward_kernel {dtype} {form}" for dtype, form in pairs}
+        names = product(("forward", "backward_query", "backward_key"), ("bf16", "fp16"), ("dense", "separable"))
+        expected |= {f"attn hopper_{kernel}_kernel {dtype} {form}" for kernel, dtype, form in names}
     assert sorted(kernel.kernel for kernel in compiled) == sorted(expected)
 
 
-def test_two_blocks_of_hopper_kernels_fit_a_multiprocessor(compiled, architecture):
-    registers = [kernel.registers for kernel in compiled if "hopper" in kernel.kernel]
+def test_blocks_of_hopper_kernels_fit_a_multiprocessor(compiled, architecture):
+    """Three blocks of 128 threads; two where keys are rows, which have three sums."""
+    registers = {kernel.kernel: kernel.registers for kernel in compiled if "hopper" in kernel.kernel}
     assert bool(registers) == (architecture == aot_cuda.HOPPER)
-    assert all(256 * 2 * count <= 64 * 1024 for count in registers)
+    for name, count in registers.items():
+        assert 128 * (2 if "backward_key" in name else 3) * count <= 64 * 1024, name
 
 
 def test_problems_are_seen():

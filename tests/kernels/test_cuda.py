@@ -183,6 +183,23 @@ def test_dropout_is_that_of_triton(dense, device):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
+def test_gradients_too_large_for_float16_are_where_those_of_triton_are(kernel, device):
+    reason = registry.why_not("triton", device, torch.float16, is_auto=False)
+    if reason is not None:
+        pytest.skip(reason)
+    leaves = make_leaves(19, 5, 7, heads=2)
+    # Of one image alone, and there too only some are too large.
+    leaves[-1][0] *= 30000
+    found, expected = (run(leaves, torch.float16, backend, device) for backend in ("native", "triton"))
+    for ours, theirs in zip(found, expected, strict=True):
+        # Next to the largest number rounding decides.
+        is_near = ((theirs.abs() > 6e4) & theirs.isfinite()) | ((ours.abs() > 6e4) & ours.isfinite())
+        assert torch.equal((ours.isfinite() | is_near), (theirs.isfinite() | is_near))
+        torch.testing.assert_close(ours[1], theirs[1], atol=2e-3, rtol=2e-2)
+    assert any((~x.isfinite()).any() and x[0].isfinite().any() for x in expected)
+
+
 def unpacked(keep, valid, height, width):
     """[B, heads, Q, N] bool: bit j of word w is that of ordinal 32 w + j of the valid rectangle; False outside."""
     bits = (keep[..., None] >> torch.arange(32) & 1).bool().transpose(2, 3).flatten(3)
@@ -321,6 +338,17 @@ def test_other_widths_are_refused():
     reason = attention_op._why_not_widths("native", torch.device("cuda"), (32, 16, 32))
     assert reason == "on a GPU d, ds, dv must be 32, got (32, 16, 32) (triton takes 16 to 128)."
     assert attention_op._why_not_widths("native", torch.device("cuda"), (32, 32, 32)) is None
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_more_images_or_heads_than_a_grid_of_blocks_has(backend):
+    """Blocks count them in dimensions of a launch that end at 65535."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert attention_op._why_not_many(backend, gpu, 65535, 65535) is None
+    assert attention_op._why_not_many(backend, cpu, 65536, 1) is None
+    for batch, heads in ((65536, 8), (1, 65536)):
+        reason = attention_op._why_not_many(backend, gpu, batch, heads)
+        assert reason == f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -142,11 +142,8 @@ def backward(
     grad_qc, grad_qs, grad_kc, grad_v = (
         x.new_empty(x.shape) for x in (inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.v)
     )
-    # Of separable keys the dense gradient is summed up afterwards. A part of such a sum may be too large for float16
-    # where the sum is not.
-    is_narrow = inputs.columns is not None and upstream.dtype == torch.float16
-    sums = torch.float32 if is_narrow else upstream.dtype
-    grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]), dtype=sums)
+    # Of separable keys the dense gradient is summed up afterwards, rounded as it is with plain PyTorch.
+    grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]))
     by_query, by_key = settings.backward_query, settings.backward_key
     block = max(by_query.queries, by_key.queries)
     padded = registry.cdiv(queries, block) * block

@@ -1,7 +1,7 @@
 // Stands in for csrc/common/hopper.cuh: products by a warpgroup on a CPU, as the PTX ISA 9.0 documents them (9.7.15).
 //
 // A product reads what `show_to_products` has shown it of shared memory, nothing newer, and where its description says.
-// It happens at a random moment between its start and `finish_products`: what does not wait reads old numbers.
+// It happens at a random moment between its start and `wait_products`: what does not wait reads old numbers.
 #pragma once
 
 #include <array>
@@ -53,6 +53,14 @@ struct Description {
   }
 };
 
+// In the order in which they were started, those of groups before this one.
+inline void finish_products(int groups) {
+  auto& products = self().products;
+  size_t count = 0;
+  for (; count < products.size() && products[count].group < groups; ++count) products[count].carry_out();
+  products.erase(products.begin(), products.begin() + count);
+}
+
 }  // namespace emulator
 
 inline uint32_t shared_address(const void* pointer) {
@@ -75,10 +83,11 @@ void begin_products(Registers&...) {
   emulator::self().may_multiply = true;
 }
 
-template <int N>
-void finish_products(float (&)[N][4]) {
-  for (const auto& product : emulator::self().products) product();
-  emulator::self().products.clear();
+inline void end_products() { ++emulator::self().product_group; }
+
+template <int Pending, typename... Registers>
+void wait_products(Registers&...) {
+  emulator::finish_products(emulator::self().product_group - Pending);
   emulator::self().may_multiply = false;
 }
 
@@ -96,7 +105,7 @@ void multiply_async(float (&sum)[N][4], const uint32_t (&a)[4], uint64_t b) {
       left[i / 2 % 2][i / 4 * 8 + 2 * from + i % 2] = to_float(T(bits, T::from_bits()));
     }
   }
-  thread.products.push_back([=, &sum] {
+  thread.products.push_back({thread.product_group, [=, &sum] {
     const emulator::Description right(b);
     for (int i = 0; i < 4 * N; ++i) {
       float& result = sum[i / 4][i % 4];
@@ -107,12 +116,9 @@ void multiply_async(float (&sum)[N][4], const uint32_t (&a)[4], uint64_t b) {
         result += left[row][k] * to_float(T(bits, T::from_bits()));
       }
     }
-  });
+  }});
   emulator::meet(emulator::block->groups[threadIdx.x / emulator::kGroup]);  // all four warps start it
-  if (emulator::random_numbers() % 2) {
-    for (const auto& product : thread.products) product();
-    thread.products.clear();
-  }
+  if (emulator::random_numbers() % 2) emulator::finish_products(thread.product_group + 1);
 }
 
 }  // namespace conddetr

@@ -30,6 +30,9 @@
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -66,6 +69,11 @@ struct Copy {
   int group;
 };
 
+struct Product {
+  int group;
+  std::function<void()> carry_out;
+};
+
 constexpr size_t kStack = 64 * 1024;
 constexpr int kGroup = 128;  // threads of a warpgroup
 
@@ -75,7 +83,8 @@ struct Thread {
   std::vector<Copy> copies;
   int group = 0;
   std::vector<char*> written;                    // chunks of shared memory, by copies; see hopper.cuh
-  std::vector<std::function<void()>> products;  // not yet finished; see hopper.cuh
+  std::vector<Product> products;                 // not yet finished; see hopper.cuh
+  int product_group = 0;
   bool may_multiply = false;
   const Team* waits_for = nullptr;
   int generation = 0;
@@ -201,13 +210,16 @@ uint32_t pack(float first, float second) {
 inline float exp2_fast(float x) { return exp2f(x); }
 
 template <typename T>
-void write_sum(T* shared, const T* a, const T* b) {
-  for (int i = 0; i < 16 / int(sizeof(T)); ++i) shared[i] = T(float(a[i]) + float(b[i]));
-  emulator::self().written.push_back(reinterpret_cast<char*>(shared));
+uint4 sum_of(const T* a, const T* b) {
+  T sums[16 / sizeof(T)];
+  for (int i = 0; i < 16 / int(sizeof(T)); ++i) sums[i] = T(float(a[i]) + float(b[i]));
+  uint4 result;
+  memcpy(&result, sums, sizeof result);
+  return result;
 }
 template <typename T>
-void write_zeros(T* shared) {
-  memset(shared, 0, 16);
+void write_chunk(T* shared, uint4 chunk) {
+  memcpy(shared, &chunk, sizeof chunk);
   emulator::self().written.push_back(reinterpret_cast<char*>(shared));
 }
 
