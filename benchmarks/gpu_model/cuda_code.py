@@ -44,10 +44,12 @@ class Launch:
 
 
 LAUNCHES = {
-    "attn forward_kernel": Launch(TILE, TILE, 4, tiles=7, lines=True),
-    "attn hopper_forward_kernel": Launch(2 * TILE, TILE, 8, tiles=10, lines=True),
+    "attn forward_kernel": Launch(TILE, TILE, 4, tiles=8, lines=True),
+    "attn hopper_forward_kernel": Launch(TILE, TILE, 4, unrolled=2, tiles=8, lines=True),
     "attn backward_query_kernel": Launch(TILE, TILE, 4, tiles=9, lines=True),
+    "attn hopper_backward_query_kernel": Launch(TILE, TILE, 4, unrolled=2, tiles=9, lines=True),
     "attn backward_key_kernel": Launch(TILE, TILE, 4, tiles=9, more=2 * TILE * 16),
+    "attn hopper_backward_key_kernel": Launch(TILE, TILE, 4, unrolled=2, tiles=9, more=2 * TILE * 16),
     # Four times eight keys of 32 channels for each warp.
     "attn backward_lines_kernel": Launch(4 * 32, 32, 4, hints=Hints(seeks=("LDG",)), has_exponentials=False),
     # A thread makes a word of 32 weights.
