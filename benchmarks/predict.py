@@ -37,14 +37,23 @@ if __name__ == "__main__":
     # Where the null GPU is; the tests have it on their path.
     sys.path.append(str(ROOT / "tests"))
 
+PEERS = "torch of the peers"
+"""Whose machine code they are."""
 console = Console(width=max(235, Console().width))
 """Wide enough for every column: on a narrower terminal lines wrap."""
 
 
 def versions() -> dict[str, str]:
-    """Of what makes the machine code; the compilers decide whether figures can be compared."""
+    """Of what makes the machine code, and of PyTorch, whose operators whole problems call."""
     nvcc = aot_cuda.nvcc_version().split("release ")[-1].split(",")[0] if aot_cuda.find_nvcc() else "none"
     return {"triton": metadata.version("triton"), "nvcc": nvcc, "torch": metadata.version("torch")}
+
+
+def why_no_problems() -> str | None:
+    """What is missing for whole problems, or None."""
+    import null_gpu
+
+    return null_gpu.why_not()
 
 
 def find(architectures: list[int], main: bool, before: Predictions) -> tuple[Row, ...]:
@@ -54,7 +63,10 @@ def find(architectures: list[int], main: bool, before: Predictions) -> tuple[Row
         with console.status(f"sm_{architecture} …"):
             found += kernels.rows(architecture, main)
     keys = {row.key for row in found}
-    kept = [row for row in before.kernels if row.key not in keys and row.figures.architecture not in architectures]
+    kept = [row for row in before.kernels if row.key not in keys]
+    if not main:
+        # A kernel that is gone is not kept.
+        kept = [row for row in kept if row.figures.architecture not in architectures]
     return tuple(sorted((*found, *kept), key=lambda row: (row.figures.architecture != figures.TIMED, row.key[3])))
 
 
@@ -210,7 +222,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="SM",
         help="default: all; clocks are known of 90 alone",
     )
-    parser.add_argument("--main", action="store_true", help="only the kernels of training; default: others too on 90")
+    parser.add_argument("--main", action="store_true", help="only the kernels of training, with all blocks")
     parser.add_argument("--no-problems", action="store_true", help="only kernels")
     parser.add_argument("--peers", action="store_true", help="renew PyTorch's, which else are those of the file")
     parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
@@ -242,14 +254,19 @@ def main() -> int:
         parser.error(f"--before: there is no {options.before}")
     if aot_cuda.find_nvcc() is None:
         parser.error("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    reason = None if options.no_problems else why_no_problems()
+    if reason is not None:
+        parser.error(f"{reason}; --no-problems leaves whole problems out")
     committed = stored.read(options.out)
     found = replace(
         committed,
         commit=commit(),
-        versions=versions(),
+        versions={**committed.versions, **versions()},
         kernels=find(options.architectures, options.main, committed),
-        peers=find_peers() if options.peers or not committed.peers else committed.peers,
     )
+    if options.peers or not committed.peers:
+        of = {PEERS: metadata.version("torch")}
+        found = replace(found, peers=find_peers(), versions={**found.versions, **of})
     stored.write(options.out, found)
     if not options.no_problems:
         found = replace(found, problems=find_problems(options.out))

@@ -103,7 +103,7 @@ class Figures:
     clocks: dict[str, float]
     """Blocks on the multiprocessor → clocks of a quarter for 1024 scores; empty where no timing is known."""
     tail_clocks: dict[str, float]
-    """The same of the loop for the edges; empty: the kernel has none."""
+    """The same of the loop for the edges, with all blocks; empty: the kernel has none."""
 
     @property
     def binding(self) -> str:
@@ -126,11 +126,17 @@ class Figures:
         return self.full / FLOOR if self.full and self.exponentials else None
 
 
-def of(kernel: Kernel) -> Figures:
-    """Count and simulate, or what that gave before for the same machine code."""
+def of(kernel: Kernel, only_full: bool = False) -> Figures:
+    """Count and simulate, or what that gave before for the same machine code.
+
+    Args:
+        kernel: compiled.
+        only_full: clocks with as many blocks as there can be, and not with fewer.
+    """
     fields = {name: value for name, value in vars(kernel).items() if name in Kernel.__dataclass_fields__}
-    depends_on = [*sorted(Path(__file__).parent.glob("*.py")), sha256(fields.pop("cubin")).hexdigest(), repr(fields)]
-    return read(cached("figures", depends_on, lambda: asdict(_of(kernel))))
+    depends_on = [*sorted(Path(__file__).parent.glob("*.py")), sha256(fields.pop("cubin")).hexdigest()]
+    depends_on += [repr(fields), str(only_full)]
+    return read(cached("figures", depends_on, lambda: asdict(_of(kernel, only_full))))
 
 
 def read(stored: dict) -> Figures:
@@ -138,7 +144,7 @@ def read(stored: dict) -> Figures:
     return Figures(**{**stored, "tile": tuple(stored["tile"])})
 
 
-def _of(kernel: Kernel) -> Figures:
+def _of(kernel: Kernel, only_full: bool) -> Figures:
     path, share = kernel.path, kernel.share
     usage = machine_code.resources(kernel.cubin)[kernel.symbol]
     shared = kernel.shared + max(0, usage["SHARED"] - RESERVED)
@@ -160,8 +166,8 @@ def _of(kernel: Kernel) -> Figures:
         local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
         overlap=overlap(path, kernel.unrolled),
         needs={unit: clocks * share for unit, clocks in pipes.needs(path.main).items()},
-        clocks=_clocks(kernel, path.main, blocks),
-        tail_clocks=_clocks(kernel, path.tail, blocks),
+        clocks=_clocks(kernel, path.main, blocks, only_full),
+        tail_clocks=_clocks(kernel, path.tail, blocks, only_full=True),
     )
 
 
@@ -172,10 +178,11 @@ def blocks_of(architecture: int, warps: int, registers: int, shared: int) -> int
     return min(REGISTERS // of_block, of_shared, WARPS[architecture] // warps, BLOCKS[architecture])
 
 
-def _clocks(kernel: Kernel, path: list[Instruction], blocks: int) -> dict[str, float]:
+def _clocks(kernel: Kernel, path: list[Instruction], blocks: int, only_full: bool) -> dict[str, float]:
     if kernel.architecture != TIMED or not path:
         return {}
-    counts = sorted({count for count in (1, 2, 3) if count < blocks} | {blocks})
+    fewer = () if only_full else (1, 2, 3)
+    counts = sorted({count for count in fewer if count < blocks} | {blocks})
     return {str(count): partition.clocks(path, kernel.warps, count) * kernel.share for count in counts}
 
 

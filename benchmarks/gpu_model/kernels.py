@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from gpu_model import cuda_code, figures, triton_code
-from gpu_model.figures import TIMED
+from gpu_model.figures import TIMED, Kernel
 from gpu_model.stored import Row
 
 WIDTHS = (32, 64, 128)
@@ -15,18 +15,27 @@ def rows(architecture: int, main: bool = False) -> Iterator[Row]:
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        main: only what training runs, in bfloat16 with dropout. Where no timing is known this is all.
+        main: only what training runs, in bfloat16 with dropout, and clocks only with all blocks.
     """
-    main = main or architecture != TIMED
-    yield from _triton_rows(architecture, main)
+    for implementation, variant, kernel in _kernels(architecture, main or architecture != TIMED):
+        yield Row(implementation, variant, figures.of(kernel, only_full=main))
+
+
+def _kernels(architecture: int, main: bool) -> Iterator[tuple[str, str, Kernel]]:
+    """With implementation and variant."""
+    yield from _of_triton(architecture, main)
     for dropout in (True,) if main else (True, False):
-        for name, kernel in cuda_code.kernels(architecture, dropout).items():
+        found = cuda_code.kernels(architecture, dropout)
+        for name, kernel in found.items():
             has_variants = cuda_code.LAUNCHES[name].has_exponentials
+            if main and name.replace(" ", " hopper_") in found:
+                # Runs where that cannot.
+                continue
             if dropout or has_variants:
-                yield Row("native", _variant(32, True, dropout) if has_variants else "", figures.of(kernel))
+                yield "native", _variant(32, True, dropout) if has_variants else "", kernel
 
 
-def _triton_rows(architecture: int, main: bool) -> Iterator[Row]:
+def _of_triton(architecture: int, main: bool) -> Iterator[tuple[str, str, Kernel]]:
     forms = [(32, True, True)]
     if not main:
         forms += [(32, True, False), (32, False, False), *((width, True, True) for width in WIDTHS[1:])]
@@ -38,7 +47,7 @@ def _triton_rows(architecture: int, main: bool) -> Iterator[Row]:
             elif (width, separable, dropout) != forms[0]:
                 continue
             variant = _variant(width, separable, dropout) if has_variants else ""
-            yield Row("triton", variant, figures.of(triton_code.compiled(job, architecture)))
+            yield "triton", variant, triton_code.compiled(job, architecture)
 
 
 def _variant(width: int, separable: bool, dropout: bool) -> str:

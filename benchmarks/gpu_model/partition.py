@@ -95,8 +95,9 @@ class _Groups:
         return self.done[-1 - left] if len(self.done) > left else 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Warp:
+    number: int
     block: int
     ready: float
     place: int = 0
@@ -122,9 +123,8 @@ class _Partition:
 
     def run(self) -> None:
         """Until every warp has made its trips."""
-        while any(len(warp.trips) < self.trips for warp in self.warps):
-            warp, at = self._next()
-            self._issue(warp, at)
+        for _ in range(self.trips * len(self.path) * len(self.warps)):
+            self._issue(*self._next())
 
     def _next(self) -> tuple[_Warp, float]:
         """Who issues first, and when; of those who could at once, the one whose turn it is."""
@@ -144,11 +144,15 @@ class _Partition:
 
     def _earliest(self, warp: _Warp) -> float:
         step = self.path[warp.place]
-        at = max(self.now, warp.ready, *(warp.boards[board] for board in step.waits))
+        at = max(self.now, warp.ready)
+        for board in step.waits:
+            at = max(at, warp.boards[board])
         if step.event == "wait for copies":
             at = max(at, warp.copies.free(step.left))
         elif step.event == "wait for products":
             at = max(at, warp.products.free(step.left))
+        if not step.unit:
+            return at
         if step.unit == "fma":
             return max(at, min(self.free["heavy"], self.free["light"]))
         if step.unit == "xu":
@@ -171,7 +175,7 @@ class _Partition:
             warp.boards[step.reads] = max(warp.boards[step.reads], until)
         warp.ready = max(warp.ready, at + step.stall)
         self.now = at + 1
-        self.turn = self.warps.index(warp) + 1
+        self.turn = warp.number + 1
         warp.place += 1
         if warp.place == len(self.path):
             warp.place = 0
@@ -229,7 +233,8 @@ def simulate(path: list[Instruction], warps: int, blocks: int, stagger: float, t
     per_quarter = -(-warps // 4)
     # Blocks of fewer than four warps share the quarters out among them.
     blocks_here = -(-blocks * warps // 4) if warps < 4 else blocks
-    here = [_Warp(block, stagger * block) for block in range(blocks_here) for _ in range(per_quarter)]
+    numbers = range(blocks_here * per_quarter)
+    here = [_Warp(number, number // per_quarter, stagger * (number // per_quarter)) for number in numbers]
     _Partition(path, here, trips).run()
     begin, end = (sum(warp.trips[trip] for warp in here) / len(here) for trip in (1, -1))
     return (end - begin) / (trips - 2) / len(here)

@@ -31,11 +31,9 @@ class Walk:
 
     over: str
     """`keys`: a block has some queries of one head and image, and all their keys go by; `queries`: the other way round;
-    `once`: it makes `trips`."""
+    `bits`: blocks share the words that say which weights are kept."""
     with_padding: bool = False
     """Whether keys outside the valid rectangle go by too."""
-    trips: int = 1
-    """That a block makes which makes the same number of them whatever the problem."""
 
 
 WALKS = {
@@ -43,7 +41,7 @@ WALKS = {
         "forward_kernel": Walk("keys"),
         "backward_query_kernel": Walk("keys"),
         "backward_key_kernel": Walk("queries"),
-        "dropout_bits_kernel": Walk("once"),
+        "dropout_bits_kernel": Walk("bits"),
     },
     "native": {
         "attn forward_kernel": Walk("keys"),
@@ -52,7 +50,7 @@ WALKS = {
         "attn hopper_backward_query_kernel": Walk("keys"),
         "attn backward_key_kernel": Walk("queries"),
         "attn hopper_backward_key_kernel": Walk("queries"),
-        "bits fill_kernel": Walk("once", trips=4),
+        "bits fill_kernel": Walk("bits"),
     },
     PEER: {
         "memory-efficient forward": Walk("keys", with_padding=True),
@@ -206,8 +204,9 @@ def _work(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[
         return scores * (items // size + (tail if items % size else 0.0))
 
     columns, heads, images = launch.grid
-    if walk.over == "once":
-        return [float(walk.trips * scores)] * (columns * heads * images)
+    if walk.over == "bits":
+        weights = problem.batch * HEADS * problem.queries * -(-_cells(problem) // 64) * 64
+        return columns * heads * images * [weights / (columns * heads * images)]
     if heads != HEADS or images != problem.batch:
         raise UnknownKernelError(f"{known.name}: grid {launch.grid}, expected (·, {HEADS}, {problem.batch}).")
     work: list[float] = []

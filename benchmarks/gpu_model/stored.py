@@ -71,7 +71,7 @@ class Predictions:
 
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Triton, nvcc and PyTorch, whose code the peers are."""
+    """Of Triton, nvcc and PyTorch, and of the PyTorch whose code the peers are."""
     kernels: tuple[Row, ...] = ()
     peers: tuple[Figures, ...] = ()
     problems: tuple[Prediction, ...] = ()

@@ -418,7 +418,7 @@ def test_the_committed_file_is_what_the_program_writes(tmp_path):
 
 
 def test_every_figure_of_the_committed_file_is_told_as_predicted():
-    assert COMMITTED.versions.keys() == {"triton", "nvcc", "torch"}
+    assert COMMITTED.versions.keys() == {"triton", "nvcc", "torch", "torch of the peers"}
     assert {row.implementation for row in COMMITTED.kernels} == {"triton", "native"}
     assert {row.figures.architecture for row in COMMITTED.kernels} == {80, 86, 89, 90, 100, 120}
     assert COMMITTED.peers
