@@ -13,6 +13,7 @@ from machine import DEVICE, copy_bandwidth
 from torch import Tensor
 
 from conddetr.kernels import dropout_bits
+from conddetr.kernels.attn.op import bits_shape
 from conddetr.kernels.bits.reference import unpacked
 
 P, HEADS, QUERIES = 0.1, 8, 300
@@ -34,8 +35,8 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Images, heads, words of 32 keys in whole tiles of 64, queries."""
-        return self.images, HEADS, (KEYS[self.grid] + 63) // 64 * 2, QUERIES
+        """Images, heads, words, queries."""
+        return bits_shape(self.images, HEADS, QUERIES, KEYS[self.grid])
 
     def work(self) -> Work:
         """The words written, once."""

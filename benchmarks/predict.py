@@ -228,7 +228,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
     parser.add_argument("--out", type=Path, default=stored.FOLDER / "predictions.json", help="default %(default)s")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
-    one = parser.add_argument_group("one kernel of kernels/attn/triton.py, which is not written anywhere")
+    one = parser.add_argument_group("one kernel of kernels/attn/triton, which is not written anywhere")
     one.add_argument("--kernel")
     one.add_argument("--tiles", nargs="+", type=tiles, help="queries,keys,warps,stages; default: as they ship")
     one.add_argument("--no-dropout", action="store_true")

@@ -4,7 +4,7 @@
     python benchmarks/tune.py --kernels forward --seconds 60
 
 Prints the fastest settings per kernel by the geometric mean over the problems, each relative to what ships today.
-The winner goes by hand into the table in `kernels/attn/triton.py`, once the ahead-of-time check shows no spill.
+The winner goes by hand into the table in `kernels/attn/triton/launch.py`, once the ahead-of-time check shows no spill.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from refusals import OURS, refusing
 from rich.progress import track
 from rich.table import Table
 
+from conddetr.kernels import drawn_probability, dropout_bits
 from conddetr.kernels.attn import triton as kernels
+from conddetr.kernels.attn.op import bits_shape
 
 KERNELS = ("forward", "backward_query", "backward_key")
 
@@ -42,9 +44,11 @@ def problems() -> list[Problem]:
 def call(problem: Problem, kernel: str) -> Callable[[kernels.Launch], object]:
     """What to time: one pass of a problem under given settings."""
     made = problem.make()
-    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     content = (made.q_content, made.q_spatial, made.k_content, made.rows, made.columns, made.v)
-    inputs = kernels.Inputs(*content, made.valid_hw, None, seed, 0.125, problem.dropout)
+    batch, queries, heads, _ = made.q_content.shape
+    seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    keep = dropout_bits(seed, bits_shape(batch, heads, queries, made.v.shape[1]), problem.dropout, "eager")
+    inputs = kernels.Inputs(*content, made.valid_hw, None, keep, 0.125, drawn_probability(problem.dropout))
     out, lse = kernels.forward(inputs)
     if kernel == "forward":
         return lambda launch: kernels.forward(inputs, launch)

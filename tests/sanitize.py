@@ -57,7 +57,7 @@ def verdict(status: int, output: str) -> tuple[bool, str]:
 def kernels() -> set[str]:
     """Names of all kernels of this repository, Triton's and those in CUDA C++."""
     names = set()
-    for path in (ROOT / "kernels").glob("*/triton.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         names.update(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
     for path in (ROOT / "csrc").glob("*/*.cuh"):
         names.update(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text()))

@@ -13,8 +13,8 @@ Tensor dropout_bits(const Tensor& seed, int64_t count, int64_t threshold) {
   const DeviceGuard guard(seed.get_device_index());
   Tensor words = torch::stable::new_empty(seed, {count}, ScalarType::Int);
   if (count == 0) return words;
-  launch("dropout_bits", fill_kernel, blocks_for(count, kThreads), kThreads, 0, seed, data<uint32_t>(words),
-         data<int64_t>(seed), count, uint32_t(threshold));
+  launch("dropout_bits", fill_kernel, blocks_for(count, kBlockWords), kThreads, 0, seed, data<uint32_t>(words),
+         data<int64_t>(seed), count, Threshold(uint32_t(threshold)));
   return words;
 }
 

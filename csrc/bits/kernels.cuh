@@ -1,4 +1,4 @@
-// Random bits on a GPU. A thread makes one word of 32 decisions; kernels/bits/reference.py says how.
+// Random bits on a GPU. A thread makes some words of 32 decisions; kernels/bits/reference.py says how.
 #pragma once
 
 #include "common/philox.h"
@@ -7,25 +7,40 @@
 namespace conddetr::bits {
 
 constexpr int kThreads = 256;
+constexpr int kWords = 4;  // of a thread
+constexpr int kBlockWords = kWords * kThreads;
+
+constexpr int kBits = 16;
+
+// Bit by bit all ones or all zeros: what a word of 32 comparisons takes.
+struct Threshold {
+  uint32_t bit[kBits];
+
+  explicit Threshold(uint32_t threshold) {
+    for (int i = 0; i < kBits; ++i) bit[i] = 0u - (threshold >> i & 1u);
+  }
+};
 
 // One more bit of 32 comparisons: where it differs from the threshold's, it decides anew.
-CONDDETR_BOTH uint32_t compare(uint32_t below, uint32_t word, uint32_t threshold, int bit) {
-  const uint32_t of_threshold = 0u - (threshold >> bit & 1u);
+CONDDETR_BOTH uint32_t compare(uint32_t below, uint32_t word, uint32_t of_threshold) {
   return (~word & (of_threshold | below)) | (of_threshold & below);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    fill_kernel(uint32_t* words, const int64_t* seed, int64_t count, uint32_t threshold) {
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= count) return;
-  uint32_t below = 0;
+    fill_kernel(uint32_t* words, const int64_t* seed, int64_t count, Threshold threshold) {
+  const philox::Keys keys{uint64_t(*seed)};
+  const int64_t first = int64_t(blockIdx.x) * kBlockWords + threadIdx.x;
+#pragma unroll 1  // the keys are what is shared
+  for (int64_t index = first; index < first + kBlockWords && index < count; index += kThreads) {
+    uint32_t below = 0;
 #pragma unroll
-  for (int call = 0; call < 4; ++call) {
-    const philox::Four numbers = philox::randint4x(uint64_t(*seed), 4 * uint64_t(index) + uint64_t(call));
+    for (int call = 0; call < kBits / 4; ++call) {
+      const philox::Four numbers = philox::randint4x(keys, 4 * uint64_t(index) + uint64_t(call));
 #pragma unroll
-    for (int lane = 0; lane < 4; ++lane) below = compare(below, numbers.lane[lane], threshold, 4 * call + lane);
+      for (int lane = 0; lane < 4; ++lane) below = compare(below, numbers.lane[lane], threshold.bit[4 * call + lane]);
+    }
+    words[index] = ~below;
   }
-  words[index] = ~below;
 }
 
 }  // namespace conddetr::bits

@@ -15,18 +15,29 @@ struct Four {
   uint32_t lane[4];
 };
 
-// Four random numbers for a seed and a counter; the upper half of the 128-bit counter is zero.
-CONDDETR_BOTH Four randint4x(uint64_t seed, uint64_t counter) {
+// What the rounds take of the seed: the same for every counter.
+struct Keys {
+  uint32_t a[kRounds], b[kRounds];
+
+  CONDDETR_BOTH explicit Keys(uint64_t seed) {
+    a[0] = uint32_t(seed);
+    b[0] = uint32_t(seed >> 32);
+    for (int round = 1; round < kRounds; ++round) {
+      a[round] = a[round - 1] + kWeylA;
+      b[round] = b[round - 1] + kWeylB;
+    }
+  }
+};
+
+// Four random numbers for a counter; the upper half of the 128-bit counter is zero.
+CONDDETR_BOTH Four randint4x(const Keys& keys, uint64_t counter) {
   uint32_t c0 = uint32_t(counter), c1 = uint32_t(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < kRounds; ++round) {
     const uint64_t a = uint64_t(kMultiplierA) * c0, b = uint64_t(kMultiplierB) * c2;
-    c0 = uint32_t(b >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(a >> 32) ^ c3 ^ k1;
+    c0 = uint32_t(b >> 32) ^ c1 ^ keys.a[round];
+    c2 = uint32_t(a >> 32) ^ c3 ^ keys.b[round];
     c1 = uint32_t(b);
     c3 = uint32_t(a);
-    k0 += kWeylA;
-    k1 += kWeylB;
   }
   return {{c0, c1, c2, c3}};
 }

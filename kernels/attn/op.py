@@ -95,13 +95,18 @@ def conditional_attention(
 
 
 def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, backend: str) -> tuple[Tensor, float]:
-    """The bits of dropout, [B, h, words, Q] int32 in whole tiles of 64 keys, and the probability really drawn."""
+    """The bits of dropout, int32 of `bits_shape`, and the probability really drawn."""
     if seed is None:
         # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
         seed = torch.randint(2**31 - 1, (1,), device=v.device)
     batch, queries, heads, _ = q_content.shape
-    words = (v.shape[1] + 63) // 64 * 2
-    return dropout_bits(seed, (batch, heads, words, queries), dropout_p, backend), drawn_probability(dropout_p)
+    shape = bits_shape(batch, heads, queries, v.shape[1])
+    return dropout_bits(seed, shape, dropout_p, backend), drawn_probability(dropout_p)
+
+
+def bits_shape(batch: int, heads: int, queries: int, keys: int) -> tuple[int, int, int, int]:
+    """Of the words of dropout's bits: [B, h, words, Q], words of 32 keys in whole tiles of 64."""
+    return batch, heads, (keys + 63) // 64 * 2, queries
 
 
 def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
