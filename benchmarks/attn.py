@@ -81,20 +81,26 @@ class Problem:
         The floor counts the separable form: content scores and values alone are products over all keys. With
         backward, scores are computed again (exponentials too) and three more products follow.
         """
-        valid = self.valid_hw().double()
-        keys = valid.prod(dim=1).sum().item()
-        scores = HEADS * self.queries * keys
-        outputs = self.batch * self.queries
-        inputs = 2 * outputs + 2 * keys + valid.sum().item()
-        numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
-        size = numbers * HEADS * WIDTH * self.dtype.itemsize
+        scores = self.scores()
         floors = {
-            "bytes": size / copy_bandwidth(),
+            "bytes": self.size() / copy_bandwidth(),
             "products": 2 * scores * WIDTH * (7 if self.backward else 2) / product_rate(self.dtype),
         }
         if exponential_rate() is not None:
             floors["exponentials"] = scores * (2 if self.backward else 1) / exponential_rate()
-        return Work(2 * scores * WIDTH * (11 if self.backward else 3), size, floors)
+        return Work(2 * scores * WIDTH * (11 if self.backward else 3), self.size(), floors)
+
+    def scores(self) -> float:
+        """Of valid keys."""
+        return HEADS * self.queries * self.valid_hw().double().prod(dim=1).sum().item()
+
+    def size(self) -> float:
+        """Bytes of all inputs and outputs; with backward three times, once more read and once written as gradients."""
+        valid = self.valid_hw().double()
+        outputs = self.batch * self.queries
+        inputs = 2 * outputs + 2 * valid.prod(dim=1).sum().item() + valid.sum().item()
+        numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
+        return numbers * HEADS * WIDTH * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from gpu_model.machine_code import Function, Instruction
 
 PRODUCTS = ("HMMA", "IMMA", "HGMMA", "UTCHMMA", "OMMA", "QMMA")
 """Instructions of tensor cores: of warps, of Hopper's warpgroups, of Blackwell's and its consumer variants."""
-
-
 FEW = 0.5
 """Share of the exponentials under which the loop is a wrong one. Some may be series, which look like other products."""
 
@@ -28,8 +26,6 @@ class Hints:
     """Operations that the hot path goes for: copies of the next tile."""
     avoids: tuple[str, ...] = ()
     """Operations in front of which it turns away."""
-    avoids_inside: tuple[str, ...] = ()
-    """The same in inner loops alone."""
     depth: int = 0
     """Of the main loop: so many loops with products and exponentials are around it."""
     trips: tuple[int, ...] = ()
@@ -105,18 +101,11 @@ def _straight(flow: Flow) -> list[Instruction]:
 
 def _trip(flow: Flow, loop: Loop, hints: Hints) -> list[Instruction]:
     inner = [other for other in flow.loops if loop.holds(other)]
-    in_inner = {id(i) for other in inner for i in flow.instructions(sorted(other.body))}
 
     def value(instruction: Instruction) -> Value:
-        avoided = hints.avoids + (hints.avoids_inside if id(instruction) in in_inner else ())
-        wanted = _is_one_of(instruction, hints.seeks) and not _is_one_of(instruction, avoided)
-        return (
-            is_product(instruction),
-            is_exponential(instruction),
-            -_is_one_of(instruction, avoided),
-            wanted,
-            -1,
-        )
+        avoided = _is_one_of(instruction, hints.avoids)
+        wanted = not avoided and _is_one_of(instruction, hints.seeks)
+        return is_product(instruction), is_exponential(instruction), -avoided, wanted, -1
 
     more = _more_trips(flow, loop, inner, value, hints)
     trip = flow.instructions(list(flow.unrolled(loop, value, lambda other: more[other])))

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from conddetr.kernels.aot_cuda import find_cuobjdump
 
@@ -140,9 +139,3 @@ def resources(cubin: bytes) -> dict[str, dict[str, int]]:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = re.findall(r"Function (\S+):\n(.*)", usage)
     return {name: {key: int(count) for key, count in re.findall(r"(\w+):(\d+)", line)} for name, line in lines}
-
-
-def save(cubin: bytes, path: Path) -> None:
-    """For other tools."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cubin)

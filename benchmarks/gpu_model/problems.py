@@ -122,13 +122,16 @@ def _parts(operation: Operation, problem: Problem, recording: Recording, peers: 
     """Of an operator with kernels that are known each launch; it takes no less time than its bytes."""
     found = [_figures(launch, problem, recording, peers) for launch in operation.launches]
     if not any(found):
+        if "attention" in operation.name and operation.launches:
+            names = ", ".join(short_name(launch.kernel) for launch in operation.launches)
+            raise UnknownKernelError(f"{operation.name} launches {names}: gpu_model knows none of them.")
         return [Part(operation.name, operation.seconds)]
     parts = []
     for launch, (implementation, known) in zip(operation.launches, (f or ("", None) for f in found), strict=True):
         if known is None:
             parts.append(Part(short_name(launch.kernel), LAUNCH + _bytes(launch, problem) / BANDWIDTH))
         else:
-            work = _work(launch, known, WALKS[implementation][known.name], problem)
+            work = block_scores(launch, known, WALKS[implementation][known.name], problem)
             clocks = {int(count): clocks for count, clocks in known.clocks.items()}
             parts.append(Part(known.name, LAUNCH + blocks.seconds(work, known.blocks, clocks)))
     missing = operation.bytes / BANDWIDTH - sum(part.seconds for part in parts)
@@ -165,7 +168,10 @@ def _figures(
         (peer_code.BACKWARD, "memory-efficient backward"),
     ):
         if symbol in launch.kernel:
-            return PEER, next(found for found in peers if (found.name, found.form) == (name, used))
+            known = next(found for found in peers if (found.name, found.form) == (name, used))
+            if launch.bytes != known.shared:
+                raise UnknownKernelError(f"{name}: {launch.bytes} bytes of shared memory, PEERS says {known.shared}.")
+            return PEER, known
     return None
 
 
@@ -192,8 +198,11 @@ def _cubin(symbol: str) -> bytes:
     raise UnknownKernelError(f"{symbol} is in no csrc/*/cuda.cu: the package was built from others; build it anew.")
 
 
-def _work(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[float]:
-    """Scores of each block, in the order of launches: those of whole tiles, that at the edge counted as one."""
+def block_scores(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[float]:
+    """Scores of each block, in the order of launches: those of whole tiles, that at the edge counted as one.
+
+    Where a loop of its own has the tile at the edge, it counts by how long that takes.
+    """
     scores = known.tile[0] * known.tile[1]
     tail = known.tail_clocks and known.tail_clocks[str(known.blocks)] / known.clocks[str(known.blocks)]
 
@@ -229,9 +238,6 @@ def _cells(problem: Problem) -> int:
 
 def floor(problem: Problem) -> float:
     """Seconds under which no implementation comes: of exponentials, bytes and products of what is valid."""
-    work = problem.work()
-    valid = problem.valid_hw().double()
-    scores = HEADS * problem.queries * valid.prod(dim=1).sum().item()
     passes, products = (2, 7) if problem.backward else (1, 2)
-    exponentials = scores * passes / (blocks.MULTIPROCESSORS * 16 * blocks.HERTZ)
-    return max(exponentials, work.bytes / BANDWIDTH, 2 * scores * WIDTH * products / PRODUCTS)
+    exponentials = problem.scores() * passes / (blocks.MULTIPROCESSORS * 16 * blocks.HERTZ)
+    return max(exponentials, problem.size() / BANDWIDTH, 2 * problem.scores() * WIDTH * products / PRODUCTS)

@@ -11,9 +11,13 @@ import pytest
 
 pytest.importorskip("triton", reason="the disassembler comes with the package triton, which is not installed")
 
-from gpu_model import blocks, figures, hot_path, machine_code, partition, pipes, remarks, stored
+import counting
+import torch
+from attn import Problem
+from gpu_model import blocks, cuda_code, figures, hot_path, machine_code, partition, pipes, problems, remarks, stored
 from gpu_model.control_flow import Flow
 from gpu_model.hot_path import Hints, HotPathError
+from null_gpu.counts import Launch
 
 from conddetr.kernels import aot_cuda
 
@@ -363,6 +367,58 @@ def test_copies_that_are_waited_for_at_once():
     assert figures.overlap(late) == 3 / 6
     assert figures.overlap(early) == 5 / 6
     assert figures.overlap(deep) is None
+
+
+PROBLEM = Problem("r50", 2, torch.bfloat16, 0.1, True, True)
+"""Valid are 25 × 34 and 25 × 19 cells: 13.3 and 7.4 tiles of 64 keys."""
+
+
+def scores(grid, walk, **changes):
+    """Tiles of each block of one head, for both images."""
+    launch = Launch("some_kernel", grid, (128, 1, 1), 0)
+    found = problems.block_scores(launch, replace(KERNEL, **changes), walk, PROBLEM)
+    assert len(found) == grid[0] * grid[1] * grid[2]
+    tiles = [one / 4096 for one in found]
+    return [tiles[first : first + grid[0]] for first in (0, grid[0] * 8)]
+
+
+def test_blocks_of_queries_walk_over_what_is_valid():
+    walk = problems.Walk("keys")
+    assert scores((5, 8, 2), walk) == [5 * [14], 5 * [8]]
+    assert scores((5, 8, 2), replace(walk, with_padding=True)) == [5 * [14], 5 * [14]]
+    # The tile at the edge in a loop of its own, which takes half as long again.
+    tail = {str(KERNEL.blocks): 1.5 * KERNEL.full}
+    assert scores((5, 8, 2), walk, tail_clocks=tail) == [5 * [13 + 1.5], 5 * [7 + 1.5]]
+    with pytest.raises(figures.UnknownKernelError, match=r"some_kernel: grid \(5, 4, 2\), expected \(·, 8, 2\)"):
+        scores((5, 4, 2), walk)
+
+
+def test_blocks_of_keys_walk_over_all_queries():
+    walk = problems.Walk("queries")
+    # 300 queries are five tiles; blocks behind the valid keys have nothing to do.
+    assert scores((14, 8, 2), walk) == [14 * [5], 8 * [5] + 6 * [0]]
+    # So few blocks that each has several tiles of keys.
+    assert scores((4, 8, 2), walk) == [[20, 20, 15, 15], [10, 10, 10, 10]]
+
+
+def test_blocks_share_the_bits_of_dropout():
+    launch = Launch("some_kernel", (100, 1, 1), (256, 1, 1), 0)
+    found = problems.block_scores(launch, KERNEL, problems.Walk("bits"), PROBLEM)
+    assert found == 100 * [2 * 8 * 300 * 14 * 64 / 100]
+
+
+def test_the_floor_is_the_largest_of_three():
+    one = replace(PROBLEM, padded=False, backward=False)
+    exponentials = 2 * 8 * 300 * 25 * 34 / (132 * 16 * 1.755e9)
+    assert problems.floor(one) == pytest.approx(exponentials)
+    # With gradients all is read or written three times in all, and that takes longer.
+    both = 3 * (2 * 300 + 2 * 850 + 25 + 34 + 300) * 2 * 256 * 2
+    assert problems.floor(replace(one, backward=True)) == pytest.approx(both / counting.BANDWIDTH)
+
+
+def test_a_kernel_that_nothing_is_known_of_is_an_error():
+    with pytest.raises(figures.UnknownKernelError, match="attn new_kernel: LAUNCHES in gpu_model/cuda_code"):
+        cuda_code.kernel("_ZN8conddetr4attn10new_kernelI13__nv_bfloat16Lb1EEEvv", b"", 90, True)
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
