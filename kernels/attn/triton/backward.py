@@ -18,6 +18,7 @@ from conddetr.kernels.attn.triton.tiles import (
     load_rows,
     next_tile,
     outside_position,
+    position_of,
     product,
     scores_of,
     store_rows,
@@ -89,7 +90,7 @@ def backward_query_kernel(
     row_part, column_part = load_parts(tensors, image, head, row, column, ordinal < visited, DS, PDS, OFFSET)
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
-        position = row * width + column
+        position = position_of(start + ordinal, row, column, width, valid_hw)
         k_c, k_s, value = load_keys(
             tensors, image, head, position, row_part, column_part, None, D, DS, DV, PD, PDS, PDV, OFFSET
         )
@@ -105,7 +106,7 @@ def backward_query_kernel(
     # At most once.
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
-        position = row * width + column
+        position = position_of(start + ordinal, row, column, width, valid_hw)
         row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
         k_c, k_s, value = load_keys(
             tensors, image, head, position, row_part, column_part, inside, D, DS, DV, PD, PDS, PDV, OFFSET
@@ -144,7 +145,7 @@ def backward_key_kernel(
     visited, row_width = valid_rectangle(valid_hw, image, keys, height, width)
     ordinal = start + tl.arange(0, BLOCK_N)
     row, column = ordinal // row_width, ordinal % row_width
-    position = row * width + column
+    position = position_of(ordinal, row, column, width, valid_hw)
     visible = ordinal < visited
     row_part, column_part = load_parts(tensors, image, head, row, column, visible, DS, PDS, OFFSET)
     k_c, k_s, value = load_keys(

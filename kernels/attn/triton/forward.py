@@ -13,6 +13,7 @@ from conddetr.kernels.attn.triton.tiles import (
     load_parts,
     load_queries,
     next_tile,
+    position_of,
     product,
     scores_of,
     store_rows,
@@ -77,7 +78,7 @@ def forward_kernel(
     row_part, column_part = load_parts(tensors, image, head, row, column, ordinal < visited, DS, PDS, OFFSET)
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
-        position = row * width + column
+        position = position_of(start + ordinal, row, column, width, valid_hw)
         k_c, k_s, value = load_keys(
             tensors, image, head, position, row_part, column_part, None, D, DS, DV, PD, PDS, PDV, OFFSET
         )
@@ -93,7 +94,7 @@ def forward_kernel(
     # At most once.
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
-        position = row * width + column
+        position = position_of(start + ordinal, row, column, width, valid_hw)
         row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
         k_c, k_s, value = load_keys(
             tensors, image, head, position, row_part, column_part, inside, D, DS, DV, PD, PDS, PDV, OFFSET

@@ -63,6 +63,15 @@ def outside_position(ordinal, visited, row_width, width):
 
 
 @triton.jit
+def position_of(ordinal, row, column, width, valid_hw):
+    """Where keys are in the grid: without `valid_hw` their ordinals, which cost less."""
+    position = ordinal
+    if valid_hw is not None:
+        position = row * width + column
+    return position
+
+
+@triton.jit
 def next_tile(row, column, row_width, BLOCK_N: tl.constexpr):
     """Rows and columns of the ordinals BLOCK_N further on; no division for each."""
     column += BLOCK_N % row_width
