@@ -30,7 +30,7 @@ class Launch:
 _DATACENTER = {
     ("half", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
     ("half", 64): Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 1)),
-    ("half", 128): Launch(Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(32, 32, 4, 1)),
+    ("half", 128): Launch(Tiles(64, 32, 4, 1), Tiles(128, 32, 8, 1), Tiles(32, 32, 4, 2)),
     ("tf32", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 3)),
     ("tf32", 64): Launch(Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 64, 4, 1)),
     ("tf32", 128): Launch(Tiles(64, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 4, 1)),
