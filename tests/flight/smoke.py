@@ -111,8 +111,8 @@ def cases() -> Iterator[Case]:
     yield Case(kernels.sine_embedding, [uniform(50, 2)])
     yield Case(kernels.conditional_spatial_query, [uniform(50, 2), normal(50, 256)])
     projected = [normal(9, 50, 256), normal(50, 256), normal(256, 256), normal(256)]
-    yield Case(kernels.query, projected)
-    yield Case(kernels.query, [x.bfloat16() for x in projected])
+    yield Case(kernels.spatial_query, projected)
+    yield Case(kernels.spatial_query, [x.bfloat16() for x in projected])
     logits, boxes = normal(2, 2, 30, 91), uniform(2, 2, 30, 4)
     labels, objects = integers(0, 91, 2, 7), uniform(2, 7, 4)
     yield Case(kernels.predicted_boxes, [normal(2, 2, 30, 4), uniform(30, 2)])

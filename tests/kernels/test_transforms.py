@@ -73,7 +73,7 @@ def spatial_query() -> Operation:
 
 def projected_query() -> Operation:
     def call(transform, embedding, weight, bias, backend):
-        return kernels.query(transform, embedding, weight, bias, backend)
+        return kernels.spatial_query(transform, embedding, weight, bias, backend)
 
     return Operation(call, (normal(2, 3, 8), normal(3, 8), normal(5, 8), normal(5)))
 

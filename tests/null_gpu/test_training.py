@@ -54,8 +54,8 @@ def count_step(stepper, batch):
 @pytest.mark.parametrize(
     ("options", "launches", "copies", "graphs"),
     [
-        ({"backend": "triton"}, 337, 9, 0),
-        ({"backend": "triton", "precision": "bfloat16"}, 359, 9, 0),
+        ({"backend": "triton"}, 341, 9, 0),
+        ({"backend": "triton", "precision": "bfloat16"}, 358, 9, 0),
         ({"backend": "native"}, 341, 9, 0),
         ({"backend": "triton", "cuda_graphs": "on", "ema_decay": 0.9}, 2, 3, 1),
     ],
