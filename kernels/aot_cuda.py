@@ -150,12 +150,13 @@ def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
 
 
 def readable(name: str) -> str:
-    """A mangled kernel name in short: `attn forward_kernel bf16 separable`."""
-    op, kernel, arguments = re.search(r"conddetr\d+([a-z_]+)\d+([a-z_]+_kernel)(I\w+?E)?", name).groups()
-    dtypes = {"I13__nv_bfloat16": "bf16", "I6__half": "fp16", "If": "fp32"}
-    dtype = [short for mangled, short in dtypes.items() if (arguments or "").startswith(mangled)]
-    form = [short for mangled, short in {"Lb1": "separable", "Lb0": "dense"}.items() if mangled in (arguments or "")]
-    return " ".join([op, kernel, *dtype, *form])
+    """A mangled kernel name in short: `attn hopper_forward_kernel bf16 separable dropout`."""
+    mangled = r"conddetr\d+([a-z_]+)\d+([a-z_]+_kernel)(?:I(13__nv_bfloat16|6__half|f)((?:Lb[01]E)*)E)?"
+    operation, kernel, number, switches = re.search(mangled, name).groups()
+    words = [operation, kernel, {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}.get(number, "")]
+    values = [int(value) for value in re.findall("[01]", switches or "")]
+    words += [names[value] for names, value in zip((("dense", "separable"), ("", "dropout")), values, strict=False)]
+    return " ".join(filter(None, words))
 
 
 def problems(found: Compiled) -> list[str]:

@@ -70,16 +70,17 @@ def kernels(architecture: int, dropout: bool) -> dict[str, Kernel]:
         if source.parent.name not in OPERATIONS:
             continue
         cubin, _ = aot_cuda.build(source, target)
-        for symbol in machine_code.resources(cubin):
+        forms = ("bf16 separable", "bf16", "", *["bf16 separable dropout"] * dropout)
+        # A kernel that has a form of its own with dropout comes twice, that one last.
+        for symbol in sorted(machine_code.resources(cubin), key=lambda symbol: "dropout" in aot_cuda.readable(symbol)):
             name, form = name_of(symbol)
-            is_here = architecture == 90 or "hopper" not in name
-            if is_here and form in ("bf16 separable", "bf16", ""):
+            if (architecture == 90 or "hopper" not in name) and form in forms:
                 found[name] = kernel(symbol, cubin, architecture, dropout)
     return found
 
 
 def name_of(symbol: str) -> tuple[str, str]:
-    """`attn forward_kernel` and `bf16 separable` of a name in the machine code."""
+    """`attn hopper_forward_kernel` and `bf16 separable dropout` of a name in the machine code."""
     operation, name, *form = aot_cuda.readable(symbol).split()
     return f"{operation} {name}", " ".join(form)
 

@@ -138,7 +138,10 @@ auto fitting(void (*any)(Parameters...), void (*hopper)(Parameters...), const In
 template <typename T, bool kSeparable>
 auto kernel_forward(const Inputs& inputs) {
   const auto any = forward_kernel<T, kSeparable>;
-  if constexpr (sizeof(T) == 2) return fitting(any, hopper_forward_kernel<T, kSeparable>, inputs);
+  if constexpr (sizeof(T) == 2) {
+    const auto dropping = hopper_forward_kernel<T, kSeparable, true>;
+    return fitting(any, inputs.dropout_p > 0 ? dropping : hopper_forward_kernel<T, kSeparable, false>, inputs);
+  }
   return any;
 }
 

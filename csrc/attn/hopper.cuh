@@ -46,6 +46,15 @@ __device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], const Fr
   multiply_async<T, false, true>(sum, left.part[1], matrix.from(kStep).description());
 }
 
+// The same for 64 rows that are in shared memory, which takes no registers.
+template <bool kAdds, typename T>
+__device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], Tile<T> left, Tile<T> tile) {
+  constexpr int kStep = 16 * sizeof(T);
+  const Matrix a(left), b(tile);
+  multiply_async<T, kAdds>(sum, a.description(), b.description());
+  multiply_async<T, true>(sum, a.from(kStep).description(), b.from(kStep).description());
+}
+
 // Starts sum[64, 32] += left[64, 64] · tile.
 template <typename T>
 __device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const uint32_t (&left)[4][4], Tile<T> tile) {

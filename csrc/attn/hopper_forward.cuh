@@ -1,7 +1,8 @@
-// Attention forward on Hopper, for 16-bit numbers: what forward.cuh does, with other products. Instructions are what
-// binds there, so they are saved: a negative scale turns the queries' sign, and the maximum then needs no scale; stages
-// of tiles are constants. Scores of the next tile are on their way while weights of this one are made, and copies are
-// started between the exponentials.
+// Attention forward on Hopper, for 16-bit numbers: what forward.cuh does, with other products. Instructions and the
+// number of blocks at a time are what binds there. A negative scale turns the queries' sign, and the maximum then needs
+// no scale; stages of tiles are constants; copies are started between the exponentials. Scores of the next tile are
+// started with the values of this one, so that a warp waits once a tile: four blocks at a time do the rest. That many fit
+// because the spatial queries stay in shared memory, and because dropout is a kernel of its own.
 #pragma once
 
 #include "attn/forward.cuh"
@@ -10,8 +11,8 @@
 namespace conddetr::attn {
 
 // A block has 64 queries of one head of one image; keys go by in tiles, two in flight, their values one tile later.
-template <typename T, bool kSeparable>
-__global__ void __launch_bounds__(kThreads, 3) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
+template <typename T, bool kSeparable, bool kDrops>
+__global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
 #if defined(CONDDETR_HAS_WARPGROUPS)
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Keys keys = p.keys_of(image);
@@ -27,58 +28,59 @@ __global__ void __launch_bounds__(kThreads, 3) hopper_forward_kernel(Problem<T> 
   key_tiles.begin(p, image, head);
   end_group();
   wait_group<0>();
+  if (p.log2_scale < 0) {
+    negate(q_content, part);
+    negate(q_spatial, part);
+  }
   barrier();
-  Fragment<T> content(q_content, lane.first_row()), conditional(q_spatial, lane.first_row());
-  const uint32_t sign = p.log2_scale < 0 ? 0x80008000u : 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) content.part[i / 4][i % 4] ^= sign, conditional.part[i / 4][i % 4] ^= sign;
+  Fragment<T> content(q_content, lane.first_row());
   key_tiles.finish_first();
 
   const float log2_scale = fabsf(p.log2_scale);
   KeptOfKeys kept_of(p, image, head, first, lane);
   Softmax<true> softmax;
-  float sums[4][4];
+  float sums[4][4], scores[8][4];
   clear(sums);
-  float even[8][4], odd[8][4];
-  const auto start_scores = [&](float (&scores)[8][4], int stage) {
-    begin_products(scores, content.part, conditional.part);
+  const auto start_scores = [&](int stage) {
     multiply_rows_async<false>(scores, content, key_tiles.content.stage(stage));
-    multiply_rows_async<true>(scores, conditional, key_tiles.spatial.stage(stage));
-    end_products();
+    multiply_rows_async<true>(scores, q_spatial, key_tiles.spatial.stage(stage));
   };
-  const auto attend = [&](int tile, int stage, float (&weights)[8][4], float (&next_scores)[8][4]) {
+  const auto attend = [&](int tile, int stage) {
     wait_group<0>();
     show_to_products();
     barrier();  // this tile's values and the next tile's keys are there, and nobody reads what came before
-    start_scores(next_scores, 1 - stage);  // past the last tile, of whatever is there
-    Kept kept = kept_of.next();
     const Visible visible(p, image, keys, tile, lane);
-    if (!visible.is_all) visible.hide(weights, -INFINITY);
+    if (!visible.is_all) visible.hide(scores, -INFINITY);
     key_tiles.copy_values(1 - stage);  // past the last tile zeros
     key_tiles.load_keys(stage);
     end_group();
-    softmax.update(weights, log2_scale);
+    Kept kept;
+    if constexpr (kDrops) kept = kept_of.next();
+    softmax.update(scores, log2_scale);
     uint32_t packed[4][4];
-    pack_all<T>(packed, weights);
-    if (p.keep) {
+    pack_all<T>(packed, scores);
+    if constexpr (kDrops) {
       kept.start_at(2 * lane.t);
       kept.apply(packed);
     }
     softmax.shrink_sums(sums);
-    begin_products(sums, packed);
+    begin_products(sums, packed, scores);
     multiply_columns_async<T>(sums, packed, key_tiles.values.stage(stage));
+    start_scores(1 - stage);  // past the last tile, of whatever is there
     end_products();
-    wait_products<0>(sums, next_scores);
+    wait_products<0>(sums, scores);
   };
   show_to_products();
   barrier();
-  start_scores(even, 0);
-  wait_products<0>(even);
+  begin_products(scores, content.part);
+  start_scores(0);
+  end_products();
+  wait_products<0>(scores);
   key_tiles.load_keys(1);
   end_group();
   for (int tile = 0; tile < tiles; tile += 2) {
-    attend(tile, 0, even, odd);
-    if (tile + 1 < tiles) attend(tile + 1, 1, odd, even);
+    attend(tile, 0);
+    if (tile + 1 < tiles) attend(tile + 1, 1);
   }
   wait_group<0>();
   store_forward(out, lse, sums, softmax, p, image, head, first, q_content, lane);

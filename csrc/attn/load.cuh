@@ -45,6 +45,17 @@ __device__ __forceinline__ void load_queries(Tile<T> tile, const Source<T>& sour
   }
 }
 
+// Turns the signs of what the thread has copied of a tile of 16-bit numbers.
+template <typename T>
+__device__ __forceinline__ void negate(Tile<T> tile, const Part<T>& part) {
+  constexpr uint32_t kSigns = 0x80008000u;
+#pragma unroll
+  for (int i = 0; i < Part<T>::kRows; ++i) {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(part.of(tile, i));
+    write_chunk(part.of(tile, i), uint4{chunk.x ^ kSigns, chunk.y ^ kSigns, chunk.z ^ kSigns, chunk.w ^ kSigns});
+  }
+}
+
 // Bytes of the rows and columns that `KeyTiles` keeps.
 template <typename T>
 constexpr int64_t line_bytes(int64_t height, int64_t width) {
@@ -80,7 +91,8 @@ struct KeyTiles {
 
   // Starts to copy the first tile, and what spatial keys are built of.
   __device__ void begin(const Problem<T>& p, int image, int head) {
-    copy_keys(0);
+#pragma unroll
+    for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) copy_key(0, i);
     copy_values(0);
     if constexpr (kSeparable) {
       copy_lines(rows, k_spatial, cursor.height);
@@ -89,27 +101,35 @@ struct KeyTiles {
   }
 
   // Builds the first tile's spatial keys, once the block has what `begin` copied.
-  __device__ void finish_first() { build(0, first); }
+  __device__ void finish_first() {
+    Cursor at = first;
+    uint4 sums[Part<T>::kRows];
+#pragma unroll
+    for (int i = 0; i < Part<T>::kRows; ++i, at.next()) add_spatial(sums[i], at);
+    write_spatial(0, sums);
+  }
 
-  // Starts to copy the next tile.
+  // Starts to copy the next tile, and builds its spatial keys.
   __device__ __forceinline__ void load(int stage) {
-    load_keys(stage);
+    uint4 sums[Part<T>::kRows];
+    copy_keys(stage, sums);
     copy_values(stage);
+    write_spatial(stage, sums);
   }
 
   // Without its values.
   __device__ __forceinline__ void load_keys(int stage) {
-    build(stage, cursor);
-    copy_keys(stage);
+    uint4 sums[Part<T>::kRows];
+    copy_keys(stage, sums);
+    write_spatial(stage, sums);
   }
 
-  // Content keys, and dense spatial ones.
-  __device__ __forceinline__ void copy_keys(int stage) {
+  // Content keys, and dense spatial ones; separable ones are added up.
+  __device__ __forceinline__ void copy_keys(int stage, uint4 (&sums)[Part<T>::kRows]) {
 #pragma unroll
     for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) {
-      items[i] = cursor.is_inside() ? cursor.y * grid_width + cursor.x : -1;
-      k_content.copy(part.of(content.stage(stage), i), items[i], items[i] >= 0);
-      if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), i), items[i], items[i] >= 0);
+      copy_key(stage, i);
+      add_spatial(sums[i], cursor);
     }
   }
 
@@ -119,15 +139,24 @@ struct KeyTiles {
     for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
   }
 
-  // Outside, sums with the last row: no weight counts there, but it must not meet a NaN.
-  __device__ __forceinline__ void build(int stage, Cursor at) const {
+  // Of the key at the cursor, which goes to the thread's row `index` of the tile.
+  __device__ __forceinline__ void copy_key(int stage, int index) {
+    const bool inside = cursor.is_inside();
+    items[index] = inside ? cursor.y * grid_width + cursor.x : -1;
+    k_content.copy(part.of(content.stage(stage), index), items[index], inside);
+    if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), index), items[index], inside);
+  }
+
+  // A separable spatial key. Outside, that of the last row: no weight counts there, but it must not meet a NaN.
+  __device__ __forceinline__ void add_spatial(uint4& sum, const Cursor& at) const {
     if constexpr (kSeparable) {
-      uint4 sums[Part<T>::kRows];
-#pragma unroll
-      for (int i = 0; i < Part<T>::kRows; ++i, at.next()) {
-        const int y = at.y < at.height ? at.y : at.height - 1;
-        sums[i] = sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());
-      }
+      const int y = at.y < at.height ? at.y : at.height - 1;
+      sum = sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());
+    }
+  }
+
+  __device__ __forceinline__ void write_spatial(int stage, const uint4 (&sums)[Part<T>::kRows]) const {
+    if constexpr (kSeparable) {
 #pragma unroll
       for (int i = 0; i < Part<T>::kRows; ++i) write_chunk(part.of(spatial.stage(stage), i), sums[i]);
     }

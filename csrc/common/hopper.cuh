@@ -88,6 +88,25 @@ __device__ __forceinline__ void multiply_async(float (&sum)[4][4], const uint32_
 #undef CONDDETR_MULTIPLY
 }
 
+// The same for an `a` that is described too, K-major.
+template <typename T, bool Adds>
+__device__ __forceinline__ void multiply_async(float (&sum)[8][4], uint64_t a, uint64_t b) {
+#define CONDDETR_MULTIPLY(type)                                                                                         \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                              \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, %34, 1, 1, 0, 0;"                          \
+               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3), CONDDETR_SUM(4), CONDDETR_SUM(5),  \
+                 CONDDETR_SUM(6), CONDDETR_SUM(7)                                                                       \
+               : "l"(a), "l"(b), "n"(int(Adds))                                                                         \
+               : "memory")
+  if constexpr (std::is_same_v<T, bf16>) {
+    CONDDETR_MULTIPLY("bf16");
+  } else {
+    CONDDETR_MULTIPLY("f16");
+  }
+#undef CONDDETR_MULTIPLY
+}
+
 #undef CONDDETR_SUM
 
 }  // namespace conddetr

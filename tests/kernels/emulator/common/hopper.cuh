@@ -91,12 +91,36 @@ void wait_products(Registers&...) {
   emulator::self().may_multiply = false;
 }
 
+namespace emulator {
+
+// Rows g and g + 8 of `a` are given by a function, (0 or 1, column) → float.
+template <typename T, bool Turned, bool Adds, int N, typename Left>
+void start_product(float (&sum)[N][4], Left left, uint64_t b) {
+  Thread& thread = self();
+  if (!thread.may_multiply) refuse("a product without begin_products before it");
+  if (memcmp(show(&b, sizeof b)[0], &b, sizeof b)) refuse("lanes describe different matrices");
+  const int t = threadIdx.x % 4;
+  thread.products.push_back({thread.product_group, [=, &sum] {
+    const Description right(b);
+    for (int i = 0; i < 4 * N; ++i) {
+      float& result = sum[i / 4][i % 4];
+      const int row = i / 2 % 2, column = i / 4 * 8 + 2 * t + i % 2;
+      if (!Adds) result = 0;
+      for (int k = 0; k < 16; ++k) {
+        const uint16_t bits = Turned ? right.number(k, column, true) : right.number(column, k, false);
+        result += left(row, k) * to_float(T(bits, T::from_bits()));
+      }
+    }
+  }});
+  meet(block->groups[threadIdx.x / kGroup]);  // all four warps start it
+  if (random_numbers() % 2) finish_products(thread.product_group + 1);
+}
+
+}  // namespace emulator
+
 template <typename T, bool Turned, bool Adds, int N>
 void multiply_async(float (&sum)[N][4], const uint32_t (&a)[4], uint64_t b) {
-  emulator::Thread& thread = emulator::self();
-  if (!thread.may_multiply) emulator::refuse("a product without begin_products before it");
-  const int lane = threadIdx.x % kLanes, g = lane / 4, t = lane % 4;
-  if (memcmp(emulator::show(&b, sizeof b)[0], &b, sizeof b)) emulator::refuse("lanes describe different matrices");
+  const int g = threadIdx.x % kLanes / 4;
   std::array<std::array<float, 16>, 2> left;  // rows g and g + 8
   const auto shown = emulator::show(a, sizeof a);
   for (int from = 0; from < 4; ++from) {
@@ -105,20 +129,17 @@ void multiply_async(float (&sum)[N][4], const uint32_t (&a)[4], uint64_t b) {
       left[i / 2 % 2][i / 4 * 8 + 2 * from + i % 2] = to_float(T(bits, T::from_bits()));
     }
   }
-  thread.products.push_back({thread.product_group, [=, &sum] {
-    const emulator::Description right(b);
-    for (int i = 0; i < 4 * N; ++i) {
-      float& result = sum[i / 4][i % 4];
-      const int row = i / 2 % 2, column = i / 4 * 8 + 2 * t + i % 2;
-      if (!Adds) result = 0;
-      for (int k = 0; k < 16; ++k) {
-        const uint16_t bits = Turned ? right.number(k, column, true) : right.number(column, k, false);
-        result += left[row][k] * to_float(T(bits, T::from_bits()));
-      }
-    }
-  }});
-  emulator::meet(emulator::block->groups[threadIdx.x / emulator::kGroup]);  // all four warps start it
-  if (emulator::random_numbers() % 2) emulator::finish_products(thread.product_group + 1);
+  emulator::start_product<T, Turned, Adds>(sum, [=](int row, int k) { return left[row][k]; }, b);
+}
+
+template <typename T, bool Adds, int N>
+void multiply_async(float (&sum)[N][4], uint64_t a, uint64_t b) {
+  if (memcmp(emulator::show(&a, sizeof a)[0], &a, sizeof a)) emulator::refuse("lanes describe different matrices");
+  const int first = threadIdx.x % emulator::kGroup / kLanes * 16 + threadIdx.x % kLanes / 4;
+  const auto left = [=](int row, int k) {
+    return to_float(T(emulator::Description(a).number(first + 8 * row, k, false), T::from_bits()));
+  };
+  emulator::start_product<T, false, Adds>(sum, left, b);
 }
 
 }  // namespace conddetr
