@@ -176,10 +176,9 @@ def explore(options: argparse.Namespace) -> None:
     """One of Triton's kernels with each of some settings."""
     found = []
     for setting in options.tiles or [None]:
-        job = triton_code.job(options.kernel, options.architectures[0], options.width, not options.dense, options.dtype)
-        has_dropout = "HAS_DROPOUT" in job.options_dict()
-        dropout = not options.no_dropout if has_dropout else None
-        job = triton_code.changed(job, setting, dropout, dict(options.set))
+        form = (options.width, not options.dense, options.dtype, not options.no_dropout)
+        job = triton_code.job(options.kernel, options.architectures[0], *form)
+        job = triton_code.changed(job, setting, options=dict(options.set))
         try:
             kernel = triton_code.compiled(job, options.architectures[0])
             one = figures.of(kernel)
@@ -197,8 +196,9 @@ def explore(options: argparse.Namespace) -> None:
 
 
 def tiles(text: str) -> Tiles:
-    """`64,64,4,3`: queries, keys, warps, stages."""
-    return Tiles(*map(int, text.split(",")))
+    """`64,64,4,3` or `64,64,4,3,128,ahead`: queries, keys, warps, stages, registers at most, scores a tile ahead."""
+    numbers = text.removesuffix(",ahead").split(",")
+    return Tiles(*map(int, numbers), ahead=text.endswith(",ahead"))
 
 
 def constant(text: str) -> tuple[str, object]:
@@ -230,7 +230,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     one = parser.add_argument_group("one kernel of kernels/attn/triton, which is not written anywhere")
     one.add_argument("--kernel")
-    one.add_argument("--tiles", nargs="+", type=tiles, help="queries,keys,warps,stages; default: as they ship")
+    one.add_argument(
+        "--tiles", nargs="+", type=tiles, help="queries,keys,warps,stages[,registers][,ahead]; default: as they ship"
+    )
     one.add_argument("--no-dropout", action="store_true")
     one.add_argument("--dense", action="store_true", help="dense spatial keys and a mask")
     one.add_argument("--width", type=int, default=32, choices=kernels.WIDTHS, help="of heads; default 32")

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from math import exp, fsum, log, nan
 
 import torch
@@ -97,7 +97,7 @@ def report(kernel: str, found: dict[kernels.Tiles, list[float]]) -> None:
     today = next(iter(found.values()))
     mean = {tile: exp(fsum(log(a / b) for a, b in zip(today, s, strict=True)) / len(s)) for tile, s in found.items()}
     table = Table(title=f"{kernel}: {len(found)} settings")
-    for column in ("queries", "keys", "warps", "stages", "speed-up", "milliseconds"):
+    for column in (*(field.name for field in fields(kernels.Tiles)), "speed-up", "milliseconds"):
         table.add_column(column, justify="right")
     for tile in sorted(mean, key=mean.get, reverse=True)[:10]:
         milliseconds = "  ".join(f"{1e3 * value:.4f}" for value in found[tile])

@@ -215,29 +215,44 @@ def jobs_in_one_form(architecture: int) -> Iterator[Job]:
 
 
 def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is_separable: bool) -> Iterator[Job]:
-    launch = attn.launch_settings(architecture, products, width)
+    launch = attn.launch_settings(architecture, products, width, is_separable, dropout=is_separable)
     tiles = {
         "forward_kernel": launch.forward,
         "backward_query_kernel": launch.backward_query,
         "backward_key_kernel": launch.backward_key,
     }
-    form = "separable, valid_hw, dropout" if is_separable else "dense, mask"
+    form = "separable, valid_hw" if is_separable else "dense, mask"
     for kernel, tile in tiles.items():
-        options = {
-            **dict.fromkeys(("D", "DS", "DV", "PD", "PDS", "PDV"), width),
-            "SEPARABLE": is_separable,
-            "HAS_VALID": is_separable,
-            "HAS_PADDING": not is_separable,
-            "HAS_DROPOUT": is_separable,
-            "OFFSET": tl.int32,
-            "PRECISION": "tf32" if products == "tf32" else "ieee",
-            "BLOCK_Q": tile.queries,
-            "BLOCK_N": tile.keys,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-            "enable_fp_fusion": True,
-        }
-        yield Job(kernel, f"{products}, {width}, {form}", dtype, tuple(options.items()))
+        dropout = ", dropout" * is_separable
+        options = _attention_options(kernel, tile, products, width, is_separable, is_separable)
+        yield Job(kernel, f"{products}, {width}, {form}{dropout}", dtype, options)
+    without = attn.launch_settings(architecture, products, width, is_separable, dropout=False).forward
+    if without != launch.forward:
+        options = _attention_options("forward_kernel", without, products, width, is_separable, False)
+        yield Job("forward_kernel", f"{products}, {width}, {form}", dtype, options)
+
+
+def _attention_options(
+    kernel: str, tile: attn.Tiles, products: str, width: int, is_separable: bool, has_dropout: bool
+) -> tuple[tuple[str, object], ...]:
+    return (
+        *dict.fromkeys(("D", "DS", "DV", "PD", "PDS", "PDV"), width).items(),
+        ("SEPARABLE", is_separable),
+        ("HAS_VALID", is_separable),
+        ("HAS_PADDING", not is_separable),
+        ("HAS_DROPOUT", has_dropout),
+        ("OFFSET", tl.int32),
+        ("PRECISION", "tf32" if products == "tf32" else "ieee"),
+        *attention_settings(kernel, tile).items(),
+        ("enable_fp_fusion", True),
+    )
+
+
+def attention_settings(kernel: str, tile: attn.Tiles) -> dict[str, object]:
+    """What launch settings are to the compiler."""
+    settings = {"BLOCK_Q": tile.queries, "BLOCK_N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+    settings |= {"AHEAD": tile.ahead} if kernel == "forward_kernel" else {}
+    return {**settings, "maxnreg": tile.registers}
 
 
 def compile_job(job: Job, architecture: int) -> Compiled:
@@ -295,7 +310,7 @@ def build(job: Job, architecture: int) -> Built:
 def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
     function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
     options = job.options_dict()
-    compiler = ("num_warps", "num_stages", "enable_fp_fusion")
+    compiler = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     launch = {name: options.pop(name) for name in compiler if name in options}
     source = ASTSource(function, *_arguments(function.arg_names, job.dtype, options))
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)

@@ -40,11 +40,9 @@ def _of_triton(architecture: int, main: bool) -> Iterator[tuple[str, str, Kernel
     if not main:
         forms += [(32, True, False), (32, False, False), *((width, True, True) for width in WIDTHS[1:])]
     for width, separable, dropout in forms:
-        for job in triton_code.jobs(architecture, width, separable):
+        for job in triton_code.jobs(architecture, width, separable, dropout=dropout):
             has_variants = "SEPARABLE" in job.options_dict()
-            if has_variants:
-                job = triton_code.changed(job, dropout=dropout)
-            elif (width, separable, dropout) != forms[0]:
+            if not has_variants and (width, separable, dropout) != forms[0]:
                 continue
             variant = _variant(width, separable, dropout) if has_variants else ""
             yield "triton", variant, triton_code.compiled(job, architecture)

@@ -15,8 +15,10 @@ WORD = 32
 """Decisions of dropout that are one number of its kernel."""
 
 
-def jobs(architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16") -> list[aot.Job]:
-    """The attention kernels of the ahead-of-time check, of one width and form."""
+def jobs(
+    architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16", dropout: bool = True
+) -> list[aot.Job]:
+    """The attention kernels of the ahead-of-time check, of one width and form, with the settings that ship."""
     products = "half" if dtype == "bf16" else "tf32"
     found = [job for job in aot.jobs(architecture) if job.dtype == dtype]
     found = [job for job in found if any(hasattr(room, job.kernel) for room in ROOMS)]
@@ -27,16 +29,26 @@ def jobs(architecture: int, width: int = 32, separable: bool = True, dtype: str 
             return True
         return options["PD"] == width and options["SEPARABLE"] == separable and job.variant.startswith(products)
 
-    return [job for job in found if fits(job)]
+    # A kernel that has settings of its own without dropout comes twice.
+    found = sorted(filter(fits, found), key=lambda job: job.options_dict().get("HAS_DROPOUT") == dropout)
+    chosen = {job.kernel: job for job in found}
+    return [changed(job, dropout=dropout) if "HAS_DROPOUT" in job.options_dict() else job for job in chosen.values()]
 
 
-def job(kernel: str, architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16") -> aot.Job:
+def job(
+    kernel: str,
+    architecture: int,
+    width: int = 32,
+    separable: bool = True,
+    dtype: str = "bf16",
+    dropout: bool = True,
+) -> aot.Job:
     """One of `jobs`.
 
     Raises:
         ValueError: there is no such kernel; lists those that there are.
     """
-    found = {job.kernel: job for job in jobs(architecture, width, separable, dtype)}
+    found = {job.kernel: job for job in jobs(architecture, width, separable, dtype, dropout)}
     if kernel not in found:
         raise ValueError(f"kernel {kernel!r}: expected one of {', '.join(found)}.")
     return found[kernel]
@@ -52,14 +64,13 @@ def changed(
 
     Args:
         job: with the settings that ship.
-        tiles: queries, keys, warps, stages.
+        tiles: launch settings.
         dropout: whether weights are dropped.
         options: any other compile-time argument.
     """
     made = {**job.options_dict(), **(options or {})}
     if tiles is not None:
-        made |= {"BLOCK_Q": tiles.queries, "BLOCK_N": tiles.keys}
-        made |= {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        made |= aot.attention_settings(job.kernel, tiles)
     if dropout is not None:
         made["HAS_DROPOUT"] = dropout
     return replace(job, options=tuple(made.items()))

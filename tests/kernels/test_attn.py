@@ -107,6 +107,47 @@ def test_kernels_match_the_reference(shape, kind, backend, device):
     assert_within_budget(case.run(device, torch.float32, backend, **options), plain, exact)
 
 
+@pytest.fixture
+def triton_of_hopper(device, monkeypatch):
+    """Triton's kernels with the settings for Hopper, heads of 32 and 16-bit numbers, which make scores a tile ahead."""
+    triton_attn = pytest.importorskip("conddetr.kernels.attn.triton", reason="the package triton is not installed")
+    skip_unless_runs("triton", device)
+    if device.type == "cuda":
+        pytest.skip("settings are those of the device here")
+
+    def settings(architecture, products, width, *form):
+        launch = launch_settings(90, "half", 32, *form)
+        assert launch.forward.ahead
+        return launch
+
+    launch_settings = triton_attn.launch_settings
+    monkeypatch.setattr(triton_attn, "launch_settings", settings)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15)], ids=lambda size: f"{size[0]}×{size[1]}")
+def test_scores_a_tile_ahead(size, kind, dropout_p, triton_of_hopper, device):
+    """Fewer keys than a tile, a whole number of tiles, and a part of one over."""
+    case = Case(height=size[0], width=size[1], heads=1)
+    options = padding_options(kind, case, device)
+    options |= {"dropout_p": dropout_p, "seed": torch.tensor([3], device=device)} if dropout_p else {}
+    exact = case.run(device, torch.float64, "eager", **options)
+    plain = case.run(device, torch.float32, "eager", **options)
+    assert_within_budget(case.run(device, torch.float32, "triton", **options), plain, exact)
+
+
+def test_scores_a_tile_ahead_see_nothing_of_padding(triton_of_hopper, device):
+    case = Case(queries=5, height=9, width=15)
+    valid = torch.tensor([[7, 8], [0, 15]], dtype=torch.int32, device=device)
+    leaves = case.to(device, torch.float32)
+    expected = attend(leaves, "eager", valid_hw=valid)
+    for index in (2, 5):
+        leaves[index] = leaves[index].detach().masked_fill(rectangle_padding(valid, 9, 15)[..., None, None], math.nan)
+    torch.testing.assert_close(attend(leaves, "triton", valid_hw=valid), expected)
+    assert (expected[1] == 0).all()
+
+
 @pytest.mark.parametrize("kind", ["none", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dense", [False, True])

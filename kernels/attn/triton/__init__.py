@@ -49,7 +49,8 @@ class Inputs:
             architecture = 10 * major + minor
         products = precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
-        return launch_settings(architecture, "half" if products == "emulate" else products, width)
+        products = "half" if products == "emulate" else products
+        return launch_settings(architecture, products, width, self.columns is not None, self.keep is not None)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -81,6 +82,7 @@ class Inputs:
             "BLOCK_N": tiles.keys,
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
+            "maxnreg": tiles.registers,
             # Asked for, since its default differs between Triton's releases.
             "enable_fp_fusion": True,
         }
@@ -123,7 +125,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
     forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
         inputs.operands(), out, lse, inputs.valid_hw, inputs.padding, inputs.keep, *inputs.scalars(),
-        **inputs.options(tiles),
+        AHEAD=tiles.ahead, **inputs.options(tiles),
     )  # fmt: skip
     return out, lse
 

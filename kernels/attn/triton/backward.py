@@ -16,6 +16,7 @@ from conddetr.kernels.attn.triton.tiles import (
     load_parts,
     load_queries,
     load_rows,
+    load_values,
     next_tile,
     outside_position,
     position_of,
@@ -91,9 +92,8 @@ def backward_query_kernel(
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
         position = position_of(start + ordinal, row, column, width, valid_hw)
-        k_c, k_s, value = load_keys(
-            tensors, image, head, position, row_part, column_part, None, D, DS, DV, PD, PDS, PDV, OFFSET
-        )
+        k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
+        value = load_values(tensors, image, head, position, None, DV, PDV, OFFSET)
         row, column = next_tile(row, column, row_width, BLOCK_N)
         is_next = start + BLOCK_N + ordinal < visited
         row_part, column_part = load_parts(tensors, image, head, row, column, is_next, DS, PDS, OFFSET)
@@ -108,9 +108,8 @@ def backward_query_kernel(
         inside = start + ordinal < visited
         position = position_of(start + ordinal, row, column, width, valid_hw)
         row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
-        k_c, k_s, value = load_keys(
-            tensors, image, head, position, row_part, column_part, inside, D, DS, DV, PD, PDS, PDV, OFFSET
-        )
+        k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, inside, D, DS, PD, PDS, OFFSET)
+        value = load_values(tensors, image, head, position, inside, DV, PDV, OFFSET)
         visible = inside
         if padding is not None:
             visible = inside & (tl.load(padding + position, mask=inside, other=1) == 0)
@@ -148,9 +147,8 @@ def backward_key_kernel(
     position = position_of(ordinal, row, column, width, valid_hw)
     visible = ordinal < visited
     row_part, column_part = load_parts(tensors, image, head, row, column, visible, DS, PDS, OFFSET)
-    k_c, k_s, value = load_keys(
-        tensors, image, head, position, row_part, column_part, visible, D, DS, DV, PD, PDS, PDV, OFFSET
-    )
+    k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, visible, D, DS, PD, PDS, OFFSET)
+    value = load_values(tensors, image, head, position, visible, DV, PDV, OFFSET)
     # The sign goes to the keys here: queries are what their gradients are made of.
     if scale < 0:
         k_c, k_s = -k_c, -k_s

@@ -1,6 +1,7 @@
 """Conditional attention, forward: tiled online softmax, scores never leave the chip.
 
-A program has a block of queries of one head of one image and walks over the keys. Scores are kept in base 2.
+A program has a block of queries of one head of one image and walks over the keys. Scores are kept in base 2. `AHEAD`:
+those of the next tile are made at the end of a trip, right behind the sums of values, and their keys come meanwhile.
 """
 
 import triton
@@ -8,10 +9,12 @@ import triton.language as tl
 
 from conddetr.kernels.attn.triton.tiles import (
     drop,
+    last_row_of,
     load_kept,
     load_keys,
     load_parts,
     load_queries,
+    load_values,
     next_tile,
     position_of,
     product,
@@ -51,7 +54,7 @@ def softmax_tile(
 def forward_kernel(
     tensors, out, lse, valid_hw, padding, keep, scale, log2_scale, kept_factor, queries, keys, heads, height, width,
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
-    OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """out [B, Q, h, dv] contiguous; lse [B, h, Q] float32, base 2, +inf where no key is visible."""
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -74,32 +77,47 @@ def forward_kernel(
     accumulator = tl.zeros((BLOCK_Q, PDV), tl.float32)
     ordinal = tl.arange(0, BLOCK_N)
     row, column = ordinal // row_width, ordinal % row_width
+    # What is read past the last key lies where the last ones do, which is cheaper than a mask: it does not count.
+    last_row = last_row_of(visited, row_width)
     # One tile ahead, into registers: copies to shared memory would have to be read back to add them.
-    row_part, column_part = load_parts(tensors, image, head, row, column, ordinal < visited, DS, PDS, OFFSET)
+    row_part, column_part = load_parts(tensors, image, head, tl.minimum(row, last_row), column, None, DS, PDS, OFFSET)
+    if AHEAD:
+        position = tl.minimum(position_of(ordinal, row, column, width, valid_hw), keys - 1)
+        k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
+        scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
+        row, column = next_tile(row, column, row_width, BLOCK_N)
+        row_part, column_part = load_parts(
+            tensors, image, head, tl.minimum(row, last_row), column, None, DS, PDS, OFFSET
+        )
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
-        position = position_of(start + ordinal, row, column, width, valid_hw)
-        k_c, k_s, value = load_keys(
-            tensors, image, head, position, row_part, column_part, None, D, DS, DV, PD, PDS, PDV, OFFSET
-        )
-        row, column = next_tile(row, column, row_width, BLOCK_N)
-        is_next = start + BLOCK_N + ordinal < visited
-        row_part, column_part = load_parts(tensors, image, head, row, column, is_next, DS, PDS, OFFSET)
-        scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
+        if not AHEAD:
+            position = position_of(start + ordinal, row, column, width, valid_hw)
+        value = load_values(tensors, image, head, position, None, DV, PDV, OFFSET)
         visible = tl.load(padding + position) == 0 if padding is not None else None
         kept = load_kept(keep, within, start, queries, BLOCK_N, OFFSET) if keep is not None else None
+        if AHEAD:
+            position = tl.minimum(position_of(start + BLOCK_N + ordinal, row, column, width, valid_hw), keys - 1)
+        k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
+        row, column = next_tile(row, column, row_width, BLOCK_N)
+        row_part, column_part = load_parts(
+            tensors, image, head, tl.minimum(row, last_row), column, None, DS, PDS, OFFSET
+        )
+        if not AHEAD:
+            scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
         highest, total, accumulator = softmax_tile(
             highest, total, accumulator, scores, value, visible, kept, log2_scale, kept_factor, PRECISION
         )
+        if AHEAD:
+            scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
     # At most once.
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
-        position = position_of(start + ordinal, row, column, width, valid_hw)
-        row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
-        k_c, k_s, value = load_keys(
-            tensors, image, head, position, row_part, column_part, inside, D, DS, DV, PD, PDS, PDV, OFFSET
-        )
-        scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
+        if not AHEAD:
+            position = position_of(start + ordinal, row, column, width, valid_hw)
+            k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, inside, D, DS, PD, PDS, OFFSET)
+            scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
+        value = load_values(tensors, image, head, position, inside, DV, PDV, OFFSET)
         visible = inside
         if padding is not None:
             visible = inside & (tl.load(padding + position, mask=inside, other=1) == 0)

@@ -1,7 +1,7 @@
 """Launch settings of the attention kernels, by architecture, kind of products and width of heads."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from conddetr.kernels import registry
 
@@ -14,6 +14,10 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Of a thread, at most: so that as many blocks fit as the setting was chosen for. None: as the compiler likes."""
+    ahead: bool = False
+    """Of the forward kernel: whether it makes scores a tile ahead."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ _OTHER = {
     ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
     ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 4, 1)),
 }
+_AHEAD = {
+    False: Tiles(64, 32, 4, 3, registers=96, ahead=True),
+    True: Tiles(64, 64, 4, 3, registers=128, ahead=True),
+}
+"""Forward on Hopper, with separable keys, 16-bit numbers and heads of 32, without and with dropout: five and four
+blocks fit a multiprocessor."""
 _WITHOUT_TENSOR_CORES = {
     32: Launch(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1)),
     64: Launch(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 64, 8, 1)),
@@ -52,15 +62,22 @@ _WITHOUT_TENSOR_CORES = {
 
 
 @functools.cache
-def launch_settings(architecture: int, products: str, width: int) -> Launch:
+def launch_settings(
+    architecture: int, products: str, width: int, separable: bool = True, dropout: bool = True
+) -> Launch:
     """Launch settings by table; an architecture that is not in it takes the cautious ones.
 
     Args:
         architecture: compute capability, e.g. 90.
         products: `half` (bfloat16, float16), `tf32`, or `ieee` (float32 without tensor cores).
         width: the widest of d, ds and dv, up to 128.
+        separable: whether spatial keys are.
+        dropout: whether weights are dropped.
     """
     padded = max(32, registry.next_power_of_2(width))
     if products == "ieee":
         return _WITHOUT_TENSOR_CORES[padded]
-    return (_DATACENTER if architecture in (90, 100) else _OTHER)[products, padded]
+    launch = (_DATACENTER if architecture in (90, 100) else _OTHER)[products, padded]
+    if (architecture, products, padded, separable) == (90, "half", 32, True):
+        return replace(launch, forward=_AHEAD[dropout])
+    return launch

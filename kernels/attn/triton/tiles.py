@@ -72,6 +72,12 @@ def position_of(ordinal, row, column, width, valid_hw):
 
 
 @triton.jit
+def last_row_of(visited, row_width):
+    """Of the valid rectangle; the first of an empty one. What is read there belongs to the image, and costs no mask."""
+    return tl.maximum(visited // row_width - 1, 0)
+
+
+@triton.jit
 def next_tile(row, column, row_width, BLOCK_N: tl.constexpr):
     """Rows and columns of the ordinals BLOCK_N further on; no division for each."""
     column += BLOCK_N % row_width
@@ -128,18 +134,22 @@ def load_parts(tensors, image, head, row, column, inside, DS: tl.constexpr, PDS:
 @triton.jit
 def load_keys(
     tensors, image, head, position, row_part, column_part, inside,
-    D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
-    OFFSET: tl.constexpr,
+    D: tl.constexpr, DS: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Content keys, spatial keys and values of some positions, of which there are the parts of separable keys."""
+    """Content and spatial keys of some positions, of which there are the parts of separable keys."""
     k_c = load_rows(of_head(tensors.k_content, image, head), position, tensors.k_content.item, inside, D, PD, OFFSET)
     if tensors.columns is None:
         spatial = of_head(tensors.k_spatial, image, head)
         k_s = load_rows(spatial, position, tensors.k_spatial.item, inside, DS, PDS, OFFSET)
     else:
         k_s = (row_part.to(tl.float32) + column_part.to(tl.float32)).to(row_part.dtype)
-    value = load_rows(of_head(tensors.v, image, head), position, tensors.v.item, inside, DV, PDV, OFFSET)
-    return k_c, k_s, value
+    return k_c, k_s
+
+
+@triton.jit
+def load_values(tensors, image, head, position, inside, DV: tl.constexpr, PDV: tl.constexpr, OFFSET: tl.constexpr):
+    """Values of some positions."""
+    return load_rows(of_head(tensors.v, image, head), position, tensors.v.item, inside, DV, PDV, OFFSET)
 
 
 @triton.jit
