@@ -226,10 +226,11 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
         dropout = ", dropout" * is_separable
         options = _attention_options(kernel, tile, products, width, is_separable, is_separable)
         yield Job(kernel, f"{products}, {width}, {form}{dropout}", dtype, options)
-    without = attn.launch_settings(architecture, products, width, is_separable, dropout=False).forward
-    if without != launch.forward:
-        options = _attention_options("forward_kernel", without, products, width, is_separable, False)
-        yield Job("forward_kernel", f"{products}, {width}, {form}", dtype, options)
+    for crowded in (False, True):
+        without = attn.launch_settings(architecture, products, width, is_separable, False, crowded).forward
+        if without != launch.forward:
+            options = _attention_options("forward_kernel", without, products, width, is_separable, False)
+            yield Job("forward_kernel", f"{products}, {width}, {form}{', crowded' * crowded}", dtype, options)
 
 
 def _attention_options(

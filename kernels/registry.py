@@ -122,6 +122,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def transforms() -> list[str]:
     """The function transforms and forward-mode differentiation that are going on, innermost first, by their public
     names. Operators that have a gradient alone fail there, or give no tangents.

@@ -29,7 +29,7 @@ def jobs(
             return True
         return options["PD"] == width and options["SEPARABLE"] == separable and job.variant.startswith(products)
 
-    # A kernel that has settings of its own without dropout comes twice.
+    # Where settings depend on dropout, and on how many blocks there are, a kernel comes more than once: last with many.
     found = sorted(filter(fits, found), key=lambda job: job.options_dict().get("HAS_DROPOUT") == dropout)
     chosen = {job.kernel: job for job in found}
     return [changed(job, dropout=dropout) if "HAS_DROPOUT" in job.options_dict() else job for job in chosen.values()]

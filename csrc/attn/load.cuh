@@ -91,8 +91,7 @@ struct KeyTiles {
 
   // Starts to copy the first tile, and what spatial keys are built of.
   __device__ void begin(const Problem<T>& p, int image, int head) {
-#pragma unroll
-    for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) copy_key(0, i);
+    copy_keys(0);
     copy_values(0);
     if constexpr (kSeparable) {
       copy_lines(rows, k_spatial, cursor.height);
@@ -101,42 +100,30 @@ struct KeyTiles {
   }
 
   // Builds the first tile's spatial keys, once the block has what `begin` copied.
-  __device__ void finish_first() {
-    Cursor at = first;
-    uint4 sums[Part<T>::kRows];
-#pragma unroll
-    for (int i = 0; i < Part<T>::kRows; ++i, at.next()) add_spatial(sums[i], at);
-    write_spatial(0, sums);
-  }
+  __device__ void finish_first() { build(0, first); }
 
-  // Starts to copy the next tile, and builds its spatial keys.
+  // Starts to copy the next tile.
   __device__ __forceinline__ void load(int stage) {
-    uint4 sums[Part<T>::kRows];
-    copy_keys(stage, sums);
+    build(stage, cursor);
+    copy_keys(stage);
     copy_values(stage);
-    write_spatial(stage, sums);
   }
 
-  // Without its values.
+  // The same without its values, key by key: fewer instructions, and other registers.
   __device__ __forceinline__ void load_keys(int stage) {
     uint4 sums[Part<T>::kRows];
-    copy_keys(stage, sums);
-    write_spatial(stage, sums);
-  }
-
-  // Content keys, and dense spatial ones; separable ones are added up.
-  __device__ __forceinline__ void copy_keys(int stage, uint4 (&sums)[Part<T>::kRows]) {
 #pragma unroll
     for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) {
       copy_key(stage, i);
-      add_spatial(sums[i], cursor);
+      if constexpr (kSeparable) sums[i] = spatial_at(cursor);
     }
+    if constexpr (kSeparable) write_spatial(stage, sums);
   }
 
-  // Values of the last keys.
-  __device__ __forceinline__ void copy_values(int stage) const {
+  // Content keys, and dense spatial ones.
+  __device__ __forceinline__ void copy_keys(int stage) {
 #pragma unroll
-    for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
+    for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) copy_key(stage, i);
   }
 
   // Of the key at the cursor, which goes to the thread's row `index` of the tile.
@@ -147,19 +134,30 @@ struct KeyTiles {
     if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), index), items[index], inside);
   }
 
-  // A separable spatial key. Outside, that of the last row: no weight counts there, but it must not meet a NaN.
-  __device__ __forceinline__ void add_spatial(uint4& sum, const Cursor& at) const {
+  // Values of the last keys.
+  __device__ __forceinline__ void copy_values(int stage) const {
+#pragma unroll
+    for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
+  }
+
+  __device__ __forceinline__ void build(int stage, Cursor at) const {
     if constexpr (kSeparable) {
-      const int y = at.y < at.height ? at.y : at.height - 1;
-      sum = sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());
+      uint4 sums[Part<T>::kRows];
+#pragma unroll
+      for (int i = 0; i < Part<T>::kRows; ++i, at.next()) sums[i] = spatial_at(at);
+      write_spatial(stage, sums);
     }
   }
 
+  // A separable spatial key. Outside, that of the last row: no weight counts there, but it must not meet a NaN.
+  __device__ __forceinline__ uint4 spatial_at(const Cursor& at) const {
+    const int y = at.y < at.height ? at.y : at.height - 1;
+    return sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());
+  }
+
   __device__ __forceinline__ void write_spatial(int stage, const uint4 (&sums)[Part<T>::kRows]) const {
-    if constexpr (kSeparable) {
 #pragma unroll
-      for (int i = 0; i < Part<T>::kRows; ++i) write_chunk(part.of(spatial.stage(stage), i), sums[i]);
-    }
+    for (int i = 0; i < Part<T>::kRows; ++i) write_chunk(part.of(spatial.stage(stage), i), sums[i]);
   }
 
   __device__ void copy_lines(T* lines, const Source<T>& source, int count) const {

@@ -50,7 +50,15 @@ class Inputs:
         products = precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
         products = "half" if products == "emulate" else products
-        return launch_settings(architecture, products, width, self.columns is not None, self.keep is not None)
+        form = (self.columns is not None, self.keep is not None, self._is_crowded())
+        return launch_settings(architecture, products, width, *form)
+
+    def _is_crowded(self) -> bool:
+        """As `launch_settings` wants to know it."""
+        if self.v.device.type != "cuda":
+            return False
+        batch, queries, heads, _ = self.sizes
+        return batch * heads * registry.cdiv(queries, 64) > 3 * registry.multiprocessors(self.v.device)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

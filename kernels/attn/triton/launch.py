@@ -48,12 +48,12 @@ _OTHER = {
     ("tf32", 64): Launch(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
     ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 4, 1)),
 }
-_AHEAD = {
-    False: Tiles(64, 32, 4, 3, registers=96, ahead=True),
-    True: Tiles(64, 64, 4, 3, registers=128, ahead=True),
-}
-"""Forward on Hopper, with separable keys, 16-bit numbers and heads of 32, without and with dropout: five and four
-blocks fit a multiprocessor."""
+_AHEAD = Tiles(64, 64, 4, 3, ahead=True)
+"""Forward on Hopper, with separable keys, 16-bit numbers and heads of 32: as fast as one block can be."""
+_AHEAD_CROWDED = Tiles(64, 32, 4, 3, registers=96, ahead=True)
+"""The same where many blocks wait: five at a time, slower each."""
+_AHEAD_DROPOUT = Tiles(64, 64, 4, 3, registers=128, ahead=True)
+"""With dropout: four at a time."""
 _WITHOUT_TENSOR_CORES = {
     32: Launch(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1)),
     64: Launch(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 64, 8, 1)),
@@ -63,7 +63,12 @@ _WITHOUT_TENSOR_CORES = {
 
 @functools.cache
 def launch_settings(
-    architecture: int, products: str, width: int, separable: bool = True, dropout: bool = True
+    architecture: int,
+    products: str,
+    width: int,
+    separable: bool = True,
+    dropout: bool = True,
+    crowded: bool = True,
 ) -> Launch:
     """Launch settings by table; an architecture that is not in it takes the cautious ones.
 
@@ -73,11 +78,12 @@ def launch_settings(
         width: the widest of d, ds and dv, up to 128.
         separable: whether spatial keys are.
         dropout: whether weights are dropped.
+        crowded: whether there are more than three blocks of 64 queries for each multiprocessor.
     """
     padded = max(32, registry.next_power_of_2(width))
     if products == "ieee":
         return _WITHOUT_TENSOR_CORES[padded]
     launch = (_DATACENTER if architecture in (90, 100) else _OTHER)[products, padded]
     if (architecture, products, padded, separable) == (90, "half", 32, True):
-        return replace(launch, forward=_AHEAD[dropout])
+        return replace(launch, forward=_AHEAD_DROPOUT if dropout else _AHEAD_CROWDED if crowded else _AHEAD)
     return launch
