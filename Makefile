@@ -38,7 +38,7 @@ demo: $(PACKAGE)
 
 # The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	@echo "testing: about 5 minutes on two cores"
+	@echo "testing: about 5 minutes on two cores, 7 where Triton has compiled nothing yet"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
 # All of it once, with what takes long: the demonstration, the sanitizers (with -j2 beside it), and the tests that are
