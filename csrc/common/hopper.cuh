@@ -48,6 +48,18 @@ __device__ __forceinline__ void wait_products(Registers&... registers) {
 }
 
 #define CONDDETR_SUM(i) "+f"(sum[i][0]), "+f"(sum[i][1]), "+f"(sum[i][2]), "+f"(sum[i][3])
+#define CONDDETR_4_SUMS CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3)
+#define CONDDETR_8_SUMS CONDDETR_4_SUMS, CONDDETR_SUM(4), CONDDETR_SUM(5), CONDDETR_SUM(6), CONDDETR_SUM(7)
+#define CONDDETR_16_NAMES "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define CONDDETR_32_NAMES \
+  CONDDETR_16_NAMES ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// One instruction, for numbers of type T.
+#define CONDDETR_MULTIPLY(shape, operands, sums, ...)                                                               \
+  if constexpr (std::is_same_v<T, bf16>) {                                                                          \
+    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 " operands : sums : __VA_ARGS__ : "memory"); \
+  } else {                                                                                                         \
+    asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.f16.f16 " operands : sums : __VA_ARGS__ : "memory");   \
+  }
 
 // Starts sum = a b, or with `Adds` sum += a b, for a [64, 16], b [16, 8n] and sum [64, 8n], in four warps of 16 rows.
 // Lane 4g + t holds of `sum`, for each octet of columns, columns 2t and 2t+1 of row g, then of row g + 8 (9.7.15.5.1.1.1,
@@ -55,58 +67,28 @@ __device__ __forceinline__ void wait_products(Registers&... registers) {
 // (9.7.15.5.1.2.2) whose rows are columns of b, 16 numbers of each (K-major); with `Turned` 16 rows of b (N-major).
 template <typename T, bool Turned, bool Adds>
 __device__ __forceinline__ void multiply_async(float (&sum)[8][4], const uint32_t (&a)[4], uint64_t b) {
-#define CONDDETR_MULTIPLY(type)                                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                              \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, %37, 1, 1, %38;"          \
-               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3), CONDDETR_SUM(4), CONDDETR_SUM(5),  \
-                 CONDDETR_SUM(6), CONDDETR_SUM(7)                                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned))                   \
-               : "memory")
-  if constexpr (std::is_same_v<T, bf16>) {
-    CONDDETR_MULTIPLY("bf16");
-  } else {
-    CONDDETR_MULTIPLY("f16");
-  }
-#undef CONDDETR_MULTIPLY
+  CONDDETR_MULTIPLY("m64n64k16", "{" CONDDETR_32_NAMES "}, {%32, %33, %34, %35}, %36, %37, 1, 1, %38;", CONDDETR_8_SUMS,
+                    "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned)))
 }
 
 template <typename T, bool Turned, bool Adds>
 __device__ __forceinline__ void multiply_async(float (&sum)[4][4], const uint32_t (&a)[4], uint64_t b) {
-#define CONDDETR_MULTIPLY(type)                                                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type                                            \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, " \
-               "%21, 1, 1, %22;"                                                                                      \
-               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3)                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned))                 \
-               : "memory")
-  if constexpr (std::is_same_v<T, bf16>) {
-    CONDDETR_MULTIPLY("bf16");
-  } else {
-    CONDDETR_MULTIPLY("f16");
-  }
-#undef CONDDETR_MULTIPLY
+  CONDDETR_MULTIPLY("m64n32k16", "{" CONDDETR_16_NAMES "}, {%16, %17, %18, %19}, %20, %21, 1, 1, %22;", CONDDETR_4_SUMS,
+                    "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(Adds)), "n"(int(Turned)))
 }
 
 // The same for an `a` that is described too, K-major.
 template <typename T, bool Adds>
 __device__ __forceinline__ void multiply_async(float (&sum)[8][4], uint64_t a, uint64_t b) {
-#define CONDDETR_MULTIPLY(type)                                                                                         \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                              \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-               "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, %34, 1, 1, 0, 0;"                          \
-               : CONDDETR_SUM(0), CONDDETR_SUM(1), CONDDETR_SUM(2), CONDDETR_SUM(3), CONDDETR_SUM(4), CONDDETR_SUM(5),  \
-                 CONDDETR_SUM(6), CONDDETR_SUM(7)                                                                       \
-               : "l"(a), "l"(b), "n"(int(Adds))                                                                         \
-               : "memory")
-  if constexpr (std::is_same_v<T, bf16>) {
-    CONDDETR_MULTIPLY("bf16");
-  } else {
-    CONDDETR_MULTIPLY("f16");
-  }
-#undef CONDDETR_MULTIPLY
+  CONDDETR_MULTIPLY("m64n64k16", "{" CONDDETR_32_NAMES "}, %32, %33, %34, 1, 1, 0, 0;", CONDDETR_8_SUMS, "l"(a), "l"(b),
+                    "n"(int(Adds)))
 }
 
+#undef CONDDETR_MULTIPLY
+#undef CONDDETR_32_NAMES
+#undef CONDDETR_16_NAMES
+#undef CONDDETR_8_SUMS
+#undef CONDDETR_4_SUMS
 #undef CONDDETR_SUM
 
 }  // namespace conddetr
