@@ -57,3 +57,12 @@ def test_all_kernels_for_all_architectures(tmp_path):
         "half, 32, separable, valid_hw": 1,
         "half, 32, separable, valid_hw, crowded": 1,
     }
+    hopper = {
+        found["variant"]: found
+        for found in kernels
+        if found["kernel"] == "forward_kernel" and found["architecture"] == 90
+    }
+    for form, blocks in ((", dropout", 4), ("", 3), (", crowded", 5)):
+        # Registers are given eight at a time, to blocks of 128 threads.
+        registers = -(-hopper[f"half, 32, separable, valid_hw{form}"]["registers"] // 8) * 8
+        assert 65536 // (128 * registers) >= blocks, form

@@ -203,18 +203,19 @@ def test_launches_on_the_device_of_the_tensors(operation, backend, index):
     assert counts.waits == counts.from_device == 0
 
 
-@pytest.mark.parametrize(("batch", "has_dropout", "blocks"), [(8, False, 3), (32, False, 5), (32, True, 4)])
-def test_attention_in_triton_fills_a_hopper(batch, has_dropout, blocks):
+@pytest.mark.parametrize(
+    ("batch", "has_dropout", "keys", "registers"), [(8, False, 64, None), (32, False, 32, 96), (32, True, 64, 128)]
+)
+def test_attention_in_triton_fills_a_hopper(batch, has_dropout, keys, registers):
     """Of 300 queries and 8 heads, B = 8 is three blocks for each of 132 multiprocessors, and B = 32 is ten."""
     triton_attention = importlib.import_module("conddetr.kernels.attn.triton")
     device = torch.device("cuda")
     assert torch.cuda.get_device_capability(device) == (9, 0)
-    queries, keys = (torch.zeros(batch, n, 8, 32, dtype=torch.bfloat16, device=device) for n in (300, 24))
+    queries, items = (torch.zeros(batch, n, 8, 32, dtype=torch.bfloat16, device=device) for n in (300, 24))
     keep = torch.zeros(batch, 8, 2, 300, dtype=torch.int32, device=device) if has_dropout else None
-    tensors = (queries, queries, keys, keys[:, :4], keys[:, :6], keys)
+    tensors = (queries, queries, items, items[:, :4], items[:, :6], items)
     tiles = triton_attention.Inputs(*tensors, None, None, keep, 0.125, 0.1 * has_dropout).launch().forward
-    fits = 65536 // (32 * tiles.warps * tiles.registers) if tiles.registers else 3
-    assert (tiles.queries, fits) == (64, blocks)
+    assert (tiles.queries, tiles.keys, tiles.registers) == (64, keys, registers)
 
 
 def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
