@@ -152,20 +152,20 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from conddetr.engine.progress import console, metrics_table
+    from conddetr.engine.progress import metrics_table, say, show
     from conddetr.engine.run import train
 
     chosen, notes = chosen_options(options)
     run = resolve_run(chosen)
     for note in notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        say(note)
     checkpoint = Path(run.output_dir) / LATEST
     if not run.eval:
         trainer = train(run)
         if not trainer.is_main:
             return
         metrics = trainer.metrics
-        console.print(f"wrote {checkpoint}", highlight=False, soft_wrap=True)
+        say(f"wrote {checkpoint}")
     elif run.resume:
         # The official way to evaluate a checkpoint.
         checkpoint = checkpoint if run.resume == "auto" else Path(run.resume)
@@ -178,7 +178,7 @@ def _train(options: argparse.Namespace) -> None:
         metrics = result.metrics
     else:
         raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")
-    console.print(metrics_table(f"COCO metrics of {checkpoint}, in percent", metrics))
+    show(f"COCO metrics of {checkpoint}, in percent", metrics_table(metrics))
 
 
 def _coco_result(
@@ -213,7 +213,7 @@ def _coco_result(
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from conddetr.engine.progress import class_table, console, metrics_table
+    from conddetr.engine.progress import class_table, metrics_table, show
     from conddetr.files import write_text
 
     source = options.checkpoint, options.preset, options.device
@@ -221,8 +221,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if result is None:
         return
     if options.per_class:
-        console.print(class_table("classes, in percent", result.per_class))
-    console.print(metrics_table(f"COCO metrics of {options.checkpoint}, in percent", result.metrics))
+        show("classes, in percent", class_table(result.per_class))
+    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
     if options.out:
         per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
         content = {**result.metrics, **per_class}
@@ -232,7 +232,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from conddetr.data.images import read_image
     from conddetr.detector import Detector
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import say
     from conddetr.viz.boxes import save_detections
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
@@ -243,13 +243,13 @@ def _predict(options: argparse.Namespace) -> None:
         found = detector.predict(image, options.threshold)[0]
         file = Path(options.out) / f"{Path(path).stem}.png"
         save_detections(file, image, found.boxes, found.labels.tolist(), found.captions)
-        console.print(f"{path}: {len(found)} objects; wrote {file}", highlight=False, soft_wrap=True)
+        say(f"{path}: {len(found)} objects; wrote {file}")
 
 
 def _attention(options: argparse.Namespace) -> None:
     from conddetr.data.images import read_image
     from conddetr.detector import Detector
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import say
     from conddetr.viz.attention import attention_figure
     from conddetr.viz.boxes import save_figure
 
@@ -260,12 +260,12 @@ def _attention(options: argparse.Namespace) -> None:
     for index, (caption, query) in enumerate(zip(found.captions, found.queries.tolist(), strict=True)):
         file = Path(options.out) / f"{Path(options.image).stem}-layer{maps.layer}-query{query}.png"
         save_figure(attention_figure(image, found, index, maps), file)
-        console.print(f"{caption}: wrote {file}", highlight=False, soft_wrap=True)
+        say(f"{caption}: wrote {file}")
 
 
 def _export(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import console, say
     from conddetr.export import SUFFIXES
 
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, "cpu")
@@ -279,7 +279,7 @@ def _export(options: argparse.Namespace) -> None:
         f"{', '.join(map(str, report.checked))}",
         f"wrote {report.path} ({megabytes:.1f} MB)",
     ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -293,7 +293,7 @@ def _demo(options: argparse.Namespace) -> None:
         use_one_thread,
     )
     from conddetr.detector import Detector
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import say
     from conddetr.engine.run import train
 
     out = free_folder(options.out)
@@ -303,7 +303,7 @@ def _demo(options: argparse.Namespace) -> None:
         chosen["time_limit"] = options.seconds
     if not options.coco_path:
         use_one_thread()
-        console.print("training a tiny detector on synthetic shapes: about two minutes on two CPU cores")
+        say("training a tiny detector on synthetic shapes: about two minutes on two CPU cores")
     trainer = train(resolve_run({**chosen, "device": options.device or ""}), show_config=False)
     detector = Detector.from_checkpoint(out / LATEST, device=options.device)
     report(trainer.metrics, draw_samples(detector, trainer.val_set, out))
@@ -313,7 +313,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     from conddetr.data.validate import note_shared_images, validate
-    from conddetr.engine.progress import Progress, console
+    from conddetr.engine.progress import Progress, console, say
     from conddetr.files import write_text
 
     if options.annotations and not options.images:
@@ -339,7 +339,7 @@ def _validate(options: argparse.Namespace) -> int:
     if len(reports) == 2:
         note_shared_images(*reports)
     for report in reports:
-        console.print(report.summary(), highlight=False, soft_wrap=True, markup=False)
+        say(report.summary())
         console.print(*report.tables(), sep="\n")
     ok = all(report.ok for report in reports)
     if options.report:
@@ -352,12 +352,12 @@ def _bench_data(options: argparse.Namespace) -> None:
     from conddetr.data.bench import bench_data
     from conddetr.data.coco import coco_split
     from conddetr.data.transforms import TrainTransform
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import console, say
 
     dataset = coco_split(options.coco_path, "train", TrainTransform(PRESETS[options.preset]))
     result = bench_data(dataset, options.count, options.rounds)
     console.print(result.table())
-    console.print(result.agreement(), highlight=False, soft_wrap=True)
+    say(result.agreement())
 
 
 def _env(options: argparse.Namespace) -> None:
@@ -366,7 +366,7 @@ def _env(options: argparse.Namespace) -> None:
 
     from rich.table import Table
 
-    from conddetr.engine.progress import console
+    from conddetr.engine.progress import say, show
     from conddetr.kernels import native, registry
     from conddetr.kernels.conv3x3 import op as conv3x3
     from conddetr.kernels.dropout import op as dropout
@@ -375,17 +375,17 @@ def _env(options: argparse.Namespace) -> None:
 
     device = _device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
-    console.print(f"Python {platform.python_version()}, device {device} ({name})", highlight=False)
+    say(f"Python {platform.python_version()}, device {device} ({name})")
     for package in ("torch", "torchvision", "triton", "pycocotools", "faster-coco-eval"):
         try:
             found = version(package)
         except PackageNotFoundError:
             found = "not installed"
-        console.print(f"{package} {found}", highlight=False)
-    console.print(f"native kernels: {native.NOT_LOADED or native.describe(device)}", highlight=False, soft_wrap=True)
+        say(f"{package} {found}")
+    say(f"native kernels: {native.NOT_LOADED or native.describe(device)}")
     dtypes = (torch.float32, torch.bfloat16)
     choices = [registry.choose("auto", device, dtype) for dtype in dtypes]
-    table = Table(title="what backend=auto picks")
+    table = Table()
     for column in ("operation", *(str(dtype).removeprefix("torch.") for dtype in dtypes)):
         table.add_column(column)
     for operation in ("conditional_attention", "dropout_bits", "sine_embedding", "conditional_spatial_query"):
@@ -400,9 +400,9 @@ def _env(options: argparse.Namespace) -> None:
     shapes = [torch.empty(1, conv3x3.GRAIN, 1, 1, device=device, dtype=dtype) for dtype in dtypes]
     table.add_row("convolution_3x3", *(conv3x3.choose("auto", x, (conv3x3.GRAIN, conv3x3.GRAIN)) for x in shapes))
     table.add_row("linear_assignment", *[match.choose("auto", device, torch.float32)] * len(dtypes))
-    console.print(table)
+    show("what backend=auto picks", table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
-        console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)
+        say(f"{backend} is refused: {reason}")
 
 
 def _device(name: str | None) -> torch.device:

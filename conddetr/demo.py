@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 
 from conddetr.detector import Detector
 from conddetr.engine.checkpoint import has_run
-from conddetr.engine.progress import console, metrics_table
+from conddetr.engine.progress import metrics_table, say, show
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
 
@@ -110,11 +110,11 @@ def check_learned(metrics: dict[str, float]) -> None:
     least = f"at least {100 * EXPECTED_AP50:.0f} is expected"
     if metrics["AP50"] < EXPECTED_AP50:
         raise ValueError(f"{found}: {least}. Something is wrong with this installation: try `make test`.")
-    console.print(f"{found}: the model has learned ({least})", highlight=False, soft_wrap=True)
+    say(f"{found}: the model has learned ({least})")
 
 
 def report(metrics: dict[str, float], files: list[Path]) -> None:
     """Print what the demonstration found and wrote."""
-    console.print(metrics_table("COCO metrics on held-out images, in percent", metrics))
+    show("COCO metrics on held-out images, in percent", metrics_table(metrics))
     for file in files:
-        console.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        say(f"wrote {file}")

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on, and the tables at its end."""
+"""What a person sees: lines, the bar while work goes on, and the tables at its end."""
 
 import sys
 from types import TracebackType
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 console = Console()
 
 
+def say(text: str) -> None:
+    """Print a line as it is, broken by nothing but the terminal.
+
+    Brackets, colons and numbers in it are neither markup nor coloured: paths and names hold anything.
+    """
+    console.print(Text(text), soft_wrap=True)
+
+
+def show(title: str, table: Table) -> None:
+    """Print a table below its title, which is a line as of `say`: a path in it stays whole."""
+    say(title)
+    console.print(table)
+
+
 class Progress:
     """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal.
 
@@ -34,12 +48,12 @@ class Progress:
         self.is_shown = not disable and sys.stdout.isatty()
         """Whether anybody sees a note."""
         self._bar = RichProgress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]} images/s"),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -65,9 +79,9 @@ class Progress:
         self._bar.update(self._task, advance=images, rate=rate, note=note, total=total)
 
 
-def class_table(title: str, classes: "list[ClassMetrics]") -> Table:
+def class_table(classes: "list[ClassMetrics]") -> Table:
     """AP and recall of every class in percent, best first, as a table for the terminal."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("class")
     for name in ("objects", "AP", "AP50", "AP75", "AR100"):
         table.add_column(name, justify="right")
@@ -77,9 +91,9 @@ def class_table(title: str, classes: "list[ClassMetrics]") -> Table:
     return table
 
 
-def metrics_table(title: str, metrics: dict[str, float]) -> Table:
+def metrics_table(metrics: dict[str, float]) -> Table:
     """COCO's twelve numbers in percent, as a table for the terminal."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in metrics:
         table.add_column(name, justify="right")
     table.add_row(*(_percent(value) for value in metrics.values()))

@@ -11,7 +11,7 @@ from conddetr.config import ModelConfig, nearest
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.config import DataConfig, RunConfig
-from conddetr.engine.progress import console
+from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
 from conddetr.interop.official import start_from
 from conddetr.model.detr import DETR
@@ -103,7 +103,7 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         if weights:
             report = start_from(model, train_set.classes, weights)
             if distributed.is_main():
-                console.print(f"starting from weights: {report}", highlight=False, soft_wrap=True)
+                say(f"starting from weights: {report}")
         trainer = Trainer(model, train_set, val_set, run, device)
         if resume:
             trainer.resume(resume)
@@ -122,7 +122,7 @@ def _file_to_resume(run: RunConfig) -> Path | None:
 def _print_resumed(trainer: Trainer) -> None:
     position, of_epoch = trainer.position, len(trainer.loader)
     where = f"epoch {position.epoch + 1}, batch {position.batch} of {of_epoch}, step {position.step}"
-    console.print(f"going on from {trainer.resumed_from}: {where}", highlight=False, soft_wrap=True)
+    say(f"going on from {trainer.resumed_from}: {where}")
 
 
 def _print_start(run: RunConfig, model: DETR, train: int, val: int, show_config: bool) -> None:
@@ -131,13 +131,11 @@ def _print_start(run: RunConfig, model: DETR, train: int, val: int, show_config:
             shown = options if isinstance(options, dict) else {section: options}
             title = f"{section}: " if isinstance(options, dict) else ""
             line = "  ".join(f"{name}={value}" for name, value in shown.items())
-            console.print(f"{title}{line}", highlight=False, soft_wrap=True)
+            say(f"{title}{line}")
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     processes = distributed.world_size()
-    console.print(
+    say(
         f"{run.preset}: {total:,} parameters, {trainable:,} trainable, {gflops(model.config):.4g} GFLOPs; "
-        f"{train} training and {val} validation images" + (f"; {processes} processes" if processes > 1 else ""),
-        highlight=False,
-        soft_wrap=True,
+        f"{train} training and {val} validation images" + (f"; {processes} processes" if processes > 1 else "")
     )

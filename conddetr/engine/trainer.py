@@ -25,7 +25,7 @@ from conddetr.engine.evaluator import coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.preflight import preflight
-from conddetr.engine.progress import Progress, console
+from conddetr.engine.progress import Progress, say
 from conddetr.engine.step import Stepper
 from conddetr.files import write_text
 from conddetr.model.detr import DETR
@@ -182,12 +182,12 @@ class Trainer:
             # Killed after its last save, or restarted by a scheduler: that is no error.
             if self.is_main:
                 done = f"{self.position.epoch} epochs of {self.config.epochs}"
-                console.print(f"{self.resumed_from} holds {done}: nothing to train.", highlight=False, soft_wrap=True)
+                say(f"{self.resumed_from} holds {done}: nothing to train.")
             return self.metrics
         if self.config.preflight:
             self._preflight()
         if self.is_main and (line := self._graphs_in_words()):
-            console.print(line, highlight=False, soft_wrap=True)
+            say(line)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
             while self.position.epoch < self.config.epochs:
@@ -213,7 +213,7 @@ class Trainer:
             self.config.max_targets,
         )
         if self.is_main:
-            console.print(line, highlight=False, soft_wrap=True)
+            say(line)
 
     def _graphs_in_words(self) -> str:
         """Whether steps are recorded, in one line; empty: nobody would expect it."""
@@ -371,7 +371,7 @@ class Trainer:
             line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
         if "AP" in record:
             line += f"  AP {100 * record['AP']:.1f}  AP50 {100 * record['AP50']:.1f}"
-        console.print(line, highlight=False)
+        say(line)
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

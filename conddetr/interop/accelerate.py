@@ -10,6 +10,7 @@ from types import UnionType
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from conddetr.interop.accelerated.changes import change, restore, why_not_restore
@@ -54,7 +55,8 @@ class AccelerationReport:
         groups = {"accelerated": self.replaced, "left as it was": self.left, "has hooks": self.hooks}
         for title, parts in groups.items():
             for part in parts:
-                table.add_row(title, part.name, str(part.count), part.note)
+                # As text: brackets in names would be read as markup.
+                table.add_row(title, Text(part.name), str(part.count), Text(part.note))
         return table
 
     def __str__(self) -> str:
