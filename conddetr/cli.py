@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -41,8 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Prints its help into any encoding; the parsers of the commands are of this kind too."""
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        from conddetr.engine.progress import StandardOutput
+
+        super().print_help(file or StandardOutput())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="conddetr", description="Train and run Conditional DETR.")
+    parser = _Parser(prog="conddetr", description="Train and run Conditional DETR.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser(

@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 
 from conddetr.detector import Detector
 from conddetr.engine.checkpoint import has_run
-from conddetr.engine.progress import metrics_table, say, show
+from conddetr.engine.progress import metrics_table, percent, say, show
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
 
@@ -106,7 +106,7 @@ def check_learned(metrics: dict[str, float]) -> None:
     Raises:
         ValueError: it has not; everything was written all the same.
     """
-    found = f"AP50 {100 * metrics['AP50']:.1f} on held-out shapes"
+    found = f"AP50 {percent(metrics['AP50'])} on held-out shapes"
     least = f"at least {100 * EXPECTED_AP50:.0f} is expected"
     if metrics["AP50"] < EXPECTED_AP50:
         raise ValueError(f"{found}: {least}. Something is wrong with this installation: try `make test`.")

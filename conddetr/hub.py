@@ -11,6 +11,7 @@ import conddetr
 from conddetr import config as configs
 from conddetr.detector import Detector
 from conddetr.engine.checkpoint import save_weights
+from conddetr.engine.progress import percent
 from conddetr.files import write_text
 from conddetr.interop.checkpoints import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
 
@@ -261,8 +262,7 @@ def _metrics(detector: Detector, given: Mapping[str, float] | None) -> str:
         "As given by who published this" if given else "Of the last evaluation in training, on its validation images"
     )
     head, line = " | ".join(metrics), "|---" * len(metrics)
-    # -1: nothing counts.
-    values = " | ".join("–" if value < 0 else f"{100 * value:.1f}" for value in metrics.values())
+    values = " | ".join(percent(value) for value in metrics.values())
     return f"{origin}, in percent:\n\n| {head} |\n{line}|\n| {values} |"
 
 

@@ -1,8 +1,10 @@
 """Every command, on synthetic and on real images."""
 
 import argparse
+import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -33,6 +35,17 @@ def trained(tmp_path_factory):
 def test_train_writes_checkpoint_and_log(trained):
     assert (trained / "checkpoint.pt").is_file()
     assert json.loads((trained / "log.jsonl").read_text())["epoch"] == 0
+
+
+def test_output_in_latin_1_ends_no_training(tmp_path, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    # Shapes of this size have no large ones, whose AP is a dash.
+    assert main(["train", *QUICK, "--train-images", "4", "--val-images", "2", "--out", str(tmp_path)]) == 0
+    *_, values, _ = stream.buffer.getvalue().decode("latin-1").splitlines()
+    assert " -|" in values
 
 
 def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
@@ -146,6 +159,8 @@ def test_beside_a_gpu_more_processes_draw_shapes():
 def test_a_demonstration_that_did_not_learn_is_an_error(capsys):
     with pytest.raises(ValueError, match=r"AP50 84\.9 on held-out shapes: at least 85 is expected"):
         check_learned({"AP50": 0.849})
+    with pytest.raises(ValueError, match="AP50 – on held-out shapes"):
+        check_learned({"AP50": -1.0})
     check_learned({"AP50": 0.85})
     assert "the model has learned" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from conddetr.engine.evaluator import METRICS
 from conddetr.files import write_text
 
 DRAWING_SHARE = 0.05
@@ -37,6 +38,9 @@ class RunLog:
             os.fsync(file.fileno())
         if self._board is not None:
             for name, value in record.items():
+                if name in METRICS and value < 0:
+                    # It does not exist: in a curve -1 would be a fall.
+                    continue
                 self._board.add_scalar(name, value, record["epoch"])
             self._board.flush()
         start = time.perf_counter()

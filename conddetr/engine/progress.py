@@ -2,7 +2,7 @@
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,7 +21,67 @@ from rich.text import Text
 if TYPE_CHECKING:
     from conddetr.engine.evaluator import ClassMetrics
 
-console = Console()
+STAND_INS = str.maketrans({"–": "-", "…": "...", "×": "x", "·": ".", "≥": ">=", "λ": "lambda"})
+"""What our own words use beyond ASCII, where the output cannot take it."""
+
+
+class StandardOutput:
+    """`sys.stdout` as it is at the moment of each call, for a text that its encoding may not hold.
+
+    A file in Latin-1 or ASCII must not end a training for the dash in its last table. What the encoding cannot take is
+    written as one of `STAND_INS`, else as Python escapes it: `\\u4fe1`.
+    """
+
+    @property
+    def _stream(self) -> TextIO | None:
+        """None where there is no output: `pythonw`, or a closed one. While a bar is shown, rich stands before it."""
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+    @property
+    def encoding(self) -> str:
+        """Of the stream; rich draws tables and bars by it."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        """Whether a person looks on."""
+        return self._stream is not None and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the stream.
+
+        Raises:
+            OSError: it has none.
+        """
+        if self._stream is None:
+            raise OSError("There is no standard output.")
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write it, characters that do not fit replaced."""
+        if self._stream is None:
+            return 0
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self.encoding
+            fitting = "".join(char if _fits(char, encoding) else char.translate(STAND_INS) for char in text)
+            return self._stream.write(fitting.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        if self._stream is not None:
+            self._stream.flush()
+
+
+def _fits(char: str, encoding: str) -> bool:
+    try:
+        char.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+console = Console(file=StandardOutput())
 
 
 def say(text: str) -> None:
@@ -45,7 +105,7 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int | None, disable: bool = False) -> None:
-        self.is_shown = not disable and sys.stdout.isatty()
+        self.is_shown = not disable and console.file.isatty()
         """Whether anybody sees a note."""
         self._bar = RichProgress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -87,7 +147,7 @@ def class_table(classes: "list[ClassMetrics]") -> Table:
         table.add_column(name, justify="right")
     for row in sorted(classes, key=lambda row: -row.ap):
         values = (row.ap, row.ap50, row.ap75, row.ar100)
-        table.add_row(Text(row.name), str(row.objects), *(_percent(value) for value in values))
+        table.add_row(Text(row.name), str(row.objects), *(percent(value) for value in values))
     return table
 
 
@@ -96,10 +156,10 @@ def metrics_table(metrics: dict[str, float]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in metrics:
         table.add_column(name, justify="right")
-    table.add_row(*(_percent(value) for value in metrics.values()))
+    table.add_row(*(percent(value) for value in metrics.values()))
     return table
 
 
-def _percent(value: float) -> str:
-    """A dash where nothing counts."""
+def percent(value: float) -> str:
+    """A metric in [0, 1] for people: `61.1`; a dash where it does not exist, which is -1 in COCO's numbers."""
     return f"{100 * value:.1f}" if value >= 0 else "–"

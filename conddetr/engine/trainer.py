@@ -25,7 +25,7 @@ from conddetr.engine.evaluator import coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.preflight import preflight
-from conddetr.engine.progress import Progress, say
+from conddetr.engine.progress import Progress, percent, say
 from conddetr.engine.step import Stepper
 from conddetr.files import write_text
 from conddetr.model.detr import DETR
@@ -370,7 +370,7 @@ class Trainer:
         if record.get("cuda_graphs"):
             line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
         if "AP" in record:
-            line += f"  AP {100 * record['AP']:.1f}  AP50 {100 * record['AP50']:.1f}"
+            line += f"  AP {percent(record['AP'])}  AP50 {percent(record['AP50'])}"
         say(line)
 
 

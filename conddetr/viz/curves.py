@@ -1,5 +1,6 @@
 """The course of a training run as a picture."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def draw_curves(records: Sequence[dict[str, float]], path: str | Path) -> Path:
     parts.set_title("losses of the last layer")
     evaluated = [record for record in records if "AP" in record]
     for name in _METRICS:
-        values = [max(100 * record[name], 0) for record in evaluated]
+        # A metric that does not exist leaves a gap.
+        values = [100 * record[name] if record[name] >= 0 else math.nan for record in evaluated]
         metrics.plot([record["epoch"] + 1 for record in evaluated], values, marker=".", label=name)
     metrics.set_title("percent")
     for name, label in (("lr", "transformer"), ("lr_backbone", "backbone")):

@@ -1,6 +1,7 @@
 """What a run shows: TensorBoard's events beside the log, and the bar on a terminal."""
 
 import io
+import math
 import sys
 import time
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from conddetr.engine import progress
 from conddetr.engine.log import RunLog, read_log
+from conddetr.viz import curves
 
 
 class Terminal(io.StringIO):
@@ -37,6 +39,25 @@ def test_tensorboard_shows_what_the_log_holds(tmp_path):
     assert [(event.step, event.value) for event in events] == [(0, 3.5), (1, 2.5), (2, 1.25)]
     assert [record["loss"] for record in read_log(tmp_path / "log.jsonl")] == [3.5, 2.5, 1.25]
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_curves_leave_out_metrics_that_do_not_exist(tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="reads its events")
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: drawn.append(figure))
+    rest = {"loss": 1.0, "loss_ce": 1.0, "loss_bbox": 0.5, "loss_giou": 0.25, "lr": 1e-4, "lr_backbone": 1e-5}
+    log = RunLog(tmp_path, 0)
+    for epoch, found in enumerate([-1.0, 0.25]):
+        log.write({"epoch": epoch, **rest, "AP": found, "AP50": 0.0, "AP75": -1.0}, is_last=epoch == 1)
+    log.close()
+    lines = {line.get_label(): line.get_ydata().tolist() for line in drawn[-1].axes[2].get_lines()}
+    assert math.isnan(lines["AP"][0])
+    assert (lines["AP"][1], lines["AP50"]) == (25.0, [0.0, 0.0])
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("AP")] == [(1, 0.25)]
+    assert "AP75" not in events.Tags()["scalars"]
+    # The log itself keeps COCO's numbers.
+    assert [record["AP"] for record in read_log(tmp_path / "log.jsonl")] == [-1.0, 0.25]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -56,6 +56,12 @@ def test_loss_falls_and_files_are_complete(tmp_path):
     assert_equal(detector.model.state_dict(), content["ema"])
 
 
+def test_the_line_of_an_epoch_shows_a_dash_for_what_does_not_exist(tmp_path, capsys):
+    record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "AP": -1.0, "AP50": 0.5}
+    trainer(tmp_path)._print(record)
+    assert capsys.readouterr().out.endswith("  AP –  AP50 50.0\n")
+
+
 def test_two_runs_are_equal(tmp_path):
     for name in ("a", "b"):
         trainer(tmp_path / name).fit()

@@ -1,0 +1,60 @@
+"""Lines and tables hold names, paths and metrics as they are, in any output."""
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+
+from conddetr.engine import progress
+from conddetr.engine.progress import metrics_table, percent, say, show
+
+AS_MARKUP = "photo [copy].png [/b] [bold]x[/bold] :smile: 'text' 3.5 https://a.b"
+
+
+def test_a_line_is_printed_as_it_is(capsys, monkeypatch):
+    say(AS_MARKUP)
+    show(AS_MARKUP, metrics_table({"AP": 0.5}))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [AS_MARKUP, AS_MARKUP]
+    # Nor does a narrow terminal see colours, or a path in parts.
+    terminal = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True, width=20))
+    say(AS_MARKUP)
+    assert terminal.getvalue() == AS_MARKUP + "\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line"),
+    [
+        ("ascii", r"3x4 - \u4fe1 \xe9 \udcff"),
+        ("latin-1", r"3×4 - \u4fe1 é \udcff"),
+        ("cp1252", r"3×4 – \u4fe1 é \udcff"),
+        ("utf-8", r"3×4 – 信 é \udcff"),
+    ],
+)
+def test_every_output_takes_every_text(monkeypatch, encoding, line):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    # The last one is a byte of a file name that is not UTF-8.
+    say("3×4 – 信 é \udcff")
+    show("metrics", metrics_table({"AP": -1.0, "AP50": 0.25}))
+    printed = stream.buffer.getvalue().decode(encoding).splitlines()
+    assert printed[0] == line
+    values = next(row for row in printed if "25.0" in row)
+    assert ("–" in values) == (encoding in ("cp1252", "utf-8"))
+    assert ("─" in "".join(printed)) == (encoding == "utf-8")
+
+
+def test_without_an_output_nothing_fails(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    say("nobody reads this")
+    with progress.Progress("epoch 1/2", total=2) as bar:
+        bar.advance(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(-1.0, "–"), (float("nan"), "–"), (0.0, "0.0"), (0.6113, "61.1"), (1.0, "100.0")]
+)
+def test_a_metric_that_does_not_exist_is_a_dash(value, text):
+    assert percent(value) == text
