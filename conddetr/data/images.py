@@ -1,8 +1,16 @@
 """Images of every kind into one form: [3, H, W] RGB tensors."""
 
+import io
 import math
+import os
+import re
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,8 +38,49 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image with that orientation tag upright; other values mean nothing."""
+_SIZED_BY_HEADER = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats whose size does not change when they are decoded."""
+_PNG_TAG_KEYWORDS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
+"""What text chunks that can hold an orientation begin with."""
+_DTYPES = [np.dtype(name) for name in ("uint8", "uint16", "float16", "float32", "float64")]
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+# Pillow warns of each image between its limit and twice the limit, a line each; they are read like all others.
+# Appended, the filter yields to one that a program has set before.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+class ImageTooLargeError(ValueError):
+    """An image with more pixels than Pillow's limit allows."""
+
+
+@dataclass(frozen=True)
+class ImageSizes:
+    """Height and width in pixels of an image file, from its header."""
+
+    upright: tuple[int, int]
+    """As the image is to be looked at: what `read_image` gives."""
+    stored: tuple[int, int]
+    """As the pixels lie in the file; swapped against `upright` where the orientation is 5 to 8."""
+    orientation: int | None
+    """EXIF's orientation tag, 1 to 8; None without one, and for values without a meaning."""
+
+
+def pixel_limit(value: str) -> int:
+    """The value of `CONDDETR_MAX_PIXELS`.
+
+    Raises:
+        ValueError: not a positive whole number.
+    """
+    if not value.isdecimal() or int(value) == 0:
+        raise ValueError(f"Environment variable CONDDETR_MAX_PIXELS: expected a positive whole number, got {value!r}.")
+    return int(value)
+
+
+# At import, so that worker processes have it too, and that a program can still set another limit.
+if _limit := os.environ.get("CONDDETR_MAX_PIXELS"):
+    Image.MAX_IMAGE_PIXELS = pixel_limit(_limit)
 
 
 def read_image(source: ImageLike) -> Tensor:
@@ -39,102 +88,219 @@ def read_image(source: ImageLike) -> Tensor:
 
     Args:
         source: a file; a PIL image of any mode; an array [H, W] or [H, W, 1 | 3 | 4], RGB; a tensor [1 | 3, H, W].
-            Arrays and tensors are uint8, uint16 or floating in [0, 1].
+            Arrays and tensors are uint8, uint16 or floating in [0, 1]. Files and PIL images of 32-bit integers are
+            read as 16-bit ones, those of floats as floating ones.
 
     Returns:
         [3, H, W], uint8 (float32 in [0, 1] if the source was floating).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, damaged, or an unknown shape or dtype; names the file, what was expected and
-            what was found.
+        ImageTooLargeError: more pixels than Pillow's limit allows.
+        ValueError: not an image, damaged, values outside their range, or an unknown shape or dtype; names the file,
+            what was expected and what was found.
         TypeError: none of the accepted types.
     """
     if isinstance(source, (str, Path)):
         return _read_file(Path(source))[0]
     if isinstance(source, Image.Image):
-        return _from_pil(source)
+        with _named_errors("Image"):
+            turned = _upright(source)
+        return _from_pil(turned, "Image")
     if isinstance(source, np.ndarray):
-        array = source[..., None] if source.ndim == 2 else source
-        if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-            raise ValueError(f"Image array: expected [H, W] or [H, W, 1 | 3 | 4], got shape {source.shape}.")
-        return _from_tensor(torch.from_numpy(np.ascontiguousarray(array[..., :3])).permute(2, 0, 1))
+        return _from_array(source)
     if isinstance(source, Tensor):
         if source.dim() != 3 or source.shape[0] not in (1, 3):
             raise ValueError(f"Image tensor: expected [1 | 3, H, W], got shape {tuple(source.shape)}.")
-        return _from_tensor(source)
+        return _from_tensor(source, "Image")
     raise TypeError(f"Image: expected a path, PIL image, numpy array or torch tensor, got {type(source).__name__}.")
 
 
-def read_reduced(path: Path, height: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+def read_reduced(path: Path, height: int, width: int, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
     """An image file for a target smaller than it: a JPEG at 1/2, 1/4 or 1/8, which its cosine transform gives cheaply.
 
     Args:
         path: the file.
-        height, width: what it will be resized to, in pixels, upright. The image returned is at least
-            `REDUCED_DECODING_GAP` times as large, or of the file's own size.
+        height, width: what it will be resized to, in pixels. The image returned is at least `REDUCED_DECODING_GAP`
+            times as large, or of the file's own size.
+        upright: turn the image by its orientation tag. Without, its pixels, its sizes, and the target are as stored.
 
     Returns:
-        As `read_image`, and the height and width of the file, upright.
+        As `read_image`, and the height and width of the file.
 
     Raises:
         FileNotFoundError, ValueError: as `read_image`.
     """
-    return _read_file(path, (height, width))
+    return _read_file(path, (height, width), upright)
 
 
-def _read_file(path: Path, target: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
+def image_sizes(path: Path) -> ImageSizes:
+    """Sizes of an image file from its header alone, in most formats: a file cut short after it is not noticed.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_image`.
+    """
+    with _opened(path) as image:
+        return _sizes(image)
+
+
+def _read_file(
+    path: Path, target: tuple[int, int] | None = None, upright: bool = True
+) -> tuple[Tensor, tuple[int, int]]:
+    with _opened(path) as image:
+        sizes = _sizes(image)
+        if target is not None:
+            needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
+            # Formats other than JPEG ignore it. PIL counts columns first.
+            image.draft(None, needed if upright and sizes.orientation in _TRANSPOSED else needed[::-1])
+        turned = _upright(image) if upright else _as_stored(image, sizes.orientation)
+    return _from_pil(turned, f"Image file {path}"), sizes.upright if upright else sizes.stored
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as a PIL image that is not decoded yet; errors inside name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"Image file {path} does not exist.")
+    with _named_errors(f"Image file {path}"), Image.open(path) as image:
+        yield image
+
+
+@contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    """Turn what Pillow raises into errors that begin with `name`."""
     try:
-        with Image.open(path) as image:
-            size = image.size
-            transposed = _orientation(image) in _TRANSPOSED
-            if target is not None:
-                needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
-                # Formats other than JPEG ignore it. PIL counts columns first.
-                image.draft(None, needed if transposed else needed[::-1])
-            return _from_pil(image), size if transposed else size[::-1]
+        yield
     except UnidentifiedImageError as error:
-        raise ValueError(f"Image file {path}: not an image in a known format.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Image file {path}: truncated or damaged ({error}).") from error
+        raise ValueError(f"{name}: not an image in a known format.") from error
+    # The warning is an error where a program has asked for that.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        found = re.search(r"\d+", str(error))
+        limit = found.group() if found else "None"
+        raise ImageTooLargeError(
+            f"{name}: too large. {error} If you trust it, raise the limit: PIL.Image.MAX_IMAGE_PIXELS = {limit} in "
+            f"Python, or the environment variable CONDDETR_MAX_PIXELS={limit}."
+        ) from error
+    # RuntimeError: AVIF's decoder.
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: truncated or damaged ({error}).") from error
+
+
+def _sizes(image: Image.Image) -> ImageSizes:
+    """Sizes of a file that is open and not decoded yet."""
+    if image.format not in _SIZED_BY_HEADER or (image.format == "PNG" and _has_late_tags(image.fp)):
+        image.load()
+    orientation = _orientation(image)
+    # Recent Pillow gives a TIFF's upright size, and swaps it by the tag alone, not by XMP data.
+    width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    upright = (width, height) if orientation in _TRANSPOSED else (height, width)
+    return ImageSizes(upright, (height, width), int(orientation) if orientation in range(1, 9) else None)
 
 
 def _orientation(image: Image.Image) -> object:
     """The value of the EXIF tag, which can be anything; None without one."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        # Not `image.getexif`: that of a PNG decodes it first, for tags that may follow the pixels.
+        return Image.Image.getexif(image).get(_ORIENTATION)
     except (struct.error, SyntaxError) as error:
         raise ValueError(f"its EXIF data can not be read: {error}") from error
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def _has_late_tags(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF or XMP data after its pixels."""
+    position = file.tell()
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    found = pixels = False
+    while not found and len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        following = file.tell() + length + len(b"CRC.")
+        pixels |= kind == b"IDAT"
+        found = pixels and (kind == b"eXIf" or file.read(min(length, 32)).startswith(_PNG_TAG_KEYWORDS))
+        file.seek(following)
+    file.seek(position)
+    return found
+
+
+def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes all tags anew and fails where one of them is damaged.
-    orientation = _orientation(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
+    left = _decoded_orientation(image)
+    return image.transpose(_UPRIGHT[left]) if left in _UPRIGHT else image
+
+
+def _as_stored(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Undo the turn of a TIFF by Pillow; `orientation` is from before the image was decoded."""
+    if _decoded_orientation(image) == orientation or orientation not in _UPRIGHT:
+        return image
+    return image.transpose(_UPRIGHT[{6: 8, 8: 6}.get(orientation, orientation)])
+
+
+def _decoded_orientation(image: Image.Image) -> object:
+    """Decode the image; the orientation that it has then. Pillow turns TIFFs itself, and removes the tag if recent."""
+    image.load()
+    if image.format == "TIFF" and _ORIENTATION in image.tag_v2 and _keeps_tags_of_turned_tiffs():
+        return None
+    return _orientation(image)
+
+
+def _keeps_tags_of_turned_tiffs() -> bool:
+    file = io.BytesIO()
+    Image.new("L", (2, 1)).save(file, "tiff", tiffinfo={_ORIENTATION: 6})
+    with Image.open(file) as image:
+        image.load()
+        return image.size == (1, 2) and _ORIENTATION in image.tag_v2
+
+
+def _from_pil(image: Image.Image, name: str) -> Tensor:
+    if 0 in image.size:
+        raise ValueError(f"{name}: expected at least one pixel, got height × width {image.height}×{image.width}.")
+    if image.mode == "I":
+        low, high = image.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"{name}: expected 32-bit integers in 0…65535, got {low}…{high}. Scale them to that range, and save "
+                "them as 16-bit."
+            )
     if image.mode.startswith("I"):
-        return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None])
+        return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None], name)
     if image.mode == "F":
-        return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None])
-    # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
-    image = image if image.mode == "RGB" else image.convert("RGB")
+        return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None], name)
+    if image.mode == "P" and "transparency" in image.info:
+        # The same colours; straight to RGB, Pillow warns.
+        image = image.convert("RGBA")
+    try:
+        # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
+        image = image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name}: its pixels (mode {image.mode}) cannot be read as RGB; save it as RGB.") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _from_tensor(image: Tensor) -> Tensor:
+def _from_array(source: np.ndarray) -> Tensor:
+    array = source[..., None] if source.ndim == 2 else source
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"Image array: expected [H, W] or [H, W, 1 | 3 | 4], got shape {source.shape}.")
+    native = array.dtype.newbyteorder("=")
+    if native not in _DTYPES:
+        raise ValueError(f"Image array: expected uint8, uint16 or floating values, got {array.dtype}.")
+    # Copied where torch could not share it: other byte orders, negative strides, read-only memory.
+    array = np.require(array[..., :3], native, ["C_CONTIGUOUS", "WRITEABLE"])
+    return _from_tensor(torch.from_numpy(array).permute(2, 0, 1), "Image")
+
+
+def _from_tensor(image: Tensor, name: str) -> Tensor:
     if image.numel() == 0:
-        raise ValueError(f"Image: expected at least one pixel, got shape {tuple(image.shape)}.")
+        raise ValueError(f"{name}: expected at least one pixel, got shape {tuple(image.shape)}.")
     if image.dtype == torch.uint16:
         image = (image.to(torch.int32) // 257).to(torch.uint8)
     elif image.is_floating_point():
-        low, high = image.aminmax()
+        low, high = (bound.item() for bound in image.aminmax())
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"Image: expected floating values in [0, 1], got {low:.4g}…{high:.4g}.")
+            raise ValueError(
+                f"{name}: expected floating values in [0, 1], got {low:.9g}…{high:.9g}. Scale them to that range."
+            )
         image = image.to(torch.float32)
     elif image.dtype != torch.uint8:
-        raise ValueError(f"Image: expected uint8, uint16 or floating values, got {image.dtype}.")
+        raise ValueError(f"{name}: expected uint8, uint16 or floating values, got {image.dtype}.")
     return image.expand(3, -1, -1)
 
 
