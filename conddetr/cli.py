@@ -67,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="COCO's twelve numbers of a checkpoint",
-        description="COCO's twelve numbers of a checkpoint, by default on the data of its training. Under torchrun the "
-        "processes share the images.",
+        description="COCO's twelve numbers of a checkpoint: on all images of an annotation file (--images, "
+        "--annotations), on the validation images of a data set (--dataset, --coco-path), or by default on those of its "
+        "training. Under torchrun the processes share the images.",
     )
     evaluate.set_defaults(run=_evaluate)
     add_data_options(evaluate)
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
     evaluate.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
     evaluate.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
+    evaluate.add_argument(
+        "--classes-by-name", action="store_true", help="match classes by name, whatever their ids in the data set"
+    )
     evaluate.add_argument(
         "--per-class", action="store_true", help="also print a table of the classes, and write it to --out"
     )
@@ -173,7 +177,7 @@ def _train(options: argparse.Namespace) -> None:
         trainer = train(run)
         if not trainer.is_main:
             return
-        metrics = trainer.metrics
+        metrics, result = trainer.metrics, trainer.result
         say(f"wrote {checkpoint}")
     elif run.resume:
         # The official way to evaluate a checkpoint.
@@ -188,6 +192,9 @@ def _train(options: argparse.Namespace) -> None:
     else:
         raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")
     show(f"COCO metrics of {checkpoint}, in percent", metrics_table(metrics))
+    # A run that was complete has its numbers from the checkpoint.
+    if result is not None:
+        say(result.describe())
 
 
 def _coco_result(
@@ -198,43 +205,64 @@ def _coco_result(
     batch_size: int,
     workers: int,
     results: str | None = None,
+    by_name: bool = False,
 ) -> "CocoResult | None":
-    """COCO's numbers of a checkpoint, with torchrun's other processes; None on every rank but 0.
+    """COCO's numbers of a checkpoint, with torchrun's other processes; None on every rank but 0, and where the images
+    have no annotations.
 
-    `data` as `evaluation_data` takes it; the detections are written to `results`.
+    `data` as `evaluation_set` takes it; the detections are written to `results`; `by_name` as `detect` takes it.
     """
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
-    from conddetr.engine.run import data_sets, evaluation_data
+    from conddetr.engine.progress import say
+    from conddetr.engine.run import evaluation_set
 
-    # Better refused now than after the detections are made.
-    coco_library()
     with distributed.process_group(device or "") as own_device:
         detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
-        _, val_set = data_sets(evaluation_data(data, detector.data, detector.classes), detector.config)
+        val_set = evaluation_set(data, detector.data, detector.classes, detector.config)
+        # Better refused now than after the detections are made.
+        if val_set.is_annotated:
+            coco_library()
+        elif not results:
+            raise ValueError(
+                f"Annotation file {val_set.annotation_file} has no list 'annotations', so that there is nothing to "
+                "compare detections with: --results FILE writes them."
+            )
         group = distributed.rank(), distributed.world_size()
-        found = detect(detector.model, detector.classes, val_set, own_device, batch_size, workers, *group)
+        found = detect(
+            detector.model, detector.classes, val_set, own_device, batch_size, workers, *group, by_name=by_name
+        )
     if found is None:
         return None
     if results:
         found.write(results)
-    return coco_result(val_set.ground_truth(), found)
+        say(f"{val_set.source}: {len(val_set)} images, {len(found)} detections; wrote {results}")
+    if not val_set.is_annotated:
+        say(f"{val_set.source} has no annotations: there are no metrics.")
+        return None
+    return coco_result(val_set.ground_truth(), found, source=val_set.source)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from conddetr.engine.progress import class_table, metrics_table, show
+    from conddetr.engine.config import unused
+    from conddetr.engine.progress import class_table, metrics_table, say, show
     from conddetr.files import write_text
 
-    source = options.checkpoint, options.preset, options.device
-    result = _coco_result(*source, chosen_data(options), options.batch_size, options.workers, options.results)
+    source, data = (options.checkpoint, options.preset, options.device), chosen_data(options)
+    if "train_images" in data:
+        raise ValueError(unused("train_images", "eval"))
+    loading = options.batch_size, options.workers
+    result = _coco_result(*source, data, *loading, options.results, options.classes_by_name)
     if result is None:
         return
     if options.per_class:
         show("classes, in percent", class_table(result.per_class))
     show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
+    say(result.describe())
     if options.out:
+        data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
         per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
-        content = {**result.metrics, **per_class}
+        content = {**result.metrics, "data": data, **per_class}
         write_text(options.out, json.dumps(content, indent=1) + "\n")
 
 
@@ -315,7 +343,7 @@ def _demo(options: argparse.Namespace) -> None:
         say("training a tiny detector on synthetic shapes: about two minutes on two CPU cores")
     trainer = train(resolve_run({**chosen, "device": options.device or ""}), show_config=False)
     detector = Detector.from_checkpoint(out / LATEST, device=options.device)
-    report(trainer.metrics, draw_samples(detector, trainer.val_set, out))
+    report(trainer.result, draw_samples(detector, trainer.val_set, out))
     if not options.coco_path and options.seconds is None:
         check_learned(trainer.metrics)
 

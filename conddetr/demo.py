@@ -9,6 +9,7 @@ from torchvision.ops import box_convert
 
 from conddetr.detector import Detector
 from conddetr.engine.checkpoint import has_run
+from conddetr.engine.evaluator import CocoResult
 from conddetr.engine.progress import metrics_table, percent, say, show
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
@@ -113,8 +114,9 @@ def check_learned(metrics: dict[str, float]) -> None:
     say(f"{found}: the model has learned ({least})")
 
 
-def report(metrics: dict[str, float], files: list[Path]) -> None:
+def report(result: CocoResult, files: list[Path]) -> None:
     """Print what the demonstration found and wrote."""
-    show("COCO metrics on held-out images, in percent", metrics_table(metrics))
+    show("COCO metrics on held-out images, in percent", metrics_table(result.metrics))
+    say(result.describe())
     for file in files:
         say(f"wrote {file}")

@@ -172,29 +172,44 @@ class Detector:
     def data(self) -> "DataConfig | None":
         """What it was trained on, the default of `evaluate`; None: not known."""
         # Here, not above: `import conddetr` does without it.
-        from conddetr.engine.config import resolve_run
+        from conddetr.engine.config import DataConfig
 
-        return resolve_run(self.run["data"]).data if self.run else None
+        return DataConfig(**self.run["data"]) if self.run else None
 
-    def evaluate(self, batch_size: int = 2, workers: int = 2, **data: Any) -> dict[str, float]:
-        """COCO's twelve numbers on a validation set.
+    def evaluate(
+        self, batch_size: int = 2, workers: int = 2, classes_by_name: bool = False, **data: Any
+    ) -> dict[str, float]:
+        """COCO's twelve numbers, on all images of an annotation file that is named, else on validation images. What
+        they are of is printed in a line.
 
         Args:
             batch_size: images per forward pass.
             workers: processes that load images.
-            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`; default: the data of
-                its training.
+            classes_by_name: match classes by name, whatever their ids in the data set.
+            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`, or `annotations` and
+                `images`; default: the validation images of its training.
+
+        Returns:
+            The numbers by name, in [0, 1]; -1 for one that does not exist, as that of small objects where there are
+            none.
 
         Raises:
-            ValueError: unknown option; no data is named and that of the training is not known; the data set has
-                classes that the detector does not know.
+            ValueError: unknown option, or one without use beside the others; no data is named and that of the training
+                is not known; the data set has classes that the detector does not know, or an id with another name.
             FileNotFoundError: no such data set.
         """
         from conddetr.engine.evaluator import evaluate
-        from conddetr.engine.run import data_sets, evaluation_data
+        from conddetr.engine.progress import say
+        from conddetr.engine.run import evaluation_set
 
-        _, val_set = data_sets(evaluation_data(data, self.data, self.classes), self.model.config)
-        return evaluate(self.model, self.classes, val_set, self.device, batch_size, workers).metrics
+        val_set = evaluation_set(data, self.data, self.classes, self.model.config)
+        if not val_set.is_annotated:
+            raise ValueError(
+                f"{val_set.source} has no list 'annotations': there is nothing to compare detections with."
+            )
+        result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, by_name=classes_by_name)
+        say(result.describe())
+        return result.metrics
 
     def save(self, path: str | Path) -> Path:
         """Write weights, classes, and the configuration of model and run, to be read by `from_checkpoint`.

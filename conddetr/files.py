@@ -1,5 +1,6 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and texts read in the encodings that they come in."""
 
+import codecs
 import contextlib
 import os
 from collections.abc import Iterator
@@ -29,6 +30,26 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file as `atomic_file` does."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, or in the Unicode encoding that its byte order mark names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is in no such encoding.
+    """
+    return decode_text(Path(path).read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """The bytes of a text file; see `read_text`."""
+    # UTF-32's mark begins with UTF-16's.
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return content.decode("utf-32")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")
 
 
 def _flush(path: Path) -> None:

@@ -246,6 +246,8 @@ def _data(detector: Detector) -> str:
     if detector.run is None:
         return "Not known: the weights do not say what they were trained on."
     data = _without_paths(detector.run)["data"]
+    if data.get("dataset"):
+        return f"Trained and evaluated on a data set in the folder `{data['dataset']}`."
     if data.get("coco_path"):
         return f"Trained and evaluated on a data set in COCO's layout, folder `{data['coco_path']}`."
     if data.get("annotations"):
@@ -272,5 +274,5 @@ def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
     def last(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         return {**options, **{name: Path(options[name]).name for name in names if options.get(name)}}
 
-    data = last(run["data"], ("coco_path", "annotations", "images", "val_annotations", "val_folder"))
+    data = last(run["data"], ("dataset", "coco_path", "annotations", "images", "val_annotations", "val_folder"))
     return {**last(run, ("output_dir", "resume", "weights")), "data": data}

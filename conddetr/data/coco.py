@@ -1,79 +1,22 @@
-"""Data sets in COCO's layout: `<root>/<split>2017/*.jpg`, `<root>/annotations/instances_<split>2017.json`."""
+"""Data sets in COCO's format: a folder of images with an annotation file."""
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from random import Random
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
-from conddetr.data.images import read_reduced, to_model_input
+from conddetr.data.annotations import Annotations, read_annotations
+from conddetr.data.images import image_sizes, read_reduced, to_model_input
+from conddetr.data.names import find_image
 from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply, augmentation_generator
 
 log = logging.getLogger(__name__)
-
-_LIMIT = 2**31
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    # NaN fails both comparisons, and integers of any length can be compared.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "id": (_is_id, "an integer ≥ 0"),
-    "image_id": (_is_id, "an integer ≥ 0"),
-    "category_id": (_is_id, "an integer ≥ 0"),
-    # A null byte is in no file name.
-    "file_name": (lambda value: isinstance(value, str) and value != "" and "\0" not in value, "a file name"),
-    "name": (lambda value: isinstance(value, str), "a text"),
-    "height": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
-    "width": (lambda value: _is_integer(value) and value > 0, "a positive integer"),
-    "bbox": (_is_box, "4 finite numbers"),
-    "area": (_is_number, "a finite number"),
-    "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
-}
-"""What a value of each field must be, as (check, description)."""
-
-FIELDS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "bbox", "category_id"),
-    "categories": ("id", "name"),
-}
-"""The lists of an annotation file, and the fields that their entries must have."""
-
-
-def entry_fault(section: str, entry: Any) -> str | None:
-    """What is wrong with one entry of a list of `FIELDS`, or None."""
-    if not isinstance(entry, dict):
-        return f"expected an object, got {type(entry).__name__}"
-    absent = [name for name in FIELDS[section] if name not in entry]
-    if absent:
-        return f"has no {absent[0]!r}"
-    optional = ("area", "iscrowd") if section == "annotations" else ()
-    for name in (*FIELDS[section], *(name for name in optional if name in entry)):
-        is_valid, expected = _CHECKS[name]
-        if not is_valid(entry[name]):
-            return f"{name}: expected {expected}, got {str(entry[name])[:60]}"
-    return None
 
 
 class CocoDetection(Dataset):
@@ -82,6 +25,9 @@ class CocoDetection(Dataset):
     Category ids are remapped to contiguous labels in the order of their ids; `classes` holds the mapping.
     Crowd boxes are not trained on (as in the official code). Boxes reaching out of the image are clipped;
     those that keep no area are left out and counted in `dropped_boxes`.
+
+    Boxes are in pixels of the upright image, as labelling tools show it: turned by its EXIF tag. Where the annotations
+    give an image the size that it has as stored, and its boxes fit into that alone, it is taken as stored.
     """
 
     endless = False
@@ -89,7 +35,7 @@ class CocoDetection(Dataset):
     def __init__(
         self,
         image_dir: str | Path,
-        annotation_file: str | Path,
+        annotations: str | Path | Annotations,
         transform: TrainTransform | EvalTransform,
         image_ids: Collection[int] | None = None,
     ) -> None:
@@ -97,54 +43,76 @@ class CocoDetection(Dataset):
 
         Args:
             image_dir: folder of the images.
-            annotation_file: JSON in COCO's format.
+            annotations: a file in COCO's format, or what was read from one. Evaluation takes also a file without the
+                list `annotations`, as that of a test set.
             transform: what happens to each image.
             image_ids: the images to use; default: all.
 
         Raises:
-            FileNotFoundError: no such folder or file.
+            FileNotFoundError: no such folder or file, or the first image is not there.
             ValueError: the annotations do not follow COCO's format, or lack an image that was asked for; names the
                 file and the entry.
         """
-        self.image_dir, self.annotation_file = Path(image_dir), Path(annotation_file)
+        self.image_dir = Path(image_dir)
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.image_dir} does not exist.")
         self.transform = transform
-        content = load_annotations(self.annotation_file)
-        self.classes = [
-            {"id": category["id"], "name": category["name"]}
-            for category in sorted(content["categories"], key=lambda category: category["id"])
-        ]
-        images = {image["id"]: image for image in content["images"]}
-        self.image_ids = sorted(images if image_ids is None else image_ids)
-        absent = [image_id for image_id in self.image_ids if image_id not in images]
-        if absent:
-            raise ValueError(f"Annotation file {self.annotation_file} has no image id {absent[0]}.")
-        self._files = [images[image_id]["file_name"] for image_id in self.image_ids]
-        self._sizes = torch.tensor([(images[i]["height"], images[i]["width"]) for i in self.image_ids]).reshape(-1, 2)
-        self._pack_targets(content["annotations"])
-        if self.dropped_boxes:
-            log.warning(
-                "%s: %d boxes without area inside their image are left out.",
-                self.annotation_file,
-                self.dropped_boxes,
-            )
+        if not isinstance(annotations, Annotations):
+            annotations = read_annotations(annotations, needs_boxes=isinstance(transform, TrainTransform))
+        self.annotation_file = annotations.source
+        order = np.argsort(annotations.image_ids, kind="stable")
+        if image_ids is not None:
+            order = order[np.isin(annotations.image_ids[order], np.fromiter(image_ids, np.int64, len(image_ids)))]
+            absent = set(image_ids) - set(annotations.image_ids[order].tolist())
+            if absent:
+                raise ValueError(f"Annotation file {self.annotation_file} has no image id {min(absent)}.")
+        self._of_file = len(annotations)
+        self._annotations = annotations.select(order)
+        self.classes = sorted(annotations.categories, key=lambda category: category["id"])
+        place = {category["id"]: label for label, category in enumerate(self.classes)}
+        self._labels = np.array([place[category["id"]] for category in annotations.categories], np.int64)
+        self._offsets = self._annotations.offsets
+        self._complete_sizes()
+        self._count_boxes()
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._annotations)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         """The normalised image and its target, as the first epoch of seed 0 shows them; see `load`."""
         image, target = self.load(index, self.plan(index, augmentation_generator(0, 0, index)))
         return to_model_input(image), target
 
+    @property
+    def image_ids(self) -> list[int]:
+        """Of all images, ascending."""
+        return self._annotations.image_ids.tolist()
+
+    @property
+    def source(self) -> str:
+        """The annotation file, and how many of its images these are where they are not all; for tables."""
+        part = f"{len(self)} of the {self._of_file} images of " if len(self) < self._of_file else ""
+        return f"{part}{self.annotation_file}"
+
+    def describe(self) -> str:
+        """What there is to train on, in one line."""
+        counts = [f"{len(self)} images", f"{self.objects} objects of {len(self.classes)} classes"]
+        counts += [f"{self.crowds} crowds, which are not trained on"] if self.crowds else []
+        counts += [f"{self.dropped_boxes} boxes left out"] if self.dropped_boxes else []
+        return f"{self.source}: {', '.join(counts)}"
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether there are annotations to compare detections with."""
+        return self._annotations.is_annotated
+
     def path(self, index: int) -> Path:
-        """The file of an image."""
-        return self.image_dir / self._files[index]
+        """The file of an image; errors as `find_image`."""
+        return find_image(self.image_dir, self._annotations.names[index])
 
     def plan(self, index: int, generator: Random) -> Plan:
         """Draw what happens to an image; nothing is read."""
-        return self.transform.plan(*self._sizes[index].tolist(), generator)
+        return self.transform.plan(*self._annotations.sizes[index].tolist(), generator)
 
     def largest_shape(self) -> tuple[int, int]:
         """Short and long side, in pixels, that no planned image exceeds."""
@@ -161,68 +129,117 @@ class CocoDetection(Dataset):
             FileNotFoundError, ValueError: the image is missing, damaged, or not of the size that the annotations
                 say; names the file and the image id.
         """
-        image, image_id = self._read(index, plan), self.image_ids[index]
-        height, width = self._sizes[index].tolist()
-        start, end = self._offsets[index : index + 2].tolist()
+        image = self._read(index, plan)
+        height, width = self._annotations.sizes[index].tolist()
+        of_image = slice(*self._offsets[index : index + 2].tolist())
+        boxes = _clipped(self._annotations.boxes[of_image], height, width)
+        keep = _has_area(boxes) & ~self._annotations.crowds[of_image]
         # Boxes are in pixels of the file, the image may have been reduced.
         ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height], dtype=torch.float32).repeat(2)
         target = {
-            "labels": self._labels[start:end],
-            "boxes": self._boxes[start:end] * ratio,
-            "image_id": image_id,
+            "labels": torch.from_numpy(self._labels[self._annotations.category_of[of_image][keep]]),
+            "boxes": torch.from_numpy(boxes[keep].astype(np.float32)) * ratio,
+            "image_id": int(self._annotations.image_ids[index]),
             "original_size": (height, width),
         }
         return apply(image, target, plan)
 
     def ground_truth(self) -> dict:
-        """The annotations of these images in COCO's format, for evaluation; read from the file again.
+        """The annotations of these images in COCO's format, for evaluation."""
+        return self._annotations.to_coco()
 
-        They are not kept: lists and dicts of a large set would be copied into every worker process, page by page.
-        """
-        content = load_annotations(self.annotation_file)
-        chosen = set(self.image_ids)
-        return {
-            "images": [image for image in content["images"] if image["id"] in chosen],
-            "annotations": [a for a in content["annotations"] if a["image_id"] in chosen],
-            "categories": content["categories"],
-        }
+    def _complete_sizes(self) -> None:
+        """Read from the images what the annotations do not say of their sizes."""
+        sizes = self._annotations.sizes
+        unknown = np.flatnonzero((sizes == 0).any(1))
+        for index in unknown.tolist():
+            sizes[index] = image_sizes(self._named(index)).upright
+        if len(unknown):
+            log.warning(
+                "%s: %d of %d images have no height and width there: they are read from the images.",
+                self.annotation_file,
+                len(unknown),
+                len(self),
+            )
+        if len(self):
+            # Names that fit no file should be known now, not after the first batches are planned.
+            self._named(0)
+
+    def _count_boxes(self) -> None:
+        """Boxes to train on, crowds, and boxes that are left out."""
+        sizes = self._annotations.sizes[self._annotations.image_of]
+        has_area = _has_area(_clipped(self._annotations.boxes, sizes[:, 0], sizes[:, 1]))
+        crowds = self._annotations.crowds
+        self.crowds = int(crowds.sum())
+        self.dropped_boxes = int((~has_area & ~crowds).sum())
+        self.objects = int((has_area & ~crowds).sum())
+        if self.dropped_boxes:
+            log.warning(
+                "%s: %d boxes without area inside their image are left out.", self.annotation_file, self.dropped_boxes
+            )
+
+    def _named(self, index: int) -> Path:
+        """`path`, with the image's id in what it raises."""
+        try:
+            return self.path(index)
+        except (ValueError, OSError) as error:
+            raise type(error)(f"{error}{self._place(index)}") from error
+
+    def _place(self, index: int) -> str:
+        return f" It is image id {self._annotations.image_ids[index]} of {self.annotation_file}."
 
     def _read(self, index: int, plan: Plan) -> Tensor:
         """The image as uint8, whole or reduced as far as the transform allows for this plan."""
-        path = self.path(index)
-        expected = tuple(self._sizes[index].tolist())
+        path = self._named(index)
+        expected = tuple(self._annotations.sizes[index].tolist())
         # Asked for its own size, a file is decoded whole.
         target = plan.first_size() if self.transform.reduced_decoding else expected
         try:
             image, size = read_reduced(path, *target)
+            if size != expected:
+                self._check_stored(index, path, size)
+                image, _ = read_reduced(path, *target, upright=False)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{error} It is image id {self.image_ids[index]} of {self.annotation_file}.") from error
-        if size != expected:
-            raise ValueError(
-                f"Image file {path} (image id {self.image_ids[index]}): {self.annotation_file} says height × width "
-                f"{expected[0]}×{expected[1]}, the file, turned upright by its EXIF tag, has {size[0]}×{size[1]}."
-            )
+            raise type(error)(f"{error}{self._place(index)}") from error
         return to_dtype(image, torch.uint8, scale=True)
 
-    def _pack_targets(self, annotations: list[dict]) -> None:
-        """Boxes of all images in one tensor [N, 4], those of image i from `_offsets[i]` to `_offsets[i + 1]`."""
-        label_of = {category["id"]: label for label, category in enumerate(self.classes)}
-        sizes = dict(zip(self.image_ids, self._sizes.tolist(), strict=True))
-        kept: dict[int, list[tuple[int, list[float]]]] = {image_id: [] for image_id in self.image_ids}
-        self.dropped_boxes = 0
-        for annotation in annotations:
-            image_id = annotation["image_id"]
-            if annotation["iscrowd"] or image_id not in kept:
-                continue
-            box = _clipped_box(annotation["bbox"], *sizes[image_id])
-            if box is None:
-                self.dropped_boxes += 1
-            else:
-                kept[image_id].append((label_of[annotation["category_id"]], box))
-        targets = [target for of_image in kept.values() for target in of_image]
-        self._labels = torch.tensor([label for label, _ in targets], dtype=torch.int64)
-        self._boxes = torch.tensor([box for _, box in targets], dtype=torch.float32).reshape(-1, 4)
-        self._offsets = torch.tensor([0, *(len(of_image) for of_image in kept.values())]).cumsum(0)
+    def _check_stored(self, index: int, path: Path, upright: tuple[int, int]) -> None:
+        """Raise a ValueError unless the annotations can only mean the image as stored, not as its EXIF tag turns it."""
+        stored = tuple(self._annotations.sizes[index].tolist())
+        boxes = self._annotations.boxes[slice(*self._offsets[index : index + 2].tolist())]
+        fault = stored_fault(boxes, stored, upright, image_sizes(path).stored)
+        if fault:
+            raise ValueError(
+                f"Image file {path}: the annotations say height × width {stored[0]}×{stored[1]}, the file, upright, "
+                f"has {upright[0]}×{upright[1]}. {fault}"
+            )
+
+
+def stored_fault(
+    boxes: np.ndarray, said: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
+) -> str | None:
+    """Why annotations that give an image another size than it has upright can not be used; None: they are of the image
+    as stored.
+
+    Args:
+        boxes: [n, 4] xywh in pixels.
+        said, upright, stored: (height, width) by the annotations; of the file turned by its EXIF tag, and not turned.
+    """
+    if said != stored:
+        return "Boxes would be off: correct the annotations, or put the right file there."
+    if len(boxes) and _fit(boxes, upright):
+        inside = "both ways" if _fit(boxes, stored) else "upright only"
+        return (
+            f"That is its size as stored, before its EXIF tag turns it, and its boxes fit {inside}: which is meant? "
+            "Write the upright size, or save the image without the tag."
+        )
+    return None
+
+
+def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether no box reaches out of the image by more than a pixel, the rounding of many tools."""
+    corners = boxes[:, :2] + boxes[:, 2:]
+    return bool((boxes[:, :2] >= -1).all() and (corners <= np.array(size[::-1]) + 1).all())
 
 
 def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDetection:
@@ -247,82 +264,49 @@ def folder_sets(
         annotations: JSON in COCO's format.
         train_transform, eval_transform: what happens to the images of each set.
         val_fraction: of the images that are set aside for validation, at least one; always the same ones.
-        val_images: folder of the validation images; default: `images`.
+        val_images: folder of the images of `val_annotations`; default: `images`.
         val_annotations: a file of their own; nothing is set aside then.
 
     Raises:
         ValueError: `val_fraction` is not between 0 and 1, fewer than two images to divide, or as `CocoDetection`.
         FileNotFoundError: no such folder or file.
     """
-    val_images = val_images or images
     if val_annotations:
         return (
             CocoDetection(images, annotations, train_transform),
-            CocoDetection(val_images, val_annotations, eval_transform),
+            CocoDetection(val_images or images, val_annotations, eval_transform),
         )
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction: expected a value between 0 and 1, got {val_fraction}.")
-    ids = sorted(image["id"] for image in load_annotations(Path(annotations))["images"])
-    if len(ids) < 2:
-        raise ValueError(f"Annotation file {annotations}: expected at least 2 images to divide, got {len(ids)}.")
-    # In the order of random numbers that belong to the ids: an image added later moves hardly any other.
-    ids.sort(key=lambda image_id: Random(image_id).random())
-    count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
+    content = read_annotations(annotations)
+    train_ids, val_ids = divided(content, val_fraction)
     return (
-        CocoDetection(images, annotations, train_transform, ids[count:]),
-        CocoDetection(val_images, annotations, eval_transform, ids[:count]),
+        CocoDetection(images, content, train_transform, train_ids),
+        CocoDetection(images, content, eval_transform, val_ids),
     )
 
 
-def load_annotations(path: Path) -> dict:
-    """Read a COCO annotation file and check what the detector relies on.
+def divided(annotations: Annotations, val_fraction: float) -> tuple[list[int], list[int]]:
+    """Ids of the images to train on, and of those that are set aside for validation.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON or not in COCO's format; names the file, the entry, and what was found.
+        ValueError: `val_fraction` is not between 0 and 1, or fewer than two images to divide.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"Annotation file {path} does not exist.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    # A deeply nested file exhausts the parser's stack.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
-    _check_annotations(path, content)
-    for annotation in content["annotations"]:
-        # Evaluation needs them, and files from other tools often lack them.
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    return content
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"val_fraction: expected a value between 0 and 1, got {val_fraction}.")
+    ids = sorted(annotations.image_ids.tolist())
+    if len(ids) < 2:
+        raise ValueError(f"Annotation file {annotations.source}: expected at least 2 images to divide, got {len(ids)}.")
+    # In the order of random numbers that belong to the ids: an image added later moves hardly any other.
+    ids.sort(key=lambda image_id: Random(image_id).random())
+    count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
+    return ids[count:], ids[:count]
 
 
-def _check_annotations(path: Path, content: dict) -> None:
-    for section in FIELDS:
-        if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise ValueError(f"Annotation file {path}: expected a list under the key {section!r}.")
-        for position, entry in enumerate(content[section]):
-            fault = entry_fault(section, entry)
-            if fault:
-                raise ValueError(f"Annotation file {path}: {section}[{position}]{_id_of(entry)}: {fault}.")
-        repeated = [key for key, count in Counter(entry["id"] for entry in content[section]).items() if count > 1]
-        if repeated:
-            raise ValueError(f"Annotation file {path}: id {repeated[0]} stands more than once in {section!r}.")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        where = f"Annotation file {path}: annotation id {annotation['id']}"
-        if annotation["category_id"] not in categories:
-            raise ValueError(f"{where} has category_id {annotation['category_id']}, which is not in 'categories'.")
-        if annotation["image_id"] not in images:
-            raise ValueError(f"{where} has image_id {annotation['image_id']}, which is not in 'images'.")
+def _clipped(boxes: np.ndarray, height: int | np.ndarray, width: int | np.ndarray) -> np.ndarray:
+    """[n, 4] xywh -> xyxy inside images of one size, or of n sizes."""
+    x, y, w, h = boxes.T
+    return np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], axis=-1)
 
 
-def _id_of(entry: Any) -> str:
-    return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
-
-
-def _clipped_box(bbox: list[float], height: int, width: int) -> list[float] | None:
-    """xywh -> xyxy inside the image, or None where no area is left."""
-    x, y, w, h = bbox
-    x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-    return [x0, y0, x1, y1] if x1 > x0 and y1 > y0 else None
+def _has_area(boxes: np.ndarray) -> np.ndarray:
+    """[n, 4] xyxy -> [n] bool."""
+    return (boxes[:, 2:] > boxes[:, :2]).all(1)

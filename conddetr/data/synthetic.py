@@ -27,7 +27,7 @@ class SyntheticShapes(Dataset):
     """
 
     endless = True
-    dropped_boxes = 0
+    is_annotated = True
 
     def __init__(self, length: int, seed: int, image_size: int = 128) -> None:
         """
@@ -38,6 +38,15 @@ class SyntheticShapes(Dataset):
         """
         self.length, self.seed, self.image_size = length, seed, image_size
         self.classes = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+
+    @property
+    def source(self) -> str:
+        """What the images are, for tables."""
+        return f"synthetic shapes of seed {self.seed}"
+
+    def describe(self) -> str:
+        """What there is to train on, in one line."""
+        return f"{self.source}: {self.length} images, {len(CLASSES)} classes"
 
     def __len__(self) -> int:
         return self.length

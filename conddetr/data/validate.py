@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from conddetr.data.coco import FIELDS, entry_fault
+from conddetr.data.annotations import SECTIONS, entry_fault
 from conddetr.data.images import read_image
 
 MIN_IMAGES_FROM_SCRATCH = 10_000
@@ -157,7 +157,7 @@ def _read_json(path: Path, report: ValidationReport) -> dict | None:
 def _sound_entries(content: dict, report: ValidationReport) -> tuple[list[dict], list[dict], list[dict]]:
     """Images, annotations and categories whose entries can be worked with; what can not, and repeated ids, is noted."""
     sections = []
-    for section in FIELDS:
+    for section in SECTIONS:
         entries = content.get(section)
         if not isinstance(entries, list):
             report.add("error", "missing section", "The file needs this list.", [section])

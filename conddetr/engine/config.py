@@ -13,6 +13,7 @@ from typing import Any
 
 from conddetr import config as models
 from conddetr.config import ModelConfig, check_types, nearest
+from conddetr.files import read_text
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,18 @@ def tiny_train_config(**overrides: Any) -> TrainConfig:
 class DataConfig:
     """Where images and annotations come from."""
 
+    dataset: str = ""
+    """Folder of a data set in a layout that is known: COCO 2017, Roboflow, YOLO or Pascal VOC; found by looking. With
+    no images named at all: synthetic shapes."""
     coco_path: str = ""
-    """Folder in COCO's 2017 layout; neither this nor `annotations`: synthetic shapes."""
+    """Folder in COCO's 2017 layout, and in no other."""
     annotations: str = ""
-    """One annotation file in COCO's format, instead of `coco_path`."""
+    """One annotation file in COCO's format."""
     images: str = ""
     """Folder of the images of `annotations`."""
     val_fraction: float = 0.1
-    """Share of the images of `annotations` that is set aside for validation."""
+    """Share of the images of `annotations`, or of a data set without validation images, that is set aside for
+    validation."""
     val_annotations: str = ""
     """Annotation file of the validation images; nothing is set aside then."""
     val_folder: str = ""
@@ -133,13 +138,56 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "Data option")
-        if self.annotations and self.coco_path:
-            raise ValueError("Data options coco_path and annotations: give one of them.")
-        if self.annotations and not self.images:
-            raise ValueError("Data option images: name the folder of the images of `annotations`.")
         for name in ("train_images", "val_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Data option {name}: expected at least 1, got {getattr(self, name)}.")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"Data option val_fraction: expected a value between 0 and 1, got {self.val_fraction}.")
+
+    @property
+    def kind(self) -> str:
+        """The option that names the images, or `synthetic`.
+
+        Raises:
+            ValueError: several do, or a part of what is needed is missing.
+        """
+        given = [name for name in ("dataset", "coco_path", "annotations") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"Data options {given[0]} and {given[1]}: give one of them.")
+        if not given and (self.images or self.val_annotations or self.val_folder):
+            raise ValueError("Data option annotations is missing: name the annotation file of the images.")
+        if self.annotations and not self.images:
+            raise ValueError("Data option images is missing: name the folder of the images of `annotations`.")
+        if self.val_folder and not self.val_annotations:
+            raise ValueError("Data option val_annotations is missing: name the annotation file of `val_folder`.")
+        return given[0] if given else "synthetic"
+
+    def check_used(self) -> None:
+        """Refuse what a training would not look at.
+
+        Raises:
+            ValueError: an option is given that has no meaning beside the others; or as `kind`.
+        """
+        used = _USED[self.kind] - ({"val_fraction"} if self.val_annotations else set())
+        for option in fields(self):
+            if option.name not in used and getattr(self, option.name) != option.default:
+                what = "val_annotations" if self.val_annotations and option.name == "val_fraction" else self.kind
+                raise ValueError(unused(option.name, what))
+
+
+_USED = {
+    "dataset": {"dataset", "val_fraction"},
+    "coco_path": {"coco_path"},
+    "annotations": {"annotations", "images", "val_fraction", "val_annotations", "val_folder"},
+    "synthetic": {"train_images", "val_images"},
+}
+"""What each kind of data is described by."""
+
+
+def unused(name: str, kind: str) -> str:
+    """The error message for a data option that has no meaning beside another."""
+    beside = "synthetic shapes (no images are named)" if kind == "synthetic" else f"`{kind}`"
+    return f"Data option {name} has no use beside {beside}: leave it out."
 
 
 @dataclass(frozen=True)
@@ -227,7 +275,8 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
 
     run = part(RunConfig)
     data = DataConfig(**part(DataConfig))
-    usual = "conditional-detr-r50" if data.coco_path or data.annotations else "conditional-detr-tiny"
+    has_images = data.dataset or data.coco_path or data.annotations or data.val_annotations
+    usual = "conditional-detr-r50" if has_images else "conditional-detr-tiny"
     preset = run.pop("preset", "") or usual
     chosen = part(ModelConfig)
     is_tiny = chosen.get("backbone", models.resolve(preset).backbone) == "tiny"
@@ -252,8 +301,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"Configuration file {path} does not exist.")
     if path.suffix not in (".toml", ".json"):
         raise ValueError(f"Configuration file {path}: expected a name ending in .toml or .json.")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = read_text(path)
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:
         raise ValueError(f"Configuration file {path} is not {path.suffix[1:].upper()}: {error}.") from error

@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import io
 import itertools
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ from conddetr.model.postprocess import postprocess
 log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where nothing counts."""
+"""Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where no object counts: it does not exist."""
+_AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, math.inf)}
+"""COCO's sizes of objects, in pixels, by the letter at the end of a metric's name."""
 
 LIBRARIES = ("faster_coco_eval", "pycocotools")
 """What can compute them, fastest first. Their numbers are the same."""
@@ -104,6 +108,17 @@ class CocoResult:
     """COCO's twelve numbers by the names in `METRICS`."""
     per_class: list[ClassMetrics]
     """In the order of the ground truth's categories."""
+    source: str
+    """What was evaluated on: an annotation file, with the number of its images where these are not all."""
+    images: int
+    objects: int
+    """Annotated boxes, crowds not counted."""
+    library: str
+    """What computed the numbers, with its version."""
+
+    def describe(self) -> str:
+        """What the numbers are of, in one line."""
+        return f"{self.source}: {self.images} images, {self.objects} objects; by {self.library}"
 
 
 def evaluate(
@@ -117,13 +132,16 @@ def evaluate(
     world: int = 1,
     pad_buckets: int = 0,
     on_batch: Callable[[], None] | None = None,
+    by_name: bool = False,
 ) -> CocoResult | None:
     """COCO's numbers of a model on a data set, with a progress bar; None on every rank but 0.
 
     Arguments and errors as those of `detect` and `coco_result`.
     """
-    detections = detect(model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch)
-    return None if detections is None else coco_result(dataset.ground_truth(), detections)
+    detections = detect(
+        model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch, by_name
+    )
+    return None if detections is None else coco_result(dataset.ground_truth(), detections, source=dataset.source)
 
 
 def detect(
@@ -137,6 +155,7 @@ def detect(
     world: int = 1,
     pad_buckets: int = 0,
     on_batch: Callable[[], None] | None = None,
+    by_name: bool = False,
 ) -> Detections | None:
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
@@ -152,6 +171,7 @@ def detect(
             images. All of them must call this function.
         pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of each.
         on_batch: called after every batch, on all ranks equally often; what it raises ends the evaluation.
+        by_name: match classes by name, whatever their ids.
 
     Returns:
         The detections of all ranks on rank 0, None on the others.
@@ -159,7 +179,7 @@ def detect(
     Raises:
         ValueError: as `category_ids_of`.
     """
-    category_ids = category_ids_of(classes, dataset.classes)
+    category_ids = category_ids_of(classes, dataset.classes, by_name)
     batches = make_loader(
         dataset,
         batch_size,
@@ -188,43 +208,89 @@ def detect(
     return Detections.join(parts) if rank == 0 else None
 
 
-def category_ids_of(classes: list[dict], of_data: list[dict]) -> list[int]:
+def category_ids_of(classes: list[dict], of_data: list[dict], by_name: bool = False) -> list[int]:
     """The data set's category id of every label of a model.
 
-    The model's own ids, where they have the same names in the data set; else those of the same names, as models of
-    others number their classes otherwise. Where names do not tell, ids decide, with a warning.
+    Categories are the same where ids and names are. Where no id of the data set has another name in the model, names
+    decide, as models of others number their classes otherwise; a line says so. Models that know no names, such as
+    official checkpoints, go by ids; a line says so too.
 
     Args:
         classes, of_data: `id` and `name` of every label of the model, and of every category of the data set.
+        by_name: names decide, whatever the ids.
 
     Raises:
-        ValueError: the data set has a category that the model does not know.
+        ValueError: an id has one name in the model and another in the data set; or the data set has a category that
+            the model does not know, or two of one name where names decide.
     """
     own = [category["id"] for category in classes]
     named = {category["id"]: category["name"] for category in classes}
     unlike = [category for category in of_data if named.get(category["id"]) != category["name"]]
     if not unlike:
         return own
-    names, ids = Counter(named.values()), {category["name"]: category["id"] for category in of_data}
-    if len(ids) == len(of_data) and all(names[name] == 1 for name in ids):
-        log.warning("The data set numbers its classes otherwise than the model: they are matched by name.")
-        unused = itertools.count(max(*own, *ids.values()) + 1)
-        return [ids[category["name"]] if category["name"] in ids else next(unused) for category in classes]
-    unknown = [category for category in of_data if category["id"] not in named]
-    if unknown:
-        raise ValueError(
-            f"The data set has {len(unknown)} categories that the model does not know, first "
-            f"id {unknown[0]['id']} ({unknown[0]['name']!r}): evaluate on the classes it was trained on."
-        )
     first = unlike[0]
+    if all(_is_nameless(category) for category in classes) and all(category["id"] in named for category in of_data):
+        log.warning("The model's classes have no names: ids decide, id %s is %r.", first["id"], first["name"])
+        return own
+    clashing = [category for category in unlike if category["id"] in named]
+    if clashing and not by_name:
+        first = clashing[0]
+        raise ValueError(
+            f"Category id {first['id']} is {first['name']!r} in the data set and {named[first['id']]!r} in the model "
+            f"({len(clashing)} such ids): use the annotations that it was trained on, or, where the same names mean "
+            "the same classes, match them by name (--classes-by-name, by_name=True)."
+        )
+    return _ids_by_name(classes, of_data)
+
+
+def _is_nameless(category: dict) -> bool:
+    """Whether the name only repeats a number, as where a file of weights has none."""
+    return category["name"] in (f"{category['id']}", f"LABEL_{category['id']}")
+
+
+def _ids_by_name(classes: list[dict], of_data: list[dict]) -> list[int]:
+    """As `category_ids_of`, by names alone; ids that the data set does not have for what it does not have."""
+    names, ids = Counter(category["name"] for category in classes), {c["name"]: c["id"] for c in of_data}
+    for category in of_data:
+        if names[category["name"]] == 0:
+            raise ValueError(
+                f"The data set has a category that the model does not know, id {category['id']} "
+                f"({category['name']!r}): evaluate on the classes it was trained on."
+            )
+        if names[category["name"]] > 1 or ids[category["name"]] != category["id"]:
+            raise ValueError(
+                f"Two categories have the name {category['name']!r}, and ids do not tell which is which: give both "
+                "the data set and the model one name for each."
+            )
+    first = of_data[0]
     log.warning(
-        "%d categories of the data set have another name in the model, first id %s (%r, there %r): ids decide.",
-        len(unlike),
-        first["id"],
+        "The data set numbers its classes otherwise than the model: they are matched by name, %r is id %s.",
         first["name"],
-        named[first["id"]],
+        first["id"],
     )
-    return own
+    unused = itertools.count(max([c["id"] for c in classes] + list(ids.values())) + 1)
+    return [ids[category["name"]] if category["name"] in ids else next(unused) for category in classes]
+
+
+def check_splits(train: list[dict], val: list[dict]) -> None:
+    """Compare the categories of a training and a validation set.
+
+    Raises:
+        ValueError: an id has two names, or validation has a category that training does not have; names both.
+    """
+    named = {category["id"]: category["name"] for category in train}
+    for category in val:
+        own = named.get(category["id"])
+        if own is None:
+            raise ValueError(
+                f"Category id {category['id']} ({category['name']!r}) is in the validation set and not in the training "
+                "set: both need the same list of categories."
+            )
+        if own != category["name"]:
+            raise ValueError(
+                f"Category id {category['id']} is {own!r} in the training set and {category['name']!r} in the "
+                "validation set: both need the same list of categories."
+            )
 
 
 @torch.no_grad()
@@ -295,53 +361,94 @@ def coco_library(name: str | None = None) -> str:
     raise ModuleNotFoundError(f"COCO's metrics need {missing}: pip install {package}")
 
 
-def coco_result(ground_truth: dict, detections: Detections, library: str | None = None) -> CocoResult:
+def coco_result(
+    ground_truth: dict, detections: Detections, library: str | None = None, source: str = "annotations"
+) -> CocoResult:
     """COCO's numbers of detections against annotations in COCO's format, over all their images.
+
+    The libraries are given ids from 1 on: they take an annotation with id 0 for none, and one of them keeps ids as
+    floating numbers, which merge those above 2^53.
 
     Args:
         ground_truth: `images`, `annotations` (with `area` and `iscrowd`) and `categories`.
-        detections: of those images.
+        detections: of those images; those of other categories do not count.
         library: one of `LIBRARIES`; default: the fastest that is installed.
+        source: where the annotations are from, for tables.
 
     Raises:
         ModuleNotFoundError: no such library is installed.
+        ValueError: there are no annotations, or detections are of an image that is not among these.
     """
     library = coco_library(library)
-    if len(detections) == 0:
-        return _nothing_found(ground_truth)
-    with _collection_paused(), contextlib.redirect_stdout(io.StringIO()):
-        stats, precision, recall, category_ids = _accumulated(ground_truth, detections, library)
-    columns = {
-        category_id: [_mean(part) for part in (precision[..., k], precision[0, :, k], precision[5, :, k], recall[:, k])]
-        for k, category_id in enumerate(category_ids)
+    if "annotations" not in ground_truth:
+        raise ValueError(f"{source} has no list 'annotations': there is nothing to compare detections with.")
+    truth, found = _renumbered(ground_truth, detections, source)
+    if len(found) == 0:
+        metrics, columns = _nothing_found(truth), {}
+    else:
+        with _collection_paused(), contextlib.redirect_stdout(io.StringIO()):
+            metrics, columns = _accumulated(truth, found, library)
+    objects = Counter(a["category_id"] for a in truth["annotations"] if not a["iscrowd"])
+    per_class = [
+        ClassMetrics(category["name"], objects[key], *columns.get(key, [0.0 if objects[key] else -1.0] * 4))
+        for key, category in enumerate(ground_truth["categories"], 1)
+    ]
+    version = importlib.metadata.version(library.replace("_", "-"))
+    counts = len(truth["images"]), objects.total()
+    return CocoResult(metrics, per_class, source, *counts, f"{library.replace('_', '-')} {version}")
+
+
+def _renumbered(ground_truth: dict, detections: Detections, source: str) -> tuple[dict, Detections]:
+    """Annotations and detections with images, annotations and categories numbered from 1, in their order."""
+    images = {image["id"]: number for number, image in enumerate(ground_truth["images"], 1)}
+    categories = {category["id"]: number for number, category in enumerate(ground_truth["categories"], 1)}
+    annotations = [
+        {**a, "id": number, "image_id": images[a["image_id"]], "category_id": categories[a["category_id"]]}
+        for number, a in enumerate(ground_truth["annotations"], 1)
+    ]
+    truth = {
+        # Some versions of pycocotools look for it.
+        "info": {},
+        "images": [{**image, "id": images[image["id"]]} for image in ground_truth["images"]],
+        "annotations": annotations,
+        "categories": [{**category, "id": categories[category["id"]]} for category in ground_truth["categories"]],
     }
-    return CocoResult(
-        {name: float(value) for name, value in zip(METRICS, stats, strict=True)},
-        [ClassMetrics(name, count, *columns[key]) for key, name, count in _objects(ground_truth)],
-    )
+    own, places = np.unique(detections.image_ids, return_inverse=True)
+    strange = [image_id for image_id in own.tolist() if image_id not in images]
+    if strange:
+        raise ValueError(f"Detections are of image id {strange[0]}, which is not in {source}.")
+    numbers = np.array([images[image_id] for image_id in own.tolist()], np.int64)
+    of_class, class_places = np.unique(detections.category_ids, return_inverse=True)
+    class_numbers = np.array([categories.get(key, 0) for key in of_class.tolist()], np.int64)
+    renumbered = Detections(numbers[places], class_numbers[class_places], detections.boxes, detections.scores)
+    known = renumbered.category_ids > 0
+    return truth, Detections(*(column[known] for column in vars(renumbered).values()))
 
 
-def _accumulated(
-    ground_truth: dict, detections: Detections, library: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
-    """The twelve numbers; precision [10 IoU thresholds, 101 recalls, K classes] and recall [10, K], both of all areas
-    and at most 100 detections; and the ids of the K classes."""
+def _accumulated(truth: dict, found: Detections, library: str) -> tuple[dict[str, float], dict[int, list[float]]]:
+    """The twelve numbers, and AP, AP50, AP75 and AR100 of each category by its number."""
     if library == "faster_coco_eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    truth = COCO()
-    truth.dataset = ground_truth
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(detections.to_coco()), "bbox")
+    annotated = COCO()
+    annotated.dataset = truth
+    annotated.createIndex()
+    evaluation = COCOeval(annotated, annotated.loadRes(found.to_coco()), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
+    # [10 IoU thresholds, 101 recalls, K classes] and [10, K], both of all areas and at most 100 detections.
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
     recall = np.asarray(evaluation.eval["recall"])[:, :, 0, -1]
-    return np.asarray(evaluation.stats), precision, recall, evaluation.params.catIds
+    columns = {
+        category_id: [_mean(part) for part in (precision[..., k], precision[0, :, k], precision[5, :, k], recall[:, k])]
+        for k, category_id in enumerate(evaluation.params.catIds)
+    }
+    stats = np.asarray(evaluation.stats)
+    return {name: float(value) for name, value in zip(METRICS, stats, strict=True)}, columns
 
 
 @contextlib.contextmanager
@@ -357,15 +464,11 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _nothing_found(ground_truth: dict) -> CocoResult:
-    per_class = [ClassMetrics(name, count, *[0.0 if count else -1.0] * 4) for _, name, count in _objects(ground_truth)]
-    return CocoResult(dict.fromkeys(METRICS, 0.0), per_class)
-
-
-def _objects(ground_truth: dict) -> list[tuple[int, str, int]]:
-    """Id, name and number of annotated boxes of every category."""
-    counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
-    return [(category["id"], category["name"], counts[category["id"]]) for category in ground_truth["categories"]]
+def _nothing_found(truth: dict) -> dict[str, float]:
+    """The twelve numbers without any detection: 0 where there are objects to be found."""
+    areas = [a["area"] for a in truth["annotations"] if not a["iscrowd"]]
+    present = {letter: any(low <= area <= high for area in areas) for letter, (low, high) in _AREAS.items()}
+    return {name: 0.0 if present.get(name[-1], bool(areas)) else -1.0 for name in METRICS}
 
 
 def _mean(values: np.ndarray) -> float:

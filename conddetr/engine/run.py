@@ -10,7 +10,7 @@ import torch
 from conddetr.config import ModelConfig, nearest
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
-from conddetr.engine.config import DataConfig, RunConfig
+from conddetr.engine.config import DataConfig, RunConfig, unused
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
 from conddetr.interop.official import start_from
@@ -21,58 +21,136 @@ from conddetr.zoo import build, gflops
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
+    from conddetr.data.coco import CocoDetection
+
 
 def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset"]:
-    """Training and validation set: COCO's layout, a folder with one annotation file, or synthetic shapes.
+    """Training and validation set.
 
     Raises:
-        FileNotFoundError, ValueError: as `CocoDetection`.
+        ValueError: an option has no use beside the others; the two sets have other categories; nothing to train on; or
+            as `CocoDetection`.
+        FileNotFoundError: as `CocoDetection`.
     """
     from conddetr.data.coco import coco_split, folder_sets
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform, TrainTransform
+    from conddetr.engine.evaluator import check_splits
 
+    data.check_used()
     transforms = TrainTransform(model), EvalTransform(model)
-    if data.coco_path:
-        return coco_split(data.coco_path, "train", transforms[0]), coco_split(data.coco_path, "val", transforms[1])
-    if data.annotations:
+    if data.kind == "synthetic":
+        size = model.image_size
+        return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
+    if data.kind == "dataset":
+        from conddetr.data.layouts import find_layout, layout_split
+
+        layout = find_layout(data.dataset)
+        train_set, val_set = (
+            layout_split(layout, split, transform, data.val_fraction)
+            for split, transform in zip(("train", "val"), transforms, strict=True)
+        )
+    elif data.kind == "coco_path":
+        train_set, val_set = (
+            coco_split(data.coco_path, split, transform)
+            for split, transform in zip(("train", "val"), transforms, strict=True)
+        )
+    else:
         own = (data.val_fraction, data.val_folder, data.val_annotations)
-        return folder_sets(data.images, data.annotations, *transforms, *own)
-    size = model.image_size
-    return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
+        train_set, val_set = folder_sets(data.images, data.annotations, *transforms, *own)
+    check_splits(train_set.classes, val_set.classes)
+    _check_annotated(train_set, val_set)
+    return train_set, val_set
 
 
-def evaluation_data(
-    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]]
-) -> DataConfig:
+def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> None:
+    """Refuse to train where nothing can be learned, or measured."""
+    if train_set.objects == 0:
+        raise ValueError(
+            f"There is nothing to learn: {train_set.source} has {train_set.crowds} crowds (`iscrowd` 1, which are not "
+            f"trained on), {train_set.dropped_boxes} boxes without area inside their image, and no object besides. "
+            "Where every object is a crowd, a tool has exported masks so: write `iscrowd` 0 for single objects."
+        )
+    if not val_set.is_annotated:
+        raise ValueError(f"Annotation file {val_set.annotation_file} has no list 'annotations': it can not validate.")
+
+
+def evaluation_set(
+    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]], model: ModelConfig
+) -> "Dataset":
     """The data to evaluate a detector on.
+
+    All images of an annotation file that is named: as `annotations` and `images`, or `val_annotations` and
+    `val_folder`. With `val_fraction`, and of the detector's own training data, those that are set aside in training.
 
     Args:
         chosen: fields of `DataConfig`; where they name no images they change those of `of_run`.
         of_run: what the detector was trained on, if that is known.
         classes: the detector's.
+        model: the detector's configuration.
 
     Raises:
-        ValueError: unknown option (with the nearest name); no images are named, and the detector is not one of
-            synthetic shapes.
+        ValueError: unknown option (with the nearest name), or one without use beside the others; no images are named,
+            and the detector is not one of synthetic shapes; or as `CocoDetection`.
+        FileNotFoundError: as `CocoDetection`.
     """
+    from conddetr.data.annotations import read_annotations
+    from conddetr.data.coco import CocoDetection, coco_split, divided
+    from conddetr.data.synthetic import SyntheticShapes
+    from conddetr.data.transforms import EvalTransform
+
+    data = _evaluation_data(chosen, of_run, classes)
+    transform = EvalTransform(model)
+    if data.kind == "synthetic":
+        return SyntheticShapes(data.val_images, 2, model.image_size)
+    if data.kind == "dataset":
+        from conddetr.data.layouts import find_layout, layout_split
+
+        return layout_split(find_layout(data.dataset), "val", transform, data.val_fraction)
+    if data.kind == "coco_path":
+        return coco_split(data.coco_path, "val", transform)
+    if data.val_annotations:
+        return CocoDetection(data.val_folder or data.images, data.val_annotations, transform)
+    annotations = read_annotations(data.annotations)
+    return CocoDetection(data.images, annotations, transform, divided(annotations, data.val_fraction)[1])
+
+
+def _evaluation_data(
+    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]]
+) -> DataConfig:
+    """What `evaluation_set` is to read; a file of which all images are meant is its `val_annotations`."""
     from conddetr.data.synthetic import CLASSES
 
     known = [option.name for option in fields(DataConfig)]
     for name in chosen:
         if name not in known:
             raise ValueError(f"Unknown data option {name!r}.{nearest(name, known)}")
-    if chosen.get("coco_path") or chosen.get("annotations"):
-        return DataConfig(**chosen)
-    if of_run is not None:
-        return replace(of_run, **chosen)
-    names = [category["name"] for category in classes]
-    if names != list(CLASSES):
-        raise ValueError(
-            f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} classes, "
-            f"first {names[0]!r}, are not those of the synthetic shapes. Give coco_path, or annotations and images."
+    if chosen.get("val_annotations"):
+        folder = (
+            chosen.get("val_folder") or chosen.get("images") or (of_run.val_folder or of_run.images if of_run else "")
         )
-    return DataConfig(**chosen)
+        data = DataConfig(annotations=chosen["val_annotations"], images=folder)
+        used = {"val_annotations", "val_folder" if chosen.get("val_folder") else "images"}
+    elif any(chosen.get(name) for name in ("dataset", "coco_path", "annotations")):
+        data = DataConfig(**chosen)
+        used = {data.kind, "images", "val_fraction"} if data.annotations else {data.kind}
+    elif of_run is not None:
+        data = replace(of_run, **chosen)
+        used = {"train_images", "val_images"} if data.kind == "synthetic" else {"images", "val_fraction"}
+    else:
+        names = [category["name"] for category in classes]
+        data, used = DataConfig(**chosen), {"train_images", "val_images"}
+        if data.kind == "synthetic" and names != list(CLASSES):
+            raise ValueError(
+                f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} "
+                f"classes, first {names[0]!r}, are not those of the synthetic shapes. Give dataset, coco_path, or "
+                "annotations and images."
+            )
+    for name in chosen:
+        if name not in used:
+            raise ValueError(unused(name, "val_annotations" if chosen.get("val_annotations") else data.kind))
+    is_whole = chosen.get("val_annotations") or (chosen.get("annotations") and "val_fraction" not in chosen)
+    return replace(data, val_annotations=data.annotations, val_folder=data.images) if is_whole else data
 
 
 def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:
@@ -99,7 +177,7 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         overrides = {**run.model.to_dict(), "num_classes": len(train_set.classes), "pretrained_backbone": downloads}
         model = build(run.preset, **overrides)
         if distributed.is_main():
-            _print_start(run, model, len(train_set), len(val_set), show_config)
+            _print_start(run, model, train_set, val_set, show_config)
         if weights:
             report = start_from(model, train_set.classes, weights)
             if distributed.is_main():
@@ -125,7 +203,7 @@ def _print_resumed(trainer: Trainer) -> None:
     say(f"going on from {trainer.resumed_from}: {where}")
 
 
-def _print_start(run: RunConfig, model: DETR, train: int, val: int, show_config: bool) -> None:
+def _print_start(run: RunConfig, model: DETR, train_set: "Dataset", val_set: "Dataset", show_config: bool) -> None:
     if show_config:
         for section, options in replace(run, model=model.config).to_dict().items():
             shown = options if isinstance(options, dict) else {section: options}
@@ -137,5 +215,8 @@ def _print_start(run: RunConfig, model: DETR, train: int, val: int, show_config:
     processes = distributed.world_size()
     say(
         f"{run.preset}: {total:,} parameters, {trainable:,} trainable, {gflops(model.config):.4g} GFLOPs; "
-        f"{train} training and {val} validation images" + (f"; {processes} processes" if processes > 1 else "")
+        f"{len(train_set)} training and {len(val_set)} validation images"
+        + (f"; {processes} processes" if processes > 1 else "")
     )
+    for name, data in (("training", train_set), ("validation", val_set)):
+        say(f"{name}: {data.describe()}")

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
-from conddetr.engine.evaluator import coco_library, evaluate
+from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.preflight import preflight
@@ -95,6 +96,8 @@ class Trainer:
         self.best_ap = -1.0
         self.metrics: dict[str, float] = {}
         """Of the last evaluation."""
+        self.result: CocoResult | None = None
+        """The last evaluation of this process."""
         self._speed = (0, 0.0)
 
     def _limit_graphs(self) -> None:
@@ -140,9 +143,11 @@ class Trainer:
         advice = f"To keep everything that fits and start anew from it: --weights {path}."
         saved, own = content["classes"], self.train_set.classes
         if saved != own:
+            differing = [pair for pair in zip_longest(saved, own) if pair[0] != pair[1]]
+            was, now = (f"id {c['id']} {c['name']!r}" if c else "none" for c in differing[0])
             raise ValueError(
-                f"Checkpoint {path} can not be resumed: it knows {len(saved)} classes ({_listed(saved)}), "
-                f"the data set has {len(own)} ({_listed(own)}). {advice}"
+                f"Checkpoint {path} can not be resumed: it knows {len(saved)} classes, the data set has {len(own)}; "
+                f"the first that differs was {was}, is {now}. {advice}"
             )
         own = self.model.config.to_dict()
         differing = _differences(content["config"], own, {"pretrained_backbone", "backend"})
@@ -332,6 +337,7 @@ class Trainer:
             self.config.pad_buckets,
             look_for_signals,
         )
+        self.result = result
         return result.metrics if result else {}
 
     def save(self, writer: CheckpointWriter, epoch: int = 0, is_best: bool = False, keep: bool = False) -> None:
@@ -384,11 +390,6 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             window = []
     if window:
         yield window
-
-
-def _listed(classes: list[dict[str, Any]]) -> str:
-    names = [category["name"] for category in classes[:4]]
-    return ", ".join(names) + (", …" if len(classes) > 4 else "")
 
 
 def _differences(saved: dict[str, Any], own: dict[str, Any], ignored: Iterable[str] = ()) -> str:

@@ -1,0 +1,475 @@
+"""Annotation files in COCO's format, read once and kept as arrays, without a Python object for every box.
+
+A file of COCO's size has a million objects and polygons around them: `conddetr.data.stream` gives a part of it at a
+time, of which only what is needed is decoded. Where a part holds an entry that is not as it should be, its entries are
+looked at one by one.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conddetr.files import decode_text
+
+try:
+    from conddetr.data import stream
+except ModuleNotFoundError:
+    # Without msgspec Python's own reader does, in ten times the time and memory.
+    stream = None
+
+_LIMIT = 2**31
+
+
+@dataclass(slots=True)
+class _Image:
+    id: int
+    file_name: str
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(slots=True)
+class _Annotation:
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int | None = None
+
+
+@dataclass(slots=True)
+class _Category:
+    id: int
+    name: str
+
+
+SECTIONS = {"images": _Image, "annotations": _Annotation, "categories": _Category}
+"""The lists of an annotation file, and what of their entries is read."""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    # NaN fails both comparisons, and integers of any length can be compared.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LIMIT < value < _LIMIT
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_side(value: Any) -> bool:
+    """None, 0 and -1 stand for sizes that are not known; VIA writes -1."""
+    return value is None or (_is_integer(value) and value >= -1)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "id": (_is_id, "an integer ≥ 0"),
+    "image_id": (_is_id, "an integer ≥ 0"),
+    "category_id": (_is_id, "an integer ≥ 0"),
+    # A null byte is in no file name.
+    "file_name": (lambda value: isinstance(value, str) and value != "" and "\0" not in value, "a file name"),
+    "name": (lambda value: isinstance(value, str), "a text"),
+    "height": (_is_side, "a positive integer"),
+    "width": (_is_side, "a positive integer"),
+    "bbox": (_is_box, "4 finite numbers"),
+    "area": (lambda value: value is None or _is_number(value), "a finite number"),
+    "iscrowd": (lambda value: value is None or value in (0, 1), "0 or 1"),
+}
+"""What a value of each field must be, as (check, description)."""
+
+
+def entry_fault(section: str, entry: Any) -> str | None:
+    """What is wrong with one entry of a section, or None."""
+    if not isinstance(entry, dict):
+        return f"expected an object, got {type(entry).__name__}"
+    fields = SECTIONS[section].__dataclass_fields__
+    absent = [name for name, of_entry in fields.items() if name not in entry and of_entry.default is not None]
+    if absent:
+        return f"has no {absent[0]!r}"
+    for name in fields:
+        is_valid, expected = _CHECKS[name]
+        if name in entry and not is_valid(entry[name]):
+            return f"{name}: expected {expected}, got {str(entry[name])[:60]}"
+    return None
+
+
+class Names(Sequence[str]):
+    """A list of texts as bytes: a million `str` would be copied into every worker process, page by page."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        # JSON can hold half a surrogate pair, which is no UTF-8.
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self._ends = np.fromiter(map(len, encoded), np.int64, len(encoded)).cumsum()
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return self._bytes[start : self._ends[index]].tobytes().decode("utf-8", "surrogatepass")
+
+
+@dataclass
+class Annotations:
+    """I images with N annotated boxes; the boxes of one image stand together, in the order of the file."""
+
+    source: str
+    """Where they are from, for messages."""
+    categories: list[dict[str, Any]]
+    """`id` and `name`, in the order of the file."""
+    image_ids: np.ndarray
+    """[I] int64."""
+    names: Sequence[str]
+    """I file names, relative to the folder of the images."""
+    sizes: np.ndarray
+    """[I, 2] int32, height and width in pixels; 0, 0: the file does not say."""
+    ids: np.ndarray
+    """[N] int64, ids of the annotations."""
+    image_of: np.ndarray
+    """[N] int32, ascending: position of the image of each box."""
+    category_of: np.ndarray
+    """[N] int32, position of the category of each box in `categories`."""
+    boxes: np.ndarray
+    """[N, 4] float64, xywh in pixels of the image."""
+    areas: np.ndarray
+    """[N] float64, of the objects in pixels, which masks make smaller than their boxes."""
+    crowds: np.ndarray
+    """[N] bool."""
+    is_annotated: bool = True
+    """Whether there is a list of annotations at all: test sets have none."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """[I + 1] int64: the boxes of image i are `offsets[i]` to `offsets[i + 1]`."""
+        return np.searchsorted(self.image_of, np.arange(len(self) + 1))
+
+    def select(self, positions: np.ndarray) -> "Annotations":
+        """Those of some images, in the order of their positions [n]."""
+        starts = self.offsets
+        counts = starts[positions + 1] - starts[positions]
+        first = np.repeat(starts[positions] - (counts.cumsum() - counts), counts)
+        boxes = first + np.arange(counts.sum())
+        return replace(
+            self,
+            image_ids=self.image_ids[positions],
+            names=Names(self.names[position] for position in positions.tolist()),
+            sizes=self.sizes[positions],
+            ids=self.ids[boxes],
+            image_of=np.repeat(np.arange(len(positions), dtype=np.int32), counts),
+            category_of=self.category_of[boxes],
+            boxes=self.boxes[boxes],
+            areas=self.areas[boxes],
+            crowds=self.crowds[boxes],
+        )
+
+    def to_coco(self) -> dict[str, Any]:
+        """Lists and dicts in COCO's format; without `annotations` where there are none to be known."""
+        images = [
+            {"id": image_id, "file_name": name, "height": height, "width": width}
+            for image_id, name, (height, width) in zip(
+                self.image_ids.tolist(), self.names, self.sizes.tolist(), strict=True
+            )
+        ]
+        content = {"images": images, "categories": [dict(category) for category in self.categories]}
+        if self.is_annotated:
+            image_ids, category_ids = self.image_ids.tolist(), [category["id"] for category in self.categories]
+            columns = (self.ids, self.image_of, self.category_of, self.boxes, self.areas, self.crowds.astype(int))
+            content["annotations"] = [
+                {
+                    "id": key,
+                    "image_id": image_ids[image],
+                    "category_id": category_ids[category],
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": crowd,
+                }
+                for key, image, category, box, area, crowd in zip(*(c.tolist() for c in columns), strict=True)
+            ]
+        return content
+
+
+@dataclass
+class Scan:
+    """An annotation file as it was found: what can be worked with, and all that is wrong."""
+
+    annotations: Annotations
+    """Of the sound entries. Of those with one id in one list the last is taken."""
+    missing: list[str] = field(default_factory=list)
+    """Lists that are not there, or no lists."""
+    malformed: dict[str, list[str]] = field(default_factory=dict)
+    """By list, the entries that do not follow the format: place and fault."""
+    repeated: dict[str, list[int]] = field(default_factory=dict)
+    """By list, the ids that stand there more than once."""
+    unknown_category: list[str] = field(default_factory=list)
+    """Annotations of categories that are not in the file."""
+    unknown_image: list[str] = field(default_factory=list)
+    """Annotations of images that are not in the file."""
+
+    def first_fault(self) -> str | None:
+        """One sentence on what is to be mended first, or None."""
+        for section in SECTIONS:
+            if section in self.missing:
+                return f"expected a list under the key {section!r}."
+            if self.malformed[section]:
+                return f"{self.malformed[section][0]}."
+            if self.repeated[section]:
+                return f"id {self.repeated[section][0]} stands more than once in {section!r}."
+        if self.unknown_category:
+            return f"{self.unknown_category[0]}, which is not in 'categories'."
+        return f"{self.unknown_image[0]}, which is not in 'images'." if self.unknown_image else None
+
+
+def read_annotations(path: str | Path, needs_boxes: bool = True) -> Annotations:
+    """Read a COCO annotation file and check what the detector relies on.
+
+    `iscrowd` and `area` may be missing or null: they are 0 and that of the box. Sizes of images may be missing, null or
+    -1: they stand as 0.
+
+    Args:
+        path: the file, in UTF-8, or another Unicode encoding with a byte order mark.
+        needs_boxes: refuse a file without a list `annotations`, as that of a test set.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON or not in COCO's format; names the file, the entry, and what was found.
+    """
+    found = scan(path)
+    fault = found.first_fault()
+    if fault is None and needs_boxes and not found.annotations.is_annotated:
+        fault = "expected a list under the key 'annotations'."
+    if fault:
+        raise ValueError(f"Annotation file {path}: {fault}")
+    return found.annotations
+
+
+def load_annotations(path: str | Path) -> dict[str, Any]:
+    """`read_annotations` as lists and dicts in COCO's format, `area` and `iscrowd` filled in."""
+    return read_annotations(path).to_coco()
+
+
+def scan(path: str | Path) -> Scan:
+    """Read an annotation file with all that is wrong in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or no object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Annotation file {path} does not exist.")
+    lists = _quick_lists(path)
+    if lists is None:
+        lists, missing = _plain_lists(path)
+    else:
+        missing = []
+    is_annotated = "annotations" in lists
+    missing += [name for name in ("images", "categories") if name not in lists and name not in missing]
+    malformed = {name: lists[name].faults if name in lists else [] for name in SECTIONS}
+    columns = {name: (lists.pop(name, None) or _List(name)).columns() for name in SECTIONS}
+    repeated = {name: _repeated(columns[name]["id"]) for name in SECTIONS}
+    result = Scan(_empty(str(path), is_annotated), missing, malformed, repeated)
+    _put_together(result, *columns.values())
+    return result
+
+
+def _quick_lists(path: Path) -> "dict[str, _List] | None":
+    """The three lists by name, as far as they are there; None: another reader must look at the file."""
+    if stream is None:
+        return None
+    lists: dict[str, _List] = {}
+    try:
+        for name, items in stream.lists_of(path, SECTIONS):
+            lists.setdefault(name, _List(name)).add(items)
+    except stream.UnusualError:
+        return None
+    return lists
+
+
+def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
+    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+    try:
+        content = json.loads(decode_text(path.read_bytes()))
+    # A deeply nested file exhausts the parser's stack.
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Annotation file {path}: expected an object, found {type(content).__name__}.")
+    lists, missing = {}, []
+    for name in SECTIONS:
+        if isinstance(content.get(name), list):
+            lists[name] = _List(name)
+            lists[name].add(content[name])
+        elif name in content:
+            missing.append(name)
+    return lists, missing
+
+
+class _List:
+    """One list of a file as it is read: the fields of its sound entries in arrays, and what is wrong with the others."""
+
+    def __init__(self, section: str) -> None:
+        self.section, self.count = section, 0
+        self.faults: list[str] = []
+        self._chunks = [_columns(section, [])]
+
+    def add(self, items: list) -> None:
+        """Entries that stand behind the others: objects of the section's class, else JSON texts or what was read."""
+        kind = SECTIONS[self.section]
+        columns = _sound_columns(self.section, items) if items and isinstance(items[0], kind) else None
+        if columns is None:
+            columns = _columns(self.section, self._sound_ones(items))
+        self.count += len(items)
+        self._chunks.append(columns)
+
+    def _sound_ones(self, items: list) -> list:
+        kind, sound = SECTIONS[self.section], []
+        for place, item in enumerate(items, self.count):
+            content = asdict(item) if isinstance(item, kind) else _plain(item)
+            fault = entry_fault(self.section, content)
+            if fault is None:
+                sound.append(kind(**{name: content[name] for name in kind.__dataclass_fields__ if name in content}))
+            else:
+                named = f" (id {content['id']})" if isinstance(content, dict) and "id" in content else ""
+                self.faults.append(f"{self.section}[{place}]{named}: {fault}")
+        return sound
+
+    def columns(self) -> dict[str, Any]:
+        """Each field of all sound entries; they are given away."""
+        packed = {}
+        for name in list(self._chunks[0]):
+            parts = [chunk.pop(name) for chunk in self._chunks]
+            is_number = isinstance(parts[0], np.ndarray)
+            packed[name] = np.concatenate(parts) if is_number else list(chain.from_iterable(parts))
+        return packed
+
+
+def _plain(item: Any) -> Any:
+    """An entry as Python's reader gives it."""
+    return json.loads(bytes(item)) if stream is not None and isinstance(item, stream.Raw) else item
+
+
+def _sound_columns(section: str, entries: list) -> dict[str, Any] | None:
+    """The fields of entries that are of the right types, or None where a value is out of range."""
+    try:
+        columns = _columns(section, entries)
+    except OverflowError:
+        return None
+    return columns if all(_in_range(name, values) for name, values in columns.items()) else None
+
+
+def _in_range(name: str, values: np.ndarray | list[str]) -> bool:
+    """Whether all values are what `_CHECKS` asks of values of their type."""
+    if name == "file_name":
+        return all(text and "\0" not in text for text in values)
+    if name == "iscrowd":
+        return bool(((values == 0) | (values == 1)).all())
+    if name in ("height", "width"):
+        return bool(((values >= -1) & (values < _LIMIT)).all())
+    if name in ("bbox", "area"):
+        return bool((np.abs(values) < _LIMIT).all())
+    return name == "name" or bool((values >= 0).all())
+
+
+def _columns(section: str, entries: list) -> dict[str, Any]:
+    """Each field of all entries, in one array where it is a number; what may be missing is filled in."""
+
+    def column(name: str, dtype: type = np.int64) -> np.ndarray:
+        return np.fromiter(map(attrgetter(name), entries), dtype, len(entries))
+
+    def optional(name: str, dtype: type, default: float) -> np.ndarray:
+        values = (default if value is None else value for value in map(attrgetter(name), entries))
+        return np.fromiter(values, dtype, len(entries))
+
+    if section == "categories":
+        return {"id": column("id"), "name": [entry.name for entry in entries]}
+    if section == "images":
+        sides = {side: optional(side, np.int64, 0) for side in ("height", "width")}
+        return {"id": column("id"), "file_name": [entry.file_name for entry in entries], **sides}
+    numbers = chain.from_iterable(entry.bbox for entry in entries)
+    boxes = np.fromiter(numbers, np.float64, 4 * len(entries)).reshape(-1, 4)
+    areas = optional("area", np.float64, np.nan)
+    areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+    ids = {name: column(name) for name in ("id", "image_id", "category_id")}
+    return {**ids, "bbox": boxes, "area": areas, "iscrowd": optional("iscrowd", np.int8, 0)}
+
+
+def _repeated(ids: np.ndarray) -> list[int]:
+    values, counts = np.unique(ids, return_counts=True)
+    return values[counts > 1].tolist()
+
+
+def _empty(source: str, is_annotated: bool) -> Annotations:
+    """No images."""
+    no_ids, none = np.empty(0, np.int64), np.empty(0, np.int32)
+    boxes, areas = np.empty((0, 4)), np.empty(0)
+    sizes = np.empty((0, 2), np.int32)
+    return Annotations(
+        source, [], no_ids, Names([]), sizes, no_ids, none, none, boxes, areas, np.empty(0, bool), is_annotated
+    )
+
+
+def _put_together(result: Scan, images: dict, annotations: dict, categories: dict) -> None:
+    """Fill in the annotations of a scan, and what refers to nothing."""
+    kept = _last_of_each(images["id"])
+    known = _last_of_each(categories["id"])
+    image_of, is_image = _positions(images["id"][kept], annotations["image_id"])
+    category_of, is_category = _positions(categories["id"][known], annotations["category_id"])
+    for name, is_known, messages in (
+        ("category_id", is_category, result.unknown_category),
+        ("image_id", is_image, result.unknown_image),
+    ):
+        places = np.flatnonzero(~is_known)
+        for key, value in zip(annotations["id"][places].tolist(), annotations[name][places].tolist(), strict=True):
+            messages.append(f"annotation id {key} has {name} {value}")
+    order = np.argsort(image_of, kind="stable")
+    order = order[(is_image & is_category)[order]]
+    sizes = np.stack([images["height"], images["width"]], 1)[kept]
+    # One side alone is no size.
+    sizes[(sizes <= 0).any(1)] = 0
+    result.annotations = Annotations(
+        result.annotations.source,
+        [{"id": int(categories["id"][place]), "name": categories["name"][place]} for place in known],
+        images["id"][kept],
+        Names(images["file_name"][place] for place in kept),
+        sizes.astype(np.int32),
+        annotations["id"][order],
+        image_of[order].astype(np.int32),
+        category_of[order].astype(np.int32),
+        annotations["bbox"][order],
+        annotations["area"][order],
+        annotations["iscrowd"][order].astype(bool),
+        result.annotations.is_annotated,
+    )
+
+
+def _last_of_each(ids: np.ndarray) -> np.ndarray:
+    """Positions of the last entry of each id, ascending."""
+    _, last = np.unique(ids[::-1], return_index=True)
+    return np.sort(len(ids) - 1 - last)
+
+
+def _positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in `known`, which has no id twice, each id of `wanted` stands, and whether it does."""
+    if not len(known):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
+    order = np.argsort(known, kind="stable")
+    found = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
+    return found, known[found] == wanted
