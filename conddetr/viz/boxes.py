@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from conddetr.data.images import MEAN, STD
+from conddetr.viz.fonts import lettering
 
 
 def draw_boxes(
@@ -27,13 +28,14 @@ def draw_boxes(
         image: [3, H, W], uint8 or float in [0, 1].
         boxes: [n, 4] xyxy in pixels.
         labels: one class index per box; it sets the colour.
-        captions: one text per box; empty: none.
+        captions: one text per box, drawn as it is; empty: none.
         title: above the image.
     """
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set_axis_off()
+    (title, *captions), families = lettering([title, *captions])
     if title:
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, family=families, parse_math=False)
     palette = colormaps["tab10"]
     for box, label, caption in zip(boxes.tolist(), labels, captions, strict=True):
         color = palette(int(label) % 10)
@@ -43,7 +45,8 @@ def draw_boxes(
             # Above the box, or inside it where there is no room above.
             side = "bottom" if y0 > 0.08 * image.shape[1] else "top"
             axes.text(
-                max(x0, 0), y0, caption, fontsize=7, color="white", verticalalignment=side, clip_on=True,
+                max(x0, 0), y0, caption, fontsize=7, family=families, parse_math=False, color="white",
+                verticalalignment=side, clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.9},
             )  # fmt: skip
 
