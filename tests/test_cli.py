@@ -189,7 +189,7 @@ def test_a_folder_means_its_images(predict, tmp_path):
     # The pictures among them are no images of the user.
     before = sorted(path.name for path in (tmp_path / "photos").iterdir())
     status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
-    assert printed.splitlines()[0] == "photos: 2 pictures that predict drew are left out"
+    assert printed.splitlines()[0] == "photos: left out of 4 images: 2 that predict drew"
     assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == before
     (tmp_path / "empty").mkdir()
     status, _, errors = predict("empty", "--out", "drawn")

@@ -56,7 +56,7 @@ def _images_in(folder: Path) -> list[Path]:
         held = f"{len(files)} files" + (f", {len(own)} of them pictures that predict drew" if own else "")
         raise FileNotFoundError(f"Folder {folder} holds no image: {held}. Folders inside it are not looked at.")
     if own:
-        say(f"{folder}: {len(own)} pictures that predict drew are left out")
+        say(f"{folder}: left out of {len(images)} images: {len(own)} that predict drew")
     return [path for path in images if path not in own]
 
 
