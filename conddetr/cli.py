@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         help="COCO's twelve numbers of a checkpoint",
         description="COCO's twelve numbers of a checkpoint: on all images of an annotation file (--images, "
-        "--annotations), on the validation images of a data set (--dataset, --coco-path), or by default on those of its "
-        "training. Under torchrun the processes share the images.",
+        "--annotations), on the validation images of a data set (--dataset, --coco-path), or by default on those of "
+        "its training. Under torchrun the processes share the images.",
     )
     evaluate.set_defaults(run=_evaluate)
     add_data_options(evaluate)
@@ -88,10 +88,14 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="draw detections on images")
     predict.set_defaults(run=_predict)
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
     _add_checkpoint(predict)
     _add_device(predict)
-    predict.add_argument("--out", default="runs/predict", help="folder for the drawn images")
+    predict.add_argument(
+        "--out",
+        default="runs/predict",
+        help="folder for the drawn images; only pictures of the same images that predict drew earlier are replaced",
+    )
     predict.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
 
     attention = commands.add_parser("attention", help="draw where each head of the decoder looks for an object")
@@ -246,11 +250,14 @@ def _coco_result(
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.engine.config import unused
     from conddetr.engine.progress import class_table, metrics_table, say, show
-    from conddetr.files import write_text
+    from conddetr.files import refuse_overwriting, write_text
 
     source, data = (options.checkpoint, options.preset, options.device), chosen_data(options)
     if "train_images" in data:
         raise ValueError(unused("train_images", "eval"))
+    read = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
+    refuse_overwriting("--results", options.results, read)
+    refuse_overwriting("--out", options.out, (*read, options.results))
     loading = options.batch_size, options.workers
     result = _coco_result(*source, data, *loading, options.results, options.classes_by_name)
     if result is None:
@@ -270,17 +277,29 @@ def _predict(options: argparse.Namespace) -> None:
     from conddetr.data.images import read_image
     from conddetr.detector import Detector
     from conddetr.engine.progress import say
-    from conddetr.viz.boxes import save_detections
+    from conddetr.viz.boxes import detections_figure
+    from conddetr.viz.pictures import PictureFolder, find_images
 
+    images = find_images(options.images)
+    pictures = PictureFolder(options.out, "predict", images)
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
-    if len(options.images) > 1:
+    if len(images) > 1:
         detector = detector.fused()
-    for path in options.images:
-        image = read_image(path)
+    faults = []
+    for path in images:
+        try:
+            image = read_image(path)
+        except (OSError, ValueError) as error:
+            faults.append(error)
+            if len(images) > 1:
+                say(f"{path}: left out: {error}")
+            continue
         found = detector.predict(image, options.threshold)[0]
-        file = Path(options.out) / f"{Path(path).stem}.png"
-        save_detections(file, image, found.boxes, found.labels.tolist(), found.captions)
+        file = pictures.save(detections_figure(image, found.boxes, found.labels.tolist(), found.captions), path)
         say(f"{path}: {len(found)} objects; wrote {file}")
+    if faults:
+        others = f"{len(faults)} of {len(images)} images cannot be read, first: " if len(images) > 1 else ""
+        raise ValueError(f"{others}{faults[0]}")
 
 
 def _attention(options: argparse.Namespace) -> None:
@@ -288,15 +307,16 @@ def _attention(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
     from conddetr.engine.progress import say
     from conddetr.viz.attention import attention_figure
-    from conddetr.viz.boxes import save_figure
+    from conddetr.viz.pictures import PictureFolder, image_file
 
+    path = image_file(options.image)
+    pictures = PictureFolder(options.out, "attention", [path])
+    image = read_image(path)
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
-    image = read_image(options.image)
     queries = None if options.query is None else [options.query]
     found, maps = detector.attention(image, queries, options.top, options.layer)
     for index, (caption, query) in enumerate(zip(found.captions, found.queries.tolist(), strict=True)):
-        file = Path(options.out) / f"{Path(options.image).stem}-layer{maps.layer}-query{query}.png"
-        save_figure(attention_figure(image, found, index, maps), file)
+        file = pictures.save(attention_figure(image, found, index, maps), path, f"-layer{maps.layer}-query{query}")
         say(f"{caption}: wrote {file}")
 
 
@@ -304,7 +324,9 @@ def _export(options: argparse.Namespace) -> None:
     from conddetr.detector import Detector
     from conddetr.engine.progress import console, say
     from conddetr.export import SUFFIXES
+    from conddetr.files import refuse_overwriting
 
+    refuse_overwriting("--out", options.out, [options.checkpoint])
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, "cpu")
     path = options.out or f"runs/export/model{SUFFIXES[options.format]}"
     with console.status("exporting, then comparing the file with the model"):
@@ -351,7 +373,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> int:
     from conddetr.data.validate import note_shared_images, validate
     from conddetr.engine.progress import Progress, console, say
-    from conddetr.files import write_text
+    from conddetr.files import refuse_overwriting, write_text
 
     if options.annotations and not options.images:
         raise ValueError("--images: name the folder of the images of --annotations.")
@@ -362,6 +384,7 @@ def _validate(options: argparse.Namespace) -> int:
             split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
             for split in ("train", "val")
         }
+    refuse_overwriting("--report", options.report, [annotations for _, annotations in sources.values()])
     reports = []
     for split, (images, annotations) in sources.items():
         with Progress(f"validate {split}", total=None) as progress:

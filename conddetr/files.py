@@ -3,7 +3,7 @@
 import codecs
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -24,6 +24,22 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[str | Path | None]) -> None:
+    """Refuse to write to a file that a command also reads, or writes something else to.
+
+    Args:
+        option: that names the file, for the message.
+        path: to be written; None: nothing is.
+        others: files of other options, under any name; None where an option is not used.
+
+    Raises:
+        ValueError: the path is one of them.
+    """
+    for other in others:
+        if path and other and _is_same(Path(path), Path(other)):
+            raise ValueError(f"{option} {path}: this is also {other}, which the command needs: name another file.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -50,6 +66,11 @@ def decode_text(content: bytes) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16")
     return content.decode("utf-8-sig")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two names are of one file, which may have several, or is yet to come."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _flush(path: Path) -> None:

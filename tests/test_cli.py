@@ -107,6 +107,118 @@ def test_predict_draws(trained, tmp_path):
         assert drawn.width > drawn.height >= 300
 
 
+@pytest.fixture
+def predict(trained, tmp_path, monkeypatch, capsys):
+    """Runs `predict` in an empty folder, returns status, standard output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = main(["predict", *arguments, "--checkpoint", str(trained / "checkpoint.pt"), "--device", "cpu"])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def write_image(path, gray):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 30), (gray, gray, gray)).save(path)
+    return path
+
+
+def grays(folder):
+    """The middle pixel of every picture in a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            found[path.name] = image.convert("L").getpixel((image.width // 2, image.height // 2))
+    return found
+
+
+def test_pictures_of_equal_names_are_all_kept(predict, tmp_path):
+    images = [
+        write_image(tmp_path / name, gray) for name, gray in (("a/1.png", 50), ("b/1.png", 100), ("c/1.bmp", 150))
+    ]
+    names = [str(image.relative_to(tmp_path)) for image in images]
+    status, printed, _ = predict(*names, "--out", "drawn", "--threshold", "1")
+    assert status == 0
+    assert printed.splitlines()[2] == "c/1.bmp: 0 objects; wrote drawn/1-3.png"
+    expected = {"1-2.png": 100, "1-3.png": 150, "1.png": 50}
+    assert grays(tmp_path / "drawn") == expected
+    # Again, in another order and by one of them alone: each picture has its name.
+    assert predict(*reversed(names), "--out", "drawn", "--threshold", "1")[0] == 0
+    write_image(tmp_path / "b/1.png", 200)
+    assert predict("b/1.png", "--out", "drawn", "--threshold", "1")[0] == 0
+    assert grays(tmp_path / "drawn") == {**expected, "1-2.png": 200}
+
+
+def test_no_file_of_others_is_overwritten(predict, tmp_path):
+    image = write_image(tmp_path / "in/photo.png", 50)
+    before = image.read_bytes()
+    (tmp_path / "link").symlink_to("in")
+    for out in ("in", "link", "."):
+        assert predict("in/photo.png", "--out", out, "--threshold", "1")[0] == 0
+    assert image.read_bytes() == before
+    assert sorted(path.name for path in image.parent.iterdir()) == ["photo-2.png", "photo.png"]
+    # A picture by another program, a link, a folder, and an own picture that is now an input.
+    out = tmp_path / "out"
+    others = write_image(out / "photo.png", 60).read_bytes()
+    (out / "photo-2.png").symlink_to(image)
+    (out / "photo-3.png").mkdir()
+    assert predict("in/photo.png", "--out", "out", "--threshold", "1")[0] == 0
+    own = (out / "photo-4.png").read_bytes()
+    assert predict("in/photo.png", "out/photo-4.png", "--out", "out", "--threshold", "1")[0] == 0
+    assert sorted(path.name for path in out.iterdir() if path.is_file() and not path.is_symlink()) == [
+        "photo-4-2.png",
+        "photo-4.png",
+        "photo-5.png",
+        "photo.png",
+    ]
+    assert (out / "photo-4.png").read_bytes() == own
+    assert (out / "photo.png").read_bytes() == others
+    assert image.read_bytes() == before
+
+
+def test_a_folder_means_its_images(predict, tmp_path):
+    for name in ("b.PNG", "a.jpg", "inside/c.png"):
+        write_image(tmp_path / "photos" / name, 50)
+    (tmp_path / "photos/notes.txt").write_text("not an image")
+    (tmp_path / "photos/._a.jpg").write_bytes(b"of another system")
+    status, printed, errors = predict("photos", "--out", "photos", "--threshold", "1")
+    assert (status, errors) == (0, "")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["photos/a.jpg", "photos/b.PNG"]
+    # The pictures among them are no images of the user.
+    before = sorted(path.name for path in (tmp_path / "photos").iterdir())
+    status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
+    assert printed.splitlines()[0] == "photos: left out of 4 images: 2 that predict drew"
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == before
+    (tmp_path / "empty").mkdir()
+    status, _, errors = predict("empty", "--out", "drawn")
+    assert status == 2
+    assert "Folder empty holds no image: 0 files. Folders inside it are not looked at." in errors
+
+
+def test_images_beside_a_damaged_one_are_drawn(predict, tmp_path):
+    for name in ("a.png", "c.png"):
+        write_image(tmp_path / name, 50)
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
+    status, printed, errors = predict("a.png", "b.png", "c.png", "--out", "drawn", "--threshold", "1")
+    assert status == 2
+    assert list(grays(tmp_path / "drawn")) == ["a.png", "c.png"]
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["a.png", "b.png", "c.png"]
+    assert "1 of 3 images cannot be read, first: Image file b.png" in errors
+    status, printed, errors = predict("b.png", "--out", "drawn")
+    assert (status, printed) == (2, "")
+    assert errors.startswith("conddetr predict: Image file b.png: ")
+
+
+def test_paths_are_printed_and_taken_as_they_are(predict, tmp_path):
+    for name in ("photo [copy].png", "[bold]/p.png", "x[/y]/p.png"):
+        write_image(tmp_path / name, 50)
+        status, printed, _ = predict(name, "--out", f"{name}[/b]", "--threshold", "1")
+        assert status == 0
+        assert f"{name}: 0 objects; wrote {name}[/b]/" in printed
+
+
 # On a null GPU all detections are of query 0.
 @pytest.mark.gpu
 @pytest.mark.compares_numbers.with_args(KeyError)
@@ -121,6 +233,11 @@ def test_attention_draws_a_picture_for_each_object(trained, tmp_path, capsys):
     assert [name.startswith("gray-layer1-query") for name in files] == [False, True, True]
     with Image.open(tmp_path / "maps" / files[0]) as drawn:
         assert drawn.width > 800
+    # Another file of such a name is kept.
+    other = write_image(tmp_path / "maps" / "gray-layer0-query8.png", 50).read_bytes()
+    assert main([*command, "--query", "8", "--layer", "0"]) == 0
+    assert (tmp_path / "maps" / "gray-layer0-query8.png").read_bytes() == other
+    assert (tmp_path / "maps" / "gray-layer0-query8-2.png").is_file()
     assert main([*command, "--layer", "2"]) == 2
     assert "layer: expected 0 to 1, or negative from the end, got 2" in capsys.readouterr().err
 
@@ -323,7 +440,19 @@ def test_resolved_options_are_read_again(tmp_path):
         (["train", "--eval"], "--eval needs --resume FILE"),
         (["train", "--train-images", "8", "--resume", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
         (["eval", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
-        (["predict", "a.jpg", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
+        (["predict", __file__, "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
+        # What is wrong with images is said before a model is loaded.
+        (["predict", __file__, "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
+        (["predict", __file__, "--checkpoint", "/nowhere.pt", "--out", __file__], "expected a folder for pictures"),
+        (["attention", "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
+        (["attention", "/", "--checkpoint", "/nowhere.pt"], "Image file /: expected a file, found a folder"),
+        (["eval", "--checkpoint", "/no.pt", "--out", "//no.pt"], "--out //no.pt: this is also /no.pt"),
+        (["eval", "--checkpoint", "/no.pt", "--out", "x", "--results", "./x"], "--out x: this is also ./x"),
+        (["export", "--checkpoint", "/no.onnx", "--out", "/no.onnx"], "--out /no.onnx: this is also /no.onnx"),
+        (
+            ["validate-data", "--images", "/", "--annotations", "/no.json", "--report", "//no.json"],
+            "--report //no.json: this is also /no.json",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):

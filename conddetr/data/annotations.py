@@ -323,7 +323,7 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
 
 
 class _List:
-    """One list of a file as it is read: the fields of its sound entries in arrays, and what is wrong with the others."""
+    """One list of a file as it is read: the fields of its sound entries in arrays, and the faults of the others."""
 
     def __init__(self, section: str) -> None:
         self.section, self.count = section, 0

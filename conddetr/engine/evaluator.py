@@ -31,7 +31,8 @@ from conddetr.model.postprocess import postprocess
 log = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where no object counts: it does not exist."""
+"""Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where no object counts and it does
+not exist."""
 _AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, math.inf)}
 """COCO's sizes of objects, in pixels, by the letter at the end of a metric's name."""
 

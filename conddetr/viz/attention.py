@@ -17,6 +17,7 @@ from conddetr.kernels.attn import attention_weights, dense_spatial_keys
 from conddetr.model.detr import DETR
 from conddetr.model.transformer import ConditionalDecoderLayer, Keys
 from conddetr.viz.boxes import draw_boxes
+from conddetr.viz.fonts import lettering
 
 if TYPE_CHECKING:
     from conddetr.detector import Detection
@@ -149,7 +150,9 @@ def attention_figure(image: Tensor, found: "Detection", index: int, maps: Attent
     aspect = min(max(image.shape[-2] / image.shape[-1], 0.4), 2.0)
     figure = Figure(figsize=(1.4 * (heads + 2.8), 1.4 * 3 * aspect + 0.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    figure.suptitle(f"{caption} · query {query} · decoder layer {maps.layer}", fontsize=11)
+    [name], families = lettering([caption])
+    title = f"{name} · query {query} · decoder layer {maps.layer}"
+    figure.suptitle(title, fontsize=11, family=families, parse_math=False)
     grid = figure.add_gridspec(3, heads + 1, width_ratios=[2.4] + [1.0] * heads)
     draw_boxes(figure.add_subplot(grid[:, 0]), image, box[None], [int(found.labels[index])], [caption])
     for row, (kind, formula) in enumerate(zip(KINDS, (*maps.formulas, "sum of both"), strict=True)):

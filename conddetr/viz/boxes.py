@@ -1,6 +1,6 @@
 """Boxes drawn on images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -11,6 +11,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from conddetr.data.images import MEAN, STD
+from conddetr.files import atomic_file
+from conddetr.viz.fonts import lettering
 
 
 def draw_boxes(
@@ -27,13 +29,14 @@ def draw_boxes(
         image: [3, H, W], uint8 or float in [0, 1].
         boxes: [n, 4] xyxy in pixels.
         labels: one class index per box; it sets the colour.
-        captions: one text per box; empty: none.
+        captions: one text per box, drawn as it is; empty: none.
         title: above the image.
     """
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set_axis_off()
+    (title, *captions), families = lettering([title, *captions])
     if title:
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, family=families, parse_math=False)
     palette = colormaps["tab10"]
     for box, label, caption in zip(boxes.tolist(), labels, captions, strict=True):
         color = palette(int(label) % 10)
@@ -43,7 +46,8 @@ def draw_boxes(
             # Above the box, or inside it where there is no room above.
             side = "bottom" if y0 > 0.08 * image.shape[1] else "top"
             axes.text(
-                max(x0, 0), y0, caption, fontsize=7, color="white", verticalalignment=side, clip_on=True,
+                max(x0, 0), y0, caption, fontsize=7, family=families, parse_math=False, color="white",
+                verticalalignment=side, clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.9},
             )  # fmt: skip
 
@@ -54,20 +58,21 @@ def denormalize(image: Tensor) -> Tensor:
     return (image * std + mean).clamp(0, 1)
 
 
-def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
-    """Write a figure as PNG, creating the folder; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=dpi)
-    return path
+def save_figure(figure: Figure, path: str | Path, dpi: int = 110, marks: Mapping[str, str] | None = None) -> Path:
+    """Write a figure as PNG, creating the folder; returns the path. The file is whole or not there.
+
+    Args:
+        marks: texts in the file, by the names of PNG's keywords.
+    """
+    with atomic_file(path) as partial:
+        FigureCanvasAgg(figure).print_figure(partial, dpi=dpi, format="png", metadata=marks)
+    return Path(path)
 
 
-def save_detections(
-    path: str | Path, image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]
-) -> Path:
-    """One image with its boxes as a PNG of about the image's size; arguments as `draw_boxes`."""
+def detections_figure(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> Figure:
+    """One image with its boxes, as large as the image or somewhat larger; arguments as `draw_boxes`."""
     height, width = image.shape[-2:]
     scale = max(width, height, 480) / 110
     figure = Figure(figsize=(scale * width / max(width, height), scale * height / max(width, height)))
     draw_boxes(figure.add_axes((0, 0, 1, 1)), image, boxes, labels, captions)
-    return save_figure(figure, path)
+    return figure

@@ -1,0 +1,122 @@
+"""Which images a command draws, and where their pictures go without overwriting anything else."""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from conddetr.engine.progress import say
+from conddetr.viz.boxes import save_figure
+
+NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow knows by name, and does not read."""
+
+
+def image_file(name: str | Path) -> Path:
+    """The file of an image.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise IsADirectoryError(f"Image file {path}: expected a file, found a folder.")
+    if not path.is_file():
+        raise FileNotFoundError(f"Image file {path} does not exist.")
+    return path
+
+
+def find_images(names: Sequence[str | Path]) -> list[Path]:
+    """Files of images, in the order of the names.
+
+    Args:
+        names: files, of any suffix; or folders, whose images are taken in the order of their names, without those in
+            folders inside and without pictures of `predict` itself.
+
+    Raises:
+        FileNotFoundError: a name is absent, or a folder holds no image.
+    """
+    return [
+        image for name in names for image in (_images_in(Path(name)) if Path(name).is_dir() else [image_file(name)])
+    ]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    Image.init()
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - NOT_DECODED}
+    # Names that begin with a dot are other systems' notes on a file, not images.
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    images = [path for path in files if path.suffix.lower() in known]
+    own = {path for path in images if _has_marks(path, {"Software": _software("predict")})}
+    if len(own) == len(images):
+        held = f"{len(files)} files" + (f", {len(own)} of them pictures that predict drew" if own else "")
+        raise FileNotFoundError(f"Folder {folder} holds no image: {held}. Folders inside it are not looked at.")
+    if own:
+        say(f"{folder}: left out of {len(images)} images: {len(own)} that predict drew")
+    return [path for path in images if path not in own]
+
+
+class PictureFolder:
+    """A folder for pictures of images, in which only an earlier picture of the same image is replaced.
+
+    Pictures say what drew them and, as a hash of its path, of which image.
+    """
+
+    def __init__(self, folder: str | Path, command: str, images: Sequence[Path]) -> None:
+        """
+        Args:
+            folder: created if absent.
+            command: that draws.
+            images: all that will be read; none of them is replaced.
+
+        Raises:
+            NotADirectoryError: the folder is a file.
+        """
+        self.folder, self._command = Path(folder), command
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder}: expected a folder for pictures, found a file.")
+        self._images = {_identity(image) for image in images}
+
+    def save(self, figure: Figure, image: Path, ending: str = "") -> Path:
+        """Write the picture of an image, as PNG; returns its path.
+
+        Its name is that of the image without suffix, then the ending; then `-2`, `-3`, … where such a name is taken.
+        """
+        source = hashlib.blake2b(os.fsencode(image.resolve()), digest_size=16).hexdigest()
+        marks = {"Software": _software(self._command), "Source": source}
+        name = f"{image.stem}{ending}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        paths = (self.folder / f"{name}.png" for name in names)
+        return save_figure(figure, next(path for path in paths if self._is_free(path, marks)), marks=marks)
+
+    def _is_free(self, path: Path, marks: dict[str, str]) -> bool:
+        if not os.path.lexists(path):
+            return True
+        is_own_file = path.is_file() and not path.is_symlink() and _identity(path) not in self._images
+        return is_own_file and _has_marks(path, marks)
+
+
+def _software(command: str) -> str:
+    return f"conddetr {command}"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for all names of a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _has_marks(path: Path, marks: dict[str, str]) -> bool:
+    """Whether a file is a picture with these texts."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as picture:
+            return all(picture.info.get(key) == text for key, text in marks.items())
+    # No picture, or one larger than Pillow's limit.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
