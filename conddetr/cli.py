@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conddetr import interrupt
 from conddetr.config import PRESETS
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
@@ -26,16 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where a data set has errors; 2 with one line on stderr for bad input; 143, as of a
-        process that SIGTERM ended, when a signal stopped training after its state was saved.
+        process that SIGTERM ended, when a signal stopped training after its state was saved; 130 after Ctrl-C where
+        nothing was to be saved.
     """
     options, unknown = _parser().parse_known_args(arguments)
     try:
+        interrupt.raise_again()
         if unknown:
             raise ValueError(unknown_flag(options.parser, unknown))
         return options.run(options) or 0
     except distributed.InterruptedRunError as error:
         print(f"conddetr {options.command}: {error} Go on with --resume auto.", file=sys.stderr)
         return 143
+    except KeyboardInterrupt:
+        print(f"conddetr {options.command}: interrupted.", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2

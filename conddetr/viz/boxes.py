@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from conddetr.data.images import MEAN, STD
+from conddetr.files import atomic_file
 
 
 def draw_boxes(
@@ -55,11 +56,10 @@ def denormalize(image: Tensor) -> Tensor:
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
-    """Write a figure as PNG, creating the folder; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=dpi)
-    return path
+    """Write a figure as PNG, whole or not at all, creating the folder; returns the path."""
+    with atomic_file(path) as partial:
+        FigureCanvasAgg(figure).print_figure(partial, dpi=dpi, format="png")
+    return Path(path)
 
 
 def save_detections(
