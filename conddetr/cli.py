@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from conddetr import interrupt
-from conddetr.config import PRESETS
+from conddetr.config import PRESETS, check_fraction
+from conddetr.devices import find_device
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
 from conddetr.engine.config import resolve_run
@@ -47,8 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: `train` alone has a page of options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="conddetr", description="Train and run Conditional DETR.")
+    parser = _Parser(prog="conddetr", description="Train and run Conditional DETR.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser(
@@ -143,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA where there is one")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -200,12 +208,14 @@ def _coco_result(
 
     `data` as `evaluation_data` takes it; the detections are written to `results`.
     """
+    from conddetr.data.batch import check_loading
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
     from conddetr.engine.run import data_sets, evaluation_data
 
     # Better refused now than after the detections are made.
     coco_library()
+    check_loading(batch_size, workers)
     with distributed.process_group(device or "") as own_device:
         detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
         _, val_set = data_sets(evaluation_data(data, detector.data, detector.classes), detector.config)
@@ -241,6 +251,7 @@ def _predict(options: argparse.Namespace) -> None:
     from conddetr.engine.progress import console
     from conddetr.viz.boxes import save_detections
 
+    check_fraction("threshold", options.threshold)
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
     if len(options.images) > 1:
         detector = detector.fused()
@@ -302,6 +313,8 @@ def _demo(options: argparse.Namespace) -> None:
     from conddetr.engine.progress import console
     from conddetr.engine.run import train
 
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds: expected more than 0, got {options.seconds:g}.")
     out = free_folder(options.out)
     recipe = RECIPE_FOR_PHOTOS if options.coco_path else recipe_for_shapes(options.device)
     chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out), **recipe}
@@ -379,7 +392,7 @@ def _env(options: argparse.Namespace) -> None:
     from conddetr.kernels.match import op as match
     from conddetr.kernels.query import op as query
 
-    device = _device(options.device)
+    device = find_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     console.print(f"Python {platform.python_version()}, device {device} ({name})", highlight=False)
     for package in ("torch", "torchvision", "triton", "pycocotools", "faster-coco-eval"):
@@ -409,7 +422,3 @@ def _env(options: argparse.Namespace) -> None:
     console.print(table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
         console.print(f"{backend} is refused: {reason}", highlight=False, soft_wrap=True)
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
