@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,13 @@ def can_start_workers() -> bool:
 
     A process that is not forked imports the main script. Without a guard in it, it would run the whole script again.
     """
-    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    script = _main_script()
+    method, script = _start_method(), _main_script()
     return method == "fork" or script is None or _has_guard(script, method)
+
+
+def _start_method() -> str:
+    """Without choosing one for good, as asking for the method would."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
 
 
 def _main_script() -> str | None:
@@ -72,6 +77,9 @@ def interrupts_held() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    if _start_method() != "fork":
+        # Started with the first such process, it would let Ctrl-C through again.
+        resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
