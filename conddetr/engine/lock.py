@@ -66,22 +66,23 @@ def sole_run(folder: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock a folder against other processes, and other threads of this one."""
-    with _known(folder), _opened(folder / LOCK) as descriptor:
+    is_new = not folder.exists()
+    with _known(folder):
+        descriptor = _open_locked(folder)
         try:
-            _lock(descriptor)
-        except OSError as error:
-            if error.errno in _HELD_BY_ANOTHER:
-                raise FileExistsError(_in_use(folder, _text(descriptor))) from error
-            if error.errno not in _WITHOUT_LOCKS:
-                raise
-            log.warning("%s: its file system has no locks, a second run in it would not be refused.", folder)
-        with write_errors(folder / LOCK):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, _this_process().encode())
-        try:
+            with write_errors(folder / LOCK):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, _this_process().encode())
             yield
         finally:
-            os.ftruncate(descriptor, 0)
+            # While it is locked. Windows removes no file that is open, and keeps it.
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+            os.close(descriptor)
+            # A run that was refused leaves nothing behind.
+            with contextlib.suppress(OSError):
+                if is_new:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -104,13 +105,27 @@ def _known(folder: Path) -> Iterator[None]:
         _held.discard(key)
 
 
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    with write_errors(file):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        yield descriptor
-    finally:
+def _open_locked(folder: Path) -> int:
+    """The descriptor of the folder's file, locked."""
+    while True:
+        with write_errors(folder / LOCK):
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor)
+            # Its holder removes the file at the end: what was opened before that is nobody's any more.
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                log.warning("%s: its file system has no locks, a second run in it would not be refused.", folder)
+                return descriptor
+            holder = _text(descriptor)
+            os.close(descriptor)
+            if error.errno in _HELD_BY_ANOTHER:
+                raise FileExistsError(_in_use(folder, holder)) from error
+            raise
         os.close(descriptor)
 
 
