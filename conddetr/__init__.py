@@ -1,5 +1,7 @@
 """Conditional DETR (Meng et al., ICCV 2021): train and run it fast. This is the whole public API."""
 
+# First, for what it does to Ctrl-C.
+from conddetr import interrupt  # noqa: F401
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate

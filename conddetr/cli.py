@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from conddetr.config import PRESETS
+from conddetr import interrupt
+from conddetr.config import PRESETS, check_fraction
+from conddetr.devices import find_device
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
 from conddetr.engine.config import resolve_run
@@ -26,28 +28,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where a data set has errors; 2 with one line on stderr for bad input; 143, as of a
-        process that SIGTERM ended, when a signal stopped training after its state was saved.
+        process that SIGTERM ended, when a signal stopped training after its state was saved; 130 after Ctrl-C where
+        nothing was to be saved.
     """
     options, unknown = _parser().parse_known_args(arguments)
     try:
+        interrupt.raise_again()
         if unknown:
             raise ValueError(unknown_flag(options.parser, unknown))
         return options.run(options) or 0
     except distributed.InterruptedRunError as error:
         print(f"conddetr {options.command}: {error} Go on with --resume auto.", file=sys.stderr)
         return 143
+    except KeyboardInterrupt:
+        print(f"conddetr {options.command}: interrupted.", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, BackendError) as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints its help into any encoding; the parsers of the commands are of this kind too."""
+    """Prints its help into any encoding, and says what is wrong in one line: `train` alone has a page of options. The
+    parsers of the commands are of this kind too.
+    """
 
     def print_help(self, file: IO[str] | None = None) -> None:
         from conddetr.engine.progress import StandardOutput
 
         super().print_help(file or StandardOutput())
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="as torch names it; default: CUDA where there is one")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA where there is one")
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -216,11 +228,13 @@ def _coco_result(
 
     `data` as `evaluation_set` takes it; the detections are written to `results`; `by_name` as `detect` takes it.
     """
+    from conddetr.data.batch import check_loading
     from conddetr.detector import Detector
     from conddetr.engine.evaluator import coco_library, coco_result, detect
     from conddetr.engine.progress import say
     from conddetr.engine.run import evaluation_set
 
+    check_loading(batch_size, workers)
     with distributed.process_group(device or "") as own_device:
         detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
         val_set = evaluation_set(data, detector.data, detector.classes, detector.config)
@@ -280,6 +294,7 @@ def _predict(options: argparse.Namespace) -> None:
     from conddetr.viz.boxes import detections_figure
     from conddetr.viz.pictures import PictureFolder, find_images
 
+    check_fraction("threshold", options.threshold)
     images = find_images(options.images)
     pictures = PictureFolder(options.out, "predict", images)
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
@@ -355,6 +370,8 @@ def _demo(options: argparse.Namespace) -> None:
     from conddetr.engine.progress import say
     from conddetr.engine.run import train
 
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds: expected more than 0, got {options.seconds:g}.")
     out = free_folder(options.out)
     recipe = RECIPE_FOR_PHOTOS if options.coco_path else recipe_for_shapes(options.device)
     chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out), **recipe}
@@ -433,7 +450,7 @@ def _env(options: argparse.Namespace) -> None:
     from conddetr.kernels.match import op as match
     from conddetr.kernels.query import op as query
 
-    device = _device(options.device)
+    device = find_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     say(f"Python {platform.python_version()}, device {device} ({name})")
     for package in ("torch", "torchvision", "triton", "pycocotools", "faster-coco-eval"):
@@ -463,7 +480,3 @@ def _env(options: argparse.Namespace) -> None:
     show("what backend=auto picks", table)
     for backend, reason in {item for choice in choices for item in choice.refused.items()}:
         say(f"{backend} is refused: {reason}")
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -5,6 +5,7 @@ A preset is a `ModelConfig`; overrides are checked against its fields, so a typo
 
 import difflib
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 FAMILIES = ("conditional-detr", "detr")
@@ -175,6 +176,20 @@ def check_types(config: Any, what: str) -> None:
             raise ValueError(
                 f"{what} {field.name}: expected {field.type.__name__}, got {type(value).__name__} {value!r}."
             )
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError for a number that is too small, or no integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r}.")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise a ValueError for a number outside of [0, 1]; NaN is outside."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}.")
 
 
 def _check_choices(config: ModelConfig) -> None:

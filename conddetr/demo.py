@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from conddetr.detector import Detector
+from conddetr.devices import find_device
 from conddetr.engine.checkpoint import has_run
 from conddetr.engine.evaluator import CocoResult
 from conddetr.engine.progress import metrics_table, percent, say, show
@@ -39,7 +40,7 @@ THRESHOLD = 0.3
 
 def recipe_for_shapes(device: str | None) -> dict[str, object]:
     """Options of the training on synthetic shapes; `device` as torch names it, default CUDA where there is one."""
-    is_gpu = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    is_gpu = find_device(device).type == "cuda"
     return {**RECIPE, "workers": WORKERS_BESIDE_A_GPU if is_gpu else RECIPE["workers"]}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conddetr import config as configs
+from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
 from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
@@ -63,7 +64,7 @@ class Detector:
         Args:
             model: with weights; or the name of a preset, to be trained first unless `weights` are named.
             classes: `id` (category id of the data set) and `name` of every label of a model with weights.
-            device: as torch names it; default CUDA where there is one.
+            device: `cpu` or a GPU, as torch names it; default CUDA where there is one.
             weights: of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the file of
                 the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
                 list; trained on other classes it starts from them without the class head. `conddetr.public_weights`
@@ -71,11 +72,11 @@ class Detector:
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
-            ValueError: the number of classes is not the model's; unknown preset, override or name of weights; the
-                weights do not fit.
+            ValueError: no such device here; the number of classes is not the model's; unknown preset, override or name
+                of weights; the weights do not fit.
             FileNotFoundError, ImportError, OSError: `weights` are not to be had; says what to do.
         """
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
         self.run: dict[str, Any] | None = None
         """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
         self.metrics: dict[str, float] | None = None
@@ -194,14 +195,17 @@ class Detector:
             none.
 
         Raises:
-            ValueError: unknown option, or one without use beside the others; no data is named and that of the training
-                is not known; the data set has classes that the detector does not know, or an id with another name.
+            ValueError: unknown option, or one without use beside the others; `batch_size` below 1 or `workers` below 0;
+                no data is named and that of the training is not known; the data set has classes that the detector does
+                not know, or an id with another name.
             FileNotFoundError: no such data set.
         """
+        from conddetr.data.batch import check_loading
         from conddetr.engine.evaluator import evaluate
         from conddetr.engine.progress import say
         from conddetr.engine.run import evaluation_set
 
+        check_loading(batch_size, workers)
         val_set = evaluation_set(data, self.data, self.classes, self.model.config)
         if not val_set.is_annotated:
             raise ValueError(
@@ -247,6 +251,8 @@ class Detector:
             FileNotFoundError: no such file.
             ValueError: damaged, or the weights do not fit; says what was found and what was expected.
         """
+        # Better refused now than after a download.
+        find_device(device)
         model, weights = load_model(locate(path, preset), preset)
         detector = cls(model, weights.classes, device)
         detector.run, detector.metrics = weights.run, weights.metrics
@@ -277,6 +283,7 @@ class Detector:
             OSError: no network and not in the cache, or no such repository.
             ValueError: as `from_checkpoint`.
         """
+        find_device(device)
         if Path(repository).is_dir():
             return cls.from_checkpoint(repository, preset, device)
         from conddetr.hub import load
@@ -368,8 +375,8 @@ class Detector:
                 `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
                 copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights,
                 unless this detector is one.
-            threshold: keep scores of at least this.
-            top_k: keep at most so many per image.
+            threshold: keep scores of at least this, in [0, 1].
+            top_k: keep at most so many per image, at least 1.
 
         Returns:
             One `Detection` per image, always in a list.
@@ -381,6 +388,8 @@ class Detector:
         # Here, not above: torchvision's transforms take 0.17 s to import, `import conddetr` without them 0.02 s.
         from conddetr.data.images import read_image
 
+        configs.check_fraction("threshold", threshold)
+        configs.check_least("top_k", top_k, 1)
         if not isinstance(images, (list, tuple)):
             images = [images]
         is_alone = len(images) == 1 or self.model.fusion is not None

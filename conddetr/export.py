@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conddetr.files import atomic_file
 from conddetr.model.detr import DETR
 
 OPSET = 18
@@ -84,19 +84,12 @@ def export(
     dimensions = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
     example = torch.zeros(2, 3, *(size or (4 * stride, 5 * stride)), dtype=torch.float32)
     program = _trace(_Deployed(reference), example, dimensions, stride)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In front, so that the ending stays: readers look at it.
-    partial = path.with_name("partial-" + path.name)
     save, load = (_save_torch, _load_torch) if format == "torch" else (_save_onnx, _load_onnx)
-    try:
+    # "partial" in front, so that the ending stays: readers look at it.
+    with atomic_file(path, path.with_name("partial-" + path.name)) as partial:
         save(program, partial, dimensions, json.dumps(_description(model, size, classes)))
         shapes = _shapes_to_check(size, stride, model.config.image_size)
         difference = _difference(reference, load(partial), shapes)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     height, width = size or (f"height ≥ {stride + 1}", f"width ≥ {stride + 1}")
     return ExportReport(path, f"[batch, 3, {height}, {width}]", shapes, difference)
 

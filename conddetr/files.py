@@ -2,28 +2,51 @@
 
 import codecs
 import contextlib
+import errno
 import os
+import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
+"""Errors of a system that has no room for a file: a full disk, a quota, a largest size."""
+_TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "inline_container")
+"""One of these is in what `torch.save` says of a file that it could not write, a RuntimeError."""
+
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, partial: str | Path | None = None) -> Iterator[Path]:
     """A name to write to; at the end it becomes `path`, which holds either what it held before or the whole new file.
 
-    The folder is created; file and folder are on the disk when this ends.
+    The folder is created; file and folder are on the disk when this ends. The file's mode is that of any new file.
+
+    Args:
+        path: of the file.
+        partial: the name to write to, in the same folder; default: `path` with `.partial` behind it.
+
+    Raises:
+        OSError: the file cannot be written, as `write_errors` says it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    partial = path.with_name(path.name + ".partial") if partial is None else Path(partial)
+    with write_errors(path), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # What a killed process left has a mode of its own.
+        partial.unlink(missing_ok=True)
+        stack.callback(partial.unlink, missing_ok=True)
+        # Some libraries write files that nobody else may read. What the umask grants is known from a new file.
+        with open(partial, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield partial
-        _flush(partial)
+        if stat.S_IMODE(partial.stat().st_mode) != mode:
+            partial.chmod(mode)
+        flush(partial)
         os.replace(partial, path)
         # The new name is safe only when the folder is on the disk too.
-        _flush(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        _flush_folder(path.parent)
 
 
 def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[str | Path | None]) -> None:
@@ -73,8 +96,58 @@ def _is_same(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Whatever a library raises when the disk is full becomes an OSError that names the file and says what is free.
+
+    Inside, `path` must keep what it held before.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if _says_enough(error):
+            raise
+        folder = next(folder for folder in path.parents if folder.is_dir())
+        raise OSError(
+            f"{path} could not be written: {_reason(error)}. What was there before is kept. "
+            f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there: make room, or name another folder."
+        ) from error
+
+
+def _says_enough(error: Exception) -> bool:
+    """Whether an error is not of writing, or names its file and a reason other than room."""
+    if isinstance(error, OSError):
+        return error.errno not in _NO_ROOM and (error.errno is None or error.filename is not None)
+    if isinstance(error, SafetensorError):
+        return "I/O error" not in str(error)
+    return not any(words in str(error) for words in _TORCH_WRITER)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error).splitlines()[0].rstrip(".")
+    # It names a position in the file, not the error of the system.
+    return "PyTorch's writer was stopped in the middle, as by a full disk"
+
+
+def flush(path: Path) -> None:
+    """Wait until what a file holds is on the disk."""
+    # To be written to: Windows flushes no other files.
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        # Windows opens no folders, and others only those that may be read: the name is then as safe as can be.
+        return
     try:
         os.fsync(descriptor)
     finally:

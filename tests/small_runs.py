@@ -23,6 +23,7 @@ from conddetr.data.transforms import augmentation_generator
 from conddetr.engine.checkpoint import BEST, LATEST, has_run, read_checkpoint
 from conddetr.engine.config import RunConfig, TrainConfig
 from conddetr.engine.distributed import InterruptedRunError, process_group, rank, world_size
+from conddetr.engine.lock import sole_run
 from conddetr.engine.step import Stepper
 from conddetr.engine.trainer import Trainer
 
@@ -151,6 +152,15 @@ def command_line(folder: Path, arguments: list[str]) -> None:
     with open(folder / f"printed-{os.environ['RANK']}", "w") as file, contextlib.redirect_stdout(file):
         status = main(arguments)
     sys.exit(status)
+
+
+def hold_folder(folder: Path, worker: ctypes.c_int) -> None:
+    """Hold a folder with a process beside this one, as one that loads images; both stay until they are killed."""
+    with sole_run(folder):
+        child = os.fork()
+        if child:
+            worker.value = child
+        time.sleep(LIMIT)
 
 
 def start(function: Callable[..., None], *arguments: object) -> BaseProcess:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from conddetr.config import check_least
 from conddetr.data.images import to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator
+from conddetr.processes import can_start_workers, ignore_interrupts, interrupts_held
 
 PREFETCH = 2
 """Batches that a worker loads ahead."""
@@ -271,6 +273,14 @@ class _BatchReader(Dataset):
         return memory[:size]
 
 
+class _Loader(DataLoader):
+    """One whose processes leave Ctrl-C to this one."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        with interrupts_held():
+            return super().__iter__()
+
+
 def make_loader(
     dataset: Dataset,
     batch_size: int,
@@ -289,7 +299,8 @@ def make_loader(
         dataset: `CocoDetection` or `SyntheticShapes`.
         batch_size: images per step and rank.
         train: shuffled and without an incomplete batch, or in order and complete; see `EpochBatches`.
-        workers: processes that load, kept from epoch to epoch; 0: the calling process loads.
+        workers: processes that load, kept from epoch to epoch; 0: the calling process loads, as it does where no other
+            can be started (`can_start_workers`).
         seed: of order and augmentation; with the epoch, nothing else has a say in them.
         rank, world: this process and how many share the epoch.
         pad_buckets: pad to one of this many shapes (and one more: the square for the one batch per epoch that mixes
@@ -297,20 +308,29 @@ def make_loader(
         device: where the batches go; pinned memory if it is a CUDA device.
 
     Raises:
-        ValueError: fewer training images than one batch on every rank.
+        ValueError: `batch_size` below 1, `workers` below 0, or fewer training images than one batch on every rank.
     """
+    check_loading(batch_size, workers)
+    workers = workers if workers == 0 or can_start_workers() else 0
     is_pinned = device is not None and device.type == "cuda"
-    return DataLoader(
+    return _Loader(
         _BatchReader(dataset, are_copied=is_pinned),
         batch_size=None,
         sampler=EpochBatches(dataset, batch_size, train, seed, rank, world, pad_buckets),
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=ignore_interrupts,
         pin_memory=is_pinned,
         # Else every pass would draw from torch's global generator, and dropout with it would differ.
         generator=torch.Generator(),
     )
+
+
+def check_loading(batch_size: int, workers: int) -> None:
+    """Raise a ValueError for numbers that `make_loader` refuses; before a data set is read, that is."""
+    check_least("batch_size", batch_size, 1)
+    check_least("workers", workers, 0)
 
 
 def _cut(indices: list[int], size: int) -> list[list[int]]:

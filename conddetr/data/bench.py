@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import functional as official
 
+from conddetr.config import check_least
 from conddetr.data.coco import CocoDetection
 from conddetr.data.images import MEAN, STD, read_reduced, to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator
@@ -86,9 +87,11 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
         seed: of the augmentation.
 
     Raises:
-        ValueError: an image is missing or damaged, or the chains disagree by more than `MAX_LEVELS` or `MEAN_LEVELS`;
-            names the image.
+        ValueError: `images` or `rounds` below 1; an image is missing or damaged, or the chains disagree by more than
+            `MAX_LEVELS` or `MEAN_LEVELS`; names the image.
     """
+    check_least("images", images, 1)
+    check_least("rounds", rounds, 1)
     count = min(images, len(dataset))
     plans = [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(count)]
 

@@ -5,7 +5,6 @@ Errors would stop or spoil a training run; warnings tell what a person should kn
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +16,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from conddetr.config import check_least
 from conddetr.data.annotations import SECTIONS, entry_fault
 from conddetr.data.images import read_image
+from conddetr.processes import can_start_workers, cores, ignore_interrupts, interrupts_held
 
 MIN_IMAGES_FROM_SCRATCH = 10_000
 """Below this, detection transformers trained from random weights stay far under what pretrained ones reach: they learn
@@ -122,7 +123,12 @@ def validate(
 
     Returns:
         The report; problems of the data never raise.
+
+    Raises:
+        ValueError: `processes` below 1.
     """
+    if processes is not None:
+        check_least("processes", processes, 1)
     report = ValidationReport(str(annotation_file), str(image_dir))
     content = _read_json(Path(annotation_file), report)
     if content is None:
@@ -294,14 +300,16 @@ _Inspection = tuple[str, tuple[str, str] | None, str]
 
 
 def _inspect_all(images: list[dict], image_dir: Path, processes: int | None) -> Iterator[_Inspection]:
-    processes = min(processes or len(os.sched_getaffinity(0)), max(1, len(images) // 16))
+    processes = min(processes or cores(), max(1, len(images) // 16))
     tasks = [(image_dir, image["file_name"], image["height"], image["width"]) for image in images]
-    if processes <= 1:
+    if processes <= 1 or not can_start_workers():
         yield from map(_inspect, tasks)
         return
-    with ProcessPoolExecutor(processes) as pool:
+    with ProcessPoolExecutor(processes, initializer=ignore_interrupts) as pool:
         try:
-            yield from pool.map(_inspect, tasks, chunksize=16)
+            with interrupts_held():
+                found = pool.map(_inspect, tasks, chunksize=16)
+            yield from found
         except BrokenProcessPool as error:
             raise OSError(
                 f"A process that read images of {image_dir} was killed, likely for memory: read them in one process."

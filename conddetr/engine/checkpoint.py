@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conddetr.engine import distributed, unpickle
-from conddetr.files import atomic_file
+from conddetr.files import atomic_file, flush
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,8 @@ def save_latest(folder: Path, packed: Packed) -> None:
     """Write `checkpoint.pt`; the one that was there becomes `checkpoint.previous.pt`."""
     with atomic_file(folder / LATEST) as partial:
         packed.write(partial)
+        # Before the old file is moved: a disk may turn out to be full only here.
+        flush(partial)
         if (folder / LATEST).exists():
             os.replace(folder / LATEST, folder / PREVIOUS)
 

@@ -204,7 +204,7 @@ class RunConfig:
     """Start from these weights, a checkpoint of anybody or `coco` or `official`, the public ones of the preset; a class
     head trained on other classes is left out."""
     device: str = ""
-    """As torch names it; default: CUDA where there is one."""
+    """`cpu`, `cuda` or `cuda:N`; default: CUDA where there is one."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)

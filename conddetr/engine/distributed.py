@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conddetr.devices import find_device
+
 
 @contextlib.contextmanager
 def process_group(device: str = "") -> Iterator[torch.device]:
@@ -23,13 +25,16 @@ def process_group(device: str = "") -> Iterator[torch.device]:
     Args:
         device: as torch names it; default: CUDA where there is one. Under torchrun each process takes the GPU of
             its local rank. CUDA talks through NCCL, all else through Gloo.
+
+    Raises:
+        ValueError: as `find_device`.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    chosen = find_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _has_group():
         yield chosen
         return
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
@@ -38,14 +43,19 @@ def process_group(device: str = "") -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
+def _has_group() -> bool:
+    # Some builds of PyTorch have no distributed part.
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Number of processes in the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _has_group() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _has_group() else 0
 
 
 def is_main() -> bool:
@@ -87,7 +97,7 @@ class InterruptedRunError(RuntimeError):
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT (Ctrl-C) into a request to stop; a second one acts as usual.
+    """Turns the first SIGTERM or SIGINT (Ctrl-C) after `watch` into a request to stop; a second one acts as usual.
 
     A context manager for the main thread; elsewhere signals can not be caught and it does nothing.
     """
@@ -97,11 +107,17 @@ class StopRequest:
         """Name of the signal that came; empty: none."""
         self._before: dict[int, Any] = {}
 
+        self._is_watching = False
+
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        return self
+
+    def watch(self) -> None:
+        """Catch signals from now on, when there is something to save; before, they end the process at once."""
+        if not self._is_watching and threading.current_thread() is threading.main_thread():
             caught = (signal.SIGTERM, signal.SIGINT)
             self._before = {number: signal.signal(number, self._on_signal) for number in caught}
-        return self
+        self._is_watching = True
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 from conddetr.engine.evaluator import METRICS
-from conddetr.files import write_text
+from conddetr.files import write_errors, write_text
 
+BOARD = "tensorboard"
+"""Folder of TensorBoard's events."""
 DRAWING_SHARE = 0.05
 """Curves are drawn again only when that takes less than this part of the time since they were last drawn."""
 
@@ -26,23 +28,25 @@ class RunLog:
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
+            with write_errors(folder / BOARD):
+                self._board = SummaryWriter(str(folder / BOARD), purge_step=epoch)
         self._draw_after = 0.0
 
     def write(self, record: dict[str, float], is_last: bool) -> None:
         """Add an epoch's record; it is on the disk when this returns. Curves are drawn if it is time."""
         self.records.append(record)
-        with open(self.file, "a", encoding="utf-8") as file:
+        with write_errors(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if self._board is not None:
-            for name, value in record.items():
-                if name in METRICS and value < 0:
-                    # It does not exist: in a curve -1 would be a fall.
-                    continue
-                self._board.add_scalar(name, value, record["epoch"])
-            self._board.flush()
+            with write_errors(self.folder / BOARD):
+                for name, value in record.items():
+                    if name in METRICS and value < 0:
+                        # It does not exist: in a curve -1 would be a fall.
+                        continue
+                    self._board.add_scalar(name, value, record["epoch"])
+                self._board.flush()
         start = time.perf_counter()
         if is_last or start >= self._draw_after:
             # Here, not above: matplotlib takes half a second to import.
@@ -55,7 +59,8 @@ class RunLog:
     def close(self) -> None:
         """Close TensorBoard's file."""
         if self._board is not None:
-            self._board.close()
+            with write_errors(self.folder / BOARD):
+                self._board.close()
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -1,11 +1,17 @@
 """The worst batch first: whether memory suffices is known after seconds, not after hours."""
 
 import math
-import resource
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+try:
+    import resource
+except ImportError:
+    # Windows has none.
+    resource = None
 
 from conddetr.data.batch import Batch
 
@@ -53,7 +59,7 @@ def preflight(
     try:
         with torch.random.fork_rng([device] if is_cuda else []):
             loss_of(batch).backward()
-        used = torch.cuda.max_memory_allocated(device) if is_cuda else 1024 * _peak_kib()
+        used = torch.cuda.max_memory_allocated(device) if is_cuda else _peak_bytes()
     except torch.OutOfMemoryError as error:
         raise ValueError(_too_much(tried, _total(device), device)) from error
     finally:
@@ -66,6 +72,8 @@ def preflight(
     # A resumed run has its moments already: they are among what is used.
     parameters = [] if optimizer.state else [p for group in optimizer.param_groups for p in group["params"]]
     moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    if used is None:
+        return f"preflight: {tried} fit in; how much memory they take, this system does not tell"
     total = _total(device)
     if used + moments > total:
         needed = f"which take {used / 2**30:.2f} GiB, and AdamW's moments, {moments / 2**30:.2f} GiB more,"
@@ -112,6 +120,9 @@ def worst_batch(shape: tuple[int, int], batch_size: int, objects: int, device: t
     return batch.to(device)
 
 
-def _peak_kib() -> int:
-    """The most memory this process has held, in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak_bytes() -> int | None:
+    """The most memory this process has held, in bytes; None: not known."""
+    if resource is None:
+        return None
+    # In KiB, on macOS alone in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -11,6 +11,7 @@ from conddetr.config import ModelConfig, nearest
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.config import DataConfig, RunConfig, unused
+from conddetr.engine.lock import sole_run
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
 from conddetr.interop.official import start_from
@@ -165,9 +166,10 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         The trainer, its run done.
 
     Raises:
+        FileExistsError: another run trains in the folder; names it.
         OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
     """
-    with distributed.process_group(run.device) as device:
+    with distributed.process_group(run.device) as device, sole_run(run.output_dir):
         train_set, val_set = data_sets(run.data, run.model)
         resume = _file_to_resume(run)
         # A resumed run brings its own weights; so do named ones.

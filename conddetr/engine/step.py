@@ -315,5 +315,3 @@ def seed_step(seed: int, step: int) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
-    if torch.backends.mps.is_available():
-        torch.mps.manual_seed(value)

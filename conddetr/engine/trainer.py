@@ -245,6 +245,7 @@ class Trainer:
         with Progress(title, len(self.train_set), disable=not self.is_main) as progress:
             progress.advance(self.position.batch * self.config.batch_size * distributed.world_size())
             for window in _windows(self.loader, self.config.accumulate):
+                request.watch()
                 self.stepper(window, self.position.step, self._wish(request))
                 self.position.batch += len(window)
                 self.position.step += 1
@@ -279,6 +280,7 @@ class Trainer:
         self, log: RunLog | None, writer: CheckpointWriter, request: StopRequest, out_of_time: bool
     ) -> None:
         """Evaluate if it is time, log, and save."""
+        request.watch()
         epoch = self.position.epoch
         is_last = out_of_time or epoch + 1 == self.config.epochs
         is_best = False

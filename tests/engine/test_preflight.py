@@ -60,7 +60,7 @@ def test_capacity_for_objects_is_kept_to(tmp_path, capsys):
 def test_moments_must_fit_in_too_unless_they_are_there(tmp_path, monkeypatch):
     run = small_trainer(tmp_path, preflight=True)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    monkeypatch.setattr(module, "_peak_kib", lambda: 1000)
+    monkeypatch.setattr(module, "_peak_bytes", lambda: 1024 * 1000)
     monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters)
     run._preflight()
     monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters - 1)
