@@ -1,0 +1,134 @@
+"""Folders of data sets as they are found on disk: which layout one has is seen by the names in it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from conddetr.data.annotations import Annotations, read_annotations
+from conddetr.data.voc import VocSplit, find_voc
+from conddetr.data.yolo import YoloSplit, find_yolo
+
+_EXPECTED = {
+    "COCO 2017": "folders train2017 and val2017, and annotations/instances_train2017.json and …_val2017.json",
+    "Roboflow COCO": "folders train, valid and test, in each _annotations.coco.json beside the images",
+    "YOLO": "data.yaml (or another *.yaml) with `names` and paths under `train` and `val`; or classes.txt with folders "
+    "images/train, labels/train, images/val and labels/val",
+    "Pascal VOC": "Annotations/*.xml with JPEGImages or images, and ImageSets/Main/train.txt where there are splits; "
+    "or folders train, valid and test, in each *.xml beside the images",
+}
+"""What each layout looks like."""
+_LISTED = 12
+"""How many names of a folder a message gives."""
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """One part of a data set: a folder of images and an annotation file in COCO's format."""
+
+    images: Path
+    """The folder that names of images are relative to."""
+    source: Path
+    """The annotation file."""
+    split: str
+    """`train`, `val` or `test`."""
+
+    note: ClassVar[str] = ""
+
+    def count(self) -> None:
+        """How many images there are is not known before the file is read."""
+        return None
+
+    def read(self) -> Annotations:
+        """Read the file. That of a test set may lack annotations; errors as `read_annotations`."""
+        return read_annotations(self.source, needs_boxes=self.split != "test")
+
+
+Split = CocoSplit | YoloSplit | VocSplit
+"""One part of a data set: `images`, `source`, `split`, and `read()`, which gives its annotations."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A data set on disk."""
+
+    name: str
+    """COCO 2017, Roboflow COCO, YOLO or Pascal VOC."""
+    root: Path
+    marker: str
+    """The file or the folder that it was known by, relative to `root`."""
+    splits: Mapping[str, Split]
+    """By `train`, `val` and `test`, those that are there."""
+
+    def describe(self) -> str:
+        """One line for the user: the layout, the splits with as many images as are known, and how they are read."""
+        parts, unit = [], " images"
+        for name, split in self.splits.items():
+            count = split.count()
+            parts.append(name if count is None else f"{name} {count}{unit}")
+            unit = unit if count is None else ""
+        notes = dict.fromkeys(split.note for split in self.splits.values() if split.note)
+        return "; ".join([f"data: {self.name} layout ({self.marker}): {', '.join(parts)}", *notes])
+
+
+def find_layout(root: str | Path) -> Layout:
+    """The layout of a folder, by the names in it; of YOLO's, its YAML file is read, and may be given itself.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no layout fits, or more than one; says what was found and what was expected.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"Folder {root} of a data set does not exist.")
+    if root.is_file() and root.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, found another file.")
+    finders: dict[str, Callable[[Path], tuple[str, Mapping[str, Split]] | None]] = {
+        "COCO 2017": _find_coco2017,
+        "Roboflow COCO": _find_roboflow,
+        "YOLO": find_yolo,
+        "Pascal VOC": find_voc,
+    }
+    found = [Layout(name, root, *result) for name, find in finders.items() if (result := find(root))]
+    if len(found) > 1:
+        both = " and ".join(f"{layout.name} ({layout.marker})" for layout in found)
+        raise ValueError(f"Folder {root} has more than one layout: {both}. Keep the files of the one that is meant.")
+    if not found:
+        expected = "\n".join(f"  {name}: {text}" for name, text in _EXPECTED.items())
+        raise ValueError(
+            f"{root} has no known layout of a data set. Found: {_names_in(root)}. Expected one of:\n{expected}"
+        )
+    return found[0]
+
+
+def _find_coco2017(root: Path) -> tuple[str, dict[str, CocoSplit]] | None:
+    files = {"train": "instances_train2017", "val": "instances_val2017", "test": "image_info_test-dev2017"}
+    splits = {}
+    for split, name in files.items():
+        images, source = root / f"{split}2017", root / "annotations" / f"{name}.json"
+        if images.is_dir() and source.is_file():
+            splits[split] = CocoSplit(images, source, split)
+    return ("annotations/instances_*2017.json", splits) if splits else None
+
+
+def _find_roboflow(root: Path) -> tuple[str, dict[str, CocoSplit]] | None:
+    splits = {}
+    for split, names in {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}.items():
+        sources = [root / name / "_annotations.coco.json" for name in names]
+        sources = [source for source in sources if source.is_file()]
+        if len(sources) > 1:
+            raise ValueError(f"{sources[0]} and {sources[1]} are two files of one split: remove one.")
+        if sources:
+            splits[split] = CocoSplit(sources[0].parent, sources[0], split)
+    if not splits:
+        return None
+    return next(iter(splits.values())).source.relative_to(root).as_posix(), splits
+
+
+def _names_in(root: Path) -> str:
+    """The first names in a folder; folders with a slash."""
+    if root.is_file():
+        return f"{root.name}, which names no classes"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(names[:_LISTED]) or "nothing") + more
