@@ -260,11 +260,6 @@ def read_annotations(path: str | Path, needs_boxes: bool = True) -> Annotations:
     return found.annotations
 
 
-def load_annotations(path: str | Path) -> dict[str, Any]:
-    """`read_annotations` as lists and dicts in COCO's format, `area` and `iscrowd` filled in."""
-    return read_annotations(path).to_coco()
-
-
 def scan(path: str | Path) -> Scan:
     """Read an annotation file with all that is wrong in it.
 

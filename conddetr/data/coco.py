@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from conddetr.data.annotations import Annotations, read_annotations
 from conddetr.data.images import image_sizes, read_reduced, to_model_input
+from conddetr.data.layouts import Layout, find_layout
 from conddetr.data.names import find_image
 from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply, augmentation_generator
 
@@ -242,10 +243,59 @@ def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
     return bool((boxes[:, :2] >= -1).all() and (corners <= np.array(size[::-1]) + 1).all())
 
 
+def load_annotations(path: str | Path) -> dict:
+    """`read_annotations` as lists and dicts in COCO's format, `area` and `iscrowd` filled in; errors as there."""
+    return read_annotations(path).to_coco()
+
+
 def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDetection:
-    """`train` or `val` of a folder in COCO's official 2017 layout; errors as `CocoDetection`."""
+    """`train` or `val` of a folder in COCO's official 2017 layout.
+
+    Raises:
+        ValueError: the folder has another layout, which is named; or as `CocoDetection`.
+        FileNotFoundError: as `CocoDetection`.
+    """
     root = Path(root)
-    return CocoDetection(root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json", transform)
+    images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    if root.is_dir() and not images.is_dir():
+        raise ValueError(
+            f"Folder {root} is not in COCO's 2017 layout: expected {images.name}/ and annotations/{annotations.name}. "
+            f"{_found_instead(root)}"
+        )
+    return CocoDetection(images, annotations, transform)
+
+
+def _found_instead(root: Path) -> str:
+    try:
+        layout = find_layout(root)
+    except ValueError as error:
+        return str(error)
+    if layout.name == "COCO 2017":
+        return f"It has {', '.join(layout.splits)} alone; --images and --annotations take any folder and file."
+    return f"It is in that of {layout.name} ({layout.marker}): --dataset {root} reads it."
+
+
+def layout_split(
+    layout: Layout, split: str, transform: TrainTransform | EvalTransform, val_fraction: float
+) -> CocoDetection:
+    """One part of a data set whose layout was found.
+
+    Args:
+        layout: from `find_layout`.
+        split: `train`, `val` or `test`. Where there is no `val`, a part of `train` is set aside for it.
+        transform: what happens to each image.
+        val_fraction: the size of that part.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such part, or as `CocoDetection`.
+    """
+    is_divided = "val" not in layout.splits and split in ("train", "val")
+    source = layout.splits.get("train" if is_divided else split)
+    if source is None:
+        raise ValueError(f"{layout.root} has no images for {split}: {layout.describe()}.")
+    annotations = source.read()
+    ids = divided(annotations, val_fraction)[split == "val"] if is_divided else None
+    return CocoDetection(source.images, annotations, transform, ids)
 
 
 def folder_sets(

@@ -33,7 +33,8 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
             as `CocoDetection`.
         FileNotFoundError: as `CocoDetection`.
     """
-    from conddetr.data.coco import coco_split, folder_sets
+    from conddetr.data.coco import coco_split, folder_sets, layout_split
+    from conddetr.data.layouts import find_layout
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform, TrainTransform
     from conddetr.engine.evaluator import check_splits
@@ -44,8 +45,6 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
         size = model.image_size
         return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
     if data.kind == "dataset":
-        from conddetr.data.layouts import find_layout, layout_split
-
         layout = find_layout(data.dataset)
         train_set, val_set = (
             layout_split(layout, split, transform, data.val_fraction)
@@ -96,7 +95,8 @@ def evaluation_set(
         FileNotFoundError: as `CocoDetection`.
     """
     from conddetr.data.annotations import read_annotations
-    from conddetr.data.coco import CocoDetection, coco_split, divided
+    from conddetr.data.coco import CocoDetection, coco_split, divided, layout_split
+    from conddetr.data.layouts import find_layout
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform
 
@@ -105,8 +105,6 @@ def evaluation_set(
     if data.kind == "synthetic":
         return SyntheticShapes(data.val_images, 2, model.image_size)
     if data.kind == "dataset":
-        from conddetr.data.layouts import find_layout, layout_split
-
         return layout_split(find_layout(data.dataset), "val", transform, data.val_fraction)
     if data.kind == "coco_path":
         return coco_split(data.coco_path, "val", transform)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from conddetr.config import resolve
+from conddetr.data.annotations import Annotations, Names
 from conddetr.data.batch import _BatchReader, collate, make_loader
 from conddetr.data.coco import CocoDetection, coco_split
 from conddetr.data.images import to_model_input
@@ -38,9 +39,11 @@ class Wide(CocoDetection):
     """Sizes of a large set without its files: plans alone are looked at."""
 
     def __init__(self, count):
-        self.transform, self.image_ids = TrainTransform(resolve("conditional-detr-r50")), range(count)
-        generator = torch.Generator().manual_seed(3)
-        self._sizes = torch.randint(300, 641, (count, 2), generator=generator)
+        self.transform = TrainTransform(resolve("conditional-detr-r50"))
+        sizes = np.random.default_rng(3).integers(300, 641, (count, 2), dtype=np.int32)
+        names, none = Names(["x.png"] * count), np.empty(0, np.int32)
+        boxes = np.empty((0, 4)), np.empty(0), np.empty(0, bool)
+        self._annotations = Annotations("", [], np.arange(count), names, sizes, none, none, none, *boxes)
 
 
 def same(first, second):

@@ -21,6 +21,7 @@ from conddetr.engine.evaluator import (
     WRITTEN_AT_ONCE,
     Detections,
     category_ids_of,
+    check_splits,
     coco_library,
     coco_result,
     detect,
@@ -175,18 +176,77 @@ def test_annotations_without_area_and_crowd_flag(small_coco):
     assert coco_result(truth, from_annotations(truth["annotations"])).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_no_detection_at_all_is_zero():
-    result = coco_result(SyntheticShapes(2, seed=3).ground_truth(), Detections.join([]))
-    assert set(result.metrics.values()) == {0.0}
+def test_no_detection_at_all_is_zero_where_there_are_objects(small_coco):
+    small_coco.annotate(100, [0, 0, 40, 40], 7, area=1600.0)
+    small_coco.write()
+    truth = load_annotations(small_coco.file)
+    none = Detections.join([])
+    # Four objects of 1 pixel and one of 1600: no large ones.
+    assert coco_result(truth, none).metrics == {name: -1.0 if name[-1] == "l" else 0.0 for name in METRICS}
+    assert set(coco_result({**truth, "annotations": []}, none).metrics.values()) == {-1.0}
+    one_wrong = Detections(
+        np.array([100]), np.array([90]), np.array([[5, 5, 5, 5]], np.float32), np.ones(1, np.float32)
+    )
+    assert coco_result(truth, one_wrong).metrics == coco_result(truth, none).metrics
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("images", "first_annotation"), [((1, 2), 0), ((0, 1), 7), ((2**60, 2**60 + 1), 2**62), ((2**53, 2**53 + 1), 0)]
+)
+def test_ids_are_names_whatever_their_size(library, images, first_annotation):
+    """A detection on its object is right, and one on the other image's object is wrong, by the definition of AP."""
+    pytest.importorskip(library)
+    boxes = [[0.0, 0.0, 20.0, 20.0], [50.0, 30.0, 20.0, 20.0]]
+    category = 2**61
+    truth = {
+        "images": [{"id": i, "height": 60, "width": 80} for i in images],
+        "annotations": [
+            {"id": first_annotation + n, "image_id": i, "category_id": category, "bbox": b, "area": 400.0, "iscrowd": 0}
+            for n, (i, b) in enumerate(zip(images, boxes, strict=True))
+        ],
+        "categories": [{"id": category, "name": "x"}],
+    }
+    scores = np.array([0.9, 0.8], np.float32)
+    own = Detections(np.array(images), np.full(2, category), np.array(boxes, np.float32), scores)
+    assert coco_result(truth, own, library).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
+    others = Detections(np.array(images), np.full(2, category), np.array(boxes[::-1], np.float32), scores)
+    assert coco_result(truth, others, library).metrics["AP"] == 0.0
+    strange = Detections(np.array([3**30]), np.full(1, category), np.array(boxes[:1], np.float32), scores[:1])
+    with pytest.raises(ValueError, match=f"image id {3**30}, which is not in annotations"):
+        coco_result(truth, strange, library)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_libraries_get_what_old_versions_ask_for(library, monkeypatch):
+    """pycocotools 2.0.9 and 2.0.10 read `info` of the annotations when they take results."""
+    package = pytest.importorskip(library)
+    load_results = package.COCO.loadRes if hasattr(package, "COCO") else package.coco.COCO.loadRes
+    monkeypatch.setattr(
+        package.COCO if hasattr(package, "COCO") else package.coco.COCO,
+        "loadRes",
+        lambda self, found: load_results(self, found) if "info" in self.dataset else pytest.fail("no info"),
+    )
+    truth, found = noisy(images=3, per_image=4, classes=2)
+    assert 0 < coco_result(truth, found, library).metrics["AP"] < 1
+
+
+def test_what_the_numbers_are_of_is_said():
+    truth, found = noisy(images=3, per_image=4, classes=2)
+    result = coco_result(truth, found, source="all.json")
+    objects = sum(not a["iscrowd"] for a in truth["annotations"])
+    assert result.describe().startswith(f"all.json: 3 images, {objects} objects; by ")
+    with pytest.raises(ValueError, match=r"test\.json has no list 'annotations'"):
+        coco_result({"images": [], "categories": []}, found, source="test.json")
 
 
 def test_unknown_categories_are_named(tiny_model):
     dataset = SyntheticShapes(2, seed=3)
-    with pytest.raises(ValueError, match=r"1 categories that the model does not know, first id 3 \('triangle'\)"):
+    with pytest.raises(ValueError, match=r"category that the model does not know, id 3 \('triangle'\)"):
         evaluate(tiny_model, [*dataset.classes[:2], {"id": 9, "name": "star"}], dataset, CPU)
 
 
-def test_classes_that_a_model_of_others_numbers_otherwise_are_matched_by_name(caplog):
+def test_one_id_with_two_names_is_refused_or_matched_by_name_on_demand(caplog):
     """With ids from 0, one more class and the first three in order: by id every detection would be off by one."""
     dataset = SyntheticShapes(30, seed=3)
     classes = [{"id": label, "name": name} for label, name in enumerate(["disk", "square", "triangle", "star"])]
@@ -196,17 +256,38 @@ def test_classes_that_a_model_of_others_numbers_otherwise_are_matched_by_name(ca
     for annotation in truth["annotations"]:
         annotation["category_id"] = dataset.classes[annotation["category_id"] - 1]["id"]
     truth["categories"] = dataset.classes
-    found = detect(Oracle(dataset), classes, dataset, CPU, batch_size=4)
+    with pytest.raises(ValueError, match=r"id 3 is 'disk' in the data set and 'star' in the model \(2 such ids\)"):
+        detect(Oracle(dataset), classes, dataset, CPU)
+    found = detect(Oracle(dataset), classes, dataset, CPU, batch_size=4, by_name=True)
     assert coco_result(truth, found).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
-    assert "matched by name" in caplog.text
+    assert "matched by name, 'disk' is id 3" in caplog.text
 
 
-def test_names_that_tell_nothing_leave_the_ids_to_decide(caplog):
+def test_classes_are_compared_by_id_and_name(caplog):
     data = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
     assert category_ids_of(data, data[::-1]) == [7, 3]
     assert not caplog.text
+    # A model without names goes by ids, and says so.
     assert category_ids_of([{"id": number, "name": f"LABEL_{number}"} for number in range(8)], data) == list(range(8))
-    assert "first id 7 ('cat', there 'LABEL_7'): ids decide" in caplog.text
+    assert category_ids_of([{"id": number, "name": f"{number}"} for number in range(8)], data) == list(range(8))
+    assert "The model's classes have no names: ids decide, id 7 is 'cat'" in caplog.text
+    # Numbers as names are names where they are not the ids.
+    digits = [{"id": digit + 1, "name": f"{digit}"} for digit in range(10)]
+    with pytest.raises(ValueError, match="id 7 is 'cat' in the data set and '6' in the model"):
+        category_ids_of(digits, data)
+    # Other ids, the same names: no id has two names.
+    assert category_ids_of([{"id": 10, "name": "dog"}, {"id": 11, "name": "cat"}], data) == [3, 7]
+    with pytest.raises(ValueError, match="Two categories have the name 'cat'"):
+        category_ids_of([{"id": 10, "name": "dog"}, {"id": 11, "name": "cat"}], [*data, {"id": 8, "name": "cat"}])
+
+
+def test_splits_need_one_list_of_categories():
+    train = [{"id": 1, "name": "disk"}, {"id": 2, "name": "square"}]
+    check_splits(train, train[:1])
+    with pytest.raises(ValueError, match="id 1 is 'disk' in the training set and 'square' in the validation set"):
+        check_splits(train, [{"id": 1, "name": "square"}, {"id": 2, "name": "disk"}])
+    with pytest.raises(ValueError, match=r"id 3 \('star'\) is in the validation set and not in the training set"):
+        check_splits(train, [{"id": 3, "name": "star"}])
 
 
 def test_results_file_is_cocos_format(tmp_path):
