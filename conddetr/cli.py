@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import torch
 
 from conddetr import interrupt
-from conddetr.config import PRESETS, check_fraction
+from conddetr.config import PRESETS, check_fraction, check_least
 from conddetr.devices import find_device
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
@@ -431,6 +431,8 @@ def _bench_data(options: argparse.Namespace) -> None:
     from conddetr.data.transforms import TrainTransform
     from conddetr.engine.progress import console, say
 
+    check_least("--count", options.count, 1)
+    check_least("--rounds", options.rounds, 1)
     dataset = coco_split(options.coco_path, "train", TrainTransform(PRESETS[options.preset]))
     result = bench_data(dataset, options.count, options.rounds)
     console.print(result.table())

@@ -277,9 +277,14 @@ def test_demo_on_synthetic_images(trained, tmp_path):
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= files
 
 
-def test_beside_a_gpu_more_processes_draw_shapes():
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_beside_a_gpu_more_processes_draw_shapes(monkeypatch, gpus):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert recipe_for_shapes("cpu")["workers"] == 1
-    assert recipe_for_shapes(None)["workers"] == (2 if torch.cuda.is_available() else 1)
+    assert recipe_for_shapes(None)["workers"] == (2 if gpus else 1)
+    if gpus:
+        assert recipe_for_shapes("cuda:1")["workers"] == 2
 
 
 def test_a_demonstration_that_did_not_learn_is_an_error(capsys):
@@ -462,10 +467,41 @@ def test_resolved_options_are_read_again(tmp_path):
             ["validate-data", "--images", "/", "--annotations", "/no.json", "--report", "//no.json"],
             "--report //no.json: this is also /no.json",
         ),
+        # Numbers are looked at before any file.
+        (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "-1"], "batch_size: expected at least 1, got -1"),
+        (["eval", "--checkpoint", "/nowhere.pt", "--workers", "-1"], "workers: expected at least 0, got -1"),
+        (
+            ["predict", "a.jpg", "--checkpoint", "/nowhere.pt", "--threshold", "1.5"],
+            "threshold: expected a number from",
+        ),
+        (["predict", "a.jpg", "--checkpoint", "/nowhere.pt", "--threshold", "nan"], "from 0 to 1, got nan"),
+        (["demo", "--seconds", "0"], "--seconds: expected more than 0, got 0"),
+        (["demo", "--seconds", "nan"], "--seconds: expected more than 0, got nan"),
+        (
+            ["validate-data", "--images", "/n", "--annotations", "/n", "--processes", "0"],
+            "processes: expected at least 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert message in errors
-    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["eval", "--workers", "1.5"], ["nothing"], []])
+def test_what_is_no_command_is_one_line(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert len(errors.splitlines()) == 1
+    assert errors.rstrip().endswith("--help")
+
+
+@pytest.mark.parametrize("option", ["--count", "--rounds"])
+def test_counts_of_the_benchmark_of_data(small_coco, capsys, option):
+    assert main(["bench-data", "--coco-path", str(small_coco.root), option, "0"]) == 2
+    assert capsys.readouterr().err == f"conddetr bench-data: {option}: expected at least 1, got 0.\n"

@@ -219,3 +219,28 @@ def test_train_evaluate_save_and_go_on(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), weights, strict=True))
     with pytest.raises(ValueError, match="expected a name ending in"):
         detector.save(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 1.0}, "batch_size: expected an int, got float 1.0"),
+        ({"workers": -1}, "workers: expected at least 0, got -1"),
+    ],
+)
+def test_numbers_for_loading_are_checked_before_the_data(options, message):
+    model = conddetr.build("conditional-detr-tiny", num_classes=1)
+    detector = conddetr.Detector(model, [{"id": 1, "name": "cat"}], "cpu")
+    with pytest.raises(ValueError, match=message):
+        detector.evaluate(coco_path="/nowhere", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": -0.1}, {"threshold": 1.1}, {"threshold": float("nan")}, {"top_k": 0}, {"top_k": -1}]
+)
+def test_numbers_for_prediction_are_checked(options):
+    model = conddetr.build("conditional-detr-tiny", num_classes=1)
+    detector = conddetr.Detector(model, [{"id": 1, "name": "cat"}], "cpu")
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected"):
+        detector.predict("/nowhere.png", **options)

@@ -17,11 +17,15 @@ from msgspec import Raw
 
 PART = 8 << 20
 """Bytes of a part, about."""
-_LEAST = 1 << 12
+_SMALL = 1 << 16
+"""Bytes in which every place is tried."""
 _TRIES = 4
+"""Places that are tried in larger parts, from each end."""
 _KEY = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:\s*')
 _LAST = re.compile(rb"\}\s*\](?=\s*[,}])")
 _BETWEEN = re.compile(rb"\}\s*,\s*\Z")
+_WIDEST = 200
+"""Bytes between two objects, with the indentation of printed files."""
 
 
 class UnusualError(ValueError):
@@ -82,7 +86,7 @@ class _Window:
 
     def skip(self, pattern: re.Pattern, is_needed: bool = True) -> re.Match | None:
         """Go past what stands ahead, where it is what the pattern says."""
-        self.fill(_LEAST)
+        self.fill(_SMALL)
         found = pattern.match(self.text)
         if found:
             self.text = self.text[found.end() :]
@@ -92,7 +96,7 @@ class _Window:
 
     def skip_value(self) -> None:
         """Go past one value of any kind."""
-        size, is_more = _LEAST, True
+        size, is_more = _SMALL, True
         while is_more:
             is_more = self.fill(size)
             try:
@@ -133,21 +137,24 @@ def _next_part(text: bytes, decoder: msgspec.json.Decoder) -> tuple[list, int, b
     """
     size = len(text)
     while size:
-        for found in islice(_LAST.finditer(text, 0, size), _TRIES):
+        tries = _TRIES if size > _SMALL else size
+        for found in islice(_LAST.finditer(text, 0, size), tries):
             part = _decoded(b"[" + text[: found.end()], decoder)
             if part is not None:
                 return part, found.end(), True
-        end = size
-        for _ in range(_TRIES):
-            end = text.rfind(b"{", 0, end)
-            if end < 0:
-                break
-            between = _BETWEEN.search(text, max(0, end - 200), end)
-            part = between and _decoded(b"[" + text[: between.start() + 1] + b"]", decoder)
+        for found in islice(_places_between(text, size), tries):
+            part = _decoded(b"[" + text[: found.start() + 1] + b"]", decoder)
             if part is not None:
-                return part, end, False
-        size = size // 2 if size >= 2 * _LEAST else 0
+                return part, found.end(), False
+        size = size // 2 if size > _SMALL else 0
     raise UnusualError("no place to cut")
+
+
+def _places_between(text: bytes, end: int) -> Iterator[re.Match]:
+    """Where one object may end and the next begin, the last place first."""
+    while (end := text.rfind(b"{", 0, end)) >= 0:
+        if found := _BETWEEN.search(text, max(0, end - _WIDEST), end):
+            yield found
 
 
 def _decoded(text: bytes, decoder: msgspec.json.Decoder) -> list[Any] | None:

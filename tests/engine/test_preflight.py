@@ -1,6 +1,9 @@
 """Preflight tries the largest batch and leaves everything as it was."""
 
 import copy
+import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,3 +71,26 @@ def test_moments_must_fit_in_too_unless_they_are_there(tmp_path, monkeypatch):
         run._preflight()
     run.stepper(batches(run, 1), 0)
     run._preflight()
+
+
+def test_where_memory_is_not_told_the_figure_is_left_out(tmp_path, monkeypatch, capsys):
+    """Windows has no module `resource`."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    importlib.reload(module)
+    try:
+        monkeypatch.setattr("conddetr.engine.trainer.preflight", module.preflight)
+        small_trainer(tmp_path, preflight=True)._preflight()
+    finally:
+        monkeypatch.undo()
+        importlib.reload(module)
+    expected = "preflight: 4 images of 64×64 with 8 objects each fit in; how much memory they take, this system"
+    assert expected in capsys.readouterr().out
+
+
+def test_units_of_the_systems(monkeypatch):
+    resource = pytest.importorskip("resource", reason="only POSIX tells the memory of a process")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert module._peak_bytes() == 5 * 1024
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert module._peak_bytes() == 5

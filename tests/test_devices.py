@@ -1,0 +1,56 @@
+"""Names of devices: what is supported is said, wherever a device is named."""
+
+import pytest
+import torch
+
+from conddetr import Detector
+from conddetr.cli import main
+from conddetr.devices import find_device
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes PyTorch find so many GPUs."""
+
+    def found(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return found
+
+
+def test_names_of_what_is_here(gpus):
+    gpus(0)
+    assert [find_device(name) for name in (None, "", "cpu", torch.device("cpu"))] == [torch.device("cpu")] * 4
+    gpus(2)
+    assert find_device() == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    assert find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "gpu", "CPU", "cuda:x", "cuda:-1", "cuda:2"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_other_names_are_refused(gpus, name, count):
+    gpus(count)
+    here = "cuda or cuda:0 to cuda:1" if count else "or cuda on a machine that has it"
+    with pytest.raises(ValueError, match=rf"^device: expected cpu, {here}.*, got '{name}'\.$"):
+        find_device(name)
+
+
+def test_cuda_without_a_gpu_is_refused_by_all(gpus, tmp_path, capsys):
+    gpus(0)
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        Detector("conditional-detr-tiny", device="cuda")
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        Detector.from_checkpoint(tmp_path / "absent.pt", device="cuda")
+    for command in (
+        ["train", "--train-images", "8", "--out", str(tmp_path / "run")],
+        ["eval", "--checkpoint", "absent.pt"],
+        ["predict", "absent.png", "--checkpoint", "absent.pt"],
+        ["attention", "absent.png", "--checkpoint", "absent.pt"],
+        ["demo", "--out", str(tmp_path / "demo")],
+        ["env"],
+    ):
+        assert main([*command, "--device", "cuda"]) == 2
+        assert capsys.readouterr().err.startswith(f"conddetr {command[0]}: device: expected cpu, ")
+    assert list(tmp_path.iterdir()) == []
