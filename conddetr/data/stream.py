@@ -58,18 +58,22 @@ def lists_of(path: Path, kinds: Mapping[str, type]) -> Iterator[tuple[str, list]
             if quoted in seen:
                 raise UnusualError(f"{quoted!r} stands there twice")
             seen.add(quoted)
-            key = json.loads(quoted)
+            key = _text(quoted)
             if key in decoders:
                 for part in _parts(window, decoders[key]):
                     yield key, part
-            elif window.skip(re.compile(rb"(?=\[\s*\{)"), is_needed=False):
-                for _ in _parts(window, _RAW):
-                    pass
             else:
                 window.skip_value()
 
 
 _RAW = msgspec.json.Decoder(list[Raw])
+
+
+def _text(quoted: bytes) -> str:
+    try:
+        return json.loads(quoted)
+    except ValueError as error:
+        raise UnusualError(str(error)) from error
 
 
 class _Window:

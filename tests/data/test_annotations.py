@@ -22,7 +22,9 @@ FUZZ = settings(
 )
 TEXTS = st.text(st.sampled_from('a"\\{}[],:é\n 信'), max_size=6)
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), TEXTS),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False), TEXTS
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=8,
 )
@@ -42,7 +44,7 @@ def parts_of(path, keys):
 def test_parts_are_the_whole(tmp_path, monkeypatch, data):
     part = data.draw(st.integers(1, 60))
     monkeypatch.setattr(stream, "PART", part)
-    monkeypatch.setattr(stream, "_LEAST", data.draw(st.sampled_from([1, 7, part])))
+    monkeypatch.setattr(stream, "_SMALL", data.draw(st.sampled_from([16, 64, 1024])))
     content = data.draw(st.dictionaries(TEXTS, st.one_of(VALUES, OBJECTS), max_size=3))
     content |= {key: data.draw(OBJECTS) for key in ("images", "annotations")}
     text = json.dumps(
@@ -81,23 +83,13 @@ def test_what_is_no_json_is_never_taken(tmp_path, data):
 
 def damaged_content():
     """One of everything, sound and not."""
-    images = [
-        {"id": 5, "file_name": "é.png", "height": 60, "width": 80, "license": None},
-        {"id": 2**60, "file_name": "b"},
-    ]
-    images += [
-        {"id": 7, "file_name": "c", "height": -1, "width": -1},
-        {"id": 5, "file_name": "late.png"},
-        "x",
-        {"id": 1},
-    ]
+    images = [{"id": 5, "file_name": "é.png", "height": 60, "width": 80, "license": None}]
+    images += [{"id": 2**60, "file_name": "b"}, {"id": 7, "file_name": "c", "height": -1, "width": -1}]
+    images += [{"id": 5, "file_name": "late.png"}, "x", {"id": 1}]
     boxes = [{"bbox": [1, 2, 3.5, 4]}, {"bbox": [1, 2, 3, 4], "area": None, "iscrowd": None, "segmentation": [[1, 2]]}]
     boxes += [{"bbox": [1, 2, 3, 4], "iscrowd": True, "area": 9}, {"bbox": [1, 2, 3]}, {"bbox": None}, {}]
-    boxes += [
-        {"bbox": [1, 2, 3, 1e300]},
-        {"bbox": [0, 0, 1, 1], "image_id": 99},
-        {"bbox": [0, 0, 1, 1], "category_id": 9},
-    ]
+    boxes += [{"bbox": [1, 2, 3, 1e300]}]
+    boxes += [{"bbox": [0, 0, 1, 1], "image_id": 99}, {"bbox": [0, 0, 1, 1], "category_id": 9}]
     entries = [{"id": n, "image_id": 5 if n % 2 else 2**60, "category_id": 3, **b} for n, b in enumerate(boxes)]
     entries += [{"id": 0, "image_id": 7, "category_id": 2, "bbox": [0, 0, 5, 5]}, {"id": 2**80, "image_id": 7}]
     categories = [{"id": 3, "name": "dog"}, {"id": 2, "name": "cat"}, {"id": True, "name": "no"}]
@@ -143,15 +135,13 @@ def test_both_readers_find_the_same(tmp_path, monkeypatch):
 
 def test_faults_are_found_in_any_part(tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "PART", 4096)
-    monkeypatch.setattr(stream, "_LEAST", 64)
+    monkeypatch.setattr(stream, "_SMALL", 64)
     entries = [{"id": n, "image_id": 1, "category_id": 1, "bbox": [n, 0, 1, 1]} for n in range(1000)]
     entries[777]["bbox"][2] = "wide"
     image, category = {"id": 1, "file_name": "a", "height": 9, "width": 9}, {"id": 1, "name": "x"}
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"annotations": entries, "images": [image], "categories": [category]}))
-    with pytest.raises(
-        ValueError, match=r"annotations\[777\] \(id 777\): bbox: expected 4 finite numbers, got \[777, 0,"
-    ):
+    with pytest.raises(ValueError, match=r"annotations\[777\] \(id 777\): bbox: expected 4 finite numbers, got \[777"):
         read_annotations(path)
     entries[777]["bbox"][2] = 1
     path.write_text(json.dumps({"annotations": entries, "images": [image], "categories": [category]}, indent=2))

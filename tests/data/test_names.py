@@ -38,7 +38,7 @@ def test_a_name_of_two_files_is_refused(folder):
     if len(os.listdir(folder / "Images")) == 5:
         pytest.skip("this file system does not tell the two names apart")
     assert find_image(folder, "Images/img_1.jpg").name == "img_1.jpg"
-    with pytest.raises(ValueError, match="more than one differs in case alone: .*IMG_1"):
+    with pytest.raises(ValueError, match=r"more than one differs in case alone: .*IMG_1"):
         find_image(folder, "Images/Img_1.jpg")
 
 
