@@ -44,16 +44,16 @@ def _in_any_case(folder: Path, name: str) -> list[Path]:
     """All files whose name differs in case or in the composition of accents alone."""
     found = [folder]
     for part in Path(name).parts:
-        found = [path / entry for path in found for entry in _entries(path).get(_key(part), ())]
+        found = [path / entry for path in found for entry in ([part] if part == ".." else _named(path, part))]
     return [path for path in found if path.is_file()]
 
 
-def _entries(folder: Path) -> dict[str, list[str]]:
+def _named(folder: Path, name: str) -> list[str]:
     try:
-        return _listed(folder, folder.stat().st_mtime_ns)
+        return _listed(folder, folder.stat().st_mtime_ns).get(_key(name), [])
     # No folder, or none that may be read.
     except OSError:
-        return {}
+        return []
 
 
 @lru_cache(maxsize=16)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from conddetr.config import resolve
 from conddetr.data.batch import make_loader
-from conddetr.data.coco import coco_split, folder_sets
+from conddetr.data.coco import coco_split, folder_sets, layout_split
 from conddetr.data.images import read_reduced
+from conddetr.data.layouts import find_layout
 from conddetr.data.transforms import EvalTransform, TrainTransform
 
 TRANSFORM = EvalTransform(resolve("conditional-detr-tiny"))
@@ -164,6 +165,131 @@ def test_boxes_stay_on_their_objects_when_a_file_is_decoded_at_reduced_size(smal
         cx, cy, w, h = (target["boxes"][0] * torch.tensor([171, 128, 171, 128])).tolist()
         found = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
         assert found == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=1)
+
+
+def test_sizes_that_the_file_does_not_say_are_those_of_the_images(small_coco, caplog):
+    small_coco.content["images"][0] |= {"height": -1, "width": -1}
+    small_coco.content["images"][1] |= {"height": None, "width": None}
+    del small_coco.content["images"][2]["width"]
+    dataset = load(small_coco)
+    assert [dataset[index][1]["original_size"] for index in range(4)] == [(60, 90), (70, 90), (80, 90), (90, 90)]
+    assert "3 of 4 images have no height and width there" in caplog.text
+    assert [image["height"] for image in dataset.ground_truth()["images"]] == [60, 70, 80, 90]
+
+
+def turned(small_coco, orientation, suffix="png"):
+    """An upright picture of 60×90 with a white object in its top left corner, stored turned, as the only image."""
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[5:25, 10:40] = 255
+    # The tag says how the stored pixels are to be turned: back from this.
+    stored = {1: pixels, 3: np.rot90(pixels, 2), 6: np.rot90(pixels), 8: np.rot90(pixels, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"tiffinfo": exif} if suffix == "tif" else {"exif": exif}
+    Image.fromarray(np.ascontiguousarray(stored)).save(small_coco.images / f"turned.{suffix}", **options)
+    size = {"height": 60, "width": 90}
+    small_coco.content["images"] = [{"id": 1, "file_name": f"turned.{suffix}", **size}]
+    small_coco.content["annotations"] = []
+    small_coco.annotate(1, [10, 5, 30, 20], 3)
+    return stored.shape[:2]
+
+
+def brightness(small_coco, reduced_decoding=False):
+    """Mean of the pixels under the first box, and the size of the image that the model gets."""
+    small_coco.write()
+    transform = EvalTransform(resolve("conditional-detr-tiny"), reduced_decoding)
+    dataset = coco_split(small_coco.root, "train", transform)
+    image, target = dataset.load(0, dataset.plan(0, Random(0)))
+    height, width = image.shape[1:]
+    cx, cy, w, h = (target["boxes"][0] * torch.tensor([width, height, width, height])).round().int().tolist()
+    return image[:, cy - h // 2 + 2 : cy + h // 2 - 2, cx - w // 2 + 2 : cx + w // 2 - 2].float().mean(), (
+        height,
+        width,
+    )
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_boxes_are_of_the_upright_image(small_coco, orientation, suffix):
+    turned(small_coco, orientation, suffix)
+    found, (height, width) = brightness(small_coco)
+    assert found > 250
+    assert height < width
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("reduced_decoding", [False, True])
+def test_annotations_of_the_image_as_stored_are_taken_where_nothing_else_fits(small_coco, suffix, reduced_decoding):
+    height, width = turned(small_coco, 6, suffix)
+    assert (height, width) == (90, 60)
+    small_coco.content["images"][0] |= {"height": height, "width": width}
+    # Stored, turned counter-clockwise, the object lies at the left, below the middle; upright, 90 wide and 60 high,
+    # no such box fits.
+    small_coco.content["annotations"][0]["bbox"] = [5, 50, 20, 30]
+    found, (rows, columns) = brightness(small_coco, reduced_decoding)
+    assert found > 250
+    assert rows > columns
+    # Without any box nothing can be misplaced.
+    small_coco.content["annotations"] = []
+    assert load(small_coco)[0][1]["original_size"] == (90, 60)
+
+
+@pytest.mark.parametrize(
+    ("box", "fits"),
+    [([5, 20, 20, 30], "fit both ways"), ([50, 5, 30, 20], "fit upright only"), ([0, 0, 5, 5], "fit both")],
+)
+def test_sizes_as_stored_are_refused_where_boxes_fit_upright_too(small_coco, box, fits):
+    turned(small_coco, 6)
+    small_coco.content["images"][0] |= {"height": 90, "width": 60}
+    small_coco.content["annotations"][0]["bbox"] = box
+    dataset = load(small_coco)
+    with pytest.raises(ValueError, match=rf"turned\.png: .*90×60.*60×90.*its boxes {fits}.*image id 1 of"):
+        dataset[0]
+
+
+def test_names_from_other_systems_are_found_before_training_starts(small_coco):
+    small_coco.content["images"][0]["file_name"] = "..\\Train2017\\0.JPG"
+    assert load(small_coco)[0][1]["image_id"] == 100
+    small_coco.content["images"][0]["file_name"] = "images\\0.jpg"
+    with pytest.raises(FileNotFoundError, match=r"has backslashes.*It is image id 100 of"):
+        load(small_coco)
+
+
+def test_what_there_is_to_train_on_is_counted(small_coco):
+    small_coco.annotate(101, [1, 1, 50, 50], 7, iscrowd=1)
+    small_coco.annotate(101, [500, 10, 20, 20], 7)
+    dataset = load(small_coco)
+    assert (dataset.objects, dataset.crowds, dataset.dropped_boxes) == (4, 1, 1)
+    assert dataset.describe() == (
+        f"{small_coco.file}: 4 images, 4 objects of 3 classes, 1 crowds, which are not trained on, 1 boxes left out"
+    )
+
+
+def test_a_folder_of_another_layout_is_said(small_coco, tmp_path):
+    other = tmp_path / "roboflow"
+    (other / "train").mkdir(parents=True)
+    (other / "train" / "_annotations.coco.json").write_text(json.dumps(small_coco.content))
+    with pytest.raises(
+        ValueError, match=r"expected train2017/ and annotations/.*Roboflow COCO \(train/_ann.*--dataset"
+    ):
+        coco_split(other, "train", TRANSFORM)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no known layout.*Found: nothing"):
+        coco_split(tmp_path / "empty", "train", TRANSFORM)
+
+
+def test_a_layout_without_validation_images_is_divided(small_coco, tmp_path):
+    other = tmp_path / "roboflow"
+    other.mkdir()
+    small_coco.images.rename(other / "train")
+    (other / "train" / "_annotations.coco.json").write_text(json.dumps(small_coco.content))
+    layout = find_layout(other)
+    train, val = (layout_split(layout, split, TRANSFORM, 0.3) for split in ("train", "val"))
+    assert (len(train), len(val)) == (3, 1)
+    assert sorted(train.image_ids + val.image_ids) == [100, 101, 102, 103]
+    assert val.source.startswith("1 of the 4 images of ")
+    with pytest.raises(ValueError, match="has no images for test"):
+        layout_split(layout, "test", TRANSFORM, 0.3)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
