@@ -158,7 +158,7 @@ class DataConfig:
             raise ValueError("Data option annotations is missing: name the annotation file of the images.")
         if self.annotations and not self.images:
             raise ValueError("Data option images is missing: name the folder of the images of `annotations`.")
-        if self.val_folder and not self.val_annotations:
+        if self.annotations and self.val_folder and not self.val_annotations:
             raise ValueError("Data option val_annotations is missing: name the annotation file of `val_folder`.")
         return given[0] if given else "synthetic"
 

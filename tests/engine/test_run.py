@@ -1,0 +1,182 @@
+"""Which images a command trains and evaluates on, and that no option is left without use."""
+
+import json
+import shutil
+
+import pytest
+
+import conddetr
+from conddetr.cli import main
+from conddetr.data.synthetic import CLASSES
+from conddetr.engine.config import DataConfig
+from conddetr.engine.run import data_sets, evaluation_set
+
+pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+
+MODEL = conddetr.config.resolve("conditional-detr-tiny", image_size=64, max_image_size=96)
+SHAPES = [{"id": label, "name": name} for label, name in enumerate(CLASSES, 1)]
+QUICK = ("--preset", "conditional-detr-tiny", "--image-size", "64", "--max-image-size", "96", "--workers", "0")
+
+
+@pytest.fixture
+def folder(small_coco):
+    """One annotation file with ten images, by which option it is given."""
+    for index in range(4, 10):
+        shutil.copy(small_coco.images / "0.jpg", small_coco.images / f"{index}.jpg")
+        small_coco.content["images"].append(
+            {**small_coco.content["images"][0], "id": 100 + index, "file_name": f"{index}.jpg"}
+        )
+        small_coco.annotate(100 + index, [10, 5, 30, 40], 3)
+    small_coco.write()
+    return {"images": str(small_coco.images), "annotations": str(small_coco.file)}
+
+
+@pytest.fixture
+def own(small_coco):
+    """A validation file of its own: two images."""
+    file = small_coco.root / "annotations" / "instances_val2017.json"
+    return {"val_annotations": str(file), "val_folder": str(small_coco.root / "val2017")}
+
+
+def evaluated(chosen, of_run=None):
+    return evaluation_set(chosen, of_run, SHAPES, MODEL)
+
+
+def test_all_images_of_a_file_that_is_named(folder, own):
+    assert len(evaluated(folder)) == 10
+    assert evaluated(folder).source == folder["annotations"]
+    assert evaluated(own).image_ids == [100, 101]
+    assert evaluated({"val_annotations": own["val_annotations"], "images": own["val_folder"]}).image_ids == [100, 101]
+    # Whatever the detector was trained on.
+    for of_run in (DataConfig(), DataConfig(coco_path="/nowhere"), DataConfig(**folder)):
+        assert evaluated(own, of_run).source == own["val_annotations"]
+        assert len(evaluated(folder, of_run)) == 10
+
+
+def test_what_was_set_aside_in_training_is_said_to_be_a_part(folder):
+    _, val_set = data_sets(DataConfig(**folder, val_fraction=0.3), MODEL)
+    assert len(val_set) == 3
+    for part in (
+        evaluated({}, DataConfig(**folder, val_fraction=0.3)),
+        evaluated({"val_fraction": 0.3}, DataConfig(**folder)),
+        evaluated({**folder, "val_fraction": 0.3}),
+    ):
+        assert part.image_ids == val_set.image_ids
+        assert part.source == f"3 of the 10 images of {folder['annotations']}"
+
+
+def test_the_validation_file_of_the_training(folder, own):
+    of_run = DataConfig(**folder, **own)
+    assert evaluated({}, of_run).source == own["val_annotations"]
+    assert data_sets(of_run, MODEL)[1].source == own["val_annotations"]
+
+
+def test_data_sets_whose_layout_is_found(small_coco):
+    data = DataConfig(dataset=str(small_coco.root))
+    train_set, val_set = data_sets(data, MODEL)
+    assert (len(train_set), len(val_set)) == (4, 2)
+    assert evaluated({"dataset": str(small_coco.root)}).image_ids == val_set.image_ids
+    assert evaluated({}, data).image_ids == val_set.image_ids
+    assert evaluated({"coco_path": str(small_coco.root)}).image_ids == val_set.image_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": "x"}, "annotations is missing"),
+        ({"val_folder": "x"}, "annotations is missing"),
+        ({"annotations": "x"}, "images is missing"),
+        ({"annotations": "x", "images": "y", "val_folder": "z"}, "val_annotations is missing"),
+        ({"annotations": "x", "images": "y", "coco_path": "z"}, "coco_path and annotations: give one of them"),
+        ({"dataset": "x", "coco_path": "z"}, "dataset and coco_path: give one of them"),
+        ({"coco_path": "x", "images": "y"}, "images has no use beside `coco_path`"),
+        ({"coco_path": "x", "val_annotations": "y"}, "val_annotations has no use beside `coco_path`"),
+        ({"coco_path": "x", "val_fraction": 0.2}, "val_fraction has no use beside `coco_path`"),
+        ({"coco_path": "x", "val_images": 7}, "val_images has no use beside `coco_path`"),
+        ({"dataset": "x", "val_folder": "y"}, "val_folder has no use beside `dataset`"),
+        ({"val_fraction": 0.2}, "val_fraction has no use beside synthetic shapes"),
+        ({"annotations": "x", "images": "y", "train_images": 8}, "train_images has no use beside `annotations`"),
+        (
+            {"annotations": "x", "images": "y", "val_annotations": "z", "val_fraction": 0.2},
+            "val_fraction has no use beside `val_annotations`",
+        ),
+        ({"val_fraction": 1.5}, r"val_fraction: expected a value between 0 and 1, got 1\.5"),
+    ],
+)
+def test_training_options_without_use_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        data_sets(DataConfig(**options), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "of_run", "message"),
+    [
+        ({"images": "x"}, None, "annotations is missing"),
+        ({"images": "x"}, DataConfig(), "annotations is missing"),
+        ({"coco_path": "x", "val_annotations": "y"}, None, "coco_path has no use beside `val_annotations`"),
+        (
+            {"annotations": "x", "images": "y", "val_annotations": "z"},
+            None,
+            "annotations has no use beside `val_annotations`",
+        ),
+        ({"coco_path": "x", "val_fraction": 0.1}, None, "val_fraction has no use beside `coco_path`"),
+        ({"val_images": 7}, DataConfig(coco_path="x"), "val_images has no use beside `coco_path`"),
+        ({"val_fraction": 0.1}, DataConfig(), "val_fraction has no use beside synthetic shapes"),
+        ({"val_annotations": "x"}, DataConfig(), "images is missing"),
+        ({"annotation": "x"}, None, r"Unknown data option 'annotation'\. Did you mean 'annotations'"),
+    ],
+)
+def test_evaluation_options_without_use_are_refused(chosen, of_run, message):
+    with pytest.raises(ValueError, match=message):
+        evaluated(chosen, of_run)
+
+
+def test_splits_of_other_categories_are_refused(small_coco, own):
+    content = json.loads((small_coco.root / "annotations" / "instances_val2017.json").read_text())
+    content["categories"][0]["name"] = "lion"
+    (small_coco.root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="id 7 is 'cat' in the training set and 'lion' in the validation set"):
+        data_sets(DataConfig(coco_path=str(small_coco.root)), MODEL)
+
+
+def test_nothing_to_learn_is_refused_with_counts(small_coco, tmp_path, capsys):
+    for annotation in small_coco.content["annotations"]:
+        annotation["iscrowd"] = 1
+    small_coco.annotate(100, [500, 500, 5, 5], 7)
+    small_coco.write()
+    command = ["train", "--coco-path", str(small_coco.root), *QUICK, "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert "There is nothing to learn" in printed
+    assert "has 4 crowds" in printed
+    assert "1 boxes without area inside their image" in printed
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_validation_set_without_objects_has_dashes(small_coco, tmp_path, capsys):
+    file = small_coco.root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "annotations": []}))
+    command = ["train", "--coco-path", str(small_coco.root), *QUICK, "--device", "cpu", "--batch-size", "4"]
+    assert main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "AP –  AP50 –" in printed
+    assert f"{file}: 2 images, 0 objects; by " in printed
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["AP"] == -1
+
+
+def test_a_test_set_gives_detections_and_no_metrics(small_coco, tmp_path, tiny_model, capsys):
+    classes = sorted(small_coco.categories, key=lambda category: category["id"])
+    detector = conddetr.Detector(tiny_model, classes, "cpu")
+    checkpoint = detector.save(tmp_path / "x.pt")
+    del small_coco.content["annotations"]
+    small_coco.write()
+    command = ["eval", "--checkpoint", str(checkpoint), "--images", str(small_coco.images)]
+    command += ["--annotations", str(small_coco.file), "--workers", "0", "--device", "cpu"]
+    assert main(command) == 2
+    assert "--results FILE writes them" in capsys.readouterr().err
+    assert main([*command, "--results", str(tmp_path / "found.json")]) == 0
+    assert {found["image_id"] for found in json.loads((tmp_path / "found.json").read_text())} == {100, 101, 102, 103}
+    assert "has no annotations: there are no metrics." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="nothing to compare detections with"):
+        detector.evaluate(workers=0, images=str(small_coco.images), annotations=str(small_coco.file))
