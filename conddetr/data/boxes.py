@@ -7,6 +7,7 @@ import numpy as np
 TOLERANCE = 1.0
 """Pixels that a box may reach out of its image: the rounding of many tools."""
 _FRACTION_TOLERANCE = 1e-3
+"""What fractions may exceed 0 and 1 by: the rounding of their last digits."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def box_readings(boxes: np.ndarray, sizes: np.ndarray) -> list[BoxReading]:
         At most one of each kind.
     """
     is_known = (sizes > 1).all(1) & (boxes[:, 2:] > 0).all(1)
-    is_fraction = is_known & (boxes >= 0).all(1) & (boxes <= 1).all(1)
+    is_fraction = is_known & (boxes >= -_FRACTION_TOLERANCE).all(1) & (boxes <= 1 + _FRACTION_TOLERANCE).all(1)
     readings = []
     if is_fraction.any():
         positions = np.flatnonzero(is_fraction)

@@ -113,13 +113,13 @@ class _Mender:
         self._drop_malformed()
         self._make_ids_unique()
         self._drop_unknown()
-        self._drop_images(lambda kind: kind != "orientation not clear")
+        self._drop_images()
         self._complete_images()
         self._merge_images()
         for _ in range(_PASSES):
             before = self._total()
+            self._drop_images()
             self._convert_boxes()
-            self._drop_images(lambda kind: kind == "orientation not clear")
             self._drop_empty_boxes()
             self._clip_boxes()
             self._drop_identical()
@@ -198,8 +198,10 @@ class _Mender:
                 ),
             )
 
-    def _drop_images(self, concerns: Callable[[str], bool]) -> None:
-        """Those that cannot be used for a reason of some kind, with their annotations."""
+    def _drop_images(self) -> None:
+        """Those that cannot be used, with their annotations; whether an image can be turned depends on its boxes."""
+        if not self.files.odd:
+            return
         boxes_of: dict[int, list] = {}
         for annotation in self._entries("annotations"):
             boxes_of.setdefault(annotation["image_id"], []).append(annotation["bbox"])
@@ -210,7 +212,7 @@ class _Mender:
                 continue
             boxes = np.array(boxes_of.get(image["id"], []), np.float64).reshape(-1, 4)
             for kind, text in file_findings(inspection, _size(image), boxes):
-                if is_unusable(kind) and concerns(kind):
+                if is_unusable(kind):
                     self._note(f"images dropped: {kind}", text)
                     dropped.add(image["id"])
         self._forget(dropped)

@@ -122,7 +122,7 @@ class ValidationReport:
         classes = Table(box=SIMPLE_HEAD)
         classes.add_column("class")
         classes.add_column("boxes", justify="right")
-        labels = self._labels()
+        labels = self.labels()
         ordered = sorted(zip(labels, self.classes, strict=True), key=lambda item: -item[1]["boxes"])
         for label, category in ordered[:_SHOWN_CLASSES]:
             classes.add_row(Text(label), str(category["boxes"]))
@@ -139,7 +139,7 @@ class ValidationReport:
             findings.add_row(severity, *map(Text, row))
         return [classes, findings]
 
-    def _labels(self) -> list[str]:
+    def labels(self) -> list[str]:
         """Names of the classes, with their ids where names repeat."""
         uses = Counter(category["name"] for category in self.classes)
         return [
@@ -304,22 +304,21 @@ def _add_reading(reading: BoxReading, data: Annotations, report: ValidationRepor
         message = f"Boxes must be in pixels; these are under one. They look like {reading.numbers} as fractions."
         todo = "Multiply by width and height"
     else:
-        kind = "boxes are two corners"
+        kind = "boxes are corners"
         message = "Boxes must be x, y, width, height. Read so, they reach out of their images; as two corners they fit."
         todo = "Subtract the first corner from the second"
     if reading.is_whole:
         message += f" {todo}, as --fix does."
     else:
-        kind = kind.replace("boxes", "some boxes", 1)
         message += f" Others are as they should be: were two sources merged? {todo} where it is so."
     pixels = dict(zip(reading.positions[:_EXAMPLES].tolist(), reading.pixels[:_EXAMPLES], strict=True))
-    whole = "error" if reading.is_whole else "warning"
+    severity = "error" if reading.is_whole else "warning"
 
     def describe(at: int) -> str:
         as_integers = bool((data.boxes[at] % 1 == 0).all())
         return f"{_box_place(data, at)} would be {_shown(pixels[at], as_integers)}"
 
-    report.add_at(whole, kind, message, reading.positions, describe)
+    report.add_at(severity, kind, message, reading.positions, describe)
 
 
 def _check_corner(data: Annotations, sizes: np.ndarray, which: np.ndarray, report: ValidationReport) -> None:
@@ -364,7 +363,7 @@ def _identical(data: Annotations) -> np.ndarray:
 def _check_amounts(report: ValidationReport) -> None:
     """Whether there is enough, and enough of each class, to train on."""
     counts = dict(enumerate(category["boxes"] for category in report.classes))
-    labels = report._labels()
+    labels = report.labels()
     absent = [labels[place] for place, count in counts.items() if count == 0]
     message = "It cannot be learned: add objects, or remove the category."
     report.add("warning", "class without objects", message, absent)
