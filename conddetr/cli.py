@@ -20,6 +20,7 @@ from conddetr.kernels.registry import BackendError
 from conddetr.options import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
 
 if TYPE_CHECKING:
+    from conddetr.data.validate import ValidationReport
     from conddetr.engine.evaluator import CocoResult
 
 
@@ -148,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--annotations", metavar="FILE", help="one file in COCO's format; needs --images")
     validate.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
     validate.add_argument("--report", metavar="FILE", help="also write what was found there, as JSON")
+    validate.add_argument(
+        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list what was changed"
+    )
     validate.add_argument("--processes", type=int, help="that read images; default: one per core")
 
     bench = commands.add_parser("bench-data", help="training images/s on one core, official chain against ours")
@@ -388,12 +392,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from conddetr.data.validate import note_shared_images, validate
+    from conddetr.data.validate import compare_splits, validate
     from conddetr.engine.progress import Progress, console, say
-    from conddetr.files import refuse_overwriting, write_text
+    from conddetr.files import refuse_overwriting
 
     if options.annotations and not options.images:
         raise ValueError("--images: name the folder of the images of --annotations.")
+    if options.fix and not options.annotations:
+        raise ValueError("--fix: it cleans one annotation file: name it with --annotations, and its --images.")
     sources = {"train": (options.images, options.annotations)}
     if options.coco_path:
         root = Path(options.coco_path)
@@ -401,7 +407,9 @@ def _validate(options: argparse.Namespace) -> int:
             split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
             for split in ("train", "val")
         }
-    refuse_overwriting("--report", options.report, [annotations for _, annotations in sources.values()])
+    files = [annotations for _, annotations in sources.values()]
+    refuse_overwriting("--report", options.report, files)
+    refuse_overwriting("--fix", options.fix, [*files, options.report])
     reports = []
     for split, (images, annotations) in sources.items():
         with Progress(f"validate {split}", total=None) as progress:
@@ -414,15 +422,31 @@ def _validate(options: argparse.Namespace) -> int:
             )
         reports.append(report)
     if len(reports) == 2:
-        note_shared_images(*reports)
+        compare_splits(*reports)
     for report in reports:
         say(report.summary())
         console.print(*report.tables(), sep="\n")
+    return _fixed_or_reported(options, reports)
+
+
+def _fixed_or_reported(options: argparse.Namespace, reports: "list[ValidationReport]") -> int:
+    """Carry out --fix and --report; the exit status."""
+    from conddetr.data.fix import fix
+    from conddetr.engine.progress import say, show
+    from conddetr.files import write_text
+
     ok = all(report.ok for report in reports)
-    if options.report:
-        content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
-        write_text(options.report, json.dumps(content, indent=1) + "\n")
-    return 0 if ok else 1
+    content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
+    try:
+        if options.fix:
+            fixed = fix(reports[0], options.fix)
+            content["fixed"] = fixed.to_dict()
+            show(fixed.summary(), fixed.table())
+            say("No errors are left there: train on that file.")
+    finally:
+        if options.report:
+            write_text(options.report, json.dumps(content, indent=1) + "\n")
+    return 0 if ok or options.fix else 1
 
 
 def _bench_data(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
 from conddetr.data.annotations import Annotations, read_annotations
+from conddetr.data.boxes import box_readings, reaches_out
 from conddetr.data.images import image_sizes, read_reduced, to_model_input
 from conddetr.data.layouts import Layout, find_layout
 from conddetr.data.names import find_image
@@ -174,6 +175,14 @@ class CocoDetection(Dataset):
         self.crowds = int(crowds.sum())
         self.dropped_boxes = int((~has_area & ~crowds).sum())
         self.objects = int((has_area & ~crowds).sum())
+        # Evaluation compares with the boxes as they are.
+        readings = box_readings(self._annotations.boxes, sizes) if isinstance(self.transform, TrainTransform) else []
+        if readings:
+            log.warning(
+                "%s: %s. Boxes must be x, y, width, height in pixels: conddetr validate-data shows which are not.",
+                self.annotation_file,
+                " and ".join(f"{len(reading.positions)} boxes look like {reading.kind}" for reading in readings),
+            )
         if self.dropped_boxes:
             log.warning(
                 "%s: %d boxes without area inside their image are left out.", self.annotation_file, self.dropped_boxes
@@ -228,8 +237,9 @@ def stored_fault(
     """
     if said != stored:
         return "Boxes would be off: correct the annotations, or put the right file there."
-    if len(boxes) and _fit(boxes, upright):
-        inside = "both ways" if _fit(boxes, stored) else "upright only"
+    fits = {name: _fit(boxes, size) for name, size in (("stored", stored), ("upright", upright))}
+    if len(boxes) and (fits["upright"] or not fits["stored"]):
+        inside = "both ways" if all(fits.values()) else "upright only" if fits["upright"] else "neither way"
         return (
             f"That is its size as stored, before its EXIF tag turns it, and its boxes fit {inside}: which is meant? "
             "Write the upright size, or save the image without the tag."
@@ -238,9 +248,8 @@ def stored_fault(
 
 
 def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether no box reaches out of the image by more than a pixel, the rounding of many tools."""
-    corners = boxes[:, :2] + boxes[:, 2:]
-    return bool((boxes[:, :2] >= -1).all() and (corners <= np.array(size[::-1]) + 1).all())
+    """Whether no box reaches out of the image."""
+    return not reaches_out(boxes, np.array([size])).any()
 
 
 def load_annotations(path: str | Path) -> dict:

@@ -55,6 +55,10 @@ class ImageTooLargeError(ValueError):
     """An image with more pixels than Pillow's limit allows."""
 
 
+class PixelError(ValueError):
+    """An image that can be decoded, with values that are no colours."""
+
+
 @dataclass(frozen=True)
 class ImageSizes:
     """Height and width in pixels of an image file, from its header."""
@@ -97,7 +101,8 @@ def read_image(source: ImageLike) -> Tensor:
     Raises:
         FileNotFoundError: no such file.
         ImageTooLargeError: more pixels than Pillow's limit allows.
-        ValueError: not an image, damaged, values outside their range, or an unknown shape or dtype; names the file,
+        PixelError: values outside their range, or of a kind that is no colour.
+        ValueError: not an image, damaged, or an unknown shape or dtype; names the file,
             what was expected and what was found.
         TypeError: none of the accepted types.
     """
@@ -256,7 +261,7 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
     if image.mode == "I":
         low, high = image.getextrema()
         if low < 0 or high > 65535:
-            raise ValueError(
+            raise PixelError(
                 f"{name}: expected 32-bit integers in 0…65535, got {low}…{high}. Scale them to that range, and save "
                 "them as 16-bit."
             )
@@ -271,7 +276,7 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
         # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
         image = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
-        raise ValueError(f"{name}: its pixels (mode {image.mode}) cannot be read as RGB; save it as RGB.") from error
+        raise PixelError(f"{name}: its pixels (mode {image.mode}) cannot be read as RGB; save it as RGB.") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -295,7 +300,7 @@ def _from_tensor(image: Tensor, name: str) -> Tensor:
     elif image.is_floating_point():
         low, high = (bound.item() for bound in image.aminmax())
         if not (low >= 0 and high <= 1):
-            raise ValueError(
+            raise PixelError(
                 f"{name}: expected floating values in [0, 1], got {low:.9g}…{high:.9g}. Scale them to that range."
             )
         image = image.to(torch.float32)

@@ -57,6 +57,16 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
     assert len(boxes) == 2
 
 
+def test_boxes_that_are_no_pixels_are_said_before_training(small_coco, caplog):
+    small_coco.annotate(100, [0.1, 0.1, 0.4, 0.6], 7)
+    load(small_coco)
+    assert "look like" not in caplog.text
+    coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
+    assert len(caplog.messages) == 1
+    assert "1 boxes look like fractions. Boxes must be x, y, width, height in pixels" in caplog.text
+    assert str(small_coco.file) in caplog.text
+
+
 def test_images_without_boxes_stay(small_coco):
     small_coco.content["annotations"] = []
     batch = next(iter(make_loader(load(small_coco), 4, train=False)))
@@ -236,7 +246,7 @@ def test_annotations_of_the_image_as_stored_are_taken_where_nothing_else_fits(sm
 
 @pytest.mark.parametrize(
     ("box", "fits"),
-    [([5, 20, 20, 30], "fit both ways"), ([50, 5, 30, 20], "fit upright only"), ([0, 0, 5, 5], "fit both")],
+    [([5, 20, 20, 30], "fit both ways"), ([50, 5, 30, 20], "fit upright only"), ([50, 50, 30, 20], "fit neither way")],
 )
 def test_sizes_as_stored_are_refused_where_boxes_fit_upright_too(small_coco, box, fits):
     turned(small_coco, 6)

@@ -3,8 +3,11 @@
 import copy
 import io
 import json
+import re
 import shutil
 
+import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,10 +16,12 @@ from rich.console import Console
 
 from conddetr.cli import main
 from conddetr.config import resolve
+from conddetr.data.annotations import read_annotations
 from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split
+from conddetr.data.fix import fix
 from conddetr.data.transforms import TrainTransform
-from conddetr.data.validate import validate
+from conddetr.data.validate import ValidationReport, compare_splits, validate
 
 FUZZ = settings(
     max_examples=60,
@@ -44,12 +49,20 @@ def kinds(report, severity):
     return {finding.kind: finding.count for finding in report.findings if finding.severity == severity}
 
 
+def finding_of(report, kind):
+    return next(finding for finding in report.findings if finding.kind == kind)
+
+
 def test_sound_data_have_no_errors(small_coco):
     report = report_of(small_coco)
     assert report.ok
     assert set(kinds(report, "warning")) == EXPECTED_WARNINGS
     assert (report.images, report.boxes, report.crowds) == (4, 4, 0)
-    assert report.classes == {"cat": 0, "dog": 4, "toothbrush": 0}
+    assert report.classes == [
+        {"id": 7, "name": "cat", "boxes": 0},
+        {"id": 3, "name": "dog", "boxes": 4},
+        {"id": 90, "name": "toothbrush", "boxes": 0},
+    ]
     scratch = next(finding for finding in report.findings if finding.kind.startswith("too small"))
     assert "Fewer than 10,000 images: a detection transformer learns from data alone" in scratch.message
 
@@ -57,19 +70,34 @@ def test_sound_data_have_no_errors(small_coco):
 @pytest.mark.parametrize(
     ("spoil", "severity", "kind", "place"),
     [
-        (lambda c: c.annotate(100, [5, 5, 5, 5], 55), "error", "unknown category", "image 100: category 55"),
-        (lambda c: c.annotate(999, [5, 5, 5, 5], 3), "error", "unknown image", "annotation 5, image 999"),
+        (lambda c: c.annotate(100, [5, 5, 5, 5], 55), "error", "unknown category", "id 5 has category_id 55"),
+        (lambda c: c.annotate(999, [5, 5, 5, 5], 3), "error", "unknown image", "annotation id 5 has image_id 999"),
         (lambda c: c.annotate(100, [95, 5, 5, 5], 3), "error", "box outside its image", "annotation 5, image 100"),
         (lambda c: c.annotate(100, [5, 5, 0, 5], 3), "warning", "box without area", "annotation 5, image 100"),
         (lambda c: c.annotate(100, [5, 5, 89, 5], 3), "warning", "box reaching out of its image", "in 60×90"),
         (lambda c: c.annotate(101, [10.0, 5.0, 30.0, 40.0], 3), "warning", "identical annotations", "annotation 5"),
-        (lambda c: c.annotate(100, [5, 5, 5], 3), "error", "malformed annotations", "annotations[4]: bbox: expected"),
-        (lambda c: c.content["images"][1].pop("width"), "error", "malformed images", "images[1]: has no 'width'"),
+        (lambda c: c.annotate(100, [5, 5, 5], 3), "error", "malformed annotations", "annotations[4] (id 5): bbox: exp"),
+        (lambda c: c.content["images"][1].pop("id"), "error", "malformed images", "images[1]: has no 'id'"),
+        (lambda c: c.content["images"][1].pop("width"), "warning", "size not given", "1.jpg"),
+        (lambda c: c.content["images"][1].update(width=None), "warning", "size not given", "1.jpg"),
+        (lambda c: c.content["images"][1].update(width=-1, height=-1), "warning", "size not given", "1.jpg"),
+        (lambda c: c.content["images"][1].update(file_name="1.JPG"), "warning", "name spelled otherwise", "1.JPG is 1"),
+        (lambda c: spell_ambiguously(c), "error", "ambiguous file name", "more than one differs in case"),
+        (lambda c: c.content["images"][1].update(file_name="./0.jpg"), "error", "duplicate file names", "0.jpg"),
+        (lambda c: c.content["images"][1].update(file_name="0.JPG"), "error", "duplicate file names", "0.jpg"),
         (lambda c: c.content["annotations"][1].update(id=1), "error", "duplicate ids in annotations", "id 1"),
         (lambda c: c.content["images"][1].update(id=100), "error", "duplicate ids in images", "id 100"),
         (lambda c: c.content["images"][1].update(file_name="0.jpg"), "error", "duplicate file names", "0.jpg"),
         (lambda c: c.content["categories"].append({"id": 4, "name": "cat"}), "warning", "duplicate class names", "cat"),
         (lambda c: c.content.pop("categories"), "error", "no categories", "instances_train2017.json"),
+        (lambda c: c.content.update(annotations=None), "error", "missing section", "annotations"),
+        (lambda c: c.content.pop("annotations"), "error", "no annotations", "instances_train2017.json"),
+        (lambda c: all_crowds(c), "error", "only crowds", "4 boxes, all crowds"),
+        (lambda c: c.annotate(100, [0.1, 0.1, 0.4, 0.6], 3), "warning", "boxes in fractions of the image",
+         "annotation 5, image 100: [0.1, 0.1, 0.4, 0.6] in 60×90 would be [9.0, 6.0, 36.0, 36.0]"),
+        (lambda c: c.annotate(100, [50, 5, 30, 40], 3) or c.annotate(100, [40, 30, 80, 55], 3), "warning",
+         "boxes are corners", "annotation 6, image 100: [40, 30, 80, 55] in 60×90 would be [40, 30, 40, 25]"),
+        (lambda c: wide_values(c), "error", "pixels that are no colours", "expected 32-bit integers in 0…65535"),
         (lambda c: c.content["annotations"].pop(), "warning", "images without objects", "image 103"),
         (lambda c: c.content["annotations"].clear(), "error", "no objects", "instances_train2017.json"),
         (lambda c: (c.images / "2.jpg").unlink(), "error", "missing file", "2.jpg"),
@@ -82,8 +110,190 @@ def test_every_kind_of_damage_is_named(small_coco, spoil, severity, kind, place)
     spoil(small_coco)
     report = report_of(small_coco)
     assert kinds(report, severity).get(kind) == 1
-    assert place in next(finding for finding in report.findings if finding.kind == kind).examples[0]
+    assert place in finding_of(report, kind).examples[0]
     assert report.ok == (severity == "warning")
+
+
+def spell_ambiguously(small_coco):
+    for name in ("A.jpg", "a.JPG"):
+        shutil.copy(small_coco.images / "1.jpg", small_coco.images / name)
+    small_coco.content["images"][1]["file_name"] = "a.jpg"
+
+
+def all_crowds(small_coco):
+    for annotation in small_coco.content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def wide_values(small_coco):
+    Image.fromarray(np.full((70, 90), 100_000, np.int32)).save(small_coco.images / "wide.tif")
+    small_coco.content["images"][1]["file_name"] = "wide.tif"
+
+
+def of_boxes(small_coco, *boxes):
+    """The report of a file that has these boxes alone, all in the first image of 60×90."""
+    small_coco.content["annotations"].clear()
+    for box in boxes:
+        small_coco.annotate(100, box, 3)
+    return report_of(small_coco)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "kind", "numbers", "example"),
+    [
+        (
+            [[0.1, 0.1, 0.4, 0.6], [0.5, 0.5, 0.5, 0.25], [10, 5, 30, 40]],
+            "boxes in fractions of the image",
+            "x, y, width, height",
+            "[0.1, 0.1, 0.4, 0.6] in 60×90 would be [9.0, 6.0, 36.0, 36.0]",
+        ),
+        (
+            # The last as a tool rounds it.
+            [[0.5, 0.5, 1, 1], [0.8, 0.8, 0.4, 0.4], [0.5, 0.5, 1, 1.000001]],
+            "boxes in fractions of the image",
+            "x, y of the centre, width, height",
+            "[0.5, 0.5, 1.0, 1.0] in 60×90 would be [0.0, 0.0, 90.0, 60.0]",
+        ),
+        (
+            [[0.2, 0.1, 0.9, 0.6], [0.8, 0.5, 1, 1]],
+            "boxes in fractions of the image",
+            "x, y of two corners",
+            "[0.2, 0.1, 0.9, 0.6] in 60×90 would be [18.0, 6.0, 63.0, 30.0]",
+        ),
+        (
+            [[10, 5, 40, 45], [60, 20, 90, 60]],
+            "boxes are corners",
+            "as two corners they fit",
+            "[10, 5, 40, 45] in 60×90 would be [10, 5, 30, 40]",
+        ),
+    ],
+)
+def test_boxes_that_are_no_pixels_or_no_sizes(small_coco, boxes, kind, numbers, example):
+    report = of_boxes(small_coco, *boxes)
+    assert list(kinds(report, "error")) == [kind]
+    found = finding_of(report, kind)
+    assert found.examples[0] == f"annotation 1, image 100: {example}"
+    assert numbers in found.message
+    assert found.count == sum(max(box) < 1.1 for box in boxes) or kind == "boxes are corners"
+    assert "box reaching out of its image" not in kinds(report, "warning")
+
+
+def test_boxes_as_they_should_be_are_not_read_otherwise(small_coco):
+    # The first would also fit as two corners, and one pixel is the rounding of tools.
+    report = of_boxes(small_coco, [10, 5, 30, 40], [0, 0, 91, 60.5], [-1, -1, 20, 20], [2, 1, 0.5, 1])
+    assert report.ok
+    assert set(kinds(report, "warning")) == {*EXPECTED_WARNINGS, "images without objects"}
+    # One that is neither is no sign of corners.
+    assert "boxes are corners" not in kinds(of_boxes(small_coco, [50, 30, 45, 29]), "warning")
+
+
+def test_boxes_of_a_smaller_copy_are_said(small_coco):
+    boxes = [[index / 5, 5, 20, 20] for index in range(50)]
+    found = finding_of(of_boxes(small_coco, *boxes), "boxes in one corner")
+    assert found.examples == ["they end at 33% of the width and 42% of the height"]
+    assert "boxes in one corner" not in kinds(of_boxes(small_coco, *boxes, [80, 5, 5, 5]), "warning")
+
+
+def tagged(small_coco, orientation, size, boxes):
+    """The first image of 60×90 as stored, with that tag, `size` (height, width) in the annotations, and boxes."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (90, 60), (9, 99, 199)).save(small_coco.images / "0.jpg", exif=exif)
+    small_coco.content["images"][0].update(height=size[0], width=size[1])
+    del small_coco.content["annotations"][0]
+    for box in boxes:
+        small_coco.annotate(100, box, 3)
+    for number, annotation in enumerate(small_coco.content["annotations"]):
+        annotation["id"] = number
+    report = report_of(small_coco)
+    tag = finding_of(report, "orientation tag")
+    assert (tag.count, tag.examples) == (1, [f"0.jpg: tag {orientation}"])
+    assert "upright" in tag.message
+    return report
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "box", "severity", "kind"),
+    [
+        (6, (90, 60), [10, 50, 30, 39], "warning", None),
+        (3, (60, 90), [50, 10, 39, 30], "warning", None),
+        (6, (60, 90), [50, 10, 39, 30], "warning", "annotated as stored"),
+        (6, (60, 90), [10, 10, 30, 30], "error", "orientation not clear"),
+        (6, (60, 90), [10, 50, 30, 39], "error", "orientation not clear"),
+        (6, (60, 91), [10, 10, 30, 30], "error", "size mismatch"),
+    ],
+)
+def test_orientation_tags(small_coco, orientation, size, box, severity, kind):
+    report = tagged(small_coco, orientation, size, [box])
+    about = {"annotated as stored", "orientation not clear", "size mismatch"}
+    found = {(finding.severity, finding.kind) for finding in report.findings if finding.kind in about}
+    assert found == ({(severity, kind)} if kind else set())
+    check_loading(small_coco, report)
+
+
+def test_an_image_beyond_pillows_limit_is_no_damaged_one(small_coco, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    report = report_of(small_coco, processes=1)
+    assert kinds(report, "error") == {"image too large": 4}
+    assert "CONDDETR_MAX_PIXELS" in finding_of(report, "image too large").message
+
+
+def test_names_from_windows(small_coco):
+    small_coco.images.rename(small_coco.root / "img")
+    small_coco.images.mkdir()
+    (small_coco.root / "img").rename(small_coco.images / "img")
+    for image in small_coco.content["images"]:
+        image["file_name"] = f"img\\{image['file_name'].upper()}"
+    report = report_of(small_coco)
+    assert report.ok
+    found = finding_of(report, "name spelled otherwise")
+    assert (found.count, found.examples[0]) == (4, "img\\0.JPG is img/0.jpg")
+    # Nothing like it is there: the reason for the name is said.
+    small_coco.content["images"][0]["file_name"] = "img\\9.jpg"
+    assert "backslashes" in finding_of(report_of(small_coco), "missing file").examples[0]
+
+
+def test_two_categories_of_one_name_stay_two(small_coco):
+    small_coco.content["categories"] = [{"id": 3, "name": "dog"}, {"id": 0, "name": "dog"}]
+    report = report_of(small_coco)
+    assert report.to_dict()["classes"] == [
+        {"id": 3, "name": "dog", "boxes": 4},
+        {"id": 0, "name": "dog", "boxes": 0},
+    ]
+    assert ", 2 classes" in report.summary()
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(report.tables()[0])
+    rows = [line.split() for line in printed.getvalue().splitlines()]
+    assert ["dog", "(id", "3)", "4"] in rows
+    assert ["dog", "(id", "0)", "0"] in rows
+
+
+def test_a_test_set_has_no_annotations_to_miss(small_coco):
+    del small_coco.content["annotations"]
+    report = report_of(small_coco, train=False)
+    assert kinds(report, "error") == {}
+    assert kinds(report, "warning") == {"no annotations": 1}
+    assert "nothing can be measured" in finding_of(report, "no annotations").message
+
+
+def test_annotations_that_come_from_no_file(small_coco):
+    report = validate(small_coco.images, read_annotations(small_coco.file))
+    assert report.ok
+    assert (report.annotation_file, report.boxes) == (str(small_coco.file), 4)
+
+
+def test_splits_are_compared_by_id_and_name():
+    train = ValidationReport("t", "t", classes=[{"id": 1, "name": "cat", "boxes": 5}, {"id": 2, "name": "dog"}])
+    val = ValidationReport("v", "v", classes=[{"id": 2, "name": "cat"}, {"id": 3, "name": "cow"}])
+    compare_splits(train, val)
+    assert kinds(val, "error") == {"category with another name": 1, "category not in the training set": 1}
+    assert finding_of(val, "category with another name").examples == ["id 2: 'cat' here, 'dog' in the training set"]
+    assert finding_of(val, "category not in the training set").examples == ["id 3: 'cow'"]
+    # Without a word where validation has fewer, or the training set could not be read.
+    fewer = ValidationReport("v", "v", classes=[{"id": 1, "name": "cat"}])
+    compare_splits(train, fewer)
+    compare_splits(ValidationReport("t", "t"), fewer)
+    assert fewer.findings == []
 
 
 def test_names_are_not_read_as_markup(small_coco):
@@ -149,6 +359,7 @@ def test_real_images_are_sound(coco_path):
 
 JUNK = st.one_of(
     st.none(),
+    st.just(-1),
     st.booleans(),
     st.integers(-(10**30), 10**30),
     st.floats(),
@@ -186,6 +397,25 @@ def test_any_value_anywhere_in_the_annotations(small_coco, data):
     json.dumps(report.to_dict())
     Console(file=io.StringIO()).print(*report.tables())
     check_loading(small_coco, report)
+    check_fixing(small_coco, report)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_size_in_the_annotations(small_coco, data):
+    content = copy.deepcopy(small_coco.content)
+    for image in content["images"]:
+        for side in ("height", "width"):
+            value = data.draw(st.sampled_from([image[side], None, -1, 0, "absent", image[side] + 1]))
+            image[side] = value
+            if value == "absent":
+                del image[side]
+    small_coco.file.write_text(json.dumps(content))
+    report = validate(small_coco.images, small_coco.file, processes=1)
+    unknown = sum(any(image.get(side) in (None, -1, 0) for side in ("height", "width")) for image in content["images"])
+    assert kinds(report, "warning").get("size not given", 0) == unknown
+    check_loading(small_coco, report)
+    check_fixing(small_coco, report)
 
 
 @FUZZ
@@ -211,7 +441,12 @@ def test_exif_changed_anywhere(small_coco, data):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "test",
-    [test_any_value_anywhere_in_the_annotations, test_images_cut_or_changed_anywhere, test_exif_changed_anywhere],
+    [
+        test_any_value_anywhere_in_the_annotations,
+        test_any_size_in_the_annotations,
+        test_images_cut_or_changed_anywhere,
+        test_exif_changed_anywhere,
+    ],
     ids=lambda test: test.__name__,
 )
 def test_the_same_at_length(small_coco, test):
@@ -259,3 +494,28 @@ def check_loading(small_coco, report):
     except (ValueError, FileNotFoundError) as error:
         refusal = str(error)
     assert refusal is None or (not report.ok and str(small_coco.root) in refusal), refusal
+
+
+NOTHING_LEFT = (
+    "no images|no objects|only crowds|no categories|no annotations|missing section|is not JSON|expected an object"
+)
+"""Why there may be nothing that could be written."""
+
+
+def check_fixing(small_coco, report):
+    """A cleaned copy has no errors; where there is none, nothing to learn is left."""
+    out, original = small_coco.root / "fixed.json", small_coco.file.read_bytes()
+    out.unlink(missing_ok=True)
+    refusal = None
+    try:
+        fix(report, out)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal:
+        assert re.search(NOTHING_LEFT, refusal), refusal
+        assert not out.exists()
+    else:
+        fixed = validate(small_coco.images, out, processes=1)
+        assert kinds(fixed, "error") == {}
+        assert fixed.boxes > 0
+    assert small_coco.file.read_bytes() == original

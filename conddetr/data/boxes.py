@@ -1,0 +1,87 @@
+"""What the four numbers of boxes can mean: x, y, width, height in pixels, as they should, fractions, or two corners."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TOLERANCE = 1.0
+"""Pixels that a box may reach out of its image: the rounding of many tools."""
+_FRACTION_TOLERANCE = 1e-3
+"""What fractions may exceed 0 and 1 by: the rounding of their last digits."""
+
+
+@dataclass(frozen=True)
+class BoxReading:
+    """Boxes that look as if they were not x, y, width, height in pixels."""
+
+    kind: str
+    """`fractions` or `corners`."""
+    numbers: str
+    """What their four numbers are then."""
+    positions: np.ndarray
+    """[n] int64: which boxes."""
+    pixels: np.ndarray
+    """[n, 4] float64: what they would be, xywh in pixels."""
+    is_whole: bool
+    """Whether all boxes that make any sense are such (of fractions: most); else two sources may have been merged."""
+
+
+def box_readings(boxes: np.ndarray, sizes: np.ndarray) -> list[BoxReading]:
+    """How else than as x, y, width, height in pixels boxes are likely to be meant; empty: they are as they should be.
+
+    - Fractions of the image: all four numbers lie in [0, 1], so the box is under a pixel.
+    - Two corners: boxes that reach out of their images as x, y, width, height, of which at least half lie inside as
+      corners. Where no other box lies inside as x, y, width, height alone, all are corners.
+
+    Args:
+        boxes: [N, 4] as the annotations say.
+        sizes: [N, 2] height and width of their images in pixels; 0, 0 where they are not known.
+
+    Returns:
+        At most one of each kind.
+    """
+    is_known = (sizes > 1).all(1) & (boxes[:, 2:] > 0).all(1)
+    is_fraction = is_known & (boxes >= -_FRACTION_TOLERANCE).all(1) & (boxes <= 1 + _FRACTION_TOLERANCE).all(1)
+    readings = []
+    if is_fraction.any():
+        positions = np.flatnonzero(is_fraction)
+        numbers, fractions = _likeliest(boxes[positions])
+        pixels = fractions * np.tile(sizes[positions, ::-1], 2)
+        readings.append(BoxReading("fractions", numbers, positions, pixels, 2 * len(positions) > is_known.sum()))
+    others = is_known & ~is_fraction
+    fits = (boxes[:, :2] >= -TOLERANCE).all(1) & (boxes[:, 2:] <= sizes[:, ::-1] + TOLERANCE).all(1)
+    fits &= others & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    is_out = others & reaches_out(boxes, sizes)
+    wrong = fits & is_out
+    is_whole = bool((fits | is_out)[others].all()) and not (readings and readings[0].is_whole)
+    if wrong.any() and 2 * wrong.sum() >= is_out.sum():
+        positions = np.flatnonzero(fits if is_whole else wrong)
+        corners = boxes[positions]
+        pixels = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        readings.append(BoxReading("corners", "x, y of two corners", positions, pixels, is_whole))
+    return readings
+
+
+def reaches_out(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether boxes [N, 4] (xywh) reach out of images of `sizes` [N, 2] (height, width) by more than the rounding."""
+    ends = boxes[:, :2] + boxes[:, 2:]
+    return (boxes[:, :2] < -TOLERANCE).any(1) | (ends > sizes[:, ::-1] + TOLERANCE).any(1)
+
+
+def _likeliest(boxes: np.ndarray) -> tuple[str, np.ndarray]:
+    """What fractions [n, 4] are, and as xywh: the reading in which most of them lie in their image."""
+    starts, ends = boxes[:, :2], boxes[:, 2:]
+    candidates = {
+        "x, y, width, height": boxes,
+        "x, y of the centre, width, height": np.concatenate([starts - ends / 2, ends], axis=1),
+        "x, y of two corners": np.concatenate([starts, ends - starts], axis=1),
+    }
+
+    def count_inside(fractions: np.ndarray) -> int:
+        low, size = fractions[:, :2], fractions[:, 2:]
+        inside = (low >= -_FRACTION_TOLERANCE) & (size > 0) & (low + size <= 1 + _FRACTION_TOLERANCE)
+        return int(inside.all(1).sum())
+
+    # Of equal ones the first.
+    numbers = max(candidates, key=lambda name: count_inside(candidates[name]))
+    return numbers, candidates[numbers]
