@@ -20,6 +20,7 @@ from conddetr.kernels.registry import BackendError
 from conddetr.options import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
 
 if TYPE_CHECKING:
+    from conddetr.data.annotations import Annotations
     from conddetr.data.validate import ValidationReport
     from conddetr.engine.evaluator import CocoResult
 
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
     evaluate.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
     evaluate.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
+    evaluate.add_argument("--split", default="val", choices=("val", "test"), help="of a --dataset; default: val")
     evaluate.add_argument(
         "--classes-by-name", action="store_true", help="match classes by name, whatever their ids in the data set"
     )
@@ -145,9 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     validate = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
     validate.set_defaults(run=_validate)
     source = validate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout, both splits")
+    source.add_argument("--dataset", metavar="DIR", help="a folder in any layout that is known, all its parts")
+    source.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout, training and validation")
     source.add_argument("--annotations", metavar="FILE", help="one file in COCO's format; needs --images")
     validate.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
+    validate.add_argument("--val-annotations", metavar="FILE", help="of validation images, compared with --annotations")
+    validate.add_argument("--val-folder", metavar="DIR", help="folder of the images of --val-annotations")
     validate.add_argument("--report", metavar="FILE", help="also write what was found there, as JSON")
     validate.add_argument(
         "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list what was changed"
@@ -226,11 +231,12 @@ def _coco_result(
     workers: int,
     results: str | None = None,
     by_name: bool = False,
+    split: str = "val",
 ) -> "CocoResult | None":
     """COCO's numbers of a checkpoint, with torchrun's other processes; None on every rank but 0, and where the images
     have no annotations.
 
-    `data` as `evaluation_set` takes it; the detections are written to `results`; `by_name` as `detect` takes it.
+    `data` and `split` as `evaluation_set` takes them; detections are written to `results`; `by_name` as `detect`.
     """
     from conddetr.data.batch import check_loading
     from conddetr.detector import Detector
@@ -241,7 +247,7 @@ def _coco_result(
     check_loading(batch_size, workers)
     with distributed.process_group(device or "") as own_device:
         detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
-        val_set = evaluation_set(data, detector.data, detector.classes, detector.config)
+        val_set = evaluation_set(data, detector.data, detector.classes, detector.config, split)
         # Better refused now than after the detections are made.
         if val_set.is_annotated:
             coco_library()
@@ -277,7 +283,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     refuse_overwriting("--results", options.results, read)
     refuse_overwriting("--out", options.out, (*read, options.results))
     loading = options.batch_size, options.workers
-    result = _coco_result(*source, data, *loading, options.results, options.classes_by_name)
+    result = _coco_result(*source, data, *loading, options.results, options.classes_by_name, options.split)
     if result is None:
         return
     if options.per_class:
@@ -396,37 +402,56 @@ def _validate(options: argparse.Namespace) -> int:
     from conddetr.engine.progress import Progress, console, say
     from conddetr.files import refuse_overwriting
 
-    if options.annotations and not options.images:
-        raise ValueError("--images: name the folder of the images of --annotations.")
-    if options.fix and not options.annotations:
+    if options.fix and (not options.annotations or options.val_annotations):
         raise ValueError("--fix: it cleans one annotation file: name it with --annotations, and its --images.")
-    sources = {"train": (options.images, options.annotations)}
-    if options.coco_path:
-        root = Path(options.coco_path)
-        sources = {
-            split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
-            for split in ("train", "val")
-        }
-    files = [annotations for _, annotations in sources.values()]
+    sources = _sources_to_validate(options)
+    files = [source for _, source in sources.values() if isinstance(source, str | Path)]
     refuse_overwriting("--report", options.report, files)
     refuse_overwriting("--fix", options.fix, [*files, options.report])
-    reports = []
+    reports = {}
     for split, (images, annotations) in sources.items():
         with Progress(f"validate {split}", total=None) as progress:
-            report = validate(
+            reports[split] = validate(
                 images,
                 annotations,
                 split == "train",
                 options.processes,
                 lambda done, total: progress.advance(done, total=total),
             )
-        reports.append(report)
-    if len(reports) == 2:
-        compare_splits(*reports)
-    for report in reports:
+    for split, report in reports.items():
+        if split != "train" and "train" in reports:
+            compare_splits(reports["train"], report)
         say(report.summary())
         console.print(*report.tables(), sep="\n")
-    return _fixed_or_reported(options, reports)
+    return _fixed_or_reported(options, list(reports.values()))
+
+
+def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | Path, str | Path | Annotations]]":
+    """By `train`, `val` and `test`, the folder of the images, and the annotation file or what was read."""
+    from conddetr.data.layouts import CocoSplit, find_layout
+    from conddetr.engine.config import DataConfig
+    from conddetr.engine.progress import say
+
+    names = ("dataset", "coco_path", "annotations", "images", "val_annotations", "val_folder")
+    given = {name: getattr(options, name) for name in names}
+    DataConfig(**{name: value for name, value in given.items() if value}).check_used()
+    if options.dataset:
+        layout = find_layout(options.dataset)
+        say(layout.describe())
+        return {
+            name: (split.images, split.source if isinstance(split, CocoSplit) else split.read())
+            for name, split in layout.splits.items()
+        }
+    if options.coco_path:
+        root = Path(options.coco_path)
+        return {
+            split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
+            for split in ("train", "val")
+        }
+    sources = {"train": (options.images, options.annotations)}
+    if options.val_annotations:
+        sources["val"] = (options.val_folder or options.images, options.val_annotations)
+    return sources
 
 
 def _fixed_or_reported(options: argparse.Namespace, reports: "list[ValidationReport]") -> int:

@@ -178,7 +178,12 @@ class Detector:
         return DataConfig(**self.run["data"]) if self.run else None
 
     def evaluate(
-        self, batch_size: int = 2, workers: int = 2, classes_by_name: bool = False, **data: Any
+        self,
+        batch_size: int = 2,
+        workers: int = 2,
+        classes_by_name: bool = False,
+        split: str = "val",
+        **data: Any,
     ) -> dict[str, float]:
         """COCO's twelve numbers, on all images of an annotation file that is named, else on validation images. What
         they are of is printed in a line.
@@ -187,6 +192,7 @@ class Detector:
             batch_size: images per forward pass.
             workers: processes that load images.
             classes_by_name: match classes by name, whatever their ids in the data set.
+            split: `val` or `test` of a `dataset`.
             data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`, or `annotations` and
                 `images`; default: the validation images of its training.
 
@@ -206,7 +212,7 @@ class Detector:
         from conddetr.engine.run import evaluation_set
 
         check_loading(batch_size, workers)
-        val_set = evaluation_set(data, self.data, self.classes, self.model.config)
+        val_set = evaluation_set(data, self.data, self.classes, self.model.config, split)
         if not val_set.is_annotated:
             raise ValueError(
                 f"{val_set.source} has no list 'annotations': there is nothing to compare detections with."

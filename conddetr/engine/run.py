@@ -46,6 +46,8 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
         return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
     if data.kind == "dataset":
         layout = find_layout(data.dataset)
+        if distributed.is_main():
+            say(layout.describe())
         train_set, val_set = (
             layout_split(layout, split, transform, data.val_fraction)
             for split, transform in zip(("train", "val"), transforms, strict=True)
@@ -76,7 +78,11 @@ def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> No
 
 
 def evaluation_set(
-    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]], model: ModelConfig
+    chosen: Mapping[str, Any],
+    of_run: DataConfig | None,
+    classes: Sequence[dict[str, Any]],
+    model: ModelConfig,
+    split: str = "val",
 ) -> "Dataset":
     """The data to evaluate a detector on.
 
@@ -88,6 +94,7 @@ def evaluation_set(
         of_run: what the detector was trained on, if that is known.
         classes: the detector's.
         model: the detector's configuration.
+        split: `val` or `test` of a `dataset`.
 
     Raises:
         ValueError: unknown option (with the nearest name), or one without use beside the others; no images are named,
@@ -102,10 +109,15 @@ def evaluation_set(
 
     data = _evaluation_data(chosen, of_run, classes)
     transform = EvalTransform(model)
+    if split != "val" and data.kind != "dataset":
+        raise ValueError(unused("split", data.kind))
     if data.kind == "synthetic":
         return SyntheticShapes(data.val_images, 2, model.image_size)
     if data.kind == "dataset":
-        return layout_split(find_layout(data.dataset), "val", transform, data.val_fraction)
+        layout = find_layout(data.dataset)
+        if distributed.is_main():
+            say(layout.describe())
+        return layout_split(layout, split, transform, data.val_fraction)
     if data.kind == "coco_path":
         return coco_split(data.coco_path, "val", transform)
     if data.val_annotations:

@@ -350,6 +350,30 @@ def test_the_command_prints_writes_and_sets_the_status(small_coco, tmp_path, cap
     assert main(["validate-data", "--annotations", str(small_coco.file)]) == 2
 
 
+def test_the_command_takes_any_layout_and_two_files(small_coco, tmp_path, capsys):
+    val = small_coco.root / "annotations" / "instances_val2017.json"
+    content = json.loads(val.read_text())
+    content["categories"][0]["name"] = "lion"
+    val.write_text(json.dumps(content))
+    two_files = ["--annotations", str(small_coco.file), "--images", str(small_coco.images)]
+    two_files += ["--val-annotations", str(val), "--val-folder", str(small_coco.root / "val2017")]
+    for source in (["--dataset", str(small_coco.root)], two_files):
+        out = tmp_path / "report.json"
+        assert main(["validate-data", *source, "--report", str(out)]) == 1
+        train, other = json.loads(out.read_text())["data_sets"]
+        assert train["ok"]
+        clash = next(finding for finding in other["findings"] if finding["kind"] == "category with another name")
+        assert clash["examples"] == ["id 7: 'lion' here, 'cat' in the training set"]
+    assert "data: COCO 2017 layout" in capsys.readouterr().out
+    for extra, message in (
+        (["--images", "x", "--coco-path", "y"], "images has no use beside `coco_path`"),
+        (["--val-folder", "x", *two_files[:4]], "val_annotations is missing"),
+        (["--fix", "x.json", *two_files], "--fix: it cleans one annotation file"),
+    ):
+        assert main(["validate-data", *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_real_images_are_sound(coco_path):
     for split in ("train", "val"):
         report = validate(coco_path / f"{split}2017", coco_path / "annotations" / f"instances_{split}2017.json")

@@ -80,6 +80,19 @@ def test_data_sets_whose_layout_is_found(small_coco):
     assert evaluated({"coco_path": str(small_coco.root)}).image_ids == val_set.image_ids
 
 
+def test_the_test_images_of_a_data_set(small_coco, capsys):
+    (small_coco.root / "roboflow" / "train").mkdir(parents=True)
+    shutil.copytree(small_coco.images, small_coco.root / "roboflow" / "test")
+    for name in ("train", "test"):
+        shutil.copy(small_coco.file, small_coco.root / "roboflow" / name / "_annotations.coco.json")
+    chosen = {"dataset": str(small_coco.root / "roboflow")}
+    found = evaluation_set(chosen, None, SHAPES, MODEL, "test")
+    assert found.source == f"{small_coco.root}/roboflow/test/_annotations.coco.json"
+    assert "data: Roboflow COCO layout (train/_annotations.coco.json): train, test" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="split has no use beside `coco_path`"):
+        evaluation_set({"coco_path": str(small_coco.root)}, None, SHAPES, MODEL, "test")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
