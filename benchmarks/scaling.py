@@ -1,10 +1,11 @@
-"""Time and memory of conditional attention, and of a whole training step, against their size.
+"""Time and memory of conditional attention, of a whole training step, and of reading annotations, against their size.
 
-    python benchmarks/scaling.py                 # keys from 10² to 10⁵, queries, batch; of a training step too
+    python benchmarks/scaling.py                 # keys from 10² to 10⁵, queries, batch; of a training step too; boxes
     python benchmarks/scaling.py --backward      # attention with its gradients
 
 One of keys, queries and batch grows, the others are those of R50 at 800×1066. Implementations are those of `attn.py`
-that need no compilation for each size, checked before timed. Writes results/<device>/scaling.json and, from it,
+that need no compilation for each size, checked before timed. Annotation files are those of `annotations.py`, up to the
+size of COCO's training set. Writes results/<device>/scaling.json and, from it,
 scaling.png.
 """
 
@@ -18,6 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
+import annotations
 import attn
 import matplotlib
 
@@ -57,6 +59,8 @@ STEP_PRESET = "conditional-detr-r50" if DEVICE.type == "cuda" else "conditional-
 STEP_QUERIES = conddetr.build(STEP_PRESET).config.num_queries
 SIDE, STRIDE = (800, 32) if DEVICE.type == "cuda" else (128, 16)
 """Of the step's images, and pixels per key of its feature map."""
+ANNOTATION_ROUNDS = 2
+"""A file of COCO's size takes the plain reader twenty seconds."""
 
 
 def problems(backward: bool) -> dict[str, dict[int, attn.Problem]]:
@@ -182,6 +186,10 @@ def sizes_of(options: argparse.Namespace) -> list[Size]:
         [Size("batch of a training step", batch, partial(step, batch=batch)) for batch in BATCHES],
         [Size("keys of a training step", (k * SIDE // STRIDE) ** 2, partial(step, side=k * SIDE)) for k in (1, 2, 4)],
         [Size("queries of a training step", queries, partial(step, queries=queries)) for queries in QUERIES],
+        [
+            Size("boxes of an annotation file", boxes, partial(annotations.measured, boxes, ANNOTATION_ROUNDS))
+            for boxes in annotations.SIZES
+        ],
     ]
     return [size for of_rank in zip_longest(*axes) for size in of_rank if size is not None]
 
@@ -200,7 +208,7 @@ def entry(size: Size, result: Result) -> dict:
 
 def main() -> None:
     """Measure, keep the file complete after each size, draw; a wrong answer is told at the end."""
-    parser = arguments(__doc__.splitlines()[0], seconds=200)
+    parser = arguments(__doc__.splitlines()[0], seconds=300)
     parser.set_defaults(rounds=50 if DEVICE.type == "cuda" else 5)
     parser.add_argument("--backward", action="store_true", help="attention with its gradients")
     options = parse(parser)
