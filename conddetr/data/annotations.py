@@ -304,7 +304,7 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
     """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
     raw = path.read_bytes()
     try:
-        content = json.loads(decode_text(raw), object_pairs_hook=_object)
+        content = json.loads(decode_text(raw), object_pairs_hook=without_second_lists)
     # A deeply nested file exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Annotation file {path} is not JSON: {_looks_like(raw) or error}.") from error
@@ -324,8 +324,12 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
     return lists, missing
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One object of a file; of a list that stands there twice, readers take the first, the last, or both."""
+def without_second_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One object of a JSON file, as `json.loads` hands over its pairs.
+
+    Raises:
+        ValueError: a list of `SECTIONS` stands there twice, of which readers take the first, the last, or both.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
