@@ -1,7 +1,6 @@
 """The command line: `conddetr train | eval | predict | attention | export | ...`; `conddetr --help` lists all."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -191,7 +190,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from conddetr.engine.progress import metrics_table, say, show
-    from conddetr.engine.run import train
+    from conddetr.engine.run import official_evaluation, train
 
     chosen, notes = chosen_options(options)
     run = resolve_run(chosen)
@@ -207,7 +206,7 @@ def _train(options: argparse.Namespace) -> None:
     elif run.resume:
         # The official way to evaluate a checkpoint.
         checkpoint = checkpoint if run.resume == "auto" else Path(run.resume)
-        data = {name: value for name, value in dataclasses.asdict(run.data).items() if name in chosen}
+        data = official_evaluation(run.data, chosen)
         # Weights do not tell dilation: an official file without arguments takes it from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
         result = _coco_result(checkpoint, preset, run.device, data, run.train.batch_size, run.train.workers)

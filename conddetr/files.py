@@ -88,7 +88,14 @@ def decode_text(content: bytes) -> str:
         return content.decode("utf-32")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16")
-    return content.decode("utf-8-sig")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"expected UTF-8, found byte 0x{content[error.start]:02x} at line {line} (byte {error.start}): save the "
+            "file as UTF-8"
+        ) from error
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -103,7 +103,7 @@ def entry_fault(section: str, entry: Any) -> str | None:
     for name in fields:
         is_valid, expected = _CHECKS[name]
         if name in entry and not is_valid(entry[name]):
-            return f"{name}: expected {expected}, got {str(entry[name])[:60]}"
+            return f"{name}: expected {expected}, got {repr(entry[name])[:60]}"
     return None
 
 
@@ -268,6 +268,8 @@ def scan(path: str | Path) -> Scan:
         ValueError: not JSON, or no object.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"Annotation file {path} is a folder: name the JSON file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"Annotation file {path} does not exist.")
     lists = _quick_lists(path)
@@ -300,13 +302,18 @@ def _quick_lists(path: Path) -> "dict[str, _List] | None":
 
 def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
     """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+    raw = path.read_bytes()
     try:
-        content = json.loads(decode_text(path.read_bytes()))
+        content = json.loads(decode_text(raw), object_pairs_hook=without_second_lists)
     # A deeply nested file exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
+        raise ValueError(f"Annotation file {path} is not JSON: {_looks_like(raw) or error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Annotation file {path}: expected an object, found {type(content).__name__}.")
+        results = ", as files of results are: annotations have 'images', 'annotations' and 'categories'"
+        raise ValueError(
+            f"Annotation file {path}: expected an object, found {type(content).__name__}"
+            f"{results if isinstance(content, list) else ''}."
+        )
     lists, missing = {}, []
     for name in SECTIONS:
         if isinstance(content.get(name), list):
@@ -315,6 +322,39 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
         elif name in content:
             missing.append(name)
     return lists, missing
+
+
+def without_second_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One object of a JSON file, as `json.loads` hands over its pairs.
+
+    Raises:
+        ValueError: a list of `SECTIONS` stands there twice, of which readers take the first, the last, or both.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next((name for name in SECTIONS if keys.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"the key {twice!r} stands there twice: leave one of them")
+    return content
+
+
+def _looks_like(raw: bytes) -> str | None:
+    """What a file that is no JSON is, where its first bytes tell, and what to do."""
+    if not raw.strip():
+        return "the file is empty"
+    for start, text in _OTHER_FILES.items():
+        if raw.startswith(start):
+            return text
+    return None
+
+
+_OTHER_FILES = {
+    b"\x1f\x8b": "it is compressed by gzip: unpack it",
+    b"PK\x03\x04": "it is a ZIP archive: unpack it",
+    b"version https://git-lfs": "it is a pointer of Git LFS, the content is elsewhere: run `git lfs pull`",
+}
+"""By their first bytes, files that are given instead of JSON."""
 
 
 class _List:

@@ -6,6 +6,7 @@ must be remembered to go on in the middle of an epoch.
 """
 
 import math
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -253,7 +254,17 @@ class _BatchReader(Dataset):
         self.dataset, self._are_copied = dataset, are_copied
         self._lent: deque[Tensor] = deque()
 
-    def __getitem__(self, batch: BatchPlan) -> Batch:
+    def __getitem__(self, batch: BatchPlan) -> Batch | Exception:
+        """The batch; in a worker process, what is wrong with an image is handed to the calling one as it is."""
+        try:
+            return self._read(batch)
+        except (ValueError, OSError) as error:
+            if get_worker_info() is None:
+                raise
+            error.add_note(traceback.format_exc())
+            return error
+
+    def _read(self, batch: BatchPlan) -> Batch:
         size = len(batch.plans) * 3 * math.prod(batch.shape)
         memory = torch.empty(size, dtype=torch.uint8) if get_worker_info() is None else self._shared(size)
         samples = (self.dataset.load(index, plan) for index, plan in zip(batch.indices, batch.plans, strict=True))
@@ -274,11 +285,17 @@ class _BatchReader(Dataset):
 
 
 class _Loader(DataLoader):
-    """One whose processes leave Ctrl-C to this one."""
+    """One whose processes leave Ctrl-C to this one, and whose errors are theirs, not pages around them."""
 
     def __iter__(self) -> Iterator[Batch]:
         with interrupts_held():
-            return super().__iter__()
+            return map(_unless_failed, super().__iter__())
+
+
+def _unless_failed(batch: Batch | Exception) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def make_loader(

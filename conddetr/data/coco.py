@@ -56,6 +56,8 @@ class CocoDetection(Dataset):
                 file and the entry.
         """
         self.image_dir = Path(image_dir)
+        if self.image_dir.is_file():
+            raise NotADirectoryError(f"Image folder {self.image_dir} is a file.")
         if not self.image_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.image_dir} does not exist.")
         self.transform = transform
@@ -175,8 +177,7 @@ class CocoDetection(Dataset):
         self.crowds = int(crowds.sum())
         self.dropped_boxes = int((~has_area & ~crowds).sum())
         self.objects = int((has_area & ~crowds).sum())
-        # Evaluation compares with the boxes as they are.
-        readings = box_readings(self._annotations.boxes, sizes) if isinstance(self.transform, TrainTransform) else []
+        readings = box_readings(self._annotations.boxes, sizes)
         if readings:
             log.warning(
                 "%s: %s. Boxes must be x, y, width, height in pixels: conddetr validate-data shows which are not.",

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from conddetr.data.annotations import SECTIONS, entry_fault, scan
+from conddetr.data.annotations import SECTIONS, entry_fault, scan, without_second_lists
 from conddetr.data.boxes import box_readings, reaches_out
 from conddetr.data.validate import Files, ValidationReport, file_findings, is_unusable, judge
 from conddetr.files import atomic_file, read_text, refuse_overwriting
@@ -78,7 +78,7 @@ def fix(report: ValidationReport, out: str | Path, train: bool = True) -> Fixed:
     """
     refuse_overwriting("--fix", out, [report.annotation_file])
     try:
-        content = json.loads(read_text(report.annotation_file))
+        content = json.loads(read_text(report.annotation_file), object_pairs_hook=without_second_lists)
     # A deeply nested file exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(

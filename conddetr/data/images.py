@@ -166,7 +166,7 @@ def _read_file(
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The file as a PIL image that is not decoded yet; errors inside name the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"Image file {path} does not exist.")
+        raise FileNotFoundError(f"Image file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     with _named_errors(f"Image file {path}"), Image.open(path) as image:
         yield image
 
@@ -186,6 +186,8 @@ def _named_errors(name: str) -> Iterator[None]:
             f"{name}: too large. {error} If you trust it, raise the limit: PIL.Image.MAX_IMAGE_PIXELS = {limit} in "
             f"Python, or the environment variable CONDDETR_MAX_PIXELS={limit}."
         ) from error
+    except PermissionError as error:
+        raise ValueError(f"{name}: cannot be read ({error.strerror}): change who may read it.") from error
     # RuntimeError: AVIF's decoder.
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: truncated or damaged ({error}).") from error
@@ -298,7 +300,9 @@ def _from_tensor(image: Tensor, name: str) -> Tensor:
     if image.dtype == torch.uint16:
         image = (image.to(torch.int32) // 257).to(torch.uint8)
     elif image.is_floating_point():
-        low, high = (bound.item() for bound in image.aminmax())
+        low, high = (bound.item() for bound in image.detach().aminmax())
+        if math.isnan(low):
+            raise PixelError(f"{name}: expected floating values in [0, 1], got nan: put a number there.")
         if not (low >= 0 and high <= 1):
             raise PixelError(
                 f"{name}: expected floating values in [0, 1], got {low:.9g}…{high:.9g}. Scale them to that range."

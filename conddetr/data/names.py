@@ -2,7 +2,7 @@
 
 import unicodedata
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 
@@ -37,7 +37,16 @@ def find_image(folder: str | Path, name: str) -> Path:
         raise FileNotFoundError(f"Image file {exact} is a folder.")
     others = f" Nor does it as {', '.join(spellings[1:])}." if spellings[1:] else ""
     backslashes = " Its name has backslashes, which separate folders on Windows alone." if "\\" in name else ""
-    raise FileNotFoundError(f"Image file {exact} does not exist.{backslashes}{others}")
+    raise FileNotFoundError(f"Image file {exact} does not exist.{backslashes}{others}{_elsewhere(Path(folder), name)}")
+
+
+def _elsewhere(folder: Path, name: str) -> str:
+    """Where the file would be if its name began with other folders; empty: not there either."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    for place in (folder.joinpath(*parts[-1:]), folder.parent / name):
+        if len(parts) > 1 and place.is_file():
+            return f" {place} is there: names must be relative to the folder of the images."
+    return ""
 
 
 def _in_any_case(folder: Path, name: str) -> list[Path]:

@@ -1,7 +1,8 @@
 """A training run from its configuration: the same for the command line and for `Detector.train`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from conddetr.data.coco import CocoDetection
+    from conddetr.data.layouts import Layout
+
+
+log = logging.getLogger(__name__)
 
 
 def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset"]:
@@ -46,6 +51,8 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
         return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
     if data.kind == "dataset":
         layout = find_layout(data.dataset)
+        if data.val_fraction != DataConfig.val_fraction:
+            _check_divided(layout)
         if distributed.is_main():
             say(layout.describe())
         train_set, val_set = (
@@ -65,16 +72,39 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
     return train_set, val_set
 
 
+def _check_divided(layout: "Layout") -> None:
+    """Refuse `val_fraction` where a data set has validation images of its own."""
+    if "val" in layout.splits:
+        raise ValueError(
+            f"Data option val_fraction has no use beside the validation images that {layout.root} has: leave it out."
+        )
+
+
 def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> None:
     """Refuse to train where nothing can be learned, or measured."""
     if train_set.objects == 0:
+        crowds, dropped = train_set.crowds, train_set.dropped_boxes
+        found = [f"{crowds} crowds (`iscrowd` 1, which are not trained on)"] if crowds else []
+        found += [f"{dropped} boxes without area inside their image"] if dropped else []
+        advice = (
+            " Where every object is a crowd, a tool has exported masks so: write `iscrowd` 0 for single objects."
+            if crowds
+            else " conddetr validate-data shows them."
+            if dropped
+            else " Check that the export includes annotations."
+        )
         raise ValueError(
-            f"There is nothing to learn: {train_set.source} has {train_set.crowds} crowds (`iscrowd` 1, which are not "
-            f"trained on), {train_set.dropped_boxes} boxes without area inside their image, and no object besides. "
-            "Where every object is a crowd, a tool has exported masks so: write `iscrowd` 0 for single objects."
+            f"There is nothing to learn. In {train_set.source}: {' and '.join(found) or 'no boxes at all'}, and no "
+            f"object besides.{advice}"
         )
     if not val_set.is_annotated:
         raise ValueError(f"Annotation file {val_set.annotation_file} has no list 'annotations': it can not validate.")
+    if val_set.objects == 0:
+        log.warning(
+            "There is nothing to measure: %s has no objects (%d crowds), so no metric exists and no best.pt is kept.",
+            val_set.source,
+            val_set.crowds,
+        )
 
 
 def evaluation_set(
@@ -115,6 +145,8 @@ def evaluation_set(
         return SyntheticShapes(data.val_images, 2, model.image_size)
     if data.kind == "dataset":
         layout = find_layout(data.dataset)
+        if "val_fraction" in chosen:
+            _check_divided(layout)
         if distributed.is_main():
             say(layout.describe())
         return layout_split(layout, split, transform, data.val_fraction)
@@ -144,13 +176,14 @@ def _evaluation_data(
         used = {"val_annotations", "val_folder" if chosen.get("val_folder") else "images"}
     elif any(chosen.get(name) for name in ("dataset", "coco_path", "annotations")):
         data = DataConfig(**chosen)
-        used = {data.kind, "images", "val_fraction"} if data.annotations else {data.kind}
+        used = {"annotations": {"annotations", "images", "val_fraction"}, "dataset": {"dataset", "val_fraction"}}.get(
+            data.kind, {data.kind}
+        )
     elif of_run is not None:
-        data = replace(of_run, **chosen)
-        used = {"train_images", "val_images"} if data.kind == "synthetic" else {"images", "val_fraction"}
+        data, used = replace(of_run, **chosen), _changeable(of_run)
     else:
         names = [category["name"] for category in classes]
-        data, used = DataConfig(**chosen), {"train_images", "val_images"}
+        data, used = DataConfig(**chosen), {"val_images"}
         if data.kind == "synthetic" and names != list(CLASSES):
             raise ValueError(
                 f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} "
@@ -159,9 +192,43 @@ def _evaluation_data(
             )
     for name in chosen:
         if name not in used:
-            raise ValueError(unused(name, "val_annotations" if chosen.get("val_annotations") else data.kind))
+            has_own_file = chosen.get("val_annotations") or (
+                data.val_annotations and name not in ("images", "val_folder")
+            )
+            raise ValueError(unused(name, "val_annotations" if has_own_file else data.kind))
     is_whole = chosen.get("val_annotations") or (chosen.get("annotations") and "val_fraction" not in chosen)
     return replace(data, val_annotations=data.annotations, val_folder=data.images) if is_whole else data
+
+
+def official_evaluation(data: DataConfig, chosen: Collection[str]) -> dict[str, Any]:
+    """What `evaluation_set` is to be given where a training's options come with `--eval`: those of its validation.
+
+    Args:
+        data: the options of the training.
+        chosen: the names of those that were given, by flags or a file; a file may name all.
+
+    Raises:
+        ValueError: an option has no use beside the others.
+    """
+    data.check_used()
+    of_training = {"train_images"} | ({"annotations", "val_fraction"} if data.val_annotations else set())
+    of_training |= {"images"} if data.val_folder else set()
+    given = {name: value for name, value in asdict(data).items() if name in chosen and name not in of_training}
+    default = asdict(DataConfig())
+    keeps_share = data.kind == "annotations"
+    return {
+        name: value
+        for name, value in given.items()
+        if value != default[name] or (name == "val_fraction" and keeps_share)
+    }
+
+
+def _changeable(of_run: DataConfig) -> set[str]:
+    """The options that change on which images of a training's own data a detector is evaluated, or where they are."""
+    if of_run.val_annotations:
+        return {"val_folder"} if of_run.val_folder else {"val_folder", "images"}
+    by_kind = {"synthetic": {"val_images"}, "annotations": {"images", "val_fraction"}, "dataset": {"val_fraction"}}
+    return by_kind.get(of_run.kind, set())
 
 
 def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:

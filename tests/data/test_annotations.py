@@ -3,6 +3,7 @@ cut; encodings, and fields that may be missing."""
 
 import codecs
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -155,6 +156,42 @@ def test_unicode_encodings(small_coco, encoding):
     is_marked = encoding == "utf-16-le-mark"
     small_coco.file.write_bytes(codecs.BOM_UTF16_LE + text.encode("utf-16-le") if is_marked else text.encode(encoding))
     assert read_annotations(small_coco.file).to_coco() == {**small_coco.content}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n", "the file is empty"),
+        (gzip.compress(b"{}"), "compressed by gzip: unpack it"),
+        (b"PK\x03\x04" + bytes(9), "a ZIP archive: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+        (
+            '{"images": [],\n"categories": [{"id": 1, "name": "b\u00e4ume"}]}'.encode("latin-1"),
+            r"expected UTF-8, found byte 0xe4 at line 2 \(byte 50\)",
+        ),
+        (b'[{"image_id": 1, "score": 0.5}]', "expected an object, found list, as files of results are"),
+        (b'{"images": [], "categories": [], "images": [1]}', "the key 'images' stands there twice"),
+        (b'{"images": [], \n}', "line 2 column 1"),
+    ],
+)
+def test_other_files_are_named_with_what_to_do(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^Annotation file .*x\.json.*{message}"):
+        read_annotations(path)
+
+
+def test_a_folder_is_no_annotation_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder: name the JSON file in it"):
+        read_annotations(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "shown"), [("100", "'100'"), (100.0, "100.0"), (True, "True")])
+def test_ids_that_are_no_integers_are_shown_as_what_they_are(small_coco, value, shown):
+    small_coco.content["images"][0]["id"] = value
+    small_coco.write()
+    with pytest.raises(ValueError, match=rf"id: expected an integer ≥ 0, got {shown}\."):
+        read_annotations(small_coco.file)
 
 
 def test_a_test_file_has_no_annotations(small_coco):

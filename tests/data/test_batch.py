@@ -1,5 +1,7 @@
 """Batches: what is trained on depends on seed, epoch and index alone; shapes are few; ranks share without overlap."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +201,14 @@ def test_equal_sizes_have_no_padding():
 def test_too_few_images_for_one_batch_are_named():
     with pytest.raises(ValueError, match="batch_size: 4 on each of 3 ranks is more than the 10 training images"):
         make_loader(SyntheticShapes(10, seed=1), 4, train=True, world=3)
+
+
+def test_a_worker_says_what_is_wrong_in_one_line(small_coco):
+    (small_coco.images / "1.jpg").write_text("no image")
+    for workers in (0, 1):
+        loader = make_loader(
+            coco_split(small_coco.root, "train", EvalTransform(CONFIG)), 1, train=False, workers=workers
+        )
+        with pytest.raises(ValueError, match="not an image") as caught:
+            list(loader)
+        assert re.fullmatch(r"Image file \S+1\.jpg: not an image.*image id 101 of \S+\.", str(caught.value))

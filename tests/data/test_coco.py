@@ -57,11 +57,11 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
     assert len(boxes) == 2
 
 
-def test_boxes_that_are_no_pixels_are_said_before_training(small_coco, caplog):
+@pytest.mark.parametrize("transform", [TrainTransform, EvalTransform])
+def test_boxes_that_are_no_pixels_are_said_before_anything_is_computed(small_coco, caplog, transform):
     small_coco.annotate(100, [0.1, 0.1, 0.4, 0.6], 7)
-    load(small_coco)
-    assert "look like" not in caplog.text
-    coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
+    small_coco.write()
+    coco_split(small_coco.root, "train", transform(resolve("conditional-detr-tiny")))
     assert len(caplog.messages) == 1
     assert "1 boxes look like fractions. Boxes must be x, y, width, height in pixels" in caplog.text
     assert str(small_coco.file) in caplog.text
@@ -85,11 +85,11 @@ def test_images_without_boxes_stay(small_coco):
             r"\[1\] \(id 2\): bbox: expected",
         ),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"bbox: expected 4 finite numbers, got \[1, 2, 3\]"),
-        (lambda c: c["annotations"][1].update(bbox="all"), "bbox: expected 4 finite numbers, got all"),
+        (lambda c: c["annotations"][1].update(bbox="all"), "bbox: expected 4 finite numbers, got 'all'"),
         (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] \(id 3\): has no 'bbox'"),
         (lambda c: c["annotations"][2].update(id=1), "id 1 stands more than once in 'annotations'"),
         (lambda c: c["images"][3].update(height=-7), r"images\[3\] \(id 103\): height: expected a positive integer"),
-        (lambda c: c["images"][1].update(id="x"), r"images\[1\] \(id x\): id: expected an integer ≥ 0, got x"),
+        (lambda c: c["images"][1].update(id="x"), r"images\[1\] \(id x\): id: expected an integer ≥ 0, got 'x'"),
         (lambda c: c["annotations"][0].update(iscrowd=[]), "iscrowd: expected 0 or 1"),
         (lambda c: c.pop("categories"), "expected a list under the key 'categories'"),
     ],

@@ -169,7 +169,12 @@ def test_nothing_is_written_where_nothing_is_left(small_coco, tmp_path):
         annotation["bbox"] = [1, 2, 0, 0]
     small_coco.write()
     refused("no objects")
-    for text, message in (("{", "is not JSON"), ("[]", "expected an object"), ("{}", "missing section")):
+    for text, message in (
+        ("{", "is not JSON"),
+        ('{"images": [], "images": []}', "stands there twice"),
+        ("[]", "expected an object"),
+        ("{}", "missing section"),
+    ):
         small_coco.file.write_text(text)
         refused(message)
     with pytest.raises(ValueError, match="this is also"):

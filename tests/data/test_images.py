@@ -1,5 +1,6 @@
 """Images of every kind: right pixels, or an error that names the file."""
 
+import errno
 import inspect
 import io
 import runpy
@@ -306,6 +307,8 @@ def test_sizes_are_read_from_the_header_alone(pixels, tmp_path, kind, monkeypatc
 def test_sizes_name_missing_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Image file .*nowhere\.jpg does not exist"):
         image_sizes(tmp_path / "nowhere.jpg")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_image(tmp_path)
     note = tmp_path / "note.jpg"
     note.write_text("no image")
     with pytest.raises(ValueError, match=r"note\.jpg: not an image in a known format"):
@@ -346,6 +349,26 @@ def test_truncated_files_are_named(pixels, tmp_path, keep, kind):
         read_image(path)
 
 
+def test_a_file_that_must_not_be_read_is_not_called_damaged(pixels, tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels).save(path)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # Not by its mode: root may read everything.
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match=r"x\.png: cannot be read \(Permission denied\)"):
+        read_image(path)
+
+
+def test_a_tensor_with_gradients_is_read_without_a_warning():
+    image = torch.rand(3, 4, 4, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(read_image(image), image)
+
+
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Image file .*nowhere\.jpg does not exist"):
         read_image(tmp_path / "nowhere.jpg")
@@ -362,7 +385,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         (np.zeros((0, 4, 3), np.uint8), ValueError, "expected at least one pixel"),
         (torch.zeros(2, 4, 4), ValueError, r"expected \[1 \| 3, H, W\], got shape \(2, 4, 4\)"),
         (torch.full((3, 4, 4), 3.0), ValueError, r"expected floating values in \[0, 1\], got 3…3"),
-        (torch.full((3, 4, 4), float("nan")), ValueError, r"in \[0, 1\], got nan"),
+        (torch.full((3, 4, 4), float("nan")), ValueError, r"in \[0, 1\], got nan: put a number there"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, "expected uint8, uint16 or floating values"),
         (np.zeros((4, 4), np.int32), ValueError, "expected uint8, uint16 or floating values, got int32"),
         (np.zeros((4, 4), bool), ValueError, "expected uint8, uint16 or floating values, got bool"),

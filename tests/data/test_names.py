@@ -47,6 +47,9 @@ def test_what_is_not_there_is_named(folder):
         find_image(folder, "no.png")
     with pytest.raises(FileNotFoundError, match=r"backslashes.*Nor does it as Images/no\.png"):
         find_image(folder, "Images\\no.png")
+    for name in ("Images/IMG_1.JPG", "C:\\photos\\IMG_1.JPG", "http://example.org/IMG_1.JPG"):
+        with pytest.raises(FileNotFoundError, match=r"IMG_1\.JPG is there: names must be relative to the folder"):
+            find_image(folder / "Images", name)
     with pytest.raises(FileNotFoundError, match="is a folder"):
         find_image(folder, "Images")
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 
@@ -9,7 +10,7 @@ import conddetr
 from conddetr.cli import main
 from conddetr.data.synthetic import CLASSES
 from conddetr.engine.config import DataConfig
-from conddetr.engine.run import data_sets, evaluation_set
+from conddetr.engine.run import data_sets, evaluation_set, official_evaluation
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -36,6 +37,9 @@ def own(small_coco):
     """A validation file of its own: two images."""
     file = small_coco.root / "annotations" / "instances_val2017.json"
     return {"val_annotations": str(file), "val_folder": str(small_coco.root / "val2017")}
+
+
+OWN_FILE = DataConfig(annotations="x", images="y", val_annotations="z", val_folder="f")
 
 
 def evaluated(chosen, of_run=None):
@@ -69,6 +73,43 @@ def test_the_validation_file_of_the_training(folder, own):
     of_run = DataConfig(**folder, **own)
     assert evaluated({}, of_run).source == own["val_annotations"]
     assert data_sets(of_run, MODEL)[1].source == own["val_annotations"]
+
+
+def test_validation_images_that_lie_elsewhere_now(folder, own, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(own["val_folder"], moved)
+    of_run = DataConfig(**folder, **own)
+    assert evaluated({"val_folder": str(moved)}, of_run).image_dir == moved
+    one_folder = DataConfig(**folder, val_annotations=own["val_annotations"])
+    for name in ("images", "val_folder"):
+        assert evaluated({name: str(moved)}, one_folder).image_dir == moved
+
+
+def test_the_share_of_a_data_set_with_validation_images_has_no_use(small_coco):
+    root = str(small_coco.root)
+    message = "val_fraction has no use beside the validation images that"
+    with pytest.raises(ValueError, match=message):
+        data_sets(DataConfig(dataset=root, val_fraction=0.3), MODEL)
+    with pytest.raises(ValueError, match=message):
+        evaluated({"dataset": root, "val_fraction": 0.1})
+    with pytest.raises(ValueError, match=message):
+        evaluated({"val_fraction": 0.3}, DataConfig(dataset=root))
+    shutil.rmtree(small_coco.root / "val2017")
+    part = evaluated({"dataset": root, "val_fraction": 0.5})
+    assert part.source == f"2 of the 4 images of {small_coco.file}"
+    assert part.image_ids == data_sets(DataConfig(dataset=root, val_fraction=0.5), MODEL)[1].image_ids
+
+
+def test_official_evaluation_takes_the_options_of_the_training(folder, own):
+    files = DataConfig(**folder, **own)
+    # As from a run's own configuration, which names every option.
+    assert evaluated(official_evaluation(files, asdict(files))).source == own["val_annotations"]
+    part = DataConfig(**folder, val_fraction=0.3)
+    assert len(evaluated(official_evaluation(part, asdict(part)))) == 3
+    assert len(evaluated(official_evaluation(DataConfig(**folder), folder))) == 10
+    assert official_evaluation(DataConfig(), asdict(DataConfig())) == {}
+    with pytest.raises(ValueError, match="val_images has no use beside `coco_path`"):
+        official_evaluation(DataConfig(coco_path="x", val_images=3), ["coco_path", "val_images"])
 
 
 def test_data_sets_whose_layout_is_found(small_coco):
@@ -133,6 +174,12 @@ def test_training_options_without_use_are_refused(options, message):
             "annotations has no use beside `val_annotations`",
         ),
         ({"coco_path": "x", "val_fraction": 0.1}, None, "val_fraction has no use beside `coco_path`"),
+        # Nothing of them would be looked at.
+        ({"images": "x"}, DataConfig(coco_path="x"), "images has no use beside `coco_path`"),
+        ({"images": "x"}, DataConfig(dataset="x"), "images has no use beside `dataset`"),
+        ({"train_images": 7}, DataConfig(), "train_images has no use beside synthetic shapes"),
+        ({"images": "x"}, OWN_FILE, "images has no use beside `annotations`"),
+        ({"val_fraction": 0.1}, OWN_FILE, "val_fraction has no use beside `val_annotations`"),
         ({"val_images": 7}, DataConfig(coco_path="x"), "val_images has no use beside `coco_path`"),
         ({"val_fraction": 0.1}, DataConfig(), "val_fraction has no use beside synthetic shapes"),
         ({"val_annotations": "x"}, DataConfig(), "images is missing"),
@@ -161,18 +208,38 @@ def test_nothing_to_learn_is_refused_with_counts(small_coco, tmp_path, capsys):
     assert main(command) == 2
     printed = capsys.readouterr().err
     assert "There is nothing to learn" in printed
-    assert "has 4 crowds" in printed
+    assert "4 crowds (`iscrowd` 1, which are not trained on) and 1 boxes without" in printed
     assert "1 boxes without area inside their image" in printed
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_validation_set_without_objects_has_dashes(small_coco, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        ([], "no boxes at all, and no object besides. Check that the export includes annotations."),
+        ([500, 500, 5, 5], "1 boxes without area inside their image, and no object besides. conddetr validate-data"),
+    ],
+)
+def test_nothing_to_learn_says_only_what_is_there(small_coco, annotations, message):
+    small_coco.content["annotations"] = []
+    if annotations:
+        small_coco.annotate(100, annotations, 7)
+    small_coco.write()
+    with pytest.raises(ValueError, match="There is nothing to learn") as caught:
+        data_sets(DataConfig(coco_path=str(small_coco.root)), MODEL)
+    assert message in str(caught.value)
+    assert "crowd" not in str(caught.value)
+
+
+def test_a_validation_set_without_objects_has_dashes(small_coco, tmp_path, capsys, caplog):
     file = small_coco.root / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "annotations": []}))
     command = ["train", "--coco-path", str(small_coco.root), *QUICK, "--device", "cpu", "--batch-size", "4"]
     assert main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
+    assert f"There is nothing to measure: {file} has no objects (0 crowds)" in caplog.text
+    assert not (tmp_path / "run" / "best.pt").exists()
     assert "AP –  AP50 –" in printed
     assert f"{file}: 2 images, 0 objects; by " in printed
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["AP"] == -1
