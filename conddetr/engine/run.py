@@ -183,7 +183,7 @@ def _evaluation_data(
         data, used = replace(of_run, **chosen), _changeable(of_run)
     else:
         names = [category["name"] for category in classes]
-        data, used = DataConfig(**chosen), {"val_images"}
+        data, used = DataConfig(**chosen), _OF_SHAPES
         if data.kind == "synthetic" and names != list(CLASSES):
             raise ValueError(
                 f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} "
@@ -223,11 +223,15 @@ def official_evaluation(data: DataConfig, chosen: Collection[str]) -> dict[str, 
     }
 
 
+_OF_SHAPES = {"train_images", "val_images"}
+"""What describes synthetic shapes; a script may give `evaluate` the options that it gave `train`."""
+
+
 def _changeable(of_run: DataConfig) -> set[str]:
     """The options that change on which images of a training's own data a detector is evaluated, or where they are."""
     if of_run.val_annotations:
         return {"val_folder"} if of_run.val_folder else {"val_folder", "images"}
-    by_kind = {"synthetic": {"val_images"}, "annotations": {"images", "val_fraction"}, "dataset": {"val_fraction"}}
+    by_kind = {"synthetic": _OF_SHAPES, "annotations": {"images", "val_fraction"}, "dataset": {"val_fraction"}}
     return by_kind.get(of_run.kind, set())
 
 

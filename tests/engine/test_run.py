@@ -177,7 +177,6 @@ def test_training_options_without_use_are_refused(options, message):
         # Nothing of them would be looked at.
         ({"images": "x"}, DataConfig(coco_path="x"), "images has no use beside `coco_path`"),
         ({"images": "x"}, DataConfig(dataset="x"), "images has no use beside `dataset`"),
-        ({"train_images": 7}, DataConfig(), "train_images has no use beside synthetic shapes"),
         ({"images": "x"}, OWN_FILE, "images has no use beside `annotations`"),
         ({"val_fraction": 0.1}, OWN_FILE, "val_fraction has no use beside `val_annotations`"),
         ({"val_images": 7}, DataConfig(coco_path="x"), "val_images has no use beside `coco_path`"),
