@@ -274,27 +274,30 @@ def _coco_result(
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.engine.config import unused
     from conddetr.engine.progress import class_table, metrics_table, say, show
-    from conddetr.files import refuse_overwriting, write_text
+    from conddetr.files import check_json_target, refuse_overwriting, write_text
 
     source, data = (options.checkpoint, options.preset, options.device), chosen_data(options)
     if "train_images" in data:
         raise ValueError(unused("train_images", "eval"))
     read = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
+    check_json_target("--results", options.results)
+    check_json_target("--out", options.out)
     refuse_overwriting("--results", options.results, read)
     refuse_overwriting("--out", options.out, (*read, options.results))
     loading = options.batch_size, options.workers
     result = _coco_result(*source, data, *loading, options.results, options.classes_by_name, options.split)
     if result is None:
         return
-    if options.per_class:
-        show("classes, in percent", class_table(result.per_class))
-    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
-    say(result.describe())
+    # Before anything is printed: a pipe may end after a line.
     if options.out:
         data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
         per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
         content = {**result.metrics, "data": data, **per_class}
         write_text(options.out, json.dumps(content, indent=1) + "\n")
+    if options.per_class:
+        show("classes, in percent", class_table(result.per_class))
+    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
+    say(result.describe())
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -400,12 +403,14 @@ def _demo(options: argparse.Namespace) -> None:
 def _validate(options: argparse.Namespace) -> int:
     from conddetr.data.validate import compare_splits, validate
     from conddetr.engine.progress import Progress, console, say
-    from conddetr.files import refuse_overwriting
+    from conddetr.files import check_json_target, refuse_overwriting
 
     if options.fix and (not options.annotations or options.val_annotations):
         raise ValueError("--fix: it cleans one annotation file: name it with --annotations, and its --images.")
     sources = _sources_to_validate(options)
     files = [source for _, source in sources.values() if isinstance(source, str | Path)]
+    check_json_target("--report", options.report)
+    check_json_target("--fix", options.fix)
     refuse_overwriting("--report", options.report, files)
     refuse_overwriting("--fix", options.fix, [*files, options.report])
     reports = {}

@@ -467,6 +467,11 @@ def test_resolved_options_are_read_again(tmp_path):
             ["validate-data", "--images", "/", "--annotations", "/no.json", "--report", "//no.json"],
             "--report //no.json: this is also /no.json",
         ),
+        # What is written over is looked at before the work.
+        (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, found a folder"),
+        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file is there, and holds no JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "holds no JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "holds no JSON"),
         # Numbers are looked at before any file.
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "-1"], "batch_size: expected at least 1, got -1"),
