@@ -402,7 +402,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     from conddetr.data.validate import compare_splits, validate
-    from conddetr.engine.progress import Progress, console, say
+    from conddetr.engine.progress import Progress
     from conddetr.files import check_json_target, refuse_overwriting
 
     if options.fix and (not options.annotations or options.val_annotations):
@@ -426,8 +426,6 @@ def _validate(options: argparse.Namespace) -> int:
     for split, report in reports.items():
         if split != "train" and "train" in reports:
             compare_splits(reports["train"], report)
-        say(report.summary())
-        console.print(*report.tables(), sep="\n")
     return _fixed_or_reported(options, list(reports.values()))
 
 
@@ -460,14 +458,17 @@ def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | 
 
 
 def _fixed_or_reported(options: argparse.Namespace, reports: "list[ValidationReport]") -> int:
-    """Carry out --fix and --report; the exit status."""
+    """Print the reports, carry out --fix and --report; the exit status. A pipe that ends early costs no report."""
     from conddetr.data.fix import fix
-    from conddetr.engine.progress import say, show
+    from conddetr.engine.progress import console, say, show
     from conddetr.files import write_text
 
     ok = all(report.ok for report in reports)
     content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
     try:
+        for report in reports:
+            say(report.summary())
+            console.print(*report.tables(), sep="\n")
         if options.fix:
             fixed = fix(reports[0], options.fix)
             content["fixed"] = fixed.to_dict()

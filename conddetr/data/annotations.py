@@ -298,15 +298,41 @@ def _quick_lists(path: Path) -> "dict[str, _List] | None":
     return lists
 
 
-def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
-    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+def read_object(path: Path) -> dict[str, Any]:
+    """All that an annotation file holds, by Python's own reader.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON, no object, or has a key twice.
+    """
+    # Of the object that ended last, so in the end of the outermost one.
+    repeated: set[str] = set()
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        repeated.clear()
+        if len(found) < len(pairs):
+            repeated.update(key for key in found if sum(key == name for name, _ in pairs) > 1)
+        return found
+
     try:
-        content = json.loads(decode_text(path.read_bytes()))
+        content = json.loads(decode_text(path.read_bytes()), object_pairs_hook=entries)
     # A deeply nested file exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Annotation file {path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"Annotation file {path}: expected an object, found {type(content).__name__}.")
+    if repeated:
+        raise ValueError(
+            f"Annotation file {path}: {', '.join(map(repr, sorted(repeated)))} stands twice in the outermost object, "
+            "and readers take one or the other: join them, or remove one."
+        )
+    return content
+
+
+def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
+    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+    content = read_object(path)
     lists, missing = {}, []
     for name in SECTIONS:
         if isinstance(content.get(name), list):

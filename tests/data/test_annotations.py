@@ -188,3 +188,10 @@ def test_names_are_kept(texts):
     names = Names(texts)
     assert list(names) == texts
     assert len(names) == len(texts)
+
+
+def test_a_list_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "all.json"
+    path.write_text('{"images": [], "annotations": [], "categories": [], "images": []}')
+    with pytest.raises(ValueError, match=r"all\.json: 'images' stands twice in the outermost object"):
+        read_annotations(path)
