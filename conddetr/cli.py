@@ -273,27 +273,30 @@ def _coco_result(
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.engine.config import unused
     from conddetr.engine.progress import class_table, metrics_table, say, show
-    from conddetr.files import refuse_overwriting, write_text
+    from conddetr.files import check_json_target, refuse_overwriting, write_text
 
     source, data = (options.checkpoint, options.preset, options.device), chosen_data(options)
     if "train_images" in data:
         raise ValueError(unused("train_images", "eval"))
     read = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
+    check_json_target("--results", options.results)
+    check_json_target("--out", options.out)
     refuse_overwriting("--results", options.results, read)
     refuse_overwriting("--out", options.out, (*read, options.results))
     loading = options.batch_size, options.workers
     result = _coco_result(*source, data, *loading, options.results, options.classes_by_name, options.split)
     if result is None:
         return
-    if options.per_class:
-        show("classes, in percent", class_table(result.per_class))
-    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
-    say(result.describe())
+    # Before anything is printed: a pipe may end after a line.
     if options.out:
         data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
         per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
         content = {**result.metrics, "data": data, **per_class}
         write_text(options.out, json.dumps(content, indent=1) + "\n")
+    if options.per_class:
+        show("classes, in percent", class_table(result.per_class))
+    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
+    say(result.describe())
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -398,13 +401,15 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _validate(options: argparse.Namespace) -> int:
     from conddetr.data.validate import compare_splits, validate
-    from conddetr.engine.progress import Progress, console, say
-    from conddetr.files import refuse_overwriting
+    from conddetr.engine.progress import Progress
+    from conddetr.files import check_json_target, refuse_overwriting
 
     if options.fix and (not options.annotations or options.val_annotations):
         raise ValueError("--fix: it cleans one annotation file: name it with --annotations, and its --images.")
     sources = _sources_to_validate(options)
     files = [source for _, source in sources.values() if isinstance(source, str | Path)]
+    check_json_target("--report", options.report)
+    check_json_target("--fix", options.fix)
     refuse_overwriting("--report", options.report, files)
     refuse_overwriting("--fix", options.fix, [*files, options.report])
     reports = {}
@@ -420,13 +425,12 @@ def _validate(options: argparse.Namespace) -> int:
     for split, report in reports.items():
         if split != "train" and "train" in reports:
             compare_splits(reports["train"], report)
-        say(report.summary())
-        console.print(*report.tables(), sep="\n")
     return _fixed_or_reported(options, list(reports.values()))
 
 
 def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | Path, str | Path | Annotations]]":
     """By `train`, `val` and `test`, the folder of the images, and the annotation file or what was read."""
+    from conddetr.data.coco import coco_files
     from conddetr.data.layouts import CocoSplit, find_layout
     from conddetr.engine.config import DataConfig
     from conddetr.engine.progress import say
@@ -443,6 +447,8 @@ def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | 
         }
     if options.coco_path:
         root = Path(options.coco_path)
+        if not any((root / f"{split}2017").is_dir() for split in ("train", "val")):
+            coco_files(root, "train")
         return {
             split: (root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json")
             for split in ("train", "val")
@@ -454,14 +460,17 @@ def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | 
 
 
 def _fixed_or_reported(options: argparse.Namespace, reports: "list[ValidationReport]") -> int:
-    """Carry out --fix and --report; the exit status."""
+    """Print the reports, carry out --fix and --report; the exit status. A pipe that ends early costs no report."""
     from conddetr.data.fix import fix
-    from conddetr.engine.progress import say, show
+    from conddetr.engine.progress import console, say, show
     from conddetr.files import write_text
 
     ok = all(report.ok for report in reports)
     content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
     try:
+        for report in reports:
+            say(report.summary())
+            console.print(*report.tables(), sep="\n")
         if options.fix:
             fixed = fix(reports[0], options.fix)
             content["fixed"] = fixed.to_dict()

@@ -11,6 +11,7 @@ Either file is a function of one tensor:
 
 import copy
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -161,7 +162,10 @@ def _description(model: DETR, size: tuple[int, int] | None, classes: Sequence[di
 
 
 def _save_torch(program: torch.export.ExportedProgram, path: Path, _: dict[int, str], description: str) -> None:
-    torch.export.save(program, path, extra_files={"conddetr.json": description})
+    # Not to the file itself: where the disk is full, PyTorch's writer ends the whole process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"conddetr.json": description})
+    path.write_bytes(content.getbuffer())
 
 
 def _load_torch(path: Path) -> Runner:

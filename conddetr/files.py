@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
 """Errors of a system that has no room for a file: a full disk, a quota, a largest size."""
+_BEGINNING = 1024
+"""Bytes of a file in which JSON shows."""
 _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "inline_container")
 """One of these is in what `torch.save` says of a file that it could not write, a RuntimeError."""
 
@@ -63,6 +65,27 @@ def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[st
     for other in others:
         if path and other and _is_same(Path(path), Path(other)):
             raise ValueError(f"{option} {path}: this is also {other}, which the command needs: name another file.")
+
+
+def check_json_target(option: str, path: str | Path | None) -> None:
+    """Refuse, before any work, to write JSON in place of a folder, or of a file that holds something else.
+
+    Args:
+        option: that names the file, for the message.
+        path: to be written; None: nothing is.
+
+    Raises:
+        ValueError: there is such a folder or file.
+    """
+    if not path:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {path}: expected a name for a JSON file, found a folder.")
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            start = file.read(_BEGINNING).lstrip()
+        if start and not start.startswith((b"{", b"[", codecs.BOM_UTF8)):
+            raise ValueError(f"{option} {path}: the file is there, and holds no JSON: name another file.")
 
 
 def write_text(path: str | Path, text: str) -> None:

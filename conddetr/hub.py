@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,16 @@ def load(
         ).detector
 
 
+def _plain(text: str) -> str:
+    """Markdown that shows a text as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>$#~&])", r"\\\1", " ".join(text.split()))
+
+
 def _card(detector: Detector, repository: str, metrics: Mapping[str, float] | None) -> str:
     config = detector.config
     preset = configs.preset_name(config.family, config.backbone, config.dilation)
     parameters = sum(parameter.numel() for parameter in detector.model.parameters())
-    names = ", ".join(str(entry["name"]) for entry in detector.classes)
+    names = ", ".join(_plain(str(entry["name"])) for entry in detector.classes)
     return f"""# {preset}, {len(detector.classes)} classes
 
 A detector of objects in images, saved by conddetr {conddetr.__version__}. The model is {MODELS[config.family]}, with

@@ -1,8 +1,10 @@
 """Every command, on synthetic and on real images."""
 
 import argparse
+import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -19,6 +21,7 @@ from conddetr.demo import check_learned, recipe_for_shapes
 from conddetr.engine import evaluator
 from conddetr.engine.config import option_help, read_config, resolve_run
 from conddetr.engine.evaluator import METRICS
+from conddetr.engine.progress import console
 from conddetr.kernels import registry
 from conddetr.options import add_options, chosen_options
 
@@ -467,6 +470,11 @@ def test_resolved_options_are_read_again(tmp_path):
             ["validate-data", "--images", "/", "--annotations", "/no.json", "--report", "//no.json"],
             "--report //no.json: this is also /no.json",
         ),
+        # What is written over is looked at before the work.
+        (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, found a folder"),
+        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file is there, and holds no JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "holds no JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "holds no JSON"),
         # Numbers are looked at before any file.
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "-1"], "batch_size: expected at least 1, got -1"),
@@ -505,3 +513,22 @@ def test_what_is_no_command_is_one_line(arguments, capsys):
 def test_counts_of_the_benchmark_of_data(small_coco, capsys, option):
     assert main(["bench-data", "--coco-path", str(small_coco.root), option, "0"]) == 2
     assert capsys.readouterr().err == f"conddetr bench-data: {option}: expected at least 1, got 0.\n"
+
+
+def test_a_pipe_that_ends_early_costs_no_report(tmp_path, monkeypatch):
+    annotations = tmp_path / "all.json"
+    annotations.write_text('{"images": [], "annotations": [], "categories": []}')
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    report = tmp_path / "report.json"
+    with open(write_end, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        # rich is silent for good after this: put back at the end.
+        monkeypatch.setattr(console, "quiet", False)
+        arguments = ["--images", str(tmp_path), "--annotations", str(annotations), "--report", str(report)]
+        with pytest.raises(SystemExit):
+            main(["validate-data", *arguments])
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+    assert not json.loads(report.read_text())["ok"]

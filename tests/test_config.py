@@ -43,6 +43,7 @@ def test_bad_overrides_are_named(overrides, message):
         ({"check_finite": "allways"}, "check_finite: unknown value 'allways'. Did you mean 'always'"),
         ({"check_finite": "always", "cuda_graphs": True}, "`always` waits for the device, which cuda_graphs can not"),
         ({"cuda_graphs": "onn"}, "cuda_graphs: unknown value 'onn'. Did you mean 'on'"),
+        ({"seed": 2**63}, r"seed: expected at most 9223372036854775807 \(2\^63 - 1\), got 9223372036854775808"),
         ({"pad_buckets": -2}, "pad_buckets: expected at least -1, got -2"),
         ({"train_images": 0}, "Data option train_images: expected at least 1, got 0"),
         ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),

@@ -19,6 +19,7 @@ from conddetr.engine.checkpoint import (
 )
 from conddetr.engine.evaluator import Detections
 from conddetr.engine.log import RunLog
+from conddetr.export import _save_torch
 from conddetr.files import atomic_file, write_text
 from conddetr.viz.boxes import save_figure
 
@@ -58,7 +59,14 @@ WRITERS = {
     "found.json": write_detections,
     "config.json": lambda path: write_text(path, "x" * 100_000),
     "a.png": write_picture,
+    "a.pt2": lambda path: write_program(path),
 }
+
+
+def write_program(path):
+    program = torch.export.export(torch.nn.Linear(200, 200), (torch.zeros(1, 200),))
+    with atomic_file(path) as partial:
+        _save_torch(program, partial, {}, "{}")
 
 
 def write_packed(path):

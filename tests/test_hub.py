@@ -156,6 +156,15 @@ def test_a_detector_comes_back_from_the_hub(hub, tiny_model, offline):
         conddetr.Detector.from_pretrained("me/nothing")
 
 
+def test_names_of_classes_are_no_markdown(tmp_path):
+    names = ["a\n## b", "[x](y)", "$z_1$", "<b>"]
+    classes = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    model = conddetr.build("conditional-detr-tiny", num_classes=4)
+    conddetr.Detector(model, classes, "cpu").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert r"Classes: a \#\# b, \[x\](y), \$z\_1\$, \<b\>." in card
+
+
 def test_the_card_states_data_metrics_and_how_to_load(hub, tiny_model):
     from huggingface_hub import ModelCard
 

@@ -300,11 +300,26 @@ def _quick_lists(path: Path) -> "dict[str, _List] | None":
     return lists
 
 
-def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
-    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+def read_object(path: Path) -> dict[str, Any]:
+    """All that an annotation file holds, by Python's own reader.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON, no object, or has a key twice.
+    """
+    # Of the object that ended last, so in the end of the outermost one.
+    repeated: set[str] = set()
+
+    def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        repeated.clear()
+        if len(found) < len(pairs):
+            repeated.update(key for key in found if sum(key == name for name, _ in pairs) > 1)
+        return found
+
     raw = path.read_bytes()
     try:
-        content = json.loads(decode_text(raw), object_pairs_hook=without_second_lists)
+        content = json.loads(decode_text(raw), object_pairs_hook=entries)
     # A deeply nested file exhausts the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Annotation file {path} is not JSON: {_looks_like(raw) or error}.") from error
@@ -314,6 +329,17 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
             f"Annotation file {path}: expected an object, found {type(content).__name__}"
             f"{results if isinstance(content, list) else ''}."
         )
+    if repeated:
+        raise ValueError(
+            f"Annotation file {path}: {', '.join(map(repr, sorted(repeated)))} stands twice in the outermost object, "
+            "and readers take one or the other: join them, or remove one."
+        )
+    return content
+
+
+def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
+    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+    content = read_object(path)
     lists, missing = {}, []
     for name in SECTIONS:
         if isinstance(content.get(name), list):
@@ -322,21 +348,6 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
         elif name in content:
             missing.append(name)
     return lists, missing
-
-
-def without_second_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """One object of a JSON file, as `json.loads` hands over its pairs.
-
-    Raises:
-        ValueError: a list of `SECTIONS` stands there twice, of which readers take the first, the last, or both.
-    """
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next((name for name in SECTIONS if keys.count(name) > 1), None)
-        if twice:
-            raise ValueError(f"the key {twice!r} stands there twice: leave one of them")
-    return content
 
 
 def _looks_like(raw: bytes) -> str | None:

@@ -259,11 +259,15 @@ def load_annotations(path: str | Path) -> dict:
 
 
 def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDetection:
-    """`train` or `val` of a folder in COCO's official 2017 layout.
+    """`train` or `val` of a folder in COCO's official 2017 layout; errors as `coco_files` and `CocoDetection`."""
+    return CocoDetection(*coco_files(root, split), transform)
+
+
+def coco_files(root: str | Path, split: str) -> tuple[Path, Path]:
+    """Folder of images and annotation file of `train` or `val` in COCO's 2017 layout; they need not be there.
 
     Raises:
-        ValueError: the folder has another layout, which is named; or as `CocoDetection`.
-        FileNotFoundError: as `CocoDetection`.
+        ValueError: the folder has another layout, which is named.
     """
     root = Path(root)
     images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
@@ -272,7 +276,7 @@ def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTra
             f"Folder {root} is not in COCO's 2017 layout: expected {images.name}/ and annotations/{annotations.name}. "
             f"{_found_instead(root)}"
         )
-    return CocoDetection(images, annotations, transform)
+    return images, annotations
 
 
 def _found_instead(root: Path) -> str:

@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from conddetr.data.annotations import SECTIONS, entry_fault, scan, without_second_lists
+from conddetr.data.annotations import SECTIONS, entry_fault, read_object, scan
 from conddetr.data.boxes import box_readings, reaches_out
 from conddetr.data.validate import Files, ValidationReport, file_findings, is_unusable, judge
-from conddetr.files import atomic_file, read_text, refuse_overwriting
+from conddetr.files import atomic_file, refuse_overwriting
 
 _PASSES = 10
 """Over the boxes, at most: what one pass drops can change how the rest reads."""
@@ -72,20 +72,12 @@ def fix(report: ValidationReport, out: str | Path, train: bool = True) -> Fixed:
         train: as in `validate`.
 
     Raises:
-        ValueError: it is no JSON, `out` is the file itself, or an error would be left, as where no object is; nothing
-            is written then.
+        ValueError: as `read_object`; `out` is the file itself; or an error would be left, as where no object is.
+            Nothing is written then.
         FileNotFoundError: no such annotation file.
     """
     refuse_overwriting("--fix", out, [report.annotation_file])
-    try:
-        content = json.loads(read_text(report.annotation_file), object_pairs_hook=without_second_lists)
-    # A deeply nested file exhausts the parser's stack.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"Annotation file {report.annotation_file} is not JSON, nothing can be kept: {error}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Annotation file {report.annotation_file}: expected an object, nothing can be kept.")
+    content = read_object(Path(report.annotation_file))
     mender = _Mender(content, report.files)
     mender.mend()
     with atomic_file(out) as partial:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,6 +21,10 @@ _EXPECTED = {
 """What each layout looks like."""
 _LISTED = 12
 """How many names of a folder a message gives."""
+_LEVELS = 2
+"""How many folders above one are looked at for a data set."""
+_LOOKED_AT = 100
+"""How many entries of a folder are looked at for one."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +87,56 @@ def find_layout(root: str | Path) -> Layout:
     if not root.exists():
         raise FileNotFoundError(f"Folder {root} of a data set does not exist.")
     if root.is_file() and root.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, found another file.")
-    finders: dict[str, Callable[[Path], tuple[str, Mapping[str, Split]] | None]] = {
-        "COCO 2017": _find_coco2017,
-        "Roboflow COCO": _find_roboflow,
-        "YOLO": find_yolo,
-        "Pascal VOC": find_voc,
-    }
-    found = [Layout(name, root, *result) for name, find in finders.items() if (result := find(root))]
+        hint = " --images and --annotations take a folder and a file in COCO's format." * (root.suffix == ".json")
+        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, found another file.{hint}")
+    found = _layouts_of(root)
     if len(found) > 1:
         both = " and ".join(f"{layout.name} ({layout.marker})" for layout in found)
         raise ValueError(f"Folder {root} has more than one layout: {both}. Keep the files of the one that is meant.")
     if not found:
         expected = "\n".join(f"  {name}: {text}" for name, text in _EXPECTED.items())
         raise ValueError(
-            f"{root} has no known layout of a data set. Found: {_names_in(root)}. Expected one of:\n{expected}"
+            f"{root} has no known layout of a data set.{_hint(root)} Found: {_names_in(root)}. Expected one of:\n"
+            f"{expected}"
         )
     return found[0]
+
+
+def _layouts_of(root: Path) -> list[Layout]:
+    """All layouts that a folder has, or YOLO's YAML file."""
+    finders: dict[str, Callable[[Path], tuple[str, Mapping[str, Split]] | None]] = {
+        "COCO 2017": _find_coco2017,
+        "Roboflow COCO": _find_roboflow,
+        "YOLO": find_yolo,
+        "Pascal VOC": find_voc,
+    }
+    return [Layout(name, root, *result) for name, find in finders.items() if (result := find(root))]
+
+
+def _hint(root: Path) -> str:
+    """A sentence on a data set in a folder close by: those that hold this one, and those inside it."""
+    if not root.is_dir():
+        return ""
+    here = root.resolve()
+    below = _folders_in(root)
+    further = [entry for folder in below for entry in _folders_in(folder)]
+    for folder in (*here.parents[:_LEVELS], *below, *further[:_LOOKED_AT]):
+        try:
+            found = _layouts_of(folder)
+        # Another folder's faults are not to be reported for this one.
+        except (ValueError, OSError):
+            continue
+        if found:
+            return f" Folder {folder} is in that of {found[0].name} ({found[0].marker}): name it instead."
+    return ""
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those among its first entries."""
+    try:
+        return sorted(entry for entry in islice(folder.iterdir(), _LOOKED_AT) if entry.is_dir())
+    except OSError:
+        return []
 
 
 def _find_coco2017(root: Path) -> tuple[str, dict[str, CocoSplit]] | None:

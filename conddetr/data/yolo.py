@@ -135,7 +135,8 @@ class YoloSplit:
             points = (
                 f"{self.pose_numbers} with the points" if self.pose_numbers else "a polygon of x y three times or more"
             )
-            raise ValueError(f"expected a class and cx cy w h, or {points}, got {len(words)} numbers.")
+            hint = " A sixth may be the score of a detection: those are no labels." * (len(words) == 6)
+            raise ValueError(f"expected a class and cx cy w h, or {points}, got {len(words)} numbers.{hint}")
         try:
             number, *values = map(float, words)
         except ValueError as error:

@@ -15,6 +15,9 @@ from conddetr import config as models
 from conddetr.config import ModelConfig, check_types, nearest
 from conddetr.files import read_text
 
+_LARGEST_SEED = 2**63 - 1
+"""PyTorch draws from no larger one."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -99,6 +102,8 @@ class TrainConfig:
                 raise ValueError(f"Training option {option.name}: expected a finite number, got {value}.")
             if option.type in (int, float) and value < least:
                 raise ValueError(f"Training option {option.name}: expected at least {least}, got {value}.")
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"Training option seed: expected at most {_LARGEST_SEED} (2^63 - 1), got {self.seed}.")
         if self.cuda_graphs == "on" and self.check_finite == "always":
             raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs can not.")
         if self.ema_decay >= 1:

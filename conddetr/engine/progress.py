@@ -1,6 +1,8 @@
 """What a person sees: lines, the bar while work goes on, and the tables at its end."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -57,20 +59,37 @@ class StandardOutput:
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write it, characters that do not fit replaced."""
+        """Write it, characters that do not fit replaced.
+
+        Raises:
+            OSError: it cannot be written, as on a full disk.
+        """
         if self._stream is None:
             return 0
-        try:
-            return self._stream.write(text)
-        except UnicodeEncodeError:
-            encoding = self.encoding
-            fitting = "".join(char if _fits(char, encoding) else char.translate(STAND_INS) for char in text)
-            return self._stream.write(fitting.encode(encoding, "backslashreplace").decode(encoding))
+        with _output_errors():
+            try:
+                return self._stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.encoding
+                fitting = "".join(char if _fits(char, encoding) else char.translate(STAND_INS) for char in text)
+                return self._stream.write(fitting.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
-        """Flush the stream."""
+        """Flush the stream; errors as `write`."""
         if self._stream is not None:
-            self._stream.flush()
+            with _output_errors():
+                self._stream.flush()
+
+
+@contextlib.contextmanager
+def _output_errors() -> Iterator[None]:
+    """An error of the system, as of a full disk, says what could not be written; a pipe that ended stays one."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"The standard output could not be written: {error.strerror or error}.") from error
 
 
 def _fits(char: str, encoding: str) -> bool:

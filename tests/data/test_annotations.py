@@ -170,7 +170,7 @@ def test_unicode_encodings(small_coco, encoding):
             r"expected UTF-8, found byte 0xe4 at line 2 \(byte 50\)",
         ),
         (b'[{"image_id": 1, "score": 0.5}]', "expected an object, found list, as files of results are"),
-        (b'{"images": [], "categories": [], "images": [1]}', "the key 'images' stands there twice"),
+        (b'{"images": [], "categories": [], "images": [1]}', "'images' stands twice"),
         (b'{"images": [], \n}', "line 2 column 1"),
     ],
 )
@@ -225,3 +225,10 @@ def test_names_are_kept(texts):
     names = Names(texts)
     assert list(names) == texts
     assert len(names) == len(texts)
+
+
+def test_a_list_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "all.json"
+    path.write_text('{"images": [], "annotations": [], "categories": [], "images": []}')
+    with pytest.raises(ValueError, match=r"all\.json: 'images' stands twice in the outermost object"):
+        read_annotations(path)

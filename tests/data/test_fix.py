@@ -171,7 +171,7 @@ def test_nothing_is_written_where_nothing_is_left(small_coco, tmp_path):
     refused("no objects")
     for text, message in (
         ("{", "is not JSON"),
-        ('{"images": [], "images": []}', "stands there twice"),
+        ('{"images": [], "images": []}', "stands twice"),
         ("[]", "expected an object"),
         ("{}", "missing section"),
     ):

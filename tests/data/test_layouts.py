@@ -173,6 +173,31 @@ def test_a_folder_without_layout(tmp_path):
         find_layout(tmp_path / "labels.json")
 
 
+@pytest.mark.parametrize(
+    ("make", "asked", "name"),
+    [
+        (coco2017, "data/annotations", "data is in that of COCO 2017"),
+        (roboflow, "data/train", "data is in that of Roboflow COCO"),
+        (yolo_roboflow, "data/train/images", "data is in that of YOLO"),
+        (voc, "data/JPEGImages", "data is in that of Pascal VOC"),
+        (voc, ".", "data is in that of Pascal VOC"),
+        (coco2017, "..", "data is in that of COCO 2017"),
+    ],
+)
+def test_a_folder_beside_the_one_that_is_meant(tmp_path, make, asked, name):
+    make(tmp_path / "top/data")
+    with pytest.raises(
+        ValueError, match=rf"has no known layout of a data set\. Folder .*/top/{name} .* name it instead"
+    ):
+        find_layout(tmp_path / "top" / asked)
+
+
+def test_an_annotation_file_is_no_folder(tmp_path):
+    coco2017(tmp_path)
+    with pytest.raises(ValueError, match="--images and --annotations take a folder and a file in COCO's format"):
+        find_layout(tmp_path / "annotations/instances_train2017.json")
+
+
 def test_two_layouts_in_one_folder(tmp_path):
     roboflow(tmp_path)
     yolo_roboflow(tmp_path)
@@ -311,7 +336,7 @@ def test_points_of_poses_are_no_polygons(tmp_path):
         ("0.5 0.5 0.5 0.5 0.5", "class 0.5 is not in"),
         ("cat 0.5 0.5 0.5 0.5", "expected numbers, got 'cat 0.5"),
         ("0 0.5 0.5 0.5", "expected a class and cx cy w h, or a polygon .* got 4 numbers"),
-        ("0 0.5 0.5 0.5 0.5 0.9", "got 6 numbers"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "got 6 numbers. A sixth may be the score of a detection"),
         ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "got 8 numbers"),
         ("0 0.5 0.5 320 0.5", "expected fractions of the image's width and height, from 0 to 1, got 320"),
         ("0 0.5 0.5 0.5 -0.005", "from 0 to 1, got -0.005"),

@@ -1,7 +1,9 @@
 """Lines and tables hold names, paths and metrics as they are, in any output."""
 
+import contextlib
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -44,6 +46,18 @@ def test_every_output_takes_every_text(monkeypatch, encoding, line):
     values = next(row for row in printed if "25.0" in row)
     assert ("–" in values) == (encoding in ("cp1252", "utf-8"))
     assert ("─" in "".join(printed)) == (encoding == "utf-8")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_under_the_output_is_named(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(OSError, match=r"The standard output could not be written: No space left"):
+            say("x")
+        monkeypatch.undo()
+        # What could not be written is not tried again by closing it.
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 def test_without_an_output_nothing_fails(monkeypatch):
