@@ -46,8 +46,8 @@ def test_cuda_without_a_gpu_is_refused_by_all(gpus, tmp_path, capsys):
     for command in (
         ["train", "--train-images", "8", "--out", str(tmp_path / "run")],
         ["eval", "--checkpoint", "absent.pt"],
-        ["predict", "absent.png", "--checkpoint", "absent.pt"],
-        ["attention", "absent.png", "--checkpoint", "absent.pt"],
+        ["predict", __file__, "--checkpoint", "absent.pt"],
+        ["attention", __file__, "--checkpoint", "absent.pt"],
         ["demo", "--out", str(tmp_path / "demo")],
         ["env"],
     ):
