@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from conddetr import Detector
 from conddetr.cli import main
@@ -43,14 +44,16 @@ def test_cuda_without_a_gpu_is_refused_by_all(gpus, tmp_path, capsys):
         Detector("conditional-detr-tiny", device="cuda")
     with pytest.raises(ValueError, match="got 'cuda'"):
         Detector.from_checkpoint(tmp_path / "absent.pt", device="cuda")
+    image = str(tmp_path / "x.png")
+    Image.new("RGB", (8, 8)).save(image)
     for command in (
         ["train", "--train-images", "8", "--out", str(tmp_path / "run")],
         ["eval", "--checkpoint", "absent.pt"],
-        ["predict", __file__, "--checkpoint", "absent.pt"],
-        ["attention", __file__, "--checkpoint", "absent.pt"],
+        ["predict", image, "--checkpoint", "absent.pt"],
+        ["attention", image, "--checkpoint", "absent.pt"],
         ["demo", "--out", str(tmp_path / "demo")],
         ["env"],
     ):
         assert main([*command, "--device", "cuda"]) == 2
         assert capsys.readouterr().err.startswith(f"conddetr {command[0]}: device: expected cpu, ")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]

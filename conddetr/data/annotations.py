@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from conddetr.files import decode_text
+from conddetr.garbage import collection_paused
 
 try:
     from conddetr.data import stream
@@ -293,8 +294,9 @@ def _quick_lists(path: Path) -> "dict[str, _List] | None":
         return None
     lists: dict[str, _List] = {}
     try:
-        for name, items in stream.lists_of(path, SECTIONS):
-            lists.setdefault(name, _List(name)).add(items)
+        with collection_paused():
+            for name, items in stream.lists_of(path, SECTIONS):
+                lists.setdefault(name, _List(name)).add(items)
     except stream.UnusualError:
         return None
     return lists

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import msgspec
 from msgspec import Raw
 
-PART = 8 << 20
-"""Bytes of a part, about."""
+PART = 1 << 19
+"""Bytes of a part, about; more only where one element is larger."""
 _SMALL = 1 << 16
 """Bytes in which every place is tried."""
 _TRIES = 4
@@ -127,14 +127,21 @@ def _parts(window: _Window, decoder: msgspec.json.Decoder) -> Iterator[list]:
         return
     is_last = False
     while not is_last:
-        window.fill(PART)
-        part, end, is_last = _next_part(window.text, decoder)
+        size = PART
+        is_more = window.fill(size)
+        while (found := _next_part(window.text, decoder)) is None:
+            if not is_more:
+                raise UnusualError("a list that does not end, or not of objects")
+            size *= 4
+            is_more = window.fill(size)
+        part, end, is_last = found
         window.text = window.text[end:]
         yield part
 
 
-def _next_part(text: bytes, decoder: msgspec.json.Decoder) -> tuple[list, int, bool]:
-    """Elements from the beginning of `text`, where it goes on behind them, and whether they end their list.
+def _next_part(text: bytes, decoder: msgspec.json.Decoder) -> tuple[list, int, bool] | None:
+    """Elements from the beginning of `text`, where it goes on behind them, and whether they end their list; None: no
+    element ends in it.
 
     Near the end of a list whose elements have lists of their own the last places in the text are no places to cut:
     smaller and smaller parts come to one that is.
@@ -151,7 +158,7 @@ def _next_part(text: bytes, decoder: msgspec.json.Decoder) -> tuple[list, int, b
             if part is not None:
                 return part, found.end(), False
         size = size // 2 if size > _SMALL else 0
-    raise UnusualError("no place to cut")
+    return None
 
 
 def _places_between(text: bytes, end: int) -> Iterator[re.Match]:

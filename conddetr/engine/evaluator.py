@@ -1,7 +1,6 @@
 """COCO's twelve numbers of a model on a data set, by faster-coco-eval or pycocotools, on one process or many."""
 
 import contextlib
-import gc
 import importlib.metadata
 import importlib.util
 import io
@@ -10,7 +9,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.arrival import Arrival
 from conddetr.engine.progress import Progress
 from conddetr.files import atomic_file
+from conddetr.garbage import collection_paused
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
 
@@ -387,7 +387,7 @@ def coco_result(
     if len(found) == 0:
         metrics, columns = _nothing_found(truth), {}
     else:
-        with _collection_paused(), contextlib.redirect_stdout(io.StringIO()):
+        with collection_paused(), contextlib.redirect_stdout(io.StringIO()):
             metrics, columns = _accumulated(truth, found, library)
     objects = Counter(a["category_id"] for a in truth["annotations"] if not a["iscrowd"])
     per_class = [
@@ -450,19 +450,6 @@ def _accumulated(truth: dict, found: Detections, library: str) -> tuple[dict[str
     }
     stats = np.asarray(evaluation.stats)
     return {name: float(value) for name, value in zip(METRICS, stats, strict=True)}, columns
-
-
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
-    """No search for cycles of garbage: half a million new dicts, all in use, start it again and again. They should be
-    gone by the end, or the next search walks through them."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _nothing_found(truth: dict) -> dict[str, float]:
