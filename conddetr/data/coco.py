@@ -229,7 +229,7 @@ class CocoDetection(Dataset):
 def stored_fault(
     boxes: np.ndarray, said: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
 ) -> str | None:
-    """Why annotations that give an image another size than it has upright can not be used; None: they are of the image
+    """Why annotations that give an image another size than it has upright cannot be used; None: they are of the image
     as stored.
 
     Args:
@@ -249,7 +249,7 @@ def stored_fault(
 
 
 def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether no box reaches out of the image."""
+    """Whether no box reaches out of the image by more than the rounding of many tools."""
     return not reaches_out(boxes, np.array([size])).any()
 
 
@@ -312,6 +312,19 @@ def layout_split(
     return CocoDetection(source.images, annotations, transform, ids)
 
 
+def layout_sets(
+    layout: Layout, train_transform: TrainTransform, eval_transform: EvalTransform, val_fraction: float
+) -> tuple[CocoDetection, CocoDetection]:
+    """Training and validation set of a data set whose layout was found; arguments and errors as `layout_split`."""
+    if "val" in layout.splits or "train" not in layout.splits:
+        return (
+            layout_split(layout, "train", train_transform, val_fraction),
+            layout_split(layout, "val", eval_transform, val_fraction),
+        )
+    source = layout.splits["train"]
+    return _divided_sets(source.images, source.read(), train_transform, eval_transform, val_fraction)
+
+
 def folder_sets(
     images: str | Path,
     annotations: str | Path,
@@ -340,11 +353,21 @@ def folder_sets(
             CocoDetection(images, annotations, train_transform),
             CocoDetection(val_images or images, val_annotations, eval_transform),
         )
-    content = read_annotations(annotations)
-    train_ids, val_ids = divided(content, val_fraction)
+    return _divided_sets(images, read_annotations(annotations), train_transform, eval_transform, val_fraction)
+
+
+def _divided_sets(
+    images: str | Path,
+    annotations: Annotations,
+    train_transform: TrainTransform,
+    eval_transform: EvalTransform,
+    val_fraction: float,
+) -> tuple[CocoDetection, CocoDetection]:
+    """Both sets of annotations that are read once."""
+    train_ids, val_ids = divided(annotations, val_fraction)
     return (
-        CocoDetection(images, content, train_transform, train_ids),
-        CocoDetection(images, content, eval_transform, val_ids),
+        CocoDetection(images, annotations, train_transform, train_ids),
+        CocoDetection(images, annotations, eval_transform, val_ids),
     )
 
 

@@ -169,7 +169,7 @@ def find_yolo(root: Path) -> tuple[str, dict[str, YoloSplit]] | None:
     """What shows that a folder, or the YAML file of one, has YOLO's layout, and its splits; None where it has not.
 
     Raises:
-        ValueError: there is a YAML file of that kind, or a list of classes, that can not be used.
+        ValueError: there is a YAML file of that kind, or a list of classes, that cannot be used.
     """
     found = _described(root)
     if found is None and root.is_dir():

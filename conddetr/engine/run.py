@@ -38,7 +38,7 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
             as `CocoDetection`.
         FileNotFoundError: as `CocoDetection`.
     """
-    from conddetr.data.coco import coco_split, folder_sets, layout_split
+    from conddetr.data.coco import coco_split, folder_sets, layout_sets
     from conddetr.data.layouts import find_layout
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform, TrainTransform
@@ -55,10 +55,7 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
             _check_divided(layout)
         if distributed.is_main():
             say(layout.describe())
-        train_set, val_set = (
-            layout_split(layout, split, transform, data.val_fraction)
-            for split, transform in zip(("train", "val"), transforms, strict=True)
-        )
+        train_set, val_set = layout_sets(layout, *transforms, data.val_fraction)
     elif data.kind == "coco_path":
         train_set, val_set = (
             coco_split(data.coco_path, split, transform)
@@ -98,7 +95,7 @@ def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> No
             f"object besides.{advice}"
         )
     if not val_set.is_annotated:
-        raise ValueError(f"Annotation file {val_set.annotation_file} has no list 'annotations': it can not validate.")
+        raise ValueError(f"Annotation file {val_set.annotation_file} has no list 'annotations': it cannot validate.")
     if val_set.objects == 0:
         log.warning(
             "There is nothing to measure: %s has no objects (%d crowds), so no metric exists and no best.pt is kept.",

@@ -11,7 +11,7 @@ from PIL import Image
 
 from conddetr.config import resolve
 from conddetr.data.batch import make_loader
-from conddetr.data.coco import coco_split, folder_sets, layout_split
+from conddetr.data.coco import coco_split, folder_sets, layout_sets, layout_split
 from conddetr.data.images import read_reduced
 from conddetr.data.layouts import find_layout
 from conddetr.data.transforms import EvalTransform, TrainTransform
@@ -298,6 +298,8 @@ def test_a_layout_without_validation_images_is_divided(small_coco, tmp_path):
     assert (len(train), len(val)) == (3, 1)
     assert sorted(train.image_ids + val.image_ids) == [100, 101, 102, 103]
     assert val.source.startswith("1 of the 4 images of ")
+    both = layout_sets(layout, TrainTransform(resolve("conditional-detr-tiny")), TRANSFORM, 0.3)
+    assert [part.image_ids for part in both] == [train.image_ids, val.image_ids]
     with pytest.raises(ValueError, match="has no images for test"):
         layout_split(layout, "test", TRANSFORM, 0.3)
 
