@@ -1,6 +1,7 @@
 """The comparison is fair, goes on where it stopped, and draws what is in its file."""
 
 import json
+import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -155,8 +156,16 @@ def test_the_committed_page_is_that_of_the_committed_runs(path):
     assert path.with_suffix(".md").read_text() == f"# {path.stem}\n\n{page}\n"
 
 
+@pytest.fixture
+def sigterm_restored():
+    """What a command line changes for its own process must not outlive its test: later tests fork this one."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
-def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys, sigterm_restored):
     plan = replace(PLAN, epochs=1, rates=(7e-4,), arms=tuple(replace(arm, seeds=1) for arm in convergence.PAIR))
     monkeypatch.setattr(convergence, "PLANS", {"small": plan})
     monkeypatch.setattr(convergence, "RESULTS", tmp_path)
