@@ -16,7 +16,8 @@ def find_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         device = None
-    if device is not None and (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus)):
+    indices = {"cpu": 1, "cuda": gpus}
+    if device is not None and (device.index or 0) < indices.get(device.type, 0):
         return device
     numbered = f"cuda or cuda:0 to cuda:{gpus - 1}" if gpus else "or cuda on a machine that has it, as this one has not"
     raise ValueError(f"device: expected cpu, {numbered}, got {str(name)!r}.")

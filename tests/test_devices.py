@@ -29,7 +29,7 @@ def test_names_of_what_is_here(gpus):
     assert find_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "gpu", "CPU", "cuda:x", "cuda:-1", "cuda:2"])
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "gpu", "CPU", "cuda:x", "cuda:-1", "cuda:2", "cpu:1"])
 @pytest.mark.parametrize("count", [0, 2])
 def test_other_names_are_refused(gpus, name, count):
     gpus(count)

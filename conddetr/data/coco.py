@@ -1,7 +1,8 @@
 """Data sets in COCO's format: a folder of images with an annotation file."""
 
 import logging
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from random import Random
 
@@ -113,6 +114,11 @@ class CocoDetection(Dataset):
     def path(self, index: int) -> Path:
         """The file of an image; errors as `find_image`."""
         return find_image(self.image_dir, self._annotations.names[index])
+
+    def files(self) -> Iterator[str]:
+        """Where all images are as the annotations name them, as absolute paths; nothing is looked up."""
+        folder = self.image_dir.resolve()
+        return (os.path.join(folder, name) for name in self._annotations.names)
 
     def plan(self, index: int, generator: Random) -> Plan:
         """Draw what happens to an image; nothing is read."""

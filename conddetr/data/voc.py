@@ -5,6 +5,7 @@ without the last pixel. A coordinate below 1 anywhere in a data set shows it, an
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """What folders may call each split."""
+_ENCODING = re.compile(rb"""\s*<\?xml\s[^>]*?encoding\s*=\s*["']([A-Za-z][\w.-]*)""")
+"""How an XML file says its encoding."""
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -208,8 +211,7 @@ def _read(file: Path, images: Path, by_stem: dict[str, list[str]]) -> _Record:
     if not file.is_file():
         raise FileNotFoundError(f"Annotation file {file} does not exist.")
     try:
-        # Expat reads no external entities, and limits how far internal ones grow.
-        root = ElementTree.parse(file).getroot()
+        root = _root(file)
     # ValueError, LookupError: encodings that are not known.
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"Annotation file {file} is not XML: {error}.") from error
@@ -219,6 +221,20 @@ def _read(file: Path, images: Path, by_stem: dict[str, list[str]]) -> _Record:
     objects = [_object(file, place, item) for place, item in enumerate(root.findall("object"), 1)]
     size = (height, width) if height and width else (0, 0)
     return _Record(file, _image_name(file, root.findtext("filename", "").strip(), images, by_stem), size, objects)
+
+
+def _root(file: Path) -> ElementTree.Element:
+    """The outermost element; errors are the parser's, ValueError and LookupError those of encodings."""
+    try:
+        # Expat reads no external entities, and limits how far internal ones grow.
+        return ElementTree.parse(file).getroot()
+    except ValueError:
+        # It knows no encodings of several bytes, such as GBK and Shift JIS; Python does.
+        content = file.read_bytes()
+        declared = _ENCODING.match(content)
+        if declared is None:
+            raise
+        return ElementTree.fromstring(content.decode(declared[1].decode()))
 
 
 def _image_name(file: Path, said: str, images: Path, by_stem: dict[str, list[str]]) -> str:

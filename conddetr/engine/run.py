@@ -66,6 +66,7 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
         train_set, val_set = folder_sets(data.images, data.annotations, *transforms, *own)
     check_splits(train_set.classes, val_set.classes)
     _check_annotated(train_set, val_set)
+    _note_shared_images(train_set, val_set)
     return train_set, val_set
 
 
@@ -101,6 +102,18 @@ def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> No
             "There is nothing to measure: %s has no objects (%d crowds), so no metric exists and no best.pt is kept.",
             val_set.source,
             val_set.crowds,
+        )
+
+
+def _note_shared_images(train_set: "CocoDetection", val_set: "CocoDetection") -> None:
+    """Warn where what is measured is not new to the model."""
+    shared = len(set(val_set.files()).intersection(train_set.files()))
+    if shared:
+        log.warning(
+            "%d of the %d validation images are training images too: what is measured on them says nothing about new "
+            "images.",
+            shared,
+            len(val_set),
         )
 
 

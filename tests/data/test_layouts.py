@@ -511,7 +511,8 @@ def test_the_image_of_an_xml_file(tmp_path):
             "expected xmin ≤ xmax .* got 9, 2, 8, 4",
         ),
         (XML.format(filename="", size=SIZE.replace("60", "6x"), objects=""), "size: expected .* got '6x'"),
-        ('<?xml version="1.0" encoding="GBK"?><annotation/>', "is not XML: multi-byte encodings"),
+        ('<?xml version="1.0" encoding="none"?><annotation/>', "is not XML: unknown encoding"),
+        ('<?xml version="1.0" encoding="Shift_JIS"?><annotation>あ', "is not XML: .*can't decode byte 0x82"),
         (
             '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
             + XML.format(filename="", size="", objects=an_object("&x;", 1, 2, 3, 4)),
@@ -525,13 +526,33 @@ def test_the_image_of_an_xml_file(tmp_path):
             "is not XML: limit on input amplification",
         ),
     ],
-    ids=["cut", "other", "no name", "no box", "nan", "order", "size", "encoding", "external entity", "large entity"],
+    ids=[
+        "cut",
+        "other",
+        "no name",
+        "no box",
+        "nan",
+        "order",
+        "size",
+        "encoding",
+        "bytes",
+        "external entity",
+        "large entity",
+    ],
 )
 def test_wrong_xml_files_are_named(tmp_path, content, message):
     voc(tmp_path)
     write(tmp_path / "Annotations/a.xml", content)
     with pytest.raises(ValueError, match=rf"Annotation file .*a\.xml.*{message}"):
         find_layout(tmp_path).splits["val"].read()
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("GBK", "狗"), ("shift_jis", "犬"), ("ISO-8859-1", "bâton")])
+def test_xml_files_in_other_encodings(tmp_path, encoding, name):
+    voc(tmp_path)
+    text = XML.format(filename="", size=SIZE, objects=an_object(name, 1, 1, 2, 2))
+    (tmp_path / "Annotations/c.xml").write_bytes(f"<?xml version='1.0' encoding='{encoding}'?>{text}".encode(encoding))
+    assert boxes_of(find_layout(tmp_path).splits["val"].read()) == [("c.jpg", name, [0, 0, 2, 2])]
 
 
 def test_a_list_with_an_absent_xml_file(tmp_path):

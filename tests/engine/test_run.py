@@ -230,6 +230,18 @@ def test_nothing_to_learn_says_only_what_is_there(small_coco, annotations, messa
     assert "crowd" not in str(caught.value)
 
 
+def test_validation_images_that_are_trained_on_are_said(small_coco, caplog):
+    data_sets(DataConfig(coco_path=str(small_coco.root)), MODEL)
+    assert not caplog.records
+    file = str(small_coco.root / "annotations" / "instances_train2017.json")
+    # The same folder under another name.
+    folder = str(small_coco.root / "annotations" / ".." / "train2017")
+    same = {"images": str(small_coco.root / "train2017"), "annotations": file, "val_annotations": file}
+    train_set, _ = data_sets(DataConfig(**same, val_folder=folder), MODEL)
+    count = len(train_set)
+    assert f"{count} of the {count} validation images are training images too" in caplog.text
+
+
 def test_a_validation_set_without_objects_has_dashes(small_coco, tmp_path, capsys, caplog):
     file = small_coco.root / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
