@@ -82,7 +82,7 @@ class ModelConfig:
     """Upper bound of the long side, in pixels."""
     backend: str = "eager"
     """Implementation of the operations: `eager` (plain PyTorch), `triton` or `native` (an error where it
-    can not run), or `auto` (the best that can)."""
+    cannot run), or `auto` (the best that can)."""
 
     @property
     def num_logits(self) -> int:

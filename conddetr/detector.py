@@ -151,7 +151,7 @@ class Detector:
         Raises:
             ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
                 not fit; or this is a copy that `fused` made.
-            OSError: a file is missing or can not be written.
+            OSError: a file is missing or cannot be written.
             FloatingPointError: losses stay not finite; names the first such tensor and the images.
         """
         from conddetr.engine.config import flatten, resolve_run
@@ -388,7 +388,7 @@ class Detector:
             One `Detection` per image, always in a list.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: an image can not be read; names the file, or what was
+            FileNotFoundError, ValueError, TypeError: an image cannot be read; names the file, or what was
                 found and what was expected.
         """
         # Here, not above: torchvision's transforms take 0.17 s to import, `import conddetr` without them 0.02 s.

@@ -75,7 +75,7 @@ def export(
         ValueError: unknown format, a path with another ending, or a size below 1; or no size, where this PyTorch needs
             one (2.11 does for a ResNet).
         ImportError: packages for ONNX are missing; names them.
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
         FloatingPointError: outputs of the file differ from the model's by more than `TOLERANCE`, or are not finite.
     """
     path = Path(path)
@@ -139,7 +139,7 @@ def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, str], strid
     except torch._dynamo.exc.UserError as error:
         # PyTorch 2.11 takes max pooling of a free size for one of even or of odd sizes only.
         raise ValueError(
-            f"PyTorch {torch.__version__} can not trace this model for any image size: fix one with size=(H, W), on "
+            f"PyTorch {torch.__version__} cannot trace this model for any image size: fix one with size=(H, W), on "
             "the command line --size H W, or use a newer PyTorch."
         ) from error
 

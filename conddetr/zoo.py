@@ -50,7 +50,7 @@ def build(preset: str, **overrides: Any) -> DETR:
 
     Raises:
         ValueError: unknown preset or override (with the nearest name), or a value out of range.
-        OSError: `pretrained_backbone=True` and the weights can not be downloaded.
+        OSError: `pretrained_backbone=True` and the weights cannot be downloaded.
     """
     return DETR(configs.resolve(preset, **overrides))
 

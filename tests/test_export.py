@@ -11,7 +11,7 @@ from conddetr.export import export
 
 SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 32, "num_queries": 7}
 IS_OLD = torch.__version__.startswith("2.11.")
-"""PyTorch 2.11 can not trace a ResNet for any image size."""
+"""PyTorch 2.11 cannot trace a ResNet for any image size."""
 SHAPES = [(1, 3, 65, 120), (4, 3, 97, 70)]
 
 
@@ -100,7 +100,7 @@ def test_missing_packages_are_named_before_any_work(tmp_path, tiny_model, monkey
 
 @pytest.mark.skipif(not IS_OLD, reason="newer PyTorch can trace a ResNet for any image size")
 def test_a_size_that_must_be_fixed_is_asked_for(tmp_path):
-    with pytest.raises(ValueError, match=r"PyTorch 2\.11.* can not trace .*: fix one with size="):
+    with pytest.raises(ValueError, match=r"PyTorch 2\.11.* cannot trace .*: fix one with size="):
         export(build("conditional-detr-r50", **SMALL), tmp_path / "model.pt2", "torch")
 
 

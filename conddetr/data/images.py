@@ -1,5 +1,6 @@
 """Images of every kind into one form: [3, H, W] RGB tensors."""
 
+import functools
 import io
 import math
 import os
@@ -210,7 +211,7 @@ def _orientation(image: Image.Image) -> object:
         # Not `image.getexif`: that of a PNG decodes it first, for tags that may follow the pixels.
         return Image.Image.getexif(image).get(_ORIENTATION)
     except (struct.error, SyntaxError) as error:
-        raise ValueError(f"its EXIF data can not be read: {error}") from error
+        raise ValueError(f"its EXIF data cannot be read: {error}") from error
 
 
 def _has_late_tags(file: BinaryIO) -> bool:
@@ -249,7 +250,9 @@ def _decoded_orientation(image: Image.Image) -> object:
     return _orientation(image)
 
 
+@functools.cache
 def _keeps_tags_of_turned_tiffs() -> bool:
+    """Whether this Pillow leaves the tag on a TIFF that it has turned."""
     file = io.BytesIO()
     Image.new("L", (2, 1)).save(file, "tiff", tiffinfo={_ORIENTATION: 6})
     with Image.open(file) as image:

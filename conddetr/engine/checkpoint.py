@@ -264,13 +264,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return _unpacked(content)
     except unpickle.ForbiddenObjectError as error:
         raise ValueError(
-            f"Checkpoint {path} can not be read: damaged, or it holds {error}, which is neither a tensor nor plain "
+            f"Checkpoint {path} cannot be read: damaged, or it holds {error}, which is neither a tensor nor plain "
             "data, and code in a pickle is never run here. Where it was written, save the weights alone: "
             "torch.save(model.state_dict(), file)."
         ) from error
     except UNREADABLE as error:
         raise ValueError(
-            f"Checkpoint {path} can not be read: damaged, or not a checkpoint of tensors and plain values "
+            f"Checkpoint {path} cannot be read: damaged, or not a checkpoint of tensors and plain values "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
         ) from error
     if not isinstance(content, dict):

@@ -105,7 +105,7 @@ class TrainConfig:
         if self.seed > _LARGEST_SEED:
             raise ValueError(f"Training option seed: expected at most {_LARGEST_SEED} (2^63 - 1), got {self.seed}.")
         if self.cuda_graphs == "on" and self.check_finite == "always":
-            raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs can not.")
+            raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs cannot.")
         if self.ema_decay >= 1:
             raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
 

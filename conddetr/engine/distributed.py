@@ -99,7 +99,7 @@ class InterruptedRunError(RuntimeError):
 class StopRequest:
     """Turns the first SIGTERM or SIGINT (Ctrl-C) after `watch` into a request to stop; a second one acts as usual.
 
-    A context manager for the main thread; elsewhere signals can not be caught and it does nothing.
+    A context manager for the main thread; elsewhere signals cannot be caught and it does nothing.
     """
 
     def __init__(self) -> None:

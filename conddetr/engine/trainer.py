@@ -125,7 +125,7 @@ class Trainer:
         absent = [key for key in ("model", "optimizer", "position", "run") if key not in content]
         if absent:
             raise ValueError(
-                f"Checkpoint {path} can not be resumed: it has no {absent[0]!r}, only weights. "
+                f"Checkpoint {path} cannot be resumed: it has no {absent[0]!r}, only weights. "
                 f"Start from them with --weights {path}."
             )
         self._check_same_model(path, content)
@@ -146,7 +146,7 @@ class Trainer:
             differing = [pair for pair in zip_longest(saved, own) if pair[0] != pair[1]]
             was, now = (f"id {c['id']} {c['name']!r}" if c else "none" for c in differing[0])
             raise ValueError(
-                f"Checkpoint {path} can not be resumed: it knows {len(saved)} classes, the data set has {len(own)}; "
+                f"Checkpoint {path} cannot be resumed: it knows {len(saved)} classes, the data set has {len(own)}; "
                 f"the first that differs was {was}, is {now}. {advice}"
             )
         own = self.model.config.to_dict()

@@ -319,7 +319,7 @@ def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     content = exif.tobytes()
-    # Read as another type than it was written, the resolution can not be written again.
+    # Read as another type than it was written, the resolution cannot be written again.
     entry = content.index(b"\x01\x1a\x00\x05")
     path = tmp_path / "tag.jpg"
     for kind in range(16):
@@ -334,7 +334,7 @@ def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
 def test_exif_that_can_not_be_read_is_named(pixels, tmp_path, length):
     path = tmp_path / "exif.png"
     Image.fromarray(pixels).save(path, exif=b"Exif\0\0MXMXMXMX"[:length])
-    with pytest.raises(ValueError, match=r"Image file .*exif\.png: .*its EXIF data can not be read"):
+    with pytest.raises(ValueError, match=r"Image file .*exif\.png: .*its EXIF data cannot be read"):
         read_image(path)
 
 

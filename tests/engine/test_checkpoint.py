@@ -134,7 +134,7 @@ class System:
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_code_is_refused_and_named(tmp_path, capfd, value, name, is_zip):
     torch.save({"model": value}, tmp_path / "evil.pt", _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(ValueError, match=rf"^Checkpoint .*evil\.pt can not be read: .* it holds {name}, which"):
+    with pytest.raises(ValueError, match=rf"^Checkpoint .*evil\.pt cannot be read: .* it holds {name}, which"):
         read_checkpoint(tmp_path / "evil.pt")
     assert "never run" not in capfd.readouterr().out
 
@@ -148,7 +148,7 @@ def test_damaged_files_are_named(tmp_path, keep, is_packed):
     else:
         save_checkpoint(path, content)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"cut\.pt can not be read: damaged"):
+    with pytest.raises(ValueError, match=r"cut\.pt cannot be read: damaged"):
         read_checkpoint(path)
 
 
@@ -169,7 +169,7 @@ def test_a_flipped_bit_changes_nothing_or_is_named(tmp_path, flip):
                 assert_equal(read_checkpoint(path), content)
             except ValueError as error:
                 errors.append(str(error))
-        assert all("a.pt can not be read: damaged" in error for error in errors)
+        assert all("a.pt cannot be read: damaged" in error for error in errors)
         # Between the records of the file is padding that nobody reads.
         assert len(errors) == len(offsets) if place == "weights" else len(errors) > len(offsets) / 4
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_a_part_is_named(tmp_path):
     content = torch.load(tmp_path / "a.pt")
     for absent in ("checksum", "plain", "layout", "tensors"):
         torch.save({key: value for key, value in content.items() if key != absent}, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=rf"a\.pt can not be read: damaged.*KeyError: '{absent}'"):
+        with pytest.raises(ValueError, match=rf"a\.pt cannot be read: damaged.*KeyError: '{absent}'"):
             read_checkpoint(tmp_path / "a.pt")
 
 
@@ -239,5 +239,5 @@ def test_safetensors_hold_weights_configuration_and_classes(tmp_path):
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a.b"], content["model"]["a.b"])
     assert (found["config"], found["classes"]) == (content["config"], content["classes"])
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"a\.safetensors can not be read: damaged"):
+    with pytest.raises(ValueError, match=r"a\.safetensors cannot be read: damaged"):
         read_checkpoint(tmp_path / "a.safetensors")

@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
         file.write('{"epoch": 1, "loss": 0.')
     again = trainer(tmp_path / "cut")
     again.resume(latest)
-    assert "checkpoint.pt can not be read" in caplog.text
+    assert "checkpoint.pt cannot be read" in caplog.text
     assert "Going on from" in caplog.text
     assert "The damaged file is now" in caplog.text
     # The next save leaves the file that was read where it is.
@@ -136,7 +136,7 @@ def test_missing_metrics_are_said_before_training(tmp_path, monkeypatch):
 
 def test_what_can_not_be_resumed_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt can not be resumed: it has no 'optimizer'.*--weights"):
+    with pytest.raises(ValueError, match=r"weights\.pt cannot be resumed: it has no 'optimizer'.*--weights"):
         trainer(tmp_path).resume(tmp_path / "weights.pt")
     run = trainer(tmp_path, epochs=1, save_every_steps=3, eval_every=9)
     run._finish_epoch = lambda *args, **options: pytest.fail("stop here")
