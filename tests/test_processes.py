@@ -130,7 +130,7 @@ def test_ctrl_c_while_pytorch_is_imported_says_nothing(tmp_path, command):
         (tmp_path / "conddetr").write_text("import sys\nfrom conddetr.cli import main\nsys.exit(main())\n")
     process = subprocess.Popen(
         [sys.executable, *command, "env"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
