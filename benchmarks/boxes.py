@@ -86,7 +86,7 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
         "official-style": layer_by_layer(of_diagonal),
         "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),
     }
-    for backend in registry.WITHOUT_NATIVE:
+    for backend in registry.OPERATIONS["matched_box_loss"].backends:
         ways[f"{OURS}, {backend}"] = partial(matched_box_loss, backend=backend)
     runs = {name: partial(compute, way, boxes, objects, assignment) for name, way in ways.items()}
     leaf = boxes.detach().double().requires_grad_()

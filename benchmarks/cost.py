@@ -96,7 +96,7 @@ def run(problem: Problem, options: argparse.Namespace) -> Result:
     """Check all implementations of one problem, then time them."""
     inputs = problem.make()
     runs = {"official-style": partial(official, inputs)}
-    for backend in registry.WITHOUT_NATIVE:
+    for backend in registry.OPERATIONS["matching_cost"].backends:
         runs[f"{OURS}, {backend}"] = partial(ours, inputs, backend)
     doubles = Inputs(inputs.logits.double(), inputs.boxes.double(), inputs.labels, inputs.objects.double())
     good, refused = usable(runs, lambda call: {"cost": call()}, {"cost": official(doubles)}, False)

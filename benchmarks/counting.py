@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
-from conddetr.kernels import registry
+from conddetr.kernels import operators
 
 BANDWIDTH = 2.6e12
 """Bytes per second: what a copy reaches on an H100."""
@@ -280,7 +280,7 @@ def _teach_flops() -> None:
     def product(_: list[int], left: list[int], right: list[int], *__: object, **___: object) -> int:
         return 2 * prod(left) * right[-1]
 
-    registry.count_flops("aten::_addmm_activation", product)
+    operators.count_flops("aten::_addmm_activation", product)
 
 
 def by_short_name(kernels: Counter) -> dict[str, int]:

@@ -77,7 +77,7 @@ def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs,
     refused = {}
     for backend in (name for name in registry.BACKENDS if name != "eager"):
         with refusing(f"{OURS}, {backend}", refused):
-            registry.choose(backend, DEVICE, model.dtype)
+            registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, model.dtype)
             fused = model.fused(backend)
             runs[f"{OURS}, {backend}"] = partial(fused, image)
             if compiled:

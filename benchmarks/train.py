@@ -181,7 +181,7 @@ def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dic
     state = reference.state_dict()
     for backend in (name for name in registry.BACKENDS if name != "eager"):
         with refusing(f"{OURS}, {backend}", refused):
-            registry.choose(backend, DEVICE, problem.dtype)
+            registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, problem.dtype)
             for form in ["", *["compiled"] * compiled, *["CUDA graphs"] * (DEVICE.type == "cuda")]:
                 model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
                 model.load_state_dict(state)

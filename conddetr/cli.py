@@ -504,10 +504,6 @@ def _env(options: argparse.Namespace) -> None:
 
     from conddetr.engine.progress import say, show
     from conddetr.kernels import native, registry
-    from conddetr.kernels.conv3x3 import op as conv3x3
-    from conddetr.kernels.dropout import op as dropout
-    from conddetr.kernels.match import op as match
-    from conddetr.kernels.query import op as query
 
     device = find_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
@@ -520,22 +516,15 @@ def _env(options: argparse.Namespace) -> None:
         say(f"{package} {found}")
     say(f"native kernels: {native.NOT_LOADED or native.describe(device)}")
     dtypes = (torch.float32, torch.bfloat16)
-    choices = [registry.choose("auto", device, dtype) for dtype in dtypes]
     table = Table()
     for column in ("operation", *(str(dtype).removeprefix("torch.") for dtype in dtypes)):
         table.add_column(column)
-    for operation in ("conditional_attention", "dropout_bits", "sine_embedding", "conditional_spatial_query"):
-        table.add_row(operation, *(choice.backend for choice in choices))
-    losses = ("focal_loss", "matched_box_loss", "matching_cost", "prediction_errors")
-    fused = ("add_norm", "grid_positions", "max_pool", "predicted_boxes", "prepare_weights")
-    for operation in (*fused, *losses):
-        table.add_row(operation, *(registry.choose("auto", device, x, registry.WITHOUT_NATIVE).backend for x in dtypes))
-    table.add_row("spatial_query", *(query.choose("auto", device, dtype).backend for dtype in dtypes))
-    table.add_row("relu_dropout", *(dropout.choose("auto", device, dtype).backend for dtype in dtypes))
-    table.add_row("dropout_add", *(dropout.choose_add("auto", device, dtype) for dtype in dtypes))
-    shapes = [torch.empty(1, conv3x3.GRAIN, 1, 1, device=device, dtype=dtype) for dtype in dtypes]
-    table.add_row("convolution_3x3", *(conv3x3.choose("auto", x, (conv3x3.GRAIN, conv3x3.GRAIN)) for x in shapes))
-    table.add_row("linear_assignment", *[match.choose("auto", device, torch.float32)] * len(dtypes))
+    reasons: dict[str, list[str]] = {}
+    for name, operation in sorted(registry.OPERATIONS.items()):
+        choices = [operation.choose("auto", device, dtype) for dtype in dtypes]
+        table.add_row(name, *(choice.backend for choice in choices))
+        for backend, why in {item for choice in choices for item in choice.refused.items()}:
+            reasons.setdefault(f"{backend} is refused: {why}", []).append(name)
     show("what backend=auto picks", table)
-    for backend, reason in {item for choice in choices for item in choice.refused.items()}:
-        say(f"{backend} is refused: {reason}")
+    for reason, names in sorted(reasons.items()):
+        say(f"{reason} ({', '.join(names) if len(names) < 4 else f'{len(names)} operations'})")

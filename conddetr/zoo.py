@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conddetr import config as configs
-from conddetr.kernels import registry
 from conddetr.loss.criterion import Criterion
 from conddetr.model.detr import DETR
 
@@ -69,7 +68,7 @@ def build_criterion(
         max_targets, check_finite: see `Criterion`.
     """
     if backend is None:
-        backend = config.backend if config.backend in registry.WITHOUT_NATIVE else "auto"
+        backend = "auto" if config.backend == "native" else config.backend
     return Criterion(config, backend, max_targets, check_finite)
 
 

@@ -1,13 +1,12 @@
-"""Which implementation of an operation runs, and why the others do not; and what all Triton kernels share.
+"""Which implementation of an operation runs, and why the others do not: one table of all operations.
 
-Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, to know it while compiling. For strides
-something is won by it: wide loads. For sizes nothing is, and a training would stand still for seconds at the first
-image whose width happens to be one: each kernel names its sizes in `SIZES`, which are not specialised.
+Each operation declares in its `op.py` what its kernels can take (`declare`). Who calls it either demands a backend by
+name, which is an error where it cannot run, or prefers: `auto`, which falls back to plain PyTorch, and the backend of a
+whole model or training (`Operation.prefer`), which operations without such kernels do not know.
 """
 
 import functools
 import importlib.util
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +18,6 @@ from conddetr.kernels import native
 
 BACKENDS = ("triton", "native", "eager")
 """In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
-
-
-WITHOUT_NATIVE = ("triton", "eager")
-"""What operations offer that have no native kernels."""
-
-
-NATIVE_ALONE = ("native", "eager")
-"""What operations offer that have no Triton kernels."""
 
 
 REPLICAS = 256
@@ -49,9 +40,11 @@ TRANSFORMS = {
 }
 """PyTorch's own names of function transforms → their public ones."""
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name can not run here; the message says why."""
+    """A backend that was asked for by name cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -64,46 +57,134 @@ class Choice:
     """Every implementation that `auto` would have preferred, with the reason against it."""
 
 
-def choose(requested: str, device: torch.device, dtype: torch.dtype, offered: tuple[str, ...] = BACKENDS) -> Choice:
-    """Pick an implementation.
+EAGER = Choice("eager", {})
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What the kernels of one backend can take in an operation, of what the backend can on this machine."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    """Types of devices. A CPU stands for Triton's interpreter too."""
+    dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.float64)
+    auto_dtypes: tuple[torch.dtype, ...] = FLOATS
+    """Those that `auto` takes. In float64 native kernels are there for tests of gradients."""
+    why_not: Callable[..., str | None] | None = None
+    """Takes what the operation knows of its inputs, widths for example; the reason against them, or None."""
+    why_not_auto: Callable[..., str | None] | None = None
+    """Likewise; what keeps `auto` alone from them."""
+
+    def misfit(self, device: torch.device, dtype: torch.dtype, is_auto: bool, facts: tuple) -> str | None:
+        """The reason against them, or None; without facts those are not asked for."""
+        if device.type not in self.devices:
+            return f"its kernels run on {_names(self.devices)}, the tensors are on {device.type}."
+        if dtype not in self.dtypes:
+            return f"its kernels take {_names(self.dtypes)}, not {_names((dtype,))}."
+        if is_auto and dtype not in self.auto_dtypes:
+            return f"in {_names((dtype,))} `auto` takes plain PyTorch: ask for it by name."
+        reason = self.why_not(*facts) if facts and self.why_not is not None else None
+        if reason is None and is_auto and facts and self.why_not_auto is not None:
+            reason = self.why_not_auto(*facts)
+        return reason
+
+
+def _names(values: tuple) -> str:
+    return ", ".join({"cpu": "CPUs", "cuda": "GPUs"}.get(x) or str(x).removeprefix("torch.") for x in values)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the table. Plain PyTorch computes every operation."""
+
+    name: str
+    """Of the public function."""
+    kernels: dict[str, Kernels]
+    """Backend → what it can take, in the order in which `auto` tries them."""
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those that it has, `eager` last."""
+        return (*self.kernels, "eager")
+
+    def choose(self, requested: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Choice:
+        """Pick an implementation.
+
+        Args:
+            requested: `auto`, a preference; or one of `BACKENDS`, a demand.
+            device, dtype: of the tensors.
+            facts: what else kernels may not take, as the operation declared it. Without any, what is found is right
+                for ordinary inputs.
+
+        Raises:
+            ValueError: no such backend.
+            BackendError: the requested backend cannot run here; says why.
+        """
+        if requested == "eager":
+            return EAGER
+        if requested != "auto":
+            reason = self.why_not(requested, device, dtype, *facts)
+            if reason is not None:
+                raise BackendError(f"backend {requested!r} cannot run here: {reason}")
+            return Choice(requested, {})
+        refused: dict[str, str] = {}
+        for backend, kernels in self.kernels.items():
+            reason = why_not(backend, device, dtype, is_auto=True) or kernels.misfit(device, dtype, True, facts)
+            if reason is None:
+                return Choice(backend, refused)
+            refused[backend] = reason
+        return Choice("eager", refused)
+
+    def prefer(self, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Choice:
+        """As `choose`, for the backend of a whole model or training: where it cannot run here, plain PyTorch does."""
+        if backend == "auto":
+            return self.choose("auto", device, dtype, *facts)
+        reason = self.why_not(backend, device, dtype, *facts)
+        return Choice(backend, {}) if reason is None else Choice("eager", {backend: reason})
+
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> str | None:
+        """The reason why a demand for this backend is an error, or None.
+
+        Raises:
+            ValueError: no such backend.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}.")
+        if backend == "eager":
+            return None
+        if backend not in self.kernels:
+            return "this operation has no such kernels."
+        reason = why_not(backend, device, dtype)
+        return reason or self.kernels[backend].misfit(device, dtype, False, facts)
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""The table: name of the public function → operation."""
+
+
+def declare(name: str, *, triton: Kernels | None = None, native: Kernels | None = None) -> Operation:
+    """Add an operation to the table.
 
     Args:
-        requested: `auto`, or one of `BACKENDS`, which then must be able to run.
-        device: of the tensors.
-        dtype: of the tensors.
-        offered: those of `BACKENDS` that the operation has.
-
-    Raises:
-        ValueError: no such backend.
-        BackendError: the requested backend can not run here; says why and what to do.
+        name: of its public function.
+        triton, native: what these kernels can take; None: there are none.
     """
-    if requested not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {requested!r}.")
-    refused: dict[str, str] = {}
-    for backend in BACKENDS if requested == "auto" else (requested,):
-        reason = "this operation has no such kernels."
-        if backend in offered:
-            reason = why_not(backend, device, dtype, requested == "auto")
-        if reason is None:
-            return Choice(backend, refused)
-        refused[backend] = reason
-    raise BackendError(f"backend {requested!r} can not run here: {refused[requested]}")
+    kernels = {"triton": triton, "native": native}
+    OPERATIONS[name] = Operation(name, {backend: found for backend, found in kernels.items() if found is not None})
+    return OPERATIONS[name]
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: bool = True) -> str | None:
-    """The reason against an implementation, or None if it can run. Plain PyTorch always can."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: bool = False) -> str | None:
+    """The reason why kernels of a backend cannot run on this machine, or None. Plain PyTorch always can."""
     if backend == "eager":
         return None
     active = transforms()
     if active:
         return f'its operators do not support {active[0]}: use backend="eager".'
     if backend == "native":
-        if is_auto and dtype == torch.float64:
-            return "its float64 sines are as exact as float32's, for tests of gradients: ask for it by name."
         return native.why_not(device, dtype)
     if not HAS_TRITON:
         return "the package triton is not installed (pip install triton; Linux only)."
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in FLOATS:
         return f"its kernels take float32, float16 and bfloat16, not {dtype}."
     if device.type == "cuda":
         major, minor = capability(device)
@@ -152,115 +233,6 @@ def refuse_vmap(what: str) -> None:
         raise BackendError(f'{what} does not run inside torch.func.vmap, not even with backend="eager".')
 
 
-FIRST_DERIVATIVES = '{} has first derivatives only: for second ones use backend="eager".'
-
-
-def once_differentiable(operator: str) -> None:
-    """Let the gradient of an operator that computes gradients be an error, where PyTorch would go on without it.
-
-    Args:
-        operator: its name with the namespace, e.g. `conddetr::focal_loss_backward`.
-    """
-
-    def refuse(*_: object) -> None:
-        raise BackendError(FIRST_DERIVATIVES.format(operator.removesuffix("_backward")))
-
-    torch.library.register_autograd(operator, refuse)
-
-
-def first_derivatives(name: str) -> Callable[[Callable], Callable]:
-    """Decorates the `backward` of what is no operator, as `torch.autograd.function.once_differentiable`: its own
-    derivatives are an error that says what to do.
-    """
-
-    def decorate(backward: Callable) -> Callable:
-        @functools.wraps(backward)
-        def run(ctx: object, *grads: torch.Tensor | None) -> tuple:
-            with torch.no_grad():
-                found = backward(ctx, *grads)
-            differentiated = [grad for grad in grads if grad is not None and grad.requires_grad]
-            if not (torch.is_grad_enabled() and differentiated):
-                return found
-            return _Refusal.apply(name, differentiated[0], *found)
-
-        return run
-
-    return decorate
-
-
-class _Refusal(torch.autograd.Function):
-    """Gradients as they are; their own derivatives are an error."""
-
-    @staticmethod
-    def forward(ctx: object, name: str, differentiated: torch.Tensor, *found: torch.Tensor | None) -> tuple:
-        ctx.name = name
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in found)
-
-    @staticmethod
-    def backward(ctx: object, *_: object) -> None:
-        raise BackendError(FIRST_DERIVATIVES.format(ctx.name))
-
-
-def count_flops(operator: str, formula: Callable[..., int]) -> None:
-    """Tell `torch.utils.flop_counter.FlopCounterMode` what an operator computes, which it takes for nothing else.
-
-    Args:
-        operator: its name with the namespace, e.g. `conddetr::conditional_attention`.
-        formula: takes the operator's arguments, shapes in place of tensors, and `out_shape`; returns multiplications
-            plus additions of what plain PyTorch would compute, however the kernel saves some.
-    """
-    if not HAS_TRITON:
-        # The import says so, to all who never count.
-        logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    namespace, name = operator.split("::")
-    target = getattr(getattr(torch.ops, namespace), name)
-    # Of PyTorch's own operators it may know some by now.
-    if target not in flop_registry:
-        register_flop_formula(target)(formula)
-
-
-def define(operator: str, schema: str, launch: Callable, fake: Callable | None = None) -> None:
-    """Make an operator of a function that launches Triton kernels, so that whoever counts or traces sees it.
-
-    As `torch.library.custom_op`, without its checks in every call, which cost the host time.
-
-    Args:
-        operator: its name with the namespace, e.g. `conddetr::relu_dropout`.
-        schema: arguments and results; what is changed in place is marked there.
-        launch: computes it, from tensors on a GPU or, interpreted, on a CPU; the results share no memory with the
-            arguments.
-        fake: gives results of the same shapes and dtypes, from tensors without values. Default: there is none.
-    """
-    torch.library.define(operator, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(operator, ("cpu", "cuda"), on_their_device(launch))
-    if fake is not None:
-        torch.library.register_fake(operator, fake)
-
-
-def call(operator: Callable, *arguments: object) -> object:
-    """An operator's result. Where no gradient is recorded, PyTorch does not look in Python who would want one."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
-
-
-def on_their_device(launch: Callable) -> Callable:
-    """A function that launches Triton kernels, run with the device of its first tensor as the current one.
-
-    Triton launches on the current device, wherever the tensors are; native and PyTorch's operators look at them.
-    """
-
-    @functools.wraps(launch)
-    def run(first: torch.Tensor, *others: object) -> object:
-        with torch.cuda.device_of(first):
-            return launch(first, *others)
-
-    return run
-
-
 def cdiv(dividend: int, divisor: int) -> int:
     """Quotient, rounded up. Triton's own costs the host more than an operator of PyTorch does."""
     return -(-dividend // divisor)
@@ -274,13 +246,3 @@ def next_power_of_2(number: int) -> int:
 def is_interpreting() -> bool:
     """Whether Triton's interpreter was asked for, by its own environment variable."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def namespaces() -> list[str]:
-    """Where operators are registered, under one schema each: Triton's always, the native ones where they are built."""
-    return ["conddetr"] if native.NOT_LOADED else ["conddetr", "conddetr_native"]
-
-
-def operators(backend: str) -> object:
-    """`torch.ops.…` of a backend that is not eager."""
-    return torch.ops.conddetr_native if backend == "native" else torch.ops.conddetr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conddetr.kernels import native, registry
+from conddetr.kernels import native, operators, registry
 from conddetr.kernels.aot_cuda import find_cuobjdump
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def test_build_info():
     ],
 )
 def test_schemas_are_those_of_the_other_kernels(name):
-    ours, theirs = (getattr(registry.operators(backend), name).default for backend in ("native", "triton"))
+    ours, theirs = (getattr(operators.of(backend), name).default for backend in ("native", "triton"))
     assert str(ours._schema).replace("conddetr_native::", "conddetr::") == str(theirs._schema)
 
 
@@ -136,19 +136,19 @@ def test_what_was_built_is_in_the_library():
 def test_without_the_library_a_request_says_what_to_do():
     code = (
         "import torch; from conddetr.kernels import registry; cpu = torch.device('cpu')\n"
-        "assert registry.choose('auto', cpu, torch.float32).backend == 'eager'\n"
-        "registry.choose('native', cpu, torch.float32)"
+        "assert registry.OPERATIONS['sine_embedding'].choose('auto', cpu, torch.float32).backend == 'eager'\n"
+        "registry.OPERATIONS['sine_embedding'].choose('native', cpu, torch.float32)"
     )
     environment = {**os.environ, "CONDDETR_NATIVE": "0"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "BackendError: backend 'native' can not run here: the environment variable CONDDETR_NATIVE" in run.stderr
+    assert "BackendError: backend 'native' cannot run here: the environment variable CONDDETR_NATIVE" in run.stderr
 
 
 def test_dtypes_without_native_kernels():
     if native.NOT_LOADED is not None:
         pytest.skip(native.NOT_LOADED)
     with pytest.raises(RuntimeError, match="on cpu its kernels take float32, bfloat16, float64, not float16"):
-        registry.choose("native", torch.device("cpu"), torch.float16)
+        registry.OPERATIONS["sine_embedding"].choose("native", torch.device("cpu"), torch.float16)
 
 
 @needs_library

@@ -17,7 +17,7 @@ from conddetr.config import ModelConfig
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.config import TrainConfig
-from conddetr.kernels.match.op import choose
+from conddetr.kernels.registry import OPERATIONS
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
         return f"graphs need an NVIDIA GPU, the device is {device}"
     if distributed.world_size() > 1:
         return f"graphs are recorded in one process, there are {distributed.world_size()}"
-    if choose("eager" if model.backend == "eager" else "auto", device, torch.float32, model.num_queries) == "eager":
+    backend = "eager" if model.backend == "eager" else "auto"
+    matching = OPERATIONS["linear_assignment"].choose(backend, device, torch.float32, model.num_queries)
+    if matching.backend == "eager":
         return "predictions would be matched on the host, for which a graph cannot wait (--backend auto: on the GPU)"
     if train.check_finite == "always":
         return "check_finite `always` waits for the device, which a graph cannot"

@@ -18,12 +18,13 @@ from conddetr.kernels import registry
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
-from conddetr.model.layers import FeedForward, is_native_on_cpu
+from conddetr.model.layers import FeedForward
 from conddetr.model.transformer import (
     ConditionalCrossAttention,
     ConditionalDecoder,
     EncoderSelfAttention,
     ProjectedSelfAttention,
+    attends_natively,
 )
 
 
@@ -107,7 +108,8 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
         return report
     model = _find(model)
     parameter = parameter_of(model)
-    choice = registry.choose(backend, parameter.device, parameter.dtype)
+    attention = registry.OPERATIONS["conditional_attention"]
+    choice = attention.choose(backend, parameter.device, parameter.dtype)
     if isinstance(model, DETR):
         return _switch_backend(model, backend, choice)
     if official.is_model(model):
@@ -197,7 +199,7 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
         _report_parts(model, name, kind, f"backend {note}", report)
     if not report.replaced:
         report.left.append(Part("decoder", 1, "the original DETR has no conditional attention"))
-    if is_native_on_cpu(backend, parameter_of(model)):
+    if attends_natively(backend, parameter_of(model)):
         _report_parts(model, "self-attention", EncoderSelfAttention | ProjectedSelfAttention, note, report)
         _report_parts(model, "dropout of layers", FeedForward, note, report)
     if backend != "eager":

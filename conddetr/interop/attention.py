@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conddetr.interop.accelerated.common import as_under_autocast, runs_ours
 from conddetr.kernels import conditional_attention, paths
 from conddetr.kernels.registry import BACKENDS
-from conddetr.model.layers import is_native_on_cpu
+from conddetr.model.transformer import attends_natively
 
 NAME = "conddetr"
 """What `attn_implementation` is called."""
@@ -103,7 +103,7 @@ def _attend(
         paths.note(name, "plain PyTorch, for attention maps")
         return _attend_with_weights(query, key, value, attention_mask, dropout, scaling)
     # As in `accelerate`: self-attention has kernels on CPUs; elsewhere PyTorch's fused attention is as good.
-    has_kernel = runs_ours(backend, query) if is_conditional else is_native_on_cpu(backend, query)
+    has_kernel = runs_ours(backend, query) if is_conditional else attends_natively(backend, query)
     masks_keys_alone = attention_mask is None or attention_mask.shape[-2] == 1
     if not (masks_keys_alone and has_kernel):
         paths.note(name, "PyTorch's scaled_dot_product_attention")

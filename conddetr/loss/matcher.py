@@ -9,7 +9,7 @@ from torch import Tensor
 from conddetr.config import ModelConfig
 from conddetr.kernels import linear_assignment
 from conddetr.kernels import matching_cost as cost_of_pairs
-from conddetr.kernels.match.op import choose
+from conddetr.kernels.registry import OPERATIONS
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 
@@ -72,7 +72,7 @@ def assign(
     most = max(targets.counts)
     if most > queries and backend == "auto":
         backend = "eager"
-    choice = choose(backend, cost.device, cost.dtype, queries)
+    choice = OPERATIONS["linear_assignment"].choose(backend, cost.device, cost.dtype, queries).backend
     if choice != "eager" and most > queries:
         image = targets.counts.index(most)
         raise ValueError(

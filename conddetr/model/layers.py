@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
 from conddetr.kernels import dropout_add, registry, relu_dropout
+from conddetr.kernels.registry import OPERATIONS
 
 
 class MLP(nn.Module):
@@ -49,8 +50,8 @@ class FeedForward(nn.Module):
 
     def _dropout(self, tokens: Tensor) -> tuple[float, str]:
         """Probability and implementation: on GPUs PyTorch's own is one kernel already."""
-        is_native = is_native_on_cpu(self.backend, tokens)
-        return self.dropout if self.training else 0.0, "native" if is_native else "eager"
+        choice = OPERATIONS["dropout_add"].prefer(self.backend, tokens.device, tokens.dtype)
+        return self.dropout if self.training else 0.0, choice.backend
 
 
 def channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,13 +66,6 @@ def channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype is None or dtype == x.dtype:
         return x.contiguous(memory_format=torch.channels_last)
     return x.to(dtype=dtype, memory_format=torch.channels_last)
-
-
-def is_native_on_cpu(backend: str, tensor: Tensor) -> bool:
-    """Whether the tensor is on a CPU and the backend means the native kernels there."""
-    if tensor.device.type != "cpu" or backend not in ("auto", "native"):
-        return False
-    return registry.choose(backend, tensor.device, tensor.dtype).backend == "native"
 
 
 def initialize_xavier(module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
 from conddetr.kernels import conditional_attention, paths, sine_embedding
-from conddetr.model.layers import MLP, FeedForward, initialize_xavier, is_native_on_cpu
+from conddetr.kernels.registry import OPERATIONS
+from conddetr.model.layers import MLP, FeedForward, initialize_xavier
 from conddetr.model.plain import is_plain_linear, table
 
 
@@ -38,6 +39,11 @@ class Keys(NamedTuple):
     """[B, N, C]."""
 
 
+def attends_natively(backend: str, tokens: Tensor) -> bool:
+    """Whether self-attention of such tokens is for our kernels, as it is on CPUs."""
+    return OPERATIONS["self_attention"].prefer(backend, tokens.device, tokens.dtype).backend == "native"
+
+
 def self_attention(
     query: Tensor,
     key: Tensor,
@@ -53,7 +59,7 @@ def self_attention(
     conditional attention, whose content and spatial part are the two halves of each head's channels.
     """
     heads = [x.unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
-    if is_native_on_cpu(backend, query):
+    if attends_natively(backend, query):
         paths.note("self-attention", "conditional_attention")
         half = heads[0].shape[-1] // 2
         queries, keys = (x.tensor_split((half,), dim=-1) for x in heads[:2])

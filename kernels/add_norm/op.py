@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.add_norm import reference
 
 MAX_CHANNELS = 1024
@@ -70,7 +70,8 @@ def add_norm(
     vectors = (weight, bias, branch_bias)
     _check_tensors(branch, residual, vectors, position, seed)
     _check_numbers(dropout_p, trunks, outs, position is not None)
-    choice = choose(backend, branch.device, torch.promote_types(branch.dtype, residual.dtype), branch.shape[-1])
+    dtype = torch.promote_types(branch.dtype, residual.dtype)
+    choice = OPERATION.choose(backend, branch.device, dtype, branch.shape[-1])
     paths.note("add_norm", choice.backend, choice.refused)
     if choice.backend == "eager":
         vectors = [x if x is None or x.dim() == 1 else x[0] for x in vectors]
@@ -90,15 +91,12 @@ def add_norm(
     return _shared(trunk, out, placed, position, trunks, outs)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> registry.Choice:
-    """The implementation for a device, the dtype of the trunk, and C, which is a reason like any other."""
-    choice = registry.choose(backend, device, dtype, registry.WITHOUT_NATIVE)
-    if choice.backend == "eager" or channels <= MAX_CHANNELS:
-        return choice
-    reason = f"its kernels take up to {MAX_CHANNELS} channels, got {channels}."
-    if backend != "auto":
-        raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
-    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
+def _why_not(channels: int) -> str | None:
+    return None if channels <= MAX_CHANNELS else f"its kernels take up to {MAX_CHANNELS} channels, got {channels}."
+
+
+OPERATION = registry.declare("add_norm", triton=registry.Kernels(why_not=_why_not))
+"""It is told the number of channels; the dtype is that of the trunk."""
 
 
 def _check_tensors(
@@ -165,12 +163,6 @@ def _shared(
     return found if position is None else (*found, placed)
 
 
-def _forward(*inputs: object) -> tuple[Tensor, ...]:
-    from conddetr.kernels.add_norm import triton
-
-    return triton.forward(*inputs)
-
-
 def _fake_forward(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     *_, position, _, _, _, has_trunk, has_out, saves = inputs
     dtype = torch.promote_types(branch.dtype, residual.dtype)
@@ -203,7 +195,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: object, ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of branch, residual and the three vectors, and None for all other inputs of the operator."""
     weight, seed, normalized, rstd = ctx.saved_tensors
     # Not those of outputs that nobody wanted, which are empty.
@@ -221,8 +213,8 @@ def _differentiate(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor 
     shapes = [vector[0] for vector in ctx.vectors if vector is not None]
     replicas = next((shape[0] for shape in shapes if len(shape) == 2), min(registry.REPLICAS, max(1, len(rstd))))
     shared = (normalized, rstd, weight, seed, ctx.dropout_p)
-    backward = torch.ops.conddetr.add_norm_backward.default
-    of_branch, of_residual, partials = registry.call(backward, *given, *shared, branch, residual, vectors, replicas)
+    backward = ops.add_norm_backward.default
+    of_branch, of_residual, partials = operators.call(backward, *given, *shared, branch, residual, vectors, replicas)
     of_vectors = _of_vectors(ctx.vectors, partials, needs[2:])
     return of_branch if needs[0] else None, of_residual if needs[1] else None, *of_vectors, *others
 
@@ -251,7 +243,7 @@ class AddNorm(torch.autograd.Function):
         *inputs, trunks, outs = inputs
         branch, residual, *_ = inputs
         wanted = _wanted(branch, residual, trunks, outs)
-        found = registry.call(torch.ops.conddetr.add_norm.default, *inputs, *wanted, True)
+        found = operators.call(torch.ops.conddetr.add_norm.default, *inputs, *wanted, True)
         _setup(ctx, inputs, found)
         # Each use is a tensor of its own.
         trunk, out, placed = found[:3]
@@ -260,7 +252,7 @@ class AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """One None less than the operator has, which has one input more."""
-        return _differentiate(ctx, *gradients)[:-1]
+        return _differentiate(torch.ops.conddetr, ctx, *gradients)[:-1]
 
 
 _INPUTS = (
@@ -272,9 +264,18 @@ _GRADIENTS = (
     "Tensor grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? grad_3, Tensor normalized, Tensor rstd, Tensor weight, "
     "Tensor? seed, float dropout_p, ScalarType? branch, ScalarType? residual, int vectors, SymInt replicas"
 )
-registry.define("conddetr::add_norm", f"({_INPUTS}) -> {_OUTPUTS}", _forward, _fake_forward)
-registry.define("conddetr::add_norm_backward", f"({_GRADIENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
-torch.library.register_autograd(
-    "conddetr::add_norm", lambda ctx, *gradients: _differentiate(ctx, *gradients[:3]), setup_context=_setup
+operators.register(
+    "add_norm",
+    f"({_INPUTS}) -> {_OUTPUTS}",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=lambda ops, ctx, *gradients: _differentiate(ops, ctx, *gradients[:3]),
+    setup=_setup,
 )
-registry.once_differentiable("conddetr::add_norm_backward")
+operators.register(
+    "add_norm_backward",
+    f"({_GRADIENTS}) -> (Tensor, Tensor, Tensor)",
+    launch=_backward,
+    fake=_fake_backward,
+    is_gradient=True,
+)

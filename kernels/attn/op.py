@@ -3,13 +3,13 @@
 Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.attn import reference
 from conddetr.kernels.bits import drawn_probability, dropout_bits
 
@@ -58,7 +58,7 @@ def conditional_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)
     _check_tensors(q_content, q_spatial, k_content, rows, columns, v)
@@ -68,7 +68,8 @@ def conditional_attention(
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
-    choice = _choose(backend, q_content, q_spatial, v)
+    widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
+    choice = OPERATION.choose(backend, v.device, v.dtype, v, widths)
     paths.note("conditional_attention", choice.backend, choice.refused)
     if columns is not None and (choice.backend != "triton" or rows.shape[0] != columns.shape[0]):
         rows, columns = (part.expand(v.shape[0], -1, -1, -1) for part in (rows, columns))
@@ -91,7 +92,7 @@ def conditional_attention(
     inputs = (*tensors, valid, padding, keep, scale, dropout_p)
     if choice.backend == "triton" and not torch.compiler.is_compiling():
         return ConditionalAttention.apply(*inputs)
-    return registry.operators(choice.backend).conditional_attention(*inputs)[0]
+    return operators.of(choice.backend).conditional_attention(*inputs)[0]
 
 
 def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, backend: str) -> tuple[Tensor, float]:
@@ -114,32 +115,36 @@ def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
     return (1, rows.shape[1]) if columns is None else (rows.shape[1], columns.shape[1])
 
 
-def _choose(backend: str, q_content: Tensor, q_spatial: Tensor, v: Tensor) -> registry.Choice:
-    """Widths that a backend's kernels do not take are a reason against it like any other."""
-    choice = registry.choose(backend, v.device, v.dtype)
-    reason = _why_not_widths(choice.backend, v.device, (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1]))
-    reason = reason or _why_not_many(choice.backend, v.device, v.shape[0], v.shape[2])
-    if reason is None:
-        return choice
-    if backend != "auto":
-        raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
-    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
-
-
-def _why_not_widths(choice: str, device: torch.device, widths: tuple[int, int, int]) -> str | None:
-    """The reason against a backend for d, ds and dv, or None."""
-    if choice == "triton" and not all(16 <= width <= 128 for width in widths):
+def _why_not_triton(v: Tensor, widths: tuple[int, int, int]) -> str | None:
+    if not all(16 <= width <= 128 for width in widths):
         return f"d, ds, dv must be from 16 to 128, got {widths}."
-    if choice == "native" and device.type == "cuda" and widths != (32, 32, 32):
+    return _why_not_many(v)
+
+
+def _why_not_native(v: Tensor, widths: tuple[int, int, int]) -> str | None:
+    if v.device.type == "cuda" and widths != (32, 32, 32):
         return f"on a GPU d, ds, dv must be 32, got {widths} (triton takes 16 to 128)."
-    return None
+    return _why_not_many(v)
 
 
-def _why_not_many(choice: str, device: torch.device, batch: int, heads: int) -> str | None:
-    """The reason against a backend for so many images and heads, or None. The limit is that of a GPU's grid."""
-    if choice == "eager" or device.type == "cpu" or max(batch, heads) < 65536:
+def _why_not_many(v: Tensor) -> str | None:
+    """The limit is that of a GPU's grid."""
+    batch, _, heads, _ = v.shape
+    if v.device.type == "cpu" or max(batch, heads) < 65536:
         return None
     return f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
+
+
+OPERATION = registry.declare(
+    "conditional_attention",
+    triton=registry.Kernels(why_not=_why_not_triton),
+    native=registry.Kernels(why_not=_why_not_native),
+)
+"""It is told the values, and d, ds and dv."""
+SELF_ATTENTION = registry.declare("self_attention", native=registry.Kernels(devices=("cpu",)))
+"""Of a transformer without spatial parts: the native kernels take it as conditional attention, on CPUs, where PyTorch
+has no fused one with dropout.
+"""
 
 
 def _check_tensors(
@@ -272,10 +277,11 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: FunctionCtx, grad: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
-    """Of the operator's inputs; `backward`: the operator that computes them."""
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Of the operator's inputs, from the gradient of its first result."""
     *tensors, out, lse = ctx.saved_tensors
-    gradients = list(registry.call(backward, *tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
+    backward = ops.conditional_attention_backward.default
+    gradients = list(operators.call(backward, *tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
     if tensors[4] is None:
         gradients[4] = None
     return *gradients, None, None, None, None, None
@@ -287,36 +293,28 @@ class ConditionalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
         """The operator's inputs; its first result."""
-        out, lse = registry.call(torch.ops.conddetr.conditional_attention.default, *inputs)
+        out, lse = operators.call(torch.ops.conddetr.conditional_attention.default, *inputs)
         *tensors, ctx.scale, ctx.dropout_p = inputs
         ctx.save_for_backward(*tensors, out, lse)
         return out
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """As of the operator."""
-        return _differentiate(ctx, grad, torch.ops.conddetr.conditional_attention_backward.default)
+    backward = staticmethod(partial(_differentiate, torch.ops.conddetr))
 
 
-def _register(namespace: str) -> None:
-    """Shapes and gradients of the operators, the same whatever computes them."""
-
-    def differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple:
-        return _differentiate(ctx, grad, getattr(torch.ops, namespace).conditional_attention_backward.default)
-
-    torch.library.register_fake(f"{namespace}::conditional_attention", _fake_forward)
-    torch.library.register_fake(f"{namespace}::conditional_attention_backward", _fake_backward)
-    torch.library.register_autograd(f"{namespace}::conditional_attention", differentiate, setup_context=_setup)
-    registry.once_differentiable(f"{namespace}::conditional_attention_backward")
-    registry.count_flops(f"{namespace}::conditional_attention", _flops)
-    registry.count_flops(f"{namespace}::conditional_attention_backward", lambda *shapes, **_: 2 * _flops(*shapes))
-
-
-registry.define("conddetr::conditional_attention", f"({_INPUTS}) -> (Tensor out, Tensor lse)", _forward)
-registry.define(
-    "conddetr::conditional_attention_backward",
-    f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+operators.register(
+    "conditional_attention",
+    f"({_INPUTS}) -> (Tensor out, Tensor lse)",
+    launch=_forward,
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+    flops=_flops,
 )
-for _namespace in registry.namespaces():
-    _register(_namespace)
+operators.register(
+    "conditional_attention_backward",
+    f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launch=_backward,
+    fake=_fake_backward,
+    flops=lambda *shapes, **_: 2 * _flops(*shapes),
+    is_gradient=True,
+)

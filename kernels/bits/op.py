@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.bits import reference
+
+OPERATION = registry.declare("dropout_bits", triton=registry.Kernels(), native=registry.Kernels())
 
 
 def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "auto") -> Tensor:
@@ -35,12 +37,12 @@ def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "a
     count = 1
     for size in shape:
         count = count * size
-    choice = registry.choose(backend, seed.device, torch.float32)
+    choice = OPERATION.choose(backend, seed.device, torch.float32)
     paths.note("dropout_bits", choice.backend, choice.refused)
     if choice.backend == "eager":
         words = reference.dropout_bits(seed, count, threshold)
     else:
-        words = registry.operators(choice.backend).dropout_bits(seed, count, threshold)
+        words = operators.of(choice.backend).dropout_bits(seed, count, threshold)
     return words.view(*shape)
 
 
@@ -59,21 +61,13 @@ def _threshold(p: float) -> int:
     return min(round(p * 2**reference.BITS), 2**reference.BITS - 1)
 
 
-def _forward(seed: Tensor, count: int, threshold: int) -> Tensor:
-    from conddetr.kernels.bits import triton
-
-    return triton.forward(seed, count, threshold)
-
-
 def _fake(seed: Tensor, count: int, threshold: int) -> Tensor:
     return seed.new_empty(count, dtype=torch.int32)
 
 
-def _register(namespace: str) -> None:
-    """The operator's shape, the same whatever computes it."""
-    torch.library.register_fake(f"{namespace}::dropout_bits", _fake)
-
-
-registry.define("conddetr::dropout_bits", "(Tensor seed, SymInt count, int threshold) -> Tensor", _forward)
-for _namespace in registry.namespaces():
-    _register(_namespace)
+operators.register(
+    "dropout_bits",
+    "(Tensor seed, SymInt count, int threshold) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake,
+)

@@ -5,9 +5,12 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.boxes import reference
+
+OPERATION = registry.declare("matched_box_loss", triton=registry.Kernels())
 
 
 def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor, backend: str = "auto") -> Tensor:
@@ -25,10 +28,10 @@ def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor, backend
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(boxes, objects, assignment)
-    choice = registry.choose(backend, boxes.device, boxes.dtype, registry.WITHOUT_NATIVE)
+    choice = OPERATION.choose(backend, boxes.device, boxes.dtype)
     if choice.backend == "eager" or boxes.numel() == 0:
         paths.note("matched_box_loss", "eager", choice.refused)
         return reference.matched_box_loss(boxes, objects.detach(), assignment)
@@ -52,47 +55,40 @@ def _check(boxes: Tensor, objects: Tensor, assignment: Tensor) -> None:
             raise ValueError(f"{name}: expected device {boxes.device} as of boxes, got {tensor.device}.")
 
 
-@torch.library.custom_op(
-    "conddetr::matched_box_loss",
-    mutates_args=(),
-    schema="(Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
-)
-@registry.on_their_device
-def _forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    from conddetr.kernels.boxes import triton
-
-    return triton.forward(boxes, objects, assignment)
-
-
-@_forward.register_fake
-def _(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+def _fake_forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     return boxes.new_empty((2, boxes.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "conddetr::matched_box_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
-)
-@registry.on_their_device
 def _backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     from conddetr.kernels.boxes import triton
 
     return triton.backward(grad.contiguous(), boxes, objects, assignment)
 
 
-@_backward.register_fake
-def _(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
+def _fake_backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     return torch.empty_like(boxes)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    return torch.ops.conddetr.matched_box_loss_backward(grad, *ctx.saved_tensors), None, None
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+    return ops.matched_box_loss_backward(grad, *ctx.saved_tensors), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
-registry.once_differentiable("conddetr::matched_box_loss_backward")
+operators.register(
+    "matched_box_loss",
+    "(Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+)
+operators.register(
+    "matched_box_loss_backward",
+    "(Tensor grad, Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
+    launch=_backward,
+    fake=_fake_backward,
+    is_gradient=True,
+)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.conv import reference
 
 Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, tuple], Tensor]
@@ -24,12 +24,9 @@ _failures: dict[tuple, str | None] = {}
 
 
 def why_not(
-    backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, window: tuple
 ) -> str | None:
     """The reason why these cannot come here; None if they can."""
-    reason = registry.why_not("triton", x.device, x.dtype, is_auto=backend == "auto")
-    if reason is not None:
-        return reason
     if not relu:
         return "its kernels end in ReLU."
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -163,7 +160,7 @@ def _before_relu(grads: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
     present = [grad for grad in grads if grad is not None]
     if _is_differentiated_on():
         return torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
-    return registry.call(torch.ops.conddetr.relu_backward.default, *present, *[None] * (2 - len(present)), y)
+    return operators.call(torch.ops.conddetr.relu_backward.default, *present, *[None] * (2 - len(present)), y)
 
 
 def _gradients(
@@ -262,15 +259,15 @@ def _relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor
     return triton.relu_backward(_in_layout_of(y, grad), _in_layout_of(y, other_grad), y)
 
 
-registry.define(
-    "conddetr::convolution_epilogue_",
+operators.register(
+    "convolution_epilogue_",
     "(Tensor(a!) out, Tensor? bias, Tensor? residual) -> ()",
-    _epilogue,
-    lambda out, bias, residual: None,
+    launch=_epilogue,
+    fake=lambda out, bias, residual: None,
 )
-registry.define(
-    "conddetr::relu_backward",
+operators.register(
+    "relu_backward",
     "(Tensor grad, Tensor? other_grad, Tensor y) -> Tensor",
-    _relu_backward,
-    lambda grad, other_grad, y: torch.empty_like(y),
+    launch=_relu_backward,
+    fake=lambda grad, other_grad, y: torch.empty_like(y),
 )

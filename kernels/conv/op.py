@@ -4,6 +4,7 @@ It only chooses among operators. On a CPU 3×3 convolutions are ours (`conv3x3`)
 what follows them; weights that need a gradient get it from matrix products. On GPUs they are cuDNN's (`gpu.py`).
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import conv3x3, paths, registry
+from conddetr.kernels import conv3x3, operators, paths, registry
 from conddetr.kernels.conv import gpu, reference
 
 UNIT = ((1, 1), (1, 1), (1, 1), 1)
@@ -64,15 +65,16 @@ def convolution(
     _check(x, weight, bias, window, residual)
     if uses not in (1, 2):
         raise ValueError(f"uses: expected 1 or 2, got {uses}.")
-    refused: dict[str, str] = {}
-    if backend == "triton" or (backend == "auto" and x.is_cuda):
-        reason = gpu.why_not(backend, x, weight, bias, residual, relu)
-        if reason is None:
-            return gpu.convolution(backend, x, weight, bias, window, residual, uses)
-        if backend == "triton":
-            raise registry.BackendError(f"backend 'triton' cannot run here: {reason}")
-        refused["triton"] = reason
-    out = _on_cpu(x, weight, bias, window, residual, overwrite, relu, backend, refused)
+    choice = OPERATION.choose(backend, x.device, x.dtype, x, weight, bias, residual, relu, window)
+    if choice.backend == "triton":
+        return gpu.convolution(backend, x, weight, bias, window, residual, uses)
+    if choice.backend == "native":
+        paths.note("convolution", "native")
+        out = conv3x3.convolution_3x3(x, weight, bias, relu=relu and residual is None, backend="native")
+        out = out if residual is None else _add(out, residual, relu)
+    else:
+        by_products = backend != "eager" and groups == 1
+        out = _by_pytorch(x, weight, bias, window, residual, overwrite, relu, by_products, choice.refused)
     return out if uses == 1 else (out, out)
 
 
@@ -110,7 +112,7 @@ def convolution_pair(x: Tensor, first: Layer, second: Layer, *, backend: str = "
         _check(x, *first[:2], first[2:], None)
         # The map between has channels of the first weight, and its size is of no matter to the check.
         _check(x[:, :1].expand(-1, len(first.weight), -1, -1), *second[:2], second[2:], None)
-        if all(gpu.why_not(backend, x, *layer[:2], None, True) is None for layer in layers):
+        if all(_chosen(backend, x, layer) == "triton" for layer in layers):
             return gpu.convolution_pair(backend, x, tuple((*layer[:2], tuple(layer[2:])) for layer in layers))
     for weight, bias, stride, padding, dilation, groups in layers:
         window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -118,7 +120,11 @@ def convolution_pair(x: Tensor, first: Layer, second: Layer, *, backend: str = "
     return x
 
 
-def _on_cpu(
+def _chosen(backend: str, x: Tensor, layer: Layer) -> str:
+    return OPERATION.prefer(backend, x.device, x.dtype, x, *layer[:2], None, True, tuple(layer[2:])).backend
+
+
+def _by_pytorch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -126,22 +132,23 @@ def _on_cpu(
     residual: Tensor | None,
     overwrite: bool,
     relu: bool,
-    backend: str,
+    by_products: bool,
     refused: dict[str, str],
 ) -> Tensor:
-    """By all backends but Triton's; elsewhere by PyTorch's operators. `refused`: what `auto` would have preferred."""
+    """By PyTorch's operators.
+
+    Args:
+        by_products: gradients of weights may come from matrix products.
+        refused: what `auto` would have preferred.
+    """
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
-    if choose(backend, x, weight, window) == "native":
-        paths.note("convolution", "native")
-        out = conv3x3.convolution_3x3(x, weight, bias, relu=relu and residual is None, backend="native")
-        return out if residual is None else _add(out, residual, relu)
     if not _is_plain(tensors):
         paths.note("convolution", "eager", refused)
         return reference.convolution(x, weight, bias, *window, residual, relu)
     if not _records(tensors) and _has_onednn(x):
         paths.note("convolution", "oneDNN, fused")
         return _by_onednn(x, weight, bias, window, residual, overwrite, relu)
-    by_products = backend != "eager" and window[3] == 1 and weight.requires_grad
+    by_products = by_products and weight.requires_grad
     paths.note("convolution", "gradient of weights by products" if by_products else "eager")
     if by_products:
         out = ConvolutionByProducts.apply(x, weight, bias, *window[:3])
@@ -152,19 +159,27 @@ def _on_cpu(
     return out.relu_() if relu else out
 
 
-def choose(backend: str, x: Tensor, weight: Tensor, window: tuple) -> str:
-    """`native` or `eager`; `window`: stride, padding, dilation and groups."""
-    if backend == "eager" or (backend == "auto" and not _is_plain([x, weight])):
-        return "eager"
+def _why_not_native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, window: tuple
+) -> str | None:
     if window == UNIT and tuple(weight.shape[2:]) == (3, 3):
-        return conv3x3.choose(backend, x, tuple(weight.shape[:2]))
-    choice = registry.choose(backend, x.device, x.dtype, registry.NATIVE_ALONE).backend
-    if choice == "native" and backend != "auto":
-        raise registry.BackendError(
-            f"backend 'native' cannot run here: its kernel takes a window of 3×3, stride, padding, dilation and groups "
-            f"1, got {tuple(weight.shape[2:])} and {window}: take backend auto or eager."
-        )
-    return "eager"
+        return conv3x3.why_not(tuple(weight.shape[:2]), x.shape)
+    return (
+        f"its kernel takes a window of 3×3, stride, padding, dilation and groups 1, got {tuple(weight.shape[2:])} and "
+        f"{window}: take backend auto or eager."
+    )
+
+
+def _why_not_plain(x: Tensor, weight: Tensor, *_: object) -> str | None:
+    return None if _is_plain([x, weight]) else "x or weight will be cast, traced or differentiated by PyTorch."
+
+
+OPERATION = registry.declare(
+    "convolution",
+    triton=registry.Kernels(why_not=gpu.why_not),
+    native=dataclasses.replace(conv3x3.KERNELS, why_not=_why_not_native, why_not_auto=_why_not_plain),
+)
+"""It is told x, weight, bias, residual, ReLU and the window: stride, padding, dilation and groups."""
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None) -> None:
@@ -309,7 +324,7 @@ def _flops_of_cudnn(_: object, weight: tuple, *_others: object, out_shape: tuple
 
 
 if torch.backends.mkldnn.is_available():
-    registry.count_flops("mkldnn::_convolution_pointwise", _flops)
-    registry.count_flops("mkldnn::_convolution_pointwise_", _flops)
-registry.count_flops("aten::cudnn_convolution_relu", _flops_of_cudnn)
-registry.count_flops("aten::cudnn_convolution_add_relu", _flops_of_cudnn)
+    operators.count_flops("mkldnn::_convolution_pointwise", _flops)
+    operators.count_flops("mkldnn::_convolution_pointwise_", _flops)
+operators.count_flops("aten::cudnn_convolution_relu", _flops_of_cudnn)
+operators.count_flops("aten::cudnn_convolution_add_relu", _flops_of_cudnn)

@@ -4,12 +4,11 @@ By Winograd's minimal filtering, F(4×4, 3×3) (Lavin and Gray, CVPR 2016): a qu
 where PyTorch does them all; on GPUs cuDNN chooses by itself. Gradients of any order are convolutions of the same kinds.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import native, registry
+from conddetr.kernels import operators, registry
 from conddetr.kernels.conv3x3 import reference
 
 GRAIN = 32
@@ -45,7 +44,7 @@ def convolution_3x3(
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(x, weight, bias, transposed)
-    if choose(backend, x, tuple(weight.shape[:2])) == "eager":
+    if CONVOLUTION.choose(backend, x.device, x.dtype, tuple(weight.shape[:2]), x.shape).backend == "eager":
         return reference.convolution_3x3(x, weight, bias, transposed, relu)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
     bias = None if bias is None else bias.contiguous()
@@ -75,35 +74,26 @@ def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "
         raise ValueError(f"grad: expected {expected} as of x, got {tuple(grad.shape)}.")
     if grad.dtype != x.dtype or grad.device != x.device:
         raise ValueError(f"grad: expected {x.dtype} on {x.device} as of x, got {grad.dtype} on {grad.device}.")
-    if choose(backend, x, (grad.shape[1], x.shape[1])) == "eager":
+    channels = (grad.shape[1], x.shape[1])
+    if WEIGHT_GRADIENT.choose(backend, x.device, x.dtype, channels, x.shape).backend == "eager":
         return reference.convolution_3x3_weight_gradient(x, grad)
     x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
     return torch.ops.conddetr_native.convolution_3x3_weight(x, grad)
 
 
-def why_not(x: Tensor, channels: tuple[int, int]) -> str | None:
-    """The reason against the native kernels for such a tensor and its weight's channels, or None if they can run."""
-    if x.device.type != "cpu":
-        return f"its kernels run on CPUs, x is on {x.device.type}."
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"its kernels take float32 (and float64, for tests), not {x.dtype}."
-    if channels[0] % GRAIN or channels[1] % GRAIN or 0 in (*channels, *x.shape):
+def why_not(channels: tuple[int, int], shape: torch.Size) -> str | None:
+    """The reason against the native kernels for the channels of a weight, (Cout, Cin), and the shape of x, or None."""
+    if channels[0] % GRAIN or channels[1] % GRAIN or 0 in (*channels, *shape):
         return (
             f"its kernels take channels in multiples of {GRAIN}, and at least one cell, got {channels[1]} to "
-            f"{channels[0]} channels and x {tuple(x.shape)}."
+            f"{channels[0]} channels and x {tuple(shape)}."
         )
-    return registry.why_not("native", x.device, x.dtype, is_auto=False)
+    return None
 
 
-def choose(backend: str, x: Tensor, channels: tuple[int, int]) -> str:
-    """The implementation for such a tensor and its weight's channels, (Cout, Cin)."""
-    reason = why_not(x, channels)
-    if backend == "auto":
-        return "native" if reason is None and x.dtype == torch.float32 else "eager"
-    choice = registry.choose(backend, x.device, x.dtype, registry.NATIVE_ALONE).backend
-    if choice == "native" and reason is not None:
-        raise registry.BackendError(f"backend 'native' cannot run here: {reason}")
-    return choice
+KERNELS = registry.Kernels(devices=("cpu",), dtypes=(torch.float32, torch.float64), why_not=why_not)
+CONVOLUTION = registry.declare("convolution_3x3", native=KERNELS)
+WEIGHT_GRADIENT = registry.declare("convolution_3x3_weight_gradient", native=KERNELS)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
@@ -135,12 +125,12 @@ def _convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return torch.ops.conddetr_native.convolution_3x3(x, weight, None, transposed, False)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     x, weight, _, ctx.transposed, relu = inputs
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, out = ctx.saved_tensors
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -150,17 +140,17 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tu
         of_x = _convolve(grad, weight, not ctx.transposed)
     if ctx.needs_input_grad[1]:
         pair = (grad, x) if ctx.transposed else (x, grad)
-        of_weight = torch.ops.conddetr_native.convolution_3x3_weight(*pair)
+        of_weight = ops.convolution_3x3_weight(*pair)
     if ctx.needs_input_grad[2]:
         of_bias = grad.sum((0, 2, 3))
     return of_x, of_weight, of_bias, None, None
 
 
-def _setup_weight(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_weight(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_weight(ops: object, ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of weights is linear in x and in grad."""
     x, grad = ctx.saved_tensors
     of_x = _convolve(grad, upstream, True) if ctx.needs_input_grad[0] else None
@@ -177,13 +167,11 @@ def _flops_weight(x: tuple, grad: tuple, **_: object) -> int:
     return 2 * x[0] * x[2] * x[3] * x[1] * grad[1] * 9
 
 
-def _register(name: str, fake: Callable, differentiate: Callable, setup: Callable) -> None:
-    torch.library.register_fake(f"conddetr_native::{name}", fake)
-    torch.library.register_autograd(f"conddetr_native::{name}", differentiate, setup_context=setup)
-
-
-if native.NOT_LOADED is None:
-    _register("convolution_3x3", _fake, _differentiate, _setup)
-    _register("convolution_3x3_weight", _fake_weight, _differentiate_weight, _setup_weight)
-    registry.count_flops("conddetr_native::convolution_3x3", _flops)
-    registry.count_flops("conddetr_native::convolution_3x3_weight", _flops_weight)
+operators.register("convolution_3x3", fake=_fake, backward=_differentiate, setup=_setup, flops=_flops)
+operators.register(
+    "convolution_3x3_weight",
+    fake=_fake_weight,
+    backward=_differentiate_weight,
+    setup=_setup_weight,
+    flops=_flops_weight,
+)

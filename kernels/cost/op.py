@@ -6,8 +6,10 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.cost import reference
+
+OPERATION = registry.declare("matching_cost", triton=registry.Kernels())
 
 
 @torch.no_grad()
@@ -47,14 +49,14 @@ def matching_cost(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, boxes, labels, objects, counts, activation)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # The sum that a softmax divides by, once per prediction; only the classes of objects are looked at after it.
     log_total = logits.to(dtype).logsumexp(-1) if activation == "softmax" else None
     weights = (class_weight, bbox_weight, giou_weight)
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)
+    choice = OPERATION.choose(backend, logits.device, logits.dtype)
     if choice.backend == "eager" or labels.numel() * logits.numel() == 0:
         paths.note("matching_cost", "eager", choice.refused)
         return reference.matching_cost(logits, boxes, labels, objects, counts, log_total, weights, alpha, gamma)
@@ -85,13 +87,6 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, count
         raise ValueError(f"activation: expected sigmoid or softmax, got {activation!r}.")
 
 
-@torch.library.custom_op(
-    "conddetr::matching_cost",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor boxes, Tensor labels, Tensor objects, Tensor counts, Tensor? log_total, "
-    "float class_weight, float bbox_weight, float giou_weight, float alpha, float gamma) -> Tensor",
-)
-@registry.on_their_device
 def _forward(*inputs: object) -> Tensor:
     from conddetr.kernels.cost import triton
 
@@ -99,8 +94,16 @@ def _forward(*inputs: object) -> Tensor:
     return triton.forward(*tensors, (class_weight, bbox_weight, giou_weight), alpha, gamma)
 
 
-@_forward.register_fake
-def _(*inputs: object) -> Tensor:
+def _fake(*inputs: object) -> Tensor:
     logits, labels = inputs[0], inputs[2]
     layers, batch, queries, _ = logits.shape
     return logits.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)
+
+
+operators.register(
+    "matching_cost",
+    "(Tensor logits, Tensor boxes, Tensor labels, Tensor objects, Tensor counts, Tensor? log_total, "
+    "float class_weight, float bbox_weight, float giou_weight, float alpha, float gamma) -> Tensor",
+    launch=_forward,
+    fake=_fake,
+)

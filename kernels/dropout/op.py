@@ -5,12 +5,18 @@ takes longer than the products. On GPUs bias, ReLU and dropout are three launche
 one each way does; dropout before a sum is PyTorch's there (`add_norm` has it with all that follows).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import native, paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.dropout import reference
+
+ON_CPUS = registry.Kernels(devices=("cpu",))
+RELU_DROPOUT = registry.declare("relu_dropout", triton=registry.Kernels(), native=ON_CPUS)
+DROPOUT_ADD = registry.declare("dropout_add", native=ON_CPUS)
 
 
 def relu_dropout(
@@ -38,7 +44,7 @@ def relu_dropout(
     _check_others(x, bias, seed)
     if p == 0 and bias is None:
         return x.relu()
-    choice = choose(backend, x.device, x.dtype)
+    choice = RELU_DROPOUT.choose(backend, x.device, x.dtype)
     paths.note("relu_dropout", choice.backend, choice.refused)
     if choice.backend == "triton":
         seed = _seed(x.device) if seed is None and p > 0 else seed
@@ -78,23 +84,11 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") ->
     if p == 0:
         return residual + x
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    choice = choose_add(backend, x.device, dtype)
-    paths.note("dropout_add", choice)
-    if choice == "eager":
+    choice = DROPOUT_ADD.choose(backend, x.device, dtype)
+    paths.note("dropout_add", choice.backend, choice.refused)
+    if choice.backend == "eager":
         return reference.dropout_add(x, residual, p)
     return _drop(x.to(dtype).contiguous(), residual.to(dtype).contiguous(), _seed(x.device), p, False)
-
-
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> registry.Choice:
-    """The implementation of `relu_dropout` for tensors of a device and dtype."""
-    offered = registry.BACKENDS if device.type == "cpu" else registry.WITHOUT_NATIVE
-    return registry.choose(backend, device, dtype, offered)
-
-
-def choose_add(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation of `dropout_add`."""
-    offered = registry.NATIVE_ALONE if device.type == "cpu" else ("eager",)
-    return registry.choose(backend, device, dtype, offered).backend
 
 
 def _check(x: Tensor, p: float) -> None:
@@ -137,7 +131,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(seed, output if ctx.relu else None)
 
 
-def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     seed, output = ctx.saved_tensors
     if ctx.relu:
         # What is above zero was, and was kept.
@@ -147,25 +141,11 @@ def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, grad if ctx.has_residual else None, None, None, None
 
 
-if native.NOT_LOADED is None:
-    torch.library.register_fake("conddetr_native::dropout", _fake)
-    torch.library.register_autograd("conddetr_native::dropout", _differentiate, setup_context=_setup)
-
-
-def _relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-    from conddetr.kernels.dropout import triton
-
-    return triton.forward(x, bias, seed, p)
+operators.register("dropout", fake=_fake, backward=_differentiate, setup=_setup)
 
 
 def _fake_relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     return torch.empty_like(x)
-
-
-def _relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
-    from conddetr.kernels.dropout import triton
-
-    return triton.backward(grad, out, p, replicas)
 
 
 def _fake_relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
@@ -180,16 +160,16 @@ def _relu_setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output)
 
 
-def _relu_differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _relu_differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
-    backward = torch.ops.conddetr.relu_dropout_backward.default
+    backward = ops.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
-        of_x, _ = registry.call(backward, grad.contiguous(), output, ctx.p, 0)
+        of_x, _ = operators.call(backward, grad.contiguous(), output, ctx.p, 0)
         return of_x, None, None, None
     shape, dtype = ctx.bias
     rows = output.numel() // output.shape[-1]
     replicas = shape[0] if len(shape) == 2 else min(registry.REPLICAS, max(1, rows))
-    of_x, partial = registry.call(backward, grad.contiguous(), output, ctx.p, replicas)
+    of_x, partial = operators.call(backward, grad.contiguous(), output, ctx.p, replicas)
     return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
 
 
@@ -199,24 +179,25 @@ class ReLUDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
         """The operator's inputs."""
-        output = registry.call(torch.ops.conddetr.relu_dropout.default, *inputs)
+        output = operators.call(torch.ops.conddetr.relu_dropout.default, *inputs)
         _relu_setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_relu_differentiate)
+    backward = staticmethod(partial(_relu_differentiate, torch.ops.conddetr))
 
 
-registry.define(
-    "conddetr::relu_dropout",
+operators.register(
+    "relu_dropout",
     "(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor",
-    _relu_forward,
-    _fake_relu_forward,
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_relu_forward,
+    backward=_relu_differentiate,
+    setup=_relu_setup,
 )
-registry.define(
-    "conddetr::relu_dropout_backward",
+operators.register(
+    "relu_dropout_backward",
     "(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
-    _relu_backward,
-    _fake_relu_backward,
+    launch=operators.launcher(__package__, "backward"),
+    fake=_fake_relu_backward,
+    is_gradient=True,
 )
-torch.library.register_autograd("conddetr::relu_dropout", _relu_differentiate, setup_context=_relu_setup)
-registry.once_differentiable("conddetr::relu_dropout_backward")

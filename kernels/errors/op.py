@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.errors import reference
+
+OPERATION = registry.declare("prediction_errors", triton=registry.Kernels())
 
 
 @torch.no_grad()
@@ -33,7 +35,7 @@ def prediction_errors(
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, assignment, labels, counts)
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)
+    choice = OPERATION.choose(backend, logits.device, logits.dtype)
     if choice.backend == "eager" or logits.numel() == 0:
         paths.note("prediction_errors", "eager", choice.refused)
         return reference.prediction_errors(logits, assignment, labels, counts)
@@ -59,18 +61,13 @@ def _check(logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor) -
             raise ValueError(f"{name}: expected device {logits.device} as of logits, got {tensor.device}.")
 
 
-@torch.library.custom_op(
-    "conddetr::prediction_errors",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor assignment, Tensor labels, Tensor counts) -> Tensor",
-)
-@registry.on_their_device
-def _forward(logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
-    from conddetr.kernels.errors import triton
-
-    return triton.forward(logits, assignment, labels, counts)
-
-
-@_forward.register_fake
-def _(logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+def _fake(logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0] + 1, dtype=torch.float32)
+
+
+operators.register(
+    "prediction_errors",
+    "(Tensor logits, Tensor assignment, Tensor labels, Tensor counts) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake,
+)

@@ -5,9 +5,12 @@ Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.focal import reference
+
+OPERATION = registry.declare("focal_loss", triton=registry.Kernels())
 
 
 def focal_loss(
@@ -38,11 +41,11 @@ def focal_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, target, gamma)
     _check_labels(labels, target)
-    choice = registry.choose(backend, logits.device, logits.dtype, registry.WITHOUT_NATIVE)
+    choice = OPERATION.choose(backend, logits.device, logits.dtype)
     if choice.backend == "eager" or logits.numel() == 0:
         paths.note("focal_loss", "eager", choice.refused)
         if labels is not None:
@@ -79,51 +82,43 @@ def _check_labels(labels: Tensor | None, target: Tensor) -> None:
         raise ValueError(f"labels: expected device {target.device} as of target, got {labels.device}.")
 
 
-@torch.library.custom_op(
-    "conddetr::focal_loss",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor? labels, float alpha, float gamma) -> Tensor",
-)
-@registry.on_their_device
-def _forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:
-    from conddetr.kernels.focal import triton
-
-    return triton.forward(logits, target, labels, alpha, gamma)
-
-
-@_forward.register_fake
-def _(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:
+def _fake_forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "conddetr::focal_loss_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor logits, Tensor target, Tensor? labels, float alpha, float gamma) -> Tensor",
-)
-@registry.on_their_device
-def _backward(
-    grad: Tensor, logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float
-) -> Tensor:
+def _backward(grad: Tensor, *inputs: object) -> Tensor:
     from conddetr.kernels.focal import triton
 
-    return triton.backward(grad.contiguous(), logits, target, labels, alpha, gamma)
+    return triton.backward(grad.contiguous(), *inputs)
 
 
-@_backward.register_fake
-def _(grad: Tensor, logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:
+def _fake_backward(grad: Tensor, logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.alpha, ctx.gamma = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-    grad = torch.ops.conddetr.focal_loss_backward(grad, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+    grad = ops.focal_loss_backward(grad, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
     return grad, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
-registry.once_differentiable("conddetr::focal_loss_backward")
+_INPUTS = "Tensor logits, Tensor target, Tensor? labels, float alpha, float gamma"
+operators.register(
+    "focal_loss",
+    f"({_INPUTS}) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+)
+operators.register(
+    "focal_loss_backward",
+    f"(Tensor grad, {_INPUTS}) -> Tensor",
+    launch=_backward,
+    fake=_fake_backward,
+    is_gradient=True,
+)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.match import reference
 
 MAX_QUERIES = 4096
@@ -33,43 +33,38 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a count is out of range; names the image. On a GPU, where
             looking at `counts` would stop the host, it is clamped.
-        RuntimeError: the requested backend can not run here, or any inside `torch.func.vmap`; says why.
+        RuntimeError: the requested backend cannot run here, or any inside `torch.func.vmap`; says why.
     """
     registry.refuse_vmap("linear_assignment, which takes leading dimensions itself,")
     _check(cost, counts)
     if cost.numel() == 0:
         return torch.full((*cost.shape[:-2], cost.shape[-1]), -1, dtype=torch.int64, device=cost.device)
-    choice = _choose(cost, counts, backend)
-    paths.note("linear_assignment", choice)
-    if choice == "eager":
+    choice = OPERATION.choose(backend, cost.device, cost.dtype, cost.shape[-1], cost.shape[-2], counts)
+    paths.note("linear_assignment", choice.backend, choice.refused)
+    if choice.backend == "eager":
         return reference.linear_assignment(cost, counts)
-    return registry.operators(choice).linear_assignment(cost.contiguous(), counts.contiguous())
+    return operators.of(choice.backend).linear_assignment(cost.contiguous(), counts.contiguous())
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, queries: int = 1) -> str:
-    """The implementation that `linear_assignment` takes for costs of a device, dtype and number of queries, as long as
-    no image has more objects.
-    """
-    offered = registry.BACKENDS if device.type == "cpu" else registry.WITHOUT_NATIVE
-    choice = registry.choose(backend, device, dtype, offered).backend
-    is_too_wide = choice == "triton" and queries > MAX_QUERIES
-    return "eager" if backend == "auto" and is_too_wide else choice
+def _why_not(queries: int, capacity: int = 0, counts: Tensor | None = None) -> str | None:
+    most = 0 if counts is None or capacity <= queries else _most(counts)
+    if most <= queries:
+        return None
+    return f"its kernel takes at most as many objects as queries, {queries}, got {most}."
 
 
-def _choose(cost: Tensor, counts: Tensor, backend: str) -> str:
-    choice = choose(backend, cost.device, cost.dtype, cost.shape[-1])
-    reason = None
-    if choice == "triton" and cost.dtype != torch.float32:
-        reason = f"cost must be torch.float32, got {cost.dtype}."
-    elif choice == "triton" and cost.shape[-1] > MAX_QUERIES:
-        reason = f"its kernel takes at most {MAX_QUERIES} queries, got {cost.shape[-1]}."
-    elif cost.shape[-2] > cost.shape[-1] and _most(counts) > cost.shape[-1]:
-        reason = f"its kernel takes at most as many objects as queries, {cost.shape[-1]}, got {_most(counts)}."
-    if choice == "eager" or reason is None:
-        return choice
-    if backend == "auto":
-        return "eager"
-    raise registry.BackendError(f"backend {backend!r} can not run here: {reason}")
+def _why_not_triton(queries: int, capacity: int = 0, counts: Tensor | None = None) -> str | None:
+    if queries > MAX_QUERIES:
+        return f"its kernel takes at most {MAX_QUERIES} queries, got {queries}."
+    return _why_not(queries, capacity, counts)
+
+
+OPERATION = registry.declare(
+    "linear_assignment",
+    triton=registry.Kernels(dtypes=(torch.float32,), why_not=_why_not_triton),
+    native=registry.Kernels(devices=("cpu",), why_not=_why_not),
+)
+"""It is told the number of queries; for a batch also how many objects an image has at most, and counts."""
 
 
 def _check(cost: Tensor, counts: Tensor) -> None:
@@ -94,19 +89,13 @@ def _most(counts: Tensor) -> int:
     return max(_values(counts), default=0)
 
 
-@torch.library.custom_op(
-    "conddetr::linear_assignment", mutates_args=(), schema="(Tensor cost, Tensor counts) -> Tensor"
-)
-@registry.on_their_device
-def _forward(cost: Tensor, counts: Tensor) -> Tensor:
-    from conddetr.kernels.match import triton
-
-    return triton.forward(cost, counts)
-
-
-def _fake_forward(cost: Tensor, counts: Tensor) -> Tensor:
+def _fake(cost: Tensor, counts: Tensor) -> Tensor:
     return cost.new_empty((*cost.shape[:-2], cost.shape[-1]), dtype=torch.int64)
 
 
-for _namespace in registry.namespaces():
-    torch.library.register_fake(f"{_namespace}::linear_assignment", _fake_forward)
+operators.register(
+    "linear_assignment",
+    "(Tensor cost, Tensor counts) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake,
+)

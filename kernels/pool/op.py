@@ -7,7 +7,7 @@ wanted or not.
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.pool import reference
 
 
@@ -28,15 +28,8 @@ def max_pool(x: Tensor, backend: str = "auto") -> Tensor:
     """
     if x.dim() != 4 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(f"x: expected [B, C, H, W] with cells, floating, got {tuple(x.shape)} {x.dtype}.")
-    choice = registry.choose(backend, x.device, x.dtype, registry.WITHOUT_NATIVE)
-    refused = choice.refused
-    if choice.backend == "triton":
-        reason = _why_not(x)
-        if reason is not None and backend != "auto":
-            raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
-        if reason is not None:
-            choice, refused = registry.Choice("eager", {}), {**refused, "triton": reason}
-    paths.note("max_pool", choice.backend, refused)
+    choice = OPERATION.choose(backend, x.device, x.dtype, x)
+    paths.note("max_pool", choice.backend, choice.refused)
     return reference.max_pool(x) if choice.backend == "eager" else torch.ops.conddetr.max_pool(x)
 
 
@@ -51,11 +44,7 @@ def _why_not(x: Tensor) -> str | None:
     return None
 
 
-@registry.on_their_device
-def _max_pool(x: Tensor) -> Tensor:
-    from conddetr.kernels.pool import triton
-
-    return triton.max_pool(x)
+OPERATION = registry.declare("max_pool", triton=registry.Kernels(why_not=_why_not))
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -63,7 +52,4 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-# By define and impl: what `custom_op` checks in every call costs the host time (`registry.define`).
-torch.library.define("conddetr::max_pool", "(Tensor x) -> Tensor")
-torch.library.impl("conddetr::max_pool", ("cpu", "cuda"), _max_pool)
-torch.library.register_fake("conddetr::max_pool", _fake)
+operators.register("max_pool", "(Tensor x) -> Tensor", launch=operators.launcher(__package__, "max_pool"), fake=_fake)

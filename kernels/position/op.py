@@ -3,11 +3,20 @@
 import torch
 from torch import Tensor
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.position import reference
 
 MAX_CELLS = 1024
 """Rows or columns of a grid; a program of the kernel counts over all of them."""
+
+
+def _why_not(height: int, width: int) -> str | None:
+    if max(height, width) <= MAX_CELLS:
+        return None
+    return f"its kernel takes at most {MAX_CELLS} rows and columns, got {height} × {width}."
+
+
+OPERATION = registry.declare("grid_positions", triton=registry.Kernels(why_not=_why_not))
 
 
 @torch.no_grad()
@@ -40,14 +49,8 @@ def grid_positions(
     """
     _check(features, dim, valid_hw)
     size = tuple(features.shape[-2:])
-    choice = registry.choose(backend, features.device, features.dtype, registry.WITHOUT_NATIVE)
-    refused = choice.refused
-    if choice.backend == "triton" and max(size) > MAX_CELLS:
-        reason = f"its kernel takes at most {MAX_CELLS} rows and columns, got {size[0]} × {size[1]}."
-        if backend != "auto":
-            raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
-        choice, refused = registry.Choice("eager", {}), {**refused, "triton": reason}
-    paths.note("grid_positions", choice.backend, refused)
+    choice = OPERATION.choose(backend, features.device, features.dtype, *size)
+    paths.note("grid_positions", choice.backend, choice.refused)
     if choice.backend == "eager":
         position, padding, cells = reference.grid_positions(valid_hw, image_size, size, dim, features.device)
         return position.to(features.dtype), padding, cells
@@ -71,13 +74,6 @@ def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
         raise ValueError(f"valid_hw: expected device {features.device} as of features, got {valid_hw.device}.")
 
 
-@torch.library.custom_op(
-    "conddetr::grid_positions",
-    mutates_args=(),
-    schema="(Tensor features, Tensor? valid_hw, SymInt image_height, SymInt image_width, SymInt dim) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-@registry.on_their_device
 def _forward(
     features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +82,7 @@ def _forward(
     return triton.forward(features, valid_hw, (image_height, image_width), dim)
 
 
-@_forward.register_fake
-def _(
+def _fake(
     features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     images = 1 if valid_hw is None else features.shape[0]
@@ -98,3 +93,12 @@ def _(
         features.new_empty((padded, cells), dtype=torch.bool),
         features.new_empty((padded, 2), dtype=torch.int32),
     )
+
+
+operators.register(
+    "grid_positions",
+    "(Tensor features, Tensor? valid_hw, SymInt image_height, SymInt image_width, SymInt dim) "
+    "-> (Tensor, Tensor, Tensor)",
+    launch=_forward,
+    fake=_fake,
+)

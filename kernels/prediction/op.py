@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.prediction import reference
+
+OPERATION = registry.declare("predicted_boxes", triton=registry.Kernels())
 
 
 def predicted_boxes(offsets: Tensor, points: Tensor, backend: str = "auto") -> Tensor:
@@ -25,7 +27,7 @@ def predicted_boxes(offsets: Tensor, points: Tensor, backend: str = "auto") -> T
     """
     _check(offsets, points)
     dtype = torch.promote_types(offsets.dtype, points.dtype)
-    choice = registry.choose(backend, offsets.device, dtype, registry.WITHOUT_NATIVE)
+    choice = OPERATION.choose(backend, offsets.device, dtype)
     if choice.backend == "eager" or offsets.numel() == 0:
         paths.note("predicted_boxes", "eager", choice.refused)
         return reference.predicted_boxes(offsets, points)
@@ -43,35 +45,17 @@ def _check(offsets: Tensor, points: Tensor) -> None:
         raise ValueError(f"points: expected device {offsets.device} as of offsets, got {points.device}.")
 
 
-@torch.library.custom_op(
-    "conddetr::predicted_boxes", mutates_args=(), schema="(Tensor offsets, Tensor points) -> Tensor"
-)
-@registry.on_their_device
-def _forward(offsets: Tensor, points: Tensor) -> Tensor:
-    from conddetr.kernels.prediction import triton
-
-    return triton.forward(offsets, points)
-
-
-@_forward.register_fake
-def _(offsets: Tensor, points: Tensor) -> Tensor:
+def _fake_forward(offsets: Tensor, points: Tensor) -> Tensor:
     return offsets.new_empty(offsets.shape, dtype=torch.promote_types(offsets.dtype, points.dtype))
 
 
-@torch.library.custom_op(
-    "conddetr::predicted_boxes_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor boxes, Tensor points, ScalarType dtype) -> (Tensor, Tensor)",
-)
-@registry.on_their_device
 def _backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.prediction import triton
 
     return triton.backward(grad.contiguous(), boxes, points, dtype)
 
 
-@_backward.register_fake
-def _(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(boxes, dtype=dtype), torch.empty_like(points)
 
 
@@ -81,9 +65,22 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(output, points)
 
 
-def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.conddetr.predicted_boxes_backward(grad, *ctx.saved_tensors, ctx.dtype)
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.predicted_boxes_backward(grad, *ctx.saved_tensors, ctx.dtype)
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
-registry.once_differentiable("conddetr::predicted_boxes_backward")
+operators.register(
+    "predicted_boxes",
+    "(Tensor offsets, Tensor points) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+)
+operators.register(
+    "predicted_boxes_backward",
+    "(Tensor grad, Tensor boxes, Tensor points, ScalarType dtype) -> (Tensor, Tensor)",
+    launch=_backward,
+    fake=_fake_backward,
+    is_gradient=True,
+)

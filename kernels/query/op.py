@@ -5,13 +5,17 @@ cast nothing under autocast: all tensors are of the step's dtype. Sums are float
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.query import reference
+
+# In float32 its product would take longer than cuBLAS's and the product of two tensors together.
+OPERATION = registry.declare("spatial_query", triton=registry.Kernels(auto_dtypes=(torch.bfloat16, torch.float16)))
 
 
 def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
@@ -34,7 +38,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(transform, embedding, weight, bias)
-    choice = choose(backend, transform.device, transform.dtype)
+    choice = OPERATION.choose(backend, transform.device, transform.dtype)
     paths.note("spatial_query", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.spatial_query(transform, embedding, weight, bias if bias.dim() == 1 else bias[0])
@@ -48,15 +52,6 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
     inputs = (transform.contiguous(), embedding.contiguous(), weight.contiguous(), bias)
     run = torch.ops.conddetr.spatial_query if torch.compiler.is_compiling() else SpatialQuery.apply
     return run(*inputs).view(*images, queries, len(weight))
-
-
-def choose(backend: str, device: torch.device, dtype: torch.dtype) -> registry.Choice:
-    """The implementation for tensors of a device and dtype."""
-    choice = registry.choose(backend, device, dtype, registry.WITHOUT_NATIVE)
-    if backend != "auto" or choice.backend == "eager" or dtype != torch.float32:
-        return choice
-    reason = "in float32 its product would take longer than cuBLAS's and the product of two tensors together."
-    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
 
 
 def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -77,20 +72,8 @@ def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -
             raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} on {tensor.device}.")
 
 
-def _forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from conddetr.kernels.query import triton
-
-    return triton.forward(transform, embedding, weight, bias)
-
-
 def _fake_forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return transform.new_empty((*transform.shape[:-1], weight.shape[0]))
-
-
-def _backward(grad: Tensor, transform: Tensor, *inputs: object) -> tuple[Tensor, Tensor, Tensor]:
-    from conddetr.kernels.query import triton
-
-    return triton.backward(grad, transform, *inputs)
 
 
 def _fake_backward(
@@ -107,14 +90,14 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     transform, embedding, weight = ctx.saved_tensors
     *wanted, of_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
     found: list[Tensor | None] = [None] * 3
     if any(wanted):
-        backward = torch.ops.conddetr.spatial_query_backward.default
-        made = registry.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
+        backward = ops.spatial_query_backward.default
+        made = operators.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
         found = [x if is_wanted else None for x, is_wanted in zip(made, wanted, strict=True)]
     if found[2] is not None:
         found[2] = rows.t() @ found[2]
@@ -128,11 +111,11 @@ class SpatialQuery(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
         """The operator's inputs."""
-        output = registry.call(torch.ops.conddetr.spatial_query.default, *inputs)
+        output = operators.call(torch.ops.conddetr.spatial_query.default, *inputs)
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(partial(_differentiate, torch.ops.conddetr))
 
 
 def _flops(transform: list[int], embedding: list[int], weight: list[int], *_: object, **__: object) -> int:
@@ -145,20 +128,21 @@ def _backward_flops(grad: list[int], *shapes: object, **_: object) -> int:
     return _flops(*shapes[:3])
 
 
-registry.define(
-    "conddetr::spatial_query",
+operators.register(
+    "spatial_query",
     "(Tensor transform, Tensor embedding, Tensor weight, Tensor bias) -> Tensor",
-    _forward,
-    _fake_forward,
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+    flops=_flops,
 )
-registry.define(
-    "conddetr::spatial_query_backward",
+operators.register(
+    "spatial_query_backward",
     "(Tensor grad, Tensor transform, Tensor embedding, Tensor weight, bool of_transform, bool of_embedding, "
     "bool of_weight) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
+    launch=operators.launcher(__package__, "backward"),
+    fake=_fake_backward,
+    flops=_backward_flops,
+    is_gradient=True,
 )
-torch.library.register_autograd("conddetr::spatial_query", _differentiate, setup_context=_setup)
-registry.once_differentiable("conddetr::spatial_query_backward")
-registry.count_flops("conddetr::spatial_query", _flops)
-registry.count_flops("conddetr::spatial_query_backward", _backward_flops)

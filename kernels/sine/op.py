@@ -5,9 +5,13 @@ Under autocast nothing is cast: phases are float32 whatever comes in, and the re
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.sine import reference
+
+EMBEDDING = registry.declare("sine_embedding", triton=registry.Kernels(), native=registry.Kernels())
+QUERY = registry.declare("conditional_spatial_query", triton=registry.Kernels(), native=registry.Kernels())
 
 
 def sine_embedding(points: Tensor, dim: int = 256, temperature: float = 10000.0, backend: str = "auto") -> Tensor:
@@ -25,14 +29,14 @@ def sine_embedding(points: Tensor, dim: int = 256, temperature: float = 10000.0,
 
     Raises:
         ValueError: the last dimension is not 2, a dtype is not floating, `dim` is not a positive multiple of 4.
-        RuntimeError: the requested backend can not run here; says why.
+        RuntimeError: the requested backend cannot run here; says why.
     """
     _check(points, dim)
-    choice = registry.choose(backend, points.device, points.dtype)
+    choice = EMBEDDING.choose(backend, points.device, points.dtype)
     paths.note("sine_embedding", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.sine_embedding(points, dim, temperature)
-    return registry.operators(choice.backend).sine_embedding(points.contiguous(), None, dim, temperature)
+    return operators.of(choice.backend).sine_embedding(points.contiguous(), None, dim, temperature)
 
 
 def conditional_spatial_query(
@@ -56,7 +60,7 @@ def conditional_spatial_query(
     if transform.device != points.device:
         raise ValueError(f"transform: expected device {points.device} as of points, got {transform.device}.")
     dtype = torch.promote_types(points.dtype, transform.dtype)
-    choice = registry.choose(backend, points.device, dtype)
+    choice = QUERY.choose(backend, points.device, dtype)
     paths.note("conditional_spatial_query", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.conditional_spatial_query(points, transform, temperature)
@@ -65,7 +69,7 @@ def conditional_spatial_query(
     leading = torch.broadcast_shapes(points.shape[:-1], transform.shape[:-1])
     points = points.expand(*leading, 2).contiguous()
     transform = transform.expand(*leading, transform.shape[-1]).contiguous()
-    return registry.operators(choice.backend).sine_embedding(points, transform, transform.shape[-1], temperature)
+    return operators.of(choice.backend).sine_embedding(points, transform, transform.shape[-1], temperature)
 
 
 def _check(points: Tensor, dim: int) -> None:
@@ -77,30 +81,10 @@ def _check(points: Tensor, dim: int) -> None:
         raise ValueError(f"dim: expected a positive multiple of 4, got {dim}.")
 
 
-@torch.library.custom_op(
-    "conddetr::sine_embedding",
-    mutates_args=(),
-    schema="(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor",
-)
-@registry.on_their_device
-def _forward(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
+def _backward(grad: Tensor, *inputs: object) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.sine import triton
 
-    return triton.forward(points, transform, dim, temperature)
-
-
-@torch.library.custom_op(
-    "conddetr::sine_embedding_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor points, Tensor? transform, int dim, float temperature) -> (Tensor, Tensor)",
-)
-@registry.on_their_device
-def _backward(
-    grad: Tensor, points: Tensor, transform: Tensor | None, dim: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    from conddetr.kernels.sine import triton
-
-    return triton.backward(grad.contiguous(), points, transform, dim, temperature)
+    return triton.backward(grad.contiguous(), *inputs)
 
 
 def _fake_forward(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
@@ -114,25 +98,30 @@ def _fake_backward(
     return torch.empty_like(points), points.new_empty(0) if transform is None else torch.empty_like(transform)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     points, transform, ctx.dim, ctx.temperature = inputs
     ctx.save_for_backward(points, transform)
 
 
-def _register(namespace: str) -> None:
-    """Shapes and gradients of the operators, the same whatever computes them."""
-
-    def differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-        points, transform = ctx.saved_tensors
-        backward = getattr(torch.ops, namespace).sine_embedding_backward
-        grad_points, grad_transform = backward(grad, points, transform, ctx.dim, ctx.temperature)
-        return grad_points, None if transform is None else grad_transform, None, None
-
-    torch.library.register_fake(f"{namespace}::sine_embedding", _fake_forward)
-    torch.library.register_fake(f"{namespace}::sine_embedding_backward", _fake_backward)
-    torch.library.register_autograd(f"{namespace}::sine_embedding", differentiate, setup_context=_setup)
-    registry.once_differentiable(f"{namespace}::sine_embedding_backward")
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+    points, transform = ctx.saved_tensors
+    found = ops.sine_embedding_backward(grad, points, transform, ctx.dim, ctx.temperature)
+    return found[0], None if transform is None else found[1], None, None
 
 
-for _namespace in registry.namespaces():
-    _register(_namespace)
+_INPUTS = "Tensor points, Tensor? transform, int dim, float temperature"
+operators.register(
+    "sine_embedding",
+    f"({_INPUTS}) -> Tensor",
+    launch=operators.launcher(__package__, "forward"),
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
+)
+operators.register(
+    "sine_embedding_backward",
+    f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)",
+    launch=_backward,
+    fake=_fake_backward,
+    is_gradient=True,
+)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import addresses, paths, registry
+from conddetr.kernels import addresses, operators, paths, registry
 from conddetr.kernels.weights import reference
 from conddetr.kernels.weights.reference import Recipe, Replicas, Shift, Weight
 
@@ -34,7 +34,7 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
     if not recipes:
         return []
     sources = [source for recipe in recipes for source in _sources(recipe)]
-    choice = _choose(backend, sources, dtype)
+    choice = OPERATION.choose(backend, sources[0].device, dtype, sources)
     paths.note("prepare_weights", choice.backend, choice.refused)
     if choice.backend == "eager":
         return reference.prepare_weights(recipes, dtype)
@@ -97,18 +97,6 @@ def _sources(recipe: Recipe) -> tuple[Tensor, ...]:
     return parts if type(recipe) is Replicas or recipe.norm is None else parts + recipe.norm[:4]
 
 
-def _choose(backend: str, sources: list[Tensor], dtype: torch.dtype) -> registry.Choice:
-    choice = registry.choose(backend, sources[0].device, dtype, registry.WITHOUT_NATIVE)
-    if choice.backend == "eager":
-        return choice
-    reason = _misfit(sources)
-    if reason is None:
-        return choice
-    if backend != "auto":
-        raise registry.BackendError(f"backend {backend!r} cannot run here: {reason}")
-    return registry.Choice("eager", {**choice.refused, choice.backend: reason})
-
-
 def _misfit(sources: list[Tensor]) -> str | None:
     """What the kernels cannot take of these parameters, or None."""
     from conddetr.kernels.weights import triton
@@ -124,6 +112,9 @@ def _misfit(sources: list[Tensor]) -> str | None:
     if odd is not None:
         return f"its kernel takes parameters without gaps, not one of shape {tuple(odd.shape)}, strides {odd.stride()}."
     return None
+
+
+OPERATION = registry.declare("prepare_weights", triton=registry.Kernels(why_not=_misfit))
 
 
 def _as_it_is(recipe: Recipe) -> Tensor | None:
@@ -152,7 +143,7 @@ class _Prepare(torch.autograd.Function):
         return tuple(made)
 
     @staticmethod
-    @registry.first_derivatives("prepare_weights")
+    @operators.first_derivatives("prepare_weights")
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
         from conddetr.kernels.weights import triton
 

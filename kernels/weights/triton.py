@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import addresses, registry
+from conddetr.kernels import addresses, operators, registry
 from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift
 
 BLOCK = 2048
@@ -414,9 +414,9 @@ def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts:
 
 # What the tables point to is an argument all the same, so that counters of memory see what is read.
 _TABLES = "Tensor addresses, Tensor parts, Tensor blocks"
-registry.define("conddetr::prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()", _launch)
-registry.define(
-    "conddetr::prepare_weights_backward", f"(Tensor(a!) out, Tensor[] grads, {_TABLES}) -> ()", _launch_backward
+operators.register("prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()", launch=_launch)
+operators.register(
+    "prepare_weights_backward", f"(Tensor(a!) out, Tensor[] grads, {_TABLES}) -> ()", launch=_launch_backward
 )
 
 

@@ -34,7 +34,7 @@ def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchm
     good, refused = checked(runs, tensors)
     assert {"official eager", "SDPA"} <= set(good)
     assert set(good) | set(refused) == set(runs)
-    assert all("can not run here" in reason for name, reason in refused.items() if name.startswith(harness.OURS))
+    assert all("cannot run here" in reason for name, reason in refused.items() if name.startswith(harness.OURS))
     benchmark.pedantic(good["SDPA"], rounds=3)
 
 

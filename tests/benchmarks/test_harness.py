@@ -87,7 +87,7 @@ def test_whatever_one_raises_the_others_go_on(capsys):
         "peer, silent": AssertionError(),
         "peer, compiled": quoted,
         "ours, too large": triton.runtime.errors.OutOfResources(300, 200, "shared memory"),
-        "ours, absent": BackendError("backend 'native' can not run here: not built."),
+        "ours, absent": BackendError("backend 'native' cannot run here: not built."),
     }
     runs = {"eager": lambda: {}, **{name: raising(error) for name, error in errors.items()}, "ours": lambda: {}}
     good, refused = harness.usable(runs, lambda call: call(), {}, is_random=False)
@@ -98,7 +98,7 @@ def test_whatever_one_raises_the_others_go_on(capsys):
         "peer, narrow": "AssertionError: head_dim: 64 expected",
         "peer, silent": "AssertionError",
         "peer, compiled": "ValueError: do not match",
-        "ours, absent": "backend 'native' can not run here: not built.",
+        "ours, absent": "backend 'native' cannot run here: not built.",
     }
     # Nobody expects ours to fail: where it did is shown, and it is told at the end.
     assert "in run\n    raise error" in capsys.readouterr().err

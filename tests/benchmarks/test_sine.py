@@ -19,7 +19,7 @@ def test_smoke(problem, benchmark, monkeypatch):
     options = argparse.Namespace(rounds=3, cudagraph=False)
     result = benchmark.pedantic(sine.run, (problem, options), rounds=1)
     assert {len(samples) for samples in result.seconds.values()} == {3}
-    assert all("can not run here" in reason for reason in result.refused.values())
+    assert all("cannot run here" in reason for reason in result.refused.values())
     assert {"eager", "torch.compile of it"} <= set(result.seconds)
 
 

@@ -104,10 +104,13 @@ def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
     accelerate(model, "eager")
     with pytest.raises(AssertionError, match="our attention ran"):
         model(**batch(True))
-    monkeypatch.setattr(registry, "choose", lambda *_: registry.Choice("eager", {"triton": "no GPU here"}))
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: "no GPU here")
     report = accelerate(model, "auto")
     notes = {part.name: part.note for part in report.left}
-    assert "transformers' own runs (eager on cpu; triton: no GPU here)" in notes["sine embedding, λ ⊙ p_s"]
+    assert (
+        "transformers' own runs (eager on cpu; triton: no GPU here; native: no GPU here)"
+        in notes["sine embedding, λ ⊙ p_s"]
+    )
     run(model, batch(True))
 
 
@@ -355,7 +358,7 @@ def test_loss_waits_for_nothing():
 
 @pytest.mark.gpu
 def test_loss_on_a_pretended_gpu_waits_for_nothing(monkeypatch):
-    monkeypatch.setattr(registry, "why_not", lambda *_: None)
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     config = small_config(auxiliary_loss=True)
     accelerated_loss(config, *loss_inputs(config, device_of("triton")))  # builds what is kept
     with FakeTensorMode(allow_non_fake_inputs=True):

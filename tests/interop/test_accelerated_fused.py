@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.compares_numbers.with_args(ValueError),
     pytest.mark.skipif(
-        registry.why_not("triton", torch.device(DEVICE), torch.float32, is_auto=False) is not None,
+        registry.why_not("triton", torch.device(DEVICE), torch.float32) is not None,
         reason="Triton runs neither on this device nor in its interpreter",
     ),
 ]

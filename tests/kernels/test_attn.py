@@ -13,7 +13,7 @@ from golden_rule import read_arrays
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from conddetr.kernels import conditional_attention, drawn_probability, dropout_bits, native, registry
+from conddetr.kernels import conditional_attention, drawn_probability, dropout_bits, native, operators, registry
 from conddetr.kernels.attn import op
 from conddetr.kernels.attn.reference import attention_weights, dense_spatial_keys, rectangle_padding
 
@@ -23,7 +23,7 @@ NAMES = ("q_content", "q_spatial", "k_content", "rows", "columns", "v")
 
 
 def skip_unless_runs(backend, device, dtype=torch.float32):
-    reason = registry.why_not(backend, device, dtype, is_auto=False)
+    reason = registry.why_not(backend, device, dtype)
     if reason is not None:
         pytest.skip(reason)
 
@@ -58,7 +58,7 @@ def attend(leaves, backend="eager", **options):
     q_content, q_spatial, k_content, *spatial, v = leaves
     spatial = spatial[0] if len(spatial) == 1 else tuple(spatial)
     widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
-    reason = op._why_not_widths(backend, v.device, widths) if backend == "native" else None
+    reason = op.OPERATION.why_not(backend, v.device, v.dtype, v, widths) if backend == "native" else None
     if reason is not None:
         pytest.skip(reason)
     return conditional_attention(q_content, q_spatial, k_content, spatial, v, backend=backend, **options)
@@ -431,7 +431,7 @@ def test_every_instruction_set_drops_what_the_bits_say(level, dtype, kind, resto
 
     leaves = case.to("cpu", dtype)
     inputs = (*leaves, options.get("valid_hw"), options.get("key_padding_mask"), keep, 0.1, p)
-    out, _ = registry.operators("native").conditional_attention(*inputs)
+    out, _ = operators.of("native").conditional_attention(*inputs)
     found = (out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype)))
     if dtype == torch.float32:
         assert_within_budget(found, plain(dtype), plain(torch.float64))
@@ -507,7 +507,7 @@ def test_operator_registration(form, backend, device):
     valid = None if form == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
     keep = dropout_bits(torch.tensor([7], device=device), (2, 2, 2, 5), 0.1) if form == "dropout" else None
     arguments = (*leaves, valid, None, keep, 0.2, 0.1 if form == "dropout" else 0.0)
-    torch.library.opcheck(registry.operators(backend).conditional_attention.default, arguments)
+    torch.library.opcheck(operators.of(backend).conditional_attention.default, arguments)
 
 
 def test_compiles_without_a_graph_break(backend, device):

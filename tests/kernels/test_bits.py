@@ -4,7 +4,7 @@ import pytest
 import torch
 from philox import philox
 
-from conddetr.kernels import drawn_probability, dropout_bits, registry
+from conddetr.kernels import drawn_probability, dropout_bits, operators, registry
 from conddetr.kernels.bits.reference import unpacked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
@@ -40,7 +40,7 @@ def test_every_backend_makes_the_same_bits(count, backend, device):
 
 def test_independent_of_threads():
     seed, before = torch.tensor([3]), torch.get_num_threads()
-    reason = registry.why_not("native", seed.device, torch.float32, is_auto=False)
+    reason = registry.why_not("native", seed.device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
     try:
@@ -74,7 +74,7 @@ def test_what_is_drawn_is_the_nearest_multiple():
 
 def test_registration(backend, device):
     name = "triton" if backend == "auto" else backend
-    operator = registry.operators(name).dropout_bits.default
+    operator = operators.of(name).dropout_bits.default
     torch.library.opcheck(operator, (torch.tensor([5], device=device), 40, 6554))
 
 

@@ -9,15 +9,21 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conddetr.kernels import conditional_attention, conditional_spatial_query, native, registry, sine_embedding
+from conddetr.kernels import (
+    conditional_attention,
+    conditional_spatial_query,
+    native,
+    operators,
+    registry,
+    sine_embedding,
+)
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
-from conddetr.kernels.bits import op as bits_op
-from conddetr.kernels.sine import op as sine_op
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
@@ -46,8 +52,10 @@ def library():
         assert run.returncode == 0, run.stderr
         partial.rename(found)
     torch.ops.load_library(str(found))
-    for op in (attention_op, bits_op, sine_op):
-        op._register("conddetr_emulated")
+    for name in ("conditional_attention", "sine_embedding"):
+        operators.describe("conddetr_emulated", name)
+        operators.describe("conddetr_emulated", f"{name}_backward")
+    operators.describe("conddetr_emulated", "dropout_bits")
     return torch.ops.conddetr_emulated
 
 
@@ -61,7 +69,7 @@ def device(request, monkeypatch):
         return torch.device("cuda")
     library = request.getfixturevalue("library")
     monkeypatch.setattr(native, "why_not", lambda device, dtype: None)
-    monkeypatch.setattr(registry, "operators", lambda backend: library if backend == "native" else torch.ops.conddetr)
+    monkeypatch.setattr(operators, "of", lambda backend: library if backend == "native" else torch.ops.conddetr)
     return torch.device("cpu")
 
 
@@ -170,7 +178,7 @@ def test_valid_hw_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch)
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_dropout_is_that_of_triton(dense, device):
-    reason = registry.why_not("triton", device, torch.float32, is_auto=False)
+    reason = registry.why_not("triton", device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
     leaves = make_leaves(19, 5, 7, heads=2, dense=dense)
@@ -185,7 +193,7 @@ def test_dropout_is_that_of_triton(dense, device):
 
 @pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
 def test_gradients_too_large_for_float16_are_where_those_of_triton_are(kernel, device):
-    reason = registry.why_not("triton", device, torch.float16, is_auto=False)
+    reason = registry.why_not("triton", device, torch.float16)
     if reason is not None:
         pytest.skip(reason)
     leaves = make_leaves(19, 5, 7, heads=2)
@@ -232,7 +240,7 @@ def test_dropout_bits(dense, dtype, kernel, device):
     def native_op(*tensors, v):
         tensors = [*tensors, None] if dense else tensors
         masks = [None if mask is None else mask.to(device) for mask in (hw, None, keep)]
-        return registry.operators("native").conditional_attention(*tensors, v, *masks, 1 / 8, 0.25)[0]
+        return operators.of("native").conditional_attention(*tensors, v, *masks, 1 / 8, 0.25)[0]
 
     def both(attend, dtype, device="cpu"):
         parts = [leaf.to(device, dtype).requires_grad_() for leaf in leaves]
@@ -276,7 +284,7 @@ def forward(leaves, dtype, device, valid=None, padding=None, scale=64**-0.5, dro
     generator = torch.Generator().manual_seed(7)
     keep = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, generator=generator) if dropout_p else None
     masks = [mask if mask is None else mask.to(device) for mask in (valid, padding, keep)]
-    found = registry.operators("native").conditional_attention(*tensors, *masks, scale, dropout_p)
+    found = operators.of("native").conditional_attention(*tensors, *masks, scale, dropout_p)
     return [tensor.cpu() for tensor in found]
 
 
@@ -335,20 +343,25 @@ def test_too_large_a_grid_is_refused(device):
 
 
 def test_other_widths_are_refused():
-    reason = attention_op._why_not_widths("native", torch.device("cuda"), (32, 16, 32))
+    v = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, 32))
+    reason = attention_op.OPERATION.kernels["native"].why_not(v, (32, 16, 32))
     assert reason == "on a GPU d, ds, dv must be 32, got (32, 16, 32) (triton takes 16 to 128)."
-    assert attention_op._why_not_widths("native", torch.device("cuda"), (32, 32, 32)) is None
+    assert attention_op.OPERATION.kernels["native"].why_not(v, (32, 32, 32)) is None
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_more_images_or_heads_than_a_grid_of_blocks_has(backend):
     """Blocks count them in dimensions of a launch that end at 65535."""
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert attention_op._why_not_many(backend, gpu, 65535, 65535) is None
-    assert attention_op._why_not_many(backend, cpu, 65536, 1) is None
+
+    def why_not(device: str, batch: int, heads: int) -> str | None:
+        v = SimpleNamespace(device=torch.device(device), shape=(batch, 1, heads, 32))
+        return attention_op.OPERATION.kernels[backend].why_not(v, (32, 32, 32))
+
+    assert why_not("cuda", 65535, 65535) is None
+    assert why_not("cpu", 65536, 1) is None
     for batch, heads in ((65536, 8), (1, 65536)):
-        reason = attention_op._why_not_many(backend, gpu, batch, heads)
-        assert reason == f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
+        reason = f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
+        assert why_not("cuda", batch, heads) == reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

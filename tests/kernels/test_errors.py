@@ -41,7 +41,7 @@ def by_loop(logits, assignment, labels, counts):
     "sizes", [{}, {"classes": 1}, {"classes": 91, "queries": 50}, {"batch": 65, "queries": 9}], ids=str
 )
 def test_counts_by_a_loop(sizes, name, device):
-    if registry.why_not(name, device, torch.float32, is_auto=False):
+    if registry.why_not(name, device, torch.float32):
         pytest.skip("no Triton here")
     inputs = case(**sizes)
     class_error, cardinality = prediction_errors(*(x.to(device) for x in inputs), backend=name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from conddetr.kernels import linear_assignment, native, registry
+from conddetr.kernels import linear_assignment, native, operators
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
@@ -165,7 +165,7 @@ def test_more_objects_than_queries(backend, device):
         with pytest.raises(RuntimeError, match="at most as many objects as queries, 2, got 4"):
             linear_assignment(cost, counts, backend)
     # The operator itself does not look: what is too much is clamped, and the search ends.
-    found = registry.operators(backend).linear_assignment(cost.to(device), counts.to(device))
+    found = operators.of(backend).linear_assignment(cost.to(device), counts.to(device))
     assert sorted(found[0].tolist()) == [0, 1]
 
 
@@ -210,7 +210,7 @@ def test_every_dtype_of_the_native_kernel(backend, device):
 
 def test_operator_registration(backend, device):
     cost, counts = make("normal", 2, 2, 3).to(device), torch.tensor([2, 1], dtype=torch.int32, device=device)
-    torch.library.opcheck(registry.operators(backend).linear_assignment.default, (cost, counts))
+    torch.library.opcheck(operators.of(backend).linear_assignment.default, (cost, counts))
 
 
 def test_errors():

@@ -1,53 +1,96 @@
-"""What `auto` picks, and what an explicit request says where it can not be met."""
+"""What `auto` picks, and what an explicit request says where it cannot be met."""
+
+import dataclasses
 
 import pytest
 import torch
 
+from conddetr import kernels
 from conddetr.kernels import native, registry
 
 CPU = torch.device("cpu")
 
 
-def test_auto_on_a_cpu_is_native_where_built_and_says_why(monkeypatch):
+@pytest.fixture
+def operation() -> registry.Operation:
+    """In no table."""
+    return registry.Operation("anything", {"triton": registry.Kernels(), "native": registry.Kernels()})
+
+
+def test_auto_on_a_cpu_is_native_where_built_and_says_why(operation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if native.NOT_LOADED is None:
-        choice = registry.choose("auto", CPU, torch.float32)
+        choice = operation.choose("auto", CPU, torch.float32)
         assert choice.backend == "native"
         assert "run on NVIDIA GPUs, the tensors are on cpu" in choice.refused["triton"]
-        choice = registry.choose("auto", CPU, torch.float16)
+        choice = operation.choose("auto", CPU, torch.float16)
         assert choice.backend == "eager"
         assert "on cpu its kernels take float32, bfloat16, float64, not float16" in choice.refused["native"]
-        choice = registry.choose("auto", CPU, torch.float64)
+        choice = operation.choose("auto", CPU, torch.float64)
         assert choice.backend == "eager"
         assert "ask for it by name" in choice.refused["native"]
-        assert registry.choose("native", CPU, torch.float64).backend == "native"
+        assert operation.choose("native", CPU, torch.float64).backend == "native"
     monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
-    choice = registry.choose("auto", CPU, torch.float32)
+    choice = operation.choose("auto", CPU, torch.float32)
     assert choice.backend == "eager"
     assert choice.refused["native"] == "the native kernels are not built."
 
 
-def test_the_interpreter_must_be_asked_for(monkeypatch):
+def test_the_interpreter_must_be_asked_for(operation, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "ask for it by name" in registry.choose("auto", CPU, torch.float32).refused["triton"]
-    assert registry.choose("triton", CPU, torch.float32).backend == "triton"
+    assert "ask for it by name" in operation.choose("auto", CPU, torch.float32).refused["triton"]
+    assert operation.choose("triton", CPU, torch.float32).backend == "triton"
 
 
-def test_explicit_requests_that_can_not_run(monkeypatch):
+def test_explicit_requests_that_cannot_run(operation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: its kernels run on NVIDIA GPUs"):
-        registry.choose("triton", CPU, torch.float32)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: its kernels run on NVIDIA GPUs"):
+        operation.choose("triton", CPU, torch.float32)
     monkeypatch.setattr(registry, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="the package triton is not installed"):
-        registry.choose("triton", CPU, torch.float32)
+        operation.choose("triton", CPU, torch.float32)
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, native, eager, got 'cuda'"):
-        registry.choose("cuda", CPU, torch.float32)
+        operation.choose("cuda", CPU, torch.float32)
 
 
 def test_a_backend_that_the_operation_has_not(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    choice = registry.choose("auto", CPU, torch.float32, ("eager",))
-    assert choice.backend == "eager"
-    assert choice.refused["triton"] == "this operation has no such kernels."
-    with pytest.raises(RuntimeError, match="backend 'triton' can not run here: this operation has no such kernels"):
-        registry.choose("triton", CPU, torch.float32, ("eager",))
+    plain = registry.Operation("plain", {})
+    assert plain.choose("auto", CPU, torch.float32) == registry.Choice("eager", {})
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: this operation has no such kernels"):
+        plain.choose("triton", CPU, torch.float32)
+    assert plain.prefer("triton", CPU, torch.float32).backend == "eager"
+    with pytest.raises(ValueError, match="backend: expected one of auto"):
+        plain.prefer("cuda", CPU, torch.float32)
+
+
+def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
+    """Device, dtype, what `auto` takes of them, facts of the inputs; a preference falls back, a demand is an error."""
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
+
+    def reason(**declared: object) -> str:
+        kernels = dataclasses.replace(registry.Kernels(), **declared)
+        found = dataclasses.replace(operation, kernels={"native": kernels})
+        choice = found.choose("auto", CPU, torch.float32, 7)
+        assert (choice.backend == "eager") == bool(choice.refused)
+        demand = found.why_not("native", CPU, torch.float32, 7)
+        if demand is not None:
+            assert demand == choice.refused["native"]
+            assert found.prefer("native", CPU, torch.float32, 7) == choice
+            with pytest.raises(registry.BackendError, match="backend 'native' cannot run here"):
+                found.choose("native", CPU, torch.float32, 7)
+        return f"{'demand' if demand else 'auto'}: {choice.refused.get('native')}"
+
+    assert reason() == "auto: None"
+    assert reason(devices=("cuda",)) == "demand: its kernels run on GPUs, the tensors are on cpu."
+    assert reason(dtypes=(torch.bfloat16,)) == "demand: its kernels take bfloat16, not float32."
+    assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` takes plain PyTorch")
+    assert reason(why_not=lambda width: f"width {width}") == "demand: width 7"
+    assert reason(why_not_auto=lambda width: f"width {width}") == "auto: width 7"
+
+
+def test_every_public_function_with_kernels_is_in_the_table():
+    """But for convolution_pair, which is made of convolutions, and drawn_probability, which computes nothing."""
+    functions = set(kernels.__all__) - {"convolution_pair", "drawn_probability"}
+    assert set(registry.OPERATIONS) == functions | {"self_attention"}
+    assert all(operation.name == name for name, operation in registry.OPERATIONS.items())

@@ -12,7 +12,7 @@ SEED = 12345
 
 
 def implementations(device):
-    return [x for x in registry.BACKENDS if registry.why_not(x, device, torch.float32, is_auto=False) is None]
+    return [x for x in registry.BACKENDS if registry.why_not(x, device, torch.float32) is None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

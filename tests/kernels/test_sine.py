@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_rule import read_arrays
 
-from conddetr.kernels import conditional_spatial_query, native, registry, sine_embedding
+from conddetr.kernels import conditional_spatial_query, native, operators, registry, sine_embedding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
@@ -35,7 +35,7 @@ def test_against_the_formula(dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "dim"), [((1,), 4), ((3, 5), 20), ((2, 33), 256)])
 def test_kernels_match_the_reference(shape, dim, dtype, backend, device):
-    reason = registry.why_not(backend, device, dtype, is_auto=False)
+    reason = registry.why_not(backend, device, dtype)
     if reason is not None:
         pytest.skip(reason)
     points, transform = torch.rand(*shape, 2), torch.randn(*shape, dim)
@@ -86,7 +86,7 @@ def test_gradients_in_float64(name):
 def test_operator_registration(has_transform, backend, device):
     points = torch.rand(5, 2, device=device, requires_grad=True)
     transform = torch.randn(5, 8, device=device, requires_grad=True) if has_transform else None
-    operator = registry.operators(backend).sine_embedding.default
+    operator = operators.of(backend).sine_embedding.default
     torch.library.opcheck(operator, (points, transform, 8, 10000.0))
 
 

@@ -129,26 +129,26 @@ ONCE = {
     "attention, dense keys": (dense_attention, registry.BACKENDS),
     "sine embedding": (embedding, registry.BACKENDS),
     "spatial query": (spatial_query, registry.BACKENDS),
-    "projected spatial query": (projected_query, registry.WITHOUT_NATIVE),
-    "focal loss": (partial(focal, 2.0), registry.WITHOUT_NATIVE),
-    "focal loss, γ = 1.5": (partial(focal, 1.5), registry.WITHOUT_NATIVE),
-    "box loss": (box_loss, registry.WITHOUT_NATIVE),
-    "ReLU after a bias": (relu_after_bias, registry.WITHOUT_NATIVE),
-    "norm of a sum": (norm_of_sum, registry.WITHOUT_NATIVE),
+    "projected spatial query": (projected_query, ("triton", "eager")),
+    "focal loss": (partial(focal, 2.0), ("triton", "eager")),
+    "focal loss, γ = 1.5": (partial(focal, 1.5), ("triton", "eager")),
+    "box loss": (box_loss, ("triton", "eager")),
+    "ReLU after a bias": (relu_after_bias, ("triton", "eager")),
+    "norm of a sum": (norm_of_sum, ("triton", "eager")),
 }
 """Operations whose kernels have a gradient, but not a gradient's."""
 DROPOUT = {
     "ReLU and dropout": (partial(dropout, kernels.relu_dropout, 1), registry.BACKENDS),
-    "dropout and sum": (partial(dropout, kernels.dropout_add, 2), registry.NATIVE_ALONE),
+    "dropout and sum": (partial(dropout, kernels.dropout_add, 2), ("native", "eager")),
 }
-OPERATIONS = {**ONCE, **DROPOUT, "matching cost": (cost, registry.WITHOUT_NATIVE)}
+OPERATIONS = {**ONCE, **DROPOUT, "matching cost": (cost, ("triton", "eager"))}
 
 
 def make(name: str, device: torch.device, backend: str = "eager") -> Operation:
     """The operation on a device, if the backend has kernels for it there."""
     if name in DROPOUT and device.type != "cpu" and backend != "triton":
         pytest.skip("dropout has native kernels on CPUs alone")
-    reason = registry.why_not(backend, device, torch.float32, is_auto=False)
+    reason = registry.why_not(backend, device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
     with device:

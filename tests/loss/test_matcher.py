@@ -83,7 +83,7 @@ def test_focal_cost_is_the_formula():
 def test_more_queries_than_the_kernel_takes(monkeypatch):
     """Where `auto` would take the kernel, it falls back, as `linear_assignment` itself does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(registry, "why_not", lambda backend, *_: None if backend != "native" else "not asked for")
+    monkeypatch.setattr(registry, "why_not", lambda backend, *_, **__: None if backend != "native" else "no")
     logits, boxes = (torch.rand(1, 1, MAX_QUERIES + 1, size, device=device) for size in (91, 4))
     targets = pack_targets([{"labels": torch.tensor([1, 5]), "boxes": torch.rand(2, 4)}], 91).to(device)
     found = assign(logits, boxes, targets, CONDITIONAL)

@@ -123,7 +123,7 @@ def test_an_explicit_backend_that_can_not_run_is_an_error(monkeypatch):
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     _, fused = models()
-    with pytest.raises(RuntimeError, match="backend 'triton' can not run here"):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here"):
         fused([torch.randn(3, 32, 32)])
     automatic = conddetr.build("conditional-detr-tiny", backend="auto").eval()
     assert automatic([torch.randn(3, 32, 32)])["pred_logits"].shape == (1, 25, 91)

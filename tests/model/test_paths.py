@@ -90,7 +90,7 @@ def test_kernels_in_training():
     assert found["linear_assignment"] == {"native": 1}
     for name in ("matching_cost", "focal_loss", "matched_box_loss", "prediction_errors"):
         assert found[name] == {"eager": 1}
-        assert found.reasons[name].keys() == {"triton", "native"}
+        assert found.reasons[name].keys() == {"triton"}
 
 
 def test_triton_under_its_interpreter(monkeypatch):

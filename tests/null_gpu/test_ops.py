@@ -29,7 +29,6 @@ from conddetr.kernels import (
 )
 from conddetr.kernels import spatial_query as project
 from conddetr.kernels.conv import Layer
-from conddetr.kernels.query import op as spatial_query_op
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
 
@@ -259,11 +258,12 @@ def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
 def test_a_projected_spatial_query_in_float32_is_cublas_s():
     """Unless the kernel is asked for."""
     device = torch.device("cuda")
-    choice = spatial_query_op.choose("auto", device, torch.float32)
+    operation = registry.OPERATIONS["spatial_query"]
+    choice = operation.choose("auto", device, torch.float32)
     assert choice.backend == "eager"
     assert "longer than cuBLAS's" in choice.refused["triton"]
-    assert spatial_query_op.choose("auto", device, torch.bfloat16).backend == "triton"
-    assert spatial_query_op.choose("triton", device, torch.float32).backend == "triton"
+    assert operation.choose("auto", device, torch.bfloat16).backend == "triton"
+    assert operation.choose("triton", device, torch.float32).backend == "triton"
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
@@ -283,7 +283,7 @@ def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
     assert native.why_not(device, torch.float32) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     with pytest.raises(registry.BackendError, match=r"built for .*, this GPU has compute capability 7.5: build with"):
-        registry.choose("native", device, torch.float32)
+        registry.OPERATIONS["conditional_attention"].choose("native", device, torch.float32)
 
 
 def test_weights_in_a_capture_of_somebody_else_are_made_one_by_one():

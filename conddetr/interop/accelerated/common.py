@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from conddetr.kernels import conditional_attention, paths, registry, sine_embedding
+from conddetr.kernels import conditional_attention, paths, sine_embedding
+from conddetr.kernels.registry import OPERATIONS
 
 
 def runs_ours(backend: str, tensor: Tensor) -> bool:
@@ -17,7 +18,8 @@ def runs_ours(backend: str, tensor: Tensor) -> bool:
     dtype = tensor.dtype
     if torch.is_autocast_enabled(tensor.device.type):
         dtype = torch.get_autocast_dtype(tensor.device.type)
-    return backend != "auto" or registry.choose(backend, tensor.device, dtype).backend != "eager"
+    attention = OPERATIONS["conditional_attention"]
+    return backend != "auto" or attention.choose("auto", tensor.device, dtype).backend != "eager"
 
 
 def asking_waits(tensor: Tensor) -> bool:

@@ -30,7 +30,7 @@ from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
 from conddetr.model.fast.plan import can_run
-from conddetr.model.layers import is_native_on_cpu
+from conddetr.model.transformer import attends_natively
 
 FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
 NO_WAIT = "on a GPU fused operations, and the host waits for nothing"
@@ -193,7 +193,7 @@ def _replace_self_attention(
 ) -> None:
     """On a CPU, where PyTorch has no fused attention with dropout; elsewhere it stays what transformers was told."""
     for replacement in _self_attention():
-        if is_native_on_cpu(backend, parameter_of(model)):
+        if attends_natively(backend, parameter_of(model)):
             _replace_modules(model, replacement, backend, choice, report)
             continue
         modules, others = replacement.find(model)

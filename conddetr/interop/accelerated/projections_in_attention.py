@@ -19,8 +19,7 @@ from conddetr.interop.accelerated.common import (
     wants_more,
 )
 from conddetr.kernels import paths
-from conddetr.model.layers import is_native_on_cpu
-from conddetr.model.transformer import self_attention
+from conddetr.model.transformer import attends_natively, self_attention
 
 _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
 """Implementations of attention that take masks as `mask_of_keys` makes them."""
@@ -66,7 +65,7 @@ class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
 def _is_native(module: nn.Module, tokens: Tensor, mask: object, options: dict) -> bool:
     wants_weights = options.get("output_attentions", module.config.output_attentions)
     is_known_mask = mask is None or isinstance(mask, Tensor)
-    return is_known_mask and not wants_weights and is_native_on_cpu(module.backend, tokens)
+    return is_known_mask and not wants_weights and attends_natively(module.backend, tokens)
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:

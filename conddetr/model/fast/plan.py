@@ -119,7 +119,8 @@ def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     if backend == "eager" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # By name for the interpreter's sake, which stands in for a GPU where it was asked for.
-    return registry.why_not("triton", device, dtype, is_auto=backend != "triton") is None
+    wanted = "triton" if backend == "triton" else "auto"
+    return registry.OPERATIONS["prepare_weights"].prefer(wanted, device, dtype).backend == "triton"
 
 
 def _is_plain(part: nn.Module, kind: type) -> bool:
