@@ -61,6 +61,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _records_of_their_own(tmp_path_factory):
+    """Which kernels the user's GPU is known to run does not decide what tests do, and they add nothing to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONDDETR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def coco_path() -> Path:
     """Real COCO images in the official layout."""
