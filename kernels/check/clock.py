@@ -1,15 +1,16 @@
 """How long an implementation takes, forward and backward, beside the best that PyTorch has; one after the other."""
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import torch
 
 from conddetr.kernels.check.inputs import Inputs, Maker
 from conddetr.kernels.check.problem import Peer, Problem, Run, evaluate, upstream_of
 
+Typical = Callable[[list[float]], float]
 BATCH = 0.002
 """Seconds that one measurement lasts at least: single calls of short kernels are mostly noise."""
 CALLS = 100
@@ -19,9 +20,9 @@ ROUNDS = 3
 
 
 def clock(
-    problem: Problem, backend: str, dtype: torch.dtype, device: torch.device, seconds: float
+    problem: Problem, backend: str, dtype: torch.dtype, device: torch.device, seconds: float, typical: Typical = median
 ) -> tuple[float, float]:
-    """Median seconds of ours, and of the fastest of what PyTorch has.
+    """Seconds of ours, and of the fastest of what PyTorch has.
 
     Args:
         problem: a size of the model.
@@ -29,12 +30,13 @@ def clock(
         dtype: in which it is chosen.
         device: where it runs.
         seconds: for all together, where `ROUNDS` do not take longer.
+        typical: of several measurements the one that counts.
     """
     inputs = problem.make(Maker(device, dtype))
     ways = [_call(partial(problem.run, backend=backend), inputs, problem.gradients)]
     peers = problem.peers or (Peer(partial(problem.run, backend="eager"), problem.gradients),)
     ways += [_call(peer.run, inputs, peer.gradients) for peer in peers]
-    ours, *theirs = medians(ways, device, seconds)
+    ours, *theirs = [typical(times) for times in measurements(ways, device, seconds)]
     return ours, min(theirs)
 
 
@@ -44,8 +46,8 @@ def _call(run: Run, inputs: Inputs, gradients: tuple[str, ...]) -> Callable[[], 
     return lambda: evaluate(run, inputs, gradients, upstream)
 
 
-def medians(ways: list[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Median seconds of one call of each, measured in turn."""
+def measurements(ways: list[Callable[[], object]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Seconds of one call of each, measured in turn, several times."""
     measure = _on_gpu if device.type == "cuda" else _on_cpu
     # The first call makes what is made once, the second says how many calls belong together.
     for way in ways:
@@ -57,7 +59,7 @@ def medians(ways: list[Callable[[], object]], device: torch.device, seconds: flo
     while len(found[0]) < ROUNDS or time.perf_counter() < end:
         for way, count, times in zip(ways, calls, found, strict=True):
             times.append(measure(way, count))
-    return [statistics.median(times) for times in found]
+    return found
 
 
 def _on_cpu(way: Callable[[], object], count: int) -> float:

@@ -18,26 +18,33 @@ def verdict_table(report: "Report") -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in ("operation", "backend", "dtype"):
         table.add_column(name, no_wrap=True)
-    for name in ("error / budget", "speed-up"):
+    for name in ("error/budget", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for verdict in report.record.verdicts:
         error = PLAIN if verdict.error is None else f"{verdict.error:.2f}"
         speedup = PLAIN if verdict.speedup is None else f"{verdict.speedup:.2f}×"
-        said = Text(f"REFUSED: {verdict.refused}", style="red") if verdict.refused else Text("ok")
+        # The reason is a line below: a table is cut where the terminal is narrow.
+        said = Text("REFUSED", style="red") if verdict.refused else Text("ok")
         table.add_row(verdict.operation, verdict.backend, verdict.dtype, error, speedup, said)
     return table
 
 
 def summary(report: "Report") -> list[str]:
-    """Lines below the table: how many of each verdict, what is not available and why, times, where the record is."""
-    refused = sum(bool(verdict.refused) for verdict in report.record.verdicts)
+    """Lines below the table: why what is refused is, what is not available and why, and one line of all: how many of
+    each, on what device, times, where the record is.
+    """
+    refusals = [
+        f"REFUSED: {verdict.operation}, {verdict.backend}, {verdict.dtype}: {verdict.refused}"
+        for verdict in report.record.verdicts
+        if verdict.refused
+    ]
     missing = sum(len(rows) for rows in report.unavailable.values())
     kind = "short check" if report.record.is_short else "check"
     times = f"{report.seconds:.0f} s"
     if report.compilation is not None:
         times += f" after {report.compilation:.0f} s of compilation"
     place = "the record could not be written" if report.file is None else f"record: {report.file}"
-    lines = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
-    counts = f"{len(report.record.verdicts) - refused} ok, {refused} refused, {missing} not available"
-    return [*lines, f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"]
+    absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
+    counts = f"{len(report.record.verdicts) - len(refusals)} ok, {len(refusals)} refused, {missing} not available"
+    return [*absences, *refusals, f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"]
