@@ -76,6 +76,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/measured.py
 
 # What a training step and inference ask of a GPU, counted without one, beside how it was (docs/performance.md).
 count: $(VENV)/.ready-bench

@@ -4,6 +4,7 @@
 PyPI. All other metadata is in pyproject.toml.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -179,11 +180,22 @@ def write_build_info(path: Path, cuda: str | None, architectures: list[str], che
         "CUDA": release(cuda) if cuda else "",
         "ARCHITECTURES": " ".join(architectures),
         "FLAGS": " ".join([*CXX_FLAGS, *checks]),
+        "SOURCES": hash_of_sources(),
         "LEVELS": ";".join(LEVELS),
     }
     text = "".join(f'#define CONDDETR_{name} "{value}"\n' for name, value in values.items())
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+def hash_of_sources() -> str:
+    """Of all code in `csrc/`: the same in every folder, where libraries hold the names of their own."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu", ".cuh", ".h")):
+        content = path.read_bytes()
+        # With its length, so that no two lists of files read alike.
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def native_extension() -> list[Extension]:
@@ -205,6 +217,7 @@ kernel_packages = ["conddetr.kernels"] + [f"conddetr.kernels.{name}" for name in
 setup(
     packages=detector_packages + kernel_packages,
     package_dir={"conddetr": "conddetr", "conddetr.kernels": "kernels"},
+    package_data={"conddetr.kernels": ["measured/*.json"]},
     ext_modules=native_extension(),
     cmdclass={"build_ext": BuildNative},
 )

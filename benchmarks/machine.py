@@ -3,7 +3,6 @@
 import math
 import os
 import platform
-import re
 import subprocess
 import time
 import warnings
@@ -17,11 +16,11 @@ from statistics import median
 
 import torch
 
-from conddetr.kernels import native
+from conddetr.kernels import native, records
 
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WRITTEN = ("benchmarks/results", "benchmarks/counts", "benchmarks/predictions", "docs")
+WRITTEN = ("benchmarks/results", "benchmarks/counts", "benchmarks/predictions", "docs", "kernels/measured")
 """What benchmarks write."""
 PEERS = ("torch-linear-assignment", "flash-attn-4", "transformers")
 """Packages beside PyTorch whose version decides what a peer is."""
@@ -147,14 +146,8 @@ def exponential_rate() -> float | None:
 
 def device_name() -> str:
     """The GPU's name, or the CPU's with its number of threads."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        name = found[1] if found else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    name = records.device_name(DEVICE)
+    return name if DEVICE.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def gpu_state() -> dict[str, str]:
@@ -203,6 +196,7 @@ def environment() -> dict[str, str]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device_name(),
+        "compute capability": records.compute_capability(DEVICE),
         "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         # Well above the threads used: others were at work, and the times are theirs too.
         "load": f"{os.getloadavg()[0]:.1f}",

@@ -49,6 +49,7 @@ pybind11::dict build_info() {
   info["cuda"] = cuda.empty() ? pybind11::object(pybind11::none()) : pybind11::str(cuda);
   info["architectures"] = pybind11::str(CONDDETR_ARCHITECTURES).attr("split")();
   info["flags"] = CONDDETR_FLAGS;
+  info["sources"] = CONDDETR_SOURCES;
   pybind11::list names;
   for (const auto& [name, level] : levels()) names.append(name);
   info["cpu_levels"] = names;
@@ -74,8 +75,8 @@ bool use_cpu_level(const std::string& wanted) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels: importing this module registers torch.ops.conddetr_native.";
   module.def("build_info", &build_info,
-             "How this library was built: compiler, CUDA version or None, GPU architectures, compiler flags, and the "
-             "instruction sets that CPU kernels were compiled for.");
+             "How this library was built: compiler, CUDA version or None, GPU architectures, compiler flags, a hash of "
+             "its sources, and the instruction sets that CPU kernels were compiled for.");
   module.def("cpu_level", &cpu_level, "The instruction set that CPU kernels use on this machine.");
   module.def("use_cpu_level", &use_cpu_level, pybind11::arg("level"),
              "Use another of the instruction sets in build_info(), for tests and benchmarks. False if this processor "

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,28 @@ def test_what_is_missing_is_said_in_one_line(flags, said):
     assert all(line.startswith(said) for line in ours)
 
 
+def test_tables_of_measurements_are_installed(tmp_path):
+    """Of the whole tree only what the package's layout shows in."""
+    source = tmp_path / "source"
+    for folder in ("conddetr", "kernels"):
+        (source / folder).mkdir(parents=True)
+        shutil.copy(ROOT / folder / "__init__.py", source / folder)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "kernels" / "measured").mkdir()
+    (source / "kernels" / "measured" / "sm_00.json").write_text("{}")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
+    environment = {**os.environ, "CONDDETR_NATIVE": "0", "CONDDETR_CUDA": "0"}
+    run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "built" / "conddetr" / "kernels" / "measured" / "sm_00.json").read_text() == "{}"
+
+
 @needs_library
 def test_build_info():
     info = native.build_info()
-    assert set(info) == {"compiler", "cuda", "architectures", "flags", "cpu_levels"}
+    assert set(info) == {"compiler", "cuda", "architectures", "flags", "sources", "cpu_levels"}
+    assert re.fullmatch("[0-9a-f]{16}", info["sources"])
     assert "-ffp-contract=fast" in info["flags"].split()
     assert info["cpu_levels"][0] == "plain"
     assert (info["cuda"] is None) == (info["architectures"] == [])

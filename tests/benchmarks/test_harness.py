@@ -286,7 +286,9 @@ def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
     assert machine.commit() == "unknown"
     monkeypatch.setenv("CONDDETR_COMMIT", "7654321")
     assert machine.commit() == "7654321"
-    assert {"driver", "max SM clock", "triton", "system", "CPU threads"} <= set(machine.environment())
+    environment = machine.environment()
+    assert {"driver", "max SM clock", "triton", "system", "CPU threads"} <= set(environment)
+    assert (environment["compute capability"] == "none") == (machine.DEVICE.type == "cpu")
 
 
 def test_samples_keep_four_digits(tmp_path, monkeypatch):
