@@ -24,11 +24,12 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, Generic, Literal, Self, TypeVar
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import torch
 
@@ -164,28 +165,47 @@ class Table:
 Content = TypeVar("Content")
 
 
-@dataclass(frozen=True)
-class _File(Generic[Content]):
-    """A file's layout."""
-
-    version: Literal[1]
-    content: Content
-
-
 def _to_json(content: Record | Table) -> str:
-    # Here, not above: most processes read no file.
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(_File(VERSION, content)), indent=1).decode() + "\n"
+    return json.dumps({"version": VERSION, "content": asdict(content)}, indent=1) + "\n"
 
 
 def _from_json(kind: type[Content], text: str | bytes) -> Content:
-    import msgspec
-
     try:
-        return msgspec.json.decode(text, type=_File[kind]).content
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        found = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(found, dict) or found.keys() != {"version", "content"}:
+            raise ValueError("expected a version and a content")
+        if type(found["version"]) is not int or found["version"] != VERSION:
+            raise ValueError(f"version: expected {VERSION}, got {found['version']!r}")
+        return _parse(kind, found["content"], "content")
+    except RecursionError as error:
         raise ValueError(str(error)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a field is annotated with.
+
+    Raises:
+        ValueError: it is none; says where.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        known = {field.name: field.type for field in fields(kind)}
+        if isinstance(value, dict) and value.keys() == known.keys():
+            return kind(**{name: _parse(known[name], item, f"{where}.{name}") for name, item in value.items()})
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {name: _parse(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif kind is Any or (origin in (None, UnionType) and isinstance(value, kind)):
+        return value
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
 
 
 def _key(verdict: Verdict) -> tuple[str, str, str]:
