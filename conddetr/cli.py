@@ -28,9 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 1 where a data set has errors; 2 with one line on stderr for bad input; 143, as of a
-        process that SIGTERM ended, when a signal stopped training after its state was saved; 130 after Ctrl-C where
-        nothing was to be saved.
+        The exit status: 0; 1 where a data set has errors or a kernel is refused; 2 with one line on stderr for bad
+        input; 143, as of a process that SIGTERM ended, when a signal stopped training after its state was saved; 130
+        after Ctrl-C where nothing was to be saved.
     """
     options, unknown = _parser().parse_known_args(arguments)
     try:
@@ -168,6 +168,18 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, and which implementation each operation uses here")
     env.set_defaults(run=_env)
     _add_device(env)
+
+    check = commands.add_parser(
+        "check",
+        help="prove the kernels on this device: numbers, memory, time",
+        description="Run every kernel on this device beside plain PyTorch in float64: results, gradients, dropout, the "
+        "same bits twice, nothing written outside, then the time. The record of it is kept in the user's cache folder; "
+        "on a GPU backend=auto goes by it. The exit status is 1 if a kernel is refused.",
+    )
+    check.set_defaults(run=_check)
+    _add_device(check)
+    check.add_argument("--short", action="store_true", help="only the sizes of the model")
+    check.add_argument("--json", metavar="FILE", help="also write the record there")
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -528,3 +540,21 @@ def _env(options: argparse.Namespace) -> None:
     show("what backend=auto picks", table)
     for reason, names in sorted(reasons.items()):
         say(f"{reason} ({', '.join(names) if len(names) < 4 else f'{len(names)} operations'})")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from conddetr.engine.progress import Steps, console, say
+    from conddetr.files import check_json_target, write_text
+    from conddetr.kernels.check import examine
+    from conddetr.kernels.check.table import summary, verdict_table
+
+    check_json_target("--json", options.json)
+    with Steps("check") as steps:
+        report = examine(find_device(options.device), short=options.short, progress=steps.tell)
+    # Before anything is printed: a pipe may end after a line.
+    if options.json:
+        write_text(options.json, report.record.to_json())
+    console.print(verdict_table(report))
+    for line in summary(report):
+        say(line)
+    return 1 if any(verdict.refused for verdict in report.record.verdicts) else 0

@@ -4,6 +4,7 @@ from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.attn import conditional_attention
 from conddetr.kernels.bits import drawn_probability, dropout_bits
 from conddetr.kernels.boxes import matched_box_loss
+from conddetr.kernels.check import check
 from conddetr.kernels.conv import convolution, convolution_pair
 from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
@@ -20,6 +21,7 @@ from conddetr.kernels.weights import prepare_weights
 
 __all__ = [
     "add_norm",
+    "check",
     "conditional_attention",
     "conditional_spatial_query",
     "convolution",

@@ -158,6 +158,36 @@ class Progress:
         self._bar.update(self._task, advance=images, rate=rate, note=note, total=total)
 
 
+class Steps:
+    """A bar of steps, of whose phases each has a number of its own. Silent where the output is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self._bar = RichProgress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.file.isatty(),
+            transient=True,
+        )
+        self._task = self._bar.add_task(title, total=None, note="")
+
+    def __enter__(self) -> "Steps":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def tell(self, note: str, done: int, total: int) -> None:
+        """Show what is being done, and that `done` steps of `total` are."""
+        self._bar.update(self._task, completed=done, total=total, note=note)
+
+
 def class_table(classes: "list[ClassMetrics]") -> Table:
     """AP and recall of every class in percent, best first, as a table for the terminal."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))

@@ -1,0 +1,202 @@
+"""Proves the kernels on the device that they run on: numbers, gradients, dropout, bits, memory, and then the time.
+
+`conddetr check` prints what `examine` finds; `check` gives the record alone, which `backend="auto"` goes by.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from conddetr.kernels import records, registry
+from conddetr.kernels.check.cases import problems
+from conddetr.kernels.check.compiling import compile_kernels
+from conddetr.kernels.check.isolation import isolated
+from conddetr.kernels.check.problem import FLOATS
+from conddetr.kernels.check.rows import Row, judge
+from conddetr.kernels.records import Record, Verdict
+
+IMAGES = {"cpu": 2, "cuda": 8}
+"""Of a batch of the model."""
+Progress = Callable[[str, int, int], None]
+"""Takes what is being done, and of how many steps how many are done."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found, for a person too."""
+
+    device: torch.device
+    record: Record
+    unavailable: dict[str, list[str]]
+    """Why an implementation cannot run here → the rows that this is said of."""
+    file: Path | None
+    """The record's; None: it could not be written."""
+    seconds: float
+    """Of the check, without compilation."""
+    compilation: float | None
+    """Seconds that compilation took before; None: nothing is compiled on this device."""
+
+
+@dataclass
+class _Found:
+    """So far."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    unavailable: dict[str, list[str]] = field(default_factory=dict)
+
+
+def check(
+    device: str | torch.device,
+    *,
+    short: bool = False,
+    dtypes: Sequence[torch.dtype] | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Check every kernel on a device, and keep the record of it.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`.
+        short: only the sizes of the model.
+        dtypes: of float32, bfloat16 and float16 those that matter; default: all of them.
+        progress: is told how far it is.
+
+    Returns:
+        The record, which is saved. An interrupted check saves none.
+
+    Raises:
+        ValueError: no such device, or a dtype that is not checked.
+    """
+    return examine(device, short=short, dtypes=dtypes, progress=progress).record
+
+
+def examine(
+    device: str | torch.device,
+    *,
+    short: bool = False,
+    dtypes: Sequence[torch.dtype] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """As `check`, with what a person wants to know beside it."""
+    device, dtypes = _device(device), _dtypes(dtypes)
+    tell = progress or (lambda what, done, total: None)
+    rows = _rows(device, dtypes, short)
+    with isolated(device):
+        compilation = None
+        if _computes(device):
+            if device.type == "cuda":
+                compilation = compile_kernels(device, short, dtypes, tell)
+            begin = time.perf_counter()
+            found = _judge_all(rows, device, tell)
+        else:
+            begin = time.perf_counter()
+            reason = f"nothing is right on {device}: plain PyTorch's sums are wrong."
+            found = _Found([row.verdict(reason, None, None) for row in rows])
+        seconds = time.perf_counter() - begin
+    record = _record(device, found.verdicts, short)
+    return Report(device, record, found.unavailable, records.save(device, record), seconds, compilation)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}.") from error
+    if device.type not in IMAGES:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {str(device)!r}: nothing else has kernels.")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: got {str(device)!r}, but PyTorch sees no GPU here.")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    return torch.device("cpu")
+
+
+def _dtypes(dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ...]:
+    for dtype in dtypes or ():
+        if dtype not in FLOATS:
+            raise ValueError(f"dtypes: expected some of {', '.join(map(str, FLOATS))}, got {dtype}.")
+    return FLOATS if dtypes is None else tuple(dict.fromkeys(dtypes))
+
+
+def _rows(device: torch.device, dtypes: tuple[torch.dtype, ...], short: bool) -> list[Row]:
+    """Every implementation in every dtype, those of one operation one after the other."""
+    wanted = [problem for problem in problems(IMAGES[device.type]) if problem.is_model or not short]
+    found = []
+    for operation in dict.fromkeys(problem.operation for problem in wanted):
+        for backend in backends(operation):
+            for dtype in dtypes:
+                chosen = tuple(x for x in wanted if x.operation == operation and dtype in x.dtypes)
+                if chosen:
+                    found.append(Row(operation, backend, dtype, chosen))
+    return found
+
+
+def backends(operation: str) -> tuple[str, ...]:
+    """Those of an operation that are kernels."""
+    return tuple(backend for backend in registry.OPERATIONS[operation].backends if backend != "eager")
+
+
+def _computes(device: torch.device) -> bool:
+    """Whether a device can add up, as one that is broken or pretended cannot."""
+    numbers = torch.arange(1000, dtype=torch.float64, device=device)
+    return (numbers * numbers).sum().item() == 332_833_500
+
+
+def _judge_all(rows: list[Row], device: torch.device, tell: Progress) -> _Found:
+    found = _Found()
+    total, done = sum(len(row.problems) for row in rows), 0
+    lost = None
+    for row in rows:
+        tell(row.title, done, total)
+        reason = _why_not(row, device)
+        if reason is None and lost is not None:
+            found.verdicts.append(row.verdict(lost, None, None))
+        elif reason is None:
+            try:
+                told = partial(_tell_row, tell, row.title, done, total)
+                found.verdicts.append(judge(row, device, told))
+            except registry.BackendError as error:
+                reason = str(error)
+            lost = _lost(row, device)
+        if reason is not None:
+            found.unavailable.setdefault(reason, []).append(row.title)
+        done += len(row.problems)
+    tell("done", total, total)
+    return found
+
+
+def _tell_row(tell: Progress, title: str, before: int, total: int, verified: int) -> None:
+    tell(title, before + verified, total)
+
+
+def _why_not(row: Row, device: torch.device) -> str | None:
+    """The reason why an implementation cannot run here, whatever the shapes are."""
+    if row.backend == "triton" and device.type == "cpu":
+        return "Triton's kernels run on GPUs."
+    return registry.OPERATIONS[row.operation].why_not(row.backend, device, row.dtype)
+
+
+def _lost(row: Row, device: torch.device) -> str | None:
+    """Why nothing can be checked after this row: an error that a GPU does not recover from in this process."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return f"it was not checked, as the GPU stopped at {row.title}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _record(device: torch.device, verdicts: list[Verdict], short: bool) -> Record:
+    """A short check leaves what a record of before says of other implementations."""
+    identity = records.identity(device)
+    before = records.load(device) if short else None
+    keys = {(verdict.operation, verdict.backend, verdict.dtype) for verdict in verdicts}
+    kept = [x for x in before.verdicts if (x.operation, x.backend, x.dtype) not in keys] if before else []
+    is_short = short and (before is None or before.is_short)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return Record(identity, (*verdicts, *kept), is_short, date, before.tuned if before else {})

@@ -1,0 +1,116 @@
+"""Compiles what a check will launch on a GPU before it does, in several processes; Triton keeps it on the disk.
+
+Each process launches its share of the problems once. Run as a program, it is such a process.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from conddetr.kernels.check.attempt import attempt
+from conddetr.kernels.check.cases import problems
+from conddetr.kernels.check.inputs import Maker
+from conddetr.kernels.check.isolation import isolated
+from conddetr.kernels.check.problem import Problem, evaluate, upstream_of
+from conddetr.kernels.registry import HAS_TRITON, BackendError
+
+PROCESSES = 4
+"""At most: each has a context on the GPU, some hundred MiB."""
+IMAGES = 8
+"""As the check has on a GPU."""
+
+
+def compile_kernels(
+    device: torch.device, short: bool, dtypes: Sequence[torch.dtype], tell: Callable[[str, int, int], None]
+) -> float:
+    """Let processes compile Triton's kernels; what one of them cannot is left to the check.
+
+    Args:
+        device: a GPU.
+        short: only the sizes of the model.
+        dtypes: that will be checked.
+        tell: takes what is being done, and of how many steps how many are done.
+
+    Returns:
+        Seconds.
+    """
+    if not HAS_TRITON:
+        return 0.0
+    begin = time.perf_counter()
+    total, done = len(_tasks(short, dtypes)), 0
+    count = max(1, min(PROCESSES, _cores()))
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    command = [sys.executable, "-m", "conddetr.kernels.check.compiling", str(device), *names, *["--short"] * short]
+    reader, writer = os.pipe()
+    started: list[subprocess.Popen] = []
+    try:
+        # The package may be found by a path that only this process knows.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        for share in range(count):
+            options = ["--share", str(share), "--of", str(count)]
+            streams = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": subprocess.DEVNULL}
+            started.append(subprocess.Popen([*command, *options], env=environment, **streams))
+        os.close(writer)
+        writer = -1
+        with os.fdopen(reader) as lines:
+            reader = -1
+            for line in lines:
+                done += 1
+                tell(f"compiling {line.strip()}", done, total)
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
+        for end in (reader, writer):
+            if end >= 0:
+                os.close(end)
+    return time.perf_counter() - begin
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tasks(short: bool, dtypes: Sequence[torch.dtype]) -> list[tuple[Problem, torch.dtype]]:
+    wanted = [problem for problem in problems(IMAGES) if problem.is_model or not short]
+    return [(problem, dtype) for problem in wanted for dtype in dtypes if dtype in problem.dtypes]
+
+
+def _launch(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
+    """Forward and backward once; errors are the check's to find."""
+    inputs = problem.make(Maker(device, dtype))
+
+    def launch() -> None:
+        upstream = upstream_of(problem.run(inputs, "triton"))
+        evaluate(lambda given: problem.run(given, "triton"), inputs, problem.gradients, upstream)
+
+    try:
+        attempt(launch)
+    except BackendError:
+        return
+
+
+def main() -> None:
+    """One process: a line for every problem that is done."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("device")
+    parser.add_argument("dtypes", nargs="+")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--share", type=int, default=0)
+    parser.add_argument("--of", type=int, default=1)
+    options = parser.parse_args()
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    device = torch.device(options.device)
+    with isolated(device):
+        for problem, dtype in _tasks(options.short, dtypes)[options.share :: options.of]:
+            _launch(problem, dtype, device)
+            print(problem.operation, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a check found, for a person."""
+
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from conddetr.kernels.check import Report
+
+PLAIN = "none"
+"""In place of a number that there is not."""
+
+
+def verdict_table(report: "Report") -> Table:
+    """A row for every implementation of every operation in every dtype that can run here."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    for name in ("operation", "backend", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("error/budget", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for verdict in report.record.verdicts:
+        error = PLAIN if verdict.error is None else f"{verdict.error:.2f}"
+        speedup = PLAIN if verdict.speedup is None else f"{verdict.speedup:.2f}×"
+        # The reason is a line below: a table is cut where the terminal is narrow.
+        said = Text("REFUSED", style="red") if verdict.refused else Text("ok")
+        table.add_row(verdict.operation, verdict.backend, verdict.dtype, error, speedup, said)
+    return table
+
+
+def summary(report: "Report") -> list[str]:
+    """Lines below the table: why what is refused is, what is not available and why, and one line of all: how many of
+    each, on what device, times, where the record is.
+    """
+    refusals = [
+        f"REFUSED: {verdict.operation}, {verdict.backend}, {verdict.dtype}: {verdict.refused}"
+        for verdict in report.record.verdicts
+        if verdict.refused
+    ]
+    missing = sum(len(rows) for rows in report.unavailable.values())
+    kind = "short check" if report.record.is_short else "check"
+    times = f"{report.seconds:.0f} s"
+    if report.compilation is not None:
+        times += f" after {report.compilation:.0f} s of compilation"
+    place = "the record could not be written" if report.file is None else f"record: {report.file}"
+    absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
+    counts = f"{len(report.record.verdicts) - len(refusals)} ok, {len(refusals)} refused, {missing} not available"
+    return [*absences, *refusals, f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"]
