@@ -127,7 +127,7 @@ class Detector:
         `auto` means what the weights were trained in, and bfloat16 where that is not known. Where the device is no
         NVIDIA GPU of compute capability 8.0 or newer, it means float32.
         """
-        trained = self.run["train"].get("precision") if self.run else None
+        trained = (self.run or {}).get("train", {}).get("precision")
         return resolve_precision(self._precision, has_bfloat16(self.device), trained)
 
     def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "Detector":
