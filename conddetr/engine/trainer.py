@@ -25,6 +25,7 @@ from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
+from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, percent, say
 from conddetr.engine.step import Stepper
@@ -69,7 +70,14 @@ class Trainer:
                 f"the model was built for {model.config.num_classes}."
             )
         self.model, self.device = model.to(device, non_blocking=True), device
-        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device))
+        self._asked_precision = run.train.precision
+        self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
+        """Whether all processes have it: they train in one precision."""
+        self.config = replace(
+            run.train,
+            pad_buckets=buckets(model.config, run.train, device),
+            precision=resolve_precision(run.train.precision, self._has_bfloat16),
+        )
         self.run = replace(run, model=model.config, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
@@ -91,6 +99,8 @@ class Trainer:
         self._limit_graphs()
         self.position = Position()
         self.resumed_from: Path | None = None
+        self.changes: list[str] = []
+        """How a resumed run computes otherwise than before, a line each."""
         self.seconds = 0.0
         """Time spent training so far."""
         self.best_ap = -1.0
@@ -136,8 +146,23 @@ class Trainer:
             # With other batches an epoch has another number of steps, and the schedule goes by epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
         self.stepper.load_state(content)
+        self._go_on_in(content["run"]["train"].get("precision", "float32"))
+        was, now = content["config"].get("backend"), self.model.config.backend
+        if was != now:
+            self.changes.append(f"backend was {was}, is {now}: other roundings, and other random numbers of dropout")
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
+
+    def _go_on_in(self, saved: str) -> None:
+        """Take the precision of before, if `auto` may choose and the devices have it."""
+        precision = resolve_precision(self._asked_precision, self._has_bfloat16, trained=saved)
+        self.config = replace(self.config, precision=precision)
+        self.run = replace(self.run, train=self.config)
+        self.stepper.config = self.config
+        if precision != saved:
+            is_asked = self._asked_precision != "auto"
+            reason = "as asked for" if is_asked else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
+            self.changes.append(f"precision was {saved}, is {precision}: {reason}")
 
     def _check_same_model(self, path: Path, content: dict) -> None:
         advice = f"To keep everything that fits and start anew from it: --weights {path}."
@@ -338,6 +363,7 @@ class Trainer:
             distributed.world_size(),
             self.config.pad_buckets,
             look_for_signals,
+            precision=self.config.precision,
         )
         self.result = result
         return result.metrics if result else {}

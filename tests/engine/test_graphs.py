@@ -230,7 +230,7 @@ def test_losses_on_a_gpu_are_those_of_plain_steps():
     for cuda_graphs in ("off", "on"):
         torch.manual_seed(0)
         model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto", dropout=0.1).to(device).train()
-        config = TrainConfig(lr=1e-4, lr_backbone=1e-4, cuda_graphs=cuda_graphs, max_targets=9)
+        config = TrainConfig(lr=1e-4, lr_backbone=1e-4, cuda_graphs=cuda_graphs, max_targets=9, precision="float32")
         stepper = Stepper(model, config, device, steps_per_epoch=20)
         curves.append([])
         for step in range(20):

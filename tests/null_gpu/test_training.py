@@ -32,9 +32,9 @@ def make_batch(height=64, width=64, padded=True):
     return collate(samples).pin_memory()
 
 
-def make_stepper(device="cuda", backend="triton", cuda_graphs="off", **options):
+def make_stepper(device="cuda", backend="triton", cuda_graphs="off", precision="float32", **options):
     model = conddetr.build("conditional-detr-tiny", **{**MODEL, "backend": backend}).to(device).train()
-    config = TrainConfig(max_targets=8, cuda_graphs=cuda_graphs, **options)
+    config = TrainConfig(max_targets=8, cuda_graphs=cuda_graphs, precision=precision, **options)
     return Stepper(model, config, torch.device(device), steps_per_epoch=9)
 
 
