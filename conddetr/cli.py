@@ -21,6 +21,7 @@ from conddetr.options import add_data_options, add_options, chosen_data, chosen_
 if TYPE_CHECKING:
     from conddetr.data.annotations import Annotations
     from conddetr.data.validate import ValidationReport
+    from conddetr.detector import Detector
     from conddetr.engine.evaluator import CocoResult
 
 
@@ -284,6 +285,7 @@ def _coco_result(
                 f"Annotation file {val_set.annotation_file} has no list 'annotations', so that there is nothing to "
                 "compare detections with: --results FILE writes them."
             )
+        _print_chosen(detector, own_device)
         group = distributed.rank(), distributed.world_size()
         how = {"by_name": by_name, "precision": detector.precision}
         found = detect(detector.model, detector.classes, val_set, own_device, batch_size, workers, *group, **how)
@@ -296,6 +298,17 @@ def _coco_result(
         say(f"{val_set.source} has no annotations: there are no metrics.")
         return None
     return coco_result(val_set.ground_truth(), found, source=val_set.source)
+
+
+def _print_chosen(detector: "Detector", device: torch.device) -> None:
+    """One line: what a detector runs on a device, whose kernels are checked before if nothing is known of them."""
+    from conddetr.engine.chosen import chosen, prove
+    from conddetr.engine.progress import say
+
+    config = detector.model.config
+    prove(device, config.backend, detector.precision)
+    if distributed.is_main():
+        say(chosen(config, device, detector.precision, trains=False).line())
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -340,6 +353,7 @@ def _predict(options: argparse.Namespace) -> None:
     pictures = PictureFolder(options.out, "predict", images)
     source = options.checkpoint, options.preset, options.device, options.backend, options.precision
     detector = Detector.from_checkpoint(*source)
+    _print_chosen(detector, detector.device)
     if len(images) > 1 and options.backend != "eager":
         detector = detector.fused()
     faults = []

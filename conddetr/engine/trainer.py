@@ -20,6 +20,7 @@ from conddetr.capture import MAX_GRAPHS
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
+from conddetr.engine.chosen import Chosen, chosen, prove
 from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
@@ -73,11 +74,9 @@ class Trainer:
         self._asked_precision = run.train.precision
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
         """Whether all processes have it: they train in one precision."""
-        self.config = replace(
-            run.train,
-            pad_buckets=buckets(model.config, run.train, device),
-            precision=resolve_precision(run.train.precision, self._has_bfloat16),
-        )
+        precision = resolve_precision(run.train.precision, self._has_bfloat16)
+        prove(device, model.config.backend, precision)
+        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device), precision=precision)
         self.run = replace(run, model=model.config, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
@@ -122,6 +121,12 @@ class Trainer:
         """The model to use: the moving average of the weights where there is one."""
         return self.stepper.average.model if self.stepper.average else self.model
 
+    @property
+    def chosen(self) -> Chosen:
+        """What it computes with."""
+        config = self.config
+        return chosen(self.model.config, self.device, config.precision, trains=True, compiled=config.compile)
+
     def resume(self, path: str | Path) -> None:
         """Go on exactly where the checkpoint of a run was saved, in the middle of an epoch too.
 
@@ -150,6 +155,7 @@ class Trainer:
         was, now = content["config"].get("backend"), self.model.config.backend
         if was != now:
             self.changes.append(f"backend was {was}, is {now}: other roundings, and other random numbers of dropout")
+        self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
 
@@ -216,8 +222,10 @@ class Trainer:
             return self.metrics
         if self.config.preflight:
             self._preflight()
-        if self.is_main and (line := self._graphs_in_words()):
-            say(line)
+        if self.is_main:
+            say(self.chosen.line())
+            if line := self._graphs_in_words():
+                say(line)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
             while self.position.epoch < self.config.epochs:
@@ -384,6 +392,7 @@ class Trainer:
             "best_ap": self.best_ap,
             "metrics": self.metrics,
             "run": self.run.to_dict(),
+            "chosen": self.chosen.to_dict(),
         }
         writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
 
