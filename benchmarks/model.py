@@ -43,7 +43,7 @@ def main() -> None:
 def run(title: str, preset: str, options: argparse.Namespace) -> Result:
     """Check that all give the same output, then time them."""
     torch.compiler.reset()
-    model = conddetr.build(preset).eval()
+    model = conddetr.build(preset, backend="eager").eval()
     spread_outputs(model)
     model = model.to(DEVICE)
     image = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -70,18 +70,21 @@ def alike(runs: Runs, refused: dict[str, str]) -> Runs:
 
 
 def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
-    """Frozen copies of ours on every backend, as `evaluate` makes them; before them the official form, whose batch
-    norms stand alone.
+    """The official form, whose batch norms stand alone; ours by default, as `Detector.predict` calls it for one image,
+    and its frozen copy, as `evaluate` and several images take it; then copies on other backends than `auto` takes.
     """
-    runs: Runs = {"official-style eager": partial(model, image), f"{OURS}, eager": partial(model.fused(), image)}
-    refused = {}
-    for backend in (name for name in registry.BACKENDS if name != "eager"):
-        with refusing(f"{OURS}, {backend}", refused):
+    default = copy.deepcopy(model)
+    default.set_backend("auto")
+    runs: Runs = {"official-style eager": partial(model, image), OURS: partial(default, image)}
+    refused, by_default = {}, registry.OPERATIONS["conditional_attention"].choose("auto", DEVICE, model.dtype).backend
+    for backend in ("auto", *(name for name in registry.BACKENDS if name != by_default)):
+        title = f"{OURS}, frozen copy" if backend == "auto" else f"{OURS}, {backend}"
+        with refusing(title, refused):
             registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, model.dtype)
             fused = model.fused(backend)
-            runs[f"{OURS}, {backend}"] = partial(fused, image)
-            if compiled:
-                runs[f"{OURS}, {backend}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
+            runs[title] = partial(fused, image)
+            if compiled and backend != "eager":
+                runs[f"{title}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
     return runs, refused
 
 

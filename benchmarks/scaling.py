@@ -97,7 +97,7 @@ def training_step(options: argparse.Namespace, batch: int = 1, side: int = SIDE,
     losses = partial(train.our_losses, models["official"], problem, images)
     runs = {
         "official-style eager": train.plain(models["official"], losses, looks=True, fused=False).step,
-        "ours, auto": train.ours(models["ours"], problem, images, form="plain").step,
+        "ours, auto": train.ours(models["ours"], problem, images, "without CUDA graphs").step,
     }
     with FakeTensorMode():
         model = step_model("eager", queries)

@@ -158,11 +158,14 @@ def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool
     return Trained(model, losses, step, optimizer)
 
 
-def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str) -> Trained:
-    """The step of `conddetr train`; its form is `compiled`, `CUDA graphs`, or another word for neither."""
+FORMS = {"": {}, "without CUDA graphs": {"cuda_graphs": "off"}, "compiled": {"compile": True}}
+"""Options of `TrainConfig` beside the defaults."""
+
+
+def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str = "") -> Trained:
+    """The step of `conddetr train`, in one of `FORMS`; the first is what runs by default."""
     precision = "bfloat16" if problem.dtype == torch.bfloat16 else "float32"
-    options = {"compile": form == "compiled", "cuda_graphs": form == "CUDA graphs"}
-    config = TrainConfig(lr=1e-5, precision=precision, **options)
+    config = TrainConfig(lr=1e-5, precision=precision, **FORMS[form])
     stepper = Stepper(model, config, DEVICE, steps_per_epoch=1)
     losses = partial(our_losses, model, problem, batch)
     recorded = stepper.graphs and stepper.graphs.recorded
@@ -170,7 +173,9 @@ def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str) -> Tra
 
 
 def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dict[str, Trained], dict[str, str]]:
-    """Name → implementation, all with the same weights; and why others are not there. The first is the official one."""
+    """Name → implementation, all with the same weights; and why others are not there. The first is the official one;
+    `ours` is what runs by default, which has no second row under the name of the backend that it takes.
+    """
     reference = conddetr.build(problem.preset, backend="eager")
     spread_outputs(reference)
     reference = reference.to(DEVICE)
@@ -179,14 +184,16 @@ def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dic
     for name, peer in huggingface(reference, compiled, refused).items():
         made[name] = plain(peer, partial(huggingface_losses, peer, problem, batch), False, True)
     state = reference.state_dict()
-    for backend in (name for name in registry.BACKENDS if name != "eager"):
-        with refusing(f"{OURS}, {backend}", refused):
+    forms = ["", *["without CUDA graphs"] * (DEVICE.type == "cuda"), *["compiled"] * compiled]
+    by_default = registry.OPERATIONS["conditional_attention"].choose("auto", DEVICE, problem.dtype).backend
+    for backend in ("auto", *(name for name in registry.BACKENDS if name not in ("eager", by_default))):
+        title = OURS if backend == "auto" else f"{OURS}, {backend}"
+        with refusing(title, refused):
             registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, problem.dtype)
-            for form in ["", *["compiled"] * compiled, *["CUDA graphs"] * (DEVICE.type == "cuda")]:
+            for form in forms:
                 model = conddetr.build(problem.preset, backend=backend).to(DEVICE)
                 model.load_state_dict(state)
-                name = ", ".join(filter(None, (OURS, backend, form)))
-                made[name] = ours(model, problem, batch, form)
+                made[", ".join(filter(None, (title, form)))] = ours(model, problem, batch, form)
     return made, refused
 
 

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 import torch
 
 from conddetr import interrupt
-from conddetr.config import PRESETS, check_fraction, check_least
+from conddetr.config import BACKENDS, PRECISIONS, PRESETS, check_fraction, check_least
 from conddetr.devices import find_device
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
@@ -21,6 +21,7 @@ from conddetr.options import add_data_options, add_options, chosen_data, chosen_
 if TYPE_CHECKING:
     from conddetr.data.annotations import Annotations
     from conddetr.data.validate import ValidationReport
+    from conddetr.detector import Detector
     from conddetr.engine.evaluator import CocoResult
 
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     add_data_options(evaluate)
     _add_device(evaluate)
+    _add_computing(evaluate)
     _add_checkpoint(evaluate)
     evaluate.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
     evaluate.add_argument("--workers", type=int, default=2, help="processes that load images")
@@ -105,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
     _add_checkpoint(predict)
     _add_device(predict)
+    _add_computing(predict)
     predict.add_argument(
         "--out",
         default="runs/predict",
@@ -189,6 +192,18 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA where there is one")
 
 
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", default="auto", choices=BACKENDS, help="as of train; eager: the reference, in plain PyTorch"
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=PRECISIONS,
+        help="default: that of the training, and bfloat16 where it is not known; both on GPUs that have it",
+    )
+
+
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
@@ -221,7 +236,8 @@ def _train(options: argparse.Namespace) -> None:
         data = official_evaluation(run.data, chosen)
         # Weights do not tell dilation: an official file without arguments takes it from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
-        result = _coco_result(checkpoint, preset, run.device, data, run.train.batch_size, run.train.workers)
+        source = checkpoint, preset, run.device, run.model.backend, run.train.precision
+        result = _coco_result(*source, data, run.train.batch_size, run.train.workers)
         if result is None:
             return
         metrics = result.metrics
@@ -237,6 +253,8 @@ def _coco_result(
     checkpoint: str | Path,
     preset: str | None,
     device: str | None,
+    backend: str,
+    precision: str,
     data: Mapping[str, Any],
     batch_size: int,
     workers: int,
@@ -257,7 +275,7 @@ def _coco_result(
 
     check_loading(batch_size, workers)
     with distributed.process_group(device or "") as own_device:
-        detector = Detector.from_checkpoint(checkpoint, preset, str(own_device))
+        detector = Detector.from_checkpoint(checkpoint, preset, str(own_device), backend, precision)
         val_set = evaluation_set(data, detector.data, detector.classes, detector.config, split)
         # Better refused now than after the detections are made.
         if val_set.is_annotated:
@@ -267,10 +285,10 @@ def _coco_result(
                 f"Annotation file {val_set.annotation_file} has no list 'annotations', so that there is nothing to "
                 "compare detections with: --results FILE writes them."
             )
+        _print_chosen(detector, own_device)
         group = distributed.rank(), distributed.world_size()
-        found = detect(
-            detector.model, detector.classes, val_set, own_device, batch_size, workers, *group, by_name=by_name
-        )
+        how = {"by_name": by_name, "precision": detector.precision}
+        found = detect(detector.model, detector.classes, val_set, own_device, batch_size, workers, *group, **how)
     if found is None:
         return None
     if results:
@@ -282,12 +300,24 @@ def _coco_result(
     return coco_result(val_set.ground_truth(), found, source=val_set.source)
 
 
+def _print_chosen(detector: "Detector", device: torch.device) -> None:
+    """One line: what a detector runs on a device, whose kernels are checked before if nothing is known of them."""
+    from conddetr.engine.chosen import chosen, prove
+    from conddetr.engine.progress import say
+
+    config = detector.model.config
+    prove(device, config.backend, detector.precision)
+    if distributed.is_main():
+        say(chosen(config, device, detector.precision, trains=False).line())
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.engine.config import unused
     from conddetr.engine.progress import class_table, metrics_table, say, show
     from conddetr.files import check_json_target, refuse_overwriting, write_text
 
-    source, data = (options.checkpoint, options.preset, options.device), chosen_data(options)
+    source = options.checkpoint, options.preset, options.device, options.backend, options.precision
+    data = chosen_data(options)
     if "train_images" in data:
         raise ValueError(unused("train_images", "eval"))
     read = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
@@ -321,8 +351,10 @@ def _predict(options: argparse.Namespace) -> None:
     check_fraction("threshold", options.threshold)
     images = find_images(options.images)
     pictures = PictureFolder(options.out, "predict", images)
-    detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
-    if len(images) > 1:
+    source = options.checkpoint, options.preset, options.device, options.backend, options.precision
+    detector = Detector.from_checkpoint(*source)
+    _print_chosen(detector, detector.device)
+    if len(images) > 1 and options.backend != "eager":
         detector = detector.fused()
     faults = []
     for path in images:

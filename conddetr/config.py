@@ -14,6 +14,7 @@ CSQ_FORMS = ("full", "C", "T", "P", "I")
 REFERENCE_POINTS = ("generated", "learned", "zero")
 CROSS_ATTENTION_POSITIONS = ("all-layers", "first-layer")
 BACKENDS = ("eager", "triton", "native", "auto")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ class ModelConfig:
     """Short side, in pixels, to which images are resized for evaluation; training scales follow it."""
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
-    backend: str = "eager"
-    """Implementation of the operations: `eager` (plain PyTorch), `triton` or `native` (an error where it
-    cannot run), or `auto` (the best that can)."""
+    backend: str = "auto"
+    """Implementation of the operations: `auto` (the best that can run), `triton` or `native` (an error where it
+    cannot), or `eager`: the reference in plain PyTorch, every module called as a module and nothing folded. It is no
+    part of what a model computes: weights are loaded with `auto`, whatever they were trained with, unless another one
+    is asked for."""
 
     @property
     def num_logits(self) -> int:

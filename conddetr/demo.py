@@ -16,7 +16,6 @@ from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
 
 RECIPE = {
-    "backend": "auto",
     "epochs": 8,
     "eval_every": 8,
     "schedule": "cosine",

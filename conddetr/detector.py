@@ -11,6 +11,7 @@ from torch import Tensor
 from conddetr import config as configs
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
+from conddetr.engine.precision import autocast, check_precision, for_inference, has_bfloat16, resolve_precision
 from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
@@ -58,6 +59,7 @@ class Detector:
         classes: Sequence[dict[str, Any]] = (),
         device: str | None = None,
         weights: str | Path | None = None,
+        precision: str = "auto",
         **overrides: Any,
     ) -> None:
         """
@@ -69,6 +71,7 @@ class Detector:
                 the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
                 list; trained on other classes it starts from them without the class head. `conddetr.public_weights`
                 has the table of names.
+            precision: `float32`, `bfloat16`, or `auto`, of which the property of this name says what it means.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
@@ -77,6 +80,8 @@ class Detector:
             FileNotFoundError, ImportError, OSError: `weights` are not to be had; says what to do.
         """
         self.device = find_device(device)
+        check_precision(precision)
+        self._precision = precision
         self.run: dict[str, Any] | None = None
         """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
         self.metrics: dict[str, float] | None = None
@@ -114,6 +119,17 @@ class Detector:
             raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
         return self._model
 
+    @property
+    def precision(self) -> str:
+        """What it computes in: `float32`, or `bfloat16` by autocast, with heads in float32. A model that was cast
+        computes in its own dtype.
+
+        `auto` means what the weights were trained in, and bfloat16 where that is not known. Where the device is no
+        NVIDIA GPU of compute capability 8.0 or newer, it means float32.
+        """
+        trained = (self.run or {}).get("train", {}).get("precision")
+        return resolve_precision(self._precision, has_bfloat16(self.device), trained)
+
     def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "Detector":
         """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
 
@@ -121,14 +137,17 @@ class Detector:
 
         Args:
             backend: of the copy, as in `build`; default: the model's own.
-            dtype: float16 or bfloat16 to compute in, as `DETR.fused` takes it.
+            dtype: float16 or bfloat16 to compute in, as `DETR.fused` takes it; default: by `precision`.
             graphs: on a GPU, replay CUDA graphs, one for each shape of a batch; see `DETR.fused`.
 
         Returns:
             A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
             happens to this one's weights later does not change it.
         """
-        copy = Detector(self.model.fused(backend, dtype, graphs), self.classes, str(self.device))
+        if dtype is None and self.precision == "bfloat16" and self.model.dtype == torch.float32:
+            dtype = torch.bfloat16
+        fused = self.model.fused(backend, dtype, graphs)
+        copy = Detector(fused, self.classes, str(self.device), precision=self._precision)
         copy.run, copy.metrics = self.run, self.metrics
         return copy
 
@@ -159,7 +178,8 @@ class Detector:
 
         if self._model is not None:
             self._refuse_copies("trained")
-        run = resolve_run({**self._options, "device": str(self.device), **flatten(options)})
+        own = {**self._options, "device": str(self.device), "precision": self._precision}
+        run = resolve_run({**own, **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
         trainer = train(run, start=content)
         self.device = trainer.device
@@ -217,7 +237,8 @@ class Detector:
             raise ValueError(
                 f"{val_set.source} has no list 'annotations': there is nothing to compare detections with."
             )
-        result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, by_name=classes_by_name)
+        options = {"by_name": classes_by_name, "precision": self.precision}
+        result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, **options)
         say(result.describe())
         return result.metrics
 
@@ -242,7 +263,14 @@ class Detector:
         return path
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, preset: str | None = None, device: str | None = None) -> "Detector":
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        preset: str | None = None,
+        device: str | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+    ) -> "Detector":
         """Load a checkpoint of ours, an official one of Conditional DETR or DETR, or one of transformers'
         `ConditionalDetrForObjectDetection`.
 
@@ -252,6 +280,8 @@ class Detector:
             preset: what it is of, where that is not ours; needed only for dilation, which weights do not tell. Default:
                 found from the weights and what is stored with them.
             device: as torch names it; default CUDA where there is one.
+            backend: as in `build`, whatever the weights were trained with.
+            precision: as of a `Detector`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -259,8 +289,9 @@ class Detector:
         """
         # Better refused now than after a download.
         find_device(device)
-        model, weights = load_model(locate(path, preset), preset)
-        detector = cls(model, weights.classes, device)
+        check_precision(precision)
+        model, weights = load_model(locate(path, preset), preset, backend=backend)
+        detector = cls(model, weights.classes, device, precision=precision)
         detector.run, detector.metrics = weights.run, weights.metrics
         return detector
 
@@ -271,6 +302,8 @@ class Detector:
         *,
         preset: str | None = None,
         device: str | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -281,7 +314,7 @@ class Detector:
 
         Args:
             repository: `owner/name`; or a folder, which needs no hub.
-            preset, device: as `from_checkpoint`.
+            preset, device, backend, precision: as `from_checkpoint`.
             revision, token, cache_dir, force_download, local_files_only: as those of `huggingface_hub`.
 
         Raises:
@@ -291,13 +324,15 @@ class Detector:
         """
         find_device(device)
         if Path(repository).is_dir():
-            return cls.from_checkpoint(repository, preset, device)
+            return cls.from_checkpoint(repository, preset, device, backend, precision)
         from conddetr.hub import load
 
         return load(
             str(repository),
             preset=preset,
             device=device,
+            backend=backend,
+            precision=precision,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
@@ -380,7 +415,7 @@ class Detector:
             images: one image or a list: file, PIL image, array [H, W] or [H, W, 3], tensor [3, H, W]; see
                 `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
                 copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights,
-                unless this detector is one.
+                unless this detector is one or its backend is `eager`.
             threshold: keep scores of at least this, in [0, 1].
             top_k: keep at most so many per image, at least 1.
 
@@ -399,11 +434,12 @@ class Detector:
         if not isinstance(images, (list, tuple)):
             images = [images]
         is_alone = len(images) == 1 or self.model.fusion is not None
-        model = self.model if is_alone else self.model.fused()
+        model = self.model if is_alone else for_inference(self.model, self.precision)
         return [self._predict_one(model, read_image(image), threshold, top_k) for image in images]
 
     def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:
-        output = model([self._pixels(image)])
+        with autocast(model, self.precision):
+            output = model([self._pixels(image)])
         found = postprocess(output, [tuple(image.shape[-2:])], top_k, model.config.activation)[0]
         return self._detection(found, found["scores"] >= threshold)
 

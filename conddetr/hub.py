@@ -152,6 +152,8 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
         token: str | bool | None,
         preset: str | None = None,
         device: str | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
     ) -> "HubDetector":
         file = download(
             model_id,
@@ -161,7 +163,7 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
             token=token,
             local_files_only=local_files_only,
         )
-        return cls(Detector.from_checkpoint(file, preset, device))
+        return cls(Detector.from_checkpoint(file, preset, device, backend, precision))
 
     def generate_model_card(
         self,
@@ -188,6 +190,8 @@ def load(
     *,
     preset: str | None = None,
     device: str | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -200,6 +204,8 @@ def load(
             repository,
             preset=preset,
             device=device,
+            backend=backend,
+            precision=precision,
             revision=revision,
             token=token,
             cache_dir=cache_dir,

@@ -48,10 +48,44 @@ FIXED = {
 }
 """Official flags with the only value that is accepted (None: none), and why others are refused."""
 
+SHARED_NAMES = (
+    "batch_size",
+    "clip_max_norm",
+    "coco_path",
+    "focal_alpha",
+    "hidden_dim",
+    "lr_backbone",
+    "lr_drop",
+    "no_aux_loss",
+    "num_queries",
+    "output_dir",
+    "weight_decay",
+)
+"""Official flags that are options of ours under the same name, with underscores, which our own pages write as hyphens.
+Those without any, as `--lr`, do not tell for which program a command was written.
+"""
+
 ONCE_SWITCHES = ("cuda_graphs",)
 """Options that were switches once: without a value they mean `on`, and with `no-` in front `off`."""
 
 _SWITCHES = ("remove_difficult", "masks", "pre_norm")
+
+_OFFICIAL_FLAGS = {f"--{name}" for name in ({*OFFICIAL_NAMES} - {"out"}).union(WITHOUT_MEANING, FIXED, SHARED_NAMES)}
+
+
+class _Store(argparse.Action):
+    """Stores what a flag says, `const` where it takes no value, and notes a flag that is spelled as in `main.py`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        if option_string in _OFFICIAL_FLAGS:
+            namespace.official_flag = option_string
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +93,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="options from a TOML or JSON file; flags override them")
     _add_flags(parser, option_types())
     for name in (*WITHOUT_MEANING, *FIXED):
-        action = {"action": "store_true"} if name in _SWITCHES else {}
-        parser.add_argument(
-            *_spellings(name), dest=f"official_{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **action
-        )
+        value = {"nargs": 0, "const": True} if name in _SWITCHES else {}
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*_spellings(name), dest=f"official_{name}", action=_Store, **hidden, **value)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -82,16 +115,16 @@ def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> No
     for name, kind in types.items():
         names = [name, *(alias for alias, ours in OFFICIAL_NAMES.items() if ours == name)]
         flags = [flag for spelled in names for flag in _spellings(spelled)]
-        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "action": _Store}
         text = help_of.get(name, "").replace("%", "%%").replace("`", "")
         if kind is bool:
-            parser.add_argument(*flags, action="store_true", help=text, **settings)
+            parser.add_argument(*flags, nargs=0, const=True, help=text, **settings)
             negative = [flag for spelled in names for flag in _spellings(f"no_{spelled}")]
-            parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **settings)
+            parser.add_argument(*negative, nargs=0, const=False, help=argparse.SUPPRESS, **settings)
             continue
         if name in ONCE_SWITCHES:
             negative = _spellings(f"no_{name}")
-            parser.add_argument(*negative, action="store_const", const="off", help=argparse.SUPPRESS, **settings)
+            parser.add_argument(*negative, nargs=0, const="off", help=argparse.SUPPRESS, **settings)
             settings |= {"nargs": "?", "const": "on"}
         parser.add_argument(*flags, type=kind, help=text, metavar=kind.__name__.upper(), **settings)
 
@@ -102,6 +135,8 @@ def _spellings(name: str) -> list[str]:
 
 def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """What the user chose, flat, the flags over the file, and a line for every flag without meaning here.
+
+    Official flags mean the official precision, float32, where none is given; a line says so.
 
     Raises:
         ValueError: an official flag asks for what is not built; names it. The file and `--preset` describe two models.
@@ -119,7 +154,11 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     chosen = read_config(options.config) if options.config else {}
     flags = {name: given[name] for name in option_types() if name in given}
     _check_preset(chosen, flags)
-    return {**chosen, **flags}, notes
+    chosen = {**chosen, **flags}
+    if "official_flag" in given and "precision" not in chosen:
+        chosen["precision"] = "float32"
+        notes.append(f"{given['official_flag']} is the official repository's: precision float32, as there.")
+    return chosen, notes
 
 
 def _check_preset(of_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:

@@ -24,11 +24,12 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, Generic, Literal, Self, TypeVar
+from types import UnionType
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import torch
 
@@ -164,28 +165,47 @@ class Table:
 Content = TypeVar("Content")
 
 
-@dataclass(frozen=True)
-class _File(Generic[Content]):
-    """A file's layout."""
-
-    version: Literal[1]
-    content: Content
-
-
 def _to_json(content: Record | Table) -> str:
-    # Here, not above: most processes read no file.
-    import msgspec
-
-    return msgspec.json.format(msgspec.json.encode(_File(VERSION, content)), indent=1).decode() + "\n"
+    return json.dumps({"version": VERSION, "content": asdict(content)}, indent=1) + "\n"
 
 
 def _from_json(kind: type[Content], text: str | bytes) -> Content:
-    import msgspec
-
     try:
-        return msgspec.json.decode(text, type=_File[kind]).content
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        found = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(found, dict) or found.keys() != {"version", "content"}:
+            raise ValueError("expected a version and a content")
+        if type(found["version"]) is not int or found["version"] != VERSION:
+            raise ValueError(f"version: expected {VERSION}, got {found['version']!r}")
+        return _parse(kind, found["content"], "content")
+    except RecursionError as error:
         raise ValueError(str(error)) from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON as what a field is annotated with.
+
+    Raises:
+        ValueError: it is none; says where.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        known = {field.name: field.type for field in fields(kind)}
+        if isinstance(value, dict) and value.keys() == known.keys():
+            return kind(**{name: _parse(known[name], item, f"{where}.{name}") for name, item in value.items()})
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+    elif origin is dict and isinstance(value, dict):
+        return {name: _parse(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif kind is Any or (origin in (None, UnionType) and isinstance(value, kind)):
+        return value
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
 
 
 def _key(verdict: Verdict) -> tuple[str, str, str]:
@@ -318,6 +338,8 @@ _tables: dict[str, Table | None] = {}
 _reasons: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 """Answers of `why_not`, by its arguments."""
 _pretended: list[tuple[Record | None, Table | None]] = []
+_unchecked: set[str] = set()
+"""GPU models of which it was said that nothing is known."""
 _told: set[Path | None] = set()
 """Folders that could not be written to, once this was said."""
 
@@ -325,6 +347,28 @@ _told: set[Path | None] = set()
 def load(device: torch.device) -> Record | None:
     """The record of this device, if there is one and it holds; `why_ignored` says why one does not."""
     return _look(device).record
+
+
+def known(device: torch.device) -> Record | None:
+    """The record of this device, or as a record the table of its architecture; None: nothing is known of it."""
+    record, table = load(device), _table(device)
+    if record is not None or table is None:
+        return record
+    return Record({"device": device_name(device)}, table.verdicts, False, datetime.now(UTC).isoformat(), {})
+
+
+def restricted(record: Record, others: Sequence[Record]) -> Record:
+    """A record that also refuses what those of other devices refuse, or do not know."""
+
+    def reason(verdict: Verdict) -> str:
+        for other in others:
+            found = next((x.refused for x in other.verdicts if _key(x) == _key(verdict)), "it is not checked.")
+            if found:
+                return f"on {other.identity['device']}, which another process has: {found}"
+        return ""
+
+    verdicts = (replace(verdict, refused=verdict.refused or reason(verdict)) for verdict in record.verdicts)
+    return replace(record, verdicts=tuple(verdicts))
 
 
 def why_ignored(device: torch.device) -> str | None:
@@ -447,10 +491,19 @@ def _why_not(operation: str, backend: str, device: torch.device, dtype: torch.dt
         return found.refused or None
     record = load(device)
     if record is None:
+        _tell_unchecked(device)
         return _NOT_CHECKED
     if record.is_short:
         return "the short check of this GPU leaves it out: `conddetr check` includes it."
     return f"`conddetr check` does not check it in {_name(dtype)}."
+
+
+def _tell_unchecked(device: torch.device) -> None:
+    """Once for each GPU model: nobody would look for the reason of what is only slow."""
+    name = "the GPU" if _pretended else device_name(device)
+    if name not in _unchecked:
+        _unchecked.add(name)
+        log.warning("Plain PyTorch runs on %s, as our kernels are not checked there: `conddetr check` does that.", name)
 
 
 def verdict(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Verdict | None:
@@ -463,14 +516,12 @@ def verdict(operation: str, backend: str, device: torch.device, dtype: torch.dty
 
 
 def source(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """By what an implementation is proven, for people: "checked on NVIDIA H100, 2.1×", "measured on sm_90, 2.1×".
+    """By what an implementation is proven, for people: "checked on NVIDIA H100", "measured on sm_90".
 
     Empty on CPUs, and for what is not proven or refused. The arguments are those of `why_not`.
     """
     found = _proof(operation, backend, device, dtype) if device.type == "cuda" else None
-    if found is None or found[1].refused:
-        return ""
-    return found[0] if found[1].speedup is None else f"{found[0]}, {found[1].speedup:.1f}×"
+    return "" if found is None or found[1].refused else found[0]
 
 
 def _proof(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Verdict] | None:

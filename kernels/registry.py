@@ -2,19 +2,22 @@
 
 Each operation declares in its `op.py` what its kernels can take (`declare`). Who calls it either demands a backend by
 name, which is an error where it cannot run, or prefers: `auto`, which falls back to plain PyTorch, and the backend of a
-whole model or training (`Operation.prefer`), which operations without such kernels do not know.
+whole model or training (`Operation.prefer`), which operations without such kernels do not know. On a GPU `auto` takes
+what is proven there (`records`).
 """
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch.autograd import forward_ad
 
-from conddetr.kernels import native
+from conddetr.kernels import native, records
 
 BACKENDS = ("triton", "native", "eager")
 """In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
@@ -129,6 +132,7 @@ class Operation:
         refused: dict[str, str] = {}
         for backend, kernels in self.kernels.items():
             reason = why_not(backend, device, dtype, is_auto=True) or kernels.misfit(device, dtype, True, facts)
+            reason = reason or _why_unproven(self.name, backend, device, dtype)
             if reason is None:
                 return Choice(backend, refused)
             refused[backend] = reason
@@ -155,6 +159,32 @@ class Operation:
             return "this operation has no such kernels."
         reason = why_not(backend, device, dtype)
         return reason or self.kernels[backend].misfit(device, dtype, False, facts)
+
+
+_is_demanded: ContextVar[bool] = ContextVar("is_demanded", default=False)
+
+
+def demanded(backend: str) -> AbstractContextManager[None]:
+    """Within, `auto` takes kernels that are not proven on this GPU, if a model's backend is given by name: many of its
+    operations are called with `auto`.
+    """
+    # Compiled, those are PyTorch's.
+    return nullcontext() if backend in ("auto", "eager") or torch.compiler.is_compiling() else _demanded()
+
+
+@contextmanager
+def _demanded() -> Iterator[None]:
+    token = _is_demanded.set(True)
+    try:
+        yield
+    finally:
+        _is_demanded.reset(token)
+
+
+def _why_unproven(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not torch.compiler.is_compiling() and _is_demanded.get():
+        return None
+    return records.why_not(operation, backend, device, dtype)
 
 
 OPERATIONS: dict[str, Operation] = {}

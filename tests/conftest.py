@@ -17,10 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import null_gpu
+import proven
 from PIL import Image
 
 import conddetr
-from conddetr.kernels import registry
+from conddetr.kernels import records, registry
 
 if os.environ.get("TRITON_INTERPRET") == "1" and registry.HAS_TRITON:
     import quick_interpreter
@@ -66,6 +67,10 @@ def _records_of_their_own(tmp_path_factory):
     """Which kernels the user's GPU is known to run does not decide what tests do, and they add nothing to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONDDETR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        if torch.cuda.is_available():
+            # Here kernels are tested, also where `auto` is to take them.
+            device = torch.device("cuda")
+            records.save(device, proven.everything(device))
         yield
 
 

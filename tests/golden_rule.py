@@ -75,12 +75,14 @@ def _scaled_matrix(name: str, weight: Tensor) -> Tensor:
 def rule_model(preset: str, dtype: torch.dtype = torch.float32, backend: str = "eager") -> DETR:
     """A model with the rule's weights, without dropout, in eval mode."""
     # To draw 40 million numbers twice takes longer than to copy them.
-    return copy.deepcopy(_rule_model(preset, backend)).to(dtype)
+    model = copy.deepcopy(_rule_model(preset)).to(dtype)
+    model.set_backend(backend)
+    return model
 
 
 @cache
-def _rule_model(preset: str, backend: str) -> DETR:
-    model = conddetr.build(preset, dropout=0.0, backend=backend).eval()
+def _rule_model(preset: str) -> DETR:
+    model = conddetr.build(preset, dropout=0.0).eval()
     state = {name: rule_weight(name, tuple(value.shape)) for name, value in model.state_dict().items()}
     conddetr.load_weights(model, state)
     return model

@@ -98,10 +98,11 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     file = tmp_path / "official.pth"
     # Without stored arguments nothing in the file tells DC5.
     torch.save({"model": rule_model("conditional-detr-dc5-r50").state_dict()}, file)
-    configs = []
+    configs, precisions = [], []
 
-    def detect(model, *_, by_name):
+    def detect(model, *_, by_name, precision):
         configs.append(model.config)
+        precisions.append(precision)
         return evaluator.Detections.join(())
 
     monkeypatch.setattr(evaluator, "detect", detect)
@@ -109,6 +110,11 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     assert main([*command, "--dilation"]) == 0
     assert main(command) == 0
     assert [config.dilation for config in configs] == [True, False]
+    # Official flags; what a GPU would do otherwise.
+    monkeypatch.setattr("conddetr.detector.has_bfloat16", lambda device: True)
+    assert main([*command, "--precision", "auto", "--backend", "eager"]) == 0
+    assert precisions == ["float32", "float32", "bfloat16"]
+    assert [config.backend for config in configs] == ["auto", "auto", "eager"]
 
 
 def test_predict_draws(trained, tmp_path):
@@ -424,11 +430,33 @@ def test_every_official_flag_is_our_option():
     assert (model.class_cost, model.bbox_cost, model.giou_cost, model.focal_alpha) == (3.0, 4.0, 1.0, 0.3)
     assert (model.class_weight, model.bbox_weight, model.giou_weight) == (3.0, 4.0, 1.0)
     assert model.pretrained_backbone
-    assert len(notes) == 6
+    assert len(notes) == 7
+    assert notes[-1].endswith("is the official repository's: precision float32, as there.")
+    assert run.train.precision == "float32"
     # Without any flag the defaults are the official ones.
     plain = resolve_run({"coco_path": "coco"})
     assert plain.model == resolve("conditional-detr-r50", pretrained_backbone=True)
     assert (plain.train.lr, plain.train.lr_backbone, plain.train.lr_drop, plain.train.batch_size) == (1e-4, 1e-5, 40, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        # The official page's own command has flags that are ours too.
+        ("--coco_path data --output_dir output/r50", "float32"),
+        ("--nheads 8", "float32"),
+        ("--coco_path data --precision auto", "auto"),
+        ("--enc_layers 6 --precision bfloat16", "bfloat16"),
+        ("--coco-path data --output-dir runs/r50 --num-workers 2 --lr 1e-4", "auto"),
+        ("", "auto"),
+    ],
+)
+def test_flags_of_the_official_repository_mean_its_precision(flags, precision):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    chosen, notes = chosen_options(parser.parse_args(flags.split()))
+    assert resolve_run(chosen).train.precision == precision
+    assert len(notes) == (precision == "float32")
 
 
 def test_resolved_options_are_read_again(tmp_path):

@@ -56,6 +56,77 @@ def test_boxes_are_in_pixels_of_the_image_as_given(checkpoint):
     assert none.boxes.shape == (0, 4)
 
 
+def test_weights_are_loaded_with_auto_whatever_they_were_trained_with(checkpoint, tiny_model):
+    content = {"model": tiny_model.state_dict(), "config": tiny_model.config.to_dict(), "classes": CLASSES}
+    for stored in ("eager", "triton"):
+        save_checkpoint(checkpoint, {**content, "config": {**content["config"], "backend": stored}})
+        detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
+        assert detector.config.backend == detector.model.config.backend == "auto"
+    assert {part.backend for part in detector.model.parts_with_backend()} == {"auto"}
+    assert conddetr.Detector.from_checkpoint(checkpoint, device="cpu", backend="eager").config.backend == "eager"
+    again = conddetr.Detector("conditional-detr-tiny", weights=checkpoint, device="cpu", backend="eager")
+    assert again.config.backend == "eager"
+
+
+@pytest.mark.parametrize(("backend", "copies"), [("eager", 0), ("auto", 2)])
+def test_nothing_of_the_reference_is_folded(backend, copies, tiny_model, small_coco, monkeypatch):
+    made, fused = [], conddetr.DETR.fused
+    monkeypatch.setattr(conddetr.DETR, "fused", lambda *given, **options: made.append(1) or fused(*given, **options))
+    tiny_model.set_backend(backend)
+    detector = conddetr.Detector(tiny_model, CLASSES, device="cpu")
+    detector.predict([torch.rand(3, 40, 60)] * 2)
+    detector.evaluate(workers=0, coco_path=str(small_coco.root))
+    assert len(made) == copies
+
+
+class Seen:
+    """Shapes of weights and dtypes of the products of linear layers, in whichever copy of a model they run."""
+
+    def __init__(self, monkeypatch):
+        self.dtypes = set()
+        linear = torch.nn.functional.linear
+
+        def watched(x, weight, bias=None):
+            found = linear(x, weight, bias)
+            self.dtypes.add((tuple(weight.shape), found.dtype))
+            return found
+
+        monkeypatch.setattr(torch.nn.functional, "linear", watched)
+
+
+@pytest.mark.parametrize("trained", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_a_detector_computes_in_its_precision(precision, trained, checkpoint, small_coco, monkeypatch):
+    """Alone, on frozen copies and in an evaluation, on a device of which `auto` says bfloat16."""
+    monkeypatch.setattr("conddetr.detector.has_bfloat16", lambda device: True)
+    detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu", precision=precision)
+    detector.run = trained and {"train": {"precision": trained}, "data": {}}
+    expected = precision if precision != "auto" else trained or "bfloat16"
+    assert detector.precision == detector.fused().precision == expected
+    image, ffn, head = torch.rand(3, 50, 80), (256, 64), (3, 64)
+    for run in (
+        lambda: detector.predict(image),
+        lambda: detector.predict([image, image]),
+        lambda: detector.fused().predict(image),
+        lambda: detector.evaluate(workers=0, coco_path=str(small_coco.root)),
+    ):
+        with monkeypatch.context() as patch:
+            seen = Seen(patch)
+            run()
+        assert (head, torch.float32) in seen.dtypes
+        assert (head, torch.bfloat16) not in seen.dtypes
+        assert {dtype for shape, dtype in seen.dtypes if shape == ffn} == {getattr(torch, expected)}
+
+
+def test_a_precision_that_there_is_not_is_named(checkpoint):
+    for make in (
+        lambda: conddetr.Detector.from_checkpoint(checkpoint, device="cpu", precision="bf16"),
+        lambda: conddetr.Detector("conditional-detr-tiny", precision="bf16"),
+    ):
+        with pytest.raises(ValueError, match="precision: unknown value 'bf16'"):
+            make()
+
+
 def test_several_images_run_on_a_frozen_copy_whose_hooks_fire(checkpoint):
     detector, calls = conddetr.Detector.from_checkpoint(checkpoint, device="cpu"), []
     detector.model.class_embed.register_forward_hook(lambda *_: calls.append(1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conddetr import config as models
-from conddetr.config import ModelConfig, check_types, nearest
+from conddetr.config import PRECISIONS, ModelConfig, check_types, nearest
 from conddetr.files import read_text
 
 _LARGEST_SEED = 2**63 - 1
@@ -45,8 +45,10 @@ class TrainConfig:
     """Decay per step of the moving average of the weights, e.g. 0.9997; it is what is then evaluated. 0: none."""
     ema_ramp: int = 2000
     """Steps over which the decay rises to its value: decay · (1 - exp(-step / ramp))."""
-    precision: str = "float32"
-    """`float32`, or `bfloat16`: autocast for the model; losses and weights stay float32."""
+    precision: str = "auto"
+    """`float32`, or `bfloat16`: autocast for the model; its heads, losses, matching and weights stay float32. `auto`:
+    bfloat16 on NVIDIA GPUs of compute capability 8.0 and newer, else float32; a resumed run keeps its own where it
+    can."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
     cuda_graphs: str = "auto"
@@ -87,7 +89,7 @@ class TrainConfig:
         choices = {
             "cuda_graphs": ("auto", "on", "off"),
             "schedule": ("step", "cosine"),
-            "precision": ("float32", "bfloat16"),
+            "precision": PRECISIONS,
             "check_finite": ("auto", "always", "never"),
         }
         for name, allowed in choices.items():

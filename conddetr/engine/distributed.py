@@ -92,6 +92,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_on_host(value: Any) -> list[Any]:
+    """As `gather`, without a GPU: by a group of its own, also where other processes take minutes to come."""
+    if world_size() == 1:
+        return [value]
+    group = dist.new_group(backend="gloo")
+    values: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(values, value, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    return values
+
+
 class InterruptedRunError(RuntimeError):
     """A signal stopped the run after its state was saved."""
 

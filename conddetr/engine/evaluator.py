@@ -22,6 +22,7 @@ from torchvision.ops import box_convert
 
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine.arrival import Arrival
+from conddetr.engine.precision import autocast, for_inference, has_bfloat16, resolve_precision
 from conddetr.engine.progress import Progress
 from conddetr.files import atomic_file
 from conddetr.garbage import collection_paused
@@ -134,13 +135,14 @@ def evaluate(
     pad_buckets: int = 0,
     on_batch: Callable[[], None] | None = None,
     by_name: bool = False,
+    precision: str = "auto",
 ) -> CocoResult | None:
     """COCO's numbers of a model on a data set, with a progress bar; None on every rank but 0.
 
     Arguments and errors as those of `detect` and `coco_result`.
     """
     detections = detect(
-        model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch, by_name
+        model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch, by_name, precision
     )
     return None if detections is None else coco_result(dataset.ground_truth(), detections, source=dataset.source)
 
@@ -157,12 +159,14 @@ def detect(
     pad_buckets: int = 0,
     on_batch: Callable[[], None] | None = None,
     by_name: bool = False,
+    precision: str = "auto",
 ) -> Detections | None:
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
     Args:
         model: any preset, on `device`. A frozen copy of it runs (`DETR.fused`), made anew for each call: that takes
-            about as long as copying all weights. A model that was compiled runs itself.
+            about as long as copying all weights. A model that was compiled runs itself, and so does one with backend
+            `eager`.
         classes: `id` and `name` of every label of the model, as stored in checkpoints.
         dataset: `CocoDetection` or `SyntheticShapes`.
         device: where to run.
@@ -173,6 +177,7 @@ def detect(
         pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of each.
         on_batch: called after every batch, on all ranks equally often; what it raises ends the evaluation.
         by_name: match classes by name, whatever their ids.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 where `has_bfloat16` says that the device has it.
 
     Returns:
         The detections of all ranks on rank 0, None on the others.
@@ -198,7 +203,8 @@ def detect(
             if on_batch is not None:
                 on_batch()
 
-        mine = _detect(model, batches, np.array(category_ids), device, after)
+        precision = resolve_precision(precision, has_bfloat16(device))
+        mine = _detect(model, batches, np.array(category_ids), device, after, precision)
         # The first rank has most images.
         for _ in range(-(-len(range(0, len(dataset), world)) // batch_size) - len(batches)):
             after(0)
@@ -301,10 +307,11 @@ def _detect(
     category_ids: np.ndarray,
     device: torch.device,
     on_batch: Callable[[int], None],
+    precision: str,
 ) -> Detections:
     """Run over batches in eval mode, leaving the model in the mode it was in."""
-    if isinstance(model, DETR) and model.fusion is None and model._compiled_call_impl is None:
-        model = model.fused()
+    if isinstance(model, DETR):
+        model = for_inference(model, precision)
     dtype = getattr(model, "dtype", torch.float32)
     was_training = model.training
     model.eval()
@@ -313,7 +320,8 @@ def _detect(
     try:
         for batch in batches:
             batch = batch.to(device)
-            outputs = model(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
+            with autocast(model, precision):
+                outputs = model(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
             sizes = torch.tensor(batch.original_sizes).to(device, non_blocking=True)
             found = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
             # Those of the batch before, so that the device has work meanwhile.

@@ -37,10 +37,12 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
         return f"graphs need an NVIDIA GPU, the device is {device}"
     if distributed.world_size() > 1:
         return f"graphs are recorded in one process, there are {distributed.world_size()}"
-    backend = "eager" if model.backend == "eager" else "auto"
-    matching = OPERATIONS["linear_assignment"].choose(backend, device, torch.float32, model.num_queries)
+    # As `build_criterion` has it.
+    backend = "auto" if model.backend == "native" else model.backend
+    matching = OPERATIONS["linear_assignment"].prefer(backend, device, torch.float32, model.num_queries)
     if matching.backend == "eager":
-        return "predictions would be matched on the host, for which a graph cannot wait (--backend auto: on the GPU)"
+        why = "; ".join(matching.refused.values()) or "backend eager"
+        return f"predictions would be matched on the host, for which a graph cannot wait ({why})"
     if train.check_finite == "always":
         return "check_finite `always` waits for the device, which a graph cannot"
     if train.cuda_graphs == "auto" and train.compile:

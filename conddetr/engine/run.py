@@ -294,6 +294,8 @@ def _print_resumed(trainer: Trainer) -> None:
     position, of_epoch = trainer.position, len(trainer.loader)
     where = f"epoch {position.epoch + 1}, batch {position.batch} of {of_epoch}, step {position.step}"
     say(f"going on from {trainer.resumed_from}: {where}")
+    for change in trainer.changes:
+        say(change)
 
 
 def _print_start(run: RunConfig, model: DETR, train_set: "Dataset", val_set: "Dataset", show_config: bool) -> None:

@@ -8,6 +8,7 @@ whether to stop) is decided on the device and read one step later, when the next
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from conddetr.engine.config import TrainConfig
 from conddetr.engine.graphs import Limits, StepGraphs, why_no_graphs
 from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
 from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer, rates_on_device
+from conddetr.engine.precision import has_bfloat16, resolve_precision
 from conddetr.loss.matcher import NonFiniteCostError
 from conddetr.loss.targets import PackedTargets
 from conddetr.model.detr import DETR
@@ -38,14 +40,16 @@ class Stepper:
         """
         Args:
             model: on `device`.
-            config: how to train.
+            config: how to train; a precision `auto` is that of this device.
             device: of the model.
             steps_per_epoch: for the schedule.
 
         Raises:
             ValueError: `cuda_graphs` is `on`, and steps cannot be recorded here; says why.
         """
-        self.model, self.config, self.device = model, config, device
+        self.model, self.device = model, device
+        precision = resolve_precision(config.precision, has_bfloat16(device))
+        self.config = config = replace(config, precision=precision)
         self.steps_per_epoch = steps_per_epoch
         check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
         max_targets = config.max_targets or None

@@ -20,11 +20,13 @@ from conddetr.capture import MAX_GRAPHS
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
+from conddetr.engine.chosen import Chosen, chosen, prove
 from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
+from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, percent, say
 from conddetr.engine.step import Stepper
@@ -69,7 +71,12 @@ class Trainer:
                 f"the model was built for {model.config.num_classes}."
             )
         self.model, self.device = model.to(device, non_blocking=True), device
-        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device))
+        self._asked_precision = run.train.precision
+        self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
+        """Whether all processes have it: they train in one precision."""
+        precision = resolve_precision(run.train.precision, self._has_bfloat16)
+        prove(device, model.config.backend, precision)
+        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device), precision=precision)
         self.run = replace(run, model=model.config, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
@@ -91,6 +98,8 @@ class Trainer:
         self._limit_graphs()
         self.position = Position()
         self.resumed_from: Path | None = None
+        self.changes: list[str] = []
+        """How a resumed run computes otherwise than before, a line each."""
         self.seconds = 0.0
         """Time spent training so far."""
         self.best_ap = -1.0
@@ -111,6 +120,12 @@ class Trainer:
     def trained(self) -> DETR:
         """The model to use: the moving average of the weights where there is one."""
         return self.stepper.average.model if self.stepper.average else self.model
+
+    @property
+    def chosen(self) -> Chosen:
+        """What it computes with."""
+        config = self.config
+        return chosen(self.model.config, self.device, config.precision, trains=True, compiled=config.compile)
 
     def resume(self, path: str | Path) -> None:
         """Go on exactly where the checkpoint of a run was saved, in the middle of an epoch too.
@@ -136,8 +151,24 @@ class Trainer:
             # With other batches an epoch has another number of steps, and the schedule goes by epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
         self.stepper.load_state(content)
+        self._go_on_in(content["run"]["train"].get("precision", "float32"))
+        was, now = content["config"].get("backend"), self.model.config.backend
+        if was != now:
+            self.changes.append(f"backend was {was}, is {now}: other roundings, and other random numbers of dropout")
+        self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
+
+    def _go_on_in(self, saved: str) -> None:
+        """Take the precision of before, if `auto` may choose and the devices have it."""
+        precision = resolve_precision(self._asked_precision, self._has_bfloat16, trained=saved)
+        self.config = replace(self.config, precision=precision)
+        self.run = replace(self.run, train=self.config)
+        self.stepper.config = self.config
+        if precision != saved:
+            is_asked = self._asked_precision != "auto"
+            reason = "as asked for" if is_asked else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
+            self.changes.append(f"precision was {saved}, is {precision}: {reason}")
 
     def _check_same_model(self, path: Path, content: dict) -> None:
         advice = f"To keep everything that fits and start anew from it: --weights {path}."
@@ -191,8 +222,10 @@ class Trainer:
             return self.metrics
         if self.config.preflight:
             self._preflight()
-        if self.is_main and (line := self._graphs_in_words()):
-            say(line)
+        if self.is_main:
+            say(self.chosen.line())
+            if line := self._graphs_in_words():
+                say(line)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
             while self.position.epoch < self.config.epochs:
@@ -338,6 +371,7 @@ class Trainer:
             distributed.world_size(),
             self.config.pad_buckets,
             look_for_signals,
+            precision=self.config.precision,
         )
         self.result = result
         return result.metrics if result else {}
@@ -358,6 +392,7 @@ class Trainer:
             "best_ap": self.best_ap,
             "metrics": self.metrics,
             "run": self.run.to_dict(),
+            "chosen": self.chosen.to_dict(),
         }
         writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
 

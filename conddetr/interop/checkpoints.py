@@ -104,7 +104,8 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
     weights.classes = _listed(content.get("classes"))
     config = content.get("config")
     if isinstance(config, dict) and {"family", "backbone"} <= config.keys():
-        weights.config = configs.from_dict(config)
+        # What it was trained on is for the log: see `ModelConfig.backend`.
+        weights.config = configs.from_dict({**config, "backend": configs.ModelConfig.backend})
         weights.run, weights.metrics = content.get("run"), content.get("metrics") or None
     elif identify(weights.state):
         weights.options = _official_options(content)

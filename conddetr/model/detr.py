@@ -118,9 +118,8 @@ class DETR(nn.Module):
         return self._detect_in_own_dtype(*inputs) if found is None else found
 
     def _detect_in_own_dtype(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
-        if self.autocast is None:
-            return self._detect(images, mask, valid_hw)
-        with torch.autocast(images.device.type, self.autocast):
+        own = nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
+        with registry.demanded(self.config.backend), own:
             return self._detect(images, mask, valid_hw)
 
     def _detect(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:

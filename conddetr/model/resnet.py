@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from conddetr.kernels import convolution, convolution_pair, max_pool, paths
 from conddetr.kernels.conv import Layer
+from conddetr.kernels.registry import OPERATIONS
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
 
@@ -135,6 +136,14 @@ def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> 
     scale = weight * (variance + getattr(norm, "eps", EPS)).rsqrt()
     dtype = dtype or conv.weight.dtype
     return channels_last(conv.weight * scale[:, None, None, None], dtype), (bias - mean * scale).to(dtype)
+
+
+def is_ours(backend: str, images: Tensor) -> bool:
+    """Whether `stages` computes plain parts for a model's backend: on a GPU where convolutions of ours are proven."""
+    if backend == "eager" or not images.is_cuda:
+        return backend != "eager"
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype
+    return OPERATIONS["convolution"].choose("auto", images.device, dtype).backend != "eager"
 
 
 def convolution_backend(backend: str) -> str:

@@ -12,12 +12,14 @@ from refusals import RefusedError
 import conddetr
 from conddetr.kernels.conv import op as conv
 
+SMALL = {"encoder_layers": 1, "decoder_layers": 1}
+
 
 def test_smoke(benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = argparse.Namespace(rounds=3, cudagraph=False, compiled=False, size=(64, 96))
     result = benchmark.pedantic(model.run, ("tiny", "conditional-detr-tiny", options), rounds=1)
-    assert {"official-style eager", "ours, eager"} <= set(result.seconds)
+    assert {"official-style eager", "ours", "ours, frozen copy", "ours, eager"} <= set(result.seconds)
     assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
 
 
@@ -35,11 +37,13 @@ def test_a_wrong_answer_is_not_timed():
 
 
 def test_the_official_form_is_not_folded():
-    reference = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, num_queries=5).eval()
+    reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=5).eval()
     runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 64), compiled=False)
     with torch.inference_mode():
         outputs = {name: function()["pred_logits"] for name, function in runs.items() if "triton" not in name}
     assert runs["official-style eager"].func is reference
+    assert runs["ours"].func.config.backend == runs["ours, frozen copy"].func.config.backend == "auto"
+    assert runs["ours"].func.fusion is None
     assert len(runs["ours, eager"].func.fusion.fused) == 17
     for found in outputs.values():
         torch.testing.assert_close(found, outputs["official-style eager"], atol=1e-4, rtol=0)
@@ -51,7 +55,7 @@ def test_outputs_are_compared_without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     # As on a GPU, where no convolution is ours.
     monkeypatch.setattr(conv, "_is_plain", lambda tensors: False)
-    reference = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, num_queries=20).eval()
+    reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=20).eval()
     model.spread_outputs(reference)
     runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 96), compiled=False)
     runs = {name: runs[name] for name in ("official-style eager", "ours, eager")}

@@ -9,6 +9,8 @@ import train
 from parts import NAMES, Parts
 from torch import nn
 
+import conddetr
+
 PROBLEM = train.Problem("conditional-detr-tiny", 2, (64, 96), torch.float32)
 
 
@@ -16,7 +18,7 @@ def test_smoke(benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = argparse.Namespace(rounds=3, cudagraph=False, compiled=False)
     result = benchmark.pedantic(train.run, (PROBLEM, options), rounds=1)
-    assert "official-style eager" in result.seconds
+    assert {"official-style eager", "ours"} <= set(result.seconds)
     assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
     assert result.parts.keys() == result.seconds.keys()
     for name, parts in result.parts.items():
@@ -26,6 +28,7 @@ def test_smoke(benchmark, monkeypatch):
 
 def test_another_loss_is_not_timed():
     made, _ = train.implementations(PROBLEM, PROBLEM.make(), compiled=False)
+    assert made["ours"].model.config == conddetr.build(PROBLEM.preset).config
     first = next(iter(made.values()))
     other = train.plain(first.model, lambda: {k: 1.1 * v for k, v in first.losses().items()}, True, False)
     broken = train.plain(first.model, lambda: 1 / 0, True, False)

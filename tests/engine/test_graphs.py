@@ -14,6 +14,7 @@ from conddetr.engine import graphs
 from conddetr.engine.config import TrainConfig
 from conddetr.engine.graphs import buckets, why_no_graphs
 from conddetr.engine.step import Stepper
+from conddetr.kernels import records, registry
 
 CPU = torch.device("cpu")
 
@@ -201,7 +202,12 @@ def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
         Stepper(model, TrainConfig(cuda_graphs="on"), CPU, 1)
     by_itself, cuda = TrainConfig(), torch.device("cuda")
     assert Stepper(model, by_itself, CPU, 1).graphs is None
-    monkeypatch.setattr(graphs, "choose", lambda backend, *_: "eager" if backend == "eager" else "triton")
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
+    with records.pretend(None):
+        reason = why_no_graphs(config, by_itself, cuda)
+    assert "matched on the host" in reason
+    assert "conddetr check" in reason
+    monkeypatch.setattr(records, "why_not", lambda *_: None)
     assert why_no_graphs(config, by_itself, cuda) is None
     assert "matched on the host" in why_no_graphs(replace(config, backend="eager"), by_itself, cuda)
     assert why_no_graphs(config, TrainConfig(compile=True), cuda) == "the model is compiled"
@@ -224,7 +230,7 @@ def test_losses_on_a_gpu_are_those_of_plain_steps():
     for cuda_graphs in ("off", "on"):
         torch.manual_seed(0)
         model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto", dropout=0.1).to(device).train()
-        config = TrainConfig(lr=1e-4, lr_backbone=1e-4, cuda_graphs=cuda_graphs, max_targets=9)
+        config = TrainConfig(lr=1e-4, lr_backbone=1e-4, cuda_graphs=cuda_graphs, max_targets=9, precision="float32")
         stepper = Stepper(model, config, device, steps_per_epoch=20)
         curves.append([])
         for step in range(20):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conddetr import kernels
-from conddetr.kernels import native, registry
+from conddetr.kernels import native, records, registry
+from conddetr.kernels.records import Record, Verdict
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,29 @@ def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
     assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` takes plain PyTorch")
     assert reason(why_not=lambda width: f"width {width}") == "demand: width 7"
     assert reason(why_not_auto=lambda width: f"width {width}") == "auto: width 7"
+
+
+def test_on_a_gpu_auto_takes_what_is_proven(operation, monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
+    good = Verdict("anything", "native", "float32", "", 0.5, 2.0)
+    slow = Verdict("anything", "triton", "float32", "it is slower than PyTorch.", 0.5, 0.5)
+    record = Record({}, (good, slow), False, "2026-11-29", {})
+    with records.pretend(record):
+        assert operation.choose("auto", gpu, torch.float32) == registry.Choice("native", {"triton": slow.refused})
+        assert operation.choose("auto", gpu, torch.bfloat16).backend == "eager"
+    with records.pretend(None):
+        choice = operation.choose("auto", gpu, torch.float32)
+        assert choice.backend == "eager"
+        assert "`conddetr check`" in choice.refused["native"]
+        assert operation.choose("native", gpu, torch.float32).backend == "native"
+        assert operation.choose("auto", CPU, torch.float32).backend == "triton"
+        with registry.demanded("triton"):
+            assert operation.choose("auto", gpu, torch.float32).backend == "triton"
+            with registry.demanded("auto"):
+                assert operation.choose("auto", gpu, torch.float32).backend == "triton"
+        with registry.demanded("auto"):
+            assert operation.choose("auto", gpu, torch.float32).backend == "eager"
 
 
 def test_every_public_function_with_kernels_is_in_the_table():

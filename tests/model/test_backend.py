@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def models(**options):
     torch.manual_seed(0)
-    plain = conddetr.build("conditional-detr-tiny", num_classes=3, **options)
+    plain = conddetr.build("conditional-detr-tiny", num_classes=3, backend="eager", **options)
     fused = conddetr.build("conditional-detr-tiny", num_classes=3, backend="triton", **options)
     fused.load_state_dict(plain.state_dict())
     return plain.to(DEVICE), fused.to(DEVICE)

@@ -111,6 +111,30 @@ def test_half_precision_is_as_exact_as_that_of_the_modules(family):
     assert 0 < errors[1] <= 1.5 * errors[0]
 
 
+@pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
+@pytest.mark.parametrize("path", ["modules", "fast"])
+def test_heads_are_float32_under_autocast(path, preset):
+    """What reaches them, what they give, and how: rounding to bfloat16 on the way would show."""
+    model, predictions = model_on(path, preset), []
+    predict = model._predict
+    model._predict = lambda *arguments: predictions.append((arguments, predict(*arguments))) or predictions[-1][1]
+    with torch.autocast(DEVICE, torch.bfloat16), conddetr.record_paths() as paths:
+        model.eval()(images_of((64, 64), (48, 64)))
+    if path == "fast" and preset == "conditional-detr-tiny":
+        assert set(paths["decoder"]) == {"fused operations"}
+    [((hidden_states, reference), out)] = predictions
+    assert hidden_states.dtype == torch.float32
+    assert reference is None or reference.dtype == torch.float32
+    expected = predict(hidden_states, reference)
+    for found, layer in zip([*out["aux_outputs"], out], [*expected["aux_outputs"], expected], strict=True):
+        for name, values in layer.items():
+            if name != "aux_outputs":
+                assert found[name].dtype == torch.float32
+                assert torch.equal(found[name], values)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not torch.equal(predict(hidden_states, reference)["pred_logits"].float(), out["pred_logits"])
+
+
 def test_the_step_trains_as_that_of_the_modules():
     """With dropout the bits differ; without, five steps of AdamW take the same course."""
     images = images_of((64, 64), (48, 64))

@@ -31,7 +31,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_self_attention_takes_a_fused_kernel(is_padded):
     """Two layers of encoder, two of decoder; only the plain `math` way would write all N × N weights."""
-    model = conddetr.build("conditional-detr-tiny").to(DEVICE)
+    model = conddetr.build("conditional-detr-tiny", backend="eager").to(DEVICE)
     # Dropout has no fused kernel on a CPU.
     model.train(DEVICE == "cuda")
     sizes = [(64, 96), (96, 64)] if is_padded else [(64, 96)] * 2

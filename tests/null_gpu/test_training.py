@@ -32,9 +32,9 @@ def make_batch(height=64, width=64, padded=True):
     return collate(samples).pin_memory()
 
 
-def make_stepper(device="cuda", backend="triton", cuda_graphs="off", **options):
+def make_stepper(device="cuda", backend="triton", cuda_graphs="off", precision="float32", **options):
     model = conddetr.build("conditional-detr-tiny", **{**MODEL, "backend": backend}).to(device).train()
-    config = TrainConfig(max_targets=8, cuda_graphs=cuda_graphs, **options)
+    config = TrainConfig(max_targets=8, cuda_graphs=cuda_graphs, precision=precision, **options)
     return Stepper(model, config, torch.device(device), steps_per_epoch=9)
 
 
@@ -58,8 +58,9 @@ def count_step(stepper, batch):
         ({"backend": "triton", "precision": "bfloat16"}, 358, 9, 0),
         ({"backend": "native"}, 341, 9, 0),
         ({"backend": "triton", "cuda_graphs": "on", "ema_decay": 0.9}, 2, 3, 1),
+        ({"backend": "triton", "cuda_graphs": "auto", "precision": "auto"}, 2, 3, 1),
     ],
-    ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs"],
+    ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs", "triton, as train does it"],
 )
 def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, copies, graphs):
     """A change that adds a launch, a copy or a wait shows here; one that saves some lowers the number."""
@@ -72,6 +73,11 @@ def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, co
     if (torch.__version__[:4], triton.__version__[:3]) != COUNTED_WITH:
         pytest.skip(f"{counts.launches} launches; the number to hold was counted with {COUNTED_WITH}")
     assert (counts.launches, counts.to_device) == (launches, copies)
+
+
+def test_a_gpu_of_this_kind_trains_in_bfloat16_by_itself():
+    assert make_stepper(precision="auto").config.precision == "bfloat16"
+    assert make_stepper("cpu", precision="auto").config.precision == "float32"
 
 
 def test_eager_matching_is_seen_to_wait():

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.kernels import paths
+from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.detr import resize_mask
 from conddetr.model.fast.plan import can_run, folded_recipes, make_weights, step_dtype
@@ -20,13 +20,14 @@ class ConvEncoder(theirs.ConditionalDetrConvEncoder):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
         """[B, 3, H, W] and its mask [B, H, W] -> the maps of all stages."""
-        maps = encode(self, pixel_values, pixel_mask)
+        with registry.demanded(self.backend):
+            maps = encode(self, pixel_values, pixel_mask)
         return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps | None:
     """What `ConvEncoder` computes; None where the original has to."""
-    if misfit(encoder) is not None:
+    if misfit(encoder) is not None or not resnet.is_ours(encoder.backend, pixel_values):
         paths.note("backbone", "transformers' own")
         return None
     body = timm_model(encoder)

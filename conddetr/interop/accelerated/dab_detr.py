@@ -14,7 +14,7 @@ from conddetr.interop.accelerated.common import (
     key_padding,
     runs_ours,
 )
-from conddetr.kernels import paths
+from conddetr.kernels import paths, registry
 from conddetr.model.transformer import self_attention
 
 
@@ -25,7 +25,8 @@ class ConvEncoder(theirs.DabDetrConvEncoder):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Maps:
         """[B, 3, H, W] and its mask [B, H, W] -> the maps of all stages."""
-        maps = encode(self, pixel_values, pixel_mask)
+        with registry.demanded(self.backend):
+            maps = encode(self, pixel_values, pixel_mask)
         return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 

@@ -121,10 +121,11 @@ class ResNetBody(_Accelerated):
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
-        if _body_misfit(self) is not None:
-            paths.note("backbone", "the official code")
-            return super().forward(x)
-        maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
+        with registry.demanded(self.backend):
+            if _body_misfit(self) is not None or not resnet.is_ours(self.backend, x):
+                paths.note("backbone", "the official code")
+                return super().forward(x)
+            maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
 
 

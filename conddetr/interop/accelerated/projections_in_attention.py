@@ -18,7 +18,7 @@ from conddetr.interop.accelerated.common import (
     runs_ours,
     wants_more,
 )
-from conddetr.kernels import paths
+from conddetr.kernels import paths, registry
 from conddetr.model.transformer import attends_natively, self_attention
 
 _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
@@ -129,7 +129,8 @@ class Encoder(theirs.ConditionalDetrEncoder):
             # Here, not above: it takes its classes from this module.
             from conddetr.interop.accelerated import fused
 
-            memory = fused.encode(self, inputs_embeds, attention_mask, spatial_position_embeddings)
+            with registry.demanded(self.backend):
+                memory = fused.encode(self, inputs_embeds, attention_mask, spatial_position_embeddings)
             if memory is not None:
                 return BaseModelOutput(last_hidden_state=memory)
         paths.note("encoder", "modules")
@@ -235,7 +236,8 @@ class Decoder(theirs.ConditionalDetrDecoder):
         from conddetr.interop.accelerated import fused  # as in the encoder
 
         inputs = (encoder_attention_mask, spatial_position_embeddings, object_queries_position_embeddings)
-        fields = fused.decode(self, inputs_embeds, encoder_hidden_states, *inputs)
+        with registry.demanded(self.backend):
+            fields = fused.decode(self, inputs_embeds, encoder_hidden_states, *inputs)
         if fields is not None:
             return theirs.ConditionalDetrDecoderOutput(**fields)
         dtype = inputs_embeds.dtype if implementation == "eager" else None

@@ -1,0 +1,203 @@
+"""The line that says what really runs, what a checkpoint keeps of it, and the check before a run."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import finish, small_trainer, start_ranks
+
+import conddetr
+from conddetr.config import PRESETS
+from conddetr.engine import chosen as module
+from conddetr.engine import distributed
+from conddetr.engine.checkpoint import read_checkpoint
+from conddetr.engine.chosen import chosen, prove
+from conddetr.kernels import native, records, registry
+from conddetr.kernels.records import Record, Verdict
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+R50 = PRESETS["conditional-detr-r50"]
+UNCHECKED = "it is not checked on this GPU: `conddetr check` does that"
+
+
+def record(**speedups: float | str) -> Record:
+    """Of an H100: operation → speed-up of Triton's kernels, or why they are refused."""
+    verdicts = []
+    for name, found in speedups.items():
+        refused, speedup = (found, None) if isinstance(found, str) else ("", found)
+        verdicts += [Verdict(name, "triton", x, refused, 0.5, speedup) for x in ("float32", "bfloat16")]
+    return Record({"device": "NVIDIA H100"}, tuple(verdicts), False, "2026-11-29", {})
+
+
+GOOD = {"conditional_attention": 2.1, "linear_assignment": 9.0, "focal_loss": 3.0, "convolution": 1.2}
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Triton would run on a GPU; PyTorch's switches are as it ships them."""
+    monkeypatch.setattr(registry, "why_not", lambda backend, *_, **__: None if backend == "triton" else "not built.")
+    monkeypatch.setattr(module, "float32_products", lambda _: "TF32 as it is")
+
+
+def line(backend: str = "auto", precision: str = "bfloat16", trains: bool = True, **options: object) -> str:
+    return chosen(replace(R50, backend=backend), GPU, precision, trains=trains, **options).line()
+
+
+def test_all_is_proven(on_gpu):
+    with records.pretend(record(**GOOD)):
+        assert line() == (
+            "attention: triton (checked on NVIDIA H100, 2.1×), matching: triton (9.0×), loss: triton (3.0×), "
+            "backbone: channels-last (1.2×), bfloat16, TF32 as it is"
+        )
+        assert line(trains=False, precision="float32") == (
+            "attention: triton (checked on NVIDIA H100, 2.1×), backbone: channels-last (1.2×), float32, TF32 as it is"
+        )
+        assert "backbone: PyTorch, compiled" in line(compiled=True)
+
+
+def test_nothing_is_proven(on_gpu):
+    with records.pretend(None):
+        assert line() == (
+            f"attention: PyTorch ({UNCHECKED}), matching: PyTorch, loss: PyTorch, backbone: PyTorch, "
+            "bfloat16, TF32 as it is"
+        )
+
+
+def test_one_kernel_is_refused(on_gpu):
+    slow = {**GOOD, "conditional_attention": "it is slower than PyTorch here: 0.8× its speed."}
+    with records.pretend(record(**slow)):
+        assert line().startswith(
+            "attention: PyTorch (it is slower than PyTorch here: 0.8× its speed), "
+            "matching: triton (checked on NVIDIA H100, 9.0×), loss: triton (3.0×)"
+        )
+
+
+def test_a_backend_by_name_needs_no_proof(on_gpu):
+    with records.pretend(None):
+        assert line("triton") == (
+            "attention: triton, matching: triton, loss: triton, backbone: channels-last, bfloat16, TF32 as it is"
+        )
+        assert line("eager").startswith("attention: PyTorch, matching: PyTorch, loss: PyTorch, backbone: PyTorch, bf")
+
+
+def test_on_a_cpu(monkeypatch):
+    if native.NOT_LOADED is None:
+        assert chosen(R50, CPU, "float32", trains=True).line() == (
+            "attention: native, matching: native, loss: PyTorch, backbone: native, float32"
+        )
+        tiny = PRESETS["conditional-detr-tiny"]
+        assert chosen(tiny, CPU, "float32", trains=False).line() == "attention: native, backbone: PyTorch, float32"
+    monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
+    assert chosen(R50, CPU, "float32", trains=False).line() == (
+        "attention: PyTorch (the native kernels are not built), backbone: PyTorch, float32"
+    )
+
+
+def test_a_run_says_it_and_a_checkpoint_keeps_it(tmp_path, capsys):
+    trainer = small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=1)
+    trainer.fit()
+    assert trainer.chosen.line() in capsys.readouterr().out.splitlines()
+    kept = read_checkpoint(tmp_path / "checkpoint.pt")["chosen"]
+    assert kept == trainer.chosen.to_dict()
+    assert kept["precision"] == "float32"
+    assert kept.keys() == {"attention", "matching", "loss", "backbone", "precision"}
+
+
+@pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
+def test_a_resumed_run_says_what_is_computed_otherwise(tmp_path, monkeypatch):
+    small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=1).fit()
+    same = small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=2)
+    same.resume(tmp_path / "checkpoint.pt")
+    assert same.changes == []
+    monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
+    other = small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=2)
+    other.resume(tmp_path / "checkpoint.pt")
+    assert other.changes == [
+        "attention was by native, is by PyTorch: the native kernels are not built",
+        "matching was by native, is by PyTorch: the native kernels are not built",
+    ]
+
+
+@pytest.fixture
+def checks(monkeypatch) -> list:
+    """What was checked; a check finds all kernels good."""
+    found = []
+
+    def check(device, dtypes):
+        found.append(dtypes)
+        records.adopt(device, record(**GOOD))
+
+    monkeypatch.setattr(module, "_check", check)
+    monkeypatch.setattr(records, "identity", lambda device: {"device": "NVIDIA H100"})
+    monkeypatch.setattr(records, "device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(records, "compute_capability", lambda device: "9.0")
+    monkeypatch.setattr(records, "_lookups", {})
+    monkeypatch.setattr(records, "_tables", {"sm_90": None})
+    return found
+
+
+def test_a_gpu_of_which_nothing_is_known_is_checked_once(checks):
+    prove(CPU, "auto", "float32")
+    prove(GPU, "eager", "float32")
+    prove(GPU, "triton", "float32")
+    assert checks == []
+    prove(GPU, "auto", "bfloat16")
+    prove(GPU, "auto", "bfloat16")
+    assert checks == [[torch.float32, torch.bfloat16]]
+    assert records.known(GPU) == record(**GOOD)
+
+
+def test_what_is_measured_on_the_architecture_needs_no_check(checks):
+    records._tables["sm_90"] = records.Table("sm_90", {}, record(**GOOD).verdicts)
+    prove(GPU, "auto", "float32")
+    assert checks == []
+
+
+def test_a_record_of_several_kinds_lets_run_what_all_let_run():
+    one, other = record(**GOOD), record(**{**GOOD, "focal_loss": "wrong.", "linear_assignment": 2.0})
+    other = replace(other, identity={"device": "NVIDIA A10"}, verdicts=other.verdicts[2:])
+    found = {x.operation: x.refused for x in records.restricted(one, [other]).verdicts}
+    assert found == {
+        "conditional_attention": "on NVIDIA A10, which another process has: it is not checked.",
+        "linear_assignment": "",
+        "focal_loss": "on NVIDIA A10, which another process has: wrong.",
+        "convolution": "",
+    }
+    assert records.restricted(one, []) == one
+
+
+def agree(number: int, folder: Path) -> None:
+    """A rank with one of two kinds of GPU, of which each kind's first one checks."""
+    name = "NVIDIA H100" if number < 2 else "NVIDIA A10"
+    records.identity = lambda device: {"device": name}
+    records.device_name = lambda device: name
+    records.compute_capability = lambda device: "9.0" if number < 2 else "8.6"
+
+    def check(device, dtypes):
+        (folder / f"checked-{number}").touch()
+        bad = {} if number < 2 else {"focal_loss": "its numbers are wrong."}
+        records.adopt(device, replace(record(**{**GOOD, **bad}), identity={"device": name}))
+
+    module._check = check
+    prove(GPU, "auto", "float32")
+    why = [records.why_not(name, "triton", torch.device("cuda:0"), torch.float32) for name in GOOD]
+    (folder / f"found-{number}").write_text(str([reason is None for reason in why]))
+
+
+def rank_agrees(folder: Path) -> None:
+    """One process of a group."""
+    with distributed.process_group("cpu"):
+        agree(distributed.rank(), folder)
+
+
+def test_processes_with_two_kinds_of_gpu_choose_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path / "cache"))
+    finish(*start_ranks(3, rank_agrees, tmp_path))
+    assert sorted(path.name for path in tmp_path.glob("checked-*")) == ["checked-0", "checked-2"]
+    found = {(tmp_path / f"found-{number}").read_text() for number in range(3)}
+    assert found == {str([True, True, False, True])}
+
+
+def test_build_and_accelerate_prefer_by_default():
+    assert conddetr.build("conditional-detr-tiny", num_classes=3).config.backend == "auto"

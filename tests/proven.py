@@ -1,0 +1,25 @@
+"""Records of checked kernels as a test or a count of launches wants them; nothing was checked."""
+
+from datetime import datetime
+
+import torch
+
+from conddetr.kernels import registry
+from conddetr.kernels.records import Record, Verdict, identity
+
+
+def everything(device: torch.device, **refused: str) -> Record:
+    """A record that lets `auto` take all kernels of a device.
+
+    Args:
+        device: whose identity the record has.
+        refused: operation → why its kernels are not to be taken after all.
+    """
+    dtypes = ("float32", "bfloat16", "float16")
+    verdicts = [
+        Verdict(name, backend, dtype, refused.get(name, ""), 0.5, 2.0)
+        for name, operation in registry.OPERATIONS.items()
+        for backend in operation.kernels
+        for dtype in dtypes
+    ]
+    return Record(identity(device), tuple(verdicts), False, datetime.now().isoformat(), {})
