@@ -575,10 +575,10 @@ def _env(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from conddetr.engine.progress import Steps, console, say
+    from conddetr.engine.progress import Steps, say, show
     from conddetr.files import check_json_target, write_text
     from conddetr.kernels.check import examine
-    from conddetr.kernels.check.table import summary, verdict_table
+    from conddetr.kernels.check.table import TITLE, summary, verdict_table
 
     check_json_target("--json", options.json)
     with Steps("check") as steps:
@@ -586,7 +586,7 @@ def _check(options: argparse.Namespace) -> int:
     # Before anything is printed: a pipe may end after a line.
     if options.json:
         write_text(options.json, report.record.to_json())
-    console.print(verdict_table(report))
+    show(TITLE, verdict_table(report))
     for line in summary(report):
         say(line)
     return 1 if any(verdict.refused for verdict in report.record.verdicts) else 0

@@ -93,8 +93,10 @@ def examine(
         begin = time.perf_counter()
         found = _judge_all(rows, device, tell, lost)
         seconds = time.perf_counter() - begin
-    record = _record(device, found.verdicts, short)
-    return Report(device, record, found.unavailable, records.save(device, record), seconds, compilation)
+        # Within: a GPU that stopped may not let anything be put back.
+        record = _record(device, found.verdicts, short)
+        file = records.save(device, record)
+    return Report(device, record, found.unavailable, file, seconds, compilation)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -130,8 +132,9 @@ def _rows(device: torch.device, dtypes: tuple[torch.dtype, ...], short: bool) ->
         for backend in backends(operation):
             for dtype in dtypes:
                 chosen = tuple(x for x in wanted if x.operation == operation and dtype in x.dtypes)
+                is_timed = dtype in registry.OPERATIONS[operation].kernels[backend].auto_dtypes
                 if chosen:
-                    found.append(Row(operation, backend, dtype, chosen))
+                    found.append(Row(operation, backend, dtype, chosen, is_timed))
     return found
 
 
@@ -161,6 +164,9 @@ def _judge_all(rows: list[Row], device: torch.device, tell: Progress, lost: str 
                 found.verdicts.append(judge(row, device, told))
             except registry.BackendError as error:
                 reason = str(error)
+            except torch.OutOfMemoryError:
+                reason = "the GPU has no memory left for the check."
+                torch.cuda.empty_cache()
             lost = _lost(row, device)
         if reason is not None:
             found.unavailable.setdefault(reason, []).append(row.title)

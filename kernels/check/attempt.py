@@ -20,7 +20,11 @@ def attempt(run: Callable[[], Result]) -> tuple[Result | None, str | None]:
         OutOfMemoryError: nor is a full GPU.
     """
     try:
-        return run(), None
+        result = run()
+        # Kernels run later than they are launched, and so do their errors.
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result, None
     except (BackendError, torch.OutOfMemoryError):
         raise
     # Compilers, launches and operators have no error in common.

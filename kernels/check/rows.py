@@ -29,6 +29,8 @@ class Row:
     backend: str
     dtype: torch.dtype
     problems: tuple[Problem, ...]
+    is_timed: bool = True
+    """Not where `auto` leaves the dtype to plain PyTorch whatever is found: there right numbers are all that counts."""
 
     @property
     def title(self) -> str:
@@ -79,7 +81,7 @@ def judge(row: Row, device: torch.device, tell: Callable[[int], None]) -> Verdic
 
 def _speed(row: Row, device: torch.device, error: float) -> tuple[str, float, float | None]:
     """What is to be said against it, the error, and the speed-up."""
-    problems = [problem for problem in row.problems if problem.is_model]
+    problems = [problem for problem in row.problems if problem.is_model and row.is_timed]
     # What is slow by chance is measured again, longer, and by the fastest: others on the machine only take time away.
     for factor, typical in ((1, median), (3, min)):
         speedup, raised = attempt(partial(_speedup, problems, row, device, factor, typical))

@@ -9,21 +9,23 @@ from rich.text import Text
 if TYPE_CHECKING:
     from conddetr.kernels.check import Report
 
+TITLE = "error: over its budget, at most 1; speed: over the best that PyTorch has"
 PLAIN = "none"
 """In place of a number that there is not."""
 
 
 def verdict_table(report: "Report") -> Table:
     """A row for every implementation of every operation in every dtype that can run here."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    # Narrow, so that 80 columns hold it.
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("operation", "backend", "dtype"):
         table.add_column(name, no_wrap=True)
-    for name in ("error/budget", "speed-up"):
+    for name in ("error", "speed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for verdict in report.record.verdicts:
         error = PLAIN if verdict.error is None else f"{verdict.error:.2f}"
-        speedup = PLAIN if verdict.speedup is None else f"{verdict.speedup:.2f}×"
+        speedup = PLAIN if verdict.speedup is None else f"{verdict.speedup:.{2 if verdict.speedup < 100 else 0}f}×"
         # The reason is a line below: a table is cut where the terminal is narrow.
         said = Text("REFUSED", style="red") if verdict.refused else Text("ok")
         table.add_row(verdict.operation, verdict.backend, verdict.dtype, error, speedup, said)

@@ -383,6 +383,29 @@ def test_an_interrupted_check_leaves_no_record(two_problems, after, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
+def test_a_full_gpu_is_no_fault_of_a_kernel_and_after_one_that_stopped_nothing_is_taken(two_problems, monkeypatch):
+    def full(row, device, tell):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(check_module, "_why_not", lambda row, device: None)
+    monkeypatch.setattr(check_module, "judge", full)
+    report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
+    assert report.record.verdicts == ()
+    assert list(report.unavailable) == ["the GPU has no memory left for the check."]
+    monkeypatch.setattr(check_module, "judge", lambda row, device, tell: row.verdict("it raises.", None, None))
+    monkeypatch.setattr(check_module, "_lost", lambda row, device: f"it was not checked, as it stopped at {row.title}.")
+    first, second = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16]).record.verdicts
+    assert first.refused == "it raises."
+    assert second.refused == "it was not checked, as it stopped at dropout_add, native, float32."
+
+
+def test_time_counts_where_auto_may_take_a_kernel():
+    rows = {(row.operation, row.backend, row.dtype): row for row in check_module._rows(CPU, check_module.FLOATS, True)}
+    assert rows["spatial_query", "triton", torch.bfloat16].is_timed
+    assert not rows["spatial_query", "triton", torch.float32].is_timed
+    assert all(problem.is_model for row in rows.values() for problem in row.problems)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
         conddetr.kernels.check("gpu")
@@ -402,7 +425,7 @@ def test_command_prints_a_table_and_says_where_the_record_is(two_problems, sabot
     two_problems[0] = dataclasses.replace(two_problems[0], is_model=False)
     assert main(["check", "--device", "cpu", "--json", str(file)]) == 0
     said = capsys.readouterr().out
-    assert said.count(" ok ") >= 2
+    assert re.search(r"dropout_add +native +bfloat16 +0\.\d\d +none +ok", said)
     assert "not available: 1 (on cpu its kernels take float32, bfloat16, float64, not float16)" in said
     assert "2 ok, 0 refused, 1 not available; record: " in said
     assert str(records.path(CPU)) in said
