@@ -4,6 +4,7 @@ Each process launches its share of the problems once. Run as a program, it is su
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from conddetr.kernels.check.attempt import attempt
 from conddetr.kernels.check.cases import problems
 from conddetr.kernels.check.inputs import Maker
-from conddetr.kernels.check.isolation import isolated
+from conddetr.kernels.check.isolation import isolated, products
 from conddetr.kernels.check.problem import Problem, evaluate, upstream_of
 from conddetr.kernels.registry import HAS_TRITON, BackendError
 
@@ -51,10 +52,12 @@ def compile_kernels(
     try:
         # The package may be found by a path that only this process knows.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        for share in range(count):
-            options = ["--share", str(share), "--of", str(count)]
-            streams = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": subprocess.DEVNULL}
-            started.append(subprocess.Popen([*command, *options], env=environment, **streams))
+        # Where no process can be started, the check compiles all by itself.
+        with contextlib.suppress(OSError):
+            for share in range(count):
+                options = ["--share", str(share), "--of", str(count)]
+                streams = {"stdin": subprocess.DEVNULL, "stdout": writer, "stderr": subprocess.DEVNULL}
+                started.append(subprocess.Popen([*command, *options], env=environment, **streams))
         os.close(writer)
         writer = -1
         with os.fdopen(reader) as lines:
@@ -90,7 +93,8 @@ def _launch(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
         evaluate(lambda given: problem.run(given, "triton"), inputs, problem.gradients, upstream)
 
     try:
-        attempt(launch)
+        with products("tf32" if problem.is_tf32 else "ieee"):
+            attempt(launch)
     except BackendError:
         return
 

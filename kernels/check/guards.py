@@ -113,5 +113,5 @@ class Guards:
         if len(where) == 0:
             return f"changes its input {guarded.name}"
         first, end = where[0].item(), size - 2 * MARGIN
-        place = f"{-first} bytes before" if first < 0 else f"{first - end + 1} bytes behind the end of"
+        place = f"{-first} bytes before" if first < 0 else f"{first - end} bytes behind the end of"
         return f"writes outside: {place} {guarded.name}"

@@ -1,10 +1,22 @@
 """Random inputs of a problem, the same on every run and on every device."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
 """The tensors of a problem by name."""
+PERIOD = 1_000_003
+"""Random numbers repeat after so many, which is no multiple of any size: the host draws slower than a GPU computes."""
+
+
+def normal(generator: torch.Generator, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Standard normal numbers, float32, on a device; drawn on the host, whose generator gives the same everywhere."""
+    count = math.prod(shape)
+    drawn = torch.randn(min(count, PERIOD), generator=generator, dtype=torch.float32).to(device)
+    return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count else drawn.view(shape)
 
 
 class Maker:
@@ -13,12 +25,11 @@ class Maker:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
-        # On the host, whose generator gives the same numbers everywhere.
         self._generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
         """Standard normal numbers times `scale`."""
-        return self._placed(scale * torch.randn(shape, generator=self._generator, dtype=torch.float32), dtype)
+        return self._placed(scale * normal(self._generator, shape, self.device), dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Numbers in [0, 1)."""

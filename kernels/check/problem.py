@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conddetr.kernels.check.inputs import Inputs, Maker
+from conddetr.kernels.check.inputs import Inputs, Maker, normal
 
 Run = Callable[[Inputs], Sequence[Tensor]]
 """Computes the results of a problem from its inputs."""
@@ -52,6 +52,8 @@ class Problem:
     """Dtypes by which an implementation is chosen; for inputs of two dtypes the wider one."""
     is_model: bool = False
     """Whether this is a size of the model, which is timed and belongs to the short check."""
+    is_tf32: bool = False
+    """Whether products of float32 are TF32's, by PyTorch's switches: on GPUs alone."""
     dropout: Dropout | None = None
     truth: Run | None = None
     """In place of `eager` in float64, where that computes in float32."""
@@ -107,8 +109,8 @@ def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for x in outputs:
-        numbers = (STEPS * torch.randn(x.shape, generator=generator, dtype=torch.float32)).round()
-        numbers = (numbers.clamp(-8 * STEPS, 8 * STEPS) / STEPS).to(x.device)
+        numbers = (STEPS * normal(generator, x.shape, x.device)).round()
+        numbers = numbers.clamp(-8 * STEPS, 8 * STEPS) / STEPS
         dtype = x.dtype if x.is_floating_point() else torch.float32
         found.append(torch.empty_like(x, dtype=dtype).copy_(numbers) if _is_dense(x) else numbers.to(dtype))
     return found

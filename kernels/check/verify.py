@@ -12,7 +12,7 @@ from conddetr.kernels.check import budget
 from conddetr.kernels.check.attempt import attempt
 from conddetr.kernels.check.guards import Guards
 from conddetr.kernels.check.inputs import Inputs, Maker, widened
-from conddetr.kernels.check.isolation import poisoned
+from conddetr.kernels.check.isolation import poisoned, products
 from conddetr.kernels.check.problem import Problem, Results, Run, evaluate, upstream_of
 
 SEED = 3
@@ -40,7 +40,7 @@ def verify(problem: Problem, backend: str, dtype: torch.dtype, device: torch.dev
         BackendError: the implementation does not take these inputs; says why.
     """
     inputs = problem.make(Maker(device, dtype))
-    with poisoned():
+    with poisoned(), products("tf32" if problem.is_tf32 else "ieee"):
         kept, wrong = _kept(problem, inputs, backend)
         if wrong is not None:
             return Finding(math.inf, wrong)

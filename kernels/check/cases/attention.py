@@ -1,7 +1,7 @@
 """Problems of conditional attention, of self-attention by its kernels, and of the bits that say what they drop."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -43,6 +43,7 @@ def problems(images: int) -> list[Problem]:
     return [
         _separable("model, separable keys", model, is_model=True),
         _separable("model, separable keys, dropout", model, P, is_model=True),
+        replace(_separable("separable keys, TF32", replace(model, images=1)), is_tf32=True, dtypes=(torch.float32,)),
         _dense("dense keys", dense),
         _dense("dense keys, dropout", dense, P),
         _separable("one query, one key", Size(queries=1, height=1, width=1)),

@@ -69,10 +69,11 @@ def _add_norm(
 
     def kept(inputs: Inputs, backend: str) -> Tensor:
         """Of ones with alternating signs beside nothing, what is dropped stays near the mean, which is about 0."""
-        signs = 1.0 - 2.0 * (torch.arange(channels, device=inputs["branch"].device) % 2)
+        branch = inputs["branch"]
+        signs = 1 - 2 * (torch.arange(channels, device=branch.device) % 2)
         ones = {
             **inputs,
-            "branch": signs.to(inputs["branch"].dtype).expand(shape).contiguous(),
+            "branch": torch.ones_like(branch).mul_(signs),
             "residual": torch.zeros_like(inputs["residual"]),
             "weight": torch.ones_like(inputs["weight"]),
             "bias": torch.zeros_like(inputs["bias"]),

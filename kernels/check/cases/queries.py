@@ -1,6 +1,7 @@
 """Problems of what queries and boxes are made of: embeddings, λ ⊙ p_s, positions of cells, predicted boxes."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def problems(images: int) -> list[Problem]:
         _scaled("one point", (1,), 4),
         _scaled("no multiples of tiles, with gaps in memory", (7, 9), 20, is_strided=True),
         _projected("model", images, QUERIES, CHANNELS, CHANNELS, is_model=True),
+        replace(_projected("TF32", 2, QUERIES, CHANNELS, CHANNELS), is_tf32=True, dtypes=(torch.float32,)),
         _projected("one query", 1, 1, 4, 3),
         _projected("no multiples of tiles, with gaps in memory", 3, 21, 20, 33, is_strided=True),
         _positions("model", images, IMAGE, GRID, CHANNELS, is_model=True),
