@@ -116,6 +116,7 @@ def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
         **inherited,
         "CONDDETR_COMMIT": options.commit,
         "TRITON_CACHE_DIR": str(work / "triton-cache"),
+        "CONDDETR_CACHE": str(work / "cache"),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         # What a step wrote before it was killed is kept.
         "PYTHONUNBUFFERED": "1",

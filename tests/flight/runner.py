@@ -17,7 +17,7 @@ LOGS = 12 << 20
 """Bytes of all logs together."""
 ENOUGH = 0.25
 """Share of its limit that a step must have left to be begun."""
-KEPT = ("results/*/*", "training/*.json*", "training/*.png")
+KEPT = ("results/*/*", "training/*.json*", "training/*.png", "cache/checked/*.json")
 """Of the working folder, what comes back as results; not the weights of the training."""
 TABLE, LOG, REPORT, RESULTS, CACHE = "steps.json", "log.txt", "junit.xml", "results.tar.gz", "triton-cache.tar.gz"
 OWN_LOGS = {"environment": "environment.txt", "sanitizers": "sanitizer.txt"}
