@@ -166,7 +166,6 @@ def _judge_all(rows: list[Row], device: torch.device, tell: Progress, lost: str 
                 reason = str(error)
             except torch.OutOfMemoryError:
                 reason = "the GPU has no memory left for the check."
-                torch.cuda.empty_cache()
             lost = _lost(row, device)
         if reason is not None:
             found.unavailable.setdefault(reason, []).append(row.title)
@@ -192,17 +191,22 @@ def _lost(row: Row, device: torch.device) -> str | None:
         return None
     try:
         torch.cuda.synchronize(device)
+        # Whoever called needs the memory.
+        torch.cuda.empty_cache()
     except RuntimeError as error:
         return f"it was not checked, as the GPU stopped at {row.title}: {str(error).splitlines()[0]}"
     return None
 
 
 def _record(device: torch.device, verdicts: list[Verdict], short: bool) -> Record:
-    """A short check leaves what a record of before says of other implementations."""
-    identity = records.identity(device)
-    before = records.load(device) if short else None
-    keys = {(verdict.operation, verdict.backend, verdict.dtype) for verdict in verdicts}
-    kept = [x for x in before.verdicts if (x.operation, x.backend, x.dtype) not in keys] if before else []
+    """After a short check what the record of before says of other kernels stays, and what a full check refused."""
+    before = records.load(device)
+    found = {(x.operation, x.backend, x.dtype): x for x in verdicts}
+    for verdict in before.verdicts if before is not None and short else ():
+        key = (verdict.operation, verdict.backend, verdict.dtype)
+        if key not in found or (verdict.refused and not before.is_short):
+            found[key] = verdict
     is_short = short and (before is None or before.is_short)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return Record(identity, (*verdicts, *kept), is_short, date, before.tuned if before else {})
+    tuned = {} if before is None else before.tuned
+    return Record(records.identity(device), tuple(found.values()), is_short, date, tuned)

@@ -113,6 +113,8 @@ def main() -> None:
     with isolated(device):
         for problem, dtype in _tasks(options.short, dtypes)[options.share :: options.of]:
             _launch(problem, dtype, device)
+            # There are several of these on one GPU.
+            torch.cuda.empty_cache()
             print(problem.operation, flush=True)
 
 

@@ -366,9 +366,13 @@ def test_a_short_check_leaves_other_verdicts(two_problems):
     record = conddetr.kernels.check("cpu", short=True, dtypes=[torch.float32])
     assert [x.dtype for x in record.verdicts] == ["float32", "bfloat16"]
     full = conddetr.kernels.check("cpu")
-    again = conddetr.kernels.check("cpu", short=True)
     assert not full.is_short
+    odd = dataclasses.replace(full.verdicts[0], refused="one element: result is not finite.")
+    records.adopt(CPU, dataclasses.replace(full, verdicts=(odd, *full.verdicts[1:])))
+    again = conddetr.kernels.check("cpu", short=True, dtypes=[torch.float32])
     assert not again.is_short
+    assert again.verdicts[0] == odd, "sizes that only the full check has"
+    assert not any("one element" in x.refused for x in conddetr.kernels.check("cpu").verdicts)
 
 
 @pytest.mark.parametrize("after", [0, 3])
