@@ -114,7 +114,7 @@ def test_on_a_gpu_auto_takes_what_is_proven(operation, monkeypatch):
 
 
 def test_every_public_function_with_kernels_is_in_the_table():
-    """But for convolution_pair, which is made of convolutions, and drawn_probability, which computes nothing."""
-    functions = set(kernels.__all__) - {"convolution_pair", "drawn_probability"}
+    """But for convolution_pair, which is made of convolutions, drawn_probability, which computes nothing, and check."""
+    functions = set(kernels.__all__) - {"check", "convolution_pair", "drawn_probability"}
     assert set(registry.OPERATIONS) == functions | {"self_attention"}
     assert all(operation.name == name for name, operation in registry.OPERATIONS.items())
