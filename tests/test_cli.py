@@ -160,7 +160,7 @@ def test_pictures_of_equal_names_are_all_kept(predict, tmp_path):
     names = [str(image.relative_to(tmp_path)) for image in images]
     status, printed, _ = predict(*names, "--out", "drawn", "--threshold", "1")
     assert status == 0
-    assert printed.splitlines()[2] == "c/1.bmp: 0 objects; wrote drawn/1-3.png"
+    assert printed.splitlines()[3] == "c/1.bmp: 0 objects; wrote drawn/1-3.png"
     expected = {"1-2.png": 100, "1-3.png": 150, "1.png": 50}
     assert grays(tmp_path / "drawn") == expected
     # Again, in another order and by one of them alone: each picture has its name.
@@ -204,7 +204,7 @@ def test_a_folder_means_its_images(predict, tmp_path):
     (tmp_path / "photos/._a.jpg").write_bytes(b"of another system")
     status, printed, errors = predict("photos", "--out", "photos", "--threshold", "1")
     assert (status, errors) == (0, "")
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["photos/a.jpg", "photos/b.PNG"]
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["attention", "photos/a.jpg", "photos/b.PNG"]
     # The pictures among them are no images of the user.
     before = sorted(path.name for path in (tmp_path / "photos").iterdir())
     status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
@@ -223,10 +223,10 @@ def test_images_beside_a_damaged_one_are_drawn(predict, tmp_path):
     status, printed, errors = predict("a.png", "b.png", "c.png", "--out", "drawn", "--threshold", "1")
     assert status == 2
     assert list(grays(tmp_path / "drawn")) == ["a.png", "c.png"]
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["a.png", "b.png", "c.png"]
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["attention", "a.png", "b.png", "c.png"]
     assert "1 of 3 images cannot be read, first: Image file b.png" in errors
     status, printed, errors = predict("b.png", "--out", "drawn")
-    assert (status, printed) == (2, "")
+    assert (status, len(printed.splitlines())) == (2, 1)
     assert errors.startswith("conddetr predict: Image file b.png: ")
 
 

@@ -41,7 +41,7 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
     backend = "auto" if model.backend == "native" else model.backend
     matching = OPERATIONS["linear_assignment"].prefer(backend, device, torch.float32, model.num_queries)
     if matching.backend == "eager":
-        why = "; ".join(matching.refused.values()) or "backend eager"
+        why = next(iter(matching.refused.values()), "backend eager").removesuffix(".")
         return f"predictions would be matched on the host, for which a graph cannot wait ({why})"
     if train.check_finite == "always":
         return "check_finite `always` waits for the device, which a graph cannot"
