@@ -1,4 +1,7 @@
-"""How long an implementation takes, forward and backward, beside the best that PyTorch has; one after the other."""
+"""How long an implementation takes, forward and backward, beside the best that PyTorch has; one after the other.
+
+On a GPU that is its time, without what the host needs to launch it.
+"""
 
 import time
 from collections.abc import Callable
@@ -13,8 +16,12 @@ from conddetr.kernels.check.problem import Peer, Problem, Run, evaluate, upstrea
 Typical = Callable[[list[float]], float]
 BATCH = 0.002
 """Seconds that one measurement lasts at least: single calls of short kernels are mostly noise."""
-CALLS = 100
-"""In one measurement, at most."""
+CALLS = {"cpu": 100, "cuda": 20}
+"""In one measurement, at most; on a GPU so few that the launches of all of them fit into its queue."""
+LONGEST = 0.2
+"""Seconds that a GPU is kept busy, at most: what is called first may compile."""
+CYCLES = 2.5e9
+"""Of a GPU in a second, at most."""
 ROUNDS = 3
 """Measurements of each, at least."""
 
@@ -53,7 +60,7 @@ def measurements(ways: list[Callable[[], object]], device: torch.device, seconds
     for way in ways:
         measure(way, 1)
     firsts = [measure(way, 1) for way in ways]
-    calls = [max(1, min(CALLS, round(BATCH / max(first, 1e-9)))) for first in firsts]
+    calls = [max(1, min(CALLS[device.type], round(BATCH / max(first, 1e-9)))) for first in firsts]
     found = [[first] if max(calls) == 1 else [] for first in firsts]
     end = time.perf_counter() + seconds
     while len(found[0]) < ROUNDS or time.perf_counter() < end:
@@ -70,7 +77,14 @@ def _on_cpu(way: Callable[[], object], count: int) -> float:
 
 
 def _on_gpu(way: Callable[[], object], count: int) -> float:
+    """Of the GPU, as in a CUDA graph: it is kept busy until the host has launched everything. What makes the host wait
+    for the GPU waits here too.
+    """
+    host = time.perf_counter()
+    way()
+    host = time.perf_counter() - host
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(CYCLES * min(1.5 * host * count, LONGEST)))
     begin.record()
     for _ in range(count):
         way()
