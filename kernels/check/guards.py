@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -65,6 +64,9 @@ class Guards:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """What is allocated from Python meanwhile is guarded, and holds NaN."""
+        # Here, not above: it takes longer to import than all kernels' functions.
+        from unittest import mock
+
         with (
             mock.patch.object(torch, "empty", self._watched(torch.empty)),
             mock.patch.object(torch, "empty_like", self._watched(torch.empty_like)),
