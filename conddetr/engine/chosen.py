@@ -39,6 +39,8 @@ class Chosen:
     """`float32` or `bfloat16`."""
     products: str
     """What PyTorch's switches make of float32, in words; empty: they change nothing."""
+    left_out: tuple[str, ...] = ()
+    """Other operations whose kernels a check of this GPU refused, with the reason."""
 
     def line(self) -> str:
         """All of it; what several parts have in common is said of the first."""
@@ -47,7 +49,8 @@ class Chosen:
             details = ", ".join(filter(None, ("" if part.note in notes else part.note, part.speedup)))
             notes.add(part.note)
             said.append(f"{name}: {part.by}{f' ({details})' if details else ''}")
-        return ", ".join(filter(None, (*said, self.precision, self.products)))
+        left_out = f"not taken: {', '.join(self.left_out)}" if self.left_out else ""
+        return ", ".join(filter(None, (*said, self.precision, self.products, left_out)))
 
     def to_dict(self) -> dict[str, str]:
         """As kept in a checkpoint."""
@@ -80,7 +83,23 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
         backend = "auto" if model.backend == "native" else model.backend
         parts |= {name: _part(operation, backend, device, torch.float32) for name, operation in _TRAINED.items()}
     parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, device, dtype)
-    return Chosen(parts, precision, float32_products(device))
+    left_out = _left_out(device, dtype) if model.backend == "auto" else ()
+    return Chosen(parts, precision, float32_products(device), left_out)
+
+
+def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Operations that are no part of the line, in a GPU's record refused and so PyTorch's."""
+    if device.type != "cuda" or records.known(device) is None:
+        return ()
+    shown = {"conditional_attention", "self_attention", "convolution", *_TRAINED.values()}
+    found = []
+    for name, operation in OPERATIONS.items():
+        backends = () if name in shown else operation.kernels
+        verdicts = [records.verdict(name, backend, device, dtype) for backend in backends]
+        refused = [verdict.refused for verdict in verdicts if verdict is not None and verdict.refused]
+        if refused and operation.choose("auto", device, dtype).backend == "eager":
+            found.append(f"{name} ({refused[0].removesuffix('.')})")
+    return tuple(found)
 
 
 def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Part:

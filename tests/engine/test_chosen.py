@@ -73,6 +73,13 @@ def test_one_kernel_is_refused(on_gpu):
         )
 
 
+def test_any_other_kernel_that_is_refused_is_named(on_gpu):
+    slow = {**GOOD, "add_norm": "it is slower than PyTorch here: 0.8× its speed.", "max_pool": 1.5}
+    with records.pretend(record(**slow)):
+        assert line().endswith(", TF32 as it is, not taken: add_norm (it is slower than PyTorch here: 0.8× its speed)")
+        assert "not taken" not in line("triton")
+
+
 def test_a_backend_by_name_needs_no_proof(on_gpu):
     with records.pretend(None):
         assert line("triton") == (
