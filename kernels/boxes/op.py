@@ -59,12 +59,6 @@ def _fake_forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     return boxes.new_empty((2, boxes.shape[0]), dtype=torch.float32)
 
 
-def _backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    from conddetr.kernels.boxes import triton
-
-    return triton.backward(grad.contiguous(), boxes, objects, assignment)
-
-
 def _fake_backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
     return torch.empty_like(boxes)
 
@@ -74,7 +68,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
-    return ops.matched_box_loss_backward(grad, *ctx.saved_tensors), None, None
+    return ops.matched_box_loss_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 operators.register(
@@ -88,7 +82,7 @@ operators.register(
 operators.register(
     "matched_box_loss_backward",
     "(Tensor grad, Tensor boxes, Tensor objects, Tensor assignment) -> Tensor",
-    launch=_backward,
+    launch=operators.launcher(__package__, "backward"),
     fake=_fake_backward,
     is_gradient=True,
 )

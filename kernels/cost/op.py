@@ -87,13 +87,6 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, count
         raise ValueError(f"activation: expected sigmoid or softmax, got {activation!r}.")
 
 
-def _forward(*inputs: object) -> Tensor:
-    from conddetr.kernels.cost import triton
-
-    *tensors, class_weight, bbox_weight, giou_weight, alpha, gamma = inputs
-    return triton.forward(*tensors, (class_weight, bbox_weight, giou_weight), alpha, gamma)
-
-
 def _fake(*inputs: object) -> Tensor:
     logits, labels = inputs[0], inputs[2]
     layers, batch, queries, _ = logits.shape
@@ -104,6 +97,6 @@ operators.register(
     "matching_cost",
     "(Tensor logits, Tensor boxes, Tensor labels, Tensor objects, Tensor counts, Tensor? log_total, "
     "float class_weight, float bbox_weight, float giou_weight, float alpha, float gamma) -> Tensor",
-    launch=_forward,
+    launch=operators.launcher(__package__, "forward"),
     fake=_fake,
 )

@@ -72,7 +72,9 @@ def forward(
     objects: Tensor,
     counts: Tensor,
     log_total: Tensor | None,
-    weights: tuple[float, float, float],
+    class_weight: float,
+    bbox_weight: float,
+    giou_weight: float,
     alpha: float,
     gamma: float,
 ) -> Tensor:
@@ -82,7 +84,8 @@ def forward(
     out = logits.new_empty((layers, batch, capacity, queries), dtype=torch.float32)
     grid = (registry.cdiv(queries, BLOCK_Q), registry.cdiv(capacity, BLOCK_N), layers * batch)
     cost_kernel[grid](
-        logits, boxes, labels, objects, counts, log_total, out, batch, queries, capacity, classes, *weights,
-        alpha, gamma, SOFTMAX=log_total is not None, BLOCK_N=BLOCK_N, BLOCK_Q=BLOCK_Q,
+        logits, boxes, labels, objects, counts, log_total, out, batch, queries, capacity, classes,
+        class_weight, bbox_weight, giou_weight, alpha, gamma,
+        SOFTMAX=log_total is not None, BLOCK_N=BLOCK_N, BLOCK_Q=BLOCK_Q,
     )  # fmt: skip
     return out

@@ -86,12 +86,6 @@ def _fake_forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: 
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _backward(grad: Tensor, *inputs: object) -> Tensor:
-    from conddetr.kernels.focal import triton
-
-    return triton.backward(grad.contiguous(), *inputs)
-
-
 def _fake_backward(grad: Tensor, logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits)
 
@@ -102,7 +96,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
-    grad = ops.focal_loss_backward(grad, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
+    grad = ops.focal_loss_backward(grad.contiguous(), *ctx.saved_tensors, ctx.alpha, ctx.gamma)
     return grad, None, None, None, None
 
 
@@ -118,7 +112,7 @@ operators.register(
 operators.register(
     "focal_loss_backward",
     f"(Tensor grad, {_INPUTS}) -> Tensor",
-    launch=_backward,
+    launch=operators.launcher(__package__, "backward"),
     fake=_fake_backward,
     is_gradient=True,
 )

@@ -74,14 +74,6 @@ def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
         raise ValueError(f"valid_hw: expected device {features.device} as of features, got {valid_hw.device}.")
 
 
-def _forward(
-    features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from conddetr.kernels.position import triton
-
-    return triton.forward(features, valid_hw, (image_height, image_width), dim)
-
-
 def _fake(
     features: Tensor, valid_hw: Tensor | None, image_height: int, image_width: int, dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +91,6 @@ operators.register(
     "grid_positions",
     "(Tensor features, Tensor? valid_hw, SymInt image_height, SymInt image_width, SymInt dim) "
     "-> (Tensor, Tensor, Tensor)",
-    launch=_forward,
+    launch=operators.launcher(__package__, "forward"),
     fake=_fake,
 )

@@ -71,7 +71,12 @@ def launch(dim: int, cells: int) -> dict[str, int]:
 
 
 def forward(
-    features: Tensor, valid_hw: Tensor | None, image_size: tuple[int, int], dim: int, temperature: float = 10000.0
+    features: Tensor,
+    valid_hw: Tensor | None,
+    image_height: int,
+    image_width: int,
+    dim: int,
+    temperature: float = 10000.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As in `op.py`; padding and valid cells are empty where nothing is padded."""
     batch, _, height, width = features.shape
@@ -80,7 +85,7 @@ def forward(
     padding = features.new_empty((padded, height * width), dtype=torch.bool)
     cells = features.new_empty((padded, 2), dtype=torch.int32)
     sizes = launch(dim, max(height, width))
-    scales = (image_size[0] / height, image_size[1] / width)
+    scales = (image_height / height, image_width / width)
     position_kernel[(registry.cdiv(height * width, sizes["BLOCK"]), images)](
         valid_hw, position, padding, cells, height, width, *scales, math.log2(temperature), **sizes,
         HAS_VALID=valid_hw is not None,

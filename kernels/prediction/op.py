@@ -49,12 +49,6 @@ def _fake_forward(offsets: Tensor, points: Tensor) -> Tensor:
     return offsets.new_empty(offsets.shape, dtype=torch.promote_types(offsets.dtype, points.dtype))
 
 
-def _backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    from conddetr.kernels.prediction import triton
-
-    return triton.backward(grad.contiguous(), boxes, points, dtype)
-
-
 def _fake_backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(boxes, dtype=dtype), torch.empty_like(points)
 
@@ -66,7 +60,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.predicted_boxes_backward(grad, *ctx.saved_tensors, ctx.dtype)
+    return ops.predicted_boxes_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype)
 
 
 operators.register(
@@ -80,7 +74,7 @@ operators.register(
 operators.register(
     "predicted_boxes_backward",
     "(Tensor grad, Tensor boxes, Tensor points, ScalarType dtype) -> (Tensor, Tensor)",
-    launch=_backward,
+    launch=operators.launcher(__package__, "backward"),
     fake=_fake_backward,
     is_gradient=True,
 )

@@ -81,12 +81,6 @@ def _check(points: Tensor, dim: int) -> None:
         raise ValueError(f"dim: expected a positive multiple of 4, got {dim}.")
 
 
-def _backward(grad: Tensor, *inputs: object) -> tuple[Tensor, Tensor]:
-    from conddetr.kernels.sine import triton
-
-    return triton.backward(grad.contiguous(), *inputs)
-
-
 def _fake_forward(points: Tensor, transform: Tensor | None, dim: int, temperature: float) -> Tensor:
     like = points if transform is None else transform
     return points.new_empty((*points.shape[:-1], dim), dtype=torch.promote_types(points.dtype, like.dtype))
@@ -105,7 +99,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
     points, transform = ctx.saved_tensors
-    found = ops.sine_embedding_backward(grad, points, transform, ctx.dim, ctx.temperature)
+    found = ops.sine_embedding_backward(grad.contiguous(), points, transform, ctx.dim, ctx.temperature)
     return found[0], None if transform is None else found[1], None, None
 
 
@@ -121,7 +115,7 @@ operators.register(
 operators.register(
     "sine_embedding_backward",
     f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)",
-    launch=_backward,
+    launch=operators.launcher(__package__, "backward"),
     fake=_fake_backward,
     is_gradient=True,
 )
