@@ -239,6 +239,9 @@ def _by_onednn(
         convolve = torch.ops.mkldnn._convolution_pointwise.default
         return convolve(x, weight, bias, *window, "relu" if relu else "none", [], "")
     end = ("add", 1.0, "relu" if relu else None, [], "")
+    if residual.shape[-2:] == (1, 1) and not overwrite:
+        # Of one cell, the other operator finds no memory for its result in PyTorch 2.11.
+        residual, overwrite = residual.clone(), True
     if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
         return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weight, bias, *window, *end)
     return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, weight, bias, *window, *end)
