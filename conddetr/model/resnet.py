@@ -138,12 +138,12 @@ def fold(conv: nn.Conv2d, norm: nn.Module, dtype: torch.dtype | None = None) -> 
     return channels_last(conv.weight * scale[:, None, None, None], dtype), (bias - mean * scale).to(dtype)
 
 
-def is_ours(backend: str, images: Tensor) -> bool:
-    """Whether `stages` computes plain parts for a model's backend: on a GPU where convolutions of ours are proven."""
-    if backend == "eager" or not images.is_cuda:
-        return backend != "eager"
+def is_unproven(backend: str, images: Tensor) -> bool:
+    """Whether the modules are to be called for a model's backend `auto`: on a GPU where ours is not proven."""
+    if backend != "auto" or not images.is_cuda:
+        return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else images.dtype
-    return OPERATIONS["convolution"].choose("auto", images.device, dtype).backend != "eager"
+    return OPERATIONS["convolution"].choose("auto", images.device, dtype).backend == "eager"
 
 
 def convolution_backend(backend: str) -> str:

@@ -27,7 +27,7 @@ class ConvEncoder(theirs.ConditionalDetrConvEncoder):
 
 def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps | None:
     """What `ConvEncoder` computes; None where the original has to."""
-    if misfit(encoder) is not None or not resnet.is_ours(encoder.backend, pixel_values):
+    if misfit(encoder) is not None or resnet.is_unproven(encoder.backend, pixel_values):
         paths.note("backbone", "transformers' own")
         return None
     body = timm_model(encoder)

@@ -122,7 +122,7 @@ class ResNetBody(_Accelerated):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         """[B, 3, H, W] -> the feature maps that are asked for, by name."""
         with registry.demanded(self.backend):
-            if _body_misfit(self) is not None or not resnet.is_ours(self.backend, x):
+            if _body_misfit(self) is not None or resnet.is_unproven(self.backend, x):
                 paths.note("backbone", "the official code")
                 return super().forward(x)
             maps = dict(zip(resnet.STAGES, resnet.stages(self, x, self.backend), strict=True))
