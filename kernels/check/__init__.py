@@ -136,7 +136,7 @@ def _tune(
         found = tuning.Tuning()
     else:
         found = tuning.tune(device, dtypes, tell)
-        lost = _stopped(device, "a launch setting of attention")
+        lost = _stopped(device, "launch settings of attention")
     if lost is not None:
         found.refuse(lost)
     return found, lost
@@ -153,6 +153,7 @@ def _judge_tuned(rows: list[Row], device: torch.device, tell: Progress, lost: st
     if settings and refused:
         tuning.refuse(f"with the fastest of them {TUNED[0]} is refused in {refused[0].dtype}: {refused[0].refused}")
         kept = [x for x in found.verdicts if (x.operation, x.backend) != TUNED]
+        lost = lost or _stopped(device, "launch settings of attention")
         with in_effect(device, {}):
             again = _judge_all([row for row in rows if (row.operation, row.backend) == TUNED], device, tell, lost)
         found.verdicts[:] = [*kept, *again.verdicts]
