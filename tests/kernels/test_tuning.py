@@ -252,8 +252,9 @@ def test_settings_come_back_from_a_record():
         assert launch.read_tiles("forward", stored) == tiles
 
 
-@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 120])
 def test_what_ships_is_among_the_candidates(architecture):
+    """On sm_100, where what ships is Hopper's, it is tried without being listed: see below."""
     used = set()
     for kernel, products, *form in product(KERNELS, ("half", "tf32"), *[(False, True)] * 3):
         wanted = Form(products, 32, *form)
@@ -263,6 +264,15 @@ def test_what_ships_is_among_the_candidates(architecture):
         used.add(launch.candidates_key(architecture, kernel, wanted))
     of = "Hopper" if architecture == 90 else "other"
     assert used == {key for key in json.loads(launch.CANDIDATES.read_text())["settings"] if key.startswith(of)}
+
+
+def test_what_ships_is_tried_first(monkeypatch):
+    for capability in ((9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(registry, "capability", lambda device, answer=capability: answer)
+        shipped = launch_settings(10 * capability[0], "tf32", 32).backward_query
+        tried = tuning.settings_of(CPU, replace(FORM, products="tf32"), "backward_query", shipped)
+        assert tried[0] == shipped
+        assert 3 <= len(tried) == len(set(tried)) <= 5
 
 
 def test_every_form_has_a_key_of_its_own():
@@ -322,6 +332,21 @@ def test_settings_that_are_no_good_for_all_sizes_are_not_kept(on_a_cpu, monkeypa
         "no setting is tuned: with the fastest of them conditional_attention is refused in float32: odd widths: result "
         "is not finite."
     )
+
+
+def test_after_a_gpu_has_stopped_nothing_is_judged_again(on_a_cpu, monkeypatch):
+    judged = []
+
+    def judge(row, device, tell):
+        judged.append(row)
+        monkeypatch.setattr(check_module, "_stopped", lambda device, title: f"the GPU stopped at {title}")
+        return row.verdict("raises AcceleratorError.", None, None)
+
+    monkeypatch.setattr(check_module, "judge", judge)
+    report = check_module.examine("cpu", tune=True, dtypes=[torch.float32])
+    assert len(judged) == 1
+    assert report.record.tuned == {}
+    assert [x.refused for x in report.record.verdicts] == ["the GPU stopped at launch settings of attention"]
 
 
 def test_command_says_what_is_fastest(on_a_cpu, capsys):

@@ -192,7 +192,8 @@ def read_tiles(kernel: str, stored: Any) -> Tiles:
 
 
 def candidates(architecture: int, kernel: str, form: Form) -> list[Tiles]:
-    """The few settings that the model of the machine ranks first, for heads of 32; what ships is among them.
+    """The few settings that the model of the machine ranks first, for heads of 32. What ships is among them, but on
+    sm_100, which has a list with others and settings with Hopper.
 
     Args:
         architecture: as of `launch_settings`.
