@@ -4,6 +4,7 @@
     python benchmarks/predict.py --before benchmarks/predictions/before.json
     python benchmarks/predict.py --kernel backward_key_kernel --tiles 64,64,4,3 32,64,4,2    # one with other settings
     python benchmarks/predict.py --peers            # those of PyTorch anew, out of its library: takes 1 GB of disk
+    python benchmarks/predict.py --candidates       # what `conddetr check --tune` tries, into the package
 
 What a kernel's main loop asks of each unit follows from its instructions, and the clocks of one trip from a model of a
 quarter of one of Hopper's multiprocessors (benchmarks/gpu_model). Whole problems are what the implementations launch on
@@ -19,7 +20,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from gpu_model import figures, kernels, remarks, stored, triton_code
+from gpu_model import figures, kernels, ranking, remarks, stored, triton_code
 from gpu_model.figures import Figures
 from gpu_model.hot_path import HotPathError
 from gpu_model.stored import Prediction, Predictions, Row
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from conddetr.kernels import aot_cuda
 from conddetr.kernels.attn.triton import Tiles
+from conddetr.kernels.attn.triton.launch import write_tiles
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,6 +197,21 @@ def explore(options: argparse.Namespace) -> None:
     show_kernels(Predictions(kernels=tuple(found)), Predictions())
 
 
+def rank_candidates() -> None:
+    """Rank launch settings, print them with their predicted clocks, and write the package's table."""
+    with console.status("launch settings of every form …"):
+        ranked = ranking.rank_all()
+    ranking.write(ranked)
+    table = Table(title="Candidates: predicted clocks for 1024 scores; of others than Hopper only their order counts")
+    for name, justify in (("list", "left"), ("settings", "left"), ("clocks", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)
+    for key, found in ranked.items():
+        for setting, clocks in found:
+            said = ", ".join(f"{name} {value}" for name, value in write_tiles(setting).items())
+            table.add_row(key, said, f"{clocks:,.0f}")
+    console.print(table)
+
+
 def tiles(text: str) -> Tiles:
     """`64,64,4,3` or `64,64,4,3,128,ahead`: queries, keys, warps, stages, registers at most, scores a tile ahead."""
     numbers = text.removesuffix(",ahead").split(",")
@@ -225,6 +242,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--main", action="store_true", help="only the kernels of training, with all blocks")
     parser.add_argument("--no-problems", action="store_true", help="only kernels")
     parser.add_argument("--peers", action="store_true", help="renew PyTorch's, which else are those of the file")
+    parser.add_argument(
+        "--candidates", action="store_true", help="only rank launch settings, for the package's table of them"
+    )
     parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
     parser.add_argument("--out", type=Path, default=stored.FOLDER / "predictions.json", help="default %(default)s")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
@@ -251,6 +271,9 @@ def main() -> int:
         return 0
     if options.kernel:
         explore(options)
+        return 0
+    if options.candidates:
+        rank_candidates()
         return 0
     if options.before and not options.before.exists():
         parser.error(f"--before: there is no {options.before}")

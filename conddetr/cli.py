@@ -182,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     _add_device(check)
     check.add_argument("--short", action="store_true", help="only the sizes of the model")
+    check.add_argument(
+        "--tune",
+        action="store_true",
+        help="on a GPU: before, measure the few launch settings of attention that are predicted to be the fastest, and "
+        "record which one is",
+    )
     check.add_argument("--json", metavar="FILE", help="also write the record there")
     for command in commands.choices.values():
         command.set_defaults(parser=command)
@@ -578,15 +584,18 @@ def _check(options: argparse.Namespace) -> int:
     from conddetr.engine.progress import Steps, say, show
     from conddetr.files import check_json_target, write_text
     from conddetr.kernels.check import examine
-    from conddetr.kernels.check.table import TITLE, summary, verdict_table
+    from conddetr.kernels.check.table import TITLE, TUNING_TITLE, summary, tuning_table, verdict_table
 
     check_json_target("--json", options.json)
     with Steps("check") as steps:
-        report = examine(find_device(options.device), short=options.short, progress=steps.tell)
+        device = find_device(options.device)
+        report = examine(device, short=options.short, tune=options.tune, progress=steps.tell)
     # Before anything is printed: a pipe may end after a line.
     if options.json:
         write_text(options.json, report.record.to_json())
     show(TITLE, verdict_table(report))
+    if report.tuning is not None and report.tuning.choices:
+        show(TUNING_TITLE, tuning_table(report.tuning))
     for line in summary(report):
         say(line)
     return 1 if any(verdict.refused for verdict in report.record.verdicts) else 0

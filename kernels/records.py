@@ -23,7 +23,7 @@ import platform
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,7 +114,7 @@ class Record:
     date: str
     """When, as ISO 8601."""
     tuned: dict[str, Any]
-    """The fastest launch settings; empty: none were tried."""
+    """The fastest launch settings, by what they are of (`attn/triton/launch.py`); empty: none were tried."""
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.date)
@@ -163,6 +163,7 @@ class Table:
 
 
 Content = TypeVar("Content")
+Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 
 def _to_json(content: Record | Table) -> str:
@@ -338,6 +339,8 @@ _tables: dict[str, Table | None] = {}
 _reasons: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
 """Answers of `why_not`, by its arguments."""
 _pretended: list[tuple[Record | None, Table | None]] = []
+_remembering: list[Callable[[], None]] = []
+"""Each forgets the answers of a function that `remembered` made."""
 _unchecked: set[str] = set()
 """GPU models of which it was said that nothing is known."""
 _told: set[Path | None] = set()
@@ -438,13 +441,27 @@ def save(device: torch.device, record: Record) -> Path | None:
 def adopt(device: torch.device, record: Record) -> None:
     """Make a record the one of this process, for all GPUs of the device's model; no file is read or written."""
     _lookups[_file_name(device)] = _Lookup(record)
-    _reasons.clear()
+    _forget_answers()
 
 
 def forget() -> None:
     """Let records and tables be read again when they are next asked for."""
-    for cache in (_lookups, _tables, _reasons):
+    for cache in (_lookups, _tables):
         cache.clear()
+    _forget_answers()
+
+
+def remembered(function: Answer) -> Answer:
+    """`functools.cache` for what depends on records: it forgets when another record may hold."""
+    cached = functools.cache(function)
+    _remembering.append(cached.cache_clear)
+    return cached
+
+
+def _forget_answers() -> None:
+    _reasons.clear()
+    for forget_all in _remembering:
+        forget_all()
 
 
 @contextlib.contextmanager
@@ -454,12 +471,12 @@ def pretend(record: Record | None, table: Table | None = None) -> Iterator[None]
     For tests, and for programs that count launches on a GPU that computes nothing.
     """
     _pretended.append((record, table))
-    _reasons.clear()
+    _forget_answers()
     try:
         yield
     finally:
         _pretended.pop()
-        _reasons.clear()
+        _forget_answers()
 
 
 # torch.compile calls it while it traces, and does not trace that files are read.

@@ -54,7 +54,7 @@ def test_what_is_missing_is_said_in_one_line(flags, said):
     assert all(line.startswith(said) for line in ours)
 
 
-def test_tables_of_measurements_are_installed(tmp_path):
+def test_tables_are_installed(tmp_path):
     """Of the whole tree only what the package's layout shows in."""
     source = tmp_path / "source"
     for folder in ("conddetr", "kernels"):
@@ -62,13 +62,16 @@ def test_tables_of_measurements_are_installed(tmp_path):
         shutil.copy(ROOT / folder / "__init__.py", source / folder)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    (source / "kernels" / "measured").mkdir()
-    (source / "kernels" / "measured" / "sm_00.json").write_text("{}")
+    tables = ("measured/sm_00.json", "attn/triton/candidates.json")
+    for table in tables:
+        (source / "kernels" / table).parent.mkdir(parents=True)
+        (source / "kernels" / table).write_text("{}")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
     environment = {**os.environ, "CONDDETR_NATIVE": "0", "CONDDETR_CUDA": "0"}
     run = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "built" / "conddetr" / "kernels" / "measured" / "sm_00.json").read_text() == "{}"
+    for table in tables:
+        assert (tmp_path / "built" / "conddetr" / "kernels" / table).read_text() == "{}", table
 
 
 @needs_library

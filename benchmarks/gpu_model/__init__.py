@@ -10,6 +10,7 @@ remarks       what is worth a word about it
 triton_code, cuda_code, peer_code    where the machine code comes from
 kernels       all attention kernels of one architecture
 blocks        blocks over the multiprocessors of a GPU
+ranking       launch settings by their predicted clocks, and the package's table of the first few
 launches      what an implementation launches, seen on a null GPU
 problems      whole problems: how long all these launches take
 stored        the file of predictions

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +21,13 @@ from conddetr.kernels.check.problem import FLOATS
 from conddetr.kernels.check.rows import Row, judge
 from conddetr.kernels.records import Record, Verdict
 
+if TYPE_CHECKING:
+    from conddetr.kernels.check.tuning import Tuning
+
 IMAGES = {"cpu": 2, "cuda": 8}
 """Of a batch of the model."""
+TUNED = ("conditional_attention", "triton")
+"""Operation and implementation whose launch settings are tuned."""
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, and of how many steps how many are done."""
 
@@ -40,6 +46,8 @@ class Report:
     """Of the check, without compilation."""
     compilation: float | None
     """Seconds that compilation took before; None: nothing is compiled on this device."""
+    tuning: "Tuning | None" = None
+    """Of launch settings; None: it was not asked for."""
 
 
 @dataclass
@@ -54,6 +62,7 @@ def check(
     device: str | torch.device,
     *,
     short: bool = False,
+    tune: bool = False,
     dtypes: Sequence[torch.dtype] | None = None,
     progress: Progress | None = None,
 ) -> Record:
@@ -62,6 +71,8 @@ def check(
     Args:
         device: `cpu`, `cuda` or `cuda:N`.
         short: only the sizes of the model.
+        tune: before, try launch settings on a GPU, and keep the fastest in the record; else those of an earlier record
+            stay.
         dtypes: of float32, bfloat16 and float16 those that matter; default: all of them.
         progress: is told how far it is.
 
@@ -69,34 +80,84 @@ def check(
         The record, which is saved. An interrupted check saves none.
 
     Raises:
-        ValueError: no such device, or a dtype that is not checked.
+        ValueError: no such device, a dtype that is not checked, or nothing that can be tuned.
     """
-    return examine(device, short=short, dtypes=dtypes, progress=progress).record
+    return examine(device, short=short, tune=tune, dtypes=dtypes, progress=progress).record
 
 
 def examine(
     device: str | torch.device,
     *,
     short: bool = False,
+    tune: bool = False,
     dtypes: Sequence[torch.dtype] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """As `check`, with what a person wants to know beside it."""
     device, dtypes = _device(device), _dtypes(dtypes)
+    if tune:
+        _check_tunable(device)
     tell = progress or (lambda what, done, total: None)
     rows = _rows(device, dtypes, short)
     with isolated(device):
         lost = None if _computes(device) else f"nothing is right on {device}: plain PyTorch's sums are wrong."
         compilation = None
         if device.type == "cuda" and lost is None:
-            compilation = compile_kernels(device, short, dtypes, tell)
+            compilation = compile_kernels(device, short, dtypes, tell, tune)
         begin = time.perf_counter()
-        found = _judge_all(rows, device, tell, lost)
+        tuning = None
+        if tune:
+            tuning, lost = _tune(device, dtypes, tell, lost)
+            found = _judge_tuned(rows, device, tell, lost, tuning)
+        else:
+            found = _judge_all(rows, device, tell, lost)
         seconds = time.perf_counter() - begin
         # Within: a GPU that stopped may not let anything be put back.
-        record = _record(device, found.verdicts, short)
+        record = _record(device, found.verdicts, short, None if tuning is None else tuning.settings())
         file = records.save(device, record)
-    return Report(device, record, found.unavailable, file, seconds, compilation)
+    return Report(device, record, found.unavailable, file, seconds, compilation, tuning)
+
+
+def _check_tunable(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"tune: only GPU kernels have launch settings, and the device is {device}.")
+    if not registry.HAS_TRITON:
+        raise ValueError("tune: only Triton's kernels have launch settings, and the package triton is not installed.")
+
+
+def _tune(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], tell: Progress, lost: str | None
+) -> tuple["Tuning", str | None]:
+    """What was found, and why nothing can be checked after it."""
+    # Its kernels need Triton.
+    from conddetr.kernels.check import tuning
+
+    if lost is not None:
+        found = tuning.Tuning()
+    else:
+        found = tuning.tune(device, dtypes, tell)
+        lost = _stopped(device, "launch settings of attention")
+    if lost is not None:
+        found.refuse(lost)
+    return found, lost
+
+
+def _judge_tuned(rows: list[Row], device: torch.device, tell: Progress, lost: str | None, tuning: "Tuning") -> _Found:
+    """With the tuned settings; where one is no good for all sizes of attention, with none of them."""
+    from conddetr.kernels.check.tuning import in_effect
+
+    settings = tuning.settings()
+    with in_effect(device, settings):
+        found = _judge_all(rows, device, tell, lost)
+    refused = [x for x in found.verdicts if (x.operation, x.backend) == TUNED and x.refused]
+    if settings and refused:
+        tuning.refuse(f"with the fastest of them {TUNED[0]} is refused in {refused[0].dtype}: {refused[0].refused}")
+        kept = [x for x in found.verdicts if (x.operation, x.backend) != TUNED]
+        lost = lost or _stopped(device, "launch settings of attention")
+        with in_effect(device, {}):
+            again = _judge_all([row for row in rows if (row.operation, row.backend) == TUNED], device, tell, lost)
+        found.verdicts[:] = [*kept, *again.verdicts]
+    return found
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -187,6 +248,10 @@ def _why_not(row: Row, device: torch.device) -> str | None:
 
 def _lost(row: Row, device: torch.device) -> str | None:
     """Why nothing can be checked after this row: an error that a GPU does not recover from in this process."""
+    return _stopped(device, row.title)
+
+
+def _stopped(device: torch.device, title: str) -> str | None:
     if device.type != "cuda":
         return None
     try:
@@ -194,12 +259,14 @@ def _lost(row: Row, device: torch.device) -> str | None:
         # Whoever called needs the memory.
         torch.cuda.empty_cache()
     except RuntimeError as error:
-        return f"it was not checked, as the GPU stopped at {row.title}: {str(error).splitlines()[0]}"
+        return f"it was not checked, as the GPU stopped at {title}: {str(error).splitlines()[0]}"
     return None
 
 
-def _record(device: torch.device, verdicts: list[Verdict], short: bool) -> Record:
-    """After a short check what the record of before says of other kernels stays, and what a full check refused."""
+def _record(device: torch.device, verdicts: list[Verdict], short: bool, tuned: dict[str, Any] | None = None) -> Record:
+    """After a short check what the record of before says of other kernels stays, and what a full check refused; launch
+    settings stay where none were tried now.
+    """
     before = records.load(device)
     found = {(x.operation, x.backend, x.dtype): x for x in verdicts}
     for verdict in before.verdicts if before is not None and short else ():
@@ -208,5 +275,6 @@ def _record(device: torch.device, verdicts: list[Verdict], short: bool) -> Recor
             found[key] = verdict
     is_short = short and (before is None or before.is_short)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    tuned = {} if before is None else before.tuned
+    if tuned is None:
+        tuned = {} if before is None else before.tuned
     return Record(records.identity(device), tuple(found.values()), is_short, date, tuned)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -27,7 +28,11 @@ IMAGES = 8
 
 
 def compile_kernels(
-    device: torch.device, short: bool, dtypes: Sequence[torch.dtype], tell: Callable[[str, int, int], None]
+    device: torch.device,
+    short: bool,
+    dtypes: Sequence[torch.dtype],
+    tell: Callable[[str, int, int], None],
+    tune: bool = False,
 ) -> float:
     """Let processes compile Triton's kernels; what one of them cannot is left to the check.
 
@@ -36,6 +41,7 @@ def compile_kernels(
         short: only the sizes of the model.
         dtypes: that will be checked.
         tell: takes what is being done, and of how many steps how many are done.
+        tune: with the launch settings too that will be tried.
 
     Returns:
         Seconds.
@@ -43,10 +49,11 @@ def compile_kernels(
     if not HAS_TRITON:
         return 0.0
     begin = time.perf_counter()
-    total, done = len(_tasks(short, dtypes)), 0
+    total, done = len(_tasks(device, short, dtypes, tune)), 0
     count = max(1, min(PROCESSES, _cores()))
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    command = [sys.executable, "-m", "conddetr.kernels.check.compiling", str(device), *names, *["--short"] * short]
+    command = [sys.executable, "-m", "conddetr.kernels.check.compiling", str(device), *names]
+    command += ["--short"] * short + ["--tune"] * tune
     reader, writer = os.pipe()
     started: list[subprocess.Popen] = []
     try:
@@ -79,9 +86,27 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tasks(short: bool, dtypes: Sequence[torch.dtype]) -> list[tuple[Problem, torch.dtype]]:
+def _tasks(
+    device: torch.device, short: bool, dtypes: Sequence[torch.dtype], tune: bool
+) -> list[tuple[str, Callable[[], None]]]:
+    """What a process says when it is done, and what it does."""
     wanted = [problem for problem in problems(IMAGES) if problem.is_model or not short]
-    return [(problem, dtype) for problem in wanted for dtype in dtypes if dtype in problem.dtypes]
+    found: list[tuple[str, Callable[[], None]]] = [
+        (problem.operation, partial(_launch, problem, dtype, device))
+        for problem in wanted
+        for dtype in dtypes
+        if dtype in problem.dtypes
+    ]
+    if tune:
+        # Triton need not be there where nothing is tuned.
+        from conddetr.kernels.check import tuning
+
+        for subject in tuning.subjects(device, dtypes):
+            found += [
+                (f"{kernel} of attention", partial(tuning.launch_all, subject, kernel, device))
+                for kernel in tuning.KERNELS
+            ]
+    return found
 
 
 def _launch(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
@@ -105,17 +130,18 @@ def main() -> None:
     parser.add_argument("device")
     parser.add_argument("dtypes", nargs="+")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--share", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     options = parser.parse_args()
     dtypes = [getattr(torch, name) for name in options.dtypes]
     device = torch.device(options.device)
     with isolated(device):
-        for problem, dtype in _tasks(options.short, dtypes)[options.share :: options.of]:
-            _launch(problem, dtype, device)
+        for name, task in _tasks(device, options.short, dtypes, options.tune)[options.share :: options.of]:
+            task()
             # There are several of these on one GPU.
             torch.cuda.empty_cache()
-            print(problem.operation, flush=True)
+            print(name, flush=True)
 
 
 if __name__ == "__main__":

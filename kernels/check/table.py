@@ -8,8 +8,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from conddetr.kernels.check import Report
+    from conddetr.kernels.check.tuning import Tuning
 
 TITLE = "error: over its budget, at most 1; speed: over the best that PyTorch has"
+TUNING_TITLE = "launch settings of attention: the fastest; speed: of its pass, over what ships"
 PLAIN = "none"
 """In place of a number that there is not."""
 
@@ -32,9 +34,22 @@ def verdict_table(report: "Report") -> Table:
     return table
 
 
+def tuning_table(tuning: "Tuning") -> Table:
+    """A row for every kernel of attention in every form that was tuned."""
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("form", "kernel", "fastest"):
+        table.add_column(name)
+    table.add_column("speed", justify="right", no_wrap=True)
+    for choice in tuning.choices:
+        is_shipped = choice.fastest == choice.shipped
+        speed = PLAIN if choice.speedup is None else "ships" if is_shipped else f"{choice.speedup:.2f}×"
+        table.add_row(choice.form.described(), choice.kernel, choice.fastest.described(), speed)
+    return table
+
+
 def summary(report: "Report") -> list[str]:
-    """Lines below the table: why what is refused is, what is not available and why, and one line of all: how many of
-    each, on what device, times, where the record is.
+    """Lines below the table: why what is refused is, what is not available and why, which launch settings are left out,
+    and one line of all: how many of each, on what device, times, where the record is.
     """
     refusals = [
         f"REFUSED: {verdict.operation}, {verdict.backend}, {verdict.dtype}: {verdict.refused}"
@@ -48,5 +63,11 @@ def summary(report: "Report") -> list[str]:
         times += f" after {report.compilation:.0f} s of compilation"
     place = "the record could not be written" if report.file is None else f"record: {report.file}"
     absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
+    left_out = [] if report.tuning is None else [f"left out: {line}" for line in report.tuning.left_out]
     counts = f"{len(report.record.verdicts) - len(refusals)} ok, {len(refusals)} refused, {missing} not available"
-    return [*absences, *refusals, f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"]
+    return [
+        *absences,
+        *refusals,
+        *left_out,
+        f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}",
+    ]

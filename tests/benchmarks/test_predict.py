@@ -14,12 +14,25 @@ pytest.importorskip("triton", reason="the disassembler comes with the package tr
 import counting
 import torch
 from attn import Problem
-from gpu_model import blocks, cuda_code, figures, hot_path, machine_code, partition, pipes, problems, remarks, stored
+from gpu_model import (
+    blocks,
+    cuda_code,
+    figures,
+    hot_path,
+    machine_code,
+    partition,
+    pipes,
+    problems,
+    ranking,
+    remarks,
+    stored,
+)
 from gpu_model.control_flow import Flow
 from gpu_model.hot_path import Hints, HotPathError
 from null_gpu.counts import Launch
 
 from conddetr.kernels import aot_cuda
+from conddetr.kernels.attn.triton.launch import Tiles, launch_settings, read_tiles
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = stored.read(stored.FOLDER / "predictions.json")
@@ -482,3 +495,38 @@ def test_every_figure_of_the_committed_file_is_told_as_predicted():
         assert bool(row.figures.clocks) == (row.figures.architecture == figures.TIMED), asdict(row)["figures"]
     # No prediction is below what nobody can beat.
     assert all(problem.seconds > problem.floor for problem in COMMITTED.problems)
+
+
+def test_candidates_are_what_ships_and_the_fastest_of_each_shape(monkeypatch, tmp_path):
+    one = ranking.lists()["other, backward_key, tf32"]
+    shipped = launch_settings(80, "tf32", 32).backward_key
+    fastest, twin, near, far = Tiles(64, 16, 4, 3), Tiles(64, 16, 4, 1), Tiles(32, 32, 4, 1), Tiles(64, 32, 4, 1)
+    spilled, too_large = Tiles(64, 64, 4, 1), Tiles(128, 64, 8, 1)
+    predicted = {fastest: 3.0, twin: 4.0, near: 4.3, shipped: 7.0, far: 9.0, spilled: None, too_large: 2.9}
+    monkeypatch.setattr(ranking, "clocks", lambda one, tiles: predicted.get(tiles, 100.0))
+    monkeypatch.setattr(ranking, "fits", lambda one, tiles, architectures: tiles != too_large)
+    key, found = ranking.rank(one)
+    assert found == [(tiles, predicted[tiles]) for tiles in (fastest, twin, near, shipped)]
+    ranking.write({key: found}, tmp_path / "candidates.json")
+    written = json.loads((tmp_path / "candidates.json").read_text())["settings"][key]
+    assert [read_tiles("backward_key", stored) for stored in written] == [fastest, twin, near, shipped]
+    predicted[near] = 4.4
+    monkeypatch.setattr(ranking, "COUNT", 3)
+    assert [tiles for tiles, _ in ranking.rank(one)[1]] == [fastest, twin, shipped], "another shape is too slow"
+
+
+@pytest.mark.slow
+def test_candidates_spill_nothing():
+    """On Hopper; of the others on one with the least shared memory, for which all of them were tried."""
+    program = (
+        "from conddetr.kernels.attn.triton.launch import candidates\n"
+        "from gpu_model import figures, ranking\n"
+        "for one in ranking.lists().values():\n"
+        "    on = figures.TIMED if one.architecture == figures.TIMED else ranking.SMALLEST\n"
+        "    for tiles in candidates(on, one.kernel, one.form):\n"
+        "        assert ranking.fits(one, tiles, (on,)), (one.key, tiles)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr

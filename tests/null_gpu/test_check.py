@@ -5,7 +5,11 @@ import importlib
 import pytest
 import torch
 
+from conddetr.cli import main
 from conddetr.kernels import records
+from conddetr.kernels.attn import triton
+from conddetr.kernels.check import tuning
+from conddetr.kernels.check.isolation import isolated
 from conddetr.kernels.check.table import summary
 
 check = importlib.import_module("conddetr.kernels.check")
@@ -25,6 +29,52 @@ def test_a_gpu_that_cannot_add_up_has_nothing_checked():
     assert refused == {"nothing is right on cuda:0: plain PyTorch's sums are wrong."}
     assert {x.operation for x in report.record.verdicts} >= {"add_norm", "conditional_attention", "linear_assignment"}
     assert report.compilation is None
+
+
+def test_tuning_where_nothing_is_right_ends_and_records_nothing(capsys, monkeypatch):
+    assert main(["check", "--tune", "--short", "--device", "cuda"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: no setting is tuned: nothing is right on cuda:0: plain PyTorch's sums are wrong." in said
+    assert records.load(torch.device("cuda:0")).tuned == {}
+
+
+def test_settings_whose_results_are_none_are_left_out(monkeypatch):
+    """As if the device could add up: each setting is launched, and none is taken."""
+    every, subjects, settings_of = check.problems, tuning.subjects, tuning.settings_of
+    monkeypatch.setattr(check, "problems", lambda images: [x for x in every(images) if x.operation == "max_pool"])
+    monkeypatch.setattr(check, "compile_kernels", lambda *_: 1.5)
+    monkeypatch.setattr(check, "_computes", lambda device: True)
+    monkeypatch.setattr(tuning, "subjects", lambda *arguments: subjects(*arguments)[:1])
+    monkeypatch.setattr(tuning, "settings_of", lambda *arguments: settings_of(*arguments)[:2])
+    monkeypatch.setattr(tuning, "KERNELS", ("backward_key",))
+    report = check.examine("cuda", short=True, tune=True, dtypes=[torch.float32])
+    assert report.record.tuned == {}
+    assert report.tuning.choices == []
+    assert len(report.tuning.left_out) == 2
+    assert all(
+        line.startswith("attention backward_key, tf32, 32 channels, separable") for line in report.tuning.left_out
+    )
+
+
+def test_settings_are_captured_and_compiled_before(monkeypatch):
+    """What is timed is a CUDA graph; what compiles it before launches every setting."""
+    device = torch.device("cuda:0")
+    settings_of = tuning.settings_of
+    monkeypatch.setattr(tuning, "settings_of", lambda *arguments: settings_of(*arguments)[:2])
+    launched = []
+    options = triton.Inputs.options
+    monkeypatch.setattr(triton.Inputs, "options", lambda self, tiles: launched.append(tiles) or options(self, tiles))
+    [subject, *_] = tuning.subjects(device, [torch.bfloat16])
+    with isolated(device):
+        tuning.launch_all(subject, "forward", device)
+        assert len(set(launched)) == 2
+        launched.clear()
+        inputs = subject.inputs(device)
+        way = tuning._captured(lambda: triton.forward(inputs), device)
+        assert len(launched) == 1 + tuning.CALLS
+        way()
+        assert len(tuning.seconds_of([way], device)) == 1
+    assert len(launched) == 1 + tuning.CALLS, "a replay launches nothing"
 
 
 def test_results_that_are_none_are_refused(monkeypatch):

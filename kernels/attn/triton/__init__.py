@@ -7,7 +7,7 @@ keep [B, h, 2 ⌈N / 64⌉, Q] int32.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -16,7 +16,7 @@ from torch import Tensor
 from conddetr.kernels import registry
 from conddetr.kernels.attn.triton.backward import backward_grid_kernel, backward_key_kernel, backward_query_kernel
 from conddetr.kernels.attn.triton.forward import forward_kernel
-from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings
+from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings, tuned_on
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
 
 GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
@@ -42,16 +42,22 @@ class Inputs:
     dropout_p: float
 
     def launch(self) -> Launch:
-        """The settings that ship, for these tensors on their device."""
+        """The settings for these tensors: what is tuned on their device, else what ships."""
         architecture = 0
         if self.v.device.type == "cuda":
             major, minor = registry.capability(self.v.device)
             architecture = 10 * major + minor
+        form = self.form()
+        shipped = launch_settings(architecture, *form)
+        tuned = tuned_on(self.v.device, *form)
+        return replace(shipped, **tuned) if tuned else shipped
+
+    def form(self) -> tuple[str, int, bool, bool, bool]:
+        """What `launch_settings` wants to know beside the architecture."""
         products = precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
         products = "half" if products == "emulate" else products
-        form = (self.columns is not None, self.keep is not None, self._is_crowded())
-        return launch_settings(architecture, products, width, *form)
+        return products, width, self.columns is not None, self.keep is not None, self._is_crowded()
 
     def _is_crowded(self) -> bool:
         """As `launch_settings` wants to know it."""

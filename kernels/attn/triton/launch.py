@@ -1,9 +1,36 @@
-"""Launch settings of the attention kernels, by architecture, kind of products and width of heads."""
+"""Launch settings of the attention kernels, by architecture, kind of products and width of heads.
 
+`conddetr check --tune` measures the few of `candidates.json` on a GPU; what its record says comes before the tables
+here.
+"""
+
+import contextlib
 import functools
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
-from conddetr.kernels import registry
+import torch
+
+from conddetr.kernels import records, registry
+
+CANDIDATES = Path(__file__).with_name("candidates.json")
+"""Settings worth a try at heads of 32, as `benchmarks/predict.py --candidates` ranks and writes them. Predicted alone:
+nothing in it is measured.
+"""
+KERNELS = ("forward", "backward_query", "backward_key")
+"""The fields of `Launch`."""
+ALLOWED = {
+    "queries": (16, 32, 64, 128),
+    "keys": (16, 32, 64),
+    "warps": (1, 2, 4, 8),
+    "stages": (1, 2, 3, 4),
+    "registers": (None, *range(32, 256, 8)),
+    "ahead": (False, True),
+}
+"""What each of `Tiles` may be, where a file says it. The words of dropout's bits end at a whole tile of 64 keys."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +46,12 @@ class Tiles:
     ahead: bool = False
     """Of the forward kernel: whether it makes scores a tile ahead."""
 
+    def described(self) -> str:
+        """For a person, e.g. `64×32, 4 warps, 3 stages, ahead`."""
+        parts = [f"{self.queries}×{self.keys}", f"{self.warps} warps", f"{self.stages} stage{'s' * (self.stages > 1)}"]
+        parts += [] if self.registers is None else [f"{self.registers} registers"]
+        return ", ".join([*parts, *["ahead"] * self.ahead])
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -27,6 +60,31 @@ class Launch:
     forward: Tiles
     backward_query: Tiles
     backward_key: Tiles
+
+
+@dataclass(frozen=True)
+class Form:
+    """What settings depend on beside the architecture, as `launch_settings` says."""
+
+    products: str
+    width: int
+    separable: bool
+    dropout: bool
+    crowded: bool
+
+    @property
+    def padded(self) -> int:
+        """The width that settings are chosen for."""
+        return max(32, registry.next_power_of_2(self.width))
+
+    def key(self, kernel: str) -> str:
+        """The name of a kernel's settings in a record: `attention forward, half, 32 channels, separable, dropout`."""
+        return f"attention {kernel}, {self.described()}"
+
+    def described(self) -> str:
+        """For a person, and the same for no two."""
+        parts = [self.products, f"{self.padded} channels", "separable" if self.separable else "dense"]
+        return ", ".join([*parts, *["dropout"] * self.dropout, *["crowded"] * self.crowded])
 
 
 # Chosen without a device: of what spills nothing, what the model of the machine predicts to be fastest
@@ -80,10 +138,75 @@ def launch_settings(
         dropout: whether weights are dropped.
         crowded: whether there are more than three blocks of 64 queries for each multiprocessor.
     """
-    padded = max(32, registry.next_power_of_2(width))
+    padded = Form(products, width, separable, dropout, crowded).padded
     if products == "ieee":
         return _WITHOUT_TENSOR_CORES[padded]
     launch = (_DATACENTER if architecture in (90, 100) else _OTHER)[products, padded]
     if (architecture, products, padded, separable) == (90, "half", 32, True):
         return replace(launch, forward=_AHEAD_DROPOUT if dropout else _AHEAD_CROWDED if crowded else _AHEAD)
     return launch
+
+
+@records.remembered
+def tuned_on(
+    device: torch.device, products: str, width: int, separable: bool, dropout: bool, crowded: bool
+) -> dict[str, Tiles]:
+    """Kernel → what the record of a device has tuned, which comes before `launch_settings`; see there."""
+    record = records.load(device)
+    form = Form(products, width, separable, dropout, crowded)
+    return {} if record is None else read_tuned(record.tuned, form)
+
+
+def read_tuned(tuned: Mapping[str, Any], form: Form) -> dict[str, Tiles]:
+    """Kernel → its settings in a record; what is none is left out."""
+    found = {}
+    for kernel in KERNELS:
+        with contextlib.suppress(ValueError):
+            found[kernel] = read_tiles(kernel, tuned.get(form.key(kernel)))
+    return found
+
+
+def write_tiles(tiles: Tiles) -> dict[str, Any]:
+    """What JSON keeps of settings: what differs from the defaults."""
+    defaults = {field.name: field.default for field in fields(Tiles)}
+    return {name: value for name, value in asdict(tiles).items() if value != defaults[name]}
+
+
+def read_tiles(kernel: str, stored: Any) -> Tiles:
+    """The settings of one of `KERNELS` from JSON.
+
+    Raises:
+        ValueError: they are none; names what is wrong.
+    """
+    names = [field.name for field in fields(Tiles)]
+    if not isinstance(stored, dict) or not set(names[:4]) <= stored.keys() <= set(names):
+        raise ValueError(f"{kernel}: expected {', '.join(names)}, of which the first four are needed; got {stored!r}.")
+    tiles = Tiles(**stored)
+    for name, value in asdict(tiles).items():
+        # With the type: True is 1 to Python.
+        if [type(value), value] not in [[type(allowed), allowed] for allowed in ALLOWED[name]]:
+            raise ValueError(f"{kernel}: {name}: expected one of {', '.join(map(str, ALLOWED[name]))}, got {value!r}.")
+    if tiles.ahead and kernel != "forward":
+        raise ValueError(f"{kernel}: ahead: only the forward kernel makes scores ahead.")
+    return tiles
+
+
+def candidates(architecture: int, kernel: str, form: Form) -> list[Tiles]:
+    """The few settings that the model of the machine ranks first, for heads of 32. What ships is among them, but on
+    sm_100, which has a list with others and settings with Hopper.
+
+    Args:
+        architecture: as of `launch_settings`.
+        kernel: one of `KERNELS`.
+        form: with products `half` or `tf32`.
+    """
+    table = json.loads(CANDIDATES.read_text(encoding="utf-8"))["settings"]
+    return [read_tiles(kernel, stored) for stored in table[candidates_key(architecture, kernel, form)]]
+
+
+def candidates_key(architecture: int, kernel: str, form: Form) -> str:
+    """The name of a list of `candidates.json`: a form counts where what ships depends on it."""
+    name = f"{'Hopper' if architecture == 90 else 'other'}, {kernel}, {form.products}"
+    if (architecture, kernel, form.products, form.separable) != (90, "forward", "half", True):
+        return name
+    return f"{name}, separable, {'dropout' if form.dropout else 'crowded' if form.crowded else 'few blocks'}"

@@ -17,6 +17,8 @@ from conddetr.kernels.check.problem import Dropout, Peer, Problem
 
 HEIGHT, WIDTH, QUERIES, HEADS, CHANNELS = 25, 34, 300, 8, 32
 P = 0.1
+VALID = ((HEIGHT, WIDTH), (HEIGHT, 19), (21, WIDTH), (HEIGHT, 26))
+"""Cells of the model's images, in turn."""
 CONTENT = ("q_content", "q_spatial", "k_content", "v")
 
 
@@ -37,8 +39,7 @@ class Size:
 
 def problems(images: int) -> list[Problem]:
     """Of all of them."""
-    valid = ((HEIGHT, WIDTH), (HEIGHT, 19), (21, WIDTH), (HEIGHT, 26))
-    model = Size(images, QUERIES, HEIGHT, WIDTH, HEADS, valid=valid)
+    model = Size(images, QUERIES, HEIGHT, WIDTH, HEADS, valid=VALID)
     dense = Size(1, 100, HEIGHT, WIDTH, HEADS, valid=((21, 26),))
     return [
         _separable("model, separable keys", model, is_model=True),
@@ -59,6 +60,16 @@ def problems(images: int) -> list[Problem]:
         _bits("model", images * HEADS * QUERIES * 28, is_model=True),
         _bits("one word", 1),
         _bits("no multiple of a tile", 1031),
+    ]
+
+
+def forms(images: int) -> list[Problem]:
+    """Each form of its kernels at the size of the model: for choosing launch settings."""
+    size = Size(images, QUERIES, HEIGHT, WIDTH, HEADS, valid=VALID)
+    return [
+        make(f"{keys} keys{', dropout' * (p > 0)}, {images} images", size, p)
+        for make, keys in ((_separable, "separable"), (_dense, "dense"))
+        for p in (0.0, P)
     ]
 
 
