@@ -335,8 +335,8 @@ _lookups: dict[str, _Lookup] = {}
 """By file name, one for each GPU model."""
 _tables: dict[str, Table | None] = {}
 """By architecture."""
-_reasons: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
-"""Answers of `why_not`, by its arguments."""
+answers: dict[tuple, Any] = {}
+"""What others keep that depends on records: another, empty one whenever these change."""
 _pretended: list[tuple[Record | None, Table | None]] = []
 _unchecked: set[str] = set()
 """GPU models of which it was said that nothing is known."""
@@ -380,14 +380,18 @@ def _look(device: torch.device) -> _Lookup:
     if _pretended:
         return _Lookup(_pretended[-1][0])
     name = _file_name(device)
-    if name not in _lookups:
-        _lookups[name] = _read(device)
-    return _lookups[name]
+    # Another thread may make this process forget meanwhile.
+    found = _lookups.get(name)
+    return found or _lookups.setdefault(name, _read(device))
 
 
 def _read(device: torch.device) -> _Lookup:
     try:
-        content = path(device).read_bytes()
+        file = path(device)
+        # Devices and pipes have no end.
+        if file.exists() and not file.is_file():
+            return _Lookup(None, f"it cannot be read: {file} is no file")
+        content = file.read_bytes()
     except FileNotFoundError:
         return _Lookup(None)
     except OSError as error:
@@ -395,7 +399,7 @@ def _read(device: torch.device) -> _Lookup:
     try:
         record = Record.from_json(content)
     except ValueError as error:
-        return _Lookup(None, f"{path(device)} is damaged, or of another version: {error}")
+        return _Lookup(None, f"{file} is damaged, or of another version: {error}")
     changed = _changes(record.identity, identity(device))
     return _Lookup(None, changed) if changed else _Lookup(record)
 
@@ -438,13 +442,20 @@ def save(device: torch.device, record: Record) -> Path | None:
 def adopt(device: torch.device, record: Record) -> None:
     """Make a record the one of this process, for all GPUs of the device's model; no file is read or written."""
     _lookups[_file_name(device)] = _Lookup(record)
-    _reasons.clear()
+    _drop_answers()
 
 
 def forget() -> None:
     """Let records and tables be read again when they are next asked for."""
-    for cache in (_lookups, _tables, _reasons):
-        cache.clear()
+    _lookups.clear()
+    _tables.clear()
+    _drop_answers()
+
+
+def _drop_answers() -> None:
+    # Not emptied: a thread that is about to keep an answer has one of before.
+    global answers
+    answers = {}
 
 
 @contextlib.contextmanager
@@ -454,20 +465,18 @@ def pretend(record: Record | None, table: Table | None = None) -> Iterator[None]
     For tests, and for programs that count launches on a GPU that computes nothing.
     """
     _pretended.append((record, table))
-    _reasons.clear()
+    _drop_answers()
     try:
         yield
     finally:
         _pretended.pop()
-        _reasons.clear()
+        _drop_answers()
 
 
 # torch.compile calls it while it traces, and does not trace that files are read.
 @torch.compiler.assume_constant_result
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why `auto` must not take an implementation on a device, or None if it may. None on CPUs.
-
-    After the first time the answer is looked up.
 
     Args:
         operation: name of its public function.
@@ -479,13 +488,6 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
         return None
     if device.index is None and not _pretended:
         device = torch.device("cuda", torch.cuda.current_device())
-    key = (operation, backend, device, dtype)
-    if key not in _reasons:
-        _reasons[key] = _why_not(operation, backend, device, dtype)
-    return _reasons[key]
-
-
-def _why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     found = verdict(operation, backend, device, dtype)
     if found is not None:
         return found.refused or None
@@ -545,10 +547,10 @@ def _table(device: torch.device) -> Table | None:
     if device.type != "cuda":
         return None
     architecture = f"sm_{compute_capability(device).replace('.', '')}"
-    if architecture not in _tables:
-        file = MEASURED / f"{architecture}.json"
-        _tables[architecture] = Table.from_json(file.read_bytes()) if file.exists() else None
-    return _tables[architecture]
+    if architecture in _tables:
+        return _tables[architecture]
+    file = MEASURED / f"{architecture}.json"
+    return _tables.setdefault(architecture, Table.from_json(file.read_bytes()) if file.exists() else None)
 
 
 def _name(dtype: torch.dtype) -> str:
