@@ -9,13 +9,11 @@ from conddetr.config import ModelConfig
 from conddetr.engine import distributed
 from conddetr.engine.precision import float32_products
 from conddetr.engine.progress import Steps, say
-from conddetr.kernels import native, records
+from conddetr.kernels import records
 from conddetr.kernels.registry import OPERATIONS
 
 PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
-_TRAINED = {"matching": "linear_assignment", "loss": "focal_loss"}
-"""Parts of a training alone → operation that stands for them."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +71,33 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
         compiled: by torch.compile, which takes PyTorch's convolutions.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    attention = "conditional_attention" if model.family == "conditional-detr" else "self_attention"
-    parts = {"attention": _part(attention, model.backend, device, dtype)}
+    parts = {"attention": _attention(model, device, dtype)}
     if trains:
         # As `build_criterion` has it.
         backend = "auto" if model.backend == "native" else model.backend
-        parts |= {name: _part(operation, backend, device, torch.float32) for name, operation in _TRAINED.items()}
+        loss = "matched_box_loss" if model.family == "detr" else "focal_loss"
+        parts["matching"] = _part("linear_assignment", backend, device, torch.float32, model.num_queries)
+        parts["loss"] = _part(loss, backend, device, torch.float32)
     parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, device, dtype)
     return Chosen(parts, precision, float32_products(device))
 
 
-def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
-    choice = OPERATIONS[operation].prefer(backend, device, dtype)
+def _attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
+    if model.family == "detr":
+        return _part("self_attention", model.backend, device, dtype)
+    heads, width = model.num_heads, model.hidden_dim // model.num_heads
+    return _part("conditional_attention", model.backend, device, dtype, device, (1, 1, heads, width), (width,) * 3)
+
+
+def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Part:
+    choice = OPERATIONS[operation].prefer(backend, device, dtype, *facts)
     if choice.backend != "eager":
         note, found = (ask(operation, choice.backend, device, dtype) for ask in (records.source, records.verdict))
         return Part(choice.backend, note, "" if found is None or found.speedup is None else f"{found.speedup:.1f}×")
-    # On a CPU the answer is expected, unless the native kernels are missing.
-    refused = choice.refused if device.type == "cuda" or native.NOT_LOADED is not None else {}
-    reason = next((why for name, why in refused.items() if device.type == "cuda" or name == "native"), "")
-    return Part(PYTORCH, reason.removesuffix("."))
+    # Of `auto` each kind of device has kernels that are expected there; where an operation has none, nothing is amiss.
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "native"
+    return Part(PYTORCH, choice.refused.get(backend, "").removesuffix("."))
 
 
 def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from said_and_ran import said_and_ran
 from small_runs import finish, small_trainer, start_ranks
 
 import conddetr
@@ -92,6 +93,52 @@ def test_on_a_cpu(monkeypatch):
     assert chosen(R50, CPU, "float32", trains=False).line() == (
         "attention: PyTorch (the native kernels are not built), backbone: PyTorch, float32"
     )
+
+
+def test_on_a_cpu_the_reason_is_that_of_the_native_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if native.NOT_LOADED is None:
+        assert chosen(R50, CPU, "bfloat16", trains=False).line() == (
+            "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
+        )
+    said = chosen(replace(PRESETS["detr-r50"], backend="triton"), CPU, "float32", trains=True).line()
+    assert said.startswith("attention: PyTorch (this operation has no such kernels), matching: PyTorch (its kernels ru")
+
+
+def test_what_has_no_kernels_on_a_gpu_needs_no_reason(on_gpu):
+    """Attention of the original DETR is PyTorch's there; of its losses kernels compute those of the boxes."""
+    with records.pretend(record(**{**GOOD, "matched_box_loss": 4.0})):
+        said = chosen(PRESETS["detr-r50"], GPU, "bfloat16", trains=True).line()
+    assert said.startswith("attention: PyTorch, matching: triton (checked on NVIDIA H100, 9.0×), loss: triton (4.0×)")
+
+
+def test_sizes_that_kernels_do_not_take_are_said(on_gpu):
+    narrow = replace(R50, hidden_dim=64, num_queries=20_000)
+    with records.pretend(record(**GOOD)):
+        parts = chosen(narrow, GPU, "float32", trains=True).parts
+    assert (parts["attention"].by, parts["attention"].note) == (
+        "PyTorch",
+        "d, ds, dv must be from 16 to 128, got (8, 8, 8)",
+    )
+    assert parts["matching"].note == "its kernel takes at most 4096 queries, got 20000"
+
+
+@pytest.mark.parametrize(
+    ("preset", "backend", "precision", "trains"),
+    [
+        ("conditional-detr-tiny", "auto", "float32", True),
+        ("conditional-detr-tiny", "native", "bfloat16", False),
+        ("conditional-detr-tiny", "eager", "float32", True),
+        ("conditional-detr-r50", "auto", "float32", False),
+        ("conditional-detr-r50", "auto", "bfloat16", False),
+        ("detr-r50", "auto", "float32", True),
+    ],
+)
+def test_what_is_said_is_what_runs(preset, backend, precision, trains):
+    if backend == "native" and native.NOT_LOADED is not None:
+        pytest.skip(str(native.NOT_LOADED))
+    said, ran = said_and_ran(preset, "cpu", precision, trains=trains, backend=backend)
+    assert said == ran
 
 
 def test_a_run_says_it_and_a_checkpoint_keeps_it(tmp_path, capsys):
