@@ -77,6 +77,11 @@ class Verdict:
             if value is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is about."""
+        return self.operation, self.backend, self.dtype
+
 
 def combined(verdicts: Sequence[Verdict], where: str = "here") -> Verdict:
     """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
@@ -208,12 +213,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
 
 
-def _key(verdict: Verdict) -> tuple[str, str, str]:
-    return verdict.operation, verdict.backend, verdict.dtype
-
-
 def _refuse_doubles(verdicts: Sequence[Verdict]) -> None:
-    for key, count in Counter(map(_key, verdicts)).items():
+    for key, count in Counter(verdict.key for verdict in verdicts).items():
         if count > 1:
             raise ValueError(f"expected one verdict about {', '.join(key)}, got {count}")
 
@@ -362,7 +363,7 @@ def restricted(record: Record, others: Sequence[Record]) -> Record:
 
     def reason(verdict: Verdict) -> str:
         for other in others:
-            found = next((x.refused for x in other.verdicts if _key(x) == _key(verdict)), "it is not checked.")
+            found = next((x.refused for x in other.verdicts if x.key == verdict.key), "it is not checked.")
             if found:
                 return f"on {other.identity['device']}, which another process has: {found}"
         return ""
@@ -531,11 +532,11 @@ def _proof(operation: str, backend: str, device: torch.device, dtype: torch.dtyp
     key = (operation, backend, _name(dtype))
     record = load(device)
     for found in record.verdicts if record else ():
-        if _key(found) == key:
+        if found.key == key:
             return f"checked on {record.identity.get('device', 'this device')}", found
     table = _table(device)
     for found in table.verdicts if table else ():
-        if _key(found) == key:
+        if found.key == key:
             return f"measured on {table.architecture}", found
     return None
 

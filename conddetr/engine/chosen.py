@@ -1,6 +1,5 @@
 """What really runs: a check of the GPU's kernels before a run, one line at its start, and what checkpoints keep."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -111,42 +110,47 @@ def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> P
     return part if part.by == PYTORCH else replace(part, by="channels-last")
 
 
-def prove(device: torch.device, backend: str, precision: str) -> None:
+def prove(device: torch.device, backend: str) -> None:
     """Before a run with backend `auto`: check the kernels of a GPU of which nothing is known, in the short form.
 
-    With several processes one of each kind of GPU checks; all of them then go by what was found on all kinds.
+    With several processes one of each kind of GPU checks, if none of that kind has a record; all of them then go by
+    what was found on all kinds.
 
     Args:
         device: of this process.
         backend: of the model.
-        precision: `float32` or `bfloat16`.
     """
     if backend != "auto" or device.type != "cuda":
         return
-    dtypes = [torch.float32, *([torch.bfloat16] if precision == "bfloat16" else [])]
     kind = records.identity(device)
-    kinds, known = zip(*distributed.gather_on_host((kind, records.known(device) is not None)), strict=True)
-    first = kinds.index(kind)
-    if first == distributed.rank() and not known[first]:
-        _check(device, dtypes)
+    found = distributed.gather_on_host((kind, records.known(device) is not None))
+    # The same on every process.
+    is_known = any(known for other, known in found if other == kind)
+    if not is_known and [other for other, _ in found].index(kind) == distributed.rank():
+        _check(device)
     if distributed.world_size() > 1:
         _agree(device, kind)
 
 
-def _check(device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+def _check(device: torch.device) -> None:
     from conddetr.kernels.check import examine
     from conddetr.kernels.check.table import summary
 
     with Steps("check of the kernels") as steps:
-        report = examine(device, short=True, dtypes=dtypes, progress=steps.tell)
+        # Both precisions, whichever this run has: the next one finds a record, and does not check.
+        report = examine(device, short=True, dtypes=(torch.float32, torch.bfloat16), progress=steps.tell)
     for line in summary(report):
         say(line)
 
 
 def _agree(device: torch.device, kind: dict[str, str]) -> None:
-    """Take what the records of all kinds of GPU let run; a process may not see the file of another."""
-    found = [pair for pair in distributed.gather_on_host((kind, records.known(device))) if pair[1] is not None]
-    own = next(record for other, record in found if other == kind)
-    others = {record.identity["device"]: record for other, record in found if other != kind}
-    if others or records.known(device) is None:
-        records.adopt(device, records.restricted(own, list(others.values())))
+    """Take what the records of all kinds of GPU let run; a process may not see the file of another, or another one."""
+    mine = records.known(device)
+    by_kind: dict[tuple, records.Record] = {}
+    for other, record in distributed.gather_on_host((kind, mine)):
+        if record is not None:
+            by_kind.setdefault(tuple(other.items()), record)
+    own = by_kind.pop(tuple(kind.items()))
+    agreed = records.restricted(own, list(by_kind.values()))
+    if mine is None or mine.verdicts != agreed.verdicts:
+        records.adopt(device, agreed)

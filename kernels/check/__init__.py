@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from conddetr.kernels import records, registry
+from conddetr.kernels.check.attempt import NO_MEMORY
 from conddetr.kernels.check.cases import problems
 from conddetr.kernels.check.compiling import compile_kernels
 from conddetr.kernels.check.isolation import isolated
@@ -35,7 +36,7 @@ class Report:
     unavailable: dict[str, list[str]]
     """Why an implementation cannot run here → the rows that this is said of."""
     file: Path | None
-    """The record's; None: it could not be written."""
+    """The record's; None: it could not be written, or is not kept, as the GPU was full."""
     seconds: float
     """Of the check, without compilation."""
     compilation: float | None
@@ -48,6 +49,8 @@ class _Found:
 
     verdicts: list[Verdict] = field(default_factory=list)
     unavailable: dict[str, list[str]] = field(default_factory=dict)
+    full: list[Verdict] = field(default_factory=list)
+    """About what the GPU had no memory for: against it while this process runs."""
 
 
 def check(
@@ -66,7 +69,7 @@ def check(
         progress: is told how far it is.
 
     Returns:
-        The record, which is saved. An interrupted check saves none.
+        The record, which is saved. An interrupted check saves none, nor does one for which the GPU is too full.
 
     Raises:
         ValueError: no such device, or a dtype that is not checked.
@@ -95,7 +98,12 @@ def examine(
         seconds = time.perf_counter() - begin
         # Within: a GPU that stopped may not let anything be put back.
         record = _record(device, found.verdicts, short)
-        file = records.save(device, record)
+        if found.full:
+            file = None
+            adopted = {verdict.key: verdict for verdict in (*found.full, *record.verdicts)}
+            records.adopt(device, replace(record, verdicts=tuple(adopted.values())))
+        else:
+            file = records.save(device, record)
     return Report(device, record, found.unavailable, file, seconds, compilation)
 
 
@@ -165,7 +173,8 @@ def _judge_all(rows: list[Row], device: torch.device, tell: Progress, lost: str 
             except registry.BackendError as error:
                 reason = str(error)
             except torch.OutOfMemoryError:
-                reason = "the GPU has no memory left for the check."
+                reason = NO_MEMORY
+                found.full.append(row.verdict(NO_MEMORY, None, None))
             lost = _lost(row, device)
         if reason is not None:
             found.unavailable.setdefault(reason, []).append(row.title)
@@ -201,11 +210,10 @@ def _lost(row: Row, device: torch.device) -> str | None:
 def _record(device: torch.device, verdicts: list[Verdict], short: bool) -> Record:
     """After a short check what the record of before says of other kernels stays, and what a full check refused."""
     before = records.load(device)
-    found = {(x.operation, x.backend, x.dtype): x for x in verdicts}
+    found = {verdict.key: verdict for verdict in verdicts}
     for verdict in before.verdicts if before is not None and short else ():
-        key = (verdict.operation, verdict.backend, verdict.dtype)
-        if key not in found or (verdict.refused and not before.is_short):
-            found[key] = verdict
+        if verdict.key not in found or (verdict.refused and not before.is_short):
+            found[verdict.key] = verdict
     is_short = short and (before is None or before.is_short)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     tuned = {} if before is None else before.tuned

@@ -6,6 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from conddetr.kernels.check.attempt import NO_MEMORY
+
 if TYPE_CHECKING:
     from conddetr.kernels.check import Report
 
@@ -46,7 +48,9 @@ def summary(report: "Report") -> list[str]:
     times = f"{report.seconds:.0f} s"
     if report.compilation is not None:
         times += f" after {report.compilation:.0f} s of compilation"
-    place = "the record could not be written" if report.file is None else f"record: {report.file}"
+    place = f"record: {report.file}"
+    if report.file is None:
+        place = "no record is kept" if NO_MEMORY in report.unavailable else "the record could not be written"
     absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
     counts = f"{len(report.record.verdicts) - len(refusals)} ok, {len(refusals)} refused, {missing} not available"
     return [*absences, *refusals, f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"]
