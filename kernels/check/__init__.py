@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from conddetr.kernels import records, registry
-from conddetr.kernels.check.attempt import NO_MEMORY
 from conddetr.kernels.check.cases import problems
 from conddetr.kernels.check.compiling import compile_kernels
 from conddetr.kernels.check.isolation import isolated
@@ -23,6 +22,7 @@ from conddetr.kernels.records import Record, Verdict
 
 IMAGES = {"cpu": 2, "cuda": 8}
 """Of a batch of the model."""
+NO_MEMORY = "the GPU has no memory left for the check."
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, and of how many steps how many are done."""
 

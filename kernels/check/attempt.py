@@ -10,7 +10,6 @@ from conddetr.kernels.registry import BackendError
 Result = TypeVar("Result")
 LONGEST = 200
 """Characters of a message: compilers print whole programs."""
-NO_MEMORY = "the GPU has no memory left for the check."
 
 
 def attempt(run: Callable[[], Result]) -> tuple[Result | None, str | None]:
