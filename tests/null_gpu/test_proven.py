@@ -4,6 +4,7 @@ import proven
 import pytest
 import torch
 from said_and_ran import said_and_ran
+from torch.utils.checkpoint import checkpoint
 
 import conddetr
 from conddetr.kernels import records
@@ -42,6 +43,25 @@ def test_what_is_refused_alone_is_pytorchs():
     assert set(found["add_norm"]) == {"eager"}
     assert found.reasons["add_norm"]["triton"] == "its numbers are wrong."
     assert all(set(found[name]) == {"triton"} for name in OURS if name != "add_norm")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_checkpoint_computes_the_backbone_again_by_what_computed_it(backend):
+    """Autograd's own thread does not know that it is within the model."""
+    model = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, backend=backend).cuda()
+    body = model.backbone[0].body
+    call = body.forward
+    body.forward = lambda images: checkpoint(call, images, use_reentrant=False)
+    found = []
+    with records.pretend(None):
+        with conddetr.record_paths() as paths:
+            boxes = model(torch.zeros(1, 3, 64, 64, device="cuda"))["pred_boxes"]
+            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+        with conddetr.record_paths() as paths:
+            boxes.sum().backward()
+            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+    assert found[0] == found[1]
+    assert ("modules" in found[0]["backbone"]) == (backend == "auto")
 
 
 KINDS = [
