@@ -263,8 +263,9 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
-    # torch.compile warns of caches, and asks once.
-    return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
+    # torch.compile warns of caches, and asks once. Without an index it is the current device, which changes.
+    is_asked = device.index is None or torch.compiler.is_compiling()
+    return (torch.cuda.get_device_capability if is_asked else _capability)(device)
 
 
 @functools.cache
