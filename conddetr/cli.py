@@ -312,7 +312,7 @@ def _print_chosen(detector: "Detector", device: torch.device) -> None:
     from conddetr.engine.progress import say
 
     config = detector.model.config
-    prove(device, config.backend, detector.precision)
+    prove(device, config.backend)
     if distributed.is_main():
         say(chosen(config, device, detector.precision, trains=False).line())
 

@@ -77,6 +77,11 @@ class Verdict:
             if value is not None and not math.isfinite(value):
                 object.__setattr__(self, name, None)
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is about."""
+        return self.operation, self.backend, self.dtype
+
 
 def combined(verdicts: Sequence[Verdict], where: str = "here") -> Verdict:
     """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
@@ -209,12 +214,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
 
 
-def _key(verdict: Verdict) -> tuple[str, str, str]:
-    return verdict.operation, verdict.backend, verdict.dtype
-
-
 def _refuse_doubles(verdicts: Sequence[Verdict]) -> None:
-    for key, count in Counter(map(_key, verdicts)).items():
+    for key, count in Counter(verdict.key for verdict in verdicts).items():
         if count > 1:
             raise ValueError(f"expected one verdict about {', '.join(key)}, got {count}")
 
@@ -336,8 +337,8 @@ _lookups: dict[str, _Lookup] = {}
 """By file name, one for each GPU model."""
 _tables: dict[str, Table | None] = {}
 """By architecture."""
-_reasons: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}
-"""Answers of `why_not`, by its arguments."""
+answers: dict[tuple, Any] = {}
+"""What others keep that depends on records: another, empty one whenever these change."""
 _pretended: list[tuple[Record | None, Table | None]] = []
 _remembering: list[Callable[[], None]] = []
 """Each forgets the answers of a function that `remembered` made."""
@@ -365,7 +366,7 @@ def restricted(record: Record, others: Sequence[Record]) -> Record:
 
     def reason(verdict: Verdict) -> str:
         for other in others:
-            found = next((x.refused for x in other.verdicts if _key(x) == _key(verdict)), "it is not checked.")
+            found = next((x.refused for x in other.verdicts if x.key == verdict.key), "it is not checked.")
             if found:
                 return f"on {other.identity['device']}, which another process has: {found}"
         return ""
@@ -383,14 +384,18 @@ def _look(device: torch.device) -> _Lookup:
     if _pretended:
         return _Lookup(_pretended[-1][0])
     name = _file_name(device)
-    if name not in _lookups:
-        _lookups[name] = _read(device)
-    return _lookups[name]
+    # Another thread may make this process forget meanwhile.
+    found = _lookups.get(name)
+    return found or _lookups.setdefault(name, _read(device))
 
 
 def _read(device: torch.device) -> _Lookup:
     try:
-        content = path(device).read_bytes()
+        file = path(device)
+        # Devices and pipes have no end.
+        if file.exists() and not file.is_file():
+            return _Lookup(None, f"it cannot be read: {file} is no file")
+        content = file.read_bytes()
     except FileNotFoundError:
         return _Lookup(None)
     except OSError as error:
@@ -398,7 +403,7 @@ def _read(device: torch.device) -> _Lookup:
     try:
         record = Record.from_json(content)
     except ValueError as error:
-        return _Lookup(None, f"{path(device)} is damaged, or of another version: {error}")
+        return _Lookup(None, f"{file} is damaged, or of another version: {error}")
     changed = _changes(record.identity, identity(device))
     return _Lookup(None, changed) if changed else _Lookup(record)
 
@@ -441,14 +446,14 @@ def save(device: torch.device, record: Record) -> Path | None:
 def adopt(device: torch.device, record: Record) -> None:
     """Make a record the one of this process, for all GPUs of the device's model; no file is read or written."""
     _lookups[_file_name(device)] = _Lookup(record)
-    _forget_answers()
+    _drop_answers()
 
 
 def forget() -> None:
     """Let records and tables be read again when they are next asked for."""
-    for cache in (_lookups, _tables):
-        cache.clear()
-    _forget_answers()
+    _lookups.clear()
+    _tables.clear()
+    _drop_answers()
 
 
 def remembered(function: Answer) -> Answer:
@@ -458,8 +463,10 @@ def remembered(function: Answer) -> Answer:
     return cached
 
 
-def _forget_answers() -> None:
-    _reasons.clear()
+def _drop_answers() -> None:
+    # Not emptied: a thread that is about to keep an answer has one of before.
+    global answers
+    answers = {}
     for forget_all in _remembering:
         forget_all()
 
@@ -471,20 +478,18 @@ def pretend(record: Record | None, table: Table | None = None) -> Iterator[None]
     For tests, and for programs that count launches on a GPU that computes nothing.
     """
     _pretended.append((record, table))
-    _forget_answers()
+    _drop_answers()
     try:
         yield
     finally:
         _pretended.pop()
-        _forget_answers()
+        _drop_answers()
 
 
 # torch.compile calls it while it traces, and does not trace that files are read.
 @torch.compiler.assume_constant_result
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why `auto` must not take an implementation on a device, or None if it may. None on CPUs.
-
-    After the first time the answer is looked up.
 
     Args:
         operation: name of its public function.
@@ -496,13 +501,6 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
         return None
     if device.index is None and not _pretended:
         device = torch.device("cuda", torch.cuda.current_device())
-    key = (operation, backend, device, dtype)
-    if key not in _reasons:
-        _reasons[key] = _why_not(operation, backend, device, dtype)
-    return _reasons[key]
-
-
-def _why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     found = verdict(operation, backend, device, dtype)
     if found is not None:
         return found.refused or None
@@ -546,11 +544,11 @@ def _proof(operation: str, backend: str, device: torch.device, dtype: torch.dtyp
     key = (operation, backend, _name(dtype))
     record = load(device)
     for found in record.verdicts if record else ():
-        if _key(found) == key:
+        if found.key == key:
             return f"checked on {record.identity.get('device', 'this device')}", found
     table = _table(device)
     for found in table.verdicts if table else ():
-        if _key(found) == key:
+        if found.key == key:
             return f"measured on {table.architecture}", found
     return None
 
@@ -562,10 +560,10 @@ def _table(device: torch.device) -> Table | None:
     if device.type != "cuda":
         return None
     architecture = f"sm_{compute_capability(device).replace('.', '')}"
-    if architecture not in _tables:
-        file = MEASURED / f"{architecture}.json"
-        _tables[architecture] = Table.from_json(file.read_bytes()) if file.exists() else None
-    return _tables[architecture]
+    if architecture in _tables:
+        return _tables[architecture]
+    file = MEASURED / f"{architecture}.json"
+    return _tables.setdefault(architecture, Table.from_json(file.read_bytes()) if file.exists() else None)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -77,14 +78,18 @@ class Kernels:
     why_not_auto: Callable[..., str | None] | None = None
     """Likewise; what keeps `auto` alone from them."""
 
-    def misfit(self, device: torch.device, dtype: torch.dtype, is_auto: bool, facts: tuple) -> str | None:
-        """The reason against them, or None; without facts those are not asked for."""
+    def misfit(self, device: torch.device, dtype: torch.dtype, is_auto: bool) -> str | None:
+        """The reason against them on a device and in a dtype, or None."""
         if device.type not in self.devices:
             return f"its kernels run on {_names(self.devices)}, the tensors are on {device.type}."
         if dtype not in self.dtypes:
             return f"its kernels take {_names(self.dtypes)}, not {_names((dtype,))}."
         if is_auto and dtype not in self.auto_dtypes:
             return f"in {_names((dtype,))} `auto` takes plain PyTorch: ask for it by name."
+        return None
+
+    def refuse(self, is_auto: bool, facts: tuple) -> str | None:
+        """The reason against them that the inputs give, or None; there is none without facts."""
         reason = self.why_not(*facts) if facts and self.why_not is not None else None
         if reason is None and is_auto and facts and self.why_not_auto is not None:
             reason = self.why_not_auto(*facts)
@@ -130,13 +135,30 @@ class Operation:
                 raise BackendError(f"backend {requested!r} cannot run here: {reason}")
             return Choice(requested, {})
         refused: dict[str, str] = {}
-        for backend, kernels in self.kernels.items():
-            reason = why_not(backend, device, dtype, is_auto=True) or kernels.misfit(device, dtype, True, facts)
-            reason = reason or _why_unproven(self.name, backend, device, dtype)
+        for backend, kernels, misfit, unproven in self._answers(device, dtype):
+            reason = misfit or kernels.refuse(True, facts) or unproven
             if reason is None:
                 return Choice(backend, refused)
             refused[backend] = reason
         return Choice("eager", refused)
+
+    def _answers(self, device: torch.device, dtype: torch.dtype) -> "list[_Answer]":
+        """What is known of all kernels without the inputs. On a GPU every call asks, so that it is looked up there."""
+        if device.index is None or torch.compiler.is_compiling() or transforms():
+            return self._ask(device, dtype)
+        # These, whatever another thread makes of records meanwhile.
+        answers, key = records.answers, (self.name, device, dtype, _is_demanded.get())
+        if key not in answers:
+            answers[key] = self._ask(device, dtype)
+        return answers[key]
+
+    def _ask(self, device: torch.device, dtype: torch.dtype) -> "list[_Answer]":
+        found = []
+        for backend, kernels in self.kernels.items():
+            misfit = why_not(backend, device, dtype, is_auto=True) or kernels.misfit(device, dtype, is_auto=True)
+            unproven = None if misfit else _why_unproven(self.name, backend, device, dtype)
+            found.append(_Answer(backend, kernels, misfit, unproven))
+        return found
 
     def prefer(self, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Choice:
         """As `choose`, for the backend of a whole model or training: where it cannot run here, plain PyTorch does."""
@@ -158,7 +180,19 @@ class Operation:
         if backend not in self.kernels:
             return "this operation has no such kernels."
         reason = why_not(backend, device, dtype)
-        return reason or self.kernels[backend].misfit(device, dtype, False, facts)
+        kernels = self.kernels[backend]
+        return reason or kernels.misfit(device, dtype, False) or kernels.refuse(False, facts)
+
+
+class _Answer(NamedTuple):
+    """What is known of the kernels of a backend without the inputs."""
+
+    backend: str
+    kernels: Kernels
+    misfit: str | None
+    """Why they cannot run here, or not for `auto`."""
+    unproven: str | None
+    """Why `auto` does not take them all the same."""
 
 
 _is_demanded: ContextVar[bool] = ContextVar("is_demanded", default=False)
@@ -229,8 +263,9 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
-    # torch.compile warns of caches, and asks once.
-    return (torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability)(device)
+    # torch.compile warns of caches, and asks once. Without an index it is the current device, which changes.
+    is_asked = device.index is None or torch.compiler.is_compiling()
+    return (torch.cuda.get_device_capability if is_asked else _capability)(device)
 
 
 @functools.cache

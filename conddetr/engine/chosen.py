@@ -1,6 +1,5 @@
 """What really runs: a check of the GPU's kernels before a run, one line at its start, and what checkpoints keep."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,13 +8,11 @@ from conddetr.config import ModelConfig
 from conddetr.engine import distributed
 from conddetr.engine.precision import float32_products
 from conddetr.engine.progress import Steps, say
-from conddetr.kernels import native, records
+from conddetr.kernels import records
 from conddetr.kernels.registry import OPERATIONS
 
 PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
-_TRAINED = {"matching": "linear_assignment", "loss": "focal_loss"}
-"""Parts of a training alone → operation that stands for them."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,13 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
         compiled: by torch.compile, which takes PyTorch's convolutions.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    attention = "conditional_attention" if model.family == "conditional-detr" else "self_attention"
-    parts = {"attention": _part(attention, model.backend, device, dtype)}
+    parts = {"attention": _attention(model, device, dtype)}
     if trains:
         # As `build_criterion` has it.
         backend = "auto" if model.backend == "native" else model.backend
-        parts |= {name: _part(operation, backend, device, torch.float32) for name, operation in _TRAINED.items()}
+        loss = "matched_box_loss" if model.family == "detr" else "focal_loss"
+        parts["matching"] = _part("linear_assignment", backend, device, torch.float32, model.num_queries)
+        parts["loss"] = _part(loss, backend, device, torch.float32)
     parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, device, dtype)
     left_out = _left_out(device, dtype) if model.backend == "auto" else ()
     return Chosen(parts, precision, float32_products(device), left_out)
@@ -102,15 +100,22 @@ def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
-    choice = OPERATIONS[operation].prefer(backend, device, dtype)
+def _attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
+    if model.family == "detr":
+        return _part("self_attention", model.backend, device, dtype)
+    heads, width = model.num_heads, model.hidden_dim // model.num_heads
+    return _part("conditional_attention", model.backend, device, dtype, device, (1, 1, heads, width), (width,) * 3)
+
+
+def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Part:
+    choice = OPERATIONS[operation].prefer(backend, device, dtype, *facts)
     if choice.backend != "eager":
         note, found = (ask(operation, choice.backend, device, dtype) for ask in (records.source, records.verdict))
         return Part(choice.backend, note, "" if found is None or found.speedup is None else f"{found.speedup:.1f}×")
-    # On a CPU the answer is expected, unless the native kernels are missing.
-    refused = choice.refused if device.type == "cuda" or native.NOT_LOADED is not None else {}
-    reason = next((why for name, why in refused.items() if device.type == "cuda" or name == "native"), "")
-    return Part(PYTORCH, reason.removesuffix("."))
+    # Of `auto` each kind of device has kernels that are expected there; where an operation has none, nothing is amiss.
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "native"
+    return Part(PYTORCH, choice.refused.get(backend, "").removesuffix("."))
 
 
 def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
@@ -124,42 +129,47 @@ def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> P
     return part if part.by == PYTORCH else replace(part, by="channels-last")
 
 
-def prove(device: torch.device, backend: str, precision: str) -> None:
+def prove(device: torch.device, backend: str) -> None:
     """Before a run with backend `auto`: check the kernels of a GPU of which nothing is known, in the short form.
 
-    With several processes one of each kind of GPU checks; all of them then go by what was found on all kinds.
+    With several processes one of each kind of GPU checks, if none of that kind has a record; all of them then go by
+    what was found on all kinds.
 
     Args:
         device: of this process.
         backend: of the model.
-        precision: `float32` or `bfloat16`.
     """
     if backend != "auto" or device.type != "cuda":
         return
-    dtypes = [torch.float32, *([torch.bfloat16] if precision == "bfloat16" else [])]
     kind = records.identity(device)
-    kinds, known = zip(*distributed.gather_on_host((kind, records.known(device) is not None)), strict=True)
-    first = kinds.index(kind)
-    if first == distributed.rank() and not known[first]:
-        _check(device, dtypes)
+    found = distributed.gather_on_host((kind, records.known(device) is not None))
+    # The same on every process.
+    is_known = any(known for other, known in found if other == kind)
+    if not is_known and [other for other, _ in found].index(kind) == distributed.rank():
+        _check(device)
     if distributed.world_size() > 1:
         _agree(device, kind)
 
 
-def _check(device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+def _check(device: torch.device) -> None:
     from conddetr.kernels.check import examine
     from conddetr.kernels.check.table import summary
 
     with Steps("check of the kernels") as steps:
-        report = examine(device, short=True, dtypes=dtypes, progress=steps.tell)
+        # Both precisions, whichever this run has: the next one finds a record, and does not check.
+        report = examine(device, short=True, dtypes=(torch.float32, torch.bfloat16), progress=steps.tell)
     for line in summary(report):
         say(line)
 
 
 def _agree(device: torch.device, kind: dict[str, str]) -> None:
-    """Take what the records of all kinds of GPU let run; a process may not see the file of another."""
-    found = [pair for pair in distributed.gather_on_host((kind, records.known(device))) if pair[1] is not None]
-    own = next(record for other, record in found if other == kind)
-    others = {record.identity["device"]: record for other, record in found if other != kind}
-    if others or records.known(device) is None:
-        records.adopt(device, records.restricted(own, list(others.values())))
+    """Take what the records of all kinds of GPU let run; a process may not see the file of another, or another one."""
+    mine = records.known(device)
+    by_kind: dict[tuple, records.Record] = {}
+    for other, record in distributed.gather_on_host((kind, mine)):
+        if record is not None:
+            by_kind.setdefault(tuple(other.items()), record)
+    own = by_kind.pop(tuple(kind.items()))
+    agreed = records.restricted(own, list(by_kind.values()))
+    if mine is None or mine.verdicts != agreed.verdicts:
+        records.adopt(device, agreed)

@@ -75,7 +75,7 @@ class Trainer:
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
         """Whether all processes have it: they train in one precision."""
         precision = resolve_precision(run.train.precision, self._has_bfloat16)
-        prove(device, model.config.backend, precision)
+        prove(device, model.config.backend)
         self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device), precision=precision)
         self.run = replace(run, model=model.config, train=self.config)
         self.train_set, self.val_set = train_set, val_set

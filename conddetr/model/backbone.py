@@ -9,7 +9,7 @@ from torchvision.models.resnet import Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import paths
+from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.layers import channels_last
 
@@ -41,12 +41,14 @@ class ResNetBody(ResNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
-        if self.backend == "eager" or resnet.is_unproven(self.backend, images):
-            resnet.note_modules(self.conv1)
-            x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        *_, features = resnet.stages(self, images, self.backend)
-        return features
+        # As in the model, where this is called without it: by itself, or when a checkpoint computes it again.
+        with registry.demanded(self.backend):
+            if self.backend != "eager" and not resnet.is_unproven(self.backend, images):
+                *_, features = resnet.stages(self, images, self.backend)
+                return features
+        resnet.note_modules(self.conv1)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 class ResNetBackbone(nn.Module):

@@ -3,6 +3,7 @@
 Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -69,7 +70,7 @@ def conditional_attention(
     if scale is None:
         scale = (q_content.shape[-1] + q_spatial.shape[-1]) ** -0.5
     widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
-    choice = OPERATION.choose(backend, v.device, v.dtype, v, widths)
+    choice = OPERATION.choose(backend, v.device, v.dtype, v.device, v.shape, widths)
     paths.note("conditional_attention", choice.backend, choice.refused)
     if columns is not None and (choice.backend != "triton" or rows.shape[0] != columns.shape[0]):
         rows, columns = (part.expand(v.shape[0], -1, -1, -1) for part in (rows, columns))
@@ -115,22 +116,22 @@ def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
     return (1, rows.shape[1]) if columns is None else (rows.shape[1], columns.shape[1])
 
 
-def _why_not_triton(v: Tensor, widths: tuple[int, int, int]) -> str | None:
+def _why_not_triton(device: torch.device, shape: Sequence[int], widths: tuple[int, int, int]) -> str | None:
     if not all(16 <= width <= 128 for width in widths):
         return f"d, ds, dv must be from 16 to 128, got {widths}."
-    return _why_not_many(v)
+    return _why_not_many(device, shape)
 
 
-def _why_not_native(v: Tensor, widths: tuple[int, int, int]) -> str | None:
-    if v.device.type == "cuda" and widths != (32, 32, 32):
+def _why_not_native(device: torch.device, shape: Sequence[int], widths: tuple[int, int, int]) -> str | None:
+    if device.type == "cuda" and widths != (32, 32, 32):
         return f"on a GPU d, ds, dv must be 32, got {widths} (triton takes 16 to 128)."
-    return _why_not_many(v)
+    return _why_not_many(device, shape)
 
 
-def _why_not_many(v: Tensor) -> str | None:
+def _why_not_many(device: torch.device, shape: Sequence[int]) -> str | None:
     """The limit is that of a GPU's grid."""
-    batch, _, heads, _ = v.shape
-    if v.device.type == "cpu" or max(batch, heads) < 65536:
+    batch, _, heads, _ = shape
+    if device.type == "cpu" or max(batch, heads) < 65536:
         return None
     return f"on a GPU images and heads must be fewer than 65536, got {batch} and {heads}."
 
@@ -140,7 +141,7 @@ OPERATION = registry.declare(
     triton=registry.Kernels(why_not=_why_not_triton),
     native=registry.Kernels(why_not=_why_not_native),
 )
-"""It is told the values, and d, ds and dv."""
+"""It is told the device and the shape of the values, and d, ds and dv."""
 SELF_ATTENTION = registry.declare("self_attention", native=registry.Kernels(devices=("cpu",)))
 """Of a transformer without spatial parts: the native kernels take it as conditional attention, on CPUs, where PyTorch
 has no fused one with dropout.

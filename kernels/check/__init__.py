@@ -5,7 +5,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ IMAGES = {"cpu": 2, "cuda": 8}
 """Of a batch of the model."""
 TUNED = ("conditional_attention", "triton")
 """Operation and implementation whose launch settings are tuned."""
+NO_MEMORY = "the GPU has no memory left for the check."
 Progress = Callable[[str, int, int], None]
 """Takes what is being done, and of how many steps how many are done."""
 
@@ -41,7 +42,7 @@ class Report:
     unavailable: dict[str, list[str]]
     """Why an implementation cannot run here → the rows that this is said of."""
     file: Path | None
-    """The record's; None: it could not be written."""
+    """The record's; None: it could not be written, or is not kept, as the GPU was full."""
     seconds: float
     """Of the check, without compilation."""
     compilation: float | None
@@ -56,6 +57,8 @@ class _Found:
 
     verdicts: list[Verdict] = field(default_factory=list)
     unavailable: dict[str, list[str]] = field(default_factory=dict)
+    full: list[Verdict] = field(default_factory=list)
+    """About what the GPU had no memory for: against it while this process runs."""
 
 
 def check(
@@ -77,7 +80,7 @@ def check(
         progress: is told how far it is.
 
     Returns:
-        The record, which is saved. An interrupted check saves none.
+        The record, which is saved. An interrupted check saves none, nor does one for which the GPU is too full.
 
     Raises:
         ValueError: no such device, a dtype that is not checked, or nothing that can be tuned.
@@ -114,7 +117,12 @@ def examine(
         seconds = time.perf_counter() - begin
         # Within: a GPU that stopped may not let anything be put back.
         record = _record(device, found.verdicts, short, None if tuning is None else tuning.settings())
-        file = records.save(device, record)
+        if found.full:
+            file = None
+            adopted = {verdict.key: verdict for verdict in (*found.full, *record.verdicts)}
+            records.adopt(device, replace(record, verdicts=tuple(adopted.values())))
+        else:
+            file = records.save(device, record)
     return Report(device, record, found.unavailable, file, seconds, compilation, tuning)
 
 
@@ -226,7 +234,8 @@ def _judge_all(rows: list[Row], device: torch.device, tell: Progress, lost: str 
             except registry.BackendError as error:
                 reason = str(error)
             except torch.OutOfMemoryError:
-                reason = "the GPU has no memory left for the check."
+                reason = NO_MEMORY
+                found.full.append(row.verdict(NO_MEMORY, None, None))
             lost = _lost(row, device)
         if reason is not None:
             found.unavailable.setdefault(reason, []).append(row.title)
@@ -268,11 +277,10 @@ def _record(device: torch.device, verdicts: list[Verdict], short: bool, tuned: d
     settings stay where none were tried now.
     """
     before = records.load(device)
-    found = {(x.operation, x.backend, x.dtype): x for x in verdicts}
+    found = {verdict.key: verdict for verdict in verdicts}
     for verdict in before.verdicts if before is not None and short else ():
-        key = (verdict.operation, verdict.backend, verdict.dtype)
-        if key not in found or (verdict.refused and not before.is_short):
-            found[key] = verdict
+        if verdict.key not in found or (verdict.refused and not before.is_short):
+            found[verdict.key] = verdict
     is_short = short and (before is None or before.is_short)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     if tuned is None:

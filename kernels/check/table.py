@@ -14,6 +14,8 @@ TITLE = "error: over its budget, at most 1; speed: over the best that PyTorch ha
 TUNING_TITLE = "launch settings of attention: the fastest; speed: of its pass, over what ships"
 PLAIN = "none"
 """In place of a number that there is not."""
+MOST = 3
+"""Kernels that are named where they are refused for one reason."""
 
 
 def verdict_table(report: "Report") -> Table:
@@ -51,23 +53,24 @@ def summary(report: "Report") -> list[str]:
     """Lines below the table: why what is refused is, what is not available and why, which launch settings are left out,
     and one line of all: how many of each, on what device, times, where the record is.
     """
-    refusals = [
-        f"REFUSED: {verdict.operation}, {verdict.backend}, {verdict.dtype}: {verdict.refused}"
-        for verdict in report.record.verdicts
-        if verdict.refused
-    ]
-    missing = sum(len(rows) for rows in report.unavailable.values())
+    refusals: dict[str, list[str]] = {}
+    for verdict in report.record.verdicts:
+        if verdict.refused:
+            title = f"{verdict.operation}, {verdict.backend}, {verdict.dtype}"
+            refusals.setdefault(verdict.refused, []).append(title)
+    refused, missing = (sum(map(len, rows.values())) for rows in (refusals, report.unavailable))
     kind = "short check" if report.record.is_short else "check"
     times = f"{report.seconds:.0f} s"
     if report.compilation is not None:
         times += f" after {report.compilation:.0f} s of compilation"
-    place = "the record could not be written" if report.file is None else f"record: {report.file}"
+    place = "no record is kept" if report.file is None else f"record: {report.file}"
     absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
-    left_out = [] if report.tuning is None else [f"left out: {line}" for line in report.tuning.left_out]
-    counts = f"{len(report.record.verdicts) - len(refusals)} ok, {len(refusals)} refused, {missing} not available"
-    return [
-        *absences,
-        *refusals,
-        *left_out,
-        f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}",
+    # As of a GPU that stopped, one reason may be that of all.
+    reasons = [
+        f"REFUSED: {'; '.join(rows) if len(rows) <= MOST else f'{len(rows)} kernels'}: {reason}"
+        for reason, rows in refusals.items()
     ]
+    left_out = [] if report.tuning is None else [f"left out: {line}" for line in report.tuning.left_out]
+    counts = f"{len(report.record.verdicts) - refused} ok, {refused} refused, {missing} not available"
+    last = f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"
+    return [*absences, *reasons, *left_out, last]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from said_and_ran import said_and_ran
 from small_runs import finish, small_trainer, start_ranks
 
 import conddetr
@@ -101,6 +102,52 @@ def test_on_a_cpu(monkeypatch):
     )
 
 
+def test_on_a_cpu_the_reason_is_that_of_the_native_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if native.NOT_LOADED is None:
+        assert chosen(R50, CPU, "bfloat16", trains=False).line() == (
+            "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
+        )
+    said = chosen(replace(PRESETS["detr-r50"], backend="triton"), CPU, "float32", trains=True).line()
+    assert said.startswith("attention: PyTorch (this operation has no such kernels), matching: PyTorch (its kernels ru")
+
+
+def test_what_has_no_kernels_on_a_gpu_needs_no_reason(on_gpu):
+    """Attention of the original DETR is PyTorch's there; of its losses kernels compute those of the boxes."""
+    with records.pretend(record(**{**GOOD, "matched_box_loss": 4.0})):
+        said = chosen(PRESETS["detr-r50"], GPU, "bfloat16", trains=True).line()
+    assert said.startswith("attention: PyTorch, matching: triton (checked on NVIDIA H100, 9.0×), loss: triton (4.0×)")
+
+
+def test_sizes_that_kernels_do_not_take_are_said(on_gpu):
+    narrow = replace(R50, hidden_dim=64, num_queries=20_000)
+    with records.pretend(record(**GOOD)):
+        parts = chosen(narrow, GPU, "float32", trains=True).parts
+    assert (parts["attention"].by, parts["attention"].note) == (
+        "PyTorch",
+        "d, ds, dv must be from 16 to 128, got (8, 8, 8)",
+    )
+    assert parts["matching"].note == "its kernel takes at most 4096 queries, got 20000"
+
+
+@pytest.mark.parametrize(
+    ("preset", "backend", "precision", "trains"),
+    [
+        ("conditional-detr-tiny", "auto", "float32", True),
+        ("conditional-detr-tiny", "native", "bfloat16", False),
+        ("conditional-detr-tiny", "eager", "float32", True),
+        ("conditional-detr-r50", "auto", "float32", False),
+        ("conditional-detr-r50", "auto", "bfloat16", False),
+        ("detr-r50", "auto", "float32", True),
+    ],
+)
+def test_what_is_said_is_what_runs(preset, backend, precision, trains):
+    if backend == "native" and native.NOT_LOADED is not None:
+        pytest.skip(str(native.NOT_LOADED))
+    said, ran = said_and_ran(preset, "cpu", precision, trains=trains, backend=backend)
+    assert said == ran
+
+
 def test_a_run_says_it_and_a_checkpoint_keeps_it(tmp_path, capsys):
     trainer = small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=1)
     trainer.fit()
@@ -131,8 +178,8 @@ def checks(monkeypatch) -> list:
     """What was checked; a check finds all kernels good."""
     found = []
 
-    def check(device, dtypes):
-        found.append(dtypes)
+    def check(device):
+        found.append(device)
         records.adopt(device, record(**GOOD))
 
     monkeypatch.setattr(module, "_check", check)
@@ -145,19 +192,19 @@ def checks(monkeypatch) -> list:
 
 
 def test_a_gpu_of_which_nothing_is_known_is_checked_once(checks):
-    prove(CPU, "auto", "float32")
-    prove(GPU, "eager", "float32")
-    prove(GPU, "triton", "float32")
+    prove(CPU, "auto")
+    prove(GPU, "eager")
+    prove(GPU, "triton")
     assert checks == []
-    prove(GPU, "auto", "bfloat16")
-    prove(GPU, "auto", "bfloat16")
-    assert checks == [[torch.float32, torch.bfloat16]]
+    prove(GPU, "auto")
+    prove(GPU, "auto")
+    assert checks == [GPU]
     assert records.known(GPU) == record(**GOOD)
 
 
 def test_what_is_measured_on_the_architecture_needs_no_check(checks):
     records._tables["sm_90"] = records.Table("sm_90", {}, record(**GOOD).verdicts)
-    prove(GPU, "auto", "float32")
+    prove(GPU, "auto")
     assert checks == []
 
 
@@ -174,20 +221,39 @@ def test_a_record_of_several_kinds_lets_run_what_all_let_run():
     assert records.restricted(one, []) == one
 
 
-def agree(number: int, folder: Path) -> None:
-    """A rank with one of two kinds of GPU, of which each kind's first one checks."""
-    name = "NVIDIA H100" if number < 2 else "NVIDIA A10"
-    records.identity = lambda device: {"device": name}
-    records.device_name = lambda device: name
-    records.compute_capability = lambda device: "9.0" if number < 2 else "8.6"
+GPUS = {
+    "one has no record of its kind": [("H100", "1", GOOD), ("H100", "1", None), ("A10", "1", None)],
+    "two records of one kind": [
+        ("H100", "1", None),
+        ("H100", "1", {**GOOD, "focal_loss": "wrong."}),
+        ("H100", "1", GOOD),
+    ],
+    "two drivers of one model": [
+        ("H100", "1", {**GOOD, "focal_loss": "wrong."}),
+        ("H100", "2", GOOD),
+        ("A10", "1", None),
+    ],
+}
+"""Case → of each process the model of its GPU, the driver, and what its record says; None: it has none."""
 
-    def check(device, dtypes):
+
+def agree(number: int, case: str, folder: Path) -> None:
+    """A rank with its GPU; a check finds all good but on an A10."""
+    model, driver, found = GPUS[case][number]
+    kind = {"device": f"NVIDIA {model}", "driver": driver}
+    records.identity = lambda device: kind
+    records.device_name = lambda device: kind["device"]
+    records.compute_capability = lambda device: "9.0"
+    if found is not None:
+        records.adopt(GPU, replace(record(**found), identity=kind))
+
+    def check(device):
         (folder / f"checked-{number}").touch()
-        bad = {} if number < 2 else {"focal_loss": "its numbers are wrong."}
-        records.adopt(device, replace(record(**{**GOOD, **bad}), identity={"device": name}))
+        bad = {"focal_loss": "its numbers are wrong."} if model == "A10" else {}
+        records.adopt(device, replace(record(**{**GOOD, **bad}), identity=kind))
 
     module._check = check
-    prove(GPU, "auto", "float32")
+    prove(GPU, "auto")
     why = [records.why_not(name, "triton", torch.device("cuda:0"), torch.float32) for name in GOOD]
     (folder / f"found-{number}").write_text(str([reason is None for reason in why]))
 
@@ -195,15 +261,20 @@ def agree(number: int, folder: Path) -> None:
 def rank_agrees(folder: Path) -> None:
     """One process of a group."""
     with distributed.process_group("cpu"):
-        agree(distributed.rank(), folder)
+        for case in GPUS:
+            records.forget()
+            (folder / case).mkdir(exist_ok=True)
+            agree(distributed.rank(), case, folder / case)
 
 
-def test_processes_with_two_kinds_of_gpu_choose_the_same(tmp_path, monkeypatch):
+def test_processes_choose_the_same_whatever_gpus_and_records_they_have(tmp_path, monkeypatch):
     monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path / "cache"))
     finish(*start_ranks(3, rank_agrees, tmp_path))
-    assert sorted(path.name for path in tmp_path.glob("checked-*")) == ["checked-0", "checked-2"]
-    found = {(tmp_path / f"found-{number}").read_text() for number in range(3)}
-    assert found == {str([True, True, False, True])}
+    checked = {case: sorted(path.name for path in (tmp_path / case).glob("checked-*")) for case in GPUS}
+    assert checked == dict(zip(GPUS, (["checked-2"], [], ["checked-2"]), strict=True))
+    for case in GPUS:
+        found = {(tmp_path / case / f"found-{number}").read_text() for number in range(3)}
+        assert found == {str([True, True, False, True])}, case
 
 
 def test_build_and_accelerate_prefer_by_default():

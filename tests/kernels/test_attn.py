@@ -58,7 +58,9 @@ def attend(leaves, backend="eager", **options):
     q_content, q_spatial, k_content, *spatial, v = leaves
     spatial = spatial[0] if len(spatial) == 1 else tuple(spatial)
     widths = (q_content.shape[-1], q_spatial.shape[-1], v.shape[-1])
-    reason = op.OPERATION.why_not(backend, v.device, v.dtype, v, widths) if backend == "native" else None
+    reason = (
+        op.OPERATION.why_not(backend, v.device, v.dtype, v.device, v.shape, widths) if backend == "native" else None
+    )
     if reason is not None:
         pytest.skip(reason)
     return conditional_attention(q_content, q_spatial, k_content, spatial, v, backend=backend, **options)

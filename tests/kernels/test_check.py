@@ -21,6 +21,7 @@ from conddetr.kernels.check.guards import MARGIN, Guards
 from conddetr.kernels.check.inputs import Maker
 from conddetr.kernels.check.isolation import isolated, poisoned
 from conddetr.kernels.check.rows import Row, judge
+from conddetr.kernels.check.table import summary
 from conddetr.kernels.check.verify import verify
 
 CPU = torch.device("cpu")
@@ -396,9 +397,15 @@ def test_a_full_gpu_is_no_fault_of_a_kernel_and_after_one_that_stopped_nothing_i
     report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
     assert report.record.verdicts == ()
     assert list(report.unavailable) == ["the GPU has no memory left for the check."]
+    # The next process checks again; this one knows why.
+    assert summary(report)[-1].endswith("no record is kept")
+    assert {x.refused for x in records.load(CPU).verdicts} == {"the GPU has no memory left for the check."}
+    records.forget()
+    assert records.load(CPU) is None
     monkeypatch.setattr(check_module, "judge", lambda row, device, tell: row.verdict("it raises.", None, None))
     monkeypatch.setattr(check_module, "_lost", lambda row, device: f"it was not checked, as it stopped at {row.title}.")
-    first, second = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16]).record.verdicts
+    report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
+    first, second = report.record.verdicts
     assert first.refused == "it raises."
     assert second.refused == "it was not checked, as it stopped at dropout_add, native, float32."
 

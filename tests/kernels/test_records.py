@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conddetr.kernels import native, records
+from conddetr.kernels import native, records, registry
 from conddetr.kernels.records import Record, Table, Verdict
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -180,6 +180,20 @@ def test_a_folder_in_place_of_the_file_is_ignored(caplog):
     assert "cannot be read" in records.why_ignored(CPU)
     assert records.save(CPU, record_of(records.identity(CPU))) is None
     assert len(caplog.records) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no device without an end")
+def test_a_device_in_place_of_the_file_is_not_read_and_is_replaced(monkeypatch):
+    file = records.path(CPU)
+    file.parent.mkdir(parents=True)
+    file.symlink_to("/dev/zero")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+        assert records.load(CPU) is None
+    assert "is no file" in records.why_ignored(CPU)
+    assert records.save(CPU, record_of(records.identity(CPU))) == file
+    assert file.is_file()
+    assert not file.is_symlink()
 
 
 @pytest.mark.parametrize("name", records.identity(CPU))
@@ -472,23 +486,42 @@ def test_a_new_record_replaces_the_answers_that_were_given(gpus):
     assert records.why_not(*ATTENTION, GPU, torch.bfloat16) is None
 
 
+def why_not_triton() -> str | None:
+    """What `choose` says against Triton's kernels of attention."""
+    choice = registry.OPERATIONS["conditional_attention"].choose("auto", GPU, torch.bfloat16)
+    return choice.refused.get("triton")
+
+
 def test_an_answer_is_looked_up_after_the_first_time(gpus, monkeypatch):
     """It is asked for hundreds of times a step: neither files nor the device are asked again."""
-    asked = []
-    real = records._why_not
-    monkeypatch.setattr(records, "_why_not", lambda *key: (asked.append(key), real(*key))[1])
-    for _ in range(3):
-        records.why_not(*ATTENTION, GPU, torch.bfloat16)
-        records.why_not(*ATTENTION, GPU, torch.float16)
-    assert len(asked) == 2
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
+    assert why_not_triton() == NOT_CHECKED
 
     def fail(*_):
         raise AssertionError("the device or a file was asked.")
 
-    monkeypatch.setattr(records, "device_name", fail)
-    monkeypatch.setattr(records, "compute_capability", fail)
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    assert records.why_not(*ATTENTION, GPU, torch.bfloat16) == NOT_CHECKED
+    with monkeypatch.context() as patch:
+        for name in ("device_name", "compute_capability", "why_not"):
+            patch.setattr(records, name, fail)
+        patch.setattr(Path, "read_bytes", fail)
+        assert why_not_triton() == NOT_CHECKED
+    records.adopt(GPU, record_of({}))
+    assert why_not_triton() is None
+
+
+def test_an_answer_of_before_is_not_kept_where_records_change_meanwhile(gpus, monkeypatch):
+    monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
+    real = records.why_not
+
+    def changed_by_another_thread(*key):
+        found = real(*key)
+        records.adopt(GPU, record_of({}))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "why_not", changed_by_another_thread)
+        assert why_not_triton() == NOT_CHECKED
+    assert why_not_triton() is None
 
 
 @pytest.mark.parametrize("is_asked_before", [False, True])

@@ -113,6 +113,13 @@ def test_on_a_gpu_auto_takes_what_is_proven(operation, monkeypatch):
             assert operation.choose("auto", gpu, torch.float32).backend == "eager"
 
 
+def test_the_capability_is_that_of_the_current_gpu(monkeypatch):
+    """Asked once of a GPU with an index; without one it is another after `set_device`."""
+    answers = iter([(8, 0), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(answers))
+    assert [registry.capability(torch.device("cuda")) for _ in range(2)] == [(8, 0), (9, 0)]
+
+
 def test_every_public_function_with_kernels_is_in_the_table():
     """But for convolution_pair, which is made of convolutions, drawn_probability, which computes nothing, and check."""
     functions = set(kernels.__all__) - {"check", "convolution_pair", "drawn_probability"}

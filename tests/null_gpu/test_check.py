@@ -29,6 +29,9 @@ def test_a_gpu_that_cannot_add_up_has_nothing_checked():
     assert refused == {"nothing is right on cuda:0: plain PyTorch's sums are wrong."}
     assert {x.operation for x in report.record.verdicts} >= {"add_norm", "conditional_attention", "linear_assignment"}
     assert report.compilation is None
+    # One line says so of all.
+    said = [line for line in summary(report) if line.startswith("REFUSED")]
+    assert said == [f"REFUSED: {len(report.record.verdicts)} kernels: {refused.pop()}"]
 
 
 def test_tuning_where_nothing_is_right_ends_and_records_nothing(capsys, monkeypatch):

@@ -3,6 +3,8 @@
 import proven
 import pytest
 import torch
+from said_and_ran import said_and_ran
+from torch.utils.checkpoint import checkpoint
 
 import conddetr
 from conddetr.kernels import records
@@ -41,3 +43,53 @@ def test_what_is_refused_alone_is_pytorchs():
     assert set(found["add_norm"]) == {"eager"}
     assert found.reasons["add_norm"]["triton"] == "its numbers are wrong."
     assert all(set(found[name]) == {"triton"} for name in OURS if name != "add_norm")
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_checkpoint_computes_the_backbone_again_by_what_computed_it(backend):
+    """Autograd's own thread does not know that it is within the model."""
+    model = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, backend=backend).cuda()
+    body = model.backbone[0].body
+    call = body.forward
+    body.forward = lambda images: checkpoint(call, images, use_reentrant=False)
+    found = []
+    with records.pretend(None):
+        with conddetr.record_paths() as paths:
+            boxes = model(torch.zeros(1, 3, 64, 64, device="cuda"))["pred_boxes"]
+            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+        with conddetr.record_paths() as paths:
+            boxes.sum().backward()
+            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+    assert found[0] == found[1]
+    assert ("modules" in found[0]["backbone"]) == (backend == "auto")
+
+
+KINDS = [
+    ("conditional-detr-r50", "bfloat16", {}),
+    ("conditional-detr-tiny", "float32", {"hidden_dim": 16, "num_heads": 2}),
+    ("detr-r50", "float32", {}),
+]
+"""Preset, precision, options; heads of 8 channels are for no kernel."""
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize(("preset", "precision", "options"), KINDS)
+@pytest.mark.parametrize(
+    ("backend", "refused"),
+    [
+        ("auto", None),
+        ("auto", {}),
+        ("auto", {"conditional_attention": "it is slow.", "convolution": "it is slow."}),
+        ("auto", {"focal_loss": "it is wrong.", "matched_box_loss": "it is wrong.", "linear_assignment": "it is."}),
+        ("auto", {"prepare_weights": "it is wrong."}),
+        ("triton", None),
+        ("eager", {}),
+    ],
+)
+def test_what_is_said_is_what_runs(backend, refused, preset, precision, options, trains):
+    if backend == "triton" and options:
+        pytest.skip("it is an error there")
+    record = None if refused is None else proven.everything(torch.device("cuda"), **refused)
+    with records.pretend(record):
+        said, ran = said_and_ran(preset, "cuda", precision, trains=trains, backend=backend, **options)
+    assert said == ran
