@@ -15,6 +15,10 @@ PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
 
 
+_IN_THE_LINE = ("conditional_attention", "self_attention", "linear_assignment", "focal_loss", "convolution")
+"""Operations that stand for its parts."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of a run."""
@@ -89,10 +93,9 @@ def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """Operations that are no part of the line, in a GPU's record refused and so PyTorch's."""
     if device.type != "cuda" or records.known(device) is None:
         return ()
-    shown = {"conditional_attention", "self_attention", "convolution", *_TRAINED.values()}
     found = []
     for name, operation in OPERATIONS.items():
-        backends = () if name in shown else operation.kernels
+        backends = () if name in _IN_THE_LINE else operation.kernels
         verdicts = [records.verdict(name, backend, device, dtype) for backend in backends]
         refused = [verdict.refused for verdict in verdicts if verdict is not None and verdict.refused]
         if refused and operation.choose("auto", device, dtype).backend == "eager":
