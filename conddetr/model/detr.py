@@ -132,7 +132,7 @@ class DETR(nn.Module):
             tokens, transformer = self.input_proj(features).flatten(2).transpose(1, 2), self.transformer
         else:
             tokens, transformer = plan.tokens(features), plan.transformer
-        with _attention_kernels(tokens, self.training):
+        with _attention_kernels(tokens):
             hidden, reference = transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 also under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -223,11 +223,11 @@ class DETR(nn.Module):
         return output
 
 
-def _attention_kernels(tokens: Tensor, training: bool) -> AbstractContextManager:
-    """Which kernels PyTorch's attention may take. Its fused ones have no tangents and no second derivatives. On a CPU
-    none of them takes dropout, so that training runs without them anyway, and gradients in evaluation mode do as well.
+def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
+    """Which kernels PyTorch's attention may take. Its fused ones have no tangents, and on a CPU no second derivatives;
+    with dropout none of them runs there anyway.
     """
-    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled() and not training
+    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 

@@ -207,10 +207,36 @@ def test_losses_and_matching(case, run):
     assert found == info["matching_by_decoder_layer"]
 
 
-def assert_gradient_norms(case, backend):
-    """Of every parameter, and of all together; returns the gradients by name."""
-    info = read_json(case)
+def on_its_side(case, model):
+    """Keep a unit of p1 on its side of ReLU: the first of the box head, of the last layer, for the first image.
+
+    In float64 it is 2.5e-6, and float32 rounds by as much (2e-6, root mean square). On the other side, where native
+    convolutions take it, it alone moves all gradients together by 0.7 %, those of one parameter by 4.7 %. With every
+    unit held on the side that native kernels take, their gradients are 7e-6 from float64, and 1e-5 in p3.
+    """
+    if case == "p1":
+        model.bbox_embed.layers[0].register_forward_hook(_positive)
+
+
+def _positive(module, args, output):
+    unit, in_float64 = (-1, 0, 101, 144), 2.4905e-6
+    assert output[unit].item() == pytest.approx(in_float64, abs=2e-5)
+    shift = torch.zeros_like(output)
+    shift[unit] = in_float64 - output[unit].detach()
+    return output + shift
+
+
+@pytest.mark.parametrize("backend", ["eager", conddetr.ModelConfig().backend])
+@pytest.mark.parametrize("case", ["p1", "p3"])
+def test_gradients_of_every_parameter(case, backend):
+    """The norm of each, and of all together; of some the numbers.
+
+    These are the official code's in float32. In p3 units near zero put them 0.3 % from float64, so that they bind only
+    what rounds alike: eager.
+    """
+    info, golden = read_json(case), read_arrays(case)
     model = rule_model(CASES[case], backend=backend).train()
+    on_its_side(case, model)
     images, targets = rule_inputs(case)
     criterion = conddetr.build_criterion(model.config).train()
     criterion(model(images), targets)["loss"].backward()
@@ -224,20 +250,7 @@ def assert_gradient_norms(case, backend):
             assert norm < 1e-4, name
     total = sum(g.double().norm().item() ** 2 for g in gradients.values()) ** 0.5
     assert total == pytest.approx(info["total_grad_norm_f64"], rel=2e-3)
-    return gradients
-
-
-def test_gradient_norms_by_default():
-    """In p1 a unit lies within rounding of zero: other convolutions alone, or another attention alone, move 1 % of some
-    gradients by its changing sides, and both together do not.
-    """
-    assert_gradient_norms("p3", conddetr.ModelConfig().backend)
-
-
-@pytest.mark.parametrize("case", ["p1", "p3"])
-def test_gradients_of_every_parameter(case):
-    golden, gradients = read_arrays(case), assert_gradient_norms(case, "eager")
-    for key in (key for key in golden if key.startswith("grad/")):
+    for key in (key for key in golden if key.startswith("grad/") and (case == "p1" or backend == "eager")):
         name, _, rows = key.removeprefix("grad/").partition("[:")
         found = gradients[name][: int(rows[:-1])] if rows else gradients[name]
         error = (found - golden[key]).norm() / golden[key].norm().clamp(min=1e-5)

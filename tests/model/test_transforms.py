@@ -58,8 +58,12 @@ def test_functional_gradients_and_tangents(preset, backend):
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_hessian_products_against_finite_differences(preset, backend):
+@pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
+def test_hessian_products_against_finite_differences(is_training, preset, backend):
     case = Case(preset, backend, torch.float64)
+    case.model.train(is_training)
+    # Transforms refuse to change the statistics of batch norms.
+    case.model.backbone.eval()
     direction = {name: torch.randn_like(p) for name, p in case.parameters.items()}
     # Not more: between the two lies no kink of a ReLU then, and the same assignment.
     step = 1e-8
