@@ -149,6 +149,8 @@ def prove(device: torch.device, backend: str) -> None:
     # The same on every process.
     is_known = any(known for other, known in found if other == kind)
     if not is_known and [other for other, _ in found].index(kind) == distributed.rank():
+        if reason := records.why_ignored(device):
+            say(f"the kernels of {kind['device']} are checked again, as the record does not hold: {reason}")
         _check(device)
     if distributed.world_size() > 1:
         _agree(device, kind)

@@ -202,6 +202,16 @@ def test_a_gpu_of_which_nothing_is_known_is_checked_once(checks):
     assert records.known(GPU) == record(**GOOD)
 
 
+def test_a_record_that_does_not_hold_is_made_again_and_the_reason_said(checks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path))
+    records.save(GPU, replace(record(**GOOD), identity={"device": "NVIDIA H100", "driver": "550.1"}))
+    records.forget()
+    monkeypatch.setattr(records, "_tables", {"sm_90": None})
+    prove(GPU, "auto")
+    assert len(checks) == 1
+    assert "as the record does not hold: its driver was 550.1, now none" in " ".join(capsys.readouterr().out.split())
+
+
 def test_what_is_measured_on_the_architecture_needs_no_check(checks):
     records._tables["sm_90"] = records.Table("sm_90", {}, record(**GOOD).verdicts)
     prove(GPU, "auto")
