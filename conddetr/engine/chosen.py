@@ -84,6 +84,8 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
 
 
 def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
+    if backend == "eager":
+        return Part(PYTORCH, "backend eager")
     choice = OPERATIONS[operation].prefer(backend, device, dtype)
     if choice.backend != "eager":
         note, found = (ask(operation, choice.backend, device, dtype) for ask in (records.source, records.verdict))
@@ -95,8 +97,10 @@ def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype
 
 
 def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
-    if model.backbone == "tiny" or model.backend == "eager":
+    if model.backbone == "tiny":
         return Part(PYTORCH)
+    if model.backend == "eager":
+        return Part(PYTORCH, "backend eager")
     if device.type != "cuda":
         return _part("convolution", "auto", device, dtype)
     # A model whose backend is given by name takes them unproven.
