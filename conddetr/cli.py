@@ -335,16 +335,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     result = _coco_result(*source, data, *loading, options.results, options.classes_by_name, options.split)
     if result is None:
         return
-    # Before anything is printed: a pipe may end after a line.
-    if options.out:
-        data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
-        per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
-        content = {**result.metrics, "data": data, **per_class}
-        write_text(options.out, json.dumps(content, indent=1) + "\n")
-    if options.per_class:
-        show("classes, in percent", class_table(result.per_class))
-    show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
-    say(result.describe())
+    data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
+    per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
+    content = {**result.metrics, "data": data, **per_class}
+    try:
+        if options.per_class:
+            show("classes, in percent", class_table(result.per_class))
+        show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
+        say(result.describe())
+    finally:
+        # A pipe that ends early costs no file, and a file that cannot be written no numbers.
+        if options.out:
+            write_text(options.out, json.dumps(content, indent=1) + "\n")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -590,12 +592,14 @@ def _check(options: argparse.Namespace) -> int:
     with Steps("check") as steps:
         device = find_device(options.device)
         report = examine(device, short=options.short, tune=options.tune, progress=steps.tell)
-    # Before anything is printed: a pipe may end after a line.
-    if options.json:
-        write_text(options.json, report.record.to_json())
-    show(TITLE, verdict_table(report))
-    if report.tuning is not None and report.tuning.choices:
-        show(TUNING_TITLE, tuning_table(report.tuning))
-    for line in summary(report):
-        say(line)
+    try:
+        show(TITLE, verdict_table(report))
+        if report.tuning is not None and report.tuning.choices:
+            show(TUNING_TITLE, tuning_table(report.tuning))
+        for line in summary(report):
+            say(line)
+    finally:
+        # A pipe that ends early costs no file, and a file that cannot be written no table.
+        if options.json:
+            write_text(options.json, report.record.to_json())
     return 1 if any(verdict.refused for verdict in report.record.verdicts) else 0

@@ -66,6 +66,9 @@ def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "AP50" in printed
     assert f"synthetic shapes of seed 2: 4 images, {objects} objects; by {data['library']}" in printed
+    # A place that cannot be written costs no numbers.
+    assert main([*command[:-1], str(out / "metrics.json")]) == 2
+    assert "AP50" in capsys.readouterr().out
     results = tmp_path / "results.json"
     assert main([*command, "--results", str(results), "--per-class"]) == 0
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])

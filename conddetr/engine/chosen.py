@@ -111,6 +111,8 @@ def _attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Part:
+    if backend == "eager":
+        return Part(PYTORCH, "backend eager")
     choice = OPERATIONS[operation].prefer(backend, device, dtype, *facts)
     if choice.backend != "eager":
         note, found = (ask(operation, choice.backend, device, dtype) for ask in (records.source, records.verdict))
@@ -122,8 +124,10 @@ def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype
 
 
 def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
-    if model.backbone == "tiny" or model.backend == "eager":
+    if model.backbone == "tiny":
         return Part(PYTORCH)
+    if model.backend == "eager":
+        return Part(PYTORCH, "backend eager")
     if device.type != "cuda":
         return _part("convolution", "auto", device, dtype)
     # A model whose backend is given by name takes them unproven.

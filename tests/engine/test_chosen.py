@@ -86,7 +86,9 @@ def test_a_backend_by_name_needs_no_proof(on_gpu):
         assert line("triton") == (
             "attention: triton, matching: triton, loss: triton, backbone: channels-last, bfloat16, TF32 as it is"
         )
-        assert line("eager").startswith("attention: PyTorch, matching: PyTorch, loss: PyTorch, backbone: PyTorch, bf")
+        assert line("eager").startswith(
+            "attention: PyTorch (backend eager), matching: PyTorch, loss: PyTorch, backbone: PyTorch, bf"
+        )
 
 
 def test_on_a_cpu(monkeypatch):

@@ -441,6 +441,9 @@ def test_command_prints_a_table_and_says_where_the_record_is(two_problems, sabot
     assert "2 ok, 0 refused, 1 not available; record: " in said
     assert str(records.path(CPU)) in said
     assert [x["dtype"] for x in json.loads(file.read_text())["content"]["verdicts"]] == ["float32", "bfloat16"]
+    # A place that cannot be written costs no table.
+    assert main(["check", "--device", "cpu", "--json", str(file / "record.json")]) == 2
+    assert "2 ok, 0 refused, 1 not available; record: " in capsys.readouterr().out
     sabotage(slightly_wrong)
     assert main(["check", "--device", "cpu"]) == 1
     said = capsys.readouterr().out
