@@ -108,7 +108,7 @@ def test_checkpoints_of_before_go_on_in_float32(tmp_path, monkeypatch, stored):
     save(trainer(tmp_path, True, monkeypatch, model_options={"backend": "eager"}))
     content = read_checkpoint(tmp_path / "checkpoint.pt")
     content["run"]["train"].pop("precision")
-    content.pop("chosen")
+    del content["chosen"]
     if stored:
         content["run"]["train"]["precision"] = stored
     save_checkpoint(tmp_path / "checkpoint.pt", content)
