@@ -73,7 +73,10 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, tiny_model):
 
 @pytest.mark.slow
 def test_the_way_of_readme_leads_from_images_to_an_exported_file(coco_path, tmp_path, monkeypatch, capsys):
-    """Its lines in their order, on fewer epochs and rounds; the power cut comes with the first checkpoint."""
+    """Its lines in their order, on fewer epochs and rounds; the power cut comes with the first checkpoint.
+
+    Not the check of the kernels: whether one is fast depends on what else the machine does.
+    """
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     onnx = pytest.importorskip("onnx", reason="reads the exported file")
     monkeypatch.chdir(tmp_path)
@@ -83,6 +86,8 @@ def test_the_way_of_readme_leads_from_images_to_an_exported_file(coco_path, tmp_
     printed = {}
     for line in lines:
         words = shlex.split(line.split("#")[0].removeprefix(POWER_CUT))[1:]
+        if words[0] == "check":
+            continue
         if line.startswith(POWER_CUT):
             train_until_killed(words, Path("runs/train/checkpoint.pt"))
             continue

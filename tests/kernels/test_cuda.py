@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -343,10 +342,10 @@ def test_too_large_a_grid_is_refused(device):
 
 
 def test_other_widths_are_refused():
-    v = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 1, 32))
-    reason = attention_op.OPERATION.kernels["native"].why_not(v, (32, 16, 32))
+    where = torch.device("cuda"), (1, 1, 1, 32)
+    reason = attention_op.OPERATION.kernels["native"].why_not(*where, (32, 16, 32))
     assert reason == "on a GPU d, ds, dv must be 32, got (32, 16, 32) (triton takes 16 to 128)."
-    assert attention_op.OPERATION.kernels["native"].why_not(v, (32, 32, 32)) is None
+    assert attention_op.OPERATION.kernels["native"].why_not(*where, (32, 32, 32)) is None
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
@@ -354,8 +353,8 @@ def test_more_images_or_heads_than_a_grid_of_blocks_has(backend):
     """Blocks count them in dimensions of a launch that end at 65535."""
 
     def why_not(device: str, batch: int, heads: int) -> str | None:
-        v = SimpleNamespace(device=torch.device(device), shape=(batch, 1, heads, 32))
-        return attention_op.OPERATION.kernels[backend].why_not(v, (32, 32, 32))
+        shape = (batch, 1, heads, 32)
+        return attention_op.OPERATION.kernels[backend].why_not(torch.device(device), shape, (32, 32, 32))
 
     assert why_not("cuda", 65535, 65535) is None
     assert why_not("cpu", 65536, 1) is None
