@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -117,7 +117,22 @@ def show(title: str, table: Table) -> None:
     console.print(table)
 
 
-class Progress:
+class _Shown:
+    """A bar that is there within a `with` block."""
+
+    _bar: RichProgress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class Progress(_Shown):
     """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal.
 
     `total` may be None, for work whose amount is not known yet.
@@ -142,15 +157,6 @@ class Progress:
         )
         self._task = self._bar.add_task(title, total=total, rate="…", note="")
 
-    def __enter__(self) -> "Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
     def advance(self, images: int, note: str = "", total: int | None = None) -> None:
         """Count `images` more as done, of `total` where that was not known before."""
         task = self._bar.tasks[self._task]
@@ -158,7 +164,7 @@ class Progress:
         self._bar.update(self._task, advance=images, rate=rate, note=note, total=total)
 
 
-class Steps:
+class Steps(_Shown):
     """A bar of steps, of whose phases each has a number of its own. Silent where the output is no terminal."""
 
     def __init__(self, title: str) -> None:
@@ -173,15 +179,6 @@ class Steps:
             transient=True,
         )
         self._task = self._bar.add_task(title, total=None, note="")
-
-    def __enter__(self) -> "Steps":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def tell(self, note: str, done: int, total: int) -> None:
         """Show what is being done, and that `done` steps of `total` are."""
