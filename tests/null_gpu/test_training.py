@@ -12,6 +12,7 @@ from conddetr.data.batch import collate, make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
+from conddetr.kernels import addresses
 from null_gpu.counts import counted
 from null_gpu.test_ops import skip_unless_built
 
@@ -39,13 +40,21 @@ def make_stepper(device="cuda", backend="triton", cuda_graphs="off", precision="
 
 
 def count_step(stepper, batch):
-    """What the third step asks for: the first compiles, the second makes the optimizer's state."""
+    """What the third step asks for: the first compiles, the second makes the optimizer's state.
+
+    Where gradients lie the allocator decides. If it is where those of the second step lay, the table of their addresses
+    is on the device already; so copies are counted without it.
+    """
     for step in range(2):
         stepper([batch], step)
     # Each step reads what the one before reported; it has arrived by then, but that would count as a wait.
     stepper.flush()
+    before = addresses._copied.cache_info().misses
     with counted() as counts:
         stepper([batch], 2)
+    tables = addresses._copied.cache_info().misses - before
+    assert tables in (0, 1), "parameters lie where they did"
+    counts.to_device -= tables
     stepper.flush()
     assert stepper.skipped == 0
     return counts
@@ -54,9 +63,9 @@ def count_step(stepper, batch):
 @pytest.mark.parametrize(
     ("options", "launches", "copies", "graphs"),
     [
-        ({"backend": "triton"}, 341, 9, 0),
-        ({"backend": "triton", "precision": "bfloat16"}, 358, 9, 0),
-        ({"backend": "native"}, 341, 9, 0),
+        ({"backend": "triton"}, 341, 8, 0),
+        ({"backend": "triton", "precision": "bfloat16"}, 358, 8, 0),
+        ({"backend": "native"}, 341, 8, 0),
         ({"backend": "triton", "cuda_graphs": "on", "ema_decay": 0.9}, 2, 3, 1),
         ({"backend": "triton", "cuda_graphs": "auto", "precision": "auto"}, 2, 3, 1),
     ],
