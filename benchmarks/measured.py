@@ -11,13 +11,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 from harness import OURS, RESULTS, Result, console, is_failure, read_results
 
 from conddetr.files import write_text
-from conddetr.kernels import records
 from conddetr.kernels.records import Table, Verdict
 
 OPERATIONS: dict[str, dict[str, str]] = {
@@ -113,6 +113,26 @@ def conditions(environments: list[dict[str, str]]) -> str:
     return f"{', '.join(parts)}, {' to '.join(sorted({min(days), max(days)}))}"
 
 
+def combined(verdicts: list[Verdict], where: str) -> Verdict:
+    """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
+
+    Problems that were not timed do not count in the mean. It is refused for the first reason among the problems', and
+    else where the mean is below 1.
+
+    Args:
+        verdicts: of one operation, backend and dtype; at least one.
+        where: the place of which "slower than PyTorch" is said.
+    """
+    errors = [verdict.error for verdict in verdicts]
+    speedups = [verdict.speedup for verdict in verdicts if verdict.speedup is not None]
+    # To four digits: the last ones depend on the release of Python.
+    speedup = float(f"{geometric_mean(speedups):.4g}") if speedups else None
+    refused = next((verdict.refused for verdict in verdicts if verdict.refused), "")
+    if not refused and speedup is not None and speedup < 1:
+        refused = f"it is slower than PyTorch {where}: {speedup:.2f}× its speed."
+    return replace(verdicts[0], refused=refused, error=None if None in errors else max(errors), speedup=speedup)
+
+
 def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
     """One verdict for each operation, backend and dtype: that of the GPU which refuses it, or gains least by it."""
     found: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
@@ -121,7 +141,7 @@ def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
         for verdict in all_verdicts:
             same[verdict.operation, verdict.backend, verdict.dtype].append(verdict)
         for key, group in same.items():
-            found[key].append(records.combined(group, f"on {gpu}"))
+            found[key].append(combined(group, f"on {gpu}"))
     for _, group in sorted(found.items()):
         yield min(group, key=lambda verdict: (not verdict.refused, verdict.speedup or math.inf))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from conddetr import config as configs
-from conddetr.loss.criterion import Criterion
+from conddetr.loss.criterion import Criterion, loss_backend
 from conddetr.model.detr import DETR
 
 
@@ -64,11 +64,11 @@ def build_criterion(
 
     Args:
         config: of the model.
-        backend: default: the model's; `auto` where that is one which losses have not.
+        backend: default: the model's, `auto` in place of `native`.
         max_targets, check_finite: see `Criterion`.
     """
     if backend is None:
-        backend = "auto" if config.backend == "native" else config.backend
+        backend = loss_backend(config.backend)
     return Criterion(config, backend, max_targets, check_finite)
 
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import geometric_mean
 from types import UnionType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -48,7 +47,7 @@ _NOT_CHECKED = "it is not checked on this GPU: `conddetr check` does that."
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about one implementation of an operation in one dtype, of all its problems: see `combined`.
+    """What was found about one implementation of an operation in one dtype, of all its problems.
 
     Raises:
         ValueError: an error above the budget, or one that is no number, and no reason in `refused`.
@@ -81,26 +80,6 @@ class Verdict:
     def key(self) -> tuple[str, str, str]:
         """What it is about."""
         return self.operation, self.backend, self.dtype
-
-
-def combined(verdicts: Sequence[Verdict], where: str = "here") -> Verdict:
-    """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
-
-    Problems that were not timed do not count in the mean. It is refused for the first reason among the problems', and
-    else where the mean is below 1.
-
-    Args:
-        verdicts: of one operation, backend and dtype; at least one.
-        where: the place of which "slower than PyTorch" is said.
-    """
-    errors = [verdict.error for verdict in verdicts]
-    speedups = [verdict.speedup for verdict in verdicts if verdict.speedup is not None]
-    # To four digits: the last ones depend on the release of Python.
-    speedup = float(f"{geometric_mean(speedups):.4g}") if speedups else None
-    refused = next((verdict.refused for verdict in verdicts if verdict.refused), "")
-    if not refused and speedup is not None and speedup < 1:
-        refused = f"it is slower than PyTorch {where}: {speedup:.2f}× its speed."
-    return replace(verdicts[0], refused=refused, error=None if None in errors else max(errors), speedup=speedup)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from conddetr.engine.precision import float32_products
 from conddetr.engine.progress import Steps, say
 from conddetr.kernels import records
 from conddetr.kernels.registry import OPERATIONS
+from conddetr.loss.criterion import loss_backend
 
 PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
@@ -79,8 +80,7 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     parts = {"attention": _attention(model, device, dtype)}
     if trains:
-        # As `build_criterion` has it.
-        backend = "auto" if model.backend == "native" else model.backend
+        backend = loss_backend(model.backend)
         loss = "matched_box_loss" if model.family == "detr" else "focal_loss"
         parts["matching"] = _part("linear_assignment", backend, device, torch.float32, model.num_queries)
         parts["loss"] = _part(loss, backend, device, torch.float32)

@@ -18,6 +18,7 @@ from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.config import TrainConfig
 from conddetr.kernels.registry import OPERATIONS
+from conddetr.loss.criterion import loss_backend
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
         return f"graphs need an NVIDIA GPU, the device is {device}"
     if distributed.world_size() > 1:
         return f"graphs are recorded in one process, there are {distributed.world_size()}"
-    # As `build_criterion` has it.
-    backend = "auto" if model.backend == "native" else model.backend
+    backend = loss_backend(model.backend)
     matching = OPERATIONS["linear_assignment"].prefer(backend, device, torch.float32, model.num_queries)
     if matching.backend == "eager":
         why = next(iter(matching.refused.values()), "backend eager").removesuffix(".")

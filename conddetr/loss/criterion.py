@@ -18,6 +18,11 @@ from conddetr.loss.matcher import assign
 from conddetr.loss.targets import PackedTargets, pack_targets
 
 
+def loss_backend(backend: str) -> str:
+    """The backend of matching and losses for a model's: `auto` for `native`, since losses have no native kernels."""
+    return "auto" if backend == "native" else backend
+
+
 class Criterion(nn.Module):
     """Matches predictions and objects, then computes the losses of every decoder layer at once.
 

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conddetr.kernels import records, registry
-from conddetr.kernels.check.cases import problems
+from conddetr.kernels.check.cases import IMAGES, problems
 from conddetr.kernels.check.compiling import compile_kernels
 from conddetr.kernels.check.isolation import isolated
-from conddetr.kernels.check.problem import FLOATS
 from conddetr.kernels.check.rows import Row, judge
 from conddetr.kernels.records import Record, Verdict
+from conddetr.kernels.registry import FLOATS
 
 if TYPE_CHECKING:
     from conddetr.kernels.check.tuning import Tuning
 
-IMAGES = {"cpu": 2, "cuda": 8}
-"""Of a batch of the model."""
 TUNED = ("conditional_attention", "triton")
 """Operation and implementation whose launch settings are tuned."""
 NO_MEMORY = "the GPU has no memory left for the check."
@@ -236,7 +234,7 @@ def _judge_all(rows: list[Row], device: torch.device, tell: Progress, lost: str 
             except torch.OutOfMemoryError:
                 reason = NO_MEMORY
                 found.full.append(row.verdict(NO_MEMORY, None, None))
-            lost = _lost(row, device)
+            lost = _stopped(device, row.title)
         if reason is not None:
             found.unavailable.setdefault(reason, []).append(row.title)
         done += len(row.problems)
@@ -255,12 +253,8 @@ def _why_not(row: Row, device: torch.device) -> str | None:
     return registry.OPERATIONS[row.operation].why_not(row.backend, device, row.dtype)
 
 
-def _lost(row: Row, device: torch.device) -> str | None:
-    """Why nothing can be checked after this row: an error that a GPU does not recover from in this process."""
-    return _stopped(device, row.title)
-
-
 def _stopped(device: torch.device, title: str) -> str | None:
+    """Why nothing can be checked after this: an error that a GPU does not recover from in this process."""
     if device.type != "cuda":
         return None
     try:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from conddetr.kernels.check.attempt import attempt
-from conddetr.kernels.check.cases import problems
+from conddetr.kernels.check.cases import IMAGES, problems
 from conddetr.kernels.check.inputs import Maker
 from conddetr.kernels.check.isolation import isolated, products
 from conddetr.kernels.check.problem import Problem, evaluate, upstream_of
@@ -23,8 +23,6 @@ from conddetr.kernels.registry import HAS_TRITON, BackendError
 
 PROCESSES = 4
 """At most: each has a context on the GPU, some hundred MiB."""
-IMAGES = 8
-"""As the check has on a GPU."""
 
 
 def compile_kernels(
@@ -90,7 +88,7 @@ def _tasks(
     device: torch.device, short: bool, dtypes: Sequence[torch.dtype], tune: bool
 ) -> list[tuple[str, Callable[[], None]]]:
     """What a process says when it is done, and what it does."""
-    wanted = [problem for problem in problems(IMAGES) if problem.is_model or not short]
+    wanted = [problem for problem in problems(IMAGES["cuda"]) if problem.is_model or not short]
     found: list[tuple[str, Callable[[], None]]] = [
         (problem.operation, partial(_launch, problem, dtype, device))
         for problem in wanted

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from conddetr.kernels.check.inputs import Inputs, Maker, normal
+from conddetr.kernels.registry import FLOATS
 
 Run = Callable[[Inputs], Sequence[Tensor]]
 """Computes the results of a problem from its inputs."""
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = 16
 """Gradients that come from above are multiples of 1 / STEPS up to 8: the same number in every dtype."""
 

@@ -21,7 +21,7 @@ from conddetr.kernels.attn.triton import launch
 from conddetr.kernels.attn.triton.launch import KERNELS, Form, Launch, Tiles
 from conddetr.kernels.bits import dropout_bits
 from conddetr.kernels.check.attempt import attempt
-from conddetr.kernels.check.cases import attention
+from conddetr.kernels.check.cases import IMAGES, attention
 from conddetr.kernels.check.clock import measurements
 from conddetr.kernels.check.inputs import Inputs, Maker
 from conddetr.kernels.check.isolation import products
@@ -29,8 +29,6 @@ from conddetr.kernels.check.problem import Problem
 from conddetr.kernels.check.verify import verify
 from conddetr.kernels.records import Record
 
-IMAGES = 8
-"""Of a batch of the model on a GPU."""
 SECONDS = 0.1
 """That the settings of one kernel in one form are timed for, all together."""
 CALLS = 10
@@ -117,7 +115,8 @@ def _batches(device: torch.device) -> tuple[int, int]:
     """Images of the model's batch, and of another one that is crowded if that is not, or the other way round."""
     blocks = attention.HEADS * registry.cdiv(attention.QUERIES, 64)
     limit = 3 * registry.multiprocessors(device)
-    return IMAGES, 1 if IMAGES * blocks > limit else limit // blocks + 1
+    images = IMAGES["cuda"]
+    return images, 1 if images * blocks > limit else limit // blocks + 1
 
 
 def tune(device: torch.device, dtypes: Sequence[torch.dtype], tell: Tell) -> Tuning:

@@ -1,5 +1,7 @@
 """Tables of what was measured on an architecture, made from result files."""
 
+import dataclasses
+import math
 import sys
 
 import attn
@@ -12,7 +14,7 @@ import refusals
 import sine
 import torch
 from harness import Result
-from measured import is_of_pytorch, tables
+from measured import combined, is_of_pytorch, tables
 
 from conddetr.kernels import registry
 from conddetr.kernels.records import Table, Verdict
@@ -26,6 +28,7 @@ H100 = {
     "triton": "3.9.0",
     "driver": "590.1",
 }
+GOOD = Verdict("conditional_attention", "triton", "bfloat16", refused="", error=0.5, speedup=2.13)
 PCIE = {**H100, "device": "NVIDIA H100 PCIe", "date": "2026-12-01T08:00:00+00:00"}
 CPU = {**H100, "device": "some CPU, 2 threads", "compute capability": "none", "driver": "none"}
 FORWARD = "25×34 keys, B = 8, forward, dropout 0.0, no padding, bfloat16"
@@ -194,3 +197,21 @@ def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, monkeyp
 def test_the_shipped_tables_are_those_of_the_committed_results():
     shipped = {path.stem: Table.from_json(path.read_bytes()) for path in measured.TABLES.glob("*")}
     assert shipped == tables(harness.RESULTS), "run: python benchmarks/measured.py"
+
+
+def test_several_problems_have_one_verdict():
+    one, other, untimed = (
+        dataclasses.replace(GOOD, error=error, speedup=speedup)
+        for error, speedup in ((0.2, 4.0), (0.9, 1.0), (0.1, None))
+    )
+    # The mean of 4 and 1 is that of their logarithms.
+    assert combined([one, other, untimed], "here") == dataclasses.replace(GOOD, error=0.9, speedup=2.0)
+    # Of equal times none is the slower, however the mean is rounded.
+    even = [dataclasses.replace(GOOD, speedup=speedup) for speedup in (7.0, 1 / 7.0)]
+    assert (combined(even, "here").speedup, combined(even, "here").refused) == (1.0, "")
+    assert combined([untimed], "here").speedup is None
+    slow = combined([dataclasses.replace(GOOD, speedup=speedup) for speedup in (0.5, 1.28)], "on this one")
+    assert slow.refused == "it is slower than PyTorch on this one: 0.80× its speed."
+    wrong = dataclasses.replace(GOOD, refused="it is wrong.", error=math.nan)
+    found = combined([one, wrong, other], "here")
+    assert (found.refused, found.error) == ("it is wrong.", None)

@@ -403,7 +403,8 @@ def test_a_full_gpu_is_no_fault_of_a_kernel_and_after_one_that_stopped_nothing_i
     records.forget()
     assert records.load(CPU) is None
     monkeypatch.setattr(check_module, "judge", lambda row, device, tell: row.verdict("it raises.", None, None))
-    monkeypatch.setattr(check_module, "_lost", lambda row, device: f"it was not checked, as it stopped at {row.title}.")
+    lost = "it was not checked, as it stopped at {}."
+    monkeypatch.setattr(check_module, "_stopped", lambda device, title: lost.format(title))
     report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
     first, second = report.record.verdicts
     assert first.refused == "it raises."

@@ -95,24 +95,6 @@ def test_an_error_above_the_budget_needs_a_reason(error):
         Verdict("focal_loss", "triton", "float32", refused="", error=error, speedup=2.0)
 
 
-def test_several_problems_have_one_verdict():
-    one, other, untimed = (
-        dataclasses.replace(GOOD, error=error, speedup=speedup)
-        for error, speedup in ((0.2, 4.0), (0.9, 1.0), (0.1, None))
-    )
-    # The mean of 4 and 1 is that of their logarithms.
-    assert records.combined([one, other, untimed]) == dataclasses.replace(GOOD, error=0.9, speedup=2.0)
-    # Of equal times none is the slower, however the mean is rounded.
-    even = [dataclasses.replace(GOOD, speedup=speedup) for speedup in (7.0, 1 / 7.0)]
-    assert (records.combined(even).speedup, records.combined(even).refused) == (1.0, "")
-    assert records.combined([untimed]).speedup is None
-    slow = records.combined([dataclasses.replace(GOOD, speedup=speedup) for speedup in (0.5, 1.28)], "on this one")
-    assert slow.refused == "it is slower than PyTorch on this one: 0.80× its speed."
-    wrong = dataclasses.replace(GOOD, refused="it is wrong.", error=math.nan)
-    found = records.combined([one, wrong, other])
-    assert (found.refused, found.error) == ("it is wrong.", None)
-
-
 def damaged(text: str) -> dict[str, str | bytes]:
     """What a file may hold in place of a record."""
     content = json.loads(text)

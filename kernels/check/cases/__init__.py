@@ -6,6 +6,9 @@ The model is that of ResNet-50 on images of 800×1066: 25×34 cells, 300 queries
 from conddetr.kernels.check.cases import attention, convolutions, layers, losses, queries
 from conddetr.kernels.check.problem import Problem
 
+IMAGES = {"cpu": 2, "cuda": 8}
+"""Of a batch of the model, by type of device."""
+
 
 def problems(images: int) -> list[Problem]:
     """All of them, those of an operation one after the other.

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.kernels.check.inputs import Inputs, Maker, strided
-from conddetr.kernels.check.problem import FLOATS, Problem
+from conddetr.kernels.check.problem import Problem
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.prediction import predicted_boxes
 from conddetr.kernels.query import spatial_query
+from conddetr.kernels.registry import FLOATS
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 
 LAYERS, QUERIES, CHANNELS = 6, 300, 256
