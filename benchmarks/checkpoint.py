@@ -14,8 +14,8 @@ from harness import say_written, show, spread, write
 from machine import DEVICE
 from rich.table import Table
 
+from conddetr.config.run import resolve_run
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, read_checkpoint
-from conddetr.engine.config import resolve_run
 from conddetr.engine.run import data_sets
 from conddetr.engine.trainer import Trainer
 from conddetr.zoo import build

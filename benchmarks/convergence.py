@@ -45,11 +45,11 @@ from rich.progress import track
 from torch.utils.data import Dataset
 
 import conddetr
+from conddetr.config.run import RunConfig, tiny_train_config
 from conddetr.data.coco import coco_split
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform, TrainTransform
 from conddetr.engine.checkpoint import BEST, read_checkpoint
-from conddetr.engine.config import RunConfig, tiny_train_config
 from conddetr.engine.distributed import InterruptedRunError
 from conddetr.engine.trainer import Trainer
 

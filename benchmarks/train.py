@@ -43,8 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import conddetr
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import Batch, collate
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
 from conddetr.interop import convert_to_huggingface
 from conddetr.kernels import registry

@@ -5,18 +5,19 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 
 from conddetr import interrupt
-from conddetr.config import BACKENDS, PRECISIONS, PRESETS, check_fraction, check_least
+from conddetr.config import PRESETS, Backend, Precision
+from conddetr.config.checks import check_fraction, check_least
+from conddetr.config.flags import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
+from conddetr.config.run import resolve_run
 from conddetr.devices import find_device
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST
-from conddetr.engine.config import resolve_run
 from conddetr.kernels.registry import BackendError
-from conddetr.options import add_data_options, add_options, chosen_data, chosen_options, unknown_flag
 
 if TYPE_CHECKING:
     from conddetr.data.annotations import Annotations
@@ -200,12 +201,15 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--backend", default="auto", choices=BACKENDS, help="as of train; eager: the reference, in plain PyTorch"
+        "--backend",
+        default="auto",
+        choices=get_args(Backend),
+        help="as of train; eager: the reference, in plain PyTorch",
     )
     parser.add_argument(
         "--precision",
         default="auto",
-        choices=PRECISIONS,
+        choices=get_args(Precision),
         help="default: that of the training, and bfloat16 where it is not known; both on GPUs that have it",
     )
 
@@ -318,7 +322,7 @@ def _print_chosen(detector: "Detector", device: torch.device) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from conddetr.engine.config import unused
+    from conddetr.config.run import unused
     from conddetr.engine.progress import class_table, metrics_table, say, show
     from conddetr.files import check_json_target, refuse_overwriting, write_text
 
@@ -482,9 +486,9 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _sources_to_validate(options: argparse.Namespace) -> "dict[str, tuple[str | Path, str | Path | Annotations]]":
     """By `train`, `val` and `test`, the folder of the images, and the annotation file or what was read."""
+    from conddetr.config.run import DataConfig
     from conddetr.data.coco import coco_files
     from conddetr.data.layouts import CocoSplit, find_layout
-    from conddetr.engine.config import DataConfig
     from conddetr.engine.progress import say
 
     names = ("dataset", "coco_path", "annotations", "images", "val_annotations", "val_folder")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conddetr import config as configs
+from conddetr.config.checks import check_fraction, check_least
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
 from conddetr.engine.precision import autocast, check_precision, for_inference, has_bfloat16, resolve_precision
@@ -18,8 +19,8 @@ from conddetr.model.postprocess import postprocess
 from conddetr.public_weights import locate
 
 if TYPE_CHECKING:
+    from conddetr.config.run import DataConfig
     from conddetr.data.images import ImageLike
-    from conddetr.engine.config import DataConfig
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
 
@@ -161,7 +162,7 @@ class Detector:
         A detector that has weights starts from them, without its class head where the classes are others.
 
         Args:
-            options: fields of `RunConfig`, `DataConfig` and `TrainConfig` in `conddetr.engine.config`: the options of
+            options: fields of `RunConfig`, `DataConfig` and `TrainConfig` in `conddetr.config`: the options of
                 `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
 
         Returns:
@@ -173,7 +174,7 @@ class Detector:
             OSError: a file is missing or cannot be written.
             FloatingPointError: losses stay not finite; names the first such tensor and the images.
         """
-        from conddetr.engine.config import flatten, resolve_run
+        from conddetr.config.run import flatten, resolve_run
         from conddetr.engine.run import train
 
         if self._model is not None:
@@ -193,7 +194,7 @@ class Detector:
     def data(self) -> "DataConfig | None":
         """What it was trained on, the default of `evaluate`; None: not known."""
         # Here, not above: `import conddetr` does without it.
-        from conddetr.engine.config import DataConfig
+        from conddetr.config.run import DataConfig
 
         return DataConfig(**self.run["data"]) if self.run else None
 
@@ -213,7 +214,7 @@ class Detector:
             workers: processes that load images.
             classes_by_name: match classes by name, whatever their ids in the data set.
             split: `val` or `test` of a `dataset`.
-            data: fields of `DataConfig` in `conddetr.engine.config`, e.g. `coco_path="coco"`, or `annotations` and
+            data: fields of `DataConfig` in `conddetr.config`, e.g. `coco_path="coco"`, or `annotations` and
                 `images`; default: the validation images of its training.
 
         Returns:
@@ -429,8 +430,8 @@ class Detector:
         # Here, not above: torchvision's transforms take 0.17 s to import, `import conddetr` without them 0.02 s.
         from conddetr.data.images import read_image
 
-        configs.check_fraction("threshold", threshold)
-        configs.check_least("top_k", top_k, 1)
+        check_fraction("threshold", threshold)
+        check_least("top_k", top_k, 1)
         if not isinstance(images, (list, tuple)):
             images = [images]
         is_alone = len(images) == 1 or self.model.fusion is not None

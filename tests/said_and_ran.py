@@ -3,9 +3,9 @@
 import torch
 
 import conddetr
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import collate
 from conddetr.engine.chosen import PYTORCH, chosen
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.precision import autocast, for_inference
 from conddetr.engine.step import Stepper
 from conddetr.kernels.paths import Paths

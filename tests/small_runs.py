@@ -17,11 +17,11 @@ import torch
 
 import conddetr
 from conddetr.cli import main
+from conddetr.config.run import RunConfig, TrainConfig
 from conddetr.data.batch import Batch, collate
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
 from conddetr.engine.checkpoint import BEST, LATEST, has_run, read_checkpoint
-from conddetr.engine.config import RunConfig, TrainConfig
 from conddetr.engine.distributed import InterruptedRunError, process_group, rank, world_size
 from conddetr.engine.lock import sole_run
 from conddetr.engine.step import Stepper

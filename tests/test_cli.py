@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -15,15 +16,15 @@ from PIL import Image
 from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
-from conddetr.config import BACKENDS, resolve
+from conddetr.config import Backend, resolve
+from conddetr.config.flags import add_options, chosen_options
+from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.demo import check_learned, recipe_for_shapes
 from conddetr.engine import evaluator
-from conddetr.engine.config import option_help, read_config, resolve_run
 from conddetr.engine.evaluator import METRICS
 from conddetr.engine.progress import console
 from conddetr.kernels import registry
-from conddetr.options import add_options, chosen_options
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -387,7 +388,7 @@ def test_a_switch_of_once_takes_a_value_too(flags, chosen):
 
 
 def test_help_of_backend_names_them_all():
-    assert all(f"`{backend}`" in option_help()["backend"] for backend in BACKENDS)
+    assert all(f"`{backend}`" in option_help()["backend"] for backend in get_args(Backend))
 
 
 def test_options_reach_the_model_and_the_training(tmp_path, capsys):

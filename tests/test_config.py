@@ -8,7 +8,7 @@ import torch
 
 import conddetr
 from conddetr.config import PRESETS, from_dict
-from conddetr.engine.config import resolve_run
+from conddetr.config.run import resolve_run
 from conddetr.kernels.cached import ROOT, cached
 from conddetr.zoo import gflops
 

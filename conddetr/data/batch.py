@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from conddetr.config import check_least
+from conddetr.config.checks import check_least
 from conddetr.data.images import to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator
 from conddetr.processes import can_start_workers, ignore_interrupts, interrupts_held

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import functional as official
 
-from conddetr.config import check_least
+from conddetr.config.checks import check_least
 from conddetr.data.coco import CocoDetection
 from conddetr.data.images import MEAN, STD, read_reduced, to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator

@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from conddetr.config import check_least
+from conddetr.config.checks import check_least
 from conddetr.data.annotations import SECTIONS, Annotations, Scan, scan
 from conddetr.data.boxes import BoxReading, box_readings, reaches_out
 from conddetr.data.coco import stored_fault

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from conddetr.capture import MAX_GRAPHS, WARMUP, Run, aside, bytes_of, reserved, views
 from conddetr.config import ModelConfig
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
-from conddetr.engine.config import TrainConfig
 from conddetr.kernels.registry import OPERATIONS
 from conddetr.loss.criterion import loss_backend
 from conddetr.loss.targets import PackedTargets, pack_targets

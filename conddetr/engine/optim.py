@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from conddetr.engine.config import TrainConfig
+from conddetr.config.run import TrainConfig
 from conddetr.model.detr import DETR
 
 

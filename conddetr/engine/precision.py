@@ -1,10 +1,11 @@
 """What a model computes in: float32, or bfloat16 by autocast. Heads, losses and matching are float32 in both."""
 
 import contextlib
+from typing import get_args
 
 import torch
 
-from conddetr.config import PRECISIONS, nearest
+from conddetr.config import Precision, nearest
 from conddetr.kernels import registry
 from conddetr.model.detr import DETR
 
@@ -13,9 +14,9 @@ WITHOUT_BFLOAT16 = "bfloat16 is taken by itself on NVIDIA GPUs of compute capabi
 
 
 def check_precision(precision: str) -> None:
-    """Raise a ValueError for what is none of `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: unknown value {precision!r}.{nearest(precision, list(PRECISIONS))}")
+    """Raise a ValueError for what is no `Precision`."""
+    if precision not in (known := get_args(Precision)):
+        raise ValueError(f"precision: unknown value {precision!r}.{nearest(precision, list(known))}")
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -27,7 +28,7 @@ def resolve_precision(precision: str, has_bfloat16: bool, trained: str | None = 
     """`float32` or `bfloat16`.
 
     Args:
-        precision: one of `PRECISIONS`; all but `auto` are their own answer.
+        precision: one of `config.Precision`; all but `auto` are their own answer.
         has_bfloat16: of the device, or of those of all processes.
         trained: what the weights were trained in, which `auto` keeps; None: not known.
     """

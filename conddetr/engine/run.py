@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conddetr.config import ModelConfig, nearest
+from conddetr.config.run import DataConfig, RunConfig, unused
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
-from conddetr.engine.config import DataConfig, RunConfig, unused
 from conddetr.engine.lock import sole_run
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer

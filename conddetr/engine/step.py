@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from conddetr.capture import CudaCapture, Run
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import Batch
 from conddetr.engine import distributed
 from conddetr.engine.arrival import Arrival
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.graphs import Limits, StepGraphs, why_no_graphs
 from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
 from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer, rates_on_device

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from conddetr.capture import MAX_GRAPHS
+from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
-from conddetr.engine.config import RunConfig
 from conddetr.engine.distributed import InterruptedRunError, StopRequest
 from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
 from conddetr.engine.graphs import buckets

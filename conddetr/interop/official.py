@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -185,8 +185,8 @@ def _found_config(weights: Weights, preset: str | None) -> configs.ModelConfig:
             "load_weights(model, file, strict=False)."
         )
     family, backbone = found.pop("family"), found.pop("backbone")
-    if backbone not in configs.BACKBONES:
-        raise ValueError(f"{weights.origin}: backbone: expected {', '.join(configs.BACKBONES)}, found {backbone}.")
+    if backbone not in (known := get_args(configs.Backbone)):
+        raise ValueError(f"{weights.origin}: backbone: expected {', '.join(known)}, found {backbone}.")
     dilation = weights.options.get("dilation", configs.resolve(preset).dilation if preset else False)
     name = configs.preset_name(family, backbone, dilation)
     return configs.resolve(name, **{**weights.options, **found})

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import conddetr
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import collate
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
 from conddetr.kernels import native
 

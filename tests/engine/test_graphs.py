@@ -9,9 +9,9 @@ from small_runs import assert_equal, batches, small_trainer
 
 import conddetr
 from conddetr.capture import WARMUP
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import collate
 from conddetr.engine import graphs
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.graphs import buckets, why_no_graphs
 from conddetr.engine.step import Stepper
 from conddetr.kernels import records, registry

@@ -6,7 +6,7 @@ from small_runs import SMALL_MODEL, batches, small_trainer
 from waiting import RefusesToWait, no_synchronisation
 
 import conddetr
-from conddetr.engine.config import TrainConfig
+from conddetr.config.run import TrainConfig
 from conddetr.engine.step import Stepper
 from conddetr.loss import targets
 

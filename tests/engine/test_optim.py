@@ -7,7 +7,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import conddetr
-from conddetr.engine.config import TrainConfig
+from conddetr.config.run import TrainConfig
 from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer, schedule_factor
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import conddetr
+from conddetr.config.run import RunConfig, tiny_train_config
 from conddetr.data.coco import CocoDetection, coco_split
 from conddetr.data.transforms import EvalTransform
-from conddetr.engine.config import RunConfig, tiny_train_config
 from conddetr.engine.trainer import Trainer
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")

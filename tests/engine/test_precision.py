@@ -7,9 +7,9 @@ import torch
 from small_runs import small_trainer
 
 import conddetr
+from conddetr.config.run import TrainConfig, resolve_run
 from conddetr.engine import precision as precisions
 from conddetr.engine.checkpoint import CheckpointWriter, read_checkpoint, save_checkpoint
-from conddetr.engine.config import TrainConfig, resolve_run
 from conddetr.engine.precision import float32_products, has_bfloat16, resolve_precision
 
 CUDA = torch.device("cuda")

@@ -8,8 +8,8 @@ import pytest
 
 import conddetr
 from conddetr.cli import main
+from conddetr.config.run import DataConfig
 from conddetr.data.synthetic import CLASSES
-from conddetr.engine.config import DataConfig
 from conddetr.engine.run import data_sets, evaluation_set, official_evaluation
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")

@@ -8,9 +8,9 @@ from small_runs import assert_equal
 from small_runs import small_trainer as trainer
 
 import conddetr
+from conddetr.config.run import RunConfig
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.checkpoint import CheckpointWriter, read_checkpoint
-from conddetr.engine.config import RunConfig
 from conddetr.engine.trainer import Trainer
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")

@@ -8,9 +8,9 @@ import triton
 from small_runs import SMALL_MODEL
 
 import conddetr
+from conddetr.config.run import TrainConfig
 from conddetr.data.batch import collate, make_loader
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.engine.config import TrainConfig
 from conddetr.engine.step import Stepper
 from conddetr.kernels import addresses
 from null_gpu.counts import counted

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from conddetr.config import ModelConfig, nearest
-from conddetr.engine.config import DataConfig, option_help, option_types, read_config
+from conddetr.config.checks import nearest
+from conddetr.config.model import ModelConfig
+from conddetr.config.run import DataConfig, option_help, option_types, read_config
 
 OFFICIAL_NAMES = {
     "enc_layers": "encoder_layers",

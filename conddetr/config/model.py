@@ -3,18 +3,14 @@
 A preset is a `ModelConfig`; overrides are checked against its fields, so a typo never passes silently.
 """
 
-import difflib
 from dataclasses import asdict, dataclass, fields, replace
-from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
-FAMILIES = ("conditional-detr", "detr")
-BACKBONES = ("resnet50", "resnet101", "tiny")
-CSQ_FORMS = ("full", "C", "T", "P", "I")
-REFERENCE_POINTS = ("generated", "learned", "zero")
-CROSS_ATTENTION_POSITIONS = ("all-layers", "first-layer")
-BACKENDS = ("eager", "triton", "native", "auto")
-PRECISIONS = ("auto", "float32", "bfloat16")
+from conddetr.config.checks import check_values, nearest
+
+Backbone = Literal["resnet50", "resnet101", "tiny"]
+Backend = Literal["eager", "triton", "native", "auto"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +20,12 @@ class ModelConfig:
     Sources: Conditional DETR (Meng et al., ICCV 2021, "CD" below) and DETR (Carion et al., ECCV 2020).
     """
 
-    family: str = "conditional-detr"
+    family: Literal["conditional-detr", "detr"] = "conditional-detr"
     """`conditional-detr` (sigmoid logits, focal loss) or `detr` (softmax logits with a no-object class)."""
     num_classes: int = 91
     """Number of object classes. Logits: `num_classes`, plus one for no-object in the `detr` family."""
 
-    backbone: str = "resnet50"
+    backbone: Backbone = "resnet50"
     """`resnet50`, `resnet101` (torchvision, frozen batch norm) or `tiny` (stride 16, batch norm that trains)."""
     dilation: bool = False
     """DC5: the last ResNet stage keeps stride 16 and dilates its convolutions."""
@@ -49,12 +45,12 @@ class ModelConfig:
     """Dropout of attention weights, inside the feed-forward networks and on residual branches."""
     num_queries: int = 300
 
-    csq: str = "full"
+    csq: Literal["full", "C", "T", "P", "I"] = "full"
     """Conditional spatial query, CD section 4.3: `full` (λ from the decoder embedding f, times p_s),
     `C` (f alone), `T` (λ alone), `P` (p_s alone), `I` (λ from the self-attention output c_q, times p_s)."""
-    reference_points: str = "generated"
+    reference_points: Literal["generated", "learned", "zero"] = "generated"
     """CD section 3.3: `generated` from the object query, `learned` per query, or `zero`."""
-    cross_attention_positions: str = "all-layers"
+    cross_attention_positions: Literal["all-layers", "first-layer"] = "all-layers"
     """`detr` only. `first-layer` drops the positional embeddings of cross-attention's keys and queries
     from the second decoder layer on (CD section 1)."""
     aux_loss: bool = True
@@ -81,7 +77,7 @@ class ModelConfig:
     """Short side, in pixels, to which images are resized for evaluation; training scales follow it."""
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
-    backend: str = "auto"
+    backend: Backend = "auto"
     """Implementation of the operations: `auto` (the best that can run), `triton` or `native` (an error where it
     cannot), or `eager`: the reference in plain PyTorch, every module called as a module and nothing folded. It is no
     part of what a model computes: weights are loaded with `auto`, whatever they were trained with, unless another one
@@ -130,13 +126,6 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message: a suggestion when one is close, and the list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(known)}."
-
-
 def preset_name(family: str, backbone: str, dilation: bool) -> str:
     """The preset of these `ModelConfig` fields."""
     return f"{family}-{'dc5-' if dilation else ''}{backbone.replace('resnet', 'r')}"
@@ -164,49 +153,13 @@ def from_dict(values: dict[str, Any]) -> ModelConfig:
         if key not in known:
             raise ValueError(f"Unknown model option {key!r}.{nearest(key, known)}")
     config = replace(ModelConfig(), **values)
-    check_types(config, "Model option")
-    _check_choices(config)
+    check_values(config, "Model option")
+    _check_combinations(config)
     _check_ranges(config)
     return config
 
 
-def check_types(config: Any, what: str) -> None:
-    """Raise a ValueError for a field of a dataclass whose value is not of its type; an int passes as a float."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        accepted = (int, float) if field.type is float else (field.type,)
-        if type(value) not in accepted:
-            raise ValueError(
-                f"{what} {field.name}: expected {field.type.__name__}, got {type(value).__name__} {value!r}."
-            )
-
-
-def check_least(name: str, value: int, least: int) -> None:
-    """Raise a ValueError for a number that is too small, or no integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r}.")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}.")
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise a ValueError for a number outside of [0, 1]; NaN is outside."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}.")
-
-
-def _check_choices(config: ModelConfig) -> None:
-    for name, allowed in (
-        ("family", FAMILIES),
-        ("backbone", BACKBONES),
-        ("csq", CSQ_FORMS),
-        ("reference_points", REFERENCE_POINTS),
-        ("cross_attention_positions", CROSS_ATTENTION_POSITIONS),
-        ("backend", BACKENDS),
-    ):
-        value = getattr(config, name)
-        if value not in allowed:
-            raise ValueError(f"Model option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
+def _check_combinations(config: ModelConfig) -> None:
     if config.family == "detr" and (config.csq != "full" or config.reference_points != "generated"):
         raise ValueError("csq and reference_points are options of the conditional-detr family, not of detr.")
     if config.family != "detr" and config.cross_attention_positions != "all-layers":

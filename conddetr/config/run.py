@@ -9,10 +9,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from conddetr import config as models
-from conddetr.config import PRECISIONS, ModelConfig, check_types, nearest
+from conddetr.config import model as models
+from conddetr.config.checks import check_values, nearest, plain_type
+from conddetr.config.model import ModelConfig, Precision
 from conddetr.files import read_text
 
 _LARGEST_SEED = 2**63 - 1
@@ -32,7 +33,7 @@ class TrainConfig:
     """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
     """Learning rate of the backbone."""
-    schedule: str = "step"
+    schedule: Literal["step", "cosine"] = "step"
     """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they fall to zero."""
     lr_drop: int = 40
     """Epochs between the divisions by ten of the `step` schedule."""
@@ -45,13 +46,13 @@ class TrainConfig:
     """Decay per step of the moving average of the weights, e.g. 0.9997; it is what is then evaluated. 0: none."""
     ema_ramp: int = 2000
     """Steps over which the decay rises to its value: decay · (1 - exp(-step / ramp))."""
-    precision: str = "auto"
+    precision: Precision = "auto"
     """`float32`, or `bfloat16`: autocast for the model; its heads, losses, matching and weights stay float32. `auto`:
     bfloat16 on NVIDIA GPUs of compute capability 8.0 and newer, else float32; a resumed run keeps its own where it
     can."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
-    cuda_graphs: str = "auto"
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record whole steps as one CUDA graph for each shape of a batch. It needs one process with an NVIDIA GPU, and
     backend `auto` or `triton`. `auto`: where that can be done, else one line says why not; `on`: else an error;
     `off`."""
@@ -64,7 +65,7 @@ class TrainConfig:
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500
     """Steps between checkpoints inside an epoch; 0: at the ends of epochs only."""
-    check_finite: str = "auto"
+    check_finite: Literal["auto", "always", "never"] = "auto"
     """Look for NaN and infinity in the matching cost, and skip the step where there is any: `always`, which waits for
     the device; `never`: such pairs are matched last, and only losses and gradients decide; `auto`: where matching is on
     the host."""
@@ -85,17 +86,7 @@ class TrainConfig:
         if isinstance(self.cuda_graphs, bool):
             # So it was written once.
             object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
-        check_types(self, "Training option")
-        choices = {
-            "cuda_graphs": ("auto", "on", "off"),
-            "schedule": ("step", "cosine"),
-            "precision": PRECISIONS,
-            "check_finite": ("auto", "always", "never"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"Training option {name}: unknown value {value!r}.{nearest(value, list(allowed))}")
+        check_values(self, "Training option")
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
         for option in fields(self):
             least = 1 if option.name in at_least_one else -1 if option.name == "pad_buckets" else 0
@@ -144,7 +135,7 @@ class DataConfig:
     """Synthetic images to evaluate on."""
 
     def __post_init__(self) -> None:
-        check_types(self, "Data option")
+        check_values(self, "Data option")
         for name in ("train_images", "val_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Data option {name}: expected at least 1, got {getattr(self, name)}.")
@@ -230,7 +221,7 @@ def option_types() -> dict[str, type]:
     """Every option of a run by name, with its type. The class count is no option: it comes from the data."""
     own = [option for option in fields(RunConfig) if option.name not in SECTIONS]
     parts = [option for section in SECTIONS.values() for option in fields(section)]
-    return {option.name: option.type for option in own + parts if option.name != "num_classes"}
+    return {option.name: plain_type(option.type) for option in own + parts if option.name != "num_classes"}
 
 
 def option_help() -> dict[str, str]:
@@ -292,7 +283,7 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
     run["preset"] = models.preset_name(model.family, model.backbone, model.dilation)
     resolved = RunConfig(model=model, data=data, train=train, **run)
-    check_types(resolved, "Run option")
+    check_values(resolved, "Run option")
     return resolved
 
 

@@ -1,0 +1,46 @@
+"""Checks of options that every configuration shares; each raises a ValueError that names the option and its value."""
+
+import difflib
+from dataclasses import fields
+from numbers import Integral
+from typing import Any, Literal, get_args, get_origin
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error message: a suggestion when one is close, and the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+def plain_type(kind: Any) -> type:
+    """The type of an option's values: `str` for a `Literal`, whose choices are strings."""
+    return str if get_origin(kind) is Literal else kind
+
+
+def check_values(config: Any, what: str) -> None:
+    """Raise a ValueError for a field of a dataclass whose value is not of its type, or none of its `Literal`'s choices;
+    an int passes as a float.
+    """
+    for field in fields(config):
+        value, kind = getattr(config, field.name), plain_type(field.type)
+        accepted = (int, float) if kind is float else (kind,)
+        if type(value) not in accepted:
+            raise ValueError(f"{what} {field.name}: expected {kind.__name__}, got {type(value).__name__} {value!r}.")
+        if field.type is not kind and value not in get_args(field.type):
+            known = list(get_args(field.type))
+            raise ValueError(f"{what} {field.name}: unknown value {value!r}.{nearest(value, known)}")
+
+
+def check_least(name: str, value: int, least: int) -> None:
+    """Raise a ValueError for a number that is too small, or no integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name}: expected an int, got {type(value).__name__} {value!r}.")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise a ValueError for a number outside of [0, 1]; NaN is outside."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}.")
