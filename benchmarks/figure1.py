@@ -18,7 +18,7 @@ from torchvision.ops import box_iou
 
 from conddetr import Detector
 from conddetr.data.images import read_image
-from conddetr.detector import Detection
+from conddetr.detection import Detection
 from conddetr.viz.attention import KINDS, AttentionMaps, draw_map
 from conddetr.viz.boxes import draw_boxes, save_figure
 

@@ -226,8 +226,9 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from conddetr.engine.progress import metrics_table, say, show
+    from conddetr.engine.progress import say, show
     from conddetr.engine.run import official_evaluation, train
+    from conddetr.engine.tables import metrics_table
 
     chosen, notes = chosen_options(options)
     run = resolve_run(chosen)
@@ -323,7 +324,8 @@ def _print_chosen(detector: "Detector", device: torch.device) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from conddetr.config.run import unused
-    from conddetr.engine.progress import class_table, metrics_table, say, show
+    from conddetr.engine.progress import say, show
+    from conddetr.engine.tables import class_table, metrics_table
     from conddetr.files import check_json_target, refuse_overwriting, write_text
 
     source = options.checkpoint, options.preset, options.device, options.backend, options.precision

@@ -11,7 +11,8 @@ from conddetr.detector import Detector
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import has_run
 from conddetr.engine.evaluator import CocoResult
-from conddetr.engine.progress import metrics_table, percent, say, show
+from conddetr.engine.progress import say, show
+from conddetr.engine.tables import metrics_table, percent
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
 

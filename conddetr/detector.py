@@ -1,7 +1,6 @@
 """A trained detector, ready to use: weights, class names and preprocessing in one object."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from conddetr import config as configs
 from conddetr.config.checks import check_fraction, check_least
+from conddetr.detection import Detection
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
 from conddetr.engine.precision import autocast, check_precision, for_inference, has_bfloat16, resolve_precision
@@ -23,30 +23,6 @@ if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
-
-
-@dataclass
-class Detection:
-    """The objects found in one image, best first."""
-
-    scores: Tensor
-    """[n] float32 in [0, 1]."""
-    labels: Tensor
-    """[n] int64, index into the detector's `classes`."""
-    boxes: Tensor
-    """[n, 4] float32 xyxy in pixels of the image as given."""
-    queries: Tensor
-    """[n] int64, the object query that found each."""
-    names: list[str]
-    """Class name of each object."""
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def captions(self) -> list[str]:
-        """Name and score of each object, for pictures."""
-        return [f"{name} {score:.2f}" for name, score in zip(self.names, self.scores.tolist(), strict=True)]
 
 
 class Detector:

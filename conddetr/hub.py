@@ -12,7 +12,7 @@ import conddetr
 from conddetr import config as configs
 from conddetr.detector import Detector
 from conddetr.engine.checkpoint import save_weights
-from conddetr.engine.progress import percent
+from conddetr.engine.tables import percent
 from conddetr.files import write_text
 from conddetr.interop.checkpoints import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
 

@@ -1,12 +1,11 @@
-"""What a person sees: lines, the bar while work goes on, and the tables at its end."""
+"""What a person sees of a run: lines, tables, and the bar while work goes on."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,9 +18,6 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from conddetr.engine.evaluator import ClassMetrics
 
 STAND_INS = str.maketrans({"–": "-", "…": "...", "×": "x", "·": ".", "≥": ">=", "λ": "lambda"})
 """What our own words use beyond ASCII, where the output cannot take it."""
@@ -183,29 +179,3 @@ class Steps(_Shown):
     def tell(self, note: str, done: int, total: int) -> None:
         """Show what is being done, and that `done` steps of `total` are."""
         self._bar.update(self._task, completed=done, total=total, note=note)
-
-
-def class_table(classes: "list[ClassMetrics]") -> Table:
-    """AP and recall of every class in percent, best first, as a table for the terminal."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.add_column("class")
-    for name in ("objects", "AP", "AP50", "AP75", "AR100"):
-        table.add_column(name, justify="right")
-    for row in sorted(classes, key=lambda row: -row.ap):
-        values = (row.ap, row.ap50, row.ap75, row.ar100)
-        table.add_row(Text(row.name), str(row.objects), *(percent(value) for value in values))
-    return table
-
-
-def metrics_table(metrics: dict[str, float]) -> Table:
-    """COCO's twelve numbers in percent, as a table for the terminal."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    for name in metrics:
-        table.add_column(name, justify="right")
-    table.add_row(*(percent(value) for value in metrics.values()))
-    return table
-
-
-def percent(value: float) -> str:
-    """A metric in [0, 1] for people: `61.1`; a dash where it does not exist, which is -1 in COCO's numbers."""
-    return f"{100 * value:.1f}" if value >= 0 else "–"

@@ -28,8 +28,9 @@ from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
-from conddetr.engine.progress import Progress, percent, say
+from conddetr.engine.progress import Progress, say
 from conddetr.engine.step import Stepper
+from conddetr.engine.tables import percent
 from conddetr.files import write_text
 from conddetr.model.detr import DETR
 

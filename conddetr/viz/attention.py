@@ -4,7 +4,7 @@ Source: figures 1 and 3 of the Conditional DETR paper.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+from conddetr.detection import Detection
 from conddetr.kernels.attn import attention_weights, dense_spatial_keys
 from conddetr.model.detr import DETR
 from conddetr.model.transformer import ConditionalDecoderLayer, Keys
 from conddetr.viz.boxes import draw_boxes
 from conddetr.viz.fonts import lettering
-
-if TYPE_CHECKING:
-    from conddetr.detector import Detection
 
 KINDS = ("spatial", "content", "combined")
 """The three maps of a head, in the order in which they are stored and drawn."""
@@ -132,7 +130,7 @@ def _detr_products(attention: nn.MultiheadAttention, query: Tensor, key: Tensor,
     return _Products(projected, k_spatial, projected, k_content, formulas)
 
 
-def attention_figure(image: Tensor, found: "Detection", index: int, maps: AttentionMaps) -> Figure:
+def attention_figure(image: Tensor, found: Detection, index: int, maps: AttentionMaps) -> Figure:
     """The paper's figure for one detection: spatial, content and combined maps below each other, a column per head.
 
     A map's colours end at its own peak, or at four times the uniform weight if the peak is below that, so that a flat

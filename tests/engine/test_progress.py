@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from conddetr.engine import progress
-from conddetr.engine.progress import metrics_table, percent, say, show
+from conddetr.engine.progress import say, show
+from conddetr.engine.tables import metrics_table, percent
 
 AS_MARKUP = "photo [copy].png [/b] [bold]x[/bold] :smile: 'text' 3.5 https://a.b"
 
