@@ -50,8 +50,8 @@ from conddetr.data.coco import coco_split
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform, TrainTransform
 from conddetr.engine.checkpoint import BEST, read_checkpoint
-from conddetr.engine.distributed import InterruptedRunError
 from conddetr.engine.trainer import Trainer
+from conddetr.interrupt import InterruptedRunError
 
 KEPT = Path(__file__).parent.parent / "runs" / "convergence"
 """Of each plan, the trainings so far in a file, and a folder with the weights that `figure1.py` draws."""

@@ -1,16 +1,25 @@
-"""Conditional DETR (Meng et al., ICCV 2021): train and run it fast. This is the whole public API."""
+"""Conditional DETR (Meng et al., ICCV 2021): train and run it fast. This is the whole public API.
+
+Names are loaded when they are used: `import conddetr` alone imports no PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # First, for what it does to Ctrl-C.
 from conddetr import interrupt  # noqa: F401
-from conddetr.config import ModelConfig
-from conddetr.detector import Detection, Detector
-from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
-from conddetr.interop.attention import register_attention
-from conddetr.interop.official import LoadReport, load_weights
-from conddetr.kernels.paths import record_paths
-from conddetr.model.detr import DETR
-from conddetr.model.postprocess import postprocess
-from conddetr.zoo import Preset, build, build_criterion, presets
+
+if TYPE_CHECKING:
+    from conddetr.config import ModelConfig
+    from conddetr.detection import Detection
+    from conddetr.detector import Detector
+    from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
+    from conddetr.interop.attention import register_attention
+    from conddetr.interop.official import LoadReport, load_weights
+    from conddetr.kernels.paths import record_paths
+    from conddetr.model.detr import DETR
+    from conddetr.model.postprocess import postprocess
+    from conddetr.zoo import Preset, build, build_criterion, presets
 
 __all__ = [
     "DETR",
@@ -32,3 +41,43 @@ __all__ = [
     "register_attention",
 ]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DETR": "model.detr",
+    "AccelerationReport": "interop.accelerate",
+    "Detection": "detection",
+    "Detector": "detector",
+    "LoadReport": "interop.official",
+    "ModelConfig": "config",
+    "Preset": "zoo",
+    "accelerate": "interop.accelerate",
+    "accelerated": "interop.accelerate",
+    "build": "zoo",
+    "build_criterion": "zoo",
+    "decelerate": "interop.accelerate",
+    "load_weights": "interop.official",
+    "postprocess": "model.postprocess",
+    "presets": "zoo",
+    "record_paths": "kernels.paths",
+    "register_attention": "interop.attention",
+}
+"""The module of each public name."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name from its module, or a module of the package: `conddetr.kernels` needs no import of its own."""
+    if home := _HOMES.get(name):
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,10 @@ import threading
 from itertools import pairwise
 
 
+class InterruptedRunError(RuntimeError):
+    """A signal stopped the run after its state was saved."""
+
+
 def raise_again() -> None:
     """From now on SIGINT is a KeyboardInterrupt, where importing this module changed that."""
     if _ENDS_AT_ONCE and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:

@@ -22,10 +22,11 @@ from conddetr.data.batch import Batch, collate
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
 from conddetr.engine.checkpoint import BEST, LATEST, has_run, read_checkpoint
-from conddetr.engine.distributed import InterruptedRunError, process_group, rank, world_size
+from conddetr.engine.distributed import process_group, rank, world_size
 from conddetr.engine.lock import sole_run
 from conddetr.engine.step import Stepper
 from conddetr.engine.trainer import Trainer
+from conddetr.interrupt import InterruptedRunError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 600.0

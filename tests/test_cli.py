@@ -16,11 +16,11 @@ from PIL import Image
 from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
+from conddetr.commands.demo import check_learned, recipe_for_shapes
 from conddetr.config import Backend, resolve
 from conddetr.config.flags import add_options, chosen_options
 from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.demo import check_learned, recipe_for_shapes
 from conddetr.engine import evaluator
 from conddetr.engine.evaluator import METRICS
 from conddetr.engine.progress import console

@@ -86,10 +86,26 @@ def test_preset_table_is_what_is_measured(preset):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == row.trainable_parameters
 
 
-def test_import_loads_no_large_library():
+def test_import_loads_nothing():
+    """Not even PyTorch: `conddetr --help` and a wrong flag do not wait for it."""
+    code = "import sys; import conddetr, conddetr.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    assert {"torch", "torchvision", "numpy", "PIL", "matplotlib"}.isdisjoint(loaded)
+
+
+def test_public_names_are_those_of_their_modules():
+    assert sorted(conddetr._HOMES) == sorted(conddetr.__all__)
+    assert all(getattr(conddetr, name).__name__ == name for name in conddetr.__all__)
+    assert set(conddetr.__all__) <= set(dir(conddetr))
+    with pytest.raises(AttributeError, match="no attribute 'biuld'"):
+        _ = conddetr.biuld
+
+
+def test_public_names_load_no_large_library():
     """Those are imported where they are used: a command that does not need one does not wait for it."""
     code = (
-        "import torch, torchvision, sys; known = set(sys.modules); import conddetr; print(*(set(sys.modules) - known))"
+        "import torch, torchvision, sys; known = set(sys.modules); import conddetr; "
+        "[getattr(conddetr, name) for name in conddetr.__all__]; print(*(set(sys.modules) - known))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     # What registers FLOPs takes 2 ms.

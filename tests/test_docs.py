@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 import conddetr
-from conddetr.cli import _parser, main
+from conddetr.cli import main
+from conddetr.commands.parser import make_parser
 from conddetr.engine.log import read_log
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +160,7 @@ def check_command_line(words: list[str]) -> None:
     if len(words) == 1:
         words = [*words, "--help"]
     try:
-        _, unknown = _parser().parse_known_args(words)
+        _, unknown = make_parser().parse_known_args(words)
     except SystemExit as stop:
         assert stop.code == 0, f"conddetr {words}"  # noqa: PT017
     else:

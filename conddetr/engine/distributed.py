@@ -105,10 +105,6 @@ def gather_on_host(value: Any) -> list[Any]:
     return values
 
 
-class InterruptedRunError(RuntimeError):
-    """A signal stopped the run after its state was saved."""
-
-
 class StopRequest:
     """Turns the first SIGTERM or SIGINT (Ctrl-C) after `watch` into a request to stop; a second one acts as usual.
 

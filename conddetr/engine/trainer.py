@@ -22,7 +22,7 @@ from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
-from conddetr.engine.distributed import InterruptedRunError, StopRequest
+from conddetr.engine.distributed import StopRequest
 from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
@@ -32,6 +32,7 @@ from conddetr.engine.progress import Progress, say
 from conddetr.engine.step import Stepper
 from conddetr.engine.tables import percent
 from conddetr.files import write_text
+from conddetr.interrupt import InterruptedRunError
 from conddetr.model.detr import DETR
 
 STOP_TIME, STOP_SIGNAL = 1.0, 2.0

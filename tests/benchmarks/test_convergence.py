@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import conddetr
-from conddetr.engine.distributed import InterruptedRunError
+from conddetr.interrupt import InterruptedRunError
 
 PLAN = replace(convergence.PLANS["small"], train_images=16, val_images=2, epochs=2, eval_every=1)
 

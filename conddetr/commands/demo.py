@@ -1,17 +1,21 @@
-"""The demonstration behind `make demo`: train, evaluate, draw."""
+"""`conddetr demo`, which `make demo` runs: train, evaluate, draw."""
 
+import argparse
 import itertools
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
+from conddetr.config.run import resolve_run
 from conddetr.detector import Detector
 from conddetr.devices import find_device
-from conddetr.engine.checkpoint import has_run
+from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.evaluator import CocoResult
 from conddetr.engine.progress import say, show
+from conddetr.engine.run import train
 from conddetr.engine.tables import metrics_table, percent
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.boxes import denormalize, draw_boxes, save_figure
@@ -36,6 +40,24 @@ EXPECTED_AP50 = 0.85
 ATTENTION_PICTURES = 3
 THRESHOLD = 0.3
 """Least score that is drawn, unless it is an image's best: after minutes of training, scores are still low."""
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds: expected more than 0, got {options.seconds:g}.")
+    out = free_folder(options.out)
+    recipe = RECIPE_FOR_PHOTOS if options.coco_path else recipe_for_shapes(options.device)
+    chosen = {"preset": "conditional-detr-tiny", "coco_path": options.coco_path, "output_dir": str(out), **recipe}
+    if options.seconds is not None:
+        chosen["time_limit"] = options.seconds
+    if not options.coco_path:
+        use_one_thread()
+        say("training a tiny detector on synthetic shapes: about two minutes on two CPU cores")
+    trainer = train(resolve_run({**chosen, "device": options.device or ""}), show_config=False)
+    detector = Detector.from_checkpoint(out / LATEST, device=options.device)
+    report(trainer.result, draw_samples(detector, trainer.val_set, out))
+    if not options.coco_path and options.seconds is None:
+        check_learned(trainer.metrics)
 
 
 def recipe_for_shapes(device: str | None) -> dict[str, object]:
@@ -63,8 +85,6 @@ def draw_samples(detector: Detector, dataset: Dataset, output_dir: str | Path, c
     Returns:
         The files written.
     """
-    from matplotlib.figure import Figure
-
     output_dir = Path(output_dir)
     count = min(count, len(dataset))
     figure = Figure(figsize=(2.6 * count, 5.4), layout="constrained")

@@ -1,0 +1,214 @@
+"""The flags of all commands. Nothing here takes time to import: no PyTorch, no command."""
+
+import argparse
+from typing import IO, NoReturn, get_args
+
+from conddetr.config import PRESETS, Backend, Precision
+from conddetr.config.flags import add_data_options, add_options
+from conddetr.engine.progress import StandardOutput
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints its help into any encoding, and says what is wrong in one line: `train` alone has a page of options. The
+    parsers of the commands are of this kind too.
+    """
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        super().print_help(file or StandardOutput())
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `conddetr`; of what it parses, `command` is the name, `module` its file here, `parser` its own."""
+    parser = _Parser(prog="conddetr", description="Train and run Conditional DETR.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (
+        _add_train,
+        _add_evaluate,
+        _add_predict,
+        _add_attention,
+        _add_export,
+        _add_demo,
+        _add_validate_data,
+        _add_bench_data,
+        _add_env,
+        _add_check,
+    ):
+        add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a detector",
+        allow_abbrev=False,
+        description="Train a detector. Defaults are the paper's for the large presets and a few CPU minutes for the "
+        "tiny ones. Flags of the official repository are accepted too.",
+    )
+    parser.set_defaults(module="train")
+    add_options(parser)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="COCO's twelve numbers of a checkpoint",
+        description="COCO's twelve numbers of a checkpoint: on all images of an annotation file (--images, "
+        "--annotations), on the validation images of a data set (--dataset, --coco-path), or by default on those of "
+        "its training. Under torchrun the processes share the images.",
+    )
+    parser.set_defaults(module="evaluate")
+    add_data_options(parser)
+    _add_device(parser)
+    _add_computing(parser)
+    _add_checkpoint(parser)
+    parser.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+    parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
+    parser.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
+    parser.add_argument("--split", default="val", choices=("val", "test"), help="of a --dataset; default: val")
+    parser.add_argument(
+        "--classes-by-name", action="store_true", help="match classes by name, whatever their ids in the data set"
+    )
+    parser.add_argument(
+        "--per-class", action="store_true", help="also print a table of the classes, and write it to --out"
+    )
+
+
+def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("predict", help="draw detections on images")
+    parser.set_defaults(module="predict")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
+    _add_checkpoint(parser)
+    _add_device(parser)
+    _add_computing(parser)
+    parser.add_argument(
+        "--out",
+        default="runs/predict",
+        help="folder for the drawn images; only pictures of the same images that predict drew earlier are replaced",
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
+
+
+def _add_attention(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("attention", help="draw where each head of the decoder looks for an object")
+    parser.set_defaults(module="attention")
+    parser.add_argument("image", metavar="IMAGE")
+    _add_checkpoint(parser)
+    _add_device(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--query", type=int, metavar="N", help="object query, from 0, whatever it found")
+    which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, a picture each")
+    parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
+    parser.add_argument("--out", default="runs/attention", help="folder for the pictures")
+
+
+def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("export", help="write a file that runs without this package, and check it")
+    parser.set_defaults(module="export")
+    _add_checkpoint(parser)
+    parser.add_argument("--format", default="onnx", choices=("torch", "onnx"), help="default: onnx")
+    parser.add_argument("--out", metavar="FILE", help="default: runs/export/model.onnx, or model.pt2 for torch")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fix the image size; default: any")
+
+
+def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("demo", help="train a tiny detector for two minutes, evaluate it, draw")
+    parser.set_defaults(module="demo")
+    parser.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout; default: synthetic shapes")
+    _add_device(parser)
+    parser.add_argument(
+        "--out",
+        default="runs/demo",
+        help="folder for the checkpoint and the pictures; one that holds a run stays: DIR-2 is taken",
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="training time at most; default: none for shapes, 600 with --coco-path"
+    )
+
+
+def _add_validate_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
+    parser.set_defaults(module="validate_data")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", metavar="DIR", help="a folder in any layout that is known, all its parts")
+    source.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout, training and validation")
+    source.add_argument("--annotations", metavar="FILE", help="one file in COCO's format; needs --images")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
+    parser.add_argument("--val-annotations", metavar="FILE", help="of validation images, compared with --annotations")
+    parser.add_argument("--val-folder", metavar="DIR", help="folder of the images of --val-annotations")
+    parser.add_argument("--report", metavar="FILE", help="also write what was found there, as JSON")
+    parser.add_argument(
+        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list what was changed"
+    )
+    parser.add_argument("--processes", type=int, help="that read images; default: one per core")
+
+
+def _add_bench_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("bench-data", help="training images/s on one core, official chain against ours")
+    parser.set_defaults(module="bench_data")
+    parser.add_argument("--coco-path", required=True, metavar="DIR", help="COCO's 2017 layout")
+    parser.add_argument("--preset", default="conditional-detr-r50", choices=list(PRESETS), help="for its image sizes")
+    parser.add_argument("--count", type=int, default=100, help="images to use at most")
+    parser.add_argument("--rounds", type=int, default=5, help="passes over the images")
+
+
+def _add_env(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser("env", help="versions, and which implementation each operation uses here")
+    parser.set_defaults(module="env")
+    _add_device(parser)
+
+
+def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "check",
+        help="prove the kernels on this device: numbers, memory, time",
+        description="Run every kernel on this device beside plain PyTorch in float64: results, gradients, dropout, the "
+        "same bits twice, nothing written outside, then the time. The record of it is kept in the user's cache folder; "
+        "on a GPU backend=auto goes by it. The exit status is 1 if a kernel is refused.",
+    )
+    parser.set_defaults(module="check")
+    _add_device(parser)
+    parser.add_argument("--short", action="store_true", help="only the sizes of the model")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="on a GPU: before, measure the few launch settings of attention that are predicted to be the fastest, and "
+        "record which one is",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the record there")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA where there is one")
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        choices=get_args(Backend),
+        help="as of train; eager: the reference, in plain PyTorch",
+    )
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=get_args(Precision),
+        help="default: that of the training, and bfloat16 where it is not known; both on GPUs that have it",
+    )
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="ours, an official one, or one of transformers' ConditionalDetrForObjectDetection; a folder of "
+        "save_pretrained too; with --preset also coco or official, its public weights",
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="of a checkpoint of others; default: found")
