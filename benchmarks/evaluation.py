@@ -11,7 +11,7 @@ import numpy as np
 from harness import say_written, show, write
 from rich.table import Table
 
-from conddetr.engine.evaluator import LIBRARIES, Detections, coco_result
+from conddetr.engine.coco_metrics import LIBRARIES, Detections, coco_result
 
 OBJECTS = 7
 """Per image, as in COCO."""

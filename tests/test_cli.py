@@ -16,13 +16,13 @@ from PIL import Image
 from small_runs import command_line, finish, start_ranks
 
 from conddetr.cli import main
+from conddetr.commands import evaluate
 from conddetr.commands.demo import check_learned, recipe_for_shapes
 from conddetr.config import Backend, resolve
 from conddetr.config.flags import add_options, chosen_options
 from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.engine import evaluator
-from conddetr.engine.evaluator import METRICS
+from conddetr.engine.coco_metrics import METRICS, Detections
 from conddetr.engine.progress import console
 from conddetr.kernels import registry
 
@@ -107,9 +107,9 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     def detect(model, *_, by_name, precision):
         configs.append(model.config)
         precisions.append(precision)
-        return evaluator.Detections.join(())
+        return Detections.join(())
 
-    monkeypatch.setattr(evaluator, "detect", detect)
+    monkeypatch.setattr(evaluate, "detect", detect)
     command = ["train", "--eval", "--resume", str(file), "--coco_path", str(small_coco.root), "--device", "cpu"]
     assert main([*command, "--dilation"]) == 0
     assert main(command) == 0

@@ -17,7 +17,7 @@ from conddetr.engine.checkpoint import (
     save_run,
     save_weights,
 )
-from conddetr.engine.evaluator import Detections
+from conddetr.engine.coco_metrics import Detections
 from conddetr.engine.log import RunLog
 from conddetr.export import _save_torch
 from conddetr.files import atomic_file, write_text

@@ -13,7 +13,7 @@ from conddetr.config.run import resolve_run
 from conddetr.detector import Detector
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import LATEST, has_run
-from conddetr.engine.evaluator import CocoResult
+from conddetr.engine.coco_metrics import CocoResult
 from conddetr.engine.progress import say, show
 from conddetr.engine.run import train
 from conddetr.engine.tables import metrics_table, percent

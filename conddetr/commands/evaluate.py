@@ -12,7 +12,8 @@ from conddetr.config.run import unused
 from conddetr.data.batch import check_loading
 from conddetr.detector import Detector
 from conddetr.engine import distributed
-from conddetr.engine.evaluator import CocoResult, coco_library, coco_result, detect
+from conddetr.engine.coco_metrics import CocoResult, coco_library, coco_result
+from conddetr.engine.evaluator import detect
 from conddetr.engine.progress import say, show
 from conddetr.engine.run import evaluation_set
 from conddetr.engine.tables import class_table, metrics_table

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from conddetr.engine.evaluator import METRICS
+from conddetr.engine.coco_metrics import METRICS
 from conddetr.files import write_errors, write_text
 
 BOARD = "tensorboard"

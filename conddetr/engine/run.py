@@ -42,7 +42,7 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset
     from conddetr.data.layouts import find_layout
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform, TrainTransform
-    from conddetr.engine.evaluator import check_splits
+    from conddetr.engine.categories import check_splits
 
     data.check_used()
     transforms = TrainTransform(model), EvalTransform(model)

@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from conddetr.engine.evaluator import ClassMetrics
+from conddetr.engine.coco_metrics import ClassMetrics
 
 
 def class_table(classes: list[ClassMetrics]) -> Table:

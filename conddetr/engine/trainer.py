@@ -22,8 +22,9 @@ from conddetr.data.batch import Batch, make_loader
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
+from conddetr.engine.coco_metrics import CocoResult, coco_library
 from conddetr.engine.distributed import StopRequest
-from conddetr.engine.evaluator import CocoResult, coco_library, evaluate
+from conddetr.engine.evaluator import evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision

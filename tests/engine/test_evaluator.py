@@ -15,18 +15,16 @@ import conddetr
 from conddetr.data.coco import coco_split, load_annotations
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import EvalTransform
-from conddetr.engine.evaluator import (
+from conddetr.engine.categories import category_ids_of, check_splits
+from conddetr.engine.coco_metrics import (
     LIBRARIES,
     METRICS,
     WRITTEN_AT_ONCE,
     Detections,
-    category_ids_of,
-    check_splits,
     coco_library,
     coco_result,
-    detect,
-    evaluate,
 )
+from conddetr.engine.evaluator import detect, evaluate
 
 pytestmark = pytest.mark.skipif(
     not any(importlib.util.find_spec(name) for name in LIBRARIES), reason="no library for COCO's metrics is installed"
