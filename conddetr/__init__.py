@@ -5,11 +5,11 @@ from conddetr import interrupt  # noqa: F401
 from conddetr.config import ModelConfig
 from conddetr.detector import Detection, Detector
 from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
-from conddetr.interop.attention import register_attention
-from conddetr.interop.official import LoadReport, load_weights
+from conddetr.interop.huggingface.attention_interface import register_attention
 from conddetr.kernels.paths import record_paths
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
+from conddetr.weights.load import LoadReport, load_weights
 from conddetr.zoo import Preset, build, build_criterion, presets
 
 __all__ = [

@@ -12,10 +12,10 @@ from conddetr import config as configs
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
 from conddetr.engine.precision import autocast, check_precision, for_inference, has_bfloat16, resolve_precision
-from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
-from conddetr.public_weights import locate
+from conddetr.weights.load import load_model
+from conddetr.weights.public import locate
 
 if TYPE_CHECKING:
     from conddetr.data.images import ImageLike
@@ -69,7 +69,7 @@ class Detector:
             device: `cpu` or a GPU, as torch names it; default CUDA where there is one.
             weights: of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the file of
                 the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
-                list; trained on other classes it starts from them without the class head. `conddetr.public_weights`
+                list; trained on other classes it starts from them without the class head. `conddetr.weights.public`
                 has the table of names.
             precision: `float32`, `bfloat16`, or `auto`, of which the property of this name says what it means.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.

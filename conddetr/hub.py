@@ -14,7 +14,7 @@ from conddetr.detector import Detector
 from conddetr.engine.checkpoint import save_weights
 from conddetr.engine.progress import percent
 from conddetr.files import write_text
-from conddetr.interop.checkpoints import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
+from conddetr.weights.read import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, constants, hf_hub_download

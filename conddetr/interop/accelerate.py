@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from conddetr.interop.accelerated.changes import change, restore, why_not_restore
+from conddetr.interop.changes import change, restore, why_not_restore
 from conddetr.kernels import registry
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
@@ -95,7 +95,7 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
         ValueError: no such backend; `graphs` of another model than `ConditionalDetrForObjectDetection`.
         RuntimeError: the requested backend cannot run where the model is now; says why.
     """
-    from conddetr.interop.accelerated import official
+    from conddetr.interop.official import model as official
 
     report = AccelerationReport()
     if graphs and not is_huggingface(_find(model), ("ConditionalDetrForObjectDetection",)):
@@ -115,7 +115,7 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
     if official.is_model(model):
         official.accelerate_model(model, backend, choice, report)
         return report
-    from conddetr.interop.accelerated import huggingface
+    from conddetr.interop.huggingface import replace as huggingface
 
     huggingface.accelerate(model, backend, choice, report, graphs)
     return report
@@ -178,7 +178,7 @@ def _find(model: nn.Module) -> nn.Module:
 
 
 def _is_known(model: nn.Module) -> bool:
-    from conddetr.interop.accelerated import official
+    from conddetr.interop.official import model as official
 
     return isinstance(model, DETR) or is_huggingface(model) or official.is_model(model)
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conddetr.interop.accelerated.official import is_model
-from conddetr.interop.checkpoints import identify
-from conddetr.interop.huggingface import from_huggingface, model_options, to_huggingface
-from conddetr.interop.official import load_weights
+from conddetr.interop.huggingface.weights import from_huggingface, model_options, to_huggingface
+from conddetr.interop.official.model import is_model
 from conddetr.model.detr import DETR
+from conddetr.weights.load import load_weights
+from conddetr.weights.read import identify
 from conddetr.zoo import build
 
 

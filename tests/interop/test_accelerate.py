@@ -20,9 +20,9 @@ from transformers import ConditionalDetrForObjectDetection  # noqa: E402
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
 
-from conddetr.interop.accelerated import common, loss  # noqa: E402
-from conddetr.interop.accelerated.huggingface import replacements  # noqa: E402
-from conddetr.interop.accelerated.loss import detection_loss  # noqa: E402
+from conddetr.interop.huggingface import common, loss  # noqa: E402
+from conddetr.interop.huggingface.loss import detection_loss  # noqa: E402
+from conddetr.interop.huggingface.replace import replacements  # noqa: E402
 
 BACKENDS = ("eager", "triton", "native")
 
@@ -254,7 +254,7 @@ def test_what_can_not_be_accelerated_is_left_and_listed(monkeypatch):
     assert model.loss_function is DeformableDetrForObjectDetectionLoss
     assert "left as it was  matcher and loss" in str(report)
 
-    monkeypatch.setattr("conddetr.interop.accelerated.huggingface.replacements", lambda model: [])
+    monkeypatch.setattr("conddetr.interop.huggingface.replace.replacements", lambda model: [])
     model = small_model()
     assert f"its structure in transformers {transformers.__version__} is unknown" in str(accelerate(model))
     model.loss_function = lambda *args: None

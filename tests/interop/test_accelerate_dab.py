@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 from small_huggingface import run, small_batch, small_dab
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
-from conddetr.interop.accelerated import common, dab_detr
+from conddetr.interop.huggingface import common, dab_detr
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from official_contract import ConditionalDETR, SetCriterion, Transformer, with_r
 from torch import nn
 
 import conddetr
-from conddetr.interop.accelerated import official
+from conddetr.interop.official import model as official
 from conddetr.kernels import native
 
 

@@ -13,7 +13,7 @@ import conddetr
 if not hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
     pytest.skip("the encoder of transformers before 5 is left as it is", allow_module_level=True)
 
-from conddetr.interop.accelerated import projections_in_attention as structure
+from conddetr.interop.huggingface import attention_v5 as structure
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import conddetr
-from conddetr.interop import attention
+from conddetr.interop.huggingface import attention_interface as attention
 from conddetr.kernels import native, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")

@@ -13,7 +13,7 @@ import conddetr
 from conddetr.cli import main
 from conddetr.engine.checkpoint import save_checkpoint
 from conddetr.interop import to_huggingface
-from conddetr.interop.official import start_from
+from conddetr.weights.load import start_from
 
 NAMES = ["cat", "dog", "toothbrush"]
 SMALL = {"hidden_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "ffn_dim": 48, "num_queries": 10}

@@ -8,7 +8,7 @@ from golden_rule import read_json, rule_weight
 
 import conddetr
 from conddetr.engine.checkpoint import save_checkpoint
-from conddetr.interop.official import start_from
+from conddetr.weights.load import start_from
 
 CLASSES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "toothbrush"}]
 

@@ -1,4 +1,4 @@
-"""Loading weights of anybody into a model; `conddetr.interop.checkpoints` reads them."""
+"""Loading weights of anybody into a model; `conddetr.weights.read` reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from conddetr import config as configs
-from conddetr.interop.checkpoints import Weights, describe, identify, plain_names, read_weights
 from conddetr.model.detr import DETR
+from conddetr.weights.read import Weights, describe, identify, plain_names, read_weights
 
 __all__ = ["LoadReport", "identify", "load", "load_model", "load_weights", "start_from"]
 

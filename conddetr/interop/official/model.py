@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from conddetr import config as configs
 from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
-from conddetr.interop.accelerated.changes import change
-from conddetr.interop.accelerated.hooks import report_hooks
-from conddetr.interop.checkpoints import identify
+from conddetr.interop.changes import change
+from conddetr.interop.hooks import report_hooks
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
+from conddetr.weights.read import identify
 from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25

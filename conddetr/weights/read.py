@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conddetr import config as configs
 from conddetr.engine.checkpoint import BEST, LATEST, read_checkpoint
-from conddetr.interop.huggingface import class_list, from_huggingface, is_huggingface, model_options
+from conddetr.interop.huggingface.weights import class_list, from_huggingface, is_huggingface, model_options
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ Its sine embedding stays: it is one of boxes, made anew in every layer and scale
 from torch import Tensor
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
-from conddetr.interop.accelerated.backbone import Maps, encode
-from conddetr.interop.accelerated.common import (
+from conddetr.interop.huggingface.backbone import Maps, encode
+from conddetr.interop.huggingface.common import (
     as_under_autocast,
     cross_attention,
     is_floating_mask,

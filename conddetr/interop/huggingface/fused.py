@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerated import projections_in_attention as structure
+from conddetr.interop.huggingface import attention_v5 as structure
 from conddetr.kernels import add_norm, conditional_attention, paths, sine_embedding
 from conddetr.model.fast import decoder as fast_decoder
 from conddetr.model.fast import encoder as fast_encoder

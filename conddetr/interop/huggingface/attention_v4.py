@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerated.common import (
+from conddetr.interop.huggingface.common import (
     as_under_autocast,
     cross_attention,
     decode,

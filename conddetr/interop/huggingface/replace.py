@@ -23,11 +23,11 @@ from conddetr.interop.accelerate import (
     parameter_of,
     report_backbone,
 )
-from conddetr.interop.accelerated.backbone import ConvEncoder, misfit, timm_model
-from conddetr.interop.accelerated.changes import change
-from conddetr.interop.accelerated.graphs import graph_body
-from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
-from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
+from conddetr.interop.changes import change
+from conddetr.interop.hooks import has_own_forward, report_hooks
+from conddetr.interop.huggingface.backbone import ConvEncoder, misfit, timm_model
+from conddetr.interop.huggingface.graphs import graph_body
+from conddetr.interop.huggingface.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
 from conddetr.model.fast.plan import can_run
 from conddetr.model.transformer import attends_natively
@@ -80,14 +80,14 @@ def _arguments(function: object) -> list[str]:
 def replacements(model: nn.Module) -> list[Replacement]:
     """Those that the structure of the installed version has."""
     if _is_dab(model):
-        from conddetr.interop.accelerated import dab_detr
+        from conddetr.interop.huggingface import dab_detr
 
         return [
             Replacement("encoder self-attention", dab_detr.EncoderSelfAttention, FUSED_ATTENTION),
             Replacement("cross-attention", dab_detr.CrossAttention, is_meant=dab_detr.is_cross_attention),
         ]
     if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
-        from conddetr.interop.accelerated import projections_in_attention as structure
+        from conddetr.interop.huggingface import attention_v5 as structure
 
         attention = [
             Replacement("encoder", structure.Encoder, NO_WAIT),
@@ -95,7 +95,7 @@ def replacements(model: nn.Module) -> list[Replacement]:
             Replacement("cross-attention", structure.CrossAttention),
         ]
     elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
-        from conddetr.interop.accelerated import projections_in_layer as structure
+        from conddetr.interop.huggingface import attention_v4 as structure
 
         attention = [
             Replacement("encoder self-attention", structure.EncoderSelfAttention, FUSED_ATTENTION),
@@ -180,7 +180,7 @@ def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
 def _self_attention() -> list[Replacement]:
     if not hasattr(theirs, "ConditionalDetrSelfAttention"):
         return []
-    from conddetr.interop.accelerated import projections_in_attention as structure
+    from conddetr.interop.huggingface import attention_v5 as structure
 
     return [
         Replacement("encoder self-attention", structure.EncoderSelfAttention),
@@ -220,7 +220,7 @@ def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport
 def _conv_encoder(model: nn.Module) -> type[nn.Module]:
     if not _is_dab(model):
         return ConvEncoder
-    from conddetr.interop.accelerated import dab_detr
+    from conddetr.interop.huggingface import dab_detr
 
     return dab_detr.ConvEncoder
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerated.common import (
+from conddetr.interop.huggingface.common import (
     as_shipped,
     as_under_autocast,
     asking_waits,
@@ -127,7 +127,7 @@ class Encoder(theirs.ConditionalDetrEncoder):
         is_left = is_left or attention_mask is None or attention_mask.dim() != 2
         if not is_left:
             # Here, not above: it takes its classes from this module.
-            from conddetr.interop.accelerated import fused
+            from conddetr.interop.huggingface import fused
 
             with registry.demanded(self.backend):
                 memory = fused.encode(self, inputs_embeds, attention_mask, spatial_position_embeddings)
@@ -233,7 +233,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
                     **kwargs,
                 )
 
-        from conddetr.interop.accelerated import fused  # as in the encoder
+        from conddetr.interop.huggingface import fused  # as in the encoder
 
         inputs = (encoder_attention_mask, spatial_position_embeddings, object_queries_position_embeddings)
         with registry.demanded(self.backend):
