@@ -7,15 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conddetr.interop.convert import (
-        ParityReport,
-        convert_from_huggingface,
-        convert_from_official,
-        convert_to_huggingface,
-        convert_to_official,
-        parity,
-    )
+    from conddetr.interop.huggingface.convert import convert_from_huggingface, convert_to_huggingface
     from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
+    from conddetr.interop.official.convert import convert_from_official, convert_to_official
+    from conddetr.interop.parity import ParityReport, parity
 
 __all__ = [
     "ParityReport",
@@ -27,10 +22,19 @@ __all__ = [
     "parity",
     "to_huggingface",
 ]
+_HOMES = {
+    "ParityReport": "parity",
+    "convert_from_huggingface": "huggingface.convert",
+    "convert_from_official": "official.convert",
+    "convert_to_huggingface": "huggingface.convert",
+    "convert_to_official": "official.convert",
+    "from_huggingface": "huggingface.weights",
+    "parity": "parity",
+    "to_huggingface": "huggingface.weights",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    is_names = name in ("from_huggingface", "to_huggingface")
-    return getattr(import_module(f"{__name__}.huggingface.weights" if is_names else f"{__name__}.convert"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

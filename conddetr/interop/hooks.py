@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.utils import parametrize
 
-from conddetr.interop.accelerate import AccelerationReport, Part
+from conddetr.interop.report import AccelerationReport, Part
 from conddetr.model.plain import HOOKS
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from conddetr import config as configs
+from conddetr.interop.official.weights import describe, identify
 from conddetr.model.detr import DETR
-from conddetr.weights.read import Weights, describe, identify, plain_names, read_weights
-
-__all__ = ["LoadReport", "identify", "load", "load_model", "load_weights", "start_from"]
+from conddetr.weights.read import Weights, read_weights
+from conddetr.weights.search import plain_names
 
 
 @dataclass

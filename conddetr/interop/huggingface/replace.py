@@ -15,19 +15,13 @@ from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.accelerate import (
-    AccelerationReport,
-    Part,
-    describe,
-    is_huggingface,
-    parameter_of,
-    report_backbone,
-)
 from conddetr.interop.changes import change
 from conddetr.interop.hooks import has_own_forward, report_hooks
+from conddetr.interop.huggingface import kinds
 from conddetr.interop.huggingface.backbone import ConvEncoder, misfit, timm_model
 from conddetr.interop.huggingface.graphs import graph_body
 from conddetr.interop.huggingface.loss import MATCHING_ALPHA, detection_loss
+from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import registry
 from conddetr.model.fast.plan import can_run
 from conddetr.model.transformer import attends_natively
@@ -107,10 +101,10 @@ def replacements(model: nn.Module) -> list[Replacement]:
 
 
 def _is_dab(model: nn.Module) -> bool:
-    return is_huggingface(model, ("DabDetrForObjectDetection",))
+    return kinds.is_model(model, kinds.DAB_DETR)
 
 
-def accelerate(
+def accelerate_model(
     model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport, graphs: bool
 ) -> None:
     """Replace what can be replaced, and say so in the report.

@@ -1,32 +1,26 @@
-"""The official Conditional DETR (Atten4Vis/ConditionalDETR): its model and its criterion, on our operations.
+"""The official Conditional DETR (Atten4Vis/ConditionalDETR): its model on our operations.
 
-A module gets a subclass of its own class, mixed with ours: parameters, hooks, copies and pickles go on as they were.
 Parameter names are the same in both codes, so a transformer of ours stands beside theirs and has the very same
 parameters.
 """
 
-import inspect
 from collections import OrderedDict
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr import config as configs
-from conddetr.interop.accelerate import AccelerationReport, Part, describe, parameter_of, report_backbone
-from conddetr.interop.changes import change
 from conddetr.interop.hooks import report_hooks
+from conddetr.interop.official.mixing import Accelerated, arguments, mix_in
+from conddetr.interop.official.weights import identify
+from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
-from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
-from conddetr.weights.read import identify
-from conddetr.zoo import build_criterion
 
-MATCHING_ALPHA = 0.25
-"""The official matcher's α, whatever the criterion's is; ours has one for both."""
 _SETTINGS = ("p", "dropout", "eps", "activation", "normalize_before", "return_intermediate", "num_heads")
 """Attributes of the transformer's modules, beside parameters, that decide what they compute."""
 _EPS = 1e-5
@@ -39,55 +33,10 @@ def is_model(model: nn.Module) -> bool:
     if not all(isinstance(getattr(model, name, None), nn.Module) for name in parts):
         return False
     is_conditional = identify(model.state_dict()).get("family") == "conditional-detr"
-    return is_conditional and _arguments(model.transformer) == ["src", "mask", "query_embed", "pos_embed"]
+    return is_conditional and arguments(model.transformer) == ["src", "mask", "query_embed", "pos_embed"]
 
 
-def is_criterion(module: nn.Module) -> bool:
-    """Whether this is the official `SetCriterion`: with focal loss, so not that of the original DETR."""
-    names = ("num_classes", "matcher", "weight_dict", "losses", "focal_alpha")
-    is_named = any(base.__name__ == "SetCriterion" for base in type(module).__mro__)
-    return is_named and all(hasattr(module, name) for name in names) and _arguments(module) == ["outputs", "targets"]
-
-
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-class _Accelerated:
-    """Mixed into their class. What is pickled or copied names their class, and gets ours again."""
-
-    _known: tuple[nn.Module, ...] = ()
-    """Our code reads these modules' parameters; it was written for no others."""
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        ours, original = type(self).__bases__
-        return _blank, (ours, original), self.__dict__
-
-    def _is_as_known(self) -> bool:
-        """No module was exchanged, none has what ours would not call, and this is no copy of `DataParallel`."""
-        found = tuple(self.modules())[1:]
-        if len(found) != len(self._known) or getattr(self, "_is_replica", False):
-            return False
-        pairs = zip(found, self._known, strict=True)
-        return all(a is b and why_not_plain(a) is None for a, b in pairs)
-
-
-@lru_cache
-def _subclass(ours: type, original: type) -> type:
-    return type(f"Accelerated{original.__name__}", (ours, original), {"__module__": __name__})
-
-
-def _blank(ours: type, original: type) -> nn.Module:
-    kind = _subclass(ours, original)
-    return kind.__new__(kind)
-
-
-def _mix_in(module: nn.Module, ours: type, **attributes: object) -> None:
-    kind = type(module) if isinstance(module, ours) else _subclass(ours, type(module))
-    change(module, kind, _known=tuple(module.modules())[1:], **attributes)
-
-
-class Transformer(_Accelerated):
+class Transformer(Accelerated):
     """Encoder and decoder by ours. Where `_is_as_known` says no, theirs runs, and where settings were changed."""
 
     _twin: tuple[OurTransformer]
@@ -114,7 +63,7 @@ class Transformer(_Accelerated):
         return [hidden, reference.expand(len(src), -1, -1)]
 
 
-class ResNetBody(_Accelerated):
+class ResNetBody(Accelerated):
     """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded within the graph."""
 
     backend: str
@@ -129,44 +78,6 @@ class ResNetBody(_Accelerated):
         return OrderedDict((name, maps[stage]) for stage, name in self.return_layers.items())
 
 
-class SetCriterion(_Accelerated):
-    """Matching and losses of all layers at once; the losses are named and scaled as theirs."""
-
-    backend: str
-
-    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
-        """Unweighted losses and errors by name. Outputs that ours does not know (masks, of an encoder) are for theirs,
-        and so are a matcher that was exchanged or has hooks, and settings that ours does not have.
-
-        Raises:
-            ValueError: targets do not fit, or matching is on the host and predictions are not finite; names the image.
-        """
-        is_known = set(outputs) <= {"pred_logits", "pred_boxes", "aux_outputs"} and self._is_as_known()
-        if not is_known or _criterion_misfit(self) is not None:
-            paths.note("loss", "the official code")
-            return super().forward(outputs, targets)
-        targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
-        losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
-        del losses["loss"]
-        return losses
-
-
-_build_criterion = lru_cache(maxsize=8)(build_criterion)
-
-
-def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
-    matcher = criterion.matcher
-    return configs.resolve(
-        "conditional-detr-r50",
-        num_classes=criterion.num_classes,
-        class_cost=matcher.cost_class,
-        bbox_cost=matcher.cost_bbox,
-        giou_cost=matcher.cost_giou,
-        focal_alpha=criterion.focal_alpha,
-        backend=backend,
-    )
-
-
 def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
     """Replace what can be replaced, and say so in the report.
 
@@ -177,14 +88,14 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
     reason = _transformer_misfit(model.transformer)
     if reason is None:
         twin, settings = _twin(model.transformer, backend), _settings(model.transformer)
-        _mix_in(model.transformer, Transformer, _twin=(twin,), _settings=settings)
+        mix_in(model.transformer, Transformer, _twin=(twin,), _settings=settings)
         report.replaced.append(Part("transformer", 1, f"backend {describe(choice, parameter_of(model))}"))
     else:
         report.left.append(Part("transformer", 1, reason))
     body = getattr(model.backbone[0], "body", model.backbone[0])
     reason = _body_misfit(body)
     if reason is None:
-        _mix_in(body, ResNetBody, backend=backend)
+        mix_in(body, ResNetBody, backend=backend)
         report_backbone(body, report)
     else:
         report.left.append(Part("backbone", 1, reason))
@@ -201,30 +112,8 @@ def _gives_way(model: nn.Module, name: str, module: nn.Module) -> str | None:
         (body, "its part of the backbone runs as shipped"),
     ):
         is_inside = module is not accelerated and any(module is found for found in accelerated.modules())
-        if isinstance(accelerated, _Accelerated) and is_inside:
+        if isinstance(accelerated, Accelerated) and is_inside:
             return what
-    return None
-
-
-def accelerate_criterion(criterion: nn.Module, backend: str, report: AccelerationReport) -> None:
-    """As `accelerate_model`, for what `is_criterion` holds."""
-    reason = _criterion_misfit(criterion)
-    if reason is not None:
-        report.left.append(Part("matcher and loss", 1, reason))
-        return
-    _loss_config(criterion, backend)  # refuses a backend that there is not
-    _mix_in(criterion, SetCriterion, backend=backend)
-    report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
-
-
-def _criterion_misfit(criterion: nn.Module) -> str | None:
-    """The reason why ours is not the same as this one; None where it is."""
-    if {"labels", "boxes", "cardinality"} != set(criterion.losses):
-        return f"its losses are {', '.join(criterion.losses)}; expected labels, boxes, cardinality"
-    if not all(hasattr(criterion.matcher, f"cost_{name}") for name in ("class", "bbox", "giou")):
-        return f"{type(criterion.matcher).__name__} is no matcher by class, L1 and GIoU"
-    if criterion.focal_alpha != MATCHING_ALPHA:
-        return f"focal_alpha {criterion.focal_alpha}: its matcher uses {MATCHING_ALPHA} all the same"
     return None
 
 
