@@ -20,7 +20,7 @@ from transformers import ConditionalDetrForObjectDetection  # noqa: E402
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
 
-from conddetr.interop.huggingface import common, loss  # noqa: E402
+from conddetr.interop.huggingface import attention, loss  # noqa: E402
 from conddetr.interop.huggingface.loss import detection_loss  # noqa: E402
 from conddetr.interop.huggingface.replace import replacements  # noqa: E402
 
@@ -99,7 +99,7 @@ def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("our attention ran")
 
-    monkeypatch.setattr(common, "conditional_attention", refuse)
+    monkeypatch.setattr(attention, "conditional_attention", refuse)
     model = small_model()
     accelerate(model, "eager")
     with pytest.raises(AssertionError, match="our attention ran"):
@@ -205,7 +205,7 @@ def test_dropout_is_transformers_own_and_in_training_only(monkeypatch):
         seen.append(dropout_p)
         return conditional_attention(*args, dropout_p=dropout_p, **options)
 
-    monkeypatch.setattr(common, "conditional_attention", record)
+    monkeypatch.setattr(attention, "conditional_attention", record)
     model = small_model(attention_dropout=0.25, dropout=0.5)
     accelerate(model, "eager")
     with torch.no_grad():

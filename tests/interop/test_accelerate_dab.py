@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 from small_huggingface import run, small_batch, small_dab
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
-from conddetr.interop.huggingface import common, dab_detr
+from conddetr.interop.huggingface import attention, dab_detr
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_the_report_tells_what_runs(monkeypatch):
         calls.append(options["dropout_p"])
         return conditional_attention(*args, **options)
 
-    conditional_attention = common.conditional_attention
-    monkeypatch.setattr(common, "conditional_attention", record)
+    conditional_attention = attention.conditional_attention
+    monkeypatch.setattr(attention, "conditional_attention", record)
     with torch.no_grad():
         model(**small_batch())
         assert len(calls) == 3

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conddetr.interop.huggingface.common import as_under_autocast, runs_ours
+from conddetr.interop.huggingface.attention import as_under_autocast
+from conddetr.interop.huggingface.calls import runs_ours
 from conddetr.kernels import conditional_attention, paths
 from conddetr.kernels.registry import BACKENDS
 from conddetr.model.transformer import attends_natively

@@ -3,16 +3,10 @@
 from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.huggingface.common import (
-    as_under_autocast,
-    cross_attention,
-    decode,
-    is_floating_mask,
-    is_plain_call,
-    key_padding,
-    mask_of_keys,
-    runs_ours,
-)
+from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
+from conddetr.interop.huggingface.calls import is_plain_call, runs_ours
+from conddetr.interop.huggingface.decoder import decode
+from conddetr.interop.huggingface.masks import is_floating_mask, key_padding, mask_of_keys
 from conddetr.kernels import paths
 from conddetr.model.transformer import self_attention
 

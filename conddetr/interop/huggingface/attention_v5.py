@@ -6,18 +6,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.huggingface.common import (
-    as_shipped,
-    as_under_autocast,
-    asking_waits,
-    cross_attention,
-    decode,
-    is_plain_call,
-    key_padding,
-    mask_of_keys,
-    runs_ours,
-    wants_more,
-)
+from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
+from conddetr.interop.huggingface.calls import as_shipped, asking_waits, is_plain_call, runs_ours, wants_more
+from conddetr.interop.huggingface.decoder import decode
+from conddetr.interop.huggingface.fast import decoder as fast_decoder
+from conddetr.interop.huggingface.fast import encoder as fast_encoder
+from conddetr.interop.huggingface.masks import key_padding, mask_of_keys
 from conddetr.kernels import paths, registry
 from conddetr.model.transformer import attends_natively, self_attention
 
@@ -110,6 +104,19 @@ def _finite(tokens: Tensor) -> Tensor:
     return torch.where(tokens.isfinite().all(), tokens, limited)
 
 
+_ENCODER_KINDS = frozenset(
+    (
+        theirs.ConditionalDetrEncoderLayer,
+        EncoderLayer,
+        theirs.ConditionalDetrSelfAttention,
+        EncoderSelfAttention,
+        theirs.ConditionalDetrMLP,
+        nn.ReLU,
+    )
+)
+"""Of the parts of encoder layers that fused operations know."""
+
+
 class Encoder(theirs.ConditionalDetrEncoder):
     """On a GPU from fused operations; or from its layers, whose mask is a view, about which the host is not asked."""
 
@@ -126,11 +133,10 @@ class Encoder(theirs.ConditionalDetrEncoder):
         is_left = self.config._attn_implementation not in _KNOWN_MASKS or wants_more(self.config, kwargs)
         is_left = is_left or attention_mask is None or attention_mask.dim() != 2
         if not is_left:
-            # Here, not above: it takes its classes from this module.
-            from conddetr.interop.huggingface import fused
-
             with registry.demanded(self.backend):
-                memory = fused.encode(self, inputs_embeds, attention_mask, spatial_position_embeddings)
+                memory = fast_encoder.encode(
+                    self, inputs_embeds, attention_mask, spatial_position_embeddings, _ENCODER_KINDS
+                )
             if memory is not None:
                 return BaseModelOutput(last_hidden_state=memory)
         paths.note("encoder", "modules")
@@ -202,6 +208,21 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
         return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim))
 
 
+_DECODER_KINDS = frozenset(
+    (
+        theirs.ConditionalDetrDecoderLayer,
+        theirs.ConditionalDetrDecoderSelfAttention,
+        DecoderSelfAttention,
+        CrossAttention,
+        theirs.ConditionalDetrMLP,
+        theirs.ConditionalDetrMLPPredictionHead,
+        nn.ModuleList,
+        nn.ReLU,
+    )
+)
+"""As `_ENCODER_KINDS`, of the decoder."""
+
+
 class Decoder(theirs.ConditionalDetrDecoder):
     """The sine embedding in one kernel; the mask of the keys is a view, about which the host is not asked."""
 
@@ -233,11 +254,9 @@ class Decoder(theirs.ConditionalDetrDecoder):
                     **kwargs,
                 )
 
-        from conddetr.interop.huggingface import fused  # as in the encoder
-
         inputs = (encoder_attention_mask, spatial_position_embeddings, object_queries_position_embeddings)
         with registry.demanded(self.backend):
-            fields = fused.decode(self, inputs_embeds, encoder_hidden_states, *inputs)
+            fields = fast_decoder.decode(self, inputs_embeds, encoder_hidden_states, *inputs, _DECODER_KINDS)
         if fields is not None:
             return theirs.ConditionalDetrDecoderOutput(**fields)
         dtype = inputs_embeds.dtype if implementation == "eager" else None

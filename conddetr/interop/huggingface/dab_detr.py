@@ -6,14 +6,10 @@ Its sine embedding stays: it is one of boxes, made anew in every layer and scale
 from torch import Tensor
 from transformers.models.dab_detr import modeling_dab_detr as theirs
 
+from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
 from conddetr.interop.huggingface.backbone import Maps, encode
-from conddetr.interop.huggingface.common import (
-    as_under_autocast,
-    cross_attention,
-    is_floating_mask,
-    key_padding,
-    runs_ours,
-)
+from conddetr.interop.huggingface.calls import runs_ours
+from conddetr.interop.huggingface.masks import is_floating_mask, key_padding
 from conddetr.kernels import paths, registry
 from conddetr.model.transformer import self_attention
 

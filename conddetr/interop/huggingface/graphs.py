@@ -6,7 +6,7 @@ from transformers.models.conditional_detr import modeling_conditional_detr as th
 from conddetr.capture import MAX_GRAPHS
 from conddetr.graphed import Graphs
 from conddetr.interop.changes import change
-from conddetr.interop.huggingface.common import wants_more
+from conddetr.interop.huggingface.calls import wants_more
 from conddetr.interop.report import AccelerationReport, Part
 
 _NO_MATTER = frozenset(("return_dict", "num_items_in_batch"))

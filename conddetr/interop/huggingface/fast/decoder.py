@@ -1,17 +1,11 @@
-"""Encoder and decoder of transformers 5 from fused operations, as `conddetr.model.fast` computes ours.
-
-Where all parts of one are plain, on a GPU. transformers' arithmetic stays: with auxiliary losses the next decoder layer
-goes on from the normalised tokens, spatial keys are dense, and positions and queries may differ from image to image.
-"""
+"""The decoder from fused operations."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
 
-from conddetr.interop.huggingface import attention_v5 as structure
+from conddetr.interop.huggingface.fast.parts import dtype_of_step, feed_forward_recipes, layer_settings
 from conddetr.kernels import add_norm, conditional_attention, paths, sine_embedding
 from conddetr.model.fast import decoder as fast_decoder
 from conddetr.model.fast import encoder as fast_encoder
@@ -24,36 +18,12 @@ from conddetr.model.fast.layers import (
     branch_weights,
     end_branch,
     feed_forward,
-    for_a_module,
     hidden,
     hidden_weights,
     linear,
     seeds,
 )
-from conddetr.model.fast.plan import SEEDS_PER_LAYER, can_run, make_weights, step_dtype
-
-_ENCODER = frozenset(
-    (
-        theirs.ConditionalDetrEncoderLayer,
-        structure.EncoderLayer,
-        theirs.ConditionalDetrSelfAttention,
-        structure.EncoderSelfAttention,
-        theirs.ConditionalDetrMLP,
-        nn.ReLU,
-    )
-)
-_DECODER = frozenset(
-    (
-        theirs.ConditionalDetrDecoderLayer,
-        theirs.ConditionalDetrDecoderSelfAttention,
-        structure.DecoderSelfAttention,
-        structure.CrossAttention,
-        theirs.ConditionalDetrMLP,
-        theirs.ConditionalDetrMLPPredictionHead,
-        nn.ModuleList,
-        nn.ReLU,
-    )
-)
+from conddetr.model.fast.plan import SEEDS_PER_LAYER, make_weights
 
 
 class DecoderWeights(NamedTuple):
@@ -73,42 +43,14 @@ class DecoderWeights(NamedTuple):
     norm: tuple[Made, Made]
 
 
-def encode(encoder: nn.Module, tokens: Tensor, mask: Tensor, position: Tensor | None) -> Tensor | None:
-    """The encoder.
-
-    Args:
-        encoder: transformers'.
-        tokens: [B, N, C].
-        mask: [B, N], nonzero = valid.
-        position: [B, N, C].
-
-    Returns:
-        Memory [B, N, C]; None where the layers have to be called as modules.
-    """
-    layers = list(encoder.layers)
-    # Its sum with tokens is one of the fused outputs, which gives positions no gradient.
-    is_position = position is not None and not position.requires_grad
-    dtype = _dtype(encoder, layers, tokens, _ENCODER) if is_position else None
-    # The largest number of float16 is one that transformers looks at.
-    if dtype is None or (encoder.training and tokens.dtype == torch.float16):
-        return None
-    paths.note("encoder", "fused operations")
-    [weights] = make_weights(([_encoder_recipes(layer, tokens.shape[:-1].numel()) for layer in layers],), dtype)
-    drawn = seeds(tokens.device, SEEDS_PER_LAYER * len(layers))
-    tokens = F.dropout(tokens, encoder.dropout, encoder.training)
-    position = position.to(dtype)
-    padding = fast_encoder.attention_mask(~mask.to(torch.bool), dtype)
-    stream = fast_encoder.begin(tokens.to(dtype), position)
-    is_autocast = torch.is_autocast_enabled(tokens.device.type)
-    for index, (layer, own) in enumerate(zip(layers, weights, strict=True)):
-        settings = _settings(layer, encoder.config.encoder_attention_heads, Dropout(0.0, drawn))
-        where = position if index < len(layers) - 1 else None
-        stream = fast_encoder.run_layer(own, settings, stream, padding, where, wants_trunk=is_autocast)
-    return for_a_module(stream.trunk, stream.out)
-
-
 def decode(
-    decoder: nn.Module, tokens: Tensor, memory: Tensor, mask: Tensor, position: Tensor, object_query: Tensor
+    decoder: nn.Module,
+    tokens: Tensor,
+    memory: Tensor,
+    mask: Tensor,
+    position: Tensor,
+    object_query: Tensor,
+    kinds: frozenset[type],
 ) -> dict[str, Tensor | None] | None:
     """The decoder.
 
@@ -117,16 +59,17 @@ def decode(
         tokens, object_query: [B, Q, C].
         memory, position: [B, N, C].
         mask: [B, N], nonzero = valid.
+        kinds: the classes that plain layers consist of.
 
     Returns:
-        As `common.decode`; None where the layers have to be called as modules.
+        As `conddetr.interop.huggingface.decoder.decode`; None where the layers have to be called as modules.
     """
     known = [*decoder.layers, decoder.query_scale, decoder.layernorm]
-    dtype = _dtype(decoder, known, memory, _DECODER)
+    dtype = dtype_of_step(decoder, known, memory, kinds)
     if dtype is None or len(decoder.query_scale.layers) != 2:
         return None
     paths.note("decoder", "fused operations")
-    [weights] = make_weights((_decoder_recipes(decoder, object_query, memory),), dtype)
+    [weights] = make_weights((_recipes(decoder, object_query, memory),), dtype)
     drawn = seeds(tokens.device, SEEDS_PER_LAYER * len(decoder.layers))
     reference = decoder.ref_point_head(object_query).sigmoid()
     p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend).to(dtype)
@@ -139,7 +82,7 @@ def decode(
     stream = _Tokens(tokens.to(torch.promote_types(dtype, torch.float32)), (out, out), None)
     states = []
     for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
-        settings = _settings(layer, decoder.config.decoder_attention_heads, Dropout(0.0, drawn))
+        settings = layer_settings(layer, decoder.config.decoder_attention_heads, Dropout(0.0, drawn))
         trunk, out = fast_decoder.self_attend(own, settings, positions[index], stream.trunk, stream.outs[0])
         spatial, factor = p_s, None
         if index > 0:
@@ -148,7 +91,7 @@ def decode(
         q_content = linear(out, *own.cross_content)
         q_spatial = fast_decoder.project_spatial_query(spatial, factor, own.cross_sine)
         if index == 0:
-            # As in `structure.CrossAttention`: the positions stay out of the keys.
+            # As in `attention_v5.CrossAttention`: the positions stay out of the keys.
             q_content = q_content + first
             q_spatial = q_content + q_spatial
         attended = _cross_attend(layer.encoder_attn, q_content, q_spatial, keys, index, settings)
@@ -235,65 +178,13 @@ def _cross_attend(
     return attended.flatten(-2)
 
 
-def _dtype(container: nn.Module, known: list[nn.Module], tokens: Tensor, kinds: frozenset[type]) -> torch.dtype | None:
-    """What a step computes in; None where the layers of an encoder or decoder have to be called as modules.
-
-    Args:
-        known: the parts whose parameters are read.
-        kinds: the classes that they may be.
-    """
-    dtype = step_dtype(tokens.device, tokens.dtype)
-    if container.config._attn_implementation not in ("sdpa", "conddetr"):
-        return None
-    if not can_run(container.backend, tokens.device, dtype):
-        return None
-    is_checkpointed = any(getattr(part, "gradient_checkpointing", False) and part.training for part in known)
-    if is_checkpointed or any(parts.misfit(part, kinds) is not None for part in known):
-        return None
-    # Fused, all branches of a layer end with one rate.
-    if any(_dropout_p(layer) != _dropout_p(layer.mlp) for layer in container.layers):
-        return None
-    if torch.is_autocast_enabled(tokens.device.type):
-        return dtype
-    return dtype if all(x.dtype == dtype for part in known for x in part.parameters()) else None
-
-
-def _settings(layer: nn.Module, heads: int, dropout: Dropout) -> fast_encoder.Settings:
-    attention = layer.self_attn
-    return fast_encoder.Settings(
-        heads,
-        attention.attention_dropout if attention.training else 0.0,
-        dropout.of(layer.mlp.activation_dropout if layer.mlp.training else 0.0),
-        dropout.of(_dropout_p(layer)),
-    )
-
-
-def _dropout_p(module: nn.Module) -> float:
-    """The rate that a module drops with now."""
-    return module.dropout if module.training else 0.0
-
-
-def _feed_forward_recipes(layer: nn.Module) -> FeedForwardWeights:
-    return FeedForwardWeights(hidden_weights(layer.mlp.fc1), branch_weights(layer.mlp.fc2, layer.final_layer_norm))
-
-
-def _encoder_recipes(layer: nn.Module, tokens: int) -> fast_encoder.LayerWeights:
-    attention = layer.self_attn
-    return fast_encoder.LayerWeights(
-        parts.stack(attention.q_proj, attention.k_proj, rows=tokens),
-        parts.stack(attention.v_proj, rows=tokens),
-        branch_weights(attention.o_proj, layer.self_attn_layer_norm),
-        _feed_forward_recipes(layer),
-    )
-
-
-def _decoder_recipes(decoder: nn.Module, object_query: Tensor, memory: Tensor) -> DecoderWeights:
+def _recipes(decoder: nn.Module, object_query: Tensor, memory: Tensor) -> DecoderWeights:
     layers = list(decoder.layers)
     own, cross = ([getattr(layer, name) for layer in layers] for name in ("self_attn", "encoder_attn"))
     scale = decoder.query_scale.layers
     queries, tokens = (x.shape[:-1].numel() for x in (object_query, memory))
     return DecoderWeights(
-        [_decoder_layer_recipes(layer, queries) for layer in layers],
+        [_layer_recipes(layer, queries) for layer in layers],
         parts.stack(
             *(part for attention in own for part in (attention.q_pos_proj, attention.k_pos_proj)), rows=queries
         ),
@@ -308,7 +199,7 @@ def _decoder_recipes(decoder: nn.Module, object_query: Tensor, memory: Tensor) -
     )
 
 
-def _decoder_layer_recipes(layer: nn.Module, queries: int) -> fast_decoder.LayerWeights:
+def _layer_recipes(layer: nn.Module, queries: int) -> fast_decoder.LayerWeights:
     own, cross = layer.self_attn, layer.encoder_attn
     return fast_decoder.LayerWeights(
         parts.stack(own.q_content_proj, own.k_content_proj, own.v_proj, rows=queries),
@@ -316,5 +207,5 @@ def _decoder_layer_recipes(layer: nn.Module, queries: int) -> fast_decoder.Layer
         parts.stack(cross.q_content_proj, rows=queries),
         parts.stack(cross.q_pos_sine_proj, rows=queries),
         branch_weights(cross.o_proj, layer.encoder_attn_layer_norm),
-        _feed_forward_recipes(layer),
+        feed_forward_recipes(layer),
     )
