@@ -325,20 +325,17 @@ class Detector:
         find_device(device)
         if Path(repository).is_dir():
             return cls.from_checkpoint(repository, preset, device, backend, precision)
-        from conddetr.hub import load
+        from conddetr.hub import download
 
-        return load(
+        file = download(
             str(repository),
-            preset=preset,
-            device=device,
-            backend=backend,
-            precision=precision,
             revision=revision,
-            token=token,
             cache_dir=cache_dir,
             force_download=force_download,
+            token=token,
             local_files_only=local_files_only,
         )
+        return cls.from_checkpoint(file, preset, device, backend, precision)
 
     def save_pretrained(
         self, folder: str | Path, metrics: Mapping[str, float] | None = None, license: str | None = None
@@ -360,7 +357,7 @@ class Detector:
 
         self._refuse_copies("saved")
         card = {"metrics": metrics, "license": license}
-        HubDetector(self).save_pretrained(folder, model_card_kwargs=card)
+        HubDetector(self.model, self.classes, self.run, self.metrics).save_pretrained(folder, model_card_kwargs=card)
         return Path(folder)
 
     def push_to_hub(
@@ -392,7 +389,7 @@ class Detector:
         from conddetr.hub import HubDetector
 
         self._refuse_copies("uploaded")
-        return HubDetector(self).push_to_hub(
+        return HubDetector(self.model, self.classes, self.run, self.metrics).push_to_hub(
             repository,
             commit_message=commit_message,
             private=private,
