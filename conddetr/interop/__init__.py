@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from conddetr.interop.compare import ParityReport, parity
     from conddetr.interop.huggingface.convert import convert_from_huggingface, convert_to_huggingface
     from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
     from conddetr.interop.official.convert import convert_from_official, convert_to_official
-    from conddetr.interop.parity import ParityReport, parity
 
 __all__ = [
     "ParityReport",
@@ -23,13 +23,13 @@ __all__ = [
     "to_huggingface",
 ]
 _HOMES = {
-    "ParityReport": "parity",
+    "ParityReport": "compare",
     "convert_from_huggingface": "huggingface.convert",
     "convert_from_official": "official.convert",
     "convert_to_huggingface": "huggingface.convert",
     "convert_to_official": "official.convert",
     "from_huggingface": "huggingface.weights",
-    "parity": "parity",
+    "parity": "compare",
     "to_huggingface": "huggingface.weights",
 }
 

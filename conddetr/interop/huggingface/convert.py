@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from conddetr.interop.compare import ParityReport, parity
 from conddetr.interop.huggingface.config import model_options
 from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
-from conddetr.interop.parity import ParityReport, parity
 from conddetr.model.detr import DETR
 from conddetr.weights.load import load_weights
 from conddetr.zoo import build

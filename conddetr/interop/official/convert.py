@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from conddetr.interop.compare import ParityReport, parity
 from conddetr.interop.official.weights import identify
-from conddetr.interop.parity import ParityReport, parity
 from conddetr.model.detr import DETR
 from conddetr.weights.load import load_weights
 from conddetr.zoo import build

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 pytest.importorskip("accelerate", reason="accelerate is not installed; transformers' Trainer needs it")
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "finetune_huggingface.py"
+EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "finetune_huggingface.py"
 
 
 @pytest.fixture
