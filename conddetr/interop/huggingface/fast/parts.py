@@ -35,6 +35,7 @@ def dtype_of_step(
 
 
 def layer_settings(layer: nn.Module, heads: int, dropout: Dropout) -> fast_encoder.Settings:
+    """Of a layer of transformers, as it is now; `dropout` has the seeds."""
     attention = layer.self_attn
     return fast_encoder.Settings(
         heads,
@@ -50,4 +51,5 @@ def _dropout_p(module: nn.Module) -> float:
 
 
 def feed_forward_recipes(layer: nn.Module) -> FeedForwardWeights:
+    """Of a layer's feed-forward network and the norm behind it."""
     return FeedForwardWeights(hidden_weights(layer.mlp.fc1), branch_weights(layer.mlp.fc2, layer.final_layer_norm))
