@@ -52,11 +52,11 @@ _MODULES = {
 _PLACES = {
     "compiled": r"inductor[^:]*/\w\w/c\w+\.py",
     "optimizer": r"torch/optim/|torch/nn/utils/clip_grad\.py",
-    "backbone": r"conddetr/model/(fast/)?(resnet|backbone)\.py|conddetr/interop/accelerated/backbone\.py",
+    "backbone": r"conddetr/model/(fast/)?(resnet|backbone)\.py|conddetr/interop/huggingface/backbone\.py",
     "encoder": r"conddetr/model/fast/encoder\.py",
     "decoder": r"conddetr/model/fast/decoder\.py",
     "heads and loss": r"conddetr/loss/|conddetr/model/detr\.py:DETR\._predict"
-    r"|conddetr/interop/accelerated/loss\.py|transformers/loss/"
+    r"|conddetr/interop/huggingface/loss\.py|transformers/loss/"
     r"|modeling_conditional_detr\.py:ConditionalDetrForObjectDetection\.forward",
 }
 """Part → files, and functions after a colon, for what no module's name tells. The innermost frame decides."""

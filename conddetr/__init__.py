@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from conddetr.detection import Detection
     from conddetr.detector import Detector
     from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
-    from conddetr.interop.attention import register_attention
-    from conddetr.interop.official import LoadReport, load_weights
+    from conddetr.interop.huggingface.attention_interface import register_attention
     from conddetr.kernels.paths import record_paths
     from conddetr.model.detr import DETR
     from conddetr.model.postprocess import postprocess
+    from conddetr.weights.load import LoadReport, load_weights
     from conddetr.zoo import Preset, build, build_criterion, presets
 
 __all__ = [
@@ -47,7 +47,7 @@ _HOMES = {
     "AccelerationReport": "interop.accelerate",
     "Detection": "detection",
     "Detector": "detector",
-    "LoadReport": "interop.official",
+    "LoadReport": "weights.load",
     "ModelConfig": "config",
     "Preset": "zoo",
     "accelerate": "interop.accelerate",
@@ -55,11 +55,11 @@ _HOMES = {
     "build": "zoo",
     "build_criterion": "zoo",
     "decelerate": "interop.accelerate",
-    "load_weights": "interop.official",
+    "load_weights": "weights.load",
     "postprocess": "model.postprocess",
     "presets": "zoo",
     "record_paths": "kernels.paths",
-    "register_attention": "interop.attention",
+    "register_attention": "interop.huggingface.attention_interface",
 }
 """The module of each public name."""
 

@@ -13,10 +13,10 @@ from conddetr.detection import Detection
 from conddetr.devices import find_device
 from conddetr.engine.checkpoint import save_checkpoint, save_weights
 from conddetr.engine.precision import autocast, check_precision, for_inference, has_bfloat16, resolve_precision
-from conddetr.interop.official import load_model
 from conddetr.model.detr import DETR
 from conddetr.model.postprocess import postprocess
-from conddetr.public_weights import locate
+from conddetr.weights.load import load_model
+from conddetr.weights.public import locate
 
 if TYPE_CHECKING:
     from conddetr.config.run import DataConfig
@@ -46,7 +46,7 @@ class Detector:
             device: `cpu` or a GPU, as torch names it; default CUDA where there is one.
             weights: of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the file of
                 the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
-                list; trained on other classes it starts from them without the class head. `conddetr.public_weights`
+                list; trained on other classes it starts from them without the class head. `conddetr.weights.public`
                 has the table of names.
             precision: `float32`, `bfloat16`, or `auto`, of which the property of this name says what it means.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
@@ -302,20 +302,17 @@ class Detector:
         find_device(device)
         if Path(repository).is_dir():
             return cls.from_checkpoint(repository, preset, device, backend, precision)
-        from conddetr.hub import load
+        from conddetr.hub import download
 
-        return load(
+        file = download(
             str(repository),
-            preset=preset,
-            device=device,
-            backend=backend,
-            precision=precision,
             revision=revision,
-            token=token,
             cache_dir=cache_dir,
             force_download=force_download,
+            token=token,
             local_files_only=local_files_only,
         )
+        return cls.from_checkpoint(file, preset, device, backend, precision)
 
     def save_pretrained(
         self, folder: str | Path, metrics: Mapping[str, float] | None = None, license: str | None = None
@@ -337,7 +334,7 @@ class Detector:
 
         self._refuse_copies("saved")
         card = {"metrics": metrics, "license": license}
-        HubDetector(self).save_pretrained(folder, model_card_kwargs=card)
+        HubDetector(self.model, self.classes, self.run, self.metrics).save_pretrained(folder, model_card_kwargs=card)
         return Path(folder)
 
     def push_to_hub(
@@ -369,7 +366,7 @@ class Detector:
         from conddetr.hub import HubDetector
 
         self._refuse_copies("uploaded")
-        return HubDetector(self).push_to_hub(
+        return HubDetector(self.model, self.classes, self.run, self.metrics).push_to_hub(
             repository,
             commit_message=commit_message,
             private=private,

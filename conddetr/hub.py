@@ -10,11 +10,11 @@ from typing import Any
 
 import conddetr
 from conddetr import config as configs
-from conddetr.detector import Detector
 from conddetr.engine.checkpoint import save_weights
 from conddetr.engine.tables import percent
 from conddetr.files import write_text
-from conddetr.interop.checkpoints import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
+from conddetr.model.detr import DETR
+from conddetr.weights.read import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
 
 try:
     from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, constants, hf_hub_download
@@ -121,49 +121,30 @@ def download(
 
 
 class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-detection", tags=["conditional-detr"]):
-    """What `huggingface_hub` saves, uploads and downloads: a detector."""
+    """What `huggingface_hub` saves and uploads: a detector."""
 
-    def __init__(self, detector: Detector) -> None:
-        self.detector = detector
+    def __init__(
+        self,
+        model: DETR,
+        classes: list[dict[str, Any]],
+        run: dict[str, Any] | None,
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """The arguments are as the attributes of `conddetr.Detector`."""
+        self.model, self.classes, self.run, self.metrics = model, classes, run, metrics
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        detector = self.detector
         stated = {
-            "config": detector.config.to_dict(),
-            "classes": detector.classes,
-            "run": detector.run and _without_paths(detector.run),
-            "metrics": detector.metrics,
+            "config": self.model.config.to_dict(),
+            "classes": self.classes,
+            "run": self.run and _without_paths(self.run),
+            "metrics": self.metrics,
         }
         stated = {key: value for key, value in stated.items() if value}
-        save_weights(save_directory / WEIGHT_FILES[0], {"model": detector.model.state_dict(), **stated})
+        save_weights(save_directory / WEIGHT_FILES[0], {"model": self.model.state_dict(), **stated})
         # For people and for the hub's counter: what is read again lies in the file of the weights.
         content = {"conddetr": conddetr.__version__, **stated}
         write_text(save_directory / CONFIG, json.dumps(content, indent=1) + "\n")
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        preset: str | None = None,
-        device: str | None = None,
-        backend: str = "auto",
-        precision: str = "auto",
-    ) -> "HubDetector":
-        file = download(
-            model_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            token=token,
-            local_files_only=local_files_only,
-        )
-        return cls(Detector.from_checkpoint(file, preset, device, backend, precision))
 
     def generate_model_card(
         self,
@@ -182,36 +163,7 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
         data = ModelCardData(
             license=license, library_name=info.library_name, pipeline_tag=info.pipeline_tag, tags=info.tags
         )
-        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card(self.detector, repository, metrics)}")
-
-
-def load(
-    repository: str,
-    *,
-    preset: str | None = None,
-    device: str | None = None,
-    backend: str = "auto",
-    precision: str = "auto",
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Detector:
-    """A detector from the hub; see `Detector.from_pretrained`."""
-    with _explained(repository):
-        return HubDetector.from_pretrained(
-            repository,
-            preset=preset,
-            device=device,
-            backend=backend,
-            precision=precision,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        ).detector
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_card(self, repository, metrics)}")
 
 
 def _plain(text: str) -> str:
@@ -219,8 +171,8 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>$#~&])", r"\\\1", " ".join(text.split()))
 
 
-def _card(detector: Detector, repository: str, metrics: Mapping[str, float] | None) -> str:
-    config = detector.config
+def _card(detector: HubDetector, repository: str, metrics: Mapping[str, float] | None) -> str:
+    config = detector.model.config
     preset = configs.preset_name(config.family, config.backbone, config.dilation)
     parameters = sum(parameter.numel() for parameter in detector.model.parameters())
     names = ", ".join(_plain(str(entry["name"])) for entry in detector.classes)
@@ -254,7 +206,7 @@ Classes: {names}.
 """
 
 
-def _data(detector: Detector) -> str:
+def _data(detector: HubDetector) -> str:
     if detector.run is None:
         return "Not known: the weights do not say what they were trained on."
     data = _without_paths(detector.run)["data"]
@@ -268,7 +220,7 @@ def _data(detector: Detector) -> str:
     return "Trained and evaluated on synthetic shapes that conddetr draws."
 
 
-def _metrics(detector: Detector, given: Mapping[str, float] | None) -> str:
+def _metrics(detector: HubDetector, given: Mapping[str, float] | None) -> str:
     metrics = given or detector.metrics
     if not metrics:
         return "Not measured."

@@ -15,10 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 import conddetr
-from conddetr import public_weights
 from conddetr.cli import main
 from conddetr.interop import to_huggingface
-from conddetr.public_weights import PUBLIC, PublicWeights, locate
+from conddetr.weights.public import NAMES, PUBLIC, PublicWeights, locate
 
 CLASSES = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}, {"id": 90, "name": "tooth|brush"}]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -389,4 +388,4 @@ for use in (lambda: conddetr.Detector("conditional-detr-r50", weights="coco"),
     assert len(lines) == 2
     assert all("pip install 'conddetr[hub]'" in line for line in lines)
     assert f"at {tmp_path}/hub/checkpoints/conditional-detr-resnet-50-model.safetensors." in lines[0]
-    assert {"coco", "official"} == public_weights.NAMES
+    assert {"coco", "official"} == NAMES

@@ -15,9 +15,9 @@ from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.lock import sole_run
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
-from conddetr.interop.official import start_from
 from conddetr.model.detr import DETR
-from conddetr.public_weights import locate
+from conddetr.weights.load import start_from
+from conddetr.weights.public import locate
 from conddetr.zoo import build, gflops
 
 if TYPE_CHECKING:

@@ -1,14 +1,16 @@
-"""Weights and models of other implementations."""
+"""Weights and models of other implementations, by owner: `official` and `huggingface`.
 
-from conddetr.interop.convert import (
-    ParityReport,
-    convert_from_huggingface,
-    convert_from_official,
-    convert_to_huggingface,
-    convert_to_official,
-    parity,
-)
-from conddetr.interop.huggingface import from_huggingface, to_huggingface
+What is named here loads when it is used: reading weights needs the names of both owners and nothing else of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conddetr.interop.compare import ParityReport, parity
+    from conddetr.interop.huggingface.convert import convert_from_huggingface, convert_to_huggingface
+    from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
+    from conddetr.interop.official.convert import convert_from_official, convert_to_official
 
 __all__ = [
     "ParityReport",
@@ -20,3 +22,19 @@ __all__ = [
     "parity",
     "to_huggingface",
 ]
+_HOMES = {
+    "ParityReport": "compare",
+    "convert_from_huggingface": "huggingface.convert",
+    "convert_from_official": "official.convert",
+    "convert_to_huggingface": "huggingface.convert",
+    "convert_to_official": "official.convert",
+    "from_huggingface": "huggingface.weights",
+    "parity": "compare",
+    "to_huggingface": "huggingface.weights",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

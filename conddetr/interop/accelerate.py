@@ -3,19 +3,16 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from io import StringIO
 from types import UnionType
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
-from conddetr.interop.accelerated.changes import change, restore, why_not_restore
+from conddetr.interop.changes import change, restore, why_not_restore
+from conddetr.interop.huggingface import kinds
+from conddetr.interop.official import criterion as official_criterion
+from conddetr.interop.official import model as official_model
+from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import registry
-from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
 from conddetr.model.layers import FeedForward
@@ -26,44 +23,6 @@ from conddetr.model.transformer import (
     ProjectedSelfAttention,
     attends_natively,
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One kind of module of a model."""
-
-    name: str
-    count: int
-    """How many of them the model has."""
-    note: str
-    """What runs now, or why nothing else does."""
-
-
-@dataclass
-class AccelerationReport:
-    """What `accelerate` did; `print` shows it as a table."""
-
-    replaced: list[Part] = field(default_factory=list)
-    left: list[Part] = field(default_factory=list)
-    """As they were, with the reason."""
-    hooks: list[Part] = field(default_factory=list)
-    """Modules with hooks, parametrizations or a `forward` of their own; the note says what gives way to them."""
-
-    def __rich__(self) -> Table:
-        table = Table(box=None, header_style="bold")
-        for title in ("", "part", "count", "note"):
-            table.add_column(title, justify="right" if title == "count" else "left")
-        groups = {"accelerated": self.replaced, "left as it was": self.left, "has hooks": self.hooks}
-        for title, parts in groups.items():
-            for part in parts:
-                # As text: brackets in names would be read as markup.
-                table.add_row(title, Text(part.name), str(part.count), Text(part.note))
-        return table
-
-    def __str__(self) -> str:
-        text = StringIO()
-        Console(file=text, width=120).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) -> AccelerationReport:
@@ -95,16 +54,14 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
         ValueError: no such backend; `graphs` of another model than `ConditionalDetrForObjectDetection`.
         RuntimeError: the requested backend cannot run where the model is now; says why.
     """
-    from conddetr.interop.accelerated import official
-
     report = AccelerationReport()
-    if graphs and not is_huggingface(_find(model), ("ConditionalDetrForObjectDetection",)):
+    if graphs and not kinds.is_model(_find(model), kinds.CONDITIONAL_DETR):
         raise ValueError(
             f"graphs: expected transformers' ConditionalDetrForObjectDetection, got {type(model).__qualname__}. Leave "
             "graphs out; ours records whole steps where it trains by itself (cuda_graphs), and `fused(graphs=True)`."
         )
-    if official.is_criterion(model):
-        official.accelerate_criterion(model, backend, report)
+    if official_criterion.is_criterion(model):
+        official_criterion.accelerate_criterion(model, backend, report)
         return report
     model = _find(model)
     parameter = parameter_of(model)
@@ -112,12 +69,13 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
     choice = attention.choose(backend, parameter.device, parameter.dtype)
     if isinstance(model, DETR):
         return _switch_backend(model, backend, choice)
-    if official.is_model(model):
-        official.accelerate_model(model, backend, choice, report)
+    if official_model.is_model(model):
+        official_model.accelerate_model(model, backend, choice, report)
         return report
-    from conddetr.interop.accelerated import huggingface
+    # Here, not above: it imports transformers.
+    from conddetr.interop.huggingface.replace import accelerate_model
 
-    huggingface.accelerate(model, backend, choice, report, graphs)
+    accelerate_model(model, backend, choice, report, graphs)
     return report
 
 
@@ -178,16 +136,7 @@ def _find(model: nn.Module) -> nn.Module:
 
 
 def _is_known(model: nn.Module) -> bool:
-    from conddetr.interop.accelerated import official
-
-    return isinstance(model, DETR) or is_huggingface(model) or official.is_model(model)
-
-
-def is_huggingface(
-    model: nn.Module, kinds: tuple[str, ...] = ("ConditionalDetrForObjectDetection", "DabDetrForObjectDetection")
-) -> bool:
-    """Whether it is one of these models of transformers: by name, so that only those who use it import it."""
-    return any(base.__name__ in kinds and base.__module__.startswith("transformers.") for base in type(model).__mro__)
+    return isinstance(model, DETR) or kinds.is_model(model) or official_model.is_model(model)
 
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
@@ -212,28 +161,3 @@ def _report_parts(model: DETR, name: str, kind: type | UnionType, note: str, rep
     count = sum(isinstance(module, kind) for module in model.modules())
     if count:
         report.replaced.append(Part(name, count, note))
-
-
-def report_backbone(body: nn.Module, report: AccelerationReport) -> None:
-    """Which parts of a ResNet are fused from now on, as far as they stay plain modules, and which are not, and why."""
-    parts = resnet.survey(body)
-    left = {name: reason for name, reason in parts.items() if reason is not None}
-    fused = len(parts) - len(left)
-    if fused:
-        some = f" of {fused} of {len(parts)} parts" if left else ""
-        report.replaced.append(Part("backbone", 1, f"batch norms folded into the convolutions{some}, channels-last"))
-    title = "part of the backbone" if fused else "backbone"
-    for reason in dict.fromkeys(left.values()):
-        names = [name for name in left if left[name] == reason]
-        report.left.append(Part(title, len(names), f"{', '.join(names)}: {reason}"))
-
-
-def parameter_of(model: nn.Module) -> torch.Tensor:
-    """Any floating parameter: it stands for the model's device and dtype, whichever layers are quantised."""
-    return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-
-
-def describe(choice: registry.Choice, parameter: torch.Tensor) -> str:
-    """One phrase: which backend runs where, and what kept the others out."""
-    refused = "".join(f"; {name}: {reason}" for name, reason in choice.refused.items())
-    return f"{choice.backend} on {parameter.device.type}{refused}"

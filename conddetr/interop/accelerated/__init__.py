@@ -1,1 +1,0 @@
-"""Modules that take the place of other people's, on the same parameters."""

@@ -1,0 +1,85 @@
+"""Whole models from transformers to ours and back, each with the parity of the two."""
+
+from torch import nn
+
+from conddetr.interop.compare import ParityReport, parity
+from conddetr.interop.huggingface.config import model_options
+from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
+from conddetr.model.detr import DETR
+from conddetr.weights.load import load_weights
+from conddetr.zoo import build
+
+
+def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
+    """Our model with the weights of transformers' `ConditionalDetrForObjectDetection`.
+
+    The settings of its loss are not taken over: ours has those of the paper. In training, `dropout` is that of
+    attention and of the feed-forward's inside too, as in the official code; transformers has rates of their own there.
+
+    Args:
+        model: with timm's ResNet-50 or ResNet-101; not changed.
+
+    Returns:
+        Ours, on the same device, in evaluation mode; and the parity of the two. With `auxiliary_loss` in its
+        configuration transformers' forward pass is another (normalised tokens go to the next layer): the report then
+        shows a difference, and the official code's outputs are ours.
+
+    Raises:
+        ValueError: it has another backbone, activation or position encoding, or encoder and decoder differ in heads
+            or width; says which.
+    """
+    options = model_options(model.config.to_dict())
+    converted = build("conditional-detr-r50", num_classes=model.config.num_labels, **options)
+    load_weights(converted, from_huggingface(model.state_dict()))
+    converted.to(next(model.parameters())).eval()
+    return converted, parity(model, converted)
+
+
+def convert_to_huggingface(model: DETR) -> tuple[nn.Module, ParityReport]:
+    """transformers' `ConditionalDetrForObjectDetection` with the weights of ours; needs transformers and timm.
+
+    Args:
+        model: of a `conditional-detr` preset with a ResNet, in the paper's form; not changed.
+
+    Returns:
+        Theirs, on the same device, in evaluation mode; and the parity of the two. In training theirs differs: dropout
+        sits elsewhere, the whole backbone may train, the classification loss has weight 1.
+
+    Raises:
+        ValueError: the model is one that transformers does not have; says why.
+    """
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+    config = model.config
+    form = {"family": "conditional-detr", "csq": "full", "reference_points": "generated"}
+    for name, expected in form.items():
+        if getattr(config, name) != expected:
+            raise ValueError(
+                f"{name}: expected {expected}, the form that transformers has, got {getattr(config, name)}."
+            )
+    if config.backbone == "tiny":
+        raise ValueError("backbone: expected resnet50 or resnet101, which timm has, got tiny.")
+    peer = ConditionalDetrForObjectDetection(
+        ConditionalDetrConfig(
+            use_timm_backbone=True,
+            backbone=config.backbone,
+            use_pretrained_backbone=False,
+            dilation=config.dilation,
+            num_labels=config.num_classes,
+            d_model=config.hidden_dim,
+            encoder_layers=config.encoder_layers,
+            decoder_layers=config.decoder_layers,
+            encoder_attention_heads=config.num_heads,
+            decoder_attention_heads=config.num_heads,
+            encoder_ffn_dim=config.ffn_dim,
+            decoder_ffn_dim=config.ffn_dim,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            num_queries=config.num_queries,
+            auxiliary_loss=False,
+        )
+    )
+    is_old = any(name.startswith("model.backbone.conv_encoder.") for name in peer.state_dict())
+    peer.load_state_dict(to_huggingface(model.state_dict(), "4" if is_old else "5"), strict=True)
+    peer.to(next(model.parameters())).eval()
+    return peer, parity(model, peer)

@@ -1,0 +1,44 @@
+"""transformers' masks for attention, in the forms of its versions, and ours."""
+
+import torch
+from torch import Tensor
+
+
+def mask_of_keys(mask: Tensor, queries: int, dtype: torch.dtype | None = None) -> Tensor:
+    """transformers' mask for attention, as a view of one row per image.
+
+    Args:
+        mask: [B, N], nonzero = valid.
+        queries: Q.
+        dtype: floating, for attention that adds the mask to its scores; None for attention that takes a bool mask.
+
+    Returns:
+        [B, 1, Q, N]: bool, True = valid; or of `dtype`, 0 = valid and its most negative number = padding.
+    """
+    rows = mask.to(torch.bool)[:, None, None]
+    if dtype is not None:
+        rows = torch.zeros(rows.shape, dtype=dtype, device=rows.device).masked_fill_(~rows, torch.finfo(dtype).min)
+    return rows.expand(-1, 1, queries, -1)
+
+
+def key_padding(mask: Tensor | None) -> Tensor | None:
+    """transformers' masks -> [B, N] bool, True = padding.
+
+    Args:
+        mask: [B, N], nonzero = valid; or [B, 1, Q or 1, N], the same for every query: bool, True = valid, or floating,
+            0 = valid and very negative = padding; None: nothing is padding.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        return ~mask.to(torch.bool)
+    keys = mask[:, 0, 0]
+    return keys < 0 if keys.is_floating_point() else ~keys.to(torch.bool)
+
+
+def is_floating_mask(mask: Tensor | None) -> bool:
+    """Whether it is a mask as modules that add it to scores get it from transformers.
+
+    A bool one never comes from there; some of these modules would read it the other way round than `key_padding`.
+    """
+    return mask is None or mask.is_floating_point()

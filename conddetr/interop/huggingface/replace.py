@@ -1,0 +1,262 @@
+"""Which modules of transformers' models have a replacement, and the replacing.
+
+A module gets our subclass of its own class: parameters, hooks, copies, pickles and data parallelism go on as they were,
+and nothing of the package itself is touched.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import transformers
+from torch import nn
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+
+from conddetr.interop.changes import change
+from conddetr.interop.hooks import has_own_forward, report_hooks
+from conddetr.interop.huggingface import kinds
+from conddetr.interop.huggingface.backbone import ConvEncoder, misfit, timm_model
+from conddetr.interop.huggingface.graphs import graph_body
+from conddetr.interop.huggingface.loss import MATCHING_ALPHA, detection_loss
+from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
+from conddetr.kernels import registry
+from conddetr.model.fast.plan import can_run
+from conddetr.model.transformer import attends_natively
+
+FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
+NO_WAIT = "on a GPU fused operations, and the host waits for nothing"
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Our subclass of one of their classes."""
+
+    name: str
+    ours: type[nn.Module]
+    note: str = ""
+    """What is faster, where that does not depend on a backend."""
+    is_meant: Callable[[nn.Module], bool] = lambda _: True
+    """Which modules of their class are replaced."""
+
+    @property
+    def needs_kernel(self) -> bool:
+        """Whether it gives way to the original where `auto` finds no kernel."""
+        return not self.note
+
+    @property
+    def original(self) -> type[nn.Module]:
+        """Their class."""
+        return self.ours.__base__
+
+    def find(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The modules that it is for, and those of subclasses that others made, which stay."""
+        found = [m for m in model.modules() if isinstance(m, self.original) and self.is_meant(m)]
+        own = [module for module in found if type(module) in (self.original, self.ours)]
+        return own, [module for module in found if type(module) not in (self.original, self.ours)]
+
+    def misfit(self) -> str | None:
+        """The reason against it: their `forward` takes other arguments than the one that ours was written for."""
+        found, expected = (_arguments(kind.forward) for kind in (self.original, self.ours))
+        if found == expected:
+            return None
+        return f"forward of transformers {transformers.__version__} takes {found}, expected {expected}"
+
+
+def _arguments(function: object) -> list[str]:
+    """Names of the arguments of a method, without self and further keywords."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+
+
+def replacements(model: nn.Module) -> list[Replacement]:
+    """Those that the structure of the installed version has."""
+    if _is_dab(model):
+        from conddetr.interop.huggingface import dab_detr
+
+        return [
+            Replacement("encoder self-attention", dab_detr.EncoderSelfAttention, FUSED_ATTENTION),
+            Replacement("cross-attention", dab_detr.CrossAttention, is_meant=dab_detr.is_cross_attention),
+        ]
+    if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+        from conddetr.interop.huggingface import attention_v5 as structure
+
+        attention = [
+            Replacement("encoder", structure.Encoder, NO_WAIT),
+            Replacement("encoder layer", structure.EncoderLayer, NO_WAIT),
+            Replacement("cross-attention", structure.CrossAttention),
+        ]
+    elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
+        from conddetr.interop.huggingface import attention_v4 as structure
+
+        attention = [
+            Replacement("encoder self-attention", structure.EncoderSelfAttention, FUSED_ATTENTION),
+            Replacement("decoder attention", structure.DecoderAttention),
+        ]
+    else:
+        return []
+    return [*attention, Replacement("sine embedding, λ ⊙ p_s", structure.Decoder)]
+
+
+def _is_dab(model: nn.Module) -> bool:
+    return kinds.is_model(model, kinds.DAB_DETR)
+
+
+def accelerate_model(
+    model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport, graphs: bool
+) -> None:
+    """Replace what can be replaced, and say so in the report.
+
+    Args:
+        model: `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`, changed in place.
+        backend: as asked for; `choice` is what it means where the model is now.
+        graphs: of the body in training; only of the former kind of model.
+    """
+    found = replacements(model)
+    for replacement in found:
+        _replace_modules(model, replacement, backend, choice, report)
+    if not found:
+        layers = len(model.model.decoder.layers)
+        report.left.append(
+            Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
+        )
+    _replace_loss(model, backend, report)
+    _replace_backbone(model, backend, report)
+    if not _is_dab(model):
+        graph_body(model, graphs, report)
+    if _is_dab(model):
+        _report_dab(model, report)
+    elif hasattr(theirs, "ConditionalDetrSelfAttention"):
+        _replace_self_attention(model, backend, choice, report)
+    report_hooks(model, report, _what_gives_way(model, backend))
+
+
+def _what_gives_way(model: nn.Module, backend: str) -> Callable[[str, nn.Module], str | None]:
+    """For `report_hooks`: what runs as shipped because of something attached to a module."""
+    kind = _conv_encoder(model)
+    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), kind)
+    encoders = [encoder for encoder in model.modules() if type(encoder) is kind]
+    backbone = {module for encoder in encoders for module in encoder.model.modules()}
+    layers = _layers_that_give_way(model, backend)
+
+    def gives_way(name: str, module: nn.Module) -> str | None:
+        if has_own_forward(module) and type(module) in ours:
+            return "that runs in place of ours"
+        return "its part of the backbone runs as shipped" if module in backbone else layers.get(module)
+
+    return gives_way
+
+
+def _layers_that_give_way(model: nn.Module, backend: str) -> dict[nn.Module, str]:
+    """What is called as a module only if something is attached to it, where the model is now → what that means."""
+    parameter = parameter_of(model)
+    if not _self_attention() or not can_run(backend, parameter.device, parameter.dtype):
+        return {}
+    found = {}
+    for name in ("encoder", "decoder"):
+        container = getattr(model.model, name)
+        parts = [container.layers, *(getattr(container, part, None) for part in ("query_scale", "layernorm"))]
+        note = f"the layers of the {name} are called as modules"
+        found |= {module: note for part in parts if part is not None for module in part.modules()}
+    return found
+
+
+def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
+    layers = len(model.model.decoder.layers)
+    report.left += [
+        Part("decoder self-attention", layers, "transformers asks it for its attention map in every call"),
+        Part("sine embedding", layers, "one of boxes, scaled by their size, anew in every layer"),
+    ]
+
+
+def _self_attention() -> list[Replacement]:
+    if not hasattr(theirs, "ConditionalDetrSelfAttention"):
+        return []
+    from conddetr.interop.huggingface import attention_v5 as structure
+
+    return [
+        Replacement("encoder self-attention", structure.EncoderSelfAttention),
+        Replacement("decoder self-attention", structure.DecoderSelfAttention),
+    ]
+
+
+def _replace_self_attention(
+    model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport
+) -> None:
+    """On a CPU, where PyTorch has no fused attention with dropout; elsewhere it stays what transformers was told."""
+    for replacement in _self_attention():
+        if attends_natively(backend, parameter_of(model)):
+            _replace_modules(model, replacement, backend, choice, report)
+            continue
+        modules, others = replacement.find(model)
+        for module in modules:
+            if type(module) is replacement.ours:
+                change(module, backend=backend)
+        attention = f"transformers' {model.config._attn_implementation} attention (attn_implementation)"
+        report.left.append(Part(replacement.name, len(modules) + len(others), attention))
+
+
+def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
+    """The parts of each ResNet that are plain; whether they still are is asked in every call."""
+    replacement = Replacement("backbone", _conv_encoder(model))
+    kinds = (replacement.original, replacement.ours)
+    for encoder in (module for module in model.modules() if type(module) in kinds):
+        reason = replacement.misfit() or misfit(encoder)
+        if reason is not None:
+            report.left.append(Part("backbone", 1, reason))
+            continue
+        change(encoder, replacement.ours, backend=backend)
+        report_backbone(timm_model(encoder), report)
+
+
+def _conv_encoder(model: nn.Module) -> type[nn.Module]:
+    if not _is_dab(model):
+        return ConvEncoder
+    from conddetr.interop.huggingface import dab_detr
+
+    return dab_detr.ConvEncoder
+
+
+def _replace_modules(
+    model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice | None, report: AccelerationReport
+) -> None:
+    modules, others = replacement.find(model)
+    for kind, count in Counter(type(module).__name__ for module in others).items():
+        report.left.append(Part(replacement.name, count, f"{kind} is another class, which stays"))
+    reason = replacement.misfit()
+    if reason is None and not modules and not others:
+        reason = f"no module is a {replacement.original.__name__}"
+    if reason is not None:
+        report.left.append(Part(replacement.name, len(modules), reason))
+        return
+    for module in modules:
+        change(module, replacement.ours, backend=backend)
+    hidden = [module for module in modules if has_own_forward(module)]
+    if hidden:
+        report.left.append(Part(replacement.name, len(hidden), "a forward was set on them, which runs"))
+    count = len(modules) - len(hidden)
+    if not count:
+        return
+    note = replacement.note
+    if replacement.needs_kernel:
+        note = describe(choice, parameter_of(model))
+        if backend == "auto" and choice.backend == "eager":
+            note = f"no kernel here, so transformers' own runs ({note})"
+            report.left.append(Part(replacement.name, count, note))
+            return
+    report.replaced.append(Part(replacement.name, count, note))
+
+
+def _replace_loss(model: nn.Module, backend: str, report: AccelerationReport) -> None:
+    name = "matcher and loss"
+    is_ours = getattr(model.loss_function, "func", None) is detection_loss
+    if not is_ours and model.loss_function is not DeformableDetrForObjectDetectionLoss:
+        report.left.append(Part(name, 1, "the model has a loss function of its own"))
+    elif model.config.focal_alpha != MATCHING_ALPHA:
+        reason = f"focal_alpha {model.config.focal_alpha}: transformers uses {MATCHING_ALPHA} for matching all the same"
+        report.left.append(Part(name, 1, reason))
+    else:
+        change(model, _loss_function=partial(detection_loss, backend=backend))
+        report.replaced.append(Part(name, 1, "all layers at once"))

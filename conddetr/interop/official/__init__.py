@@ -1,0 +1,1 @@
+"""The repository of the paper, Atten4Vis/ConditionalDETR: its weights, its model and its criterion."""

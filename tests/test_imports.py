@@ -1,0 +1,53 @@
+"""No module of these rooms needs itself: read in any order, each finds what it imports."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "conddetr"
+ROOMS = ("interop", "weights", "hub")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """The modules that one imports from when it runs, at its top or in functions."""
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & MODULES.keys() or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & MODULES.keys()
+        found |= imports_of(node)
+    # The package itself is asked for its version alone.
+    return found - {"conddetr"}
+
+
+GRAPH = {name: imports_of(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_import_comes_back(room):
+    reached: dict[str, set[str]] = {}
+    waiting = [name for name in GRAPH if name.removeprefix("conddetr.").split(".")[0] == room]
+    assert waiting
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached[name] = GRAPH[name]
+            waiting += GRAPH[name]
+    try:
+        TopologicalSorter(reached).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
