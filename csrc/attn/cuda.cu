@@ -8,13 +8,13 @@
 #include <cstring>
 #include <limits>
 
-#include "attn/backward_key.cuh"
-#include "attn/backward_lines.cuh"
-#include "attn/backward_query.cuh"
-#include "attn/forward.cuh"
-#include "attn/hopper_backward_key.cuh"
-#include "attn/hopper_backward_query.cuh"
-#include "attn/hopper_forward.cuh"
+#include "attn/cuda/backward_key.cuh"
+#include "attn/cuda/backward_lines.cuh"
+#include "attn/cuda/backward_query.cuh"
+#include "attn/cuda/forward.cuh"
+#include "attn/cuda/hopper/backward_key.cuh"
+#include "attn/cuda/hopper/backward_query.cuh"
+#include "attn/cuda/hopper/forward.cuh"
 
 namespace conddetr::attn {
 namespace {

@@ -1,4 +1,4 @@
-// The instructions that only Hopper has (sm_90a), for attn/hopper.cuh: products by a warpgroup, four warps that start at a
+// The instructions that only Hopper has (sm_90a), for attn/cuda/hopper: products by a warpgroup, four warps that start at a
 // multiple of four. As with warp.cuh, tests without a GPU have another header of this name. Sections are those of the
 // PTX ISA, version 9.0.
 #pragma once

@@ -32,7 +32,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
-// Whether this device can run a kernel of hopper.cuh: it is a Hopper, and there is code for sm_90a. Compiled for anything
+// Whether this device can run a kernel of hopper/: it is a Hopper, and there is code for sm_90a. Compiled for anything
 // else, such a kernel is empty; with code, its sums alone are more registers than this.
 template <typename... Parameters>
 bool has_warpgroups(void (*kernel)(Parameters...), const Tensor& where) {

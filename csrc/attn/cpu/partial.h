@@ -1,7 +1,7 @@
 // What backward adds up over the tiles of one image's head, for the gradients that need all of them.
 #pragma once
 
-#include "attn/shape.h"
+#include "attn/cpu/shape.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

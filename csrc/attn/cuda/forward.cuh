@@ -1,9 +1,9 @@
 // Attention forward, on any GPU.
 #pragma once
 
-#include "attn/load.cuh"
-#include "attn/masks.cuh"
-#include "attn/softmax.cuh"
+#include "attn/cuda/load.cuh"
+#include "attn/cuda/masks.cuh"
+#include "attn/cuda/softmax.cuh"
 
 namespace conddetr::attn {
 

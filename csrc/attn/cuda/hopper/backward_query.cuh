@@ -1,8 +1,8 @@
-// Gradients of both queries on Hopper, for 16-bit numbers: what backward_query.cuh does, with other products.
+// Gradients of both queries on Hopper, for 16-bit numbers: what ../backward_query.cuh does, with other products.
 #pragma once
 
-#include "attn/backward_query.cuh"
-#include "attn/hopper.cuh"
+#include "attn/cuda/backward_query.cuh"
+#include "attn/cuda/hopper/products.cuh"
 
 namespace conddetr::attn {
 

@@ -1,7 +1,7 @@
 // Gradients of separable keys from those of the dense keys that they stand for.
 #pragma once
 
-#include "attn/problem.cuh"
+#include "attn/cuda/problem.cuh"
 
 namespace conddetr::attn {
 

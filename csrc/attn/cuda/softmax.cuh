@@ -1,7 +1,7 @@
 // The online softmax of a warp's rows, over tiles of 64 keys.
 #pragma once
 
-#include "attn/problem.cuh"
+#include "attn/cuda/problem.cuh"
 #include "common/softmax.h"
 
 namespace conddetr::attn {

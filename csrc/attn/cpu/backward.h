@@ -5,9 +5,9 @@
 
 #include <math.h>
 
-#include "attn/keep.h"
-#include "attn/partial.h"
-#include "attn/scores.h"
+#include "attn/cpu/keep.h"
+#include "attn/cpu/partial.h"
+#include "attn/cpu/scores.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

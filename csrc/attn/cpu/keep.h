@@ -1,7 +1,7 @@
 // Which weights dropout keeps: the bits of `keep`, in the order of a tile's keys.
 #pragma once
 
-#include "attn/shape.h"
+#include "attn/cpu/shape.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

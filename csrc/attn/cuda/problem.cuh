@@ -1,8 +1,8 @@
 // What the kernels of attention are given, and how they share out threads and shared memory.
 #pragma once
 
-#include "attn/keys.h"
-#include "attn/tile.cuh"
+#include "attn/cuda/keys.h"
+#include "attn/cuda/tile.cuh"
 
 namespace conddetr::attn {
 

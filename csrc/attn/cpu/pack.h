@@ -1,7 +1,7 @@
 // Operands of matrix products: copied to the order that `product` reads, and multiplied.
 #pragma once
 
-#include "attn/shape.h"
+#include "attn/cpu/shape.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

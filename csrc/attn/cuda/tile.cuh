@@ -4,7 +4,7 @@
 // of row g + 8. That is how tensor cores hand it out; float32, which is summed without them, keeps to the same layout.
 #pragma once
 
-#include "attn/keys.h"
+#include "attn/cuda/keys.h"
 #include "common/portable.h"
 #include "common/warp.cuh"
 

@@ -2,8 +2,8 @@
 // the maximum of the first tile, and follows only if a later weight outgrows it by 2^30.
 #pragma once
 
-#include "attn/keep.h"
-#include "attn/scores.h"
+#include "attn/cpu/keep.h"
+#include "attn/cpu/scores.h"
 
 #include "common/softmax.h"
 

@@ -4,8 +4,8 @@
 // only where the weight was kept, times 1 / (1 - p): that factor and the scale come last, and delta without the factor.
 #pragma once
 
-#include "attn/load.cuh"
-#include "attn/masks.cuh"
+#include "attn/cuda/load.cuh"
+#include "attn/cuda/masks.cuh"
 
 namespace conddetr::attn {
 

@@ -1,7 +1,7 @@
 // Gradients of keys and values, on any GPU.
 #pragma once
 
-#include "attn/backward_query.cuh"
+#include "attn/cuda/backward_query.cuh"
 
 namespace conddetr::attn {
 

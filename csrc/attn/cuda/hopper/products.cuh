@@ -8,7 +8,7 @@
 // zeros.
 #pragma once
 
-#include "attn/tile.cuh"
+#include "attn/cuda/tile.cuh"
 #include "common/hopper.cuh"
 
 namespace conddetr::attn {

@@ -2,8 +2,8 @@
 // and the gradients of both queries, of R and of C are made from them.
 #pragma once
 
-#include "attn/pack.h"
-#include "attn/partial.h"
+#include "attn/cpu/pack.h"
+#include "attn/cpu/partial.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

@@ -4,7 +4,7 @@
 // per query, so that only the content product depends on the key.
 #pragma once
 
-#include "attn/pack.h"
+#include "attn/cpu/pack.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // How queries and keys come into shared memory.
 #pragma once
 
-#include "attn/problem.cuh"
+#include "attn/cuda/problem.cuh"
 
 namespace conddetr::attn {
 

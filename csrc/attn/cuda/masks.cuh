@@ -1,7 +1,7 @@
 // Which weights count: keys that are seen, and weights that dropout keeps.
 #pragma once
 
-#include "attn/problem.cuh"
+#include "attn/cuda/problem.cuh"
 
 namespace conddetr::attn {
 
