@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attn/cpu/shape.h"
+#include "common/lanes.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "attn/kernels.h"
 
-#include "common/simd.h"
+#include "common/product.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
