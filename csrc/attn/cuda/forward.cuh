@@ -1,8 +1,9 @@
 // Attention forward, on any GPU.
 #pragma once
 
-#include "attn/cuda/load.cuh"
+#include "attn/cuda/key_tiles.cuh"
 #include "attn/cuda/masks.cuh"
+#include "attn/cuda/products.cuh"
 #include "attn/cuda/softmax.cuh"
 
 namespace conddetr::attn {

@@ -1,8 +1,8 @@
 // Gradients of keys and values on Hopper, for 16-bit numbers: what ../backward_key.cuh does, with other products.
 #pragma once
 
-#include "attn/cuda/backward_key.cuh"
 #include "attn/cuda/hopper/products.cuh"
+#include "attn/cuda/key_rows.cuh"
 
 namespace conddetr::attn {
 

@@ -1,8 +1,8 @@
 // Gradients of both queries on Hopper, for 16-bit numbers: what ../backward_query.cuh does, with other products.
 #pragma once
 
-#include "attn/cuda/backward_query.cuh"
 #include "attn/cuda/hopper/products.cuh"
+#include "attn/cuda/query_rows.cuh"
 
 namespace conddetr::attn {
 

@@ -8,7 +8,7 @@
 // zeros.
 #pragma once
 
-#include "attn/cuda/tile.cuh"
+#include "attn/cuda/products.cuh"
 #include "common/hopper.cuh"
 
 namespace conddetr::attn {
