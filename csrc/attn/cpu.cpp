@@ -51,13 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs input
                       lse.numel() == p.batch * p.heads * p.queries,
                   "out and lse: expected those of forward");
   // What belongs to padding is never visited, so its gradient is zero from the start.
-  const Tensor grads[] = {zeros_like(inputs.q_content), zeros_like(inputs.q_spatial),
-                          zeros_like(inputs.k_content), zeros_like(inputs.k_spatial),
+  const Tensor grads[] = {zeros_like(inputs.q_content),
+                          zeros_like(inputs.q_spatial),
+                          zeros_like(inputs.k_content),
+                          zeros_like(inputs.k_spatial),
                           inputs.columns ? zeros_like(*inputs.columns) : torch::stable::new_empty(inputs.v, {0}),
                           zeros_like(inputs.v)};
   const Upstream given{data(upstream), data(out), data(lse)};
-  const Gradients gradients{data(grads[0]), data(grads[1]), data(grads[2]), data(grads[3]),
-                            inputs.columns ? data(grads[4]) : nullptr, data(grads[5])};
+  const Gradients gradients{
+      data(grads[0]), data(grads[1]), data(grads[2]), data(grads[3]), inputs.columns ? data(grads[4]) : nullptr,
+      data(grads[5])};
   // A head of an image is a task; with few of them its tiles are split. Never by the number of threads: the order of
   // every sum is that of the shapes alone.
   const int64_t groups = p.batch * p.heads, parts = std::max<int64_t>(1, kTasks / groups);

@@ -29,7 +29,7 @@ struct Exp2;
 // Least squares of degree 6 on [-1/2, 1/2], exactly 1 at 0: relative error 1.6e-8, below that of all rounding.
 template <>
 struct Exp2<float> {
-  static constexpr float series[] = {1.0f,          0.693147182f,   0.240226477f,   0.0555032901f,
+  static constexpr float series[] = {1.0f,           0.693147182f,   0.240226477f,   0.0555032901f,
                                      0.00961837359f, 0.00133998483f, 0.000153707049f};
   static constexpr float round = 12582912.0f, lowest = -126.0f, highest = 127.0f;
   static constexpr int mantissa = 23;
@@ -37,10 +37,19 @@ struct Exp2<float> {
 // Taylor series of degree 13: error 4e-18, below rounding.
 template <>
 struct Exp2<double> {
-  static constexpr double series[] = {1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158,
-                                      0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608,
-                                      1.525273380405984e-05, 1.3215486790144307e-06, 1.0178086009239699e-07,
-                                      7.054911620801123e-09, 4.445538271870811e-10, 2.5678435993488206e-11,
+  static constexpr double series[] = {1.0,
+                                      0.6931471805599453,
+                                      0.2402265069591007,
+                                      0.05550410866482158,
+                                      0.009618129107628477,
+                                      0.0013333558146428443,
+                                      0.00015403530393381608,
+                                      1.525273380405984e-05,
+                                      1.3215486790144307e-06,
+                                      1.0178086009239699e-07,
+                                      7.054911620801123e-09,
+                                      4.445538271870811e-10,
+                                      2.5678435993488206e-11,
                                       1.3691488853904128e-12};
   static constexpr double round = 6755399441055744.0, lowest = -1022.0, highest = 1023.0;
   static constexpr int mantissa = 52;

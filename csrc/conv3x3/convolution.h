@@ -30,8 +30,8 @@ void transform_weights(const Problem& p, int64_t channel, Real* to, int64_t plan
     for (int64_t out = 0; out < kPanel<Real>; out += L) {
       Vector<Real> cells[9][L];
       for (int cell = 0; cell < 9; ++cell) {
-        const Real* source = weight + cell / 3 * p.weight_y + cell % 3 * p.weight_x + in * p.weight_in +
-                             out * p.weight_out;
+        const Real* source =
+            weight + cell / 3 * p.weight_y + cell % 3 * p.weight_x + in * p.weight_in + out * p.weight_out;
         for (int i = 0; i < L; ++i) {
           cells[cell][i] = load_vector(source + i * (is_transposed ? p.weight_out : p.weight_in));
         }

@@ -42,13 +42,13 @@ void count_grain(Grain& grain) {
 }  // namespace
 
 // Half precision would lose what the transforms need.
-#define CONDDETR_FOR_REAL(function, ...)                          \
-  do {                                                            \
-    if (p.stored == Stored::f64) {                                \
-      function<double>(__VA_ARGS__);                              \
-    } else {                                                      \
-      function<float>(__VA_ARGS__);                               \
-    }                                                             \
+#define CONDDETR_FOR_REAL(function, ...) \
+  do {                                   \
+    if (p.stored == Stored::f64) {       \
+      function<double>(__VA_ARGS__);     \
+    } else {                             \
+      function<float>(__VA_ARGS__);      \
+    }                                    \
   } while (false)
 
 void grain(const Problem& p, Grain& found) { CONDDETR_FOR_REAL(count_grain, found); }

@@ -32,9 +32,7 @@ Tensor dropout(const Tensor& x, const std::optional<Tensor>& residual, const Ten
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CPU, library) {
-  library.impl("dropout", TORCH_BOX(&dropout));
-}
+STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CPU, library) { library.impl("dropout", TORCH_BOX(&dropout)); }
 
 }  // namespace
 }  // namespace conddetr::dropout

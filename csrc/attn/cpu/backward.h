@@ -18,7 +18,12 @@ struct Backward {
   static constexpr int L = kLanes<Real>, P = kPanel<Real>;
 
   Backward(const Problem& p_, const Upstream& u, const Gradients& g_, const Task& task_, void* partial)
-      : p(p_), g(g_), task(task_), shape(p_), arena(static_cast<char*>(partial)), sums(p_, shape, arena),
+      : p(p_),
+        g(g_),
+        task(task_),
+        shape(p_),
+        arena(static_cast<char*>(partial)),
+        sums(p_, shape, arena),
         operands(p_, u, task_, shape, sums.queries) {
     fill(partial, arena.used());
     Arena counting(nullptr);

@@ -58,17 +58,17 @@ struct BackwardOperands {
     }
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t query = block * kRows;
-      pack_queries<T>(p, shape, task.image, task.head, query, count(block), grid,
-                      left + block * left_size(shape.depth), spatial_left, start(block));
+      pack_queries<T>(p, shape, task.image, task.head, query, count(block), grid, left + block * left_size(shape.depth),
+                      spatial_left, start(block));
       for (int64_t m = 0; m < kRows; ++m) pack_row(block, m);
       pack_left(upstream_left + block * left_size(p.dv), scaled + query * p.dv, p.dv, count(block), 0, p.dv, Real(1));
     }
     pack_straight(upstream, padded, scaled, p.dv, positions, p.queries, 0, p.dv, Real(1));
   }
 
-  // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Where the scores are of moderate size
-  // there is no shift, so that they are rounded once less and as the small numbers that they are. The factor goes to
-  // dO, and delta = dO·O with it; that of weights that dropout keeps goes to dO alone.
+  // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Where the scores are of moderate
+  // size there is no shift, so that they are rounded once less and as the small numbers that they are. The factor goes
+  // to dO, and delta = dO·O with it; that of weights that dropout keeps goes to dO alone.
   void pack_row(int64_t block, int64_t m) {
     const int64_t query = block * kRows + m;
     Real factor = 0, total = 0;

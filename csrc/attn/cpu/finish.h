@@ -20,7 +20,8 @@ struct Finish {
     Arena first_arena(partials);
     const Partial<Real> sums(p, shape, first_arena);
     for (int64_t part = 1; part < count; ++part) {
-      Real *to = reinterpret_cast<Real*>(partials), *from = reinterpret_cast<Real*>(partials + part * first_arena.used());
+      Real *to = reinterpret_cast<Real*>(partials),
+           *from = reinterpret_cast<Real*>(partials + part * first_arena.used());
       for (size_t i = 0; i < first_arena.used() / sizeof(Real); ++i) to[i] += from[i];
     }
     for (int64_t query = 0; query < p.queries; ++query) {

@@ -1,5 +1,5 @@
-// The online softmax of a block of queries. A running reference takes the place of the maximum: it is the maximum of the
-// first tile, and follows only if a later weight outgrows it by 2^30.
+// The online softmax of a block of queries. A running reference takes the place of the maximum: it is the maximum of
+// the first tile, and follows only if a later weight outgrows it by 2^30.
 #pragma once
 
 #include "attn/cpu/keep.h"

@@ -22,7 +22,7 @@ struct KeyTiles {
   Tile<T> content, values, spatial;
   T *rows, *columns;
   int grid_width;
-  Cursor first, cursor;  // of the thread's first key, and of that of the next tile to load
+  Cursor first, cursor;       // of the thread's first key, and of that of the next tile to load
   int items[Part<T>::kRows];  // of the thread in the last tile of keys; negative outside the rectangle
 
   __device__ KeyTiles(const Problem<T>& p, int image, int head, const Keys& keys, Shared& shared)
@@ -58,8 +58,8 @@ struct KeyTiles {
     copy_values(stage);
   }
 
-  // The same without its values, and key by key where `load` builds all keys before it copies any: so the forward kernel
-  // for Hopper fits its registers. The others take fewer instructions with `load`.
+  // The same without its values, and key by key where `load` builds all keys before it copies any: so the forward
+  // kernel for Hopper fits its registers. The others take fewer instructions with `load`.
   __device__ __forceinline__ void load_keys(int stage) {
     uint4 sums[Part<T>::kRows];
 #pragma unroll

@@ -9,7 +9,8 @@ namespace {
 template <typename T, bool kSeparable>
 std::tuple<Tensor, Tensor> forward_form(const Inputs& inputs) {
   Tensor out = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.queries(), inputs.heads(), kWidth});
-  Tensor lse = torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
+  Tensor lse =
+      torch::stable::new_empty(inputs.v, {inputs.batch(), inputs.heads(), inputs.queries()}, ScalarType::Float);
   const int64_t bytes = forward_bytes<T, kSeparable>(inputs.height(), inputs.width());
   launch("conditional_attention", kernel_forward<T, kSeparable>(inputs), grid(inputs, tiles_of(inputs.queries())),
          kThreads, checked(bytes, inputs), inputs.v, problem<T>(inputs), data<T>(out), data<float>(lse));

@@ -15,8 +15,8 @@ namespace {
 // Copies a tensor that does not lie in steps of 16 bytes.
 void prepare(Tensor& tensor, const char* name, int64_t items, const Inputs& inputs) {
   const int64_t batch = inputs.batch(), heads = inputs.heads();
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == items &&
-                      tensor.size(2) == heads && tensor.size(3) == kWidth,
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == items && tensor.size(2) == heads &&
+                      tensor.size(3) == kWidth,
                   name, ": expected shape [", batch, ", ", items, ", ", heads, ", ", kWidth, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == inputs.q_content.scalar_type() &&
                       tensor.get_device_index() == inputs.q_content.get_device_index(),
@@ -30,10 +30,10 @@ void prepare(Tensor& tensor, const char* name, int64_t items, const Inputs& inpu
 
 void check(const std::optional<Tensor>& tensor, const char* name, ScalarType dtype, int64_t numbers,
            const Inputs& inputs) {
-  STD_TORCH_CHECK(!tensor || (tensor->scalar_type() == dtype && tensor->is_contiguous() &&
-                              tensor->numel() == numbers &&
+  STD_TORCH_CHECK(!tensor || (tensor->scalar_type() == dtype && tensor->is_contiguous() && tensor->numel() == numbers &&
                               tensor->get_device_index() == inputs.q_content.get_device_index()),
-                  name, ": expected ", numbers, " contiguous numbers of the schema's dtype, on the device of q_content");
+                  name, ": expected ", numbers,
+                  " contiguous numbers of the schema's dtype, on the device of q_content");
 }
 
 // Throws if a kernel would read what is not there; copies what does not lie in steps of 16 bytes.

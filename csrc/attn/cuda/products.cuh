@@ -85,8 +85,8 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[4][4], const float
 
 // Float32 adds up 16 products before they join the sum, as above.
 template <>
-__device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], const float (&left)[2][4],
-                                                        Tile<float> tile, int first) {
+__device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], const float (&left)[2][4], Tile<float> tile,
+                                                        int first) {
   const int lane = threadIdx.x % kLanes, t = lane % 4;
   float part[4][4] = {};
 #pragma unroll 1  // likewise

@@ -7,7 +7,7 @@
 
 namespace conddetr::attn {
 
-constexpr int kWidth = 32;     // channels of a head
+constexpr int kWidth = 32;  // channels of a head
 constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
@@ -27,9 +27,7 @@ struct Tile {
     const int turn = kChunks == 8 ? row : row / 2;
     return data + row * kWidth + (chunk ^ (turn & (kChunks - 1))) * kPerChunk;
   }
-  CONDDETR_BOTH T* at(int row, int channel) const {
-    return chunk(row, channel / kPerChunk) + channel % kPerChunk;
-  }
+  CONDDETR_BOTH T* at(int row, int channel) const { return chunk(row, channel / kPerChunk) + channel % kPerChunk; }
   CONDDETR_BOTH Tile stage(int index) const { return {data + index * (kTile * kWidth)}; }
 };
 

@@ -59,8 +59,8 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[kStack]};
   std::vector<Copy> copies;
   int group = 0;
-  std::vector<char*> written;                    // chunks of shared memory, by copies; see hopper.cuh
-  std::vector<Product> products;                 // not yet finished; see hopper.cuh
+  std::vector<char*> written;     // chunks of shared memory, by copies; see hopper.cuh
+  std::vector<Product> products;  // not yet finished; see hopper.cuh
   int product_group = 0;
   bool may_multiply = false;
   const Team* waits_for = nullptr;
@@ -97,7 +97,7 @@ inline void meet(Team& team) {
 // What each lane of the warp shows, [lane][16 bytes].
 inline const char (*show(const void* value, size_t bytes))[16] {
   Team& team = warp();
-  char(*shown)[16] = team.shown[team.generation % 2];
+  char (*shown)[16] = team.shown[team.generation % 2];
   memcpy(shown[threadIdx.x % kLanes], value, bytes);
   meet(team);
   return shown;

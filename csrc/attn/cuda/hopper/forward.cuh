@@ -1,8 +1,8 @@
 // Attention forward on Hopper, for 16-bit numbers: what ../forward.cuh does, with other products. Instructions and the
 // number of blocks at a time are what binds there. A negative scale turns the queries' sign, and the maximum then needs
 // no scale; stages of tiles are constants; copies are started between the exponentials. Scores of the next tile are
-// started with the values of this one, so that a warp waits once a tile: four blocks at a time do the rest. That many fit
-// because the spatial queries stay in shared memory, and because dropout is a kernel of its own.
+// started with the values of this one, so that a warp waits once a tile: four blocks at a time do the rest. That many
+// fit because the spatial queries stay in shared memory, and because dropout is a kernel of its own.
 #pragma once
 
 #include "attn/cuda/forward.cuh"

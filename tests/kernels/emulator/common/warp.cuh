@@ -1,5 +1,5 @@
-// Stands in for csrc/common/warp.cuh: the same instructions on a CPU, so that the CUDA kernels run, unchanged, in tests.
-// fibers.h has the threads.
+// Stands in for csrc/common/warp.cuh: the same instructions on a CPU, so that the CUDA kernels run, unchanged, in
+// tests. fibers.h has the threads.
 #pragma once
 
 #include <math.h>
@@ -114,7 +114,8 @@ void load_matrices(uint32_t (&result)[4], const void* row) {
       memcpy(&found, shown[8 * matrix + in_row], sizeof found);
       return uint32_t(found[column]);
     };
-    result[matrix] = Turned ? number(2 * t, g) | number(2 * t + 1, g) << 16 : number(g, 2 * t) | number(g, 2 * t + 1) << 16;
+    result[matrix] =
+        Turned ? number(2 * t, g) | number(2 * t + 1, g) << 16 : number(g, 2 * t) | number(g, 2 * t + 1) << 16;
   }
   warp_barrier();
 }
