@@ -48,9 +48,12 @@ test-all: demo sanitize $(READY)
 	@echo "testing, slow tests too: about 13 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
+# All C, C++ and CUDA; .clang-format says how it is laid out.
+CODE = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CODE)
 
 # Each operation and the decoder against their peers, then inference and training of the large preset against the
 # official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.

@@ -1,5 +1,4 @@
-// The Python module `conddetr._C`, and the schemas of the operators. Importing it registers them as
-// `torch.ops.conddetr_native.*`; they are those of `torch.ops.conddetr.*` (kernels/*/op.py), word for word.
+// The Python module `conddetr._C`. Importing it registers the operators as `torch.ops.conddetr_native.*`.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
@@ -10,25 +9,9 @@
 #include "build_info.h"
 #include "common/levels.h"
 #include "peak/kernels.h"
+#include "schemas.h"
 
-#define CONDDETR_ATTENTION_INPUTS                                                                                  \
-  "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "            \
-  "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) {
-  library.def("conditional_attention(" CONDDETR_ATTENTION_INPUTS ") -> (Tensor out, Tensor lse)");
-  library.def("conditional_attention_backward(" CONDDETR_ATTENTION_INPUTS
-              ", Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("convolution_3x3(Tensor x, Tensor weight, Tensor? bias, bool transposed, bool relu) -> Tensor");
-  library.def("convolution_3x3_weight(Tensor x, Tensor grad) -> Tensor");
-  library.def("dropout(Tensor x, Tensor? residual, Tensor seed, float p, bool relu) -> Tensor");
-  library.def("dropout_bits(Tensor seed, SymInt count, int threshold) -> Tensor");
-  library.def("linear_assignment(Tensor cost, Tensor counts) -> Tensor");
-  library.def("sine_embedding(Tensor points, Tensor? transform, int dim, float temperature) -> Tensor");
-  library.def(
-      "sine_embedding_backward(Tensor grad, Tensor points, Tensor? transform, int dim, float temperature) "
-      "-> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(conddetr_native, library) { conddetr::define_operators(library); }
 
 namespace {
 

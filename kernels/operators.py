@@ -60,7 +60,7 @@ def register(
     Args:
         name: without a namespace, e.g. `focal_loss`.
         schema: arguments and results; what is changed in place is marked there. None: there are native kernels alone,
-            and csrc/bindings.cpp has the schema.
+            and csrc/schemas.h has the schema.
         launch: computes it by Triton, from tensors on a GPU or, interpreted, on a CPU; the results share no memory with
             the arguments.
         fake, backward, setup, flops, is_gradient: see `Description`.

@@ -59,7 +59,7 @@ def kernels() -> set[str]:
     names = set()
     for path in (ROOT / "kernels").rglob("*.py"):
         names.update(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
-    for path in (ROOT / "csrc").glob("*/*.cuh"):
+    for path in (ROOT / "csrc").rglob("*.cuh"):
         names.update(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text()))
     return names
 

@@ -19,7 +19,7 @@ BYTES = 64
 
 @dataclass(frozen=True)
 class Launch:
-    """What the machine code of a kernel does not tell: see `csrc/attn/cuda.cu`. Whole problems tell their bytes."""
+    """What the machine code of a kernel does not tell: see `csrc/attn/cuda/`. Whole problems tell their bytes."""
 
     queries: int
     keys: int

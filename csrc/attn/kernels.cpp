@@ -3,9 +3,9 @@
 // Keys are those of the valid rectangle (or those that the mask leaves), packed tile by tile; no score of padding is
 // ever computed.
 
-#include "attn/backward.h"
-#include "attn/finish.h"
-#include "attn/forward.h"
+#include "attn/cpu/backward.h"
+#include "attn/cpu/finish.h"
+#include "attn/cpu/forward.h"
 
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {

@@ -24,7 +24,7 @@ struct Tensor4 {
 
 // Visible keys that are neighbours in a row of the grid, inside one tile.
 struct Run {
-  int32_t offset;   // of the first one in its tile
+  int32_t offset;  // of the first one in its tile
   int32_t length;
   int32_t row, column;
   int64_t ordinal;  // of the first one: its place among the keys of the valid rectangle, in row-major order
@@ -80,13 +80,13 @@ struct Gradients {
   void *q_content, *q_spatial, *k_content, *spatial, *columns, *v;
 };
 
-#define CONDDETR_DECLARE(level)                                                                                   \
-  namespace level {                                                                                               \
-  void forward(const Problem&, const Result&, const Task&);                                                       \
-  /* Bytes of what `backward` adds up for one task, and `finish` needs of all tasks of an image's head. */        \
-  void partial_bytes(const Problem&, size_t& bytes);                                                              \
-  void backward(const Problem&, const Upstream&, const Gradients&, const Task&, void* partial);                   \
-  void finish(const Problem&, const Gradients&, int64_t image, int64_t head, void* partials, int64_t count);      \
+#define CONDDETR_DECLARE(level)                                                                              \
+  namespace level {                                                                                          \
+  void forward(const Problem&, const Result&, const Task&);                                                  \
+  /* Bytes of what `backward` adds up for one task, and `finish` needs of all tasks of an image's head. */   \
+  void partial_bytes(const Problem&, size_t& bytes);                                                         \
+  void backward(const Problem&, const Upstream&, const Gradients&, const Task&, void* partial);              \
+  void finish(const Problem&, const Gradients&, int64_t image, int64_t head, void* partials, int64_t count); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

@@ -11,9 +11,9 @@ namespace conddetr::bits {
 constexpr int64_t kChunk = 64;
 
 // Words `begin`, a multiple of kChunk, to `end`; bit 1: kept, where a number of 16 bits is not below the threshold.
-#define CONDDETR_DECLARE(level)                                                                        \
-  namespace level {                                                                                    \
-  void fill(uint32_t* words, uint64_t seed, uint32_t threshold, int64_t begin, int64_t end);           \
+#define CONDDETR_DECLARE(level)                                                              \
+  namespace level {                                                                          \
+  void fill(uint32_t* words, uint64_t seed, uint32_t threshold, int64_t begin, int64_t end); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

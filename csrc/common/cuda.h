@@ -36,10 +36,10 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 }  // namespace conddetr
 
 // Runs `function<T>(arguments)` for the element type of `tensor` and returns what it returns.
-#define CONDDETR_RETURN_FOR_DTYPE(tensor, function, ...)                                              \
-  switch ((tensor).scalar_type()) {                                                                   \
-    case torch::headeronly::ScalarType::Float: return function<float>(__VA_ARGS__);                   \
-    case torch::headeronly::ScalarType::BFloat16: return function<conddetr::bf16>(__VA_ARGS__);       \
-    case torch::headeronly::ScalarType::Half: return function<conddetr::fp16>(__VA_ARGS__);           \
-    default: STD_TORCH_CHECK(false, "conddetr: expected float32, bfloat16 or float16 on a GPU");      \
+#define CONDDETR_RETURN_FOR_DTYPE(tensor, function, ...)                                         \
+  switch ((tensor).scalar_type()) {                                                              \
+    case torch::headeronly::ScalarType::Float: return function<float>(__VA_ARGS__);              \
+    case torch::headeronly::ScalarType::BFloat16: return function<conddetr::bf16>(__VA_ARGS__);  \
+    case torch::headeronly::ScalarType::Half: return function<conddetr::fp16>(__VA_ARGS__);      \
+    default: STD_TORCH_CHECK(false, "conddetr: expected float32, bfloat16 or float16 on a GPU"); \
   }

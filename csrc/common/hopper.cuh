@@ -1,6 +1,6 @@
-// The instructions that only Hopper has (sm_90a), for attn/hopper.cuh: products by a warpgroup, four warps that start at a
-// multiple of four. As with warp.cuh, tests without a GPU have another header of this name. Sections are those of the
-// PTX ISA, version 9.0.
+// The instructions that only Hopper has (sm_90a), for attn/cuda/hopper: products by a warpgroup, four warps that start
+// at a multiple of four. As with warp.cuh, tests without a GPU have another header of this name. Sections are those of
+// the PTX ISA, version 9.0.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +14,8 @@
 
 namespace conddetr {
 
-// Products read shared memory by a way of their own, the async proxy (9.7.15.4). This orders what the thread has written
-// there, finished copies too, before what products read; then comes a barrier.
+// Products read shared memory by a way of their own, the async proxy (9.7.15.4). This orders what the thread has
+// written there, finished copies too, before what products read; then comes a barrier.
 __device__ __forceinline__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The compiler does not know that products use registers behind its back: nothing that computes these moves past here.
@@ -57,14 +57,15 @@ __device__ __forceinline__ void wait_products(Registers&... registers) {
 #define CONDDETR_MULTIPLY(shape, operands, sums, ...)                                                               \
   if constexpr (std::is_same_v<T, bf16>) {                                                                          \
     asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.bf16.bf16 " operands : sums : __VA_ARGS__ : "memory"); \
-  } else {                                                                                                         \
+  } else {                                                                                                          \
     asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.f16.f16 " operands : sums : __VA_ARGS__ : "memory");   \
   }
 
 // Starts sum = a b, or with `Adds` sum += a b, for a [64, 16], b [16, 8n] and sum [64, 8n], in four warps of 16 rows.
-// Lane 4g + t holds of `sum`, for each octet of columns, columns 2t and 2t+1 of row g, then of row g + 8 (9.7.15.5.1.1.1,
-// figure 149); of `a` the pairs that `multiply` of warp.cuh wants (figure 148). `b` describes a matrix in shared memory
-// (9.7.15.5.1.2.2) whose rows are columns of b, 16 numbers of each (K-major); with `Turned` 16 rows of b (N-major).
+// Lane 4g + t holds of `sum`, for each octet of columns, columns 2t and 2t+1 of row g, then of row g + 8
+// (9.7.15.5.1.1.1, figure 149); of `a` the pairs that `multiply` of warp.cuh wants (figure 148). `b` describes a matrix
+// in shared memory (9.7.15.5.1.2.2) whose rows are columns of b, 16 numbers of each (K-major); with `Turned` 16 rows of
+// b (N-major).
 template <typename T, bool Turned, bool Adds>
 __device__ __forceinline__ void multiply_async(float (&sum)[8][4], const uint32_t (&a)[4], uint64_t b) {
   CONDDETR_MULTIPLY("m64n64k16", "{" CONDDETR_32_NAMES "}, {%32, %33, %34, %35}, %36, %37, 1, 1, %38;", CONDDETR_8_SUMS,

@@ -24,7 +24,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
   cudaError_t error = cudaSuccess;
-  if (shared > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (shared > 48 * 1024) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  }
   if (error == cudaSuccess) {
     kernel<<<blocks, threads, size_t(shared), static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
@@ -32,7 +34,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
-// Whether this device can run a kernel of hopper.cuh: it is a Hopper, and there is code for sm_90a. Compiled for anything
+// Whether this device can run a kernel of hopper/: it is a Hopper, and there is code for sm_90a. Compiled for anything
 // else, such a kernel is empty; with code, its sums alone are more registers than this.
 template <typename... Parameters>
 bool has_warpgroups(void (*kernel)(Parameters...), const Tensor& where) {

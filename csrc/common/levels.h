@@ -23,13 +23,13 @@ bool can_run(Level level);
 
 // Calls `function` of the level in use; each level is a namespace inside the one this is written in.
 #if defined(__x86_64__)
-#define CONDDETR_CALL(function, ...)                                               \
-  do {                                                                             \
-    switch (conddetr::level()) {                                                   \
-      case conddetr::Level::avx512: avx512::function(__VA_ARGS__); break;          \
-      case conddetr::Level::avx2: avx2::function(__VA_ARGS__); break;              \
-      default: plain::function(__VA_ARGS__);                                       \
-    }                                                                              \
+#define CONDDETR_CALL(function, ...)                                      \
+  do {                                                                    \
+    switch (conddetr::level()) {                                          \
+      case conddetr::Level::avx512: avx512::function(__VA_ARGS__); break; \
+      case conddetr::Level::avx2: avx2::function(__VA_ARGS__); break;     \
+      default: plain::function(__VA_ARGS__);                              \
+    }                                                                     \
   } while (false)
 #else
 #define CONDDETR_CALL(function, ...) plain::function(__VA_ARGS__)

@@ -42,8 +42,8 @@ CONDDETR_BOTH Four randint4x(const Keys& keys, uint64_t counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// An element survives dropout if the upper 24 bits of its number, as a fraction of 1, are at least p (a float32, as in Triton).
-// Compared as integers: keep if (number >> 8) >= threshold(p). Exact.
+// An element survives dropout if the upper 24 bits of its number, as a fraction of 1, are at least p (a float32, as in
+// Triton). Compared as integers: keep if (number >> 8) >= threshold(p). Exact.
 CONDDETR_BOTH uint32_t threshold(float p) {
   const double scaled = double(p) * 16777216.0;
   const uint32_t whole = uint32_t(scaled);

@@ -1,8 +1,8 @@
 // philox::randint4x for a whole vector of consecutive counters.
 #pragma once
 
+#include "common/lanes.h"
 #include "common/philox.h"
-#include "common/simd.h"
 
 namespace conddetr {
 namespace {

@@ -7,7 +7,9 @@
 
 namespace conddetr {
 
-CONDDETR_BOTH int32_t clamp(int32_t value, int32_t highest) { return value < 0 ? 0 : (value > highest ? highest : value); }
+CONDDETR_BOTH int32_t clamp(int32_t value, int32_t highest) {
+  return value < 0 ? 0 : (value > highest ? highest : value);
+}
 
 // Valid height and width, clamped to the grid: a wrong `valid_hw` never reads outside.
 struct Rectangle {

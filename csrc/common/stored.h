@@ -52,11 +52,11 @@ static inline void store(BFloat16& target, float value) {
 }  // namespace conddetr
 
 // Runs `function<T>(arguments)` for the type that `stored` names.
-#define CONDDETR_FOR_STORED(stored, function, ...)                                      \
-  do {                                                                                  \
-    switch (stored) {                                                                   \
-      case conddetr::Stored::f32: function<float>(__VA_ARGS__); break;                  \
-      case conddetr::Stored::bf16: function<conddetr::BFloat16>(__VA_ARGS__); break;    \
-      case conddetr::Stored::f64: function<double>(__VA_ARGS__); break;                 \
-    }                                                                                   \
+#define CONDDETR_FOR_STORED(stored, function, ...)                                   \
+  do {                                                                               \
+    switch (stored) {                                                                \
+      case conddetr::Stored::f32: function<float>(__VA_ARGS__); break;               \
+      case conddetr::Stored::bf16: function<conddetr::BFloat16>(__VA_ARGS__); break; \
+      case conddetr::Stored::f64: function<double>(__VA_ARGS__); break;              \
+    }                                                                                \
   } while (false)

@@ -41,12 +41,12 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   p.in_channels = transposed ? rows : columns, p.out_channels = transposed ? columns : rows, p.relu = relu;
   STD_TORCH_CHECK(p.stored != Stored::bf16 && weight.scalar_type() == x.scalar_type(),
                   "weight: expected the dtype of x, float32 or float64");
-  STD_TORCH_CHECK(x.size(1) == p.in_channels && weight.size(2) == 3 && weight.size(3) == 3 &&
-                      rows % kChannels == 0 && columns % kChannels == 0 && rows > 0 && columns > 0,
+  STD_TORCH_CHECK(x.size(1) == p.in_channels && weight.size(2) == 3 && weight.size(3) == 3 && rows % kChannels == 0 &&
+                      columns % kChannels == 0 && rows > 0 && columns > 0,
                   "weight: expected 3×3 cells, and multiples of 32 channels as x has them");
-  STD_TORCH_CHECK(!bias || (bias->is_contiguous() && bias->numel() == p.out_channels &&
-                            bias->scalar_type() == x.scalar_type()),
-                  "bias: expected one contiguous number for each output channel");
+  STD_TORCH_CHECK(
+      !bias || (bias->is_contiguous() && bias->numel() == p.out_channels && bias->scalar_type() == x.scalar_type()),
+      "bias: expected one contiguous number for each output channel");
   p.x = data(x), p.bias = data_or_null(bias);
   const char* cells = static_cast<const char*>(weight.const_data_ptr());
   p.weight_y = 3 * columns, p.weight_x = columns;

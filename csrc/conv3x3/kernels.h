@@ -16,8 +16,8 @@ constexpr int64_t kChannels = 32;  // both numbers of channels are multiples of 
 // One call. x is [batch, height, width, in], contiguous.
 //
 // The convolution: out is [batch, height, width, out]; the weight of output o, input i and cell (y, x) of the window is
-// at o · weight_out + i · weight_in + y · weight_y + x · weight_x. The gradient of the weights: grad is that of outputs,
-// [batch, height, width, out], and out is [out, 3, 3, in].
+// at o · weight_out + i · weight_in + y · weight_y + x · weight_x. The gradient of the weights: grad is that of
+// outputs, [batch, height, width, out], and out is [out, 3, 3, in].
 struct Problem {
   const void* x;
   const void* weight;
@@ -46,22 +46,22 @@ struct Grain {
   int64_t tiles, channels;
 };
 
-#define CONDDETR_DECLARE(level)                                                                          \
-  namespace level {                                                                                      \
-  void grain(const Problem&, Grain&);                                                                    \
-  void input_bytes(const Problem&, int64_t tiles, int64_t&);                                             \
-  void scratch_bytes(const Problem&, int64_t tiles, int64_t&);                                           \
-  /* Inputs of the tiles [begin, end) of a block; begin is a multiple of the grain. */                   \
-  void transform_inputs(const Problem&, const Block&, int64_t begin, int64_t end);                       \
-  /* Outputs of these tiles, `grain` channels from `channel` on; with scratch_bytes of memory. */        \
+#define CONDDETR_DECLARE(level)                                                                           \
+  namespace level {                                                                                       \
+  void grain(const Problem&, Grain&);                                                                     \
+  void input_bytes(const Problem&, int64_t tiles, int64_t&);                                              \
+  void scratch_bytes(const Problem&, int64_t tiles, int64_t&);                                            \
+  /* Inputs of the tiles [begin, end) of a block; begin is a multiple of the grain. */                    \
+  void transform_inputs(const Problem&, const Block&, int64_t begin, int64_t end);                        \
+  /* Outputs of these tiles, `grain` channels from `channel` on; with scratch_bytes of memory. */         \
   void multiply(const Problem&, const Block&, int64_t begin, int64_t end, int64_t channel, char* memory); \
-  /* For the gradient of the weights. */                                                                 \
-  void gradient_bytes(const Problem&, int64_t tiles, int64_t&);                                          \
-  void weight_scratch_bytes(const Problem&, int64_t&);                                                   \
-  /* Inputs and gradients of the tiles [begin, end) of a block. */                                       \
-  void transform_both(const Problem&, const Block&, int64_t begin, int64_t end);                         \
-  /* Adds a block to the gradient of kChannels output channels and `grain` input channels. */            \
-  void multiply_weights(const Problem&, const Block&, int64_t out, int64_t in, char* memory);            \
+  /* For the gradient of the weights. */                                                                  \
+  void gradient_bytes(const Problem&, int64_t tiles, int64_t&);                                           \
+  void weight_scratch_bytes(const Problem&, int64_t&);                                                    \
+  /* Inputs and gradients of the tiles [begin, end) of a block. */                                        \
+  void transform_both(const Problem&, const Block&, int64_t begin, int64_t end);                          \
+  /* Adds a block to the gradient of kChannels output channels and `grain` input channels. */             \
+  void multiply_weights(const Problem&, const Block&, int64_t out, int64_t in, char* memory);             \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

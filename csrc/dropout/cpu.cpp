@@ -23,8 +23,8 @@ Tensor dropout(const Tensor& x, const std::optional<Tensor>& residual, const Ten
   STD_TORCH_CHECK(p >= 0 && p < 1, "p: expected a probability in [0, 1), got ", p);
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed: expected one int64");
   Tensor out = torch::stable::empty_like(x);
-  const Problem problem{data(x), data_or_null(residual), data(out), x.numel(),
-                        uint64_t(*seed.const_data_ptr<int64_t>()), p, relu, stored_type(x)};
+  const uint64_t key = uint64_t(*seed.const_data_ptr<int64_t>());
+  const Problem problem{data(x), data_or_null(residual), data(out), x.numel(), key, p, relu, stored_type(x)};
   const int64_t chunks = (problem.count + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, kChunksPerThread, [&](int64_t begin, int64_t end) {
     CONDDETR_CALL(apply, problem, begin * kChunk, std::min(end * kChunk, problem.count));
@@ -32,9 +32,7 @@ Tensor dropout(const Tensor& x, const std::optional<Tensor>& residual, const Ten
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CPU, library) {
-  library.impl("dropout", TORCH_BOX(&dropout));
-}
+STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CPU, library) { library.impl("dropout", TORCH_BOX(&dropout)); }
 
 }  // namespace
 }  // namespace conddetr::dropout

@@ -54,8 +54,6 @@ void apply_to(const Problem& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void apply(const Problem& p, int64_t begin, int64_t end) {
-  CONDDETR_FOR_STORED(p.stored, apply_to, p, begin, end);
-}
+void apply(const Problem& p, int64_t begin, int64_t end) { CONDDETR_FOR_STORED(p.stored, apply_to, p, begin, end); }
 
 }  // namespace conddetr::dropout::CONDDETR_LEVEL

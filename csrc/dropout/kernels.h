@@ -24,9 +24,9 @@ struct Problem {
 };
 
 // Elements from `begin`, a multiple of kChunk, to `end`.
-#define CONDDETR_DECLARE(level)                                     \
-  namespace level {                                                 \
-  void apply(const Problem&, int64_t begin, int64_t end);           \
+#define CONDDETR_DECLARE(level)                           \
+  namespace level {                                       \
+  void apply(const Problem&, int64_t begin, int64_t end); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

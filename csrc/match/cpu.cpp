@@ -23,8 +23,8 @@ class Memory {
     integers_.resize(2 * width + 2 * objects);
     double* real = reals_.data();
     int64_t* integer = integers_.data();
-    workspace_ = {take(real, objects * width), take(real, width),      take(real, width),      take(real, width),
-                  take(integer, width),        take(integer, width),   take(integer, objects), take(integer, objects),
+    workspace_ = {take(real, objects * width), take(real, width),    take(real, width),      take(real, width),
+                  take(integer, width),        take(integer, width), take(integer, objects), take(integer, objects),
                   take(real, objects),         take(real, objects)};
   }
 
@@ -47,9 +47,9 @@ Tensor linear_assignment(const Tensor& cost, const Tensor& counts) {
   const int64_t rank = cost.dim();
   STD_TORCH_CHECK(cost.is_contiguous() && rank >= 3, "cost: expected contiguous [..., B, N, Q]");
   const int64_t batch = cost.size(rank - 3), capacity = cost.size(rank - 2), queries = cost.size(rank - 1);
-  STD_TORCH_CHECK(counts.is_contiguous() && counts.dim() == 1 && counts.numel() == batch &&
-                      counts.scalar_type() == ScalarType::Int,
-                  "counts: expected contiguous [", batch, "] int32");
+  STD_TORCH_CHECK(
+      counts.is_contiguous() && counts.dim() == 1 && counts.numel() == batch && counts.scalar_type() == ScalarType::Int,
+      "counts: expected contiguous [", batch, "] int32");
   std::vector<int64_t> shape(cost.sizes().begin(), cost.sizes().end());
   shape.erase(shape.end() - 2);
   Tensor assignment = torch::stable::new_empty(cost, shape, ScalarType::Long);

@@ -33,9 +33,9 @@ struct Workspace {
 constexpr int64_t kAlignment = 8;
 
 // assignment [queries]: the object that each query gets, -1 for none.
-#define CONDDETR_DECLARE(level)                                                     \
-  namespace level {                                                                 \
-  void solve(const Problem&, const Workspace&, int64_t* assignment);                \
+#define CONDDETR_DECLARE(level)                                      \
+  namespace level {                                                  \
+  void solve(const Problem&, const Workspace&, int64_t* assignment); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

@@ -2,7 +2,7 @@
 
 #include "peak/kernels.h"
 
-#include "common/simd.h"
+#include "common/lanes.h"
 
 namespace conddetr::peak::CONDDETR_LEVEL {
 

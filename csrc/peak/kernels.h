@@ -12,9 +12,9 @@ double multiply_adds_per_second();
 
 // Each level: `rounds` times some multiply-adds, in this thread. `operations` is how many that were; `sink` gets a
 // number that depends on them, so that none can be left out.
-#define CONDDETR_DECLARE(level)                                         \
-  namespace level {                                                     \
-  void multiply_add(int64_t rounds, int64_t& operations, float& sink);  \
+#define CONDDETR_DECLARE(level)                                        \
+  namespace level {                                                    \
+  void multiply_add(int64_t rounds, int64_t& operations, float& sink); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

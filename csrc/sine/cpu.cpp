@@ -40,9 +40,8 @@ Tensor forward(const Tensor& points, const std::optional<Tensor>& transform, int
   std::vector<int64_t> shape(points.sizes().begin(), points.sizes().end());
   shape.back() = dim;
   Tensor out = torch::stable::new_empty(points, shape);
-  torch::stable::parallel_for(0, points.numel() / 2, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    CONDDETR_CALL(forward, p, data(out), begin, end);
-  });
+  torch::stable::parallel_for(0, points.numel() / 2, kRowsPerThread,
+                              [&](int64_t begin, int64_t end) { CONDDETR_CALL(forward, p, data(out), begin, end); });
   return out;
 }
 
@@ -54,12 +53,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& points, co
   STD_TORCH_CHECK(upstream.numel() == points.numel() / 2 * dim && upstream.scalar_type() == points.scalar_type(),
                   "grad: expected [..., ", dim, "] of the dtype of points");
   Tensor grad_points = torch::stable::empty_like(points);
-  Tensor grad_transform =
-      transform ? torch::stable::empty_like(*transform) : torch::stable::new_empty(points, {0});
+  Tensor grad_transform = transform ? torch::stable::empty_like(*transform) : torch::stable::new_empty(points, {0});
   const Gradients gradients{data(upstream), data(grad_points), transform ? data(grad_transform) : nullptr};
-  torch::stable::parallel_for(0, points.numel() / 2, kRowsPerThread, [&](int64_t begin, int64_t end) {
-    CONDDETR_CALL(backward, p, gradients, begin, end);
-  });
+  torch::stable::parallel_for(0, points.numel() / 2, kRowsPerThread,
+                              [&](int64_t begin, int64_t end) { CONDDETR_CALL(backward, p, gradients, begin, end); });
   return {grad_points, grad_transform};
 }
 

@@ -17,9 +17,9 @@ void check(const Tensor& points, const std::optional<Tensor>& transform, int64_t
   if (!transform) return;
   STD_TORCH_CHECK(transform->is_contiguous() && transform->numel() == points.numel() / 2 * dim,
                   "transform: expected contiguous [..., ", dim, "]");
-  STD_TORCH_CHECK(transform->scalar_type() == points.scalar_type() &&
-                      transform->get_device_index() == points.get_device_index(),
-                  "transform: expected the dtype and device of points");
+  STD_TORCH_CHECK(
+      transform->scalar_type() == points.scalar_type() && transform->get_device_index() == points.get_device_index(),
+      "transform: expected the dtype and device of points");
 }
 
 template <typename T>

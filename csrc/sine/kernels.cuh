@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kThreads)
       float slope = to_float(upstream.value[i]) * embed_slope(x, y, channel, dim / 2, log2_temperature);
       if (transform) {
         slope *= to_float(scale.value[i]);
-        result.value[i] =
-            from_float<T>(to_float(upstream.value[i]) * embed(x, y, channel, dim / 2, log2_temperature));
+        result.value[i] = from_float<T>(to_float(upstream.value[i]) * embed(x, y, channel, dim / 2, log2_temperature));
       }
       (channel < dim / 2 ? sum_y : sum_x) += slope;
     }

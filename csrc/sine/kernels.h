@@ -24,10 +24,10 @@ struct Gradients {
 };
 
 // Rows `begin` to `end`.
-#define CONDDETR_DECLARE(level)                                                               \
-  namespace level {                                                                           \
-  void forward(const Problem&, void* out, int64_t begin, int64_t end);                        \
-  void backward(const Problem&, const Gradients&, int64_t begin, int64_t end);                \
+#define CONDDETR_DECLARE(level)                                                \
+  namespace level {                                                            \
+  void forward(const Problem&, void* out, int64_t begin, int64_t end);         \
+  void backward(const Problem&, const Gradients&, int64_t begin, int64_t end); \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

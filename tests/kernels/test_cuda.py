@@ -44,7 +44,7 @@ def library():
         torch_folder = Path(torch.__file__).parent
         partial = found.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared"]
-        flags += ["-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        flags += ["-fvisibility=hidden", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         flags += [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{torch_folder / 'include'}"]
         source = [str(EMULATOR / "emulator.cpp"), "-o", str(partial), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         run = subprocess.run([*compiler.split(), *flags, *source], capture_output=True, text=True)

@@ -71,7 +71,9 @@ CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuCtxSynchronize(void) { return cudaDeviceSynchronize() ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS; }
+CUresult cuCtxSynchronize(void) {
+  return cudaDeviceSynchronize() ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
+}
 
 CUresult cuStreamSynchronize(CUstream stream) {
   return cudaStreamSynchronize(stream) ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS;
@@ -112,8 +114,8 @@ CUresult cuModuleGetGlobal(CUdeviceptr *address, size_t *size, CUmodule module, 
   return CUDA_ERROR_NOT_FOUND;
 }
 
-CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *jit, void **jit_values, unsigned jit_count,
-                           CUlibraryOption *options, void **values, unsigned count) {
+CUresult cuLibraryLoadData(CUlibrary *library, const void *code, CUjit_option *jit, void **jit_values,
+                           unsigned jit_count, CUlibraryOption *options, void **values, unsigned count) {
   COUNT(modules);
   *library = handle();
   return CUDA_SUCCESS;
@@ -151,14 +153,15 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
 }
 
 CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared, CUstream stream,
-                                   void **arguments) {
+                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                                   CUstream stream, void **arguments) {
   return cuLaunchKernel(function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream, arguments, NULL);
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *launch, CUfunction function, void **arguments, void **extra) {
   return cuLaunchKernel(function, launch->gridDimX, launch->gridDimY, launch->gridDimZ, launch->blockDimX,
-                        launch->blockDimY, launch->blockDimZ, launch->sharedMemBytes, launch->hStream, arguments, extra);
+                        launch->blockDimY, launch->blockDimZ, launch->sharedMemBytes, launch->hStream, arguments,
+                        extra);
 }
 
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {

@@ -52,8 +52,8 @@ void __cudaRegisterFunction(void **binary, const char *host, char *device, const
   name_kernel(host, name);
 }
 
-void __cudaRegisterVar(void **binary, char *host, char *device, const char *name, int external, size_t size, int constant,
-                       int global) {}
+void __cudaRegisterVar(void **binary, char *host, char *device, const char *name, int external, size_t size,
+                       int constant, int global) {}
 
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
   *kernel = (cudaKernel_t)host;

@@ -76,7 +76,9 @@ cudaError_t cudaMalloc(void **address, size_t size) {
   return allocate(address, size, DEVICE);
 }
 
-cudaError_t cudaMallocAsync(void **address, size_t size, cudaStream_t stream) { return allocate(address, size, DEVICE); }
+cudaError_t cudaMallocAsync(void **address, size_t size, cudaStream_t stream) {
+  return allocate(address, size, DEVICE);
+}
 
 cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
   REFUSE_IF_UNSAFE();
@@ -131,7 +133,8 @@ static void copy(void *target, size_t size, enum cudaMemcpyKind kind) {
   if (kind == cudaMemcpyDeviceToHost) memset(target, 0, size);
 }
 
-cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind,
+                            cudaStream_t stream) {
   const void *host = kind == cudaMemcpyHostToDevice ? source : kind == cudaMemcpyDeviceToHost ? target : NULL;
   if (is_captured(stream) && host != NULL && owner_of(host) == PAGEABLE) return refused();
   copy(target, size, kind);

@@ -30,11 +30,11 @@ extern pthread_mutex_t books;
 // The device that is current in this thread.
 extern __thread int current_device;
 
-#define COUNT(what)                 \
-  do {                              \
-    pthread_mutex_lock(&books);     \
-    counts.what++;                  \
-    pthread_mutex_unlock(&books);   \
+#define COUNT(what)               \
+  do {                            \
+    pthread_mutex_lock(&books);   \
+    counts.what++;                \
+    pthread_mutex_unlock(&books); \
   } while (0)
 
 // counts.c: kernels are known by an address, of the host's function or of a handle.

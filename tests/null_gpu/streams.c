@@ -28,7 +28,8 @@ static Stream *stream_of(cudaStream_t stream) { return (Stream *)stream; }
 bool is_captured(cudaStream_t stream) { return !is_default(stream) && stream_of(stream)->captured; }
 
 cudaError_t check_stream(cudaStream_t stream) {
-  return is_default(stream) || stream_of(stream)->device == current_device ? cudaSuccess : cudaErrorInvalidResourceHandle;
+  return is_default(stream) || stream_of(stream)->device == current_device ? cudaSuccess
+                                                                           : cudaErrorInvalidResourceHandle;
 }
 
 cudaError_t refused(void) {
@@ -41,7 +42,8 @@ bool is_unsafe(void) {
     return false;
   }
   const bool is_mine = pthread_equal(capture.thread, pthread_self());
-  const bool is_local = capture.mode == cudaStreamCaptureModeThreadLocal || thread_mode == cudaStreamCaptureModeThreadLocal;
+  const bool is_local =
+      capture.mode == cudaStreamCaptureModeThreadLocal || thread_mode == cudaStreamCaptureModeThreadLocal;
   return is_mine || !is_local;
 }
 
@@ -86,7 +88,9 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   // A stream that waits for a captured event is captured from then on.
-  if (capture.runs && event != NULL && ((Event *)event)->captured && !is_default(stream)) join_capture(stream_of(stream));
+  if (capture.runs && event != NULL && ((Event *)event)->captured && !is_default(stream)) {
+    join_capture(stream_of(stream));
+  }
   return cudaSuccess;
 }
 
@@ -209,7 +213,8 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
   return cudaSuccess;
 }
 
-cudaError_t cudaUserObjectCreate(cudaUserObject_t *made, void *data, cudaHostFn_t destroy, unsigned count, unsigned flags) {
+cudaError_t cudaUserObjectCreate(cudaUserObject_t *made, void *data, cudaHostFn_t destroy, unsigned count,
+                                 unsigned flags) {
   *made = handle();
   return cudaSuccess;
 }

@@ -100,7 +100,7 @@ void start_product(float (&sum)[N][4], Left left, uint64_t b) {
   if (!thread.may_multiply) refuse("a product without begin_products before it");
   if (memcmp(show(&b, sizeof b)[0], &b, sizeof b)) refuse("lanes describe different matrices");
   const int t = threadIdx.x % 4;
-  thread.products.push_back({thread.product_group, [=, &sum] {
+  const auto carry_out = [=, &sum] {
     const Description right(b);
     for (int i = 0; i < 4 * N; ++i) {
       float& result = sum[i / 4][i % 4];
@@ -111,7 +111,8 @@ void start_product(float (&sum)[N][4], Left left, uint64_t b) {
         result += left(row, k) * to_float(T(bits, T::from_bits()));
       }
     }
-  }});
+  };
+  thread.products.push_back({thread.product_group, carry_out});
   meet(block->groups[threadIdx.x / kGroup]);  // all four warps start it
   if (random_numbers() % 2) finish_products(thread.product_group + 1);
 }

@@ -1,4 +1,5 @@
-// Stands in for csrc/common/launch.cuh: launches run on the CPU, block after block, and operators join another namespace.
+// Stands in for csrc/common/launch.cuh: launches run on the CPU, block after block, and operators join another
+// namespace.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
