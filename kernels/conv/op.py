@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from conddetr.kernels import conv3x3, operators, paths, registry
+from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.conv import gpu, reference
+from conddetr.kernels.cpu import conv3x3
 
 UNIT = ((1, 1), (1, 1), (1, 1), 1)
 """Stride, padding, dilation and groups of a 3×3 convolution that leaves the size of a map as it is."""

@@ -27,7 +27,7 @@ from conddetr.kernels.check.verify import verify
 CPU = torch.device("cpu")
 # By this way: the package's attribute of this name is the function.
 check_module = importlib.import_module("conddetr.kernels.check")
-dropout = importlib.import_module("conddetr.kernels.dropout.op")
+dropout = importlib.import_module("conddetr.kernels.relu_dropout.op")
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 HAS_INTERPRETER = pytest.mark.skipif(
     registry.why_not("triton", CPU, torch.float32) is not None, reason="no Triton that runs on a CPU"

@@ -240,10 +240,10 @@ def test_where_the_system_does_not_tell_the_driver_cuda_does(monkeypatch, releas
 
 def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(tmp_path, monkeypatch):
     def hash_of(folder: Path) -> str:
-        monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
+        monkeypatch.setattr(records, "__file__", str(folder / "records" / "__init__.py"))
         return records._sources.__wrapped__()
 
-    files = {"records.py": "a = 1\n", "attn/triton/forward.py": "b = 2\n", "attn/op.py": "c = 3\n"}
+    files = {"records/__init__.py": "a = 1\n", "attn/triton/forward.py": "b = 2\n", "attn/op.py": "c = 3\n"}
     for copy in ("one", "other"):
         for name, text in files.items():
             (tmp_path / copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ from conddetr.kernels import native
 
 log = logging.getLogger(__name__)
 
-MEASURED = Path(__file__).parent / "measured"
+MEASURED = Path(__file__).parents[1] / "measured"
 """Tables by architecture, `sm_90.json`, as `benchmarks/measured.py` makes them."""
 VERSION = 1
 """Of the files' format."""
@@ -254,7 +254,7 @@ def _triton_version() -> str:
 @functools.cache
 def _sources() -> str:
     """A hash of this package's Python files and their names."""
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         content = file.read_bytes()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
-from conddetr.kernels.dropout import reference
+from conddetr.kernels.relu_dropout import reference
 
 ON_CPUS = registry.Kernels(devices=("cpu",))
 RELU_DROPOUT = registry.declare("relu_dropout", triton=registry.Kernels(), native=ON_CPUS)
