@@ -1,5 +1,5 @@
-"""Dropout together with the operation beside it."""
+"""ReLU and dropout after a bias."""
 
-from conddetr.kernels.relu_dropout.op import dropout_add, relu_dropout
+from conddetr.kernels.relu_dropout.op import relu_dropout
 
-__all__ = ["dropout_add", "relu_dropout"]
+__all__ = ["relu_dropout"]
