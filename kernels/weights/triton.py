@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import addresses, operators, registry
+from conddetr.kernels.common.triton import load_float, store_cast, tile
 from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift
 
 BLOCK = 2048
@@ -89,9 +90,9 @@ def prepare_kernel(addresses, parts, blocks, source_type, out, BLOCK: tl.constex
     else:
         row, place = turned(element, channels, positions)
         source = tl.load(addresses + 5 * part).to(tl.pointer_type(source_type.dtype.element_ty))
-        value = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+        value = load_float(source + place, inside)
         value *= scale_at(addresses, part, row, inside, eps)
-    tl.store(out + offset + element, value.to(out.dtype.element_ty), mask=inside)
+    store_cast(out + offset + element, value, inside)
 
 
 @triton.jit
@@ -100,9 +101,8 @@ def column_sums(source, column, is_column, rows, stride, ROWS: tl.constexpr):
     total = tl.zeros((ROWS, column.shape[0]), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
-        place = row[:, None] * stride + column[None, :]
-        mask = (row < rows)[:, None] & is_column[None, :]
-        total += tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
+        place, mask = tile(row, row < rows, column, is_column, stride)
+        total += load_float(source + place, mask)
     return total
 
 
@@ -136,7 +136,7 @@ def prepare_backward_kernel(
             else:
                 values = source.to(tl.pointer_type(gradient_type.dtype.element_ty))
                 total += column_sums(values, column, is_column, rows, stride, SUM_ROWS)
-        tl.store(grad + offset + column, tl.sum(total, axis=0).to(grad.dtype.element_ty), mask=is_column)
+        store_cast(grad + offset + column, tl.sum(total, axis=0), is_column)
     else:
         element = first + tl.arange(0, BLOCK)
         inside = element < size
@@ -144,9 +144,9 @@ def prepare_backward_kernel(
         value = tl.zeros((BLOCK,), tl.float32)
         for use in range(part, end):
             source = tl.load(addresses + 5 * use).to(tl.pointer_type(gradient_type.dtype.element_ty))
-            value += tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+            value += load_float(source + place, inside)
         value *= scale_at(addresses, part, row, inside, eps)
-        tl.store(grad + offset + element, value.to(grad.dtype.element_ty), mask=inside)
+        store_cast(grad + offset + element, value, inside)
 
 
 @dataclass(frozen=True, eq=False)

@@ -669,7 +669,7 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
-    from conddetr.kernels.attn.triton import precision
+    from conddetr.kernels.common.triton import precision
 
     v = torch.empty(1, device="meta")
     assert precision(v) == "ieee"

@@ -19,6 +19,7 @@ from conddetr.kernels.attn.triton.backward import backward_grid_kernel, backward
 from conddetr.kernels.attn.triton.forward import forward_kernel
 from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings, tuned_on
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.common.triton import precision
 
 GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
 """Cells and channels per program of the sums over the grid."""
@@ -109,14 +110,6 @@ def _rows(tensor: Tensor) -> Rows:
     """The stride of images is 0 where all have the same."""
     image, item, head, _ = tensor.stride()
     return Rows(tensor, 0 if len(tensor) == 1 else image, item, head)
-
-
-def precision(v: Tensor) -> str:
-    """How products of float32 are formed; TF32 by PyTorch's own switch."""
-    if v.device.type == "cpu":
-        return "emulate"
-    # Of PyTorch's several ways to ask, the one that answers whichever way was used to set it.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
