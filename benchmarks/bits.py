@@ -13,7 +13,7 @@ from machine import DEVICE, copy_bandwidth
 from torch import Tensor
 
 from conddetr.kernels import dropout_bits
-from conddetr.kernels.attn.op import bits_shape
+from conddetr.kernels.attn.inputs import bits_shape
 from conddetr.kernels.bits.reference import unpacked
 
 P, HEADS, QUERIES = 0.1, 8, 300

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from conddetr.kernels import drawn_probability, dropout_bits
 from conddetr.kernels.attn import triton as kernels
-from conddetr.kernels.attn.op import bits_shape
+from conddetr.kernels.attn.inputs import bits_shape
 
 KERNELS = ("forward", "backward_query", "backward_key")
 

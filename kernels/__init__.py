@@ -6,9 +6,9 @@ from conddetr.kernels.bits import drawn_probability, dropout_bits
 from conddetr.kernels.boxes import matched_box_loss
 from conddetr.kernels.check import check
 from conddetr.kernels.conv import convolution, convolution_pair
-from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 from conddetr.kernels.cost import matching_cost
-from conddetr.kernels.dropout import dropout_add, relu_dropout
+from conddetr.kernels.cpu.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
+from conddetr.kernels.cpu.dropout import dropout_add
 from conddetr.kernels.errors import prediction_errors
 from conddetr.kernels.focal import focal_loss
 from conddetr.kernels.match import linear_assignment
@@ -16,6 +16,7 @@ from conddetr.kernels.pool import max_pool
 from conddetr.kernels.position import grid_positions
 from conddetr.kernels.prediction import predicted_boxes
 from conddetr.kernels.query import spatial_query
+from conddetr.kernels.relu_dropout import relu_dropout
 from conddetr.kernels.sine import conditional_spatial_query, sine_embedding
 from conddetr.kernels.weights import prepare_weights
 

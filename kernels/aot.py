@@ -34,7 +34,6 @@ from conddetr.kernels.boxes import triton as boxes
 from conddetr.kernels.cached import cached
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
-from conddetr.kernels.dropout import triton as dropout
 from conddetr.kernels.errors import triton as errors
 from conddetr.kernels.focal import triton as focal
 from conddetr.kernels.match import triton as match
@@ -42,6 +41,7 @@ from conddetr.kernels.pool import triton as pool
 from conddetr.kernels.position import triton as position
 from conddetr.kernels.prediction import triton as prediction
 from conddetr.kernels.query import triton as query
+from conddetr.kernels.relu_dropout import triton as dropout
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
 

@@ -19,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 from conddetr.kernels import native, records
+from conddetr.kernels.records import memory
 
 BACKENDS = ("triton", "native", "eager")
 """In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
@@ -147,7 +148,7 @@ class Operation:
         if device.index is None or torch.compiler.is_compiling() or transforms():
             return self._ask(device, dtype)
         # These, whatever another thread makes of records meanwhile.
-        answers, key = records.answers, (self.name, device, dtype, _is_demanded.get())
+        answers, key = memory.answers, (self.name, device, dtype, _is_demanded.get())
         if key not in answers:
             answers[key] = self._ask(device, dtype)
         return answers[key]

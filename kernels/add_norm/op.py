@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.add_norm import reference
+from conddetr.kernels.common.seed import fresh_seed
 
 MAX_CHANNELS = 1024
 """Of the kernels: a program keeps whole rows."""
@@ -80,8 +81,7 @@ def add_norm(
     vectors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in vectors]
     position = None if position is None else position.detach().contiguous()
     if dropout_p > 0 and seed is None:
-        # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
-        seed = torch.randint(2**31 - 1, (1,), device=branch.device)
+        seed = fresh_seed(branch.device)
     inputs = (branch.contiguous(), residual.contiguous(), *vectors, position, seed, dropout_p, eps)
     records = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5])
     if records and not torch.compiler.is_compiling():

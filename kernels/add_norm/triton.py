@@ -16,36 +16,21 @@ from torch import Tensor
 
 from conddetr.kernels import registry
 from conddetr.kernels.add_norm.op import MAX_GRADIENTS
+from conddetr.kernels.common.triton import (
+    SEED,
+    dropped,
+    load_float,
+    own_block,
+    store_cast,
+    store_partial,
+    tile,
+    vector,
+)
 
 SIZES = ("rows", "position_rows")
 """Not specialised (`registry.py` says why)."""
-SEED = ("seed_pointer",)
-"""Its alignment is not specialised: the seeds of a step are slices of one tensor."""
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1024, 2048
 """Per program at a time, for 128 threads. Backward has few programs, so each must have more loads in flight."""
-
-
-@triton.jit
-def keep_mask(seed, row, first, channels, dropout_p, WIDTH: tl.constexpr):
-    """[rows, WIDTH] bool: which elements of the channels first … first + WIDTH dropout leaves.
-
-    Decided by Philox at (seed, row, channel // 4) and lane channel % 4: whatever the tiles.
-    """
-    groups = (channels + 3) // 4
-    group = first // 4 + tl.arange(0, WIDTH // 4)
-    counter = row[:, None].to(tl.int64) * groups + group[None, :]
-    a, b, c, d = tl.randint4x(seed, counter)
-    lanes = tl.join(tl.join(a, c), tl.join(b, d))
-    lanes = tl.reshape(lanes, (row.shape[0], WIDTH))
-    # The upper 24 bits as a number in [0, 1): exact in float32.
-    uniform = ((lanes.to(tl.uint32, bitcast=True)) >> 8).to(tl.float32) * (1.0 / 16777216.0)
-    return uniform >= dropout_p
-
-
-@triton.jit
-def vector(pointer, column, is_column):
-    """[1, PADDED] float32 of one value a channel; zeros where there is no channel."""
-    return tl.load(pointer + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
@@ -57,42 +42,32 @@ def add_norm_kernel(
     SAVES: tl.constexpr,
 ):  # fmt: skip
     """trunk, out: the norm in two dtypes; placed: with the position added; normalized, rstd: for backward."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = own_block(BLOCK)
     column = tl.arange(0, PADDED)
     inside, is_column = row < rows, column < CHANNELS
-    mask = inside[:, None] & is_column[None, :]
-    offset = row[:, None] * CHANNELS + column[None, :]
-    added = tl.load(branch + offset, mask=mask, other=0.0).to(tl.float32)
+    offset, mask = tile(row, inside, column, is_column, CHANNELS)
+    added = load_float(branch + offset, mask)
     if HAS_BIAS:
         added += vector(branch_bias, column, is_column)
     if HAS_DROPOUT:
-        kept = keep_mask(tl.load(seed_pointer), row, 0, CHANNELS, dropout_p, PADDED)
-        added = tl.where(kept, added * (1.0 / (1.0 - dropout_p)), 0.0)
-    z = tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32) + added
+        added = dropped(added, tl.load(seed_pointer), row, 0, CHANNELS, dropout_p)
+    z = load_float(residual + offset, mask) + added
     mean = tl.sum(z, axis=1) / CHANNELS
     centered = tl.where(is_column[None, :], z - mean[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centered * centered, axis=1) / CHANNELS + eps)
     hat = centered * scale[:, None]
     y = hat * vector(weight, column, is_column) + vector(bias, column, is_column)
     if SAVES:
-        tl.store(normalized + offset, hat.to(normalized.dtype.element_ty), mask=mask)
+        store_cast(normalized + offset, hat, mask)
         tl.store(rstd + row, scale, mask=inside)
     if HAS_TRUNK:
-        tl.store(trunk + offset, y.to(trunk.dtype.element_ty), mask=mask)
+        store_cast(trunk + offset, y, mask)
     if HAS_OUT:
-        tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+        store_cast(out + offset, y, mask)
     if HAS_POSITION:
         where = (row % position_rows)[:, None] * CHANNELS + column[None, :]
-        y += tl.load(position + where, mask=mask, other=0.0).to(tl.float32)
-        tl.store(placed + offset, y.to(placed.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_partial(partials, replicas, column, is_column, value, CHANNELS: tl.constexpr):
-    """This program's row of partial sums [replicas, CHANNELS], and its share of the rows that no program has: zeros."""
-    tl.store(partials + tl.program_id(0) * CHANNELS + column, value, mask=is_column)
-    for unused in range(tl.program_id(0) + tl.num_programs(0), replicas, tl.num_programs(0)):
-        tl.store(partials + unused * CHANNELS + column, tl.zeros_like(value), mask=is_column)
+        y += load_float(position + where, mask)
+        store_cast(placed + offset, y, mask)
 
 
 @triton.jit(do_not_specialize=(*SIZES, "replicas"), do_not_specialize_on_alignment=SEED)
@@ -113,16 +88,15 @@ def add_norm_backward_kernel(
     for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
         row = (start + tl.arange(0, BLOCK)).to(tl.int64)
         inside = row < rows
-        mask = inside[:, None] & is_column[None, :]
-        offset = row[:, None] * CHANNELS + column[None, :]
-        hat = tl.load(normalized + offset, mask=mask, other=0.0).to(tl.float32)
-        upstream = tl.load(grad_0 + offset, mask=mask, other=0.0).to(tl.float32)
+        offset, mask = tile(row, inside, column, is_column, CHANNELS)
+        hat = load_float(normalized + offset, mask)
+        upstream = load_float(grad_0 + offset, mask)
         if GRADIENTS > 1:
-            upstream += tl.load(grad_1 + offset, mask=mask, other=0.0).to(tl.float32)
+            upstream += load_float(grad_1 + offset, mask)
         if GRADIENTS > 2:
-            upstream += tl.load(grad_2 + offset, mask=mask, other=0.0).to(tl.float32)
+            upstream += load_float(grad_2 + offset, mask)
         if GRADIENTS > 3:
-            upstream += tl.load(grad_3 + offset, mask=mask, other=0.0).to(tl.float32)
+            upstream += load_float(grad_3 + offset, mask)
         slope = upstream * scales
         along = tl.sum(slope * hat, axis=1) / CHANNELS
         mean = tl.sum(slope, axis=1) / CHANNELS
@@ -130,12 +104,11 @@ def add_norm_backward_kernel(
         # Zero in rows that are none.
         of_z *= tl.load(rstd + row, mask=inside, other=0.0)[:, None]
         if HAS_RESIDUAL:
-            tl.store(grad_residual + offset, of_z.to(grad_residual.dtype.element_ty), mask=mask)
+            store_cast(grad_residual + offset, of_z, mask)
         if HAS_DROPOUT:
-            kept = keep_mask(seed, row, 0, CHANNELS, dropout_p, PADDED)
-            of_z = tl.where(kept, of_z * (1.0 / (1.0 - dropout_p)), 0.0)
+            of_z = dropped(of_z, seed, row, 0, CHANNELS, dropout_p)
         if HAS_BRANCH:
-            tl.store(grad_branch + offset, of_z.to(grad_branch.dtype.element_ty), mask=mask)
+            store_cast(grad_branch + offset, of_z, mask)
         of_weight += upstream * hat
         of_bias += upstream
         of_branch_bias += of_z

@@ -1,4 +1,4 @@
-"""Conditional attention: the public function, its checks, and the operator behind the kernels.
+"""Conditional attention: the public function, and the operator behind the kernels.
 
 Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
 """
@@ -12,7 +12,10 @@ from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.attn import reference
+from conddetr.kernels.attn.checks import check_padding, check_seed, check_tensors
+from conddetr.kernels.attn.inputs import SCHEMA, Inputs, bits_shape
 from conddetr.kernels.bits import drawn_probability, dropout_bits
+from conddetr.kernels.common.seed import fresh_seed
 
 
 def conditional_attention(
@@ -62,9 +65,9 @@ def conditional_attention(
         RuntimeError: the requested backend cannot run here; says why.
     """
     rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)
-    _check_tensors(q_content, q_spatial, k_content, rows, columns, v)
-    _check_padding(q_content, k_content, columns, valid_hw, key_padding_mask)
-    _check_seed(seed, q_content)
+    check_tensors(q_content, q_spatial, k_content, rows, columns, v)
+    check_padding(q_content, k_content, columns, valid_hw, key_padding_mask)
+    check_seed(seed, q_content)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
     if scale is None:
@@ -86,11 +89,10 @@ def conditional_attention(
         return reference.conditional_attention(
             q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p, kept
         )
-    tensors = [q_content, q_spatial, k_content, rows, columns, v]
+    tensors = (q_content, q_spatial, k_content, rows, columns, v)
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-    valid = None if valid_hw is None else valid_hw.contiguous()
-    inputs = (*tensors, valid, padding, keep, scale, dropout_p)
+    masks = [x if x is None else x.contiguous() for x in (valid_hw, key_padding_mask)]
+    inputs = Inputs(*tensors, *masks, keep, scale, dropout_p)
     if choice.backend == "triton" and not torch.compiler.is_compiling():
         return ConditionalAttention.apply(*inputs)
     return operators.of(choice.backend).conditional_attention(*inputs)[0]
@@ -99,16 +101,10 @@ def conditional_attention(
 def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, backend: str) -> tuple[Tensor, float]:
     """The bits of dropout, int32 of `bits_shape`, and the probability really drawn."""
     if seed is None:
-        # Drawn on the device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs.
-        seed = torch.randint(2**31 - 1, (1,), device=v.device)
+        seed = fresh_seed(v.device)
     batch, queries, heads, _ = q_content.shape
     shape = bits_shape(batch, heads, queries, v.shape[1])
     return dropout_bits(seed, shape, dropout_p, backend), drawn_probability(dropout_p)
-
-
-def bits_shape(batch: int, heads: int, queries: int, keys: int) -> tuple[int, int, int, int]:
-    """Of the words of dropout's bits: [B, h, words, Q], words of 32 keys in whole tiles of 64."""
-    return batch, heads, (keys + 63) // 64 * 2, queries
 
 
 def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
@@ -148,93 +144,6 @@ has no fused one with dropout.
 """
 
 
-def _check_tensors(
-    q_content: Tensor, q_spatial: Tensor, k_content: Tensor, rows: Tensor, columns: Tensor | None, v: Tensor
-) -> None:
-    if q_content.dim() != 4:
-        raise ValueError(f"q_content: expected [B, Q, h, d], got shape {tuple(q_content.shape)}.")
-    batch, queries, heads, width = q_content.shape
-    keys = k_content.shape[1] if k_content.dim() == 4 else "N"
-    spatial = q_spatial.shape[-1]
-    expected = {
-        "q_spatial": (q_spatial, (batch, queries, heads, spatial)),
-        "k_content": (k_content, (batch, keys, heads, width)),
-        "v": (v, (batch, keys, heads, v.shape[-1])),
-    }
-    if columns is None:
-        expected["k_spatial"] = (rows, (batch, keys, heads, spatial))
-    else:
-        for name, part, size in (("rows", rows, "H"), ("columns", columns, "W")):
-            images, length = part.shape[:2] if part.dim() == 4 else (batch, size)
-            expected[f"{name} of k_spatial"] = (part, (1 if images == 1 else batch, length, heads, spatial))
-    dtype, device = q_content.dtype, q_content.device
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected dtype {dtype} as of q_content, got {tensor.dtype}.")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} as of q_content, got {tensor.device}.")
-    # Not min(...) < 1: that would compare sizes with each other, which an exported model must not.
-    if 0 in (batch, queries, heads, width, spatial, v.shape[-1], k_content.shape[1]):
-        raise ValueError(f"q_content {tuple(q_content.shape)}, v {tuple(v.shape)}: expected no empty dimension.")
-    if columns is not None and rows.shape[1] * columns.shape[1] != keys:
-        raise ValueError(f"k_spatial: expected rows × columns = {keys} keys, got {rows.shape[1]} × {columns.shape[1]}.")
-
-
-def _check_padding(
-    q_content: Tensor,
-    k_content: Tensor,
-    columns: Tensor | None,
-    valid_hw: Tensor | None,
-    key_padding_mask: Tensor | None,
-) -> None:
-    if valid_hw is not None and key_padding_mask is not None:
-        raise ValueError("valid_hw and key_padding_mask: expected one of them at most, got both.")
-    if valid_hw is not None and columns is None:
-        raise ValueError("valid_hw: needs separable k_spatial (rows, columns); with dense keys use key_padding_mask.")
-    keys = (k_content.shape[0], k_content.shape[1])
-    for name, tensor, shape, dtype in (
-        ("valid_hw", valid_hw, (keys[0], 2), torch.int32),
-        ("key_padding_mask", key_padding_mask, keys, torch.bool),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}.")
-        if tensor.device != q_content.device:
-            raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
-    has_values = not (torch.compiler.is_compiling() or registry.transforms())
-    if valid_hw is not None and valid_hw.device.type == "cpu" and has_values:
-        _check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
-
-
-def _check_seed(seed: Tensor | None, q_content: Tensor) -> None:
-    if seed is None:
-        return
-    if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
-        raise ValueError(f"seed: expected shape (1,) and dtype torch.int64, got {tuple(seed.shape)} and {seed.dtype}.")
-    if seed.device != q_content.device:
-        raise ValueError(f"seed: expected device {q_content.device} as of q_content, got {seed.device}.")
-
-
-def _check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> None:
-    for image, (valid_height, valid_width) in enumerate(valid_hw):
-        if not (0 <= valid_height <= height and 0 <= valid_width <= width):
-            raise ValueError(
-                f"valid_hw[{image}]: expected at most the grid's {height} × {width}, and not less than 0, "
-                f"got {valid_height} × {valid_width}."
-            )
-
-
-_INPUTS = (
-    "Tensor q_content, Tensor q_spatial, Tensor k_content, Tensor k_spatial, Tensor? columns, Tensor v, "
-    "Tensor? valid_hw, Tensor? key_padding_mask, Tensor? keep, float scale, float dropout_p"
-)
-
-
 def _forward(*inputs: object) -> tuple[Tensor, Tensor]:
     from conddetr.kernels.attn import triton
 
@@ -249,27 +158,31 @@ def _backward(*inputs: object) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*inputs: object) -> tuple[Tensor, Tensor]:
-    q_content, v = inputs[0], inputs[5]
-    batch, queries, heads, _ = q_content.shape
-    sums = torch.float64 if v.dtype == torch.float64 else torch.float32
-    return v.new_empty((batch, queries, heads, v.shape[-1])), v.new_empty((batch, heads, queries), dtype=sums)
+    given = Inputs(*inputs)
+    batch, queries, heads, _ = given.sizes
+    sums = torch.float64 if given.v.dtype == torch.float64 else torch.float32
+    out = given.v.new_empty((batch, queries, heads, given.v.shape[-1]))
+    return out, given.v.new_empty((batch, heads, queries), dtype=sums)
 
 
 def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
-    columns = inputs[4]
-    return tuple(
-        inputs[0].new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
-        for tensor in (*inputs[:4], columns, inputs[5])
-    )
+    *inputs, _, _, _ = inputs
+    given = Inputs(*inputs)
+    return tuple(given.v.new_empty(0) if x is None else x.new_empty(x.shape) for x in given.floating)
 
 
-def _flops(*shapes: object, **_: object) -> int:
+def _flops(*inputs: object, **_: object) -> int:
     """Of shapes: the products of every query with every key, content, spatial part and value; so many as plain
     PyTorch computes, whether keys are separable or padding or not.
     """
-    q_content, q_spatial, k_content, _, _, v = shapes[:6]
-    batch, queries, heads, content = q_content
-    return 2 * batch * heads * queries * k_content[1] * (content + q_spatial[-1] + v[-1])
+    given = Inputs(*inputs)
+    batch, queries, heads, content = given.q_content
+    return 2 * batch * heads * queries * given.k_content[1] * (content + given.q_spatial[-1] + given.v[-1])
+
+
+def _backward_flops(*inputs: object, **_: object) -> int:
+    *inputs, _, _, _ = inputs
+    return 2 * _flops(*inputs)
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -281,11 +194,11 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Of the operator's inputs, from the gradient of its first result."""
     *tensors, out, lse = ctx.saved_tensors
+    given = Inputs(*tensors, ctx.scale, ctx.dropout_p)
     backward = ops.conditional_attention_backward.default
-    gradients = list(operators.call(backward, *tensors, ctx.scale, ctx.dropout_p, grad, out, lse))
-    if tensors[4] is None:
-        gradients[4] = None
-    return *gradients, None, None, None, None, None
+    q_content, q_spatial, k_content, k_spatial, columns, v = operators.call(backward, *given, grad, out, lse)
+    columns = None if given.columns is None else columns
+    return q_content, q_spatial, k_content, k_spatial, columns, v, None, None, None, None, None
 
 
 class ConditionalAttention(torch.autograd.Function):
@@ -304,7 +217,7 @@ class ConditionalAttention(torch.autograd.Function):
 
 operators.register(
     "conditional_attention",
-    f"({_INPUTS}) -> (Tensor out, Tensor lse)",
+    f"({SCHEMA}) -> (Tensor out, Tensor lse)",
     launch=_forward,
     fake=_fake_forward,
     backward=_differentiate,
@@ -313,9 +226,9 @@ operators.register(
 )
 operators.register(
     "conditional_attention_backward",
-    f"({_INPUTS}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({SCHEMA}, Tensor grad, Tensor out, Tensor lse) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launch=_backward,
     fake=_fake_backward,
-    flops=lambda *shapes, **_: 2 * _flops(*shapes),
+    flops=_backward_flops,
     is_gradient=True,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.bits import reference
+from conddetr.kernels.common.seed import check_one_number
 
 OPERATION = registry.declare("dropout_bits", triton=registry.Kernels(), native=registry.Kernels())
 
@@ -31,8 +32,7 @@ def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "a
         ValueError: p is out of range, or the seed is not one int64.
         RuntimeError: the requested backend cannot run here; says why.
     """
-    if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
-        raise ValueError(f"seed: expected shape (1,) and dtype torch.int64, got {tuple(seed.shape)} and {seed.dtype}.")
+    check_one_number(seed)
     threshold = _threshold(p)
     count = 1
     for size in shape:

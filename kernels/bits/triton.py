@@ -6,11 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
+from conddetr.kernels.common.triton import SEED, own_block
 
 SIZES = ("count", "threshold")
 """Not specialised (`registry.py` says why)."""
-SEED = ("seed_pointer",)
-"""Neither is its alignment: it may be any element of the seeds of a step."""
 SETTINGS = {"BLOCK": 512, "num_warps": 4}
 ONES = tl.constexpr(0xFFFFFFFF)
 """Triton's interpreter does not know `~` of unsigned numbers."""
@@ -41,7 +40,7 @@ def compare(below, word, threshold, BIT: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
 def dropout_bits_kernel(words, seed_pointer, count, threshold, BLOCK: tl.constexpr):
     """words [count] int32."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = own_block(BLOCK)
     seed = tl.load(seed_pointer)
     below = tl.zeros((BLOCK,), tl.uint32)
     for call in tl.static_range(4):

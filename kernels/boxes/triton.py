@@ -13,6 +13,7 @@ from torch import Tensor
 
 from conddetr.kernels import registry
 from conddetr.kernels.boxes import reference
+from conddetr.kernels.common.triton import load_float, store_cast
 
 SIZES = ("predictions", "queries", "capacity")
 """Not specialised (`registry.py` says why)."""
@@ -24,10 +25,10 @@ SMALL = tl.constexpr(reference.SMALL)
 @triton.jit
 def load_box(boxes, index, mask):
     """cx, cy, w, h of boxes [..., 4] in float32; zeros where masked."""
-    cx = tl.load(boxes + 4 * index, mask=mask, other=0.0).to(tl.float32)
-    cy = tl.load(boxes + 4 * index + 1, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(boxes + 4 * index + 2, mask=mask, other=0.0).to(tl.float32)
-    h = tl.load(boxes + 4 * index + 3, mask=mask, other=0.0).to(tl.float32)
+    cx = load_float(boxes + 4 * index, mask)
+    cy = load_float(boxes + 4 * index + 1, mask)
+    w = load_float(boxes + 4 * index + 2, mask)
+    h = load_float(boxes + 4 * index + 3, mask)
     return cx, cy, w, h
 
 
@@ -153,11 +154,10 @@ def box_loss_backward_kernel(
     by_height, by_shared_height = by_union * width_a, by_intersection * width
     by_hull = -(by_height * height_a + by_union * width_b * height_b + by_shared_height * height) / hull_height
     by_cy, by_h = axis_gradient(ay, ah, by, bh, by_height / hull_height, by_shared_height / hull_height, by_hull)
-    dtype = grad.dtype.element_ty
-    tl.store(grad + 4 * index, tl.where(is_matched, by_cx + of_l1 * sign(ax - bx), 0.0).to(dtype), mask=inside)
-    tl.store(grad + 4 * index + 1, tl.where(is_matched, by_cy + of_l1 * sign(ay - by), 0.0).to(dtype), mask=inside)
-    tl.store(grad + 4 * index + 2, tl.where(is_matched, by_w + of_l1 * sign(aw - bw), 0.0).to(dtype), mask=inside)
-    tl.store(grad + 4 * index + 3, tl.where(is_matched, by_h + of_l1 * sign(ah - bh), 0.0).to(dtype), mask=inside)
+    store_cast(grad + 4 * index, tl.where(is_matched, by_cx + of_l1 * sign(ax - bx), 0.0), inside)
+    store_cast(grad + 4 * index + 1, tl.where(is_matched, by_cy + of_l1 * sign(ay - by), 0.0), inside)
+    store_cast(grad + 4 * index + 2, tl.where(is_matched, by_w + of_l1 * sign(aw - bw), 0.0), inside)
+    store_cast(grad + 4 * index + 3, tl.where(is_matched, by_h + of_l1 * sign(ah - bh), 0.0), inside)
 
 
 def _sizes(boxes: Tensor, objects: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:

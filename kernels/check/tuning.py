@@ -17,6 +17,7 @@ from torch import Tensor
 
 from conddetr.kernels import records, registry
 from conddetr.kernels.attn import op, triton
+from conddetr.kernels.attn.inputs import bits_shape
 from conddetr.kernels.attn.triton import launch
 from conddetr.kernels.attn.triton.launch import KERNELS, Form, Launch, Tiles
 from conddetr.kernels.bits import dropout_bits
@@ -82,17 +83,25 @@ class Subject:
         """For its kernels."""
         made = self.problem.make(Maker(device, self.dtype))
         is_separable = "rows" in self.problem.gradients
-        spatial = (made["rows"], made["columns"]) if is_separable else (made["k_spatial"], None)
-        masks = (made["valid"], None) if is_separable else (None, made["padding"])
-        content, p = made["q_content"], 0.0 if self.problem.dropout is None else self.problem.dropout.p
-        scale = (content.shape[-1] + made["q_spatial"].shape[-1]) ** -0.5
-        keep = _keep(made) if p > 0 else None
-        return triton.Inputs(content, made["q_spatial"], made["k_content"], *spatial, made["v"], *masks, keep, scale, p)
+        dropout_p = 0.0 if self.problem.dropout is None else self.problem.dropout.p
+        return triton.Inputs(
+            q_content=made["q_content"],
+            q_spatial=made["q_spatial"],
+            k_content=made["k_content"],
+            k_spatial=made["rows" if is_separable else "k_spatial"],
+            columns=made["columns"] if is_separable else None,
+            v=made["v"],
+            valid_hw=made["valid"] if is_separable else None,
+            key_padding_mask=None if is_separable else made["padding"],
+            keep=_keep(made) if dropout_p > 0 else None,
+            scale=(made["q_content"].shape[-1] + made["q_spatial"].shape[-1]) ** -0.5,
+            dropout_p=dropout_p,
+        )
 
 
 def _keep(made: Inputs) -> Tensor:
     batch, queries, heads, _ = made["q_content"].shape
-    return dropout_bits(made["seed"], op.bits_shape(batch, heads, queries, made["v"].shape[1]), attention.P, "eager")
+    return dropout_bits(made["seed"], bits_shape(batch, heads, queries, made["v"].shape[1]), attention.P, "eager")
 
 
 def subjects(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Subject]:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
+from conddetr.kernels.common.triton import load_float, own_block, store_cast
 
 SIZES = ("units",)
 """Not specialised (`registry.py` says why)."""
@@ -24,7 +25,7 @@ it does not know the size."""
 @triton.jit
 def load_range(units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets [BLOCK] of a program's elements, and which of them there are."""
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offset = own_block(BLOCK)
     return offset, offset < tl.full((), UNIT, tl.int64) * units
 
 
@@ -36,13 +37,13 @@ def epilogue_kernel(
 ):  # fmt: skip
     """out = max(out + shift[channel] + addend, 0), in place; channels are the innermost dimension."""
     offset, mask = load_range(units, UNIT, BLOCK)
-    x = tl.load(out + offset, mask=mask, other=0.0).to(tl.float32)
+    x = load_float(out + offset, mask)
     if HAS_SHIFT:
-        x += tl.load(shift + offset % CHANNELS, mask=mask, other=0.0).to(tl.float32)
+        x += load_float(shift + offset % CHANNELS, mask)
     if HAS_ADDEND:
-        x += tl.load(addend + offset, mask=mask, other=0.0).to(tl.float32)
+        x += load_float(addend + offset, mask)
     # Not `maximum`, which would lose a NaN.
-    tl.store(out + offset, tl.where(x < 0, 0.0, x).to(out.dtype.element_ty), mask=mask)
+    store_cast(out + offset, tl.where(x < 0, 0.0, x), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -52,12 +53,12 @@ def relu_backward_kernel(
 ):  # fmt: skip
     """masked = grad + other_grad where y > 0, else 0."""
     offset, mask = load_range(units, UNIT, BLOCK)
-    total = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+    total = load_float(grad + offset, mask)
     if HAS_OTHER:
-        total += tl.load(other_grad + offset, mask=mask, other=0.0).to(tl.float32)
+        total += load_float(other_grad + offset, mask)
     # As PyTorch's own: where y is NaN the gradient passes.
-    is_zero = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32) <= 0
-    tl.store(masked + offset, tl.where(is_zero, 0.0, total).to(masked.dtype.element_ty), mask=mask)
+    is_zero = load_float(y + offset, mask) <= 0
+    store_cast(masked + offset, tl.where(is_zero, 0.0, total), mask)
 
 
 def launch(count: int) -> tuple[tuple[int], int, dict[str, int]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conddetr.kernels import registry
 from conddetr.kernels.boxes.triton import generalized_iou, load_box
+from conddetr.kernels.common.triton import load_float
 from conddetr.kernels.focal.triton import logistic
 
 SIZES = ("batch", "queries", "capacity", "classes")
@@ -48,7 +49,7 @@ def cost_kernel(
     label = tl.load(labels + target, mask=is_object & (item < capacity), other=0)
     label = tl.minimum(tl.maximum(label, 0), classes - 1)
     inside = (is_object & (item < capacity))[:, None] & is_query[None, :]
-    x = tl.load(logits + (prediction * classes)[None, :] + label[:, None], mask=inside, other=0.0).to(tl.float32)
+    x = load_float(logits + (prediction * classes)[None, :] + label[:, None], inside)
     if SOFTMAX:
         value = -tl.exp(x - tl.load(log_total + prediction, mask=is_query, other=0.0)[None, :])
     else:

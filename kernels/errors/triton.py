@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.common.triton import tile
 from conddetr.kernels.focal.triton import class_of_object
 from conddetr.kernels.focal.triton import launch as tiles
 
@@ -32,9 +33,8 @@ def count_errors_kernel(
     for start in range(0, queries, BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < queries
-        mask = inside[:, None] & (column < CLASSES)[None, :]
-        pointers = logits + (first + row)[:, None] * CLASSES + column[None, :]
-        x = tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+        offset, mask = tile(first + row, inside, column, column < CLASSES, CLASSES)
+        x = tl.load(logits + offset, mask=mask, other=float("-inf")).to(tl.float32)
         # NaN is the largest, as PyTorch has it; of equal ones the first is the best.
         x = tl.where(x == x, x, float("inf"))
         best = tl.max(x, axis=1)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
+from conddetr.kernels.common.triton import load_float, own_block, store_cast, tile
 from conddetr.kernels.focal.reference import class_weights
 
 SIZES = ("rows", "queries", "capacity")
@@ -44,13 +45,12 @@ def load_block(
     CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_LABELS: tl.constexpr,
 ):  # fmt: skip
     """Offsets and mask [BLOCK, PADDED] of a block of one layer's rows, the logits, and whether each is the target's."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = own_block(BLOCK)
     column = tl.arange(0, PADDED)
     inside = row < rows
     first = tl.program_id(1).to(tl.int64) * rows
-    offset = (first + row)[:, None] * CLASSES + column[None, :]
-    mask = inside[:, None] & (column < CLASSES)[None, :]
-    x = tl.load(logits + offset, mask=mask, other=0.0).to(tl.float32)
+    offset, mask = tile(first + row, inside, column, column < CLASSES, CLASSES)
+    x = load_float(logits + offset, mask)
     wanted = tl.load(target + first + row, mask=inside, other=-1)
     if HAS_LABELS:
         wanted = class_of_object(labels, wanted, row // queries, capacity, inside)
@@ -89,7 +89,7 @@ def focal_backward_kernel(
     right, of_right = logistic(-z)
     weight = tl.where(is_target, -present, absent) * tl.load(grad_loss + tl.program_id(1))
     slope = weight * tl.exp(-gamma * of_right) * (gamma * right * softplus + wrong)
-    tl.store(grad + offset, slope.to(grad.dtype.element_ty), mask=mask)
+    store_cast(grad + offset, slope, mask)
 
 
 def launch(classes: int) -> dict[str, int]:

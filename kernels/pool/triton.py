@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.common.triton import store_cast
+
 SIZES = ("height", "width", "out_height", "out_width")
 """Not specialised (`registry.py` says why)."""
 BLOCK = 1024
@@ -32,9 +34,7 @@ def max_pool_kernel(x, y, height, width, out_height, out_width, CHANNELS: tl.con
         value = tl.load(pointers, mask=is_cell, other=float("-inf")).to(tl.float32)
         # Not `maximum`, which would lose a NaN.
         largest = tl.where((value > largest) | (value != value), value, largest)
-    tl.store(
-        y + index * out_width * CHANNELS + element, largest.to(y.dtype.element_ty), mask=element < out_width * CHANNELS
-    )
+    store_cast(y + index * out_width * CHANNELS + element, largest, element < out_width * CHANNELS)
 
 
 def max_pool(x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
-from conddetr.kernels.sine.triton import channels, sin_turns
+from conddetr.kernels.common.triton import store_cast, tile
+from conddetr.kernels.sine.triton import channels, sin_turns, turns_of
 
 SIZES = ("height", "width")
 """Not specialised (`registry.py` says why)."""
@@ -29,7 +30,7 @@ def count_valid(valid, cells, scale, CELLS: tl.constexpr):
 
 
 @triton.jit
-def turns_of(counted, total):
+def share_of(counted, total):
     """Of cells numbered from 1, as a part of the whole; 0 where nothing was counted."""
     return counted.to(tl.float32) / (total.to(tl.float32) + 1e-6)
 
@@ -54,13 +55,12 @@ def position_kernel(
             tl.store(valid_cells + 2 * image, valid_height)
             tl.store(valid_cells + 2 * image + 1, valid_width)
     # Rows are counted in the cell's column, which has none where it is padding from top to bottom; columns likewise.
-    y = tl.where(column < valid_width, turns_of(tl.minimum(row + 1, valid_height), valid_height), 0.0)
-    x = tl.where(row < valid_height, turns_of(tl.minimum(column + 1, valid_width), valid_width), 0.0)
+    y = tl.where(column < valid_width, share_of(tl.minimum(row + 1, valid_height), valid_height), 0.0)
+    x = tl.where(row < valid_height, share_of(tl.minimum(column + 1, valid_width), valid_width), 0.0)
     channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
-    value = sin_turns(tl.where(is_y[None, :], y[:, None], x[:, None]) * rate[None, :] + shift[None, :])
-    pointers = position + (image * height * width + cell)[:, None] * DIM + channel[None, :]
-    mask = inside[:, None] & (channel < DIM)[None, :]
-    tl.store(pointers, value.to(position.dtype.element_ty), mask=mask)
+    value = sin_turns(turns_of(x, y, rate, shift, is_y))
+    offset, mask = tile(image * height * width + cell, inside, channel, channel < DIM, DIM)
+    store_cast(position + offset, value, mask)
 
 
 def launch(dim: int, cells: int) -> dict[str, int]:

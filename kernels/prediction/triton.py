@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.common.triton import load_float, store_cast, tile
 from conddetr.kernels.prediction import reference
 
 SIZES = ("rows", "numbers")
@@ -40,10 +41,9 @@ def predict_kernel(offsets, points, boxes, rows, numbers, ROWS: tl.constexpr, BL
     logit = tl.log(tl.where(x < EPS, EPS, x) / tl.where(rest < EPS, EPS, rest))
     logit = tl.where(is_point, logit, 0.0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    index = row[:, None].to(tl.int64) * numbers + column[None, :]
-    mask = (row < rows)[:, None] & (column < numbers)[None, :]
-    value = tl.load(offsets + index, mask=mask, other=0.0).to(tl.float32) + logit[None, :]
-    tl.store(boxes + index, (1.0 / (1.0 + tl.exp(-value))).to(boxes.dtype.element_ty), mask=mask)
+    index, mask = tile(row.to(tl.int64), row < rows, column, column < numbers, numbers)
+    value = load_float(offsets + index, mask) + logit[None, :]
+    store_cast(boxes + index, 1.0 / (1.0 + tl.exp(-value)), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -55,17 +55,16 @@ def predict_backward_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
-        index = row[:, None].to(tl.int64) * numbers + column[None, :]
-        mask = (row < rows)[:, None] & (column < numbers)[None, :]
-        box = tl.load(boxes + index, mask=mask, other=0.0).to(tl.float32)
-        by_offset = tl.load(grad + index, mask=mask, other=0.0).to(tl.float32) * (box * (1.0 - box))
-        tl.store(grad_offsets + index, by_offset.to(grad_offsets.dtype.element_ty), mask=mask)
+        index, mask = tile(row.to(tl.int64), row < rows, column, column < numbers, numbers)
+        box = load_float(boxes + index, mask)
+        by_offset = load_float(grad + index, mask) * (box * (1.0 - box))
+        store_cast(grad_offsets + index, by_offset, mask)
         total += tl.sum(by_offset, axis=0)
     # Of log x - log(1 - x), where neither is clamped.
     slope = tl.where(x >= EPS, 1.0 / tl.where(x >= EPS, x, 1.0), 0.0)
     slope += tl.where(rest >= EPS, 1.0 / tl.where(rest >= EPS, rest, 1.0), 0.0)
     gradient = tl.where(is_inside, total * slope, 0.0)
-    tl.store(grad_points + column // 4 * 2 + column % 4, gradient.to(grad_points.dtype.element_ty), mask=is_point)
+    store_cast(grad_points + column // 4 * 2 + column % 4, gradient, is_point)
 
 
 def forward(offsets: Tensor, points: Tensor) -> Tensor:

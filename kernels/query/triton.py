@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
-from conddetr.kernels.attn.triton import precision
-from conddetr.kernels.attn.triton.tiles import product
+from conddetr.kernels.common.triton import load_float, precision, product, store_cast
 
 SIZES = ("images", "queries")
 """Not specialised (`registry.py` says why)."""
@@ -67,7 +66,7 @@ def spatial_query_kernel(
         mask = is_output[:, None] & is_channel[None, :]
         right = tl.load(projection + output[:, None] * CHANNELS + channel[None, :], mask=mask, other=0.0)
         total = product(tl.reshape(scaled, (IMAGES * QUERIES, BLOCK_K)), tl.trans(right), total, PRECISION)
-    total += tl.load(projection_bias + output, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    total += load_float(projection_bias + output, is_output)[None, :]
     place = flat(row, IMAGES * QUERIES) * OUTPUTS + output[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=flat(inside, IMAGES * QUERIES) & is_output[None, :])
 
@@ -102,14 +101,14 @@ def spatial_query_backward_kernel(
         place = row[:, :, None] * CHANNELS + channel[None, None, :]
         mask = inside[:, :, None] & is_channel[None, None, :]
         if OF_TRANSFORM:
-            tl.store(grad_transform + place, (slope * p_s).to(grad_transform.dtype.element_ty), mask=mask)
+            store_cast(grad_transform + place, slope * p_s, mask)
         if OF_EMBEDDING or OF_WEIGHT:
-            scale = tl.load(transform + place, mask=mask, other=0.0).to(tl.float32)
+            scale = load_float(transform + place, mask)
             if OF_WEIGHT:
-                tl.store(scaled + place, (scale * p_s).to(scaled.dtype.element_ty), mask=mask)
+                store_cast(scaled + place, scale * p_s, mask)
             total += tl.sum(slope * scale, axis=0)
     if OF_EMBEDDING:
-        tl.store(grad_embedding + own, total.to(grad_embedding.dtype.element_ty), mask=is_own)
+        store_cast(grad_embedding + own, total, is_own)
 
 
 @functools.cache

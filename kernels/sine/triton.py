@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
+from conddetr.kernels.common.triton import load_float, own_block, store_cast, tile
 
 SIZES = ("count",)
 """Not specialised (`registry.py` says why)."""
@@ -48,23 +49,37 @@ def channels(DIM: tl.constexpr, PADDED: tl.constexpr, log2_temperature):
     return channel, rate, tl.where(channel % 2 == 1, 0.25, 0.0), channel < half
 
 
+@triton.jit
+def turns_of(x, y, rate, shift, is_y):
+    """[points, channels]: the angle of every channel of some points, in turns."""
+    return tl.where(is_y[None, :], y[:, None], x[:, None]) * rate[None, :] + shift[None, :]
+
+
+@triton.jit
+def load_points(points, count, log2_temperature, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's points: their numbers, and which there are; offsets and mask of their embeddings; of each channel
+    the turns per unit and whether it is y's; and all angles, in turns.
+    """
+    channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
+    row = own_block(BLOCK)
+    inside = row < count
+    x = load_float(points + 2 * row, inside)
+    y = load_float(points + 2 * row + 1, inside)
+    offset, mask = tile(row, inside, channel, channel < DIM, DIM)
+    return row, inside, offset, mask, rate, is_y, turns_of(x, y, rate, shift, is_y)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def embed_kernel(
     points, transform, out, count, log2_temperature,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """out[n] = embedding of points[n], times transform[n] if there is one; all contiguous."""
-    channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < count
-    x = tl.load(points + 2 * row, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(points + 2 * row + 1, mask=inside, other=0.0).to(tl.float32)
-    value = sin_turns(tl.where(is_y[None, :], y[:, None], x[:, None]) * rate[None, :] + shift[None, :])
-    offset = row[:, None] * DIM + channel[None, :]
-    mask = inside[:, None] & (channel < DIM)[None, :]
+    _, _, offset, mask, _, _, turns = load_points(points, count, log2_temperature, DIM, PADDED, BLOCK)
+    value = sin_turns(turns)
     if HAS_TRANSFORM:
-        value *= tl.load(transform + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
+        value *= load_float(transform + offset, mask)
+    store_cast(out + offset, value, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -73,23 +88,16 @@ def embed_backward_kernel(
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_TRANSFORM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `embed_kernel`; the sum over channels stays in registers."""
-    channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < count
-    x = tl.load(points + 2 * row, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(points + 2 * row + 1, mask=inside, other=0.0).to(tl.float32)
-    turns = tl.where(is_y[None, :], y[:, None], x[:, None]) * rate[None, :] + shift[None, :]
-    offset = row[:, None] * DIM + channel[None, :]
-    mask = inside[:, None] & (channel < DIM)[None, :]
-    upstream = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+    row, inside, offset, mask, rate, is_y, turns = load_points(points, count, log2_temperature, DIM, PADDED, BLOCK)
+    upstream = load_float(grad + offset, mask)
     slope = upstream * sin_turns(turns + 0.25) * (rate * 6.283185307179586)[None, :]
     if HAS_TRANSFORM:
-        slope *= tl.load(transform + offset, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_transform + offset, (upstream * sin_turns(turns)).to(grad_transform.dtype.element_ty), mask=mask)
+        slope *= load_float(transform + offset, mask)
+        store_cast(grad_transform + offset, upstream * sin_turns(turns), mask)
     grad_x = tl.sum(tl.where(is_y[None, :], 0.0, slope), axis=1)
     grad_y = tl.sum(tl.where(is_y[None, :], slope, 0.0), axis=1)
-    tl.store(grad_points + 2 * row, grad_x.to(grad_points.dtype.element_ty), mask=inside)
-    tl.store(grad_points + 2 * row + 1, grad_y.to(grad_points.dtype.element_ty), mask=inside)
+    store_cast(grad_points + 2 * row, grad_x, inside)
+    store_cast(grad_points + 2 * row + 1, grad_y, inside)
 
 
 def launch(dim: int) -> dict[str, int | bool]:

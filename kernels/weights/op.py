@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import addresses, operators, paths, registry
-from conddetr.kernels.weights import reference
+from conddetr.kernels.weights import layout, reference
 from conddetr.kernels.weights.reference import Recipe, Replicas, Shift, Weight
 
 
@@ -99,8 +99,6 @@ def _sources(recipe: Recipe) -> tuple[Tensor, ...]:
 
 def _misfit(sources: list[Tensor]) -> str | None:
     """What the kernels cannot take of these parameters, or None."""
-    from conddetr.kernels.weights import triton
-
     if not addresses.can_place(sources[0].device):
         return "its tables of addresses would have to outlive this capture of a CUDA graph."
     if any(source.device != sources[0].device for source in sources):
@@ -108,7 +106,7 @@ def _misfit(sources: list[Tensor]) -> str | None:
     dtypes = {source.dtype for source in sources}
     if len(dtypes) > 1:
         return f"its kernel takes parameters of one dtype, not {', '.join(sorted(map(str, dtypes)))}."
-    odd = next((source for source in sources if not source.is_contiguous() and not triton.is_dense(source)), None)
+    odd = next((source for source in sources if not source.is_contiguous() and not layout.is_dense(source)), None)
     if odd is not None:
         return f"its kernel takes parameters without gaps, not one of shape {tuple(odd.shape)}, strides {odd.stride()}."
     return None
@@ -136,7 +134,7 @@ class _Prepare(torch.autograd.Function):
         from conddetr.kernels.weights import triton
 
         # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
-        ctx.recipes, ctx.which, ctx.parts, ctx.forms = recipes, which, parts, triton.forms(recipes, parts)
+        ctx.recipes, ctx.which, ctx.parts, ctx.forms = recipes, which, parts, layout.forms(recipes, parts)
         ctx.set_materialize_grads(False)
         made = triton.forward(recipes, which, parts, ctx.forms, dtype)
         ctx.mark_non_differentiable(*(x for x, n in zip(made, which, strict=True) if not _is_trained(recipes[n])))

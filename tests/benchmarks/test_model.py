@@ -10,7 +10,7 @@ from machine import without_tf32
 from refusals import RefusedError
 
 import conddetr
-from conddetr.kernels.conv import op as conv
+from conddetr.kernels.conv import pytorch as conv
 
 SMALL = {"encoder_layers": 1, "decoder_layers": 1}
 
@@ -54,7 +54,7 @@ def test_outputs_are_compared_without_tf32(monkeypatch):
     tf32.plant(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     # As on a GPU, where no convolution is ours.
-    monkeypatch.setattr(conv, "_is_plain", lambda tensors: False)
+    monkeypatch.setattr(conv, "is_plain", lambda tensors: False)
     reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=20).eval()
     model.spread_outputs(reference)
     runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 96), compiled=False)

@@ -15,7 +15,7 @@ from conddetr.engine import distributed
 from conddetr.engine.checkpoint import read_checkpoint
 from conddetr.engine.chosen import chosen, prove
 from conddetr.kernels import native, records, registry
-from conddetr.kernels.records import Record, Verdict
+from conddetr.kernels.records import Record, Verdict, machine, memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 R50 = PRESETS["conditional-detr-r50"]
@@ -185,11 +185,12 @@ def checks(monkeypatch) -> list:
         records.adopt(device, record(**GOOD))
 
     monkeypatch.setattr(module, "_check", check)
-    monkeypatch.setattr(records, "identity", lambda device: {"device": "NVIDIA H100"})
-    monkeypatch.setattr(records, "device_name", lambda device: "NVIDIA H100")
-    monkeypatch.setattr(records, "compute_capability", lambda device: "9.0")
-    monkeypatch.setattr(records, "_lookups", {})
-    monkeypatch.setattr(records, "_tables", {"sm_90": None})
+    for place in (records, machine):
+        monkeypatch.setattr(place, "identity", lambda device: {"device": "NVIDIA H100"})
+    monkeypatch.setattr(machine, "device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(machine, "compute_capability", lambda device: "9.0")
+    monkeypatch.setattr(memory, "_lookups", {})
+    monkeypatch.setattr(memory, "_tables", {"sm_90": None})
     return found
 
 
@@ -208,14 +209,14 @@ def test_a_record_that_does_not_hold_is_made_again_and_the_reason_said(checks, t
     monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path))
     records.save(GPU, replace(record(**GOOD), identity={"device": "NVIDIA H100", "driver": "550.1"}))
     records.forget()
-    monkeypatch.setattr(records, "_tables", {"sm_90": None})
+    monkeypatch.setattr(memory, "_tables", {"sm_90": None})
     prove(GPU, "auto")
     assert len(checks) == 1
     assert "as the record does not hold: its driver was 550.1, now none" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_measured_on_the_architecture_needs_no_check(checks):
-    records._tables["sm_90"] = records.Table("sm_90", {}, record(**GOOD).verdicts)
+    memory._tables["sm_90"] = records.Table("sm_90", {}, record(**GOOD).verdicts)
     prove(GPU, "auto")
     assert checks == []
 
@@ -253,9 +254,9 @@ def agree(number: int, case: str, folder: Path) -> None:
     """A rank with its GPU; a check finds all good but on an A10."""
     model, driver, found = GPUS[case][number]
     kind = {"device": f"NVIDIA {model}", "driver": driver}
-    records.identity = lambda device: kind
-    records.device_name = lambda device: kind["device"]
-    records.compute_capability = lambda device: "9.0"
+    records.identity = machine.identity = lambda device: kind
+    machine.device_name = lambda device: kind["device"]
+    machine.compute_capability = lambda device: "9.0"
     if found is not None:
         records.adopt(GPU, replace(record(**found), identity=kind))
 

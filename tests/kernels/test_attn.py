@@ -203,7 +203,7 @@ def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, de
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
 def test_valid_hw_beyond_the_grid_is_clamped_where_it_is_not_looked_at(name, device, monkeypatch):
     skip_unless_runs(name, device)
-    monkeypatch.setattr("conddetr.kernels.attn.op._check_rectangles", lambda *rectangles: None)
+    monkeypatch.setattr("conddetr.kernels.attn.checks.check_rectangles", lambda *rectangles: None)
     case = Case()
     wild = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
     tame = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
@@ -669,7 +669,7 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
-    from conddetr.kernels.attn.triton import precision
+    from conddetr.kernels.common.triton import precision
 
     v = torch.empty(1, device="meta")
     assert precision(v) == "ieee"

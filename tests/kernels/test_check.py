@@ -23,11 +23,11 @@ from conddetr.kernels.check.isolation import isolated, poisoned
 from conddetr.kernels.check.rows import Row, judge
 from conddetr.kernels.check.table import summary
 from conddetr.kernels.check.verify import verify
+from conddetr.kernels.cpu.dropout import op as dropout
 
 CPU = torch.device("cpu")
 # By this way: the package's attribute of this name is the function.
 check_module = importlib.import_module("conddetr.kernels.check")
-dropout = importlib.import_module("conddetr.kernels.dropout.op")
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 HAS_INTERPRETER = pytest.mark.skipif(
     registry.why_not("triton", CPU, torch.float32) is not None, reason="no Triton that runs on a CPU"
@@ -61,8 +61,8 @@ def sabotage(monkeypatch):
     """Put something in place of what drops in native kernels; it is given the sound one and its arguments."""
 
     def put(wrong):
-        sound = dropout._drop
-        monkeypatch.setattr(dropout, "_drop", lambda *arguments: wrong(sound, *arguments))
+        sound = dropout.drop
+        monkeypatch.setattr(dropout, "drop", lambda *arguments: wrong(sound, *arguments))
 
     return put
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conddetr import record_paths
 from conddetr.kernels import convolution, convolution_pair, native, registry
 from conddetr.kernels.conv import Layer, gpu
-from conddetr.kernels.conv.op import ConvolutionByProducts
+from conddetr.kernels.conv.pytorch import ConvolutionByProducts
 
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 HAS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")

@@ -21,6 +21,7 @@ from conddetr.kernels import (
     registry,
     sine_embedding,
 )
+from conddetr.kernels.attn import checks as attention_checks
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
 from conddetr.kernels.attn import op as attention_op
 
@@ -168,7 +169,7 @@ def test_nothing_visible_gives_zeros(dtype, kernel, device):
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
 def test_valid_hw_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch):
     """A rectangle on a GPU is not looked at before the kernel does."""
-    monkeypatch.setattr(attention_op, "_check_rectangles", lambda *_: None)
+    monkeypatch.setattr(attention_checks, "check_rectangles", lambda *_: None)
     leaves = make_leaves(3, 4, 7)
     wild, tame = (torch.tensor(valid, dtype=torch.int32) for valid in ([[99, -4], [99, 1000]], [[4, 0], [4, 7]]))
     results = [run(leaves, dtype, "native", device, valid_hw=valid) for valid in (wild, tame)]

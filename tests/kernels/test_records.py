@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conddetr.kernels import native, records, registry
-from conddetr.kernels.records import Record, Table, Verdict
+from conddetr.kernels.records import Record, Table, Verdict, files, machine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 GOOD = Verdict("conditional_attention", "triton", "bfloat16", refused="", error=0.5, speedup=2.13)
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def gpus(monkeypatch) -> list[tuple[str, str]]:
     """Model and compute capability of the GPUs that this machine claims to have."""
     models = [("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA L4", "8.9")]
-    real_name, real_capability = records.device_name, records.compute_capability
+    real_name, real_capability = machine.device_name, machine.compute_capability
 
     def name(device: torch.device) -> str:
         return models[device.index][0] if device.type == "cuda" else real_name(device)
@@ -49,8 +49,8 @@ def gpus(monkeypatch) -> list[tuple[str, str]]:
         return models[device.index][1] if device.type == "cuda" else real_capability(device)
 
     # Not PyTorch's own: torch.compile asks that of the GPU that is there.
-    monkeypatch.setattr(records, "device_name", name)
-    monkeypatch.setattr(records, "compute_capability", capability)
+    monkeypatch.setattr(machine, "device_name", name)
+    monkeypatch.setattr(machine, "compute_capability", capability)
     return models
 
 
@@ -212,7 +212,7 @@ def test_the_identity_of_a_gpu(monkeypatch, tmp_path):
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder)\n"
         "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
     )
-    monkeypatch.setattr(records, "_DRIVER_FILES", (str(tmp_path / "absent"), str(said)))
+    monkeypatch.setattr(machine, "_DRIVER_FILES", (str(tmp_path / "absent"), str(said)))
     found = records.identity(GPU)
     assert (found["device"], found["compute capability"], found["driver"]) == (
         "NVIDIA H100 80GB HBM3",
@@ -233,19 +233,19 @@ def test_where_the_system_does_not_tell_the_driver_cuda_does(monkeypatch, releas
             raise OSError(f"{name}: no such file")
         return SimpleNamespace(cuDriverGetVersion=get_version)
 
-    monkeypatch.setattr(records, "_DRIVER_FILES", ())
-    monkeypatch.setattr(records.ctypes, "CDLL", load)
-    assert records._driver() == said
+    monkeypatch.setattr(machine, "_DRIVER_FILES", ())
+    monkeypatch.setattr(machine.ctypes, "CDLL", load)
+    assert machine._driver() == said
 
 
 def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(tmp_path, monkeypatch):
     def hash_of(folder: Path) -> str:
-        monkeypatch.setattr(records, "__file__", str(folder / "records.py"))
-        return records._sources.__wrapped__()
+        monkeypatch.setattr(machine, "__file__", str(folder / "records" / "machine.py"))
+        return machine._sources.__wrapped__()
 
-    files = {"records.py": "a = 1\n", "attn/triton/forward.py": "b = 2\n", "attn/op.py": "c = 3\n"}
+    sources = {"records/machine.py": "a = 1\n", "attn/triton/forward.py": "b = 2\n", "attn/op.py": "c = 3\n"}
     for copy in ("one", "other"):
-        for name, text in files.items():
+        for name, text in sources.items():
             (tmp_path / copy / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / copy / name).write_text(text)
     # What is not code does not count: compiled files differ from folder to folder.
@@ -253,7 +253,7 @@ def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(t
     same = hash_of(tmp_path / "one")
     assert hash_of(tmp_path / "other") == same
     hashes = {same}
-    for name, text in files.items():
+    for name, text in sources.items():
         changed = tmp_path / "one" / name
         changed.write_text(text.replace("=", "= 1 +"))
         hashes.add(hash_of(tmp_path / "one"))
@@ -263,7 +263,7 @@ def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(t
     (tmp_path / "one" / "new.py").unlink()
     (tmp_path / "one" / "attn" / "op.py").rename(tmp_path / "one" / "attn" / "pow.py")
     hashes.add(hash_of(tmp_path / "one"))
-    assert len(hashes) == 1 + len(files) + 2
+    assert len(hashes) == 1 + len(sources) + 2
 
 
 def test_another_build_of_the_native_library_is_another_identity(monkeypatch):
@@ -345,7 +345,7 @@ def test_without_a_home_there_is_no_record_and_no_error(monkeypatch, caplog):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(records, "_told", set())
+    monkeypatch.setattr(files, "_told", set())
     assert records.load(CPU) is None
     record = record_of(records.identity(CPU))
     assert records.save(CPU, record) is None
@@ -446,7 +446,7 @@ def test_a_record_comes_before_the_table_and_the_table_before_nothing():
 
 
 def test_the_table_is_that_of_exactly_the_architecture(gpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MEASURED", tmp_path)
+    monkeypatch.setattr(files, "MEASURED", tmp_path)
     table = Table("sm_90", {}, (GOOD,))
     (tmp_path / "sm_90.json").write_text(table.to_json(), encoding="utf-8")
     assert records.source(*ATTENTION, GPU, torch.bfloat16) == "measured on sm_90"
@@ -483,8 +483,8 @@ def test_an_answer_is_looked_up_after_the_first_time(gpus, monkeypatch):
         raise AssertionError("the device or a file was asked.")
 
     with monkeypatch.context() as patch:
-        for name in ("device_name", "compute_capability", "why_not"):
-            patch.setattr(records, name, fail)
+        for module, name in ((machine, "device_name"), (machine, "compute_capability"), (records, "why_not")):
+            patch.setattr(module, name, fail)
         patch.setattr(Path, "read_bytes", fail)
         assert why_not_triton() == NOT_CHECKED
     records.adopt(GPU, record_of({}))

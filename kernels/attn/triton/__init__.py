@@ -7,17 +7,19 @@ keep [B, h, 2 ⌈N / 64⌉, Q] int32.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
+from conddetr.kernels.attn.inputs import Inputs as OperatorInputs
 from conddetr.kernels.attn.triton.backward import backward_grid_kernel, backward_key_kernel, backward_query_kernel
 from conddetr.kernels.attn.triton.forward import forward_kernel
 from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings, tuned_on
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.common.triton import precision
 
 GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
 """Cells and channels per program of the sums over the grid."""
@@ -25,21 +27,10 @@ SMALLEST = 2.0**-126
 """The smallest normal float32."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call; the last dimension of each is contiguous."""
+class Inputs(OperatorInputs):
+    """The inputs of one call, and what the kernels make of them."""
 
-    q_content: Tensor
-    q_spatial: Tensor
-    k_content: Tensor
-    k_spatial: Tensor
-    columns: Tensor | None
-    v: Tensor
-    valid_hw: Tensor | None
-    padding: Tensor | None
-    keep: Tensor | None
-    scale: float
-    dropout_p: float
+    __slots__ = ()
 
     def launch(self) -> Launch:
         """The settings for these tensors: what is tuned on their device, else what ships."""
@@ -66,17 +57,15 @@ class Inputs:
         batch, queries, heads, _ = self.sizes
         return batch * heads * registry.cdiv(queries, 64) > 3 * registry.multiprocessors(self.v.device)
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """B, Q, h, N."""
-        batch, queries, heads, _ = self.q_content.shape
-        return batch, queries, heads, self.k_content.shape[1]
-
     def operands(self) -> Operands:
         """The tensors that scores and sums are made of."""
         columns = None if self.columns is None else _rows(self.columns)
         queries, content = (_rows(self.q_content), _rows(self.q_spatial)), _rows(self.k_content)
         return Operands(*queries, content, _rows(self.k_spatial), columns, _rows(self.v))
+
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What decides which scores count, as every kernel takes it."""
+        return self.valid_hw, self.key_padding_mask, self.keep
 
     def scalars(self) -> tuple[float | int, ...]:
         """Arguments of every kernel from `scale` on, up to the widths."""
@@ -104,9 +93,9 @@ class Inputs:
     def _is_wide(self) -> bool:
         """Whether offsets inside one head of one image, of any tensor or gradient, may need more than 32 bits."""
         _, queries, heads, keys = self.sizes
-        tensors = (self.q_content, self.q_spatial, self.k_content, self.k_spatial, self.columns, self.v)
-        given = max(tensor.shape[1] * tensor.stride(1) for tensor in tensors if tensor is not None)
-        made = max(queries, keys) * heads * max(tensor.shape[-1] for tensor in tensors if tensor is not None)
+        tensors = [tensor for tensor in self.floating if tensor is not None]
+        given = max(tensor.shape[1] * tensor.stride(1) for tensor in tensors)
+        made = max(queries, keys) * heads * max(tensor.shape[-1] for tensor in tensors)
         return max(given, made, queries * (keys // 32 + 2)) >= 2**31
 
 
@@ -123,14 +112,6 @@ def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor, 0 if len(tensor) == 1 else image, item, head)
 
 
-def precision(v: Tensor) -> str:
-    """How products of float32 are formed; TF32 by PyTorch's own switch."""
-    if v.device.type == "cpu":
-        return "emulate"
-    # Of PyTorch's several ways to ask, the one that answers whichever way was used to set it.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
     """out [B, Q, h, dv] and log-sum-exp [B, h, Q] float32, base 2; see `op.py`. `launch`: for tuning."""
     batch, queries, heads, _ = inputs.sizes
@@ -138,7 +119,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
     forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
-        inputs.operands(), out, lse, inputs.valid_hw, inputs.padding, inputs.keep, *inputs.scalars(),
+        inputs.operands(), out, lse, *inputs.masks(), *inputs.scalars(),
         AHEAD=tiles.ahead, **inputs.options(tiles),
     )  # fmt: skip
     return out, lse
@@ -154,7 +135,7 @@ def backward(
     batch, queries, heads, keys = inputs.sizes
     settings = launch or inputs.launch()
     upstream = upstream.contiguous()
-    operands, masks = inputs.operands(), (inputs.valid_hw, inputs.padding, inputs.keep)
+    operands, masks = inputs.operands(), inputs.masks()
     grad_qc, grad_qs, grad_kc, grad_v = (
         x.new_empty(x.shape) for x in (inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.v)
     )

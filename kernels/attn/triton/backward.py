@@ -20,11 +20,11 @@ from conddetr.kernels.attn.triton.tiles import (
     next_tile,
     outside_position,
     position_of,
-    product,
     scores_of,
     store_rows,
     valid_rectangle,
 )
+from conddetr.kernels.common.triton import product
 
 SIZES = ("queries", "keys", "heads", "height", "width", "padded", "images", "channels")
 """Not specialised (`registry.py` says why)."""

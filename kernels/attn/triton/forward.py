@@ -17,11 +17,11 @@ from conddetr.kernels.attn.triton.tiles import (
     load_values,
     next_tile,
     position_of,
-    product,
     scores_of,
     store_rows,
     valid_rectangle,
 )
+from conddetr.kernels.common.triton import product
 
 SIZES = ("queries", "keys", "heads", "height", "width")
 """Not specialised (`registry.py` says why)."""

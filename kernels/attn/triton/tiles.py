@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from conddetr.kernels.common.triton import product
+
 
 class Rows(NamedTuple):
     """A tensor [B, items, h, width] with a contiguous last dimension: where it lies, and its strides."""
@@ -191,14 +193,6 @@ def drop(weights, kept, kept_factor):
     if kept is not None:
         weights = tl.where(kept, weights, 0.0 * kept_factor)
     return weights
-
-
-@triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a b, summed in float32. `emulate`: Triton's interpreter cannot multiply bfloat16."""
-    if PRECISION == "emulate":
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit

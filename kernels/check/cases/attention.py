@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conddetr.kernels.attn import conditional_attention, dense_spatial_keys, rectangle_padding
-from conddetr.kernels.attn.op import bits_shape
+from conddetr.kernels.attn.inputs import bits_shape
 from conddetr.kernels.bits import drawn_probability, dropout_bits
 from conddetr.kernels.bits.reference import unpacked
 from conddetr.kernels.check.inputs import Inputs, Maker, strided

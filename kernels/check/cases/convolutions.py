@@ -7,7 +7,7 @@ from torch import Tensor
 from conddetr.kernels.check.inputs import Inputs, Maker, channels_last, strided
 from conddetr.kernels.check.problem import Problem
 from conddetr.kernels.conv import Layer, convolution, convolution_pair
-from conddetr.kernels.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
+from conddetr.kernels.cpu.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 
 Size = tuple[int, int, int, int, int]
 """Images, channels taken and given, height and width."""

@@ -6,9 +6,10 @@ from torch import Tensor
 from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.check.inputs import Inputs, Maker, channels_last, strided
 from conddetr.kernels.check.problem import Dropout, Problem
-from conddetr.kernels.dropout import dropout_add, relu_dropout
+from conddetr.kernels.cpu.dropout import dropout_add
 from conddetr.kernels.pool import max_pool
 from conddetr.kernels.registry import FLOATS
+from conddetr.kernels.relu_dropout import relu_dropout
 from conddetr.kernels.weights import FrozenNorm, Recipe, Replicas, Shift, Weight, prepare_weights
 
 CELLS, CHANNELS, HIDDEN = 850, 256, 2048

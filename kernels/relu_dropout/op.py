@@ -1,8 +1,7 @@
-"""Dropout with the operation beside it: the public functions, their checks, and the operator behind the kernels.
+"""ReLU and dropout after a bias: the public function, its checks, and the operator behind the kernels.
 
-On CPUs PyTorch draws its random numbers one after the other on one core: on a training step's feed-forward network that
-takes longer than the products. On GPUs bias, ReLU and dropout are three launches, and three for their gradients, where
-one each way does; dropout before a sum is PyTorch's there (`add_norm` has it with all that follows).
+On GPUs bias, ReLU and dropout are three launches, and three for their gradients, where one each way does. On CPUs the
+native dropout takes ReLU along (`cpu/dropout`).
 """
 
 from functools import partial
@@ -12,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
-from conddetr.kernels.dropout import reference
+from conddetr.kernels.common.seed import fresh_seed
+from conddetr.kernels.cpu.dropout import op as dropout
+from conddetr.kernels.relu_dropout import reference
 
-ON_CPUS = registry.Kernels(devices=("cpu",))
-RELU_DROPOUT = registry.declare("relu_dropout", triton=registry.Kernels(), native=ON_CPUS)
-DROPOUT_ADD = registry.declare("dropout_add", native=ON_CPUS)
+OPERATION = registry.declare("relu_dropout", triton=registry.Kernels(), native=dropout.NATIVE)
 
 
 def relu_dropout(
@@ -40,14 +39,14 @@ def relu_dropout(
         ValueError: p is out of range, x is not floating, or the bias or seed does not fit.
         RuntimeError: the requested backend cannot run here; says why.
     """
-    _check(x, p)
+    dropout.check_dropped(x, p)
     _check_others(x, bias, seed)
     if p == 0 and bias is None:
         return x.relu()
-    choice = RELU_DROPOUT.choose(backend, x.device, x.dtype)
+    choice = OPERATION.choose(backend, x.device, x.dtype)
     paths.note("relu_dropout", choice.backend, choice.refused)
     if choice.backend == "triton":
-        seed = _seed(x.device) if seed is None and p > 0 else seed
+        seed = fresh_seed(x.device) if seed is None and p > 0 else seed
         bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
         inputs = (x.contiguous(), bias, seed, p)
         if torch.compiler.is_compiling():
@@ -59,43 +58,9 @@ def relu_dropout(
         return reference.relu_dropout(x, p, bias)
     if bias is not None:
         x = (x + bias).to(x.dtype)
-    return x.relu() if p == 0 else _drop(x.contiguous(), None, _seed(x.device) if seed is None else seed, p, True)
-
-
-def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") -> Tensor:
-    """A residual branch after dropout, added to its trunk in one pass over memory; backward draws the mask again.
-
-    Args:
-        x: the branch, floating.
-        residual: the trunk, of the shape and device of x.
-        p: as in `relu_dropout`; 0: the sum alone.
-        backend: as in `relu_dropout`.
-
-    Returns:
-        The shape of x, the promoted dtype.
-
-    Raises:
-        ValueError, RuntimeError: as `relu_dropout`, and where shapes or devices differ.
-    """
-    _check(x, p)
-    if residual.shape != x.shape or residual.device != x.device:
-        found = f"{tuple(residual.shape)} on {residual.device}"
-        raise ValueError(f"residual: expected {tuple(x.shape)} on {x.device} as of x, got {found}.")
     if p == 0:
-        return residual + x
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    choice = DROPOUT_ADD.choose(backend, x.device, dtype)
-    paths.note("dropout_add", choice.backend, choice.refused)
-    if choice.backend == "eager":
-        return reference.dropout_add(x, residual, p)
-    return _drop(x.to(dtype).contiguous(), residual.to(dtype).contiguous(), _seed(x.device), p, False)
-
-
-def _check(x: Tensor, p: float) -> None:
-    if not x.is_floating_point():
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}.")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p: expected a probability in [0, 1), got {p}.")
+        return x.relu()
+    return dropout.drop(x.contiguous(), None, fresh_seed(x.device) if seed is None else seed, p, relu=True)
 
 
 def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
@@ -112,55 +77,23 @@ def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
             raise ValueError(f"{name}: expected device {device} as of x, got {tensor.device}.")
 
 
-def _seed(device: torch.device) -> Tensor:
-    """From torch's generator: repeatable, and replayed by checkpointing and CUDA graphs."""
-    return torch.randint(2**31 - 1, (1,), device=device)
-
-
-def _drop(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool) -> Tensor:
-    return torch.ops.conddetr_native.dropout(x, residual, seed, p, relu)
-
-
-def _fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool) -> Tensor:
+def _fake_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    _, residual, seed, ctx.p, ctx.relu = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(seed, output if ctx.relu else None)
-
-
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    seed, output = ctx.saved_tensors
-    if ctx.relu:
-        # What is above zero was, and was kept.
-        of_x = torch.ops.aten.threshold_backward(grad, output, 0) / (1 - ctx.p)
-    else:
-        of_x = _drop(grad.contiguous(), None, seed, ctx.p, False)
-    return of_x, grad if ctx.has_residual else None, None, None, None
-
-
-operators.register("dropout", fake=_fake, backward=_differentiate, setup=_setup)
-
-
-def _fake_relu_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_relu_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
+def _fake_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[Tensor, Tensor]:
     channels = out.shape[-1] if out.dim() else 1
     return torch.empty_like(out), out.new_empty((replicas, channels), dtype=torch.float32)
 
 
-def _relu_setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     _, bias, _, ctx.p = inputs
     # Shape and dtype is what its gradient needs.
     ctx.bias = None if bias is None else (bias.shape, bias.dtype)
     ctx.save_for_backward(output)
 
 
-def _relu_differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
     backward = ops.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
@@ -180,24 +113,24 @@ class ReLUDropout(torch.autograd.Function):
     def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
         """The operator's inputs."""
         output = operators.call(torch.ops.conddetr.relu_dropout.default, *inputs)
-        _relu_setup(ctx, inputs, output)
+        _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(partial(_relu_differentiate, torch.ops.conddetr))
+    backward = staticmethod(partial(_differentiate, torch.ops.conddetr))
 
 
 operators.register(
     "relu_dropout",
     "(Tensor x, Tensor? bias, Tensor? seed, float p) -> Tensor",
     launch=operators.launcher(__package__, "forward"),
-    fake=_fake_relu_forward,
-    backward=_relu_differentiate,
-    setup=_relu_setup,
+    fake=_fake_forward,
+    backward=_differentiate,
+    setup=_setup,
 )
 operators.register(
     "relu_dropout_backward",
     "(Tensor grad, Tensor out, float p, SymInt replicas) -> (Tensor, Tensor)",
     launch=operators.launcher(__package__, "backward"),
-    fake=_fake_relu_backward,
+    fake=_fake_backward,
     is_gradient=True,
 )

@@ -13,7 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from conddetr.kernels import registry
-from conddetr.kernels.add_norm.triton import SEED, keep_mask, store_partial, vector
+from conddetr.kernels.common.triton import (
+    SEED,
+    dropped,
+    load_float,
+    own_block,
+    store_cast,
+    store_partial,
+    tile,
+    vector,
+)
 
 SIZES = ("rows", "replicas")
 """Not specialised (`registry.py` says why)."""
@@ -27,21 +36,19 @@ def relu_dropout_kernel(
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """out = relu(x + bias), of which each element is zero with probability dropout_p and else grows; [rows, C]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = own_block(BLOCK)
     first = tl.program_id(1) * WIDTH
     column = first + tl.arange(0, WIDTH)
     is_column = column < CHANNELS
-    mask = (row < rows)[:, None] & is_column[None, :]
-    offset = row[:, None] * CHANNELS + column[None, :]
-    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    offset, mask = tile(row, row < rows, column, is_column, CHANNELS)
+    value = load_float(x + offset, mask)
     if HAS_BIAS:
         value += vector(bias, column, is_column)
     # Not a maximum, which may lose what is not a number.
     value = tl.where(value <= 0.0, 0.0, value)
     if HAS_DROPOUT:
-        kept = keep_mask(tl.load(seed_pointer), row, first, CHANNELS, dropout_p, WIDTH)
-        value = tl.where(kept, value * (1.0 / (1.0 - dropout_p)), 0.0)
-    tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
+        value = dropped(value, tl.load(seed_pointer), row, first, CHANNELS, dropout_p)
+    store_cast(out + offset, value, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -55,11 +62,10 @@ def relu_dropout_backward_kernel(
     of_bias = tl.zeros((BLOCK, WIDTH), tl.float32)
     for start in range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
         row = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        mask = (row < rows)[:, None] & is_column[None, :]
-        offset = row[:, None] * CHANNELS + column[None, :]
-        slope = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32) * (1.0 / (1.0 - dropout_p))
+        offset, mask = tile(row, row < rows, column, is_column, CHANNELS)
+        slope = load_float(grad + offset, mask) * (1.0 / (1.0 - dropout_p))
         slope = tl.where(tl.load(out + offset, mask=mask, other=0.0) <= 0.0, 0.0, slope)
-        tl.store(grad_x + offset, slope.to(grad_x.dtype.element_ty), mask=mask)
+        store_cast(grad_x + offset, slope, mask)
         of_bias += slope
     if HAS_BIAS:
         store_partial(partial, replicas, column, is_column, tl.sum(of_bias, axis=0), CHANNELS)

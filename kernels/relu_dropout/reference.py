@@ -1,4 +1,4 @@
-"""Dropout with the operation beside it, in plain PyTorch.
+"""ReLU and dropout after a bias in plain PyTorch.
 
 Source: "Attention is all you need", section 5.4; the second dropout of feed-forward networks is DETR's own.
 """
@@ -11,8 +11,3 @@ def relu_dropout(x: Tensor, p: float, bias: Tensor | None = None) -> Tensor:
     """ReLU of x plus the bias, of which each element is zero with probability p and else grows to x / (1 - p)."""
     added = x if bias is None else x + bias
     return F.dropout(added.relu(), p).to(x.dtype)
-
-
-def dropout_add(x: Tensor, residual: Tensor, p: float) -> Tensor:
-    """The residual plus x after dropout."""
-    return residual + F.dropout(x, p)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, registry
-from conddetr.kernels.conv3x3 import reference
+from conddetr.kernels.cpu.conv3x3 import reference
 
 GRAIN = 32
 """The kernel takes numbers of channels that are multiples of it."""

@@ -1,0 +1,91 @@
+"""What conditional attention refuses. Every check raises a ValueError that names the tensor, expected and actual."""
+
+import torch
+from torch import Tensor
+
+from conddetr.kernels import registry
+from conddetr.kernels.common.seed import check_one_number
+
+
+def check_tensors(
+    q_content: Tensor, q_spatial: Tensor, k_content: Tensor, rows: Tensor, columns: Tensor | None, v: Tensor
+) -> None:
+    """Shapes, dtypes and devices of the floating tensors; `rows` are dense keys where there are no columns."""
+    if q_content.dim() != 4:
+        raise ValueError(f"q_content: expected [B, Q, h, d], got shape {tuple(q_content.shape)}.")
+    batch, queries, heads, width = q_content.shape
+    keys = k_content.shape[1] if k_content.dim() == 4 else "N"
+    spatial = q_spatial.shape[-1]
+    expected = {
+        "q_spatial": (q_spatial, (batch, queries, heads, spatial)),
+        "k_content": (k_content, (batch, keys, heads, width)),
+        "v": (v, (batch, keys, heads, v.shape[-1])),
+    }
+    if columns is None:
+        expected["k_spatial"] = (rows, (batch, keys, heads, spatial))
+    else:
+        for name, part, size in (("rows", rows, "H"), ("columns", columns, "W")):
+            images, length = part.shape[:2] if part.dim() == 4 else (batch, size)
+            expected[f"{name} of k_spatial"] = (part, (1 if images == 1 else batch, length, heads, spatial))
+    dtype, device = q_content.dtype, q_content.device
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype} as of q_content, got {tensor.dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} as of q_content, got {tensor.device}.")
+    # Not min(...) < 1: that would compare sizes with each other, which an exported model must not.
+    if 0 in (batch, queries, heads, width, spatial, v.shape[-1], k_content.shape[1]):
+        raise ValueError(f"q_content {tuple(q_content.shape)}, v {tuple(v.shape)}: expected no empty dimension.")
+    if columns is not None and rows.shape[1] * columns.shape[1] != keys:
+        raise ValueError(f"k_spatial: expected rows × columns = {keys} keys, got {rows.shape[1]} × {columns.shape[1]}.")
+
+
+def check_padding(
+    q_content: Tensor,
+    k_content: Tensor,
+    columns: Tensor | None,
+    valid_hw: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    """That there is one kind of padding at most, and that it fits the keys."""
+    if valid_hw is not None and key_padding_mask is not None:
+        raise ValueError("valid_hw and key_padding_mask: expected one of them at most, got both.")
+    if valid_hw is not None and columns is None:
+        raise ValueError("valid_hw: needs separable k_spatial (rows, columns); with dense keys use key_padding_mask.")
+    keys = (k_content.shape[0], k_content.shape[1])
+    for name, tensor, shape, dtype in (
+        ("valid_hw", valid_hw, (keys[0], 2), torch.int32),
+        ("key_padding_mask", key_padding_mask, keys, torch.bool),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}.")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}.")
+        if tensor.device != q_content.device:
+            raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
+    has_values = not (torch.compiler.is_compiling() or registry.transforms())
+    if valid_hw is not None and valid_hw.device.type == "cpu" and has_values:
+        check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
+
+
+def check_seed(seed: Tensor | None, q_content: Tensor) -> None:
+    """That a seed, if there is one, is one number on the device of the queries."""
+    if seed is None:
+        return
+    check_one_number(seed)
+    if seed.device != q_content.device:
+        raise ValueError(f"seed: expected device {q_content.device} as of q_content, got {seed.device}.")
+
+
+def check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> None:
+    """That valid cells are cells of the grid."""
+    for image, (valid_height, valid_width) in enumerate(valid_hw):
+        if not (0 <= valid_height <= height and 0 <= valid_width <= width):
+            raise ValueError(
+                f"valid_hw[{image}]: expected at most the grid's {height} × {width}, and not less than 0, "
+                f"got {valid_height} × {valid_width}."
+            )

@@ -1,0 +1,1 @@
+"""What several operations share, on the host and in Triton's kernels."""

@@ -1,5 +1,0 @@
-"""Dropout together with the operation beside it."""
-
-from conddetr.kernels.dropout.op import dropout_add, relu_dropout
-
-__all__ = ["dropout_add", "relu_dropout"]
