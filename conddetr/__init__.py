@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from conddetr.config import ModelConfig
     from conddetr.detection import Detection
     from conddetr.detector import Detector
-    from conddetr.interop.accelerate import AccelerationReport, accelerate, accelerated, decelerate
+    from conddetr.interop.accelerate import accelerate, accelerated, decelerate
     from conddetr.interop.huggingface.attention_interface import register_attention
+    from conddetr.interop.report import AccelerationReport
     from conddetr.kernels.paths import record_paths
     from conddetr.model.detr import DETR
     from conddetr.model.postprocess import postprocess
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "DETR": "model.detr",
-    "AccelerationReport": "interop.accelerate",
+    "AccelerationReport": "interop.report",
     "Detection": "detection",
     "Detector": "detector",
     "LoadReport": "weights.load",
