@@ -16,16 +16,13 @@ from torch import nn
 from conddetr.interop.accelerated.changes import change, restore, why_not_restore
 from conddetr.kernels import registry
 from conddetr.model import resnet
+from conddetr.model.attention import attends_natively
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
+from conddetr.model.encoder import EncoderSelfAttention
+from conddetr.model.families.conditional_detr.attention import ConditionalCrossAttention, ProjectedSelfAttention
+from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder
 from conddetr.model.layers import FeedForward
-from conddetr.model.transformer import (
-    ConditionalCrossAttention,
-    ConditionalDecoder,
-    EncoderSelfAttention,
-    ProjectedSelfAttention,
-    attends_natively,
-)
 
 
 @dataclass(frozen=True)

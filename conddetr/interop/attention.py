@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conddetr.interop.accelerated.common import as_under_autocast, runs_ours
 from conddetr.kernels import conditional_attention, paths
 from conddetr.kernels.registry import BACKENDS
-from conddetr.model.transformer import attends_natively
+from conddetr.model.attention import attends_natively
 
 NAME = "conddetr"
 """What `attn_implementation` is called."""

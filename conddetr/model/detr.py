@@ -20,10 +20,11 @@ from conddetr.kernels.stack import unstacked
 from conddetr.model.backbone import build_backbone
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import table
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import FeatureGrid, Transformer
+from conddetr.model.transformer import Transformer
 
 _HERE = "conddetr.model."
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from conddetr.kernels.attn import attention_weights, dense_spatial_keys
 from conddetr.model.detr import DETR
-from conddetr.model.transformer import ConditionalDecoderLayer, Keys
+from conddetr.model.families.conditional_detr.attention import Keys
+from conddetr.model.families.conditional_detr.decoder import ConditionalDecoderLayer
 from conddetr.viz.boxes import draw_boxes
 from conddetr.viz.fonts import lettering
 

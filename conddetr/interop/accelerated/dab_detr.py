@@ -15,7 +15,7 @@ from conddetr.interop.accelerated.common import (
     runs_ours,
 )
 from conddetr.kernels import paths, registry
-from conddetr.model.transformer import self_attention
+from conddetr.model.attention import self_attention
 
 
 class ConvEncoder(theirs.DabDetrConvEncoder):

@@ -29,8 +29,8 @@ from conddetr.interop.accelerated.graphs import graph_body
 from conddetr.interop.accelerated.hooks import has_own_forward, report_hooks
 from conddetr.interop.accelerated.loss import MATCHING_ALPHA, detection_loss
 from conddetr.kernels import registry
+from conddetr.model.attention import attends_natively
 from conddetr.model.fast.plan import can_run
-from conddetr.model.transformer import attends_natively
 
 FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
 NO_WAIT = "on a GPU fused operations, and the host waits for nothing"

@@ -20,8 +20,8 @@ from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.plain import why_not_plain
-from conddetr.model.transformer import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
 from conddetr.zoo import build_criterion
 

@@ -19,7 +19,7 @@ from conddetr.interop.accelerated.common import (
     wants_more,
 )
 from conddetr.kernels import paths, registry
-from conddetr.model.transformer import attends_natively, self_attention
+from conddetr.model.attention import attends_natively, self_attention
 
 _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
 """Implementations of attention that take masks as `mask_of_keys` makes them."""

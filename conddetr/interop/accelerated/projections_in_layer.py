@@ -14,7 +14,7 @@ from conddetr.interop.accelerated.common import (
     runs_ours,
 )
 from conddetr.kernels import paths
-from conddetr.model.transformer import self_attention
+from conddetr.model.attention import self_attention
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
