@@ -11,6 +11,7 @@ from conddetr.engine.progress import Steps, say
 from conddetr.kernels import records
 from conddetr.kernels.registry import OPERATIONS
 from conddetr.loss.criterion import loss_backend
+from conddetr.model.families.table import PARTS
 
 PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
@@ -81,9 +82,8 @@ def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: 
     parts = {"attention": _attention(model, device, dtype)}
     if trains:
         backend = loss_backend(model.backend)
-        loss = "matched_box_loss" if model.family == "detr" else "focal_loss"
         parts["matching"] = _part("linear_assignment", backend, device, torch.float32, model.num_queries)
-        parts["loss"] = _part(loss, backend, device, torch.float32)
+        parts["loss"] = _part(PARTS[model.family].loss_operation, backend, device, torch.float32)
     parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, device, dtype)
     left_out = _left_out(device, dtype) if model.backend == "auto" else ()
     return Chosen(parts, precision, float32_products(device), left_out)
@@ -104,10 +104,10 @@ def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def _attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
-    if model.family == "detr":
-        return _part("self_attention", model.backend, device, dtype)
     heads, width = model.num_heads, model.hidden_dim // model.num_heads
-    return _part("conditional_attention", model.backend, device, dtype, device, (1, 1, heads, width), (width,) * 3)
+    # What `conditional_attention` wants to know of its inputs; self-attention does not ask.
+    facts = (device, (1, 1, heads, width), (width,) * 3)
+    return _part(PARTS[model.family].attention_operation, model.backend, device, dtype, *facts)
 
 
 def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Part:

@@ -3,7 +3,6 @@
 Source: DETR section 3 and Conditional DETR section 3; parameter names are those of the official code.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from conddetr.graphed import Graphs
 from conddetr.kernels import grid_positions, predicted_boxes, registry
 from conddetr.kernels.stack import unstacked
 from conddetr.model.backbone import build_backbone
+from conddetr.model.families.table import PARTS
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
 from conddetr.model.grid import FeatureGrid
@@ -86,14 +86,7 @@ class DETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
         # A Sequential of one: official checkpoints name it `backbone.0`.
         self.backbone = nn.Sequential(backbone)
-        if config.family == "conditional-detr":
-            self._initialize_heads()
-
-    def _initialize_heads(self) -> None:
-        """Every class starts at probability 0.01 (focal prior), every box at its reference point."""
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        PARTS[config.family].initialize_heads(self.class_embed, self.bbox_embed)
 
     def forward(
         self, images: Tensor | list[Tensor], mask: Tensor | None = None, *, valid_hw: Tensor | None = None

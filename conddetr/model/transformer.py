@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
 from conddetr.model.encoder import Encoder
-from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder
-from conddetr.model.families.detr.decoder import DETRDecoder
+from conddetr.model.families.table import PARTS
 from conddetr.model.grid import FeatureGrid
 
 
@@ -18,7 +17,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoder = Encoder(config)
-        self.decoder = DETRDecoder(config) if config.family == "detr" else ConditionalDecoder(config)
+        self.decoder = PARTS[config.family].decoder(config)
 
     def forward(
         self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
