@@ -246,7 +246,7 @@ def _train(options: argparse.Namespace) -> None:
         data = official_evaluation(run.data, chosen)
         # Weights do not tell dilation: an official file without arguments takes it from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
-        source = checkpoint, preset, run.device, run.model.backend, run.train.precision
+        source = checkpoint, preset, run.device, run.backend, run.train.precision
         result = _coco_result(*source, data, run.train.batch_size, run.train.workers)
         if result is None:
             return
@@ -315,10 +315,10 @@ def _print_chosen(detector: "Detector", device: torch.device) -> None:
     from conddetr.engine.chosen import chosen, prove
     from conddetr.engine.progress import say
 
-    config = detector.model.config
-    prove(device, config.backend)
+    config, backend = detector.model.config, detector.model.backend
+    prove(device, backend)
     if distributed.is_main():
-        say(chosen(config, device, detector.precision, trains=False).line())
+        say(chosen(config, backend, device, detector.precision, trains=False).line())
 
 
 def _evaluate(options: argparse.Namespace) -> None:

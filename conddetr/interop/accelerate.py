@@ -1,6 +1,5 @@
 """Our operations in a detector that somebody already has, in place."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -188,7 +187,6 @@ def is_huggingface(
 
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
-    change(model, config=dataclasses.replace(model.config, backend=backend))
     for module in model.parts_with_backend():
         change(module, backend=backend)
     report, note = AccelerationReport(), describe(choice, parameter_of(model))

@@ -14,9 +14,9 @@ from conddetr.model.layers import FeedForward, initialize_xavier
 class EncoderSelfAttention(nn.MultiheadAttention):
     """Self-attention whose queries and keys come from one projection; its base class has the official names."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(config.hidden_dim, config.num_heads, config.dropout)
-        self.backend = config.backend
+        self.backend = backend
 
     def forward(self, tokens: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
@@ -31,9 +31,9 @@ class EncoderSelfAttention(nn.MultiheadAttention):
 class EncoderLayer(FeedForward):
     """Self-attention over the feature map; positions are added to queries and keys."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, num_norms=2)
-        self.self_attn = EncoderSelfAttention(config)
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__(config, backend, num_norms=2)
+        self.self_attn = EncoderSelfAttention(config, backend)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
         """tokens and position [B, N, C], padding [B, N] bool -> [B, N, C]."""
@@ -44,9 +44,9 @@ class EncoderLayer(FeedForward):
 class Encoder(nn.Module):
     """A stack of encoder layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, backend) for _ in range(config.encoder_layers))
         initialize_xavier(self)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:

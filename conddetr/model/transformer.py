@@ -14,10 +14,10 @@ from conddetr.model.grid import FeatureGrid
 class Transformer(nn.Module):
     """Encoder and decoder, named as in the official code."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
-        self.decoder = PARTS[config.family].decoder(config)
+        self.encoder = Encoder(config, backend)
+        self.decoder = PARTS[config.family].decoder(config, backend)
 
     def forward(
         self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor

@@ -19,6 +19,7 @@ from conddetr.interop.accelerated.changes import change
 from conddetr.interop.accelerated.hooks import report_hooks
 from conddetr.interop.checkpoints import identify
 from conddetr.kernels import paths, registry
+from conddetr.loss.criterion import loss_backend
 from conddetr.model import resnet
 from conddetr.model.grid import FeatureGrid
 from conddetr.model.plain import why_not_plain
@@ -146,7 +147,7 @@ class SetCriterion(_Accelerated):
             paths.note("loss", "the official code")
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
-        losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
+        losses = _build_criterion(_loss_config(self), loss_backend(self.backend))(outputs, targets)
         del losses["loss"]
         return losses
 
@@ -154,7 +155,7 @@ class SetCriterion(_Accelerated):
 _build_criterion = lru_cache(maxsize=8)(build_criterion)
 
 
-def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
+def _loss_config(criterion: nn.Module) -> configs.ModelConfig:
     matcher = criterion.matcher
     return configs.resolve(
         "conditional-detr-r50",
@@ -163,7 +164,6 @@ def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
         bbox_cost=matcher.cost_bbox,
         giou_cost=matcher.cost_giou,
         focal_alpha=criterion.focal_alpha,
-        backend=backend,
     )
 
 
@@ -212,7 +212,8 @@ def accelerate_criterion(criterion: nn.Module, backend: str, report: Acceleratio
     if reason is not None:
         report.left.append(Part("matcher and loss", 1, reason))
         return
-    _loss_config(criterion, backend)  # refuses a backend that there is not
+    configs.check_backend(backend)
+    _loss_config(criterion)  # Refuses values that ours does not take.
     _mix_in(criterion, SetCriterion, backend=backend)
     report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
 
@@ -253,10 +254,9 @@ def _same_size(transformer: nn.Module, backend: str) -> OurTransformer:
         decoder_layers=len(transformer.decoder.layers),
         ffn_dim=first.linear1.out_features,
         dropout=first.dropout.p,
-        backend=backend,
     )
     with torch.device("meta"):
-        return OurTransformer(config)
+        return OurTransformer(config, backend)
 
 
 def _transformer_misfit(transformer: nn.Module) -> str | None:

@@ -21,9 +21,9 @@ from conddetr.model.layers import MLP
 class Parts:
     """Of one family."""
 
-    decoder: Callable[[ModelConfig], nn.Module]
-    """Called with memory [B, N, C], `FeatureGrid`, positions and object queries, as `ConditionalDecoder.forward`. Its
-    `layers` are what pictures look into."""
+    decoder: Callable[[ModelConfig, str], nn.Module]
+    """Of a configuration and a backend. It is called as `ConditionalDecoder`, and its `layers` are what pictures look
+    into."""
     initialize_heads: Callable[[nn.Linear, MLP], None]
     """In place, the heads of classes and boxes, after all else is built."""
     class_loss: Callable[[Tensor, Tensor, Tensor, Tensor, ModelConfig, str], Tensor]

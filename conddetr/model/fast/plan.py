@@ -94,7 +94,7 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     """
     device = images.device
     dtype = step_dtype(device, model.dtype)
-    if not can_run(model.config.backend, device, dtype):
+    if not can_run(model.backend, device, dtype):
         return None
     tokens = _number_of_tokens(model.backbone, images)
     backbone = _backbone_recipes(model.backbone)

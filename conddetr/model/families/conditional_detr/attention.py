@@ -27,11 +27,11 @@ class Keys(NamedTuple):
 class ProjectedSelfAttention(nn.Module):
     """Scaled dot-product attention of projected queries, keys and values, with an output projection."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.backend = config.backend
+        self.backend = backend
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ class ConditionalCrossAttention(nn.Module):
     Its inputs are all that a picture of the attention needs: a forward hook here sees them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.backend = config.backend
+        self.backend = backend
         self.out_proj = nn.Linear(config.hidden_dim, config.hidden_dim)
 
     def forward(self, q_content: Tensor, q_spatial: Tensor, keys: Keys, grid: FeatureGrid) -> Tensor:

@@ -20,8 +20,8 @@ from conddetr.model.plain import table
 class ConditionalDecoderLayer(FeedForward):
     """One decoder layer of Conditional DETR."""
 
-    def __init__(self, config: ModelConfig, is_first: bool) -> None:
-        super().__init__(config, num_norms=3)
+    def __init__(self, config: ModelConfig, backend: str, is_first: bool) -> None:
+        super().__init__(config, backend, num_norms=3)
         dim = config.hidden_dim
         self.is_first = is_first
         self.csq = config.csq
@@ -30,7 +30,7 @@ class ConditionalDecoderLayer(FeedForward):
         self.sa_kcontent_proj = nn.Linear(dim, dim)
         self.sa_kpos_proj = nn.Linear(dim, dim)
         self.sa_v_proj = nn.Linear(dim, dim)
-        self.self_attn = ProjectedSelfAttention(config)
+        self.self_attn = ProjectedSelfAttention(config, backend)
         self.ca_qcontent_proj = nn.Linear(dim, dim)
         if is_first:
             self.ca_qpos_proj = nn.Linear(dim, dim)
@@ -38,7 +38,7 @@ class ConditionalDecoderLayer(FeedForward):
         self.ca_kpos_proj = nn.Linear(dim, dim)
         self.ca_v_proj = nn.Linear(dim, dim)
         self.ca_qpos_sine_proj = nn.Linear(dim, dim)
-        self.cross_attn = ConditionalCrossAttention(config)
+        self.cross_attn = ConditionalCrossAttention(config, backend)
 
     def forward(
         self,
@@ -105,12 +105,12 @@ class ConditionalDecoderLayer(FeedForward):
 class ConditionalDecoder(nn.Module):
     """The decoder of Conditional DETR, with the reference points of its object queries."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
         dim = config.hidden_dim
-        self.backend = config.backend
+        self.backend = backend
         self.layers = nn.ModuleList(
-            ConditionalDecoderLayer(config, is_first=index == 0) for index in range(config.decoder_layers)
+            ConditionalDecoderLayer(config, backend, is_first=index == 0) for index in range(config.decoder_layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, 2) if config.csq in ("full", "T", "I") else None

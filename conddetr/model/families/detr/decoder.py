@@ -14,8 +14,8 @@ from conddetr.model.layers import FeedForward, initialize_xavier
 class DETRDecoderLayer(FeedForward):
     """One decoder layer of the original DETR."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config, num_norms=3)
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__(config, backend, num_norms=3)
         make = {"batch_first": True, "dropout": config.dropout}
         self.self_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, **make)
         self.multihead_attn = nn.MultiheadAttention(config.hidden_dim, config.num_heads, **make)
@@ -46,9 +46,9 @@ class DETRDecoderLayer(FeedForward):
 class DETRDecoder(nn.Module):
     """The decoder of the original DETR."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DETRDecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(DETRDecoderLayer(config, backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.positions_everywhere = config.cross_attention_positions == "all-layers"
         initialize_xavier(self)
