@@ -169,9 +169,8 @@ def build(arm: Arm, num_classes: int, backend: str) -> conddetr.DETR:
         return conddetr.build(arm.preset, num_classes=num_classes, backend=backend, **arm.overrides)
     model = conddetr.build(arm.preset, num_classes=num_classes - 1, backend=backend, **arm.overrides)
     torch.nn.init.constant_(model.class_embed.bias, -math.log((1 - 0.01) / 0.01))
-    focal = conddetr.build(CONDITIONAL, num_classes=num_classes).config
     # From here on the configuration decides about loss and scores alone.
-    model.config = replace(focal, backend=backend)
+    model.config = conddetr.build(CONDITIONAL, num_classes=num_classes).config
     return model
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 import conddetr
 from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import FeatureGrid
 
 
 def decoders(dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -109,7 +109,7 @@ def _ours(run: Run, images: Tensor) -> tuple[nn.Module, Step]:
         model.eval().to(images.dtype)
         fused = model.fused(dtype=torch.bfloat16 if run.work == AUTOCAST else None)
         return fused, partial(fused, images)
-    criterion = conddetr.build_criterion(model.config).to("cuda")
+    criterion = conddetr.build_criterion(model).to("cuda")
     targets = pack_targets(_objects(run.batch), CLASSES).to(torch.device("cuda"))
 
     def loss() -> Tensor:

@@ -119,7 +119,7 @@ class Trained:
 
 def our_losses(model: conddetr.DETR, problem: Problem, batch: Batch) -> dict[str, Tensor]:
     """Of our model, by the criterion of its backend."""
-    criterion = conddetr.build_criterion(model.config).to(DEVICE)
+    criterion = conddetr.build_criterion(model).to(DEVICE)
     with problem.autocast():
         outputs = model(batch.to(DEVICE).model_input(), valid_hw=batch.valid_hw)
     return criterion(outputs, batch.targets)

@@ -37,6 +37,8 @@ class Detector:
         device: str | None = None,
         weights: str | Path | None = None,
         precision: str = "auto",
+        backend: str | None = None,
+        pretrained_backbone: bool | None = None,
         **overrides: Any,
     ) -> None:
         """
@@ -49,6 +51,8 @@ class Detector:
                 list; trained on other classes it starts from them without the class head. `conddetr.weights.public`
                 has the table of names.
             precision: `float32`, `bfloat16`, or `auto`, of which the property of this name says what it means.
+            backend: with a preset: as in `build`; default: `auto`.
+            pretrained_backbone: with a preset to be trained: as in `build`; default: True for a ResNet.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
@@ -59,6 +63,8 @@ class Detector:
         self.device = find_device(device)
         check_precision(precision)
         self._precision = precision
+        how = {"backend": backend, "pretrained_backbone": pretrained_backbone}
+        how = {name: value for name, value in how.items() if value is not None}
         self.run: dict[str, Any] | None = None
         """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
         self.metrics: dict[str, float] | None = None
@@ -66,22 +72,23 @@ class Detector:
         if weights is not None:
             if not isinstance(model, str):
                 raise ValueError("weights: expected the name of a preset with them; a model has its own weights.")
-            configs.resolve(model, **overrides)
-            model, content = load_model(locate(weights, model), model, **overrides)
-            classes, overrides = classes or content.classes, {}
+            configs.check_build(configs.resolve(model, **overrides).backbone, **how)
+            model, content = load_model(locate(weights, model), model, backend=backend or "auto", **overrides)
+            classes, how, overrides = classes or content.classes, {}, {}
             self.run, self.metrics = content.run, content.metrics
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
-            self._options: dict[str, Any] = {"preset": model, **overrides}
+            configs.check_build(self.config.backbone, **how)
+            self._options: dict[str, Any] = {"preset": model, **how, **overrides}
             self._model: DETR | None = None
             self.classes: list[dict[str, Any]] = []
             return
-        if overrides:
-            raise ValueError(f"{next(iter(overrides))}: options change a preset, not a model that is built.")
+        if how or overrides:
+            raise ValueError(f"{next(iter((*how, *overrides)))}: options change a preset, not a model that is built.")
         if len(classes) != model.config.num_classes:
             raise ValueError(f"classes: expected {model.config.num_classes} as the model has, got {len(classes)}.")
         self.config = model.config
-        self._options = _options_of(self.config)
+        self._options = _options_of(model)
         self._model = model.to(self.device).eval()
         self.classes = list(classes)
 
@@ -162,7 +169,7 @@ class Detector:
         self.device = trainer.device
         self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
         self.config = self._model.config
-        self._options = _options_of(self.config)
+        self._options = _options_of(self._model)
         self.run, self.metrics = trainer.run.to_dict(), trainer.metrics or None
         return trainer.metrics
 
@@ -474,5 +481,8 @@ class Detector:
         return export(self.model, path, format, size, self.classes)
 
 
-def _options_of(config: configs.ModelConfig) -> dict[str, Any]:
-    return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **config.to_dict()}
+def _options_of(model: DETR) -> dict[str, Any]:
+    """By which a training builds such a model, for weights that are there already."""
+    config = model.config
+    how = {"backend": model.backend, "pretrained_backbone": False}
+    return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **how, **config.to_dict()}

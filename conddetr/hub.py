@@ -14,6 +14,7 @@ from conddetr.engine.checkpoint import save_weights
 from conddetr.engine.tables import percent
 from conddetr.files import write_text
 from conddetr.model.detr import DETR
+from conddetr.model.families import FAMILIES
 from conddetr.weights.read import CONFIG, PREPROCESSOR, WEIGHT_FILES, read_json
 
 try:
@@ -25,10 +26,6 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-MODELS = {
-    "conditional-detr": "[Conditional DETR](https://arxiv.org/abs/2108.06152)",
-    "detr": "[DETR](https://arxiv.org/abs/2005.12872)",
-}
 # The HTTP library's own errors, whichever it is in this version, are of the same base.
 _ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
@@ -173,12 +170,14 @@ def _plain(text: str) -> str:
 
 def _card(detector: HubDetector, repository: str, metrics: Mapping[str, float] | None) -> str:
     config = detector.model.config
+    family = FAMILIES[config.family]
+    model = f"[{family.title}]({family.paper})"
     preset = configs.preset_name(config.family, config.backbone, config.dilation)
     parameters = sum(parameter.numel() for parameter in detector.model.parameters())
     names = ", ".join(_plain(str(entry["name"])) for entry in detector.classes)
     return f"""# {preset}, {len(detector.classes)} classes
 
-A detector of objects in images, saved by conddetr {conddetr.__version__}. The model is {MODELS[config.family]}, with
+A detector of objects in images, saved by conddetr {conddetr.__version__}. The model is {model}, with
 {parameters / 1e6:.1f} million parameters and {config.num_queries} queries; images are resized to a short side of
 {config.image_size} pixels, and a long one of at most {config.max_image_size}.
 

@@ -1,6 +1,6 @@
 """Building models and criteria, and the table of presets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from conddetr import config as configs
@@ -40,22 +40,25 @@ def presets() -> dict[str, Preset]:
     return {name: Preset(name, *_MEASURED[name]) for name in configs.PRESETS}
 
 
-def build(preset: str, **overrides: Any) -> DETR:
+def build(preset: str, *, backend: str = "auto", pretrained_backbone: bool = False, **overrides: Any) -> DETR:
     """A detector with fresh weights, in training mode.
 
     Args:
         preset: a name from `presets()`.
+        backend: implementation of the operations: `auto` (the best that can run), `triton`, `native` or `eager` (plain
+            PyTorch).
+        pretrained_backbone: start the ResNet from torchvision's ImageNet weights (downloaded on first use).
         overrides: fields of `ModelConfig`, e.g. `num_classes=20`, `csq="I"`.
 
     Raises:
         ValueError: unknown preset or override (with the nearest name), or a value out of range.
         OSError: `pretrained_backbone=True` and the weights cannot be downloaded.
     """
-    return DETR(configs.resolve(preset, **overrides))
+    return DETR(configs.resolve(preset, **overrides), backend=backend, pretrained_backbone=pretrained_backbone)
 
 
 def build_criterion(
-    config: configs.ModelConfig,
+    config: configs.ModelConfig | DETR,
     backend: str | None = None,
     max_targets: int | None = None,
     check_finite: bool | None = None,
@@ -63,13 +66,15 @@ def build_criterion(
     """The training loss that goes with a model: `build_criterion(model.config)`.
 
     Args:
-        config: of the model.
-        backend: default: the model's, `auto` in place of `native`.
+        config: of the model, or the model itself.
+        backend: of matching and losses; default: the model's, where that is given, with `auto` in place of `native`;
+            else `auto`.
         max_targets, check_finite: see `Criterion`.
     """
-    if backend is None:
-        backend = loss_backend(config.backend)
-    return Criterion(config, backend, max_targets, check_finite)
+    of_model = "auto"
+    if isinstance(config, DETR):
+        of_model, config = loss_backend(config.backend), config.config
+    return Criterion(config, of_model if backend is None else backend, max_targets, check_finite)
 
 
 def gflops(config: configs.ModelConfig) -> float:
@@ -85,7 +90,7 @@ def gflops(config: configs.ModelConfig) -> float:
     short = config.image_size
     long = short if config.backbone == "tiny" else short * 4 // 3
     with FakeTensorMode():
-        model = DETR(replace(config, pretrained_backbone=False, backend="eager")).eval()
+        model = DETR(config, backend="eager").eval()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(torch.empty(1, 3, short, long))
     return counter.get_total_flops() / 2e9

@@ -23,7 +23,7 @@ def said_and_ran(
     place = torch.device(device)
     torch.manual_seed(0)
     model = conddetr.build(preset, **{**SMALL, **options}).to(place)
-    said = chosen(model.config, place, precision, trains=trains)
+    said = chosen(model.config, model.backend, place, precision, trains=trains)
     with conddetr.record_paths() as paths:
         _train(model, place, precision) if trains else _predict(model, place, precision)
     return {name: part.by for name, part in said.parts.items()}, _by_part(paths, place, model.config.family, trains)

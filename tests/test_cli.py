@@ -102,10 +102,10 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     file = tmp_path / "official.pth"
     # Without stored arguments nothing in the file tells DC5.
     torch.save({"model": rule_model("conditional-detr-dc5-r50").state_dict()}, file)
-    configs, precisions = [], []
+    models, precisions = [], []
 
     def detect(model, *_, by_name, precision):
-        configs.append(model.config)
+        models.append(model)
         precisions.append(precision)
         return Detections.join(())
 
@@ -113,12 +113,12 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     command = ["train", "--eval", "--resume", str(file), "--coco_path", str(small_coco.root), "--device", "cpu"]
     assert main([*command, "--dilation"]) == 0
     assert main(command) == 0
-    assert [config.dilation for config in configs] == [True, False]
+    assert [model.config.dilation for model in models] == [True, False]
     # Official flags; what a GPU would do otherwise.
     monkeypatch.setattr("conddetr.detector.has_bfloat16", lambda device: True)
     assert main([*command, "--precision", "auto", "--backend", "eager"]) == 0
     assert precisions == ["float32", "float32", "bfloat16"]
-    assert [config.backend for config in configs] == ["auto", "auto", "eager"]
+    assert [model.backend for model in models] == ["auto", "auto", "eager"]
 
 
 def test_predict_draws(trained, tmp_path):
@@ -433,13 +433,13 @@ def test_every_official_flag_is_our_option():
     assert (model.dropout, model.num_heads, model.num_queries, model.aux_loss) == (0.2, 4, 100, False)
     assert (model.class_cost, model.bbox_cost, model.giou_cost, model.focal_alpha) == (3.0, 4.0, 1.0, 0.3)
     assert (model.class_weight, model.bbox_weight, model.giou_weight) == (3.0, 4.0, 1.0)
-    assert model.pretrained_backbone
+    assert (run.pretrained_backbone, run.backend) == (True, "auto")
     assert len(notes) == 7
     assert notes[-1].endswith("is the official repository's: precision float32, as there.")
     assert run.train.precision == "float32"
     # Without any flag the defaults are the official ones.
     plain = resolve_run({"coco_path": "coco"})
-    assert plain.model == resolve("conditional-detr-r50", pretrained_backbone=True)
+    assert (plain.model, plain.pretrained_backbone) == (resolve("conditional-detr-r50"), True)
     assert (plain.train.lr, plain.train.lr_backbone, plain.train.lr_drop, plain.train.batch_size) == (1e-4, 1e-5, 40, 2)
 
 

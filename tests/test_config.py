@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import conddetr
-from conddetr.config import PRESETS, from_dict
+from conddetr.config import PRESETS, from_dict, resolve
 from conddetr.config.run import resolve_run
 from conddetr.kernels.cached import ROOT, cached
 from conddetr.zoo import gflops
@@ -67,6 +67,54 @@ def test_unknown_preset_suggests_the_nearest():
 def test_conditional_options_are_refused_for_detr():
     with pytest.raises(ValueError, match="options of the conditional-detr family"):
         conddetr.build("detr-r50", csq="I")
+
+
+def test_options_of_a_build_are_none_of_a_configuration():
+    with pytest.raises(ValueError, match=r"backend is an option of conddetr\.build and conddetr\.DETR"):
+        resolve("conditional-detr-tiny", backend="eager")
+    with pytest.raises(ValueError, match=r"'bakend'\. Did you mean 'backend'"):
+        conddetr.build("conditional-detr-tiny", bakend="eager")
+    with pytest.raises(ValueError, match="pretrained_backbone: expected bool, got str 'yes'"):
+        conddetr.build("conditional-detr-r50", pretrained_backbone="yes")
+    with pytest.raises(ValueError, match="pretrained_backbone need a ResNet backbone; this one is 'tiny'"):
+        conddetr.DETR(PRESETS["conditional-detr-tiny"], pretrained_backbone=True)
+
+
+@pytest.mark.parametrize("old", [{"backend": "triton", "pretrained_backbone": True}, {"backend": "eager"}, {}])
+def test_a_configuration_with_the_options_of_a_build_in_it_loads(old):
+    """So they were stored once: in `config` of a checkpoint, and in the section `model` of a run's `config.json`."""
+    config = PRESETS["detr-r50"]
+    assert from_dict({**config.to_dict(), **old}) == config
+    run = resolve_run({"preset": "detr-r50", "model": {**config.to_dict(), **old}, "output_dir": "here"})
+    assert run.model == config
+    assert (run.backend, run.pretrained_backbone) == (old.get("backend", "auto"), True)
+    assert resolve_run(run.to_dict()) == run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "tritn"}, "Model option backend: unknown value 'tritn'. Did you mean 'triton'"),
+        ({"model": {"backend": 1}}, "Model option backend: expected str, got int 1"),
+        ({"model": {"backend": "eager"}, "backend": "auto"}, "option 'backend' is given twice"),
+        ({"pretrained_backbone": True}, "pretrained_backbone need a ResNet backbone; this one is 'tiny'"),
+        ({"pretraind_backbone": True}, "Unknown option 'pretraind_backbone'. Did you mean 'pretrained_backbone'"),
+    ],
+)
+def test_wrong_options_of_a_build_are_named_in_a_run(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_run(options)
+
+
+def test_a_model_tells_its_backend():
+    model = conddetr.build("conditional-detr-tiny", backend="eager", num_classes=3)
+    assert {model.backend} == {part.backend for part in model.parts_with_backend()} == {"eager"}
+    assert model.config == resolve("conditional-detr-tiny", num_classes=3)
+    assert not {"backend", "pretrained_backbone"} & model.config.to_dict().keys()
+    assert [conddetr.build_criterion(of).backend for of in (model, model.config)] == ["eager", "auto"]
+    assert conddetr.build_criterion(conddetr.build("detr-tiny", backend="native")).backend == "auto"
+    model.set_backend("auto")
+    assert {model.backend} == {part.backend for part in model.parts_with_backend()} == {"auto"}
 
 
 def test_config_survives_a_round_trip():

@@ -10,8 +10,7 @@ from conddetr.engine.progress import say
 
 def print_chosen(detector: Detector, device: torch.device) -> None:
     """One line: what a detector runs on a device, whose kernels are checked before if nothing is known of them."""
-
-    config = detector.model.config
-    prove(device, config.backend)
+    config, backend = detector.model.config, detector.model.backend
+    prove(device, backend)
     if distributed.is_main():
-        say(chosen(config, device, detector.precision, trains=False).line())
+        say(chosen(config, backend, device, detector.precision, trains=False).line())

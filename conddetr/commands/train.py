@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
         data = official_evaluation(run.data, chosen)
         # Weights do not tell dilation: an official file without arguments takes it from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
-        source = checkpoint, preset, run.device, run.model.backend, run.train.precision
+        source = checkpoint, preset, run.device, run.backend, run.train.precision
         result = coco_numbers(*source, data, run.train.batch_size, run.train.workers)
         if result is None:
             return

@@ -23,13 +23,17 @@ def check_values(config: Any, what: str) -> None:
     an int passes as a float.
     """
     for field in fields(config):
-        value, kind = getattr(config, field.name), plain_type(field.type)
-        accepted = (int, float) if kind is float else (kind,)
-        if type(value) not in accepted:
-            raise ValueError(f"{what} {field.name}: expected {kind.__name__}, got {type(value).__name__} {value!r}.")
-        if field.type is not kind and value not in get_args(field.type):
-            known = list(get_args(field.type))
-            raise ValueError(f"{what} {field.name}: unknown value {value!r}.{nearest(value, known)}")
+        check_value(f"{what} {field.name}", getattr(config, field.name), field.type)
+
+
+def check_value(name: str, value: Any, wanted: Any) -> None:
+    """Raise a ValueError for a value that is not of a type, or none of a `Literal`'s choices; as `check_values`."""
+    kind = plain_type(wanted)
+    accepted = (int, float) if kind is float else (kind,)
+    if type(value) not in accepted:
+        raise ValueError(f"{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}.")
+    if wanted is not kind and value not in get_args(wanted):
+        raise ValueError(f"{name}: unknown value {value!r}.{nearest(value, list(get_args(wanted)))}")
 
 
 def check_least(name: str, value: int, least: int) -> None:

@@ -3,24 +3,25 @@
 A preset is a `ModelConfig`; overrides are checked against its fields, so a typo never passes silently.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from conddetr.config.build import BUILD_OPTIONS
 from conddetr.config.checks import check_values, nearest
+from conddetr.model.families import FAMILIES, FamilyName
 
 Backbone = Literal["resnet50", "resnet101", "tiny"]
-Backend = Literal["eager", "triton", "native", "auto"]
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines a detector and its criterion. Every field is an override of `build`.
+    """Everything that defines a detector and its criterion. Every field is an override of `build`, which has options
+    of its own besides (`conddetr.config.build`).
 
     Sources: Conditional DETR (Meng et al., ICCV 2021, "CD" below) and DETR (Carion et al., ECCV 2020).
     """
 
-    family: Literal["conditional-detr", "detr"] = "conditional-detr"
+    family: FamilyName = "conditional-detr"
     """`conditional-detr` (sigmoid logits, focal loss) or `detr` (softmax logits with a no-object class)."""
     num_classes: int = 91
     """Number of object classes. Logits: `num_classes`, plus one for no-object in the `detr` family."""
@@ -29,8 +30,6 @@ class ModelConfig:
     """`resnet50`, `resnet101` (torchvision, frozen batch norm) or `tiny` (stride 16, batch norm that trains)."""
     dilation: bool = False
     """DC5: the last ResNet stage keeps stride 16 and dilates its convolutions."""
-    pretrained_backbone: bool = False
-    """Start the ResNet from torchvision's ImageNet weights (downloaded on first use)."""
     train_backbone: bool = True
     """False freezes the whole backbone. In a ResNet the stem and first stage are frozen always."""
 
@@ -77,21 +76,16 @@ class ModelConfig:
     """Short side, in pixels, to which images are resized for evaluation; training scales follow it."""
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
-    backend: Backend = "auto"
-    """Implementation of the operations: `auto` (the best that can run), `triton` or `native` (an error where it
-    cannot), or `eager`: the reference in plain PyTorch, every module called as a module and nothing folded. It is no
-    part of what a model computes: weights are loaded with `auto`, whatever they were trained with, unless another one
-    is asked for."""
 
     @property
     def num_logits(self) -> int:
         """Width of the classification head."""
-        return self.num_classes + (self.family == "detr")
+        return self.num_classes + FAMILIES[self.family].no_object_logits
 
     @property
     def activation(self) -> str:
         """How scores come from logits: `sigmoid` or `softmax`."""
-        return "softmax" if self.family == "detr" else "sigmoid"
+        return FAMILIES[self.family].activation
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of all fields, as stored in checkpoints."""
@@ -110,25 +104,28 @@ _TINY = {
     "image_size": 128,
     "max_image_size": 213,
 }
-_DETR = {"family": "detr", "num_queries": 100, "class_weight": 1.0, "class_cost": 1.0}
-
-PRESETS: dict[str, ModelConfig] = {
-    "conditional-detr-r50": ModelConfig(),
-    "conditional-detr-dc5-r50": ModelConfig(dilation=True),
-    "conditional-detr-r101": ModelConfig(backbone="resnet101"),
-    "conditional-detr-dc5-r101": ModelConfig(backbone="resnet101", dilation=True),
-    "conditional-detr-tiny": ModelConfig(**_TINY),
-    "detr-r50": ModelConfig(**_DETR),
-    "detr-dc5-r50": ModelConfig(**_DETR, dilation=True),
-    "detr-r101": ModelConfig(**_DETR, backbone="resnet101"),
-    "detr-dc5-r101": ModelConfig(**_DETR, backbone="resnet101", dilation=True),
-    "detr-tiny": ModelConfig(**{**_DETR, **_TINY}),
-}
+_SIZES: tuple[dict[str, Any], ...] = (
+    {"backbone": "resnet50"},
+    {"backbone": "resnet50", "dilation": True},
+    {"backbone": "resnet101"},
+    {"backbone": "resnet101", "dilation": True},
+    _TINY,
+)
 
 
 def preset_name(family: str, backbone: str, dilation: bool) -> str:
     """The preset of these `ModelConfig` fields."""
     return f"{family}-{'dc5-' if dilation else ''}{backbone.replace('resnet', 'r')}"
+
+
+PRESETS: dict[str, ModelConfig] = {
+    preset_name(family, size["backbone"], size.get("dilation", False)): ModelConfig(
+        **{"family": family, **FAMILIES[family].of_presets, **size}
+    )
+    for family in FAMILIES
+    for size in _SIZES
+}
+"""Each family in each size: `conditional-detr-r50`, `-dc5-r50`, `-r101`, `-dc5-r101` and `-tiny`, and so on."""
 
 
 def resolve(preset: str, **overrides: Any) -> ModelConfig:
@@ -139,20 +136,24 @@ def resolve(preset: str, **overrides: Any) -> ModelConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"Unknown preset {preset!r}.{nearest(preset, list(PRESETS))}")
+    for name in BUILD_OPTIONS:
+        if name in overrides:
+            raise ValueError(f"{name} is an option of conddetr.build and conddetr.DETR, not of a configuration.")
     return from_dict({**PRESETS[preset].to_dict(), **overrides})
 
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
-    """A checked `ModelConfig` from a dict; fields that are absent keep their defaults.
+    """A checked `ModelConfig` from a dict; fields that are absent keep their defaults, and `BUILD_OPTIONS`, which were
+    fields once, are left out.
 
     Raises:
         ValueError: unknown field (with the nearest name), or a value out of range.
     """
-    known = [field.name for field in fields(ModelConfig)]
+    known = [*(field.name for field in fields(ModelConfig)), *BUILD_OPTIONS]
     for key in values:
         if key not in known:
             raise ValueError(f"Unknown model option {key!r}.{nearest(key, known)}")
-    config = replace(ModelConfig(), **values)
+    config = ModelConfig(**{name: value for name, value in values.items() if name not in BUILD_OPTIONS})
     check_values(config, "Model option")
     _check_combinations(config)
     _check_ranges(config)
@@ -160,11 +161,13 @@ def from_dict(values: dict[str, Any]) -> ModelConfig:
 
 
 def _check_combinations(config: ModelConfig) -> None:
-    if config.family == "detr" and (config.csq != "full" or config.reference_points != "generated"):
-        raise ValueError("csq and reference_points are options of the conditional-detr family, not of detr.")
-    if config.family != "detr" and config.cross_attention_positions != "all-layers":
-        raise ValueError("cross_attention_positions is an option of the detr family, not of conditional-detr.")
-    if config.backbone == "tiny" and (config.dilation or config.pretrained_backbone):
+    default = ModelConfig()
+    for name, family in FAMILIES.items():
+        own = family.own_options
+        if name != config.family and any(getattr(config, option) != getattr(default, option) for option in own):
+            are = "are options" if len(own) > 1 else "is an option"
+            raise ValueError(f"{' and '.join(own)} {are} of the {name} family, not of {config.family}.")
+    if config.backbone == "tiny" and config.dilation:
         raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")
 
 

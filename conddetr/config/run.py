@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conddetr.config import model as models
+from conddetr.config.build import Backend, Precision, check_build
 from conddetr.config.checks import check_values, nearest, plain_type
-from conddetr.config.model import ModelConfig, Precision
+from conddetr.config.model import ModelConfig
 from conddetr.files import read_text
 
 _LARGEST_SEED = 2**63 - 1
@@ -201,8 +202,15 @@ class RunConfig:
     weights: str = ""
     """Start from these weights, a checkpoint of anybody or `coco` or `official`, the public ones of the preset; a class
     head trained on other classes is left out."""
+    pretrained_backbone: bool = False
+    """Start the ResNet from torchvision's ImageNet weights (downloaded on first use)."""
     device: str = ""
     """`cpu`, `cuda` or `cuda:N`; default: CUDA where there is one."""
+    backend: Backend = "auto"
+    """Implementation of the operations: `auto` (the best that can run), `triton` or `native` (an error where it
+    cannot), or `eager`: the reference in plain PyTorch, every module called as a module and nothing folded. It is no
+    part of what a model computes: weights are loaded with `auto`, whatever they were trained with, unless another one
+    is asked for."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -276,13 +284,14 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     has_images = data.dataset or data.coco_path or data.annotations or data.val_annotations
     usual = "conditional-detr-r50" if has_images else "conditional-detr-tiny"
     preset = run.pop("preset", "") or usual
-    chosen = part(ModelConfig)
-    is_tiny = chosen.get("backbone", models.resolve(preset).backbone) == "tiny"
+    model = models.resolve(preset, **part(ModelConfig))
+    is_tiny = model.backbone == "tiny"
     # A ResNet that starts from nothing learns little; the tiny backbone has no other weights.
-    model = models.resolve(preset, **{"pretrained_backbone": not is_tiny, **chosen})
+    run.setdefault("pretrained_backbone", not is_tiny)
     train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
     run["preset"] = models.preset_name(model.family, model.backbone, model.dilation)
     resolved = RunConfig(model=model, data=data, train=train, **run)
+    check_build(model.backbone, resolved.backend, resolved.pretrained_backbone)
     check_values(resolved, "Run option")
     return resolved
 

@@ -11,6 +11,7 @@ from conddetr.engine.progress import Steps, say
 from conddetr.kernels import records
 from conddetr.kernels.registry import OPERATIONS
 from conddetr.loss.criterion import loss_backend
+from conddetr.model.families.table import PARTS
 
 PYTORCH = "PyTorch"
 """In place of a backend, where it is `eager`."""
@@ -67,25 +68,27 @@ class Chosen:
         ]
 
 
-def chosen(model: ModelConfig, device: torch.device, precision: str, *, trains: bool, compiled: bool = False) -> Chosen:
+def chosen(
+    model: ModelConfig, backend: str, device: torch.device, precision: str, *, trains: bool, compiled: bool = False
+) -> Chosen:
     """What a model runs on a device.
 
     Args:
-        model: whose backend counts.
+        model: its configuration.
+        backend: of the model.
         device: where it runs.
         precision: `float32` or `bfloat16`.
         trains: with matching and losses.
         compiled: by torch.compile, which takes PyTorch's convolutions.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    parts = {"attention": _attention(model, device, dtype)}
+    parts = {"attention": _attention(model, backend, device, dtype)}
     if trains:
-        backend = loss_backend(model.backend)
-        loss = "matched_box_loss" if model.family == "detr" else "focal_loss"
-        parts["matching"] = _part("linear_assignment", backend, device, torch.float32, model.num_queries)
-        parts["loss"] = _part(loss, backend, device, torch.float32)
-    parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, device, dtype)
-    left_out = _left_out(device, dtype) if model.backend == "auto" else ()
+        of_losses = loss_backend(backend)
+        parts["matching"] = _part("linear_assignment", of_losses, device, torch.float32, model.num_queries)
+        parts["loss"] = _part(PARTS[model.family].loss_operation, of_losses, device, torch.float32)
+    parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, backend, device, dtype)
+    left_out = _left_out(device, dtype) if backend == "auto" else ()
     return Chosen(parts, precision, float32_products(device), left_out)
 
 
@@ -103,11 +106,11 @@ def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _attention(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
-    if model.family == "detr":
-        return _part("self_attention", model.backend, device, dtype)
+def _attention(model: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
     heads, width = model.num_heads, model.hidden_dim // model.num_heads
-    return _part("conditional_attention", model.backend, device, dtype, device, (1, 1, heads, width), (width,) * 3)
+    # What `conditional_attention` wants to know of its inputs; self-attention does not ask.
+    facts = (device, (1, 1, heads, width), (width,) * 3)
+    return _part(PARTS[model.family].attention_operation, backend, device, dtype, *facts)
 
 
 def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Part:
@@ -123,16 +126,15 @@ def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype
     return Part(PYTORCH, choice.refused.get(backend, "").removesuffix("."))
 
 
-def _backbone(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Part:
+def _backbone(model: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
     if model.backbone == "tiny":
         return Part(PYTORCH)
-    if model.backend == "eager":
+    if backend == "eager":
         return Part(PYTORCH, "backend eager")
     if device.type != "cuda":
         return _part("convolution", "auto", device, dtype)
     # A model whose backend is given by name takes them unproven.
-    backend = "auto" if model.backend == "auto" else "triton"
-    part = _part("convolution", backend, device, dtype)
+    part = _part("convolution", "auto" if backend == "auto" else "triton", device, dtype)
     return part if part.by == PYTORCH else replace(part, by="channels-last")
 
 

@@ -29,8 +29,8 @@ BUCKETS = 4
 Step = Callable[[Sequence[Batch], Sequence[PackedTargets], Tensor, Tensor], Tensor]
 
 
-def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) -> str | None:
-    """What forbids to record steps here, in half a sentence; None: nothing.
+def why_no_graphs(model: ModelConfig, backend: str, train: TrainConfig, device: torch.device) -> str | None:
+    """What forbids to record steps of a model on a backend here, in half a sentence; None: nothing.
 
     `auto` also leaves alone what was never tried together.
     """
@@ -38,8 +38,8 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
         return f"graphs need an NVIDIA GPU, the device is {device}"
     if distributed.world_size() > 1:
         return f"graphs are recorded in one process, there are {distributed.world_size()}"
-    backend = loss_backend(model.backend)
-    matching = OPERATIONS["linear_assignment"].prefer(backend, device, torch.float32, model.num_queries)
+    facts = (device, torch.float32, model.num_queries)
+    matching = OPERATIONS["linear_assignment"].prefer(loss_backend(backend), *facts)
     if matching.backend == "eager":
         why = next(iter(matching.refused.values()), "backend eager").removesuffix(".")
         return f"predictions would be matched on the host, for which a graph cannot wait ({why})"
@@ -50,11 +50,11 @@ def why_no_graphs(model: ModelConfig, train: TrainConfig, device: torch.device) 
     return None
 
 
-def buckets(model: ModelConfig, train: TrainConfig, device: torch.device) -> int:
+def buckets(model: ModelConfig, backend: str, train: TrainConfig, device: torch.device) -> int:
     """`pad_buckets` as asked for, or else so many that there are few graphs, and none where nothing is recorded."""
     if train.pad_buckets >= 0:
         return train.pad_buckets
-    return BUCKETS if train.cuda_graphs != "off" and why_no_graphs(model, train, device) is None else 0
+    return BUCKETS if train.cuda_graphs != "off" and why_no_graphs(model, backend, train, device) is None else 0
 
 
 @dataclass(frozen=True)

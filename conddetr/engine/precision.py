@@ -53,7 +53,7 @@ def for_inference(model: DETR, precision: str) -> DETR:
     The model itself where it is such a copy already or was compiled, and with backend `eager`, of which nothing is
     folded.
     """
-    if model.fusion is not None or model._compiled_call_impl is not None or model.config.backend == "eager":
+    if model.fusion is not None or model._compiled_call_impl is not None or model.backend == "eager":
         return model
     is_half = precision == "bfloat16" and model.dtype == torch.float32
     return model.fused(dtype=torch.bfloat16 if is_half else None)

@@ -265,10 +265,10 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         resume = _file_to_resume(run)
         # A resumed run brings its own weights; so do named ones.
         weights = None if resume else start or (run.weights and locate(run.weights, run.preset))
-        downloads = run.model.pretrained_backbone and not (resume or weights)
+        run = replace(run, pretrained_backbone=run.pretrained_backbone and not (resume or weights))
         torch.manual_seed(run.train.seed)
-        overrides = {**run.model.to_dict(), "num_classes": len(train_set.classes), "pretrained_backbone": downloads}
-        model = build(run.preset, **overrides)
+        how = {"backend": run.backend, "pretrained_backbone": run.pretrained_backbone}
+        model = build(run.preset, **how, **{**run.model.to_dict(), "num_classes": len(train_set.classes)})
         if distributed.is_main():
             _print_start(run, model, train_set, val_set, show_config)
         if weights:

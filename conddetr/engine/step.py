@@ -53,7 +53,7 @@ class Stepper:
         self.steps_per_epoch = steps_per_epoch
         check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
         max_targets = config.max_targets or None
-        criterion = build_criterion(model.config, max_targets=max_targets, check_finite=check_finite)
+        criterion = build_criterion(model, max_targets=max_targets, check_finite=check_finite)
         self.criterion = criterion.to(device, non_blocking=True)
         self.optimizer = make_optimizer(model, config)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
@@ -62,7 +62,8 @@ class Stepper:
         self.forward = _distributed(model, device)
         self.graphs: StepGraphs | None = None
         """Of whole steps, where they are recorded."""
-        self.why_no_graphs = "" if config.cuda_graphs == "off" else why_no_graphs(model.config, config, device)
+        is_off = config.cuda_graphs == "off"
+        self.why_no_graphs = "" if is_off else why_no_graphs(model.config, model.backend, config, device)
         """What forbids to record steps; empty: the configuration; None: nothing."""
         if self.why_no_graphs and config.cuda_graphs == "on":
             raise ValueError(f"Training option cuda_graphs: {self.why_no_graphs}. Train without it.")

@@ -78,9 +78,10 @@ class Trainer:
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
         """Whether all processes have it: they train in one precision."""
         precision = resolve_precision(run.train.precision, self._has_bfloat16)
-        prove(device, model.config.backend)
-        self.config = replace(run.train, pad_buckets=buckets(model.config, run.train, device), precision=precision)
-        self.run = replace(run, model=model.config, train=self.config)
+        prove(device, model.backend)
+        pad_buckets = buckets(model.config, model.backend, run.train, device)
+        self.config = replace(run.train, pad_buckets=pad_buckets, precision=precision)
+        self.run = replace(run, model=model.config, backend=model.backend, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
         self.is_main = distributed.is_main()
@@ -127,8 +128,9 @@ class Trainer:
     @property
     def chosen(self) -> Chosen:
         """What it computes with."""
-        config = self.config
-        return chosen(self.model.config, self.device, config.precision, trains=True, compiled=config.compile)
+        model, config = self.model, self.config
+        how = {"trains": True, "compiled": config.compile}
+        return chosen(model.config, model.backend, self.device, config.precision, **how)
 
     def resume(self, path: str | Path) -> None:
         """Go on exactly where the checkpoint of a run was saved, in the middle of an epoch too.
@@ -155,7 +157,8 @@ class Trainer:
             position.step = position.epoch * self.stepper.steps_per_epoch
         self.stepper.load_state(content)
         self._go_on_in(content["run"]["train"].get("precision", "float32"))
-        was, now = content["config"].get("backend"), self.model.config.backend
+        # Older checkpoints have it in the configuration of the model.
+        was, now = content["run"].get("backend", content["config"].get("backend")), self.model.backend
         if was != now:
             self.changes.append(f"backend was {was}, is {now}: other roundings, and other random numbers of dropout")
         self.changes += self.chosen.changes(content.get("chosen", {}))
@@ -184,7 +187,7 @@ class Trainer:
                 f"the first that differs was {was}, is {now}. {advice}"
             )
         own = self.model.config.to_dict()
-        differing = _differences(content["config"], own, {"pretrained_backbone", "backend"})
+        differing = _differences(content["config"], own)
         if differing:
             raise ValueError(f"Checkpoint {path} is of another model: {differing}. {advice}")
 
@@ -432,7 +435,7 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield window
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any], ignored: Iterable[str] = ()) -> str:
+def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
     """`name was …, is …` for every value that differs."""
-    names = [name for name in own if name not in ignored and saved.get(name) != own[name]]
+    names = [name for name in own if saved.get(name) != own[name]]
     return ", ".join(f"{name} was {saved.get(name)!r}, is {own[name]!r}" for name in names)

@@ -1,6 +1,5 @@
 """Our operations in a detector that somebody already has, in place."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import UnionType
@@ -15,14 +14,10 @@ from conddetr.interop.report import AccelerationReport, Part, describe, paramete
 from conddetr.kernels import registry
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
+from conddetr.model.encoder import EncoderSelfAttention
+from conddetr.model.families.conditional_detr.attention import ConditionalCrossAttention, ProjectedSelfAttention
+from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder
 from conddetr.model.layers import FeedForward
-from conddetr.model.transformer import (
-    ConditionalCrossAttention,
-    ConditionalDecoder,
-    EncoderSelfAttention,
-    ProjectedSelfAttention,
-    attends_natively,
-)
 
 
 def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) -> AccelerationReport:
@@ -140,7 +135,6 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
-    change(model, config=dataclasses.replace(model.config, backend=backend))
     for module in model.parts_with_backend():
         change(module, backend=backend)
     report, note = AccelerationReport(), describe(choice, parameter_of(model))

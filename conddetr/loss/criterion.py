@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conddetr.config import ModelConfig
-from conddetr.kernels import focal_loss, matched_box_loss, prediction_errors, registry
-from conddetr.kernels.focal import matched_classes
+from conddetr.kernels import matched_box_loss, prediction_errors, registry
 from conddetr.kernels.stack import stacked
 from conddetr.loss.matcher import assign
 from conddetr.loss.targets import PackedTargets, pack_targets
+from conddetr.model.families.table import PARTS
 
 
 def loss_backend(backend: str) -> str:
@@ -138,16 +137,10 @@ class Criterion(nn.Module):
         done once.
         """
         of_boxes = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
-        if self.config.family == "detr":
-            classes = matched_classes(assignment, targets.labels)
-            of_classes = self._cross_entropy(logits, classes)
-            num_boxes, class_weights = normalizer.to(of_classes.dtype)
-            divisor = torch.stack([class_weights, num_boxes, num_boxes]).unsqueeze(1)
-        else:
-            options = (self.config.focal_alpha, self.config.focal_gamma, self.backend)
-            of_classes = focal_loss(logits, assignment, *options, labels=targets.labels)
-            # A scalar of another dtype need not be cast before.
-            divisor = normalizer[0]
+        family = PARTS[self.config.family]
+        options = (self.class_weight, self.config, self.backend)
+        of_classes = family.class_loss(logits, assignment, targets.labels, *options)
+        divisor = family.divisor(normalizer, of_classes.dtype)
         return torch.cat([of_classes.unsqueeze(0), of_boxes]) / divisor
 
     def _total(self, losses: Tensor) -> Tensor:
@@ -156,14 +149,6 @@ class Criterion(nn.Module):
         weights = self.weights
         total = of_classes.mul(weights["loss_ce"]).add(l1, alpha=weights["loss_bbox"])
         return total.add(overlap, alpha=weights["loss_giou"])
-
-    def _cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Of each layer, [L]: logits [L, B, Q, K], classes [L, B, Q], -1 for none."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        target = torch.where(classes < 0, logits.shape[-1] - 1, classes)
-        weight = self.class_weight.to(logits.dtype)
-        loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-        return loss.view(len(logits), -1).sum(1)
 
 
 def _name_by_layer(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -124,10 +124,14 @@ def _conv_norm_relu(channels_in: int, channels: int, stride: int) -> nn.Sequenti
     )
 
 
-def build_backbone(config: ModelConfig) -> nn.Module:
-    """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels."""
+def build_backbone(config: ModelConfig, backend: str, pretrained: bool) -> nn.Module:
+    """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels.
+
+    Args:
+        config: of the model.
+        backend: of a ResNet.
+        pretrained: start a ResNet from torchvision's ImageNet weights, downloaded on first use.
+    """
     if config.backbone == "tiny":
         return TinyBackbone().requires_grad_(config.train_backbone)
-    return ResNetBackbone(
-        config.backbone, config.dilation, config.pretrained_backbone, config.train_backbone, config.backend
-    )
+    return ResNetBackbone(config.backbone, config.dilation, pretrained, config.train_backbone, backend)

@@ -3,27 +3,27 @@
 Source: DETR section 3 and Conditional DETR section 3; parameter names are those of the official code.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conddetr.config import ModelConfig
+from conddetr.config import ModelConfig, check_build
 from conddetr.graphed import Graphs
 from conddetr.kernels import grid_positions, predicted_boxes, registry
 from conddetr.kernels.stack import unstacked
 from conddetr.model.backbone import build_backbone
+from conddetr.model.families.table import PARTS
 from conddetr.model.fast import make_plan
 from conddetr.model.fused import FusionReport, fused_copy
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import table
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import FeatureGrid, Transformer
+from conddetr.model.transformer import Transformer
 
 _HERE = "conddetr.model."
 
@@ -67,9 +67,22 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 class DETR(nn.Module):
     """Conditional DETR or the original DETR, as `config.family` says."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, backend: str = "auto", pretrained_backbone: bool = False) -> None:
+        """
+        Args:
+            config: what it computes.
+            backend: implementation of the operations, see `RunConfig.backend`.
+            pretrained_backbone: start the ResNet from torchvision's ImageNet weights (downloaded on first use).
+
+        Raises:
+            ValueError: no such backend; the backbone has no weights to start from.
+            OSError: the weights cannot be downloaded.
+        """
         super().__init__()
+        check_build(config.backbone, backend, pretrained_backbone)
         self.config = config
+        self.backend = backend
+        """What it runs on; `set_backend` changes it, in all parts."""
         self.fusion: FusionReport | None = None
         """What was fused, of a copy that `fused` made; None: this is no such copy."""
         self.autocast: torch.dtype | None = None
@@ -77,22 +90,15 @@ class DETR(nn.Module):
         self.graphs: Graphs | None = None
         """Of a frozen copy that is replayed, one for each kind of inputs; None: it is called."""
         dim = config.hidden_dim
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, backend)
         self.class_embed = nn.Linear(dim, config.num_logits)
         self.bbox_embed = MLP(dim, dim, 4, 3)
         self.query_embed = nn.Embedding(config.num_queries, dim)
-        backbone = build_backbone(config)
+        backbone = build_backbone(config, backend, pretrained_backbone)
         self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
         # A Sequential of one: official checkpoints name it `backbone.0`.
         self.backbone = nn.Sequential(backbone)
-        if config.family == "conditional-detr":
-            self._initialize_heads()
-
-    def _initialize_heads(self) -> None:
-        """Every class starts at probability 0.01 (focal prior), every box at its reference point."""
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        PARTS[config.family].initialize_heads(self.class_embed, self.bbox_embed)
 
     def forward(
         self, images: Tensor | list[Tensor], mask: Tensor | None = None, *, valid_hw: Tensor | None = None
@@ -119,7 +125,7 @@ class DETR(nn.Module):
 
     def _detect_in_own_dtype(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
         own = nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
-        with registry.demanded(self.config.backend), own:
+        with registry.demanded(self.backend), own:
             return self._detect(images, mask, valid_hw)
 
     def _detect(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
@@ -173,12 +179,11 @@ class DETR(nn.Module):
 
     def set_backend(self, backend: str) -> None:
         """Let all parts run on another backend; `conddetr.accelerate` does so after a check that it can run."""
-        self.config = replace(self.config, backend=backend)
         for module in self.parts_with_backend():
             module.backend = backend
 
     def parts_with_backend(self) -> Iterator[nn.Module]:
-        """The modules whose attribute `backend` says what they run on; not any that happens to have one."""
+        """The modules whose `backend` says what they run on, this one first; not any that happens to have one."""
         for module in self.modules():
             if hasattr(module, "backend") and any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__):
                 yield module
@@ -200,7 +205,7 @@ class DETR(nn.Module):
         size, dim = tuple(features.shape[-2:]), self.config.hidden_dim
         if mask is None:
             # Without padding one encoding serves the whole batch.
-            backend = "eager" if self.config.backend == "eager" else "auto"
+            backend = "eager" if self.backend == "eager" else "auto"
             position, padding, cells = grid_positions(features, image_size, dim, valid_hw, backend=backend)
             return FeatureGrid(size, padding, cells), position
         padding = resize_mask(mask, size)
@@ -215,7 +220,7 @@ class DETR(nn.Module):
         if reference is None:
             boxes = offsets.sigmoid()
         else:
-            boxes = predicted_boxes(offsets, reference, "eager" if self.config.backend == "eager" else "auto")
+            boxes = predicted_boxes(offsets, reference, "eager" if self.backend == "eager" else "auto")
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(unstacked(logits), unstacked(boxes), strict=True)]
         output = layers.pop()
         if self.config.aux_loss:

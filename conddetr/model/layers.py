@@ -31,12 +31,12 @@ class FeedForward(nn.Module):
     The attributes carry the official names, hence this is inherited and not a submodule.
     """
 
-    def __init__(self, config: ModelConfig, num_norms: int) -> None:
+    def __init__(self, config: ModelConfig, backend: str, num_norms: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(config.hidden_dim, config.ffn_dim)
         self.linear2 = nn.Linear(config.ffn_dim, config.hidden_dim)
         self.dropout = config.dropout
-        self.backend = config.backend
+        self.backend = backend
         for index in range(1, num_norms + 1):
             self.add_module(f"norm{index}", nn.LayerNorm(config.hidden_dim))
 

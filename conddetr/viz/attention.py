@@ -4,19 +4,19 @@ Source: figures 1 and 3 of the Conditional DETR paper.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor, nn
+from torch import Tensor
 
 from conddetr.detection import Detection
-from conddetr.kernels.attn import attention_weights, dense_spatial_keys
+from conddetr.kernels.attn import attention_weights
 from conddetr.model.detr import DETR
-from conddetr.model.transformer import ConditionalDecoderLayer, Keys
+from conddetr.model.families.products import Products
+from conddetr.model.families.table import PARTS
 from conddetr.viz.boxes import draw_boxes
 from conddetr.viz.fonts import lettering
 
@@ -39,26 +39,12 @@ class AttentionMaps:
     """Height and width of a cell of the feature map as parts of the image."""
 
 
-class _Products(NamedTuple):
-    """Queries [1, Q, C] and keys [1, N, C] whose two products are the scores of an attention."""
-
-    q_spatial: Tensor
-    k_spatial: Tensor
-    q_content: Tensor
-    k_content: Tensor
-    formulas: tuple[str, str]
-
-
 @torch.no_grad()
 def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, AttentionMaps]:
     """Run a model on one image and see where one decoder layer looks.
 
-    The products are made from what goes into the cross-attention, so they do not depend on the kernels that run it:
-
-    - Conditional DETR: spatial p_q·p_k and content c_q·c_k, as concatenated. In its first layer positions are added to
-      the content as well: (c_q + o_q)·(c_k + p_k), o_q being the projected object query.
-    - DETR: it adds positions to the content and projects both together; the projection being linear, the same scores
-      are a spatial (c_q + o_q)·p_k plus a content (c_q + o_q)·c_k.
+    The products are made from what goes into the cross-attention, so they do not depend on the kernels that run it; of
+    each family they stand in its folder of `conddetr.model.families`.
 
     Args:
         model: either family; put into eval mode.
@@ -75,7 +61,8 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
     if not -len(layers) <= layer < len(layers):
         raise ValueError(f"layer: expected 0 to {len(layers) - 1}, or negative from the end, got {layer}.")
     layer %= len(layers)
-    attention = layers[layer].multihead_attn if model.config.family == "detr" else layers[layer].cross_attn
+    family = PARTS[model.config.family]
+    attention = family.cross_attention(layers[layer])
     inputs: list[tuple] = []
     features: list[Tensor] = []
     hooks = [
@@ -88,46 +75,20 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
     finally:
         for hook in hooks:
             hook.remove()
-    if model.config.family == "detr":
-        products, width = _detr_products(attention, *inputs[0]), model.config.hidden_dim
-    else:
-        products, width = _conditional_products(layers[layer], *inputs[0]), 2 * model.config.hidden_dim
-    heads = model.config.num_heads
-    weights = _weights(products, heads, (width // heads) ** -0.5)
+    products = family.products(layers[layer], *inputs[0])
+    weights = _weights(products, model.config.num_heads)
     weights = weights.unflatten(-1, tuple(features[0].shape[-2:])).cpu()
     stride = model.backbone[0].stride
     cell = (stride / image.shape[-2], stride / image.shape[-1])
     return output, AttentionMaps(weights, products.formulas, layer, cell)
 
 
-def _weights(products: _Products, num_heads: int, scale: float) -> Tensor:
+def _weights(products: Products, num_heads: int) -> Tensor:
     """-> [3, Q, heads, N]."""
     q_spatial, k_spatial, q_content, k_content = (part.float().unflatten(-1, (num_heads, -1)) for part in products[:4])
     both = torch.cat([q_spatial, q_content], dim=-1), torch.cat([k_spatial, k_content], dim=-1)
     pairs = ((q_spatial, k_spatial), (q_content, k_content), both)
-    return torch.cat([attention_weights(query, key, None, scale) for query, key in pairs]).transpose(1, 2)
-
-
-def _conditional_products(
-    layer: ConditionalDecoderLayer, q_content: Tensor, q_spatial: Tensor, keys: Keys, *_: Any
-) -> _Products:
-    """The halves that the official code concatenates."""
-    k_spatial = dense_spatial_keys(*keys.spatial) if isinstance(keys.spatial, tuple) else keys.spatial
-    if layer.is_first:
-        # Here arrive q and q + q_s, of which the layer makes q·k + (q + q_s)·k_p. The official halves of the same sum
-        # are q·(k + k_p) and q_s·k_p.
-        formulas = (r"$p_q^\top p_k$", r"$(c_q + o_q)^\top (c_k + p_k)$")
-        return _Products(q_spatial - q_content, k_spatial, q_content, keys.content + k_spatial, formulas)
-    return _Products(q_spatial, k_spatial, q_content, keys.content, (r"$p_q^\top p_k$", r"$c_q^\top c_k$"))
-
-
-def _detr_products(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, memory: Tensor) -> _Products:
-    """The original DETR's scores, parted by what the key projection is applied to: positions or memory."""
-    (q_weight, k_weight, _), (q_bias, k_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
-    projected = F.linear(query, q_weight, q_bias)
-    formulas = (r"$(c_q + o_q)^\top p_k$", r"$(c_q + o_q)^\top c_k$")
-    k_spatial, k_content = F.linear(key - memory, k_weight), F.linear(memory, k_weight, k_bias)
-    return _Products(projected, k_spatial, projected, k_content, formulas)
+    return torch.cat([attention_weights(query, key, None, products.scale) for query, key in pairs]).transpose(1, 2)
 
 
 def attention_figure(image: Tensor, found: Detection, index: int, maps: AttentionMaps) -> Figure:

@@ -145,12 +145,15 @@ def _names(classes: list[dict[str, Any]]) -> list[str]:
     return [category["name"] for category in classes]
 
 
-def load_model(source: str | Path, preset: str | None = None, **overrides: Any) -> tuple[DETR, Weights]:
+def load_model(
+    source: str | Path, preset: str | None = None, *, backend: str = "auto", **overrides: Any
+) -> tuple[DETR, Weights]:
     """A model with the weights of a checkpoint of anybody, in training mode.
 
     Args:
         source: as `read_weights`.
         preset: what the checkpoint is of; it alone tells dilation where the checkpoint does not.
+        backend: as in `build`, whatever the weights were trained with.
         overrides: fields of `ModelConfig`.
 
     Returns:
@@ -167,7 +170,7 @@ def load_model(source: str | Path, preset: str | None = None, **overrides: Any) 
     if preset and preset != name:
         configs.resolve(preset)
         raise ValueError(f"{weights.origin} is of {name}, not of {preset}.")
-    model = DETR(configs.from_dict({**config.to_dict(), "pretrained_backbone": False, **overrides}))
+    model = DETR(configs.from_dict({**config.to_dict(), **overrides}), backend=backend)
     load(model, weights)
     weights.classes = weights.classes or _default_classes(model.config.num_classes)
     return model, weights

@@ -81,8 +81,7 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
     weights.classes = _listed(content.get("classes"))
     config = content.get("config")
     if isinstance(config, dict) and {"family", "backbone"} <= config.keys():
-        # What it was trained on is for the log: see `ModelConfig.backend`.
-        weights.config = configs.from_dict({**config, "backend": configs.ModelConfig.backend})
+        weights.config = configs.from_dict(config)
         weights.run, weights.metrics = content.get("run"), content.get("metrics") or None
     elif official.identify(weights.state):
         weights.options = official.model_options(content)

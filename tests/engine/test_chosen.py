@@ -42,7 +42,7 @@ def on_gpu(monkeypatch):
 
 
 def line(backend: str = "auto", precision: str = "bfloat16", trains: bool = True, **options: object) -> str:
-    return chosen(replace(R50, backend=backend), GPU, precision, trains=trains, **options).line()
+    return chosen(R50, backend, GPU, precision, trains=trains, **options).line()
 
 
 def test_all_is_proven(on_gpu):
@@ -93,13 +93,15 @@ def test_a_backend_by_name_needs_no_proof(on_gpu):
 
 def test_on_a_cpu(monkeypatch):
     if native.NOT_LOADED is None:
-        assert chosen(R50, CPU, "float32", trains=True).line() == (
+        assert chosen(R50, "auto", CPU, "float32", trains=True).line() == (
             "attention: native, matching: native, loss: PyTorch, backbone: native, float32"
         )
         tiny = PRESETS["conditional-detr-tiny"]
-        assert chosen(tiny, CPU, "float32", trains=False).line() == "attention: native, backbone: PyTorch, float32"
+        assert (
+            chosen(tiny, "auto", CPU, "float32", trains=False).line() == "attention: native, backbone: PyTorch, float32"
+        )
     monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
-    assert chosen(R50, CPU, "float32", trains=False).line() == (
+    assert chosen(R50, "auto", CPU, "float32", trains=False).line() == (
         "attention: PyTorch (the native kernels are not built), backbone: PyTorch, float32"
     )
 
@@ -107,24 +109,24 @@ def test_on_a_cpu(monkeypatch):
 def test_on_a_cpu_the_reason_is_that_of_the_native_kernels(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if native.NOT_LOADED is None:
-        assert chosen(R50, CPU, "bfloat16", trains=False).line() == (
+        assert chosen(R50, "auto", CPU, "bfloat16", trains=False).line() == (
             "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
         )
-    said = chosen(replace(PRESETS["detr-r50"], backend="triton"), CPU, "float32", trains=True).line()
+    said = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
     assert said.startswith("attention: PyTorch (this operation has no such kernels), matching: PyTorch (its kernels ru")
 
 
 def test_what_has_no_kernels_on_a_gpu_needs_no_reason(on_gpu):
     """Attention of the original DETR is PyTorch's there; of its losses kernels compute those of the boxes."""
     with records.pretend(record(**{**GOOD, "matched_box_loss": 4.0})):
-        said = chosen(PRESETS["detr-r50"], GPU, "bfloat16", trains=True).line()
+        said = chosen(PRESETS["detr-r50"], "auto", GPU, "bfloat16", trains=True).line()
     assert said.startswith("attention: PyTorch, matching: triton (checked on NVIDIA H100, 9.0×), loss: triton (4.0×)")
 
 
 def test_sizes_that_kernels_do_not_take_are_said(on_gpu):
     narrow = replace(R50, hidden_dim=64, num_queries=20_000)
     with records.pretend(record(**GOOD)):
-        parts = chosen(narrow, GPU, "float32", trains=True).parts
+        parts = chosen(narrow, "auto", GPU, "float32", trains=True).parts
     assert (parts["attention"].by, parts["attention"].note) == (
         "PyTorch",
         "d, ds, dv must be from 16 to 128, got (8, 8, 8)",
@@ -291,4 +293,4 @@ def test_processes_choose_the_same_whatever_gpus_and_records_they_have(tmp_path,
 
 
 def test_build_and_accelerate_prefer_by_default():
-    assert conddetr.build("conditional-detr-tiny", num_classes=3).config.backend == "auto"
+    assert conddetr.build("conditional-detr-tiny", num_classes=3).backend == "auto"

@@ -196,7 +196,7 @@ def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
 
 
 def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
-    config = conddetr.config.resolve("conditional-detr-tiny", backend="auto")
+    config = conddetr.config.resolve("conditional-detr-tiny")
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match=r"cuda_graphs: graphs need an NVIDIA GPU, the device is cpu. Train without"):
         Stepper(model, TrainConfig(cuda_graphs="on"), CPU, 1)
@@ -204,22 +204,22 @@ def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
     assert Stepper(model, by_itself, CPU, 1).graphs is None
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     with records.pretend(None):
-        reason = why_no_graphs(config, by_itself, cuda)
+        reason = why_no_graphs(config, "auto", by_itself, cuda)
     assert "matched on the host" in reason
     assert "conddetr check" in reason
     monkeypatch.setattr(records, "why_not", lambda *_: None)
-    assert why_no_graphs(config, by_itself, cuda) is None
-    assert "matched on the host" in why_no_graphs(replace(config, backend="eager"), by_itself, cuda)
-    assert why_no_graphs(config, TrainConfig(compile=True), cuda) == "the model is compiled"
-    assert why_no_graphs(config, TrainConfig(compile=True, cuda_graphs="on"), cuda) is None
-    assert "check_finite" in why_no_graphs(config, TrainConfig(check_finite="always"), cuda)
-    assert buckets(config, by_itself, cuda) == 4
-    assert buckets(config, TrainConfig(pad_buckets=0), cuda) == 0
-    assert buckets(config, TrainConfig(pad_buckets=7), CPU) == 7
-    assert buckets(config, TrainConfig(cuda_graphs="off"), cuda) == buckets(config, by_itself, CPU) == 0
+    assert why_no_graphs(config, "auto", by_itself, cuda) is None
+    assert "matched on the host" in why_no_graphs(config, "eager", by_itself, cuda)
+    assert why_no_graphs(config, "auto", TrainConfig(compile=True), cuda) == "the model is compiled"
+    assert why_no_graphs(config, "auto", TrainConfig(compile=True, cuda_graphs="on"), cuda) is None
+    assert "check_finite" in why_no_graphs(config, "auto", TrainConfig(check_finite="always"), cuda)
+    assert buckets(config, "auto", by_itself, cuda) == 4
+    assert buckets(config, "auto", TrainConfig(pad_buckets=0), cuda) == 0
+    assert buckets(config, "auto", TrainConfig(pad_buckets=7), CPU) == 7
+    assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, by_itself, CPU) == 0
     assert small_trainer(tmp_path).run.train.pad_buckets == 0
     monkeypatch.setattr(graphs.distributed, "world_size", lambda: 2)
-    assert "one process, there are 2" in why_no_graphs(config, by_itself, cuda)
+    assert "one process, there are 2" in why_no_graphs(config, "auto", by_itself, cuda)
 
 
 @pytest.mark.gpu

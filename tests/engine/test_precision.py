@@ -111,6 +111,11 @@ def test_checkpoints_of_before_go_on_in_float32(tmp_path, monkeypatch, stored):
     del content["chosen"]
     if stored:
         content["run"]["train"]["precision"] = stored
+    else:
+        # Older still: these two were of the model's configuration.
+        of_build = {name: content["run"].pop(name) for name in ("backend", "pretrained_backbone")}
+        content["config"].update(of_build)
+        content["run"]["model"].update(of_build)
     save_checkpoint(tmp_path / "checkpoint.pt", content)
     run = resumed(tmp_path, True, monkeypatch)
     assert run.stepper.config.precision == "float32"
@@ -143,11 +148,10 @@ def test_a_checkpoint_of_a_default_run_is_one_of_the_reference(tmp_path):
     """Its weights load strictly, and predict the same: within the budgets of the golden outputs."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     run = small_trainer(tmp_path)
-    assert run.model.config.backend == "auto"
+    assert run.model.backend == "auto"
     run.fit()
     path = tmp_path / "checkpoint.pt"
-    config = {**run.model.config.to_dict(), "backend": "eager"}
-    reference = conddetr.DETR(conddetr.config.from_dict(config))
+    reference = conddetr.DETR(run.model.config, backend="eager")
     assert conddetr.load_weights(reference, path).complete
     default = conddetr.Detector.from_checkpoint(path, device="cpu").model
     images = [torch.randn(3, 64, 64), torch.randn(3, 48, 64)]

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def loss_with(model, seen):
-    criterion = conddetr.build_criterion(model.config)
+    criterion = conddetr.build_criterion(model)
 
     def loss_of(batch):
         seen.append((model.training, tuple(batch.images.shape), batch.counts))

@@ -93,7 +93,7 @@ def test_backends_of_ours_are_those_from_before():
     conddetr.accelerate(model, "auto")
     model.note = "stays"
     conddetr.decelerate(model)
-    assert model.config.backend == "eager"
+    assert model.backend == "eager"
     assert {module.backend for module in model.modules() if hasattr(module, "backend")} == {"eager"}
     assert model.note == "stays"
 

@@ -277,7 +277,7 @@ def test_thirty_steps_give_the_same_loss_curve():
     for backend in ("eager", "triton"):
         torch.manual_seed(0)
         model = conddetr.build("conditional-detr-tiny", num_classes=4, num_queries=12, aux_loss=False).to(DEVICE)
-        trained = conddetr.build_criterion(model.config, backend)
+        trained = conddetr.build_criterion(model, backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         curves.append([])
         for _ in range(30):

@@ -41,7 +41,7 @@ def test_outputs_and_gradients_agree(csq, padding):
     for model in models(csq=csq):
         torch.nn.init.normal_(model.bbox_embed.layers[-1].weight, generator=torch.Generator(DEVICE).manual_seed(0))
         out = model(images, **options)
-        conddetr.build_criterion(model.config)(out, targets)["loss"].backward()
+        conddetr.build_criterion(model)(out, targets)["loss"].backward()
         results.append((out["pred_logits"], out["pred_boxes"], {n: p.grad for n, p in model.named_parameters()}))
     (logits, boxes, grads), (fused_logits, fused_boxes, fused_grads) = results
     torch.testing.assert_close(fused_logits, logits, atol=1e-5, rtol=1e-5)
@@ -56,7 +56,7 @@ def test_ten_steps_give_the_same_loss_curve():
     # Fewer heads: the interpreter takes its time for each.
     for model in models(num_heads=1):
         torch.manual_seed(1)
-        criterion = conddetr.build_criterion(model.config, backend="eager")
+        criterion = conddetr.build_criterion(model, backend="eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         curve = []
         images, targets = batch(2, size=32)

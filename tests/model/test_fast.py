@@ -142,7 +142,7 @@ def test_the_step_trains_as_that_of_the_modules():
     curves = []
     for path in ("modules", "fast"):
         model = model_on(path, dropout=0.0).train()
-        criterion = conddetr.build_criterion(model.config, backend="eager")
+        criterion = conddetr.build_criterion(model, backend="eager")
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         curve = []
         for _ in range(5):

@@ -49,7 +49,7 @@ def test_outputs_of_each_backend(backend, image):
         torch.testing.assert_close(found[name].double(), expected[name], rtol=0, atol=1e-4)
     chosen = model.fused("auto")
     assert {module.backend for module in chosen.modules() if hasattr(module, "backend")} == {"auto"}
-    assert (chosen.config.backend, model.config.backend) == ("auto", backend)
+    assert (chosen.backend, model.backend) == ("auto", backend)
 
 
 def test_the_copy_is_frozen_and_has_weights_of_its_own(image):

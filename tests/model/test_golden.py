@@ -153,7 +153,7 @@ def test_reference_points_and_their_embedding(run, golden):
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["model", "frozen copy"])
 def test_what_runs_by_default_gives_the_official_numbers(case, golden, is_frozen):
     """As a user builds and calls it: outputs of all layers, losses and matching, within the reference's budgets."""
-    model = rule_model(CASES[case], backend=conddetr.ModelConfig().backend)
+    model = rule_model(CASES[case], backend="auto")
     images, targets = rule_inputs(case)
     with torch.inference_mode(), conddetr.record_paths() as paths:
         out = (model.fused() if is_frozen else model)(images)
@@ -165,7 +165,7 @@ def test_what_runs_by_default_gives_the_official_numbers(case, golden, is_frozen
     close(logits[:, :, :20], golden["pred_logits_all_q20"], 1e-4)
     close(boxes, golden["pred_boxes_all"], 1e-5)
     info = read_json(case)
-    losses = conddetr.build_criterion(model.config)(out, targets)
+    losses = conddetr.build_criterion(model)(out, targets)
     assert losses.pop("loss").item() == pytest.approx(info["total_weighted_f32"], rel=1e-5)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(info["losses_f32"], rel=1e-5)
     indices = match(logits, boxes, targets, model.config)
@@ -199,7 +199,7 @@ def test_tf32_convolutions_would_miss_the_golden_outputs(monkeypatch):
 
 def test_losses_and_matching(case, run):
     info = read_json(case)
-    losses = conddetr.build_criterion(run.model.config)(run.out, run.targets)
+    losses = conddetr.build_criterion(run.model)(run.out, run.targets)
     assert losses.pop("loss").item() == pytest.approx(info["total_weighted_f32"], rel=1e-5)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(info["losses_f32"], rel=1e-5)
     indices = match(run.logits.detach(), run.boxes.detach(), run.targets, run.model.config)
@@ -226,7 +226,7 @@ def _positive(module, args, output):
     return output + shift
 
 
-@pytest.mark.parametrize("backend", ["eager", conddetr.ModelConfig().backend])
+@pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("case", ["p1", "p3"])
 def test_gradients_of_every_parameter(case, backend):
     """The norm of each, and of all together; of some the numbers.
@@ -238,7 +238,7 @@ def test_gradients_of_every_parameter(case, backend):
     model = rule_model(CASES[case], backend=backend).train()
     on_its_side(case, model)
     images, targets = rule_inputs(case)
-    criterion = conddetr.build_criterion(model.config).train()
+    criterion = conddetr.build_criterion(model).train()
     criterion(model(images), targets)["loss"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert set(gradients) == set(info["grad_norms_f64"])
@@ -265,7 +265,7 @@ def test_float64_outputs_and_losses(case, golden):
     close(run.out["pred_boxes"], golden["f64/pred_boxes"], 1e-9)
     hidden = run.outputs["transformer.decoder"][0][0]
     close(hidden[-1, :, :4], golden["f64/hs_last_q4"], 1e-9)
-    losses = conddetr.build_criterion(run.model.config).double()(run.out, run.targets)
+    losses = conddetr.build_criterion(run.model).double()(run.out, run.targets)
     assert losses.pop("loss").item() == pytest.approx(info["total_weighted_f64"], rel=1e-9)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(info["losses_f64"], rel=1e-9)
 

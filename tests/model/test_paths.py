@@ -22,7 +22,7 @@ def record(preset, backend, train=False, fused=False):
     with torch.set_grad_enabled(train), conddetr.record_paths() as found:
         output = model([torch.randn(3, 64, 96), torch.randn(3, 48, 64)])
         if train:
-            conddetr.build_criterion(model.config)(output, targets)["loss"].backward()
+            conddetr.build_criterion(model)(output, targets)["loss"].backward()
     return found
 
 

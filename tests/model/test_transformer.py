@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import conddetr
 from conddetr.kernels import native
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
+from conddetr.model.attention import self_attention
+from conddetr.model.families.conditional_detr.keys import project_all_keys
 from conddetr.model.position import sine_position_encoding
-from conddetr.model.transformer import project_all_keys, self_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -25,7 +25,7 @@ class Case:
         if preset != "detr-tiny":
             # Zero at first: boxes would not depend on most of the model.
             torch.nn.init.normal_(self.model.bbox_embed.layers[-1].weight)
-        self.criterion = conddetr.build_criterion(self.model.config)
+        self.criterion = conddetr.build_criterion(self.model)
         self.images = torch.randn(2, 3, 32, 48, dtype=dtype)
         self.parameters = {name: p.detach() for name, p in self.model.named_parameters()}
 

@@ -11,7 +11,7 @@ from conddetr.interop.huggingface.attention import as_under_autocast
 from conddetr.interop.huggingface.calls import runs_ours
 from conddetr.kernels import conditional_attention, paths
 from conddetr.kernels.registry import BACKENDS
-from conddetr.model.transformer import attends_natively
+from conddetr.model.attention import attends_natively
 
 NAME = "conddetr"
 """What `attn_implementation` is called."""

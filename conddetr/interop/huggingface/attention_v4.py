@@ -8,7 +8,7 @@ from conddetr.interop.huggingface.calls import is_plain_call, runs_ours
 from conddetr.interop.huggingface.decoder import decode
 from conddetr.interop.huggingface.masks import is_floating_mask, key_padding, mask_of_keys
 from conddetr.kernels import paths
-from conddetr.model.transformer import self_attention
+from conddetr.model.attention import self_attention
 
 
 class EncoderSelfAttention(theirs.DetrAttention):

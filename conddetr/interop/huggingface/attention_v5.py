@@ -13,7 +13,7 @@ from conddetr.interop.huggingface.fast import decoder as fast_decoder
 from conddetr.interop.huggingface.fast import encoder as fast_encoder
 from conddetr.interop.huggingface.masks import key_padding, mask_of_keys
 from conddetr.kernels import paths, registry
-from conddetr.model.transformer import attends_natively, self_attention
+from conddetr.model.attention import attends_natively, self_attention
 
 _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
 """Implementations of attention that take masks as `mask_of_keys` makes them."""

@@ -11,7 +11,7 @@ from conddetr.interop.huggingface.backbone import Maps, encode
 from conddetr.interop.huggingface.calls import runs_ours
 from conddetr.interop.huggingface.masks import is_floating_mask, key_padding
 from conddetr.kernels import paths, registry
-from conddetr.model.transformer import self_attention
+from conddetr.model.attention import self_attention
 
 
 class ConvEncoder(theirs.DabDetrConvEncoder):

@@ -10,7 +10,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 
 from conddetr.config import ModelConfig
 from conddetr.kernels import paths
-from conddetr.loss.criterion import Criterion
+from conddetr.loss.criterion import Criterion, loss_backend
 from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
@@ -107,8 +107,8 @@ def _criterion(config: object, backend: str) -> Criterion:
             bbox_cost=config.bbox_cost,
             giou_cost=config.giou_cost,
             focal_alpha=config.focal_alpha,
-            backend=backend,
-        )
+        ),
+        loss_backend(backend),
     )
 
 

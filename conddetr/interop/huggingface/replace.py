@@ -23,8 +23,8 @@ from conddetr.interop.huggingface.graphs import graph_body
 from conddetr.interop.huggingface.loss import MATCHING_ALPHA, detection_loss
 from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import registry
+from conddetr.model.attention import attends_natively
 from conddetr.model.fast.plan import can_run
-from conddetr.model.transformer import attends_natively
 
 FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
 NO_WAIT = "on a GPU fused operations, and the host waits for nothing"

@@ -8,6 +8,7 @@ from conddetr import config as configs
 from conddetr.interop.official.mixing import Accelerated, arguments, mix_in
 from conddetr.interop.report import AccelerationReport, Part
 from conddetr.kernels import paths
+from conddetr.loss.criterion import loss_backend
 from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
@@ -38,7 +39,7 @@ class SetCriterion(Accelerated):
             paths.note("loss", "the official code")
             return super().forward(outputs, targets)
         targets = [{name: target[name] for name in ("labels", "boxes")} for target in targets]
-        losses = _build_criterion(_loss_config(self, self.backend))(outputs, targets)
+        losses = _build_criterion(_loss_config(self), loss_backend(self.backend))(outputs, targets)
         del losses["loss"]
         return losses
 
@@ -46,7 +47,7 @@ class SetCriterion(Accelerated):
 _build_criterion = lru_cache(maxsize=8)(build_criterion)
 
 
-def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
+def _loss_config(criterion: nn.Module) -> configs.ModelConfig:
     matcher = criterion.matcher
     return configs.resolve(
         "conditional-detr-r50",
@@ -55,7 +56,6 @@ def _loss_config(criterion: nn.Module, backend: str) -> configs.ModelConfig:
         bbox_cost=matcher.cost_bbox,
         giou_cost=matcher.cost_giou,
         focal_alpha=criterion.focal_alpha,
-        backend=backend,
     )
 
 
@@ -65,7 +65,8 @@ def accelerate_criterion(criterion: nn.Module, backend: str, report: Acceleratio
     if reason is not None:
         report.left.append(Part("matcher and loss", 1, reason))
         return
-    _loss_config(criterion, backend)  # refuses a backend that there is not
+    configs.check_backend(backend)
+    _loss_config(criterion)  # Refuses values that ours does not take.
     mix_in(criterion, SetCriterion, backend=backend)
     report.replaced.append(Part("matcher and loss", 1, "all layers at once"))
 

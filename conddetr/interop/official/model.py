@@ -18,7 +18,7 @@ from conddetr.interop.official.weights import identify
 from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
-from conddetr.model.transformer import FeatureGrid
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
 
 _SETTINGS = ("p", "dropout", "eps", "activation", "normalize_before", "return_intermediate", "num_heads")
@@ -142,10 +142,9 @@ def _same_size(transformer: nn.Module, backend: str) -> OurTransformer:
         decoder_layers=len(transformer.decoder.layers),
         ffn_dim=first.linear1.out_features,
         dropout=first.dropout.p,
-        backend=backend,
     )
     with torch.device("meta"):
-        return OurTransformer(config)
+        return OurTransformer(config, backend)
 
 
 def _transformer_misfit(transformer: nn.Module) -> str | None:

@@ -6,20 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
+from conddetr.model.families import FAMILIES
+
 
 def identify(state: Mapping[str, Tensor]) -> dict[str, int | str]:
     """The model options that a state dict determines; empty if it is none of ours. Dilation leaves no trace, nor does
     the number of heads.
     """
     decoder = "transformer.decoder.layers.0."
-    families = {"ca_qcontent_proj.weight": "conditional-detr", "multihead_attn.in_proj_weight": "detr"}
-    family = next((family for name, family in families.items() if decoder + name in state), None)
+    family = next((name for name, family in FAMILIES.items() if decoder + family.known_by in state), None)
     if family is None or "query_embed.weight" not in state:
         return {}
     queries, dim = state["query_embed.weight"].shape
     found = {"family": family, "backbone": _backbone(state)}
     if "class_embed.weight" in state:
-        found["num_classes"] = state["class_embed.weight"].shape[0] - (family == "detr")
+        found["num_classes"] = state["class_embed.weight"].shape[0] - FAMILIES[family].no_object_logits
     found |= {"num_queries": queries, "hidden_dim": dim}
     found |= {f"{part}_layers": _layers(state, part) for part in ("encoder", "decoder")}
     if decoder + "linear1.weight" in state:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from conddetr.kernels import conditional_attention, paths, sine_embedding, spatial_query
 from conddetr.kernels.stack import unstacked
 from conddetr.kernels.weights import Weight
+from conddetr.model.families.conditional_detr.attention import ConditionalCrossAttention, ProjectedSelfAttention
+from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder, ConditionalDecoderLayer
 from conddetr.model.fast import parts
 from conddetr.model.fast.encoder import Settings, self_attention
 from conddetr.model.fast.layers import (
@@ -28,15 +30,9 @@ from conddetr.model.fast.layers import (
     hidden_weights,
     linear,
 )
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
-from conddetr.model.transformer import (
-    ConditionalCrossAttention,
-    ConditionalDecoder,
-    ConditionalDecoderLayer,
-    FeatureGrid,
-    ProjectedSelfAttention,
-)
 
 _KINDS = frozenset((ConditionalDecoderLayer, ProjectedSelfAttention, ConditionalCrossAttention, MLP, nn.ModuleList))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conddetr.kernels import paths
 from conddetr.kernels.weights import Weight
+from conddetr.model.encoder import Encoder, EncoderLayer, EncoderSelfAttention
 from conddetr.model.fast import parts
 from conddetr.model.fast.layers import (
     Branch,
@@ -22,7 +23,6 @@ from conddetr.model.fast.layers import (
     for_a_module,
     linear,
 )
-from conddetr.model.transformer import Encoder, EncoderLayer, EncoderSelfAttention
 
 _KINDS = frozenset((EncoderLayer, EncoderSelfAttention))
 

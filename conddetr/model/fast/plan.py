@@ -12,12 +12,15 @@ from conddetr.kernels import paths, registry
 from conddetr.kernels.weights import FrozenNorm, Recipe, Shift, Weight, prepare_weights
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBackbone, ResNetBody
+from conddetr.model.encoder import Encoder
+from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder
 from conddetr.model.fast import decoder as fast_decoder
 from conddetr.model.fast import encoder as fast_encoder
 from conddetr.model.fast import parts
 from conddetr.model.fast.layers import linear, seeds
+from conddetr.model.grid import FeatureGrid
 from conddetr.model.plain import why_not_plain
-from conddetr.model.transformer import ConditionalDecoder, Encoder, FeatureGrid, Transformer
+from conddetr.model.transformer import Transformer
 
 SEEDS_PER_LAYER = 5
 """Operations that draw random bits, at most."""
@@ -91,7 +94,7 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     """
     device = images.device
     dtype = step_dtype(device, model.dtype)
-    if not can_run(model.config.backend, device, dtype):
+    if not can_run(model.backend, device, dtype):
         return None
     tokens = _number_of_tokens(model.backbone, images)
     backbone = _backbone_recipes(model.backbone)

@@ -283,7 +283,7 @@ def test_our_own_model_changes_its_backend(tiny_model):
         report = accelerate(tiny_model, "triton")
         after = tiny_model(image)["pred_logits"]
     assert [part.count for part in report.replaced] == [1, 2]
-    assert tiny_model.config.backend == "triton"
+    assert tiny_model.backend == "triton"
     assert torch.allclose(after, before, atol=1e-5)
     original = conddetr.build("detr-tiny", num_classes=3)
     assert "original DETR" in str(accelerate(original, "eager"))
@@ -292,9 +292,9 @@ def test_our_own_model_changes_its_backend(tiny_model):
 def test_the_loss_has_the_backend_asked_for(monkeypatch):
     asked = []
 
-    def record(config):
-        asked.append(config.backend)
-        return conddetr.build_criterion(config)
+    def record(config, backend):
+        asked.append(backend)
+        return conddetr.build_criterion(config, backend)
 
     monkeypatch.setattr(loss, "_build_criterion", record)
     model = small_model()

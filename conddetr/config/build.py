@@ -1,0 +1,24 @@
+"""How a model is built and run, which is no part of what it computes."""
+
+from typing import Literal
+
+from conddetr.config.checks import check_value
+
+Backend = Literal["eager", "triton", "native", "auto"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+BUILD_OPTIONS = ("backend", "pretrained_backbone")
+"""Options of `build` that are none of `ModelConfig`, of which they were once: older configurations have them there."""
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError for what is no `Backend`."""
+    check_value("Model option backend", backend, Backend)
+
+
+def check_build(backbone: str, backend: str = "auto", pretrained_backbone: bool = False) -> None:
+    """Raise a ValueError for options of `build` with a wrong value, or without use for the backbone."""
+    check_backend(backend)
+    check_value("Model option pretrained_backbone", pretrained_backbone, bool)
+    if backbone == "tiny" and pretrained_backbone:
+        raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")

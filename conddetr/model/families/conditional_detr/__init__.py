@@ -1,0 +1,1 @@
+"""Conditional DETR (Meng et al., ICCV 2021)."""

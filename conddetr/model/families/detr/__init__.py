@@ -1,0 +1,1 @@
+"""The original DETR (Carion et al., ECCV 2020)."""

@@ -1,0 +1,18 @@
+"""What a picture of a decoder layer's cross-attention is made of."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Products(NamedTuple):
+    """Queries [1, Q, C] and keys [1, N, C] whose two products are the scores of an attention."""
+
+    q_spatial: Tensor
+    k_spatial: Tensor
+    q_content: Tensor
+    k_content: Tensor
+    formulas: tuple[str, str]
+    """The spatial and the content product in the paper's letters, as matplotlib writes them."""
+    scale: float
+    """Factor of the scores before the softmax."""
