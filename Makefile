@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint bench count predict paper gpu sanitize clean
+.PHONY: demo test test-all lint tree bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -48,9 +48,15 @@ test-all: demo sanitize $(READY)
 	@echo "testing, slow tests too: about 13 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
-lint: $(READY)
+lint: $(READY) tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd build/tree && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+
+# The package as it is when installed, `kernels/` in its place, for tools that read sources: links to the files.
+tree:
+	rm -rf build/tree && mkdir -p build/tree/conddetr
+	ln -s $(CURDIR)/conddetr/* $(CURDIR)/kernels build/tree/conddetr
 
 # Each operation and the decoder against their peers, then inference and training of the large preset against the
 # official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.

@@ -30,7 +30,7 @@ MODELS = {
     "detr": "[DETR](https://arxiv.org/abs/2005.12872)",
 }
 # The HTTP library's own errors, whichever it is in this version, are of the same base.
-_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+_ERRORS: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 class HubError(OSError):
@@ -141,7 +141,7 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
         write_text(save_directory / CONFIG, json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # Options by name where the hub has any.
         cls,
         *,
         model_id: str,

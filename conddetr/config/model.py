@@ -98,7 +98,7 @@ class ModelConfig:
         return asdict(self)
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "backbone": "tiny",
     "hidden_dim": 64,
     "num_heads": 4,
@@ -110,7 +110,7 @@ _TINY = {
     "image_size": 128,
     "max_image_size": 213,
 }
-_DETR = {"family": "detr", "num_queries": 100, "class_weight": 1.0, "class_cost": 1.0}
+_DETR: dict[str, Any] = {"family": "detr", "num_queries": 100, "class_weight": 1.0, "class_cost": 1.0}
 
 PRESETS: dict[str, ModelConfig] = {
     "conditional-detr-r50": ModelConfig(),
