@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint tree bench count predict paper gpu sanitize clean
+.PHONY: demo test test-all lint wheel tree bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -52,6 +52,12 @@ lint: $(READY) tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/tree && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+
+# A wheel for this Python, with the kernels compiled: it installs without a compiler (docs/building.md). What an earlier
+# build left would be packed too.
+wheel: $(PACKAGE)
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
 
 # The package as it is when installed, `kernels/` in its place, for tools that read sources: links to the files.
 tree:
