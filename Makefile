@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint wheel tree bench count predict paper gpu sanitize clean
+.PHONY: demo test test-all lint docs wheel tree bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -52,6 +52,12 @@ lint: $(READY) tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/tree && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+
+# The documentation as a site in build/site; a link or an anchor that leads nowhere is an error. REPO_URL=address shows
+# a link to the repository there.
+docs: $(VENV)/.ready-docs tree
+	NO_MKDOCS_2_WARNING=1 REPO_URL="$(REPO_URL)" $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
 
 # A wheel for this Python, with the kernels compiled: it installs without a compiler (docs/building.md). What an earlier
 # build left would be packed too.
@@ -133,6 +139,11 @@ $(READY): $(PACKAGE)
 	@echo "setting up $(VENV): what the tests need, about 20 s"
 	$(EXTRA) test > $(VENV)/test.txt
 	$(PIP) -r $(VENV)/test.txt
+	touch $@
+
+$(VENV)/.ready-docs: $(READY)
+	$(EXTRA) docs > $(VENV)/docs.txt
+	$(PIP) -r $(VENV)/docs.txt
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)
