@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint bench count predict paper gpu sanitize clean
+.PHONY: demo test test-all lint docs wheel tree bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -50,10 +50,28 @@ test-all: demo sanitize $(READY)
 
 # All C, C++ and CUDA; .clang-format says how it is laid out.
 CODE = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-lint: $(READY)
+lint: $(READY) tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CODE)
+	cd build/tree && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy
+
+# The documentation as a site in build/site; a link or an anchor that leads nowhere is an error. REPO_URL=address shows
+# a link to the repository there.
+docs: $(VENV)/.ready-docs tree
+	NO_MKDOCS_2_WARNING=1 REPO_URL="$(REPO_URL)" $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
+
+# A wheel for this Python, with the kernels compiled: it installs without a compiler (docs/building.md). What an earlier
+# build left would be packed too.
+wheel: $(PACKAGE)
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir dist .
+
+# The package as it is when installed, `kernels/` in its place, for tools that read sources: links to the files.
+tree:
+	rm -rf build/tree && mkdir -p build/tree/conddetr
+	ln -s $(CURDIR)/conddetr/* $(CURDIR)/kernels build/tree/conddetr
 
 # Each operation and the decoder against their peers, then inference and training of the large preset against the
 # official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.
@@ -124,6 +142,11 @@ $(READY): $(PACKAGE)
 	@echo "setting up $(VENV): what the tests need, about 20 s"
 	$(EXTRA) test > $(VENV)/test.txt
 	$(PIP) -r $(VENV)/test.txt
+	touch $@
+
+$(VENV)/.ready-docs: $(READY)
+	$(EXTRA) docs > $(VENV)/docs.txt
+	$(PIP) -r $(VENV)/docs.txt
 	touch $@
 
 $(VENV)/.ready-bench: $(READY)

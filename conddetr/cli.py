@@ -31,12 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"conddetr {options.command}: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, *_backend_error()) as error:
+    except _expected() as error:
         print(f"conddetr {options.command}: {error}", file=sys.stderr)
         return 2
 
 
-def _backend_error() -> tuple[type[Exception], ...]:
-    """What a kernel that cannot run raises; where no kernels are loaded, nothing does."""
+def _expected() -> tuple[type[Exception], ...]:
+    """What bad input raises, and a kernel that cannot run; where no kernels are loaded, nothing does that."""
     registry = sys.modules.get("conddetr.kernels.registry")
-    return () if registry is None else (registry.BackendError,)
+    of_kernels = () if registry is None else (registry.BackendError,)
+    return (ValueError, TypeError, OSError, ImportError, FloatingPointError, *of_kernels)

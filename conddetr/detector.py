@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from conddetr.weights.public import locate
 if TYPE_CHECKING:
     from conddetr.config.run import DataConfig
     from conddetr.data.images import ImageLike
+    from conddetr.engine.coco_metrics import CocoResult
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
 
@@ -74,7 +75,7 @@ class Detector:
                 raise ValueError("weights: expected the name of a preset with them; a model has its own weights.")
             configs.check_build(configs.resolve(model, **overrides).backbone, **how)
             model, content = load_model(locate(weights, model), model, backend=backend or "auto", **overrides)
-            classes, how, overrides = classes or content.classes, {}, {}
+            classes, how, overrides = classes or content.classes or (), {}, {}
             self.run, self.metrics = content.run, content.metrics
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
@@ -221,8 +222,10 @@ class Detector:
             raise ValueError(
                 f"{val_set.source} has no list 'annotations': there is nothing to compare detections with."
             )
-        options = {"by_name": classes_by_name, "precision": self.precision}
+        options: dict[str, Any] = {"by_name": classes_by_name, "precision": self.precision}
         result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, **options)
+        # Only with several processes it may be absent.
+        result = cast("CocoResult", result)
         say(result.describe())
         return result.metrics
 
@@ -275,7 +278,7 @@ class Detector:
         find_device(device)
         check_precision(precision)
         model, weights = load_model(locate(path, preset), preset, backend=backend)
-        detector = cls(model, weights.classes, device, precision=precision)
+        detector = cls(model, weights.classes or (), device, precision=precision)
         detector.run, detector.metrics = weights.run, weights.metrics
         return detector
 
@@ -412,16 +415,16 @@ class Detector:
 
         check_fraction("threshold", threshold)
         check_least("top_k", top_k, 1)
-        if not isinstance(images, (list, tuple)):
-            images = [images]
-        is_alone = len(images) == 1 or self.model.fusion is not None
+        # A file name is a sequence too.
+        several = cast("Sequence[ImageLike]", images if isinstance(images, (list, tuple)) else [images])
+        is_alone = len(several) == 1 or self.model.fusion is not None
         model = self.model if is_alone else for_inference(self.model, self.precision)
-        return [self._predict_one(model, read_image(image), threshold, top_k) for image in images]
+        return [self._predict_one(model, read_image(image), threshold, top_k) for image in several]
 
     def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:
         with autocast(model, self.precision):
             output = model([self._pixels(image)])
-        found = postprocess(output, [tuple(image.shape[-2:])], top_k, model.config.activation)[0]
+        found = postprocess(output, [(image.shape[-2], image.shape[-1])], top_k, model.config.activation)[0]
         return self._detection(found, found["scores"] >= threshold)
 
     def _pixels(self, image: Tensor) -> Tensor:
@@ -432,8 +435,8 @@ class Detector:
         return prepare(image.to(self.device), config.image_size, config.max_image_size).to(self.model.dtype)
 
     def _detection(self, found: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
-        parts = [found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries")]
-        return Detection(*parts, [self.classes[label]["name"] for label in parts[1].tolist()])
+        scores, labels, boxes, queries = (found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries"))
+        return Detection(scores, labels, boxes, queries, [self.classes[label]["name"] for label in labels.tolist()])
 
     @torch.inference_mode()
     def attention(
@@ -466,7 +469,7 @@ class Detector:
         image = read_image(image)
         output, maps = attention_maps(self.model, self._pixels(image), layer)
         candidates = output["pred_logits"][0].numel()
-        found = postprocess(output, [tuple(image.shape[-2:])], candidates, config.activation)[0]
+        found = postprocess(output, [(image.shape[-2], image.shape[-1])], candidates, config.activation)[0]
         # Best first, so the first place of a query is its best class.
         places: dict[int, int] = {}
         for place, query in enumerate(found["queries"].tolist()):

@@ -27,7 +27,7 @@ except ImportError as error:
 log = logging.getLogger(__name__)
 
 # The HTTP library's own errors, whichever it is in this version, are of the same base.
-_ERRORS = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
+_ERRORS: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
 class HubError(OSError):

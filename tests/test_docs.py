@@ -23,7 +23,7 @@ from conddetr.engine.log import read_log
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, *DOCS]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 OTHER_PROGRAMS = ("pip", "pytest")
 POWER_CUT = "timeout --signal KILL 30 "
 """How README's way kills a run."""

@@ -1,11 +1,14 @@
 """The flags of all commands. Nothing here takes time to import: no PyTorch, no command."""
 
 import argparse
-from typing import IO, NoReturn, get_args
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 from conddetr.config import PRESETS, Backend, Precision
 from conddetr.config.flags import add_data_options, add_options
 from conddetr.engine.progress import StandardOutput
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class _Parser(argparse.ArgumentParser):
@@ -13,7 +16,7 @@ class _Parser(argparse.ArgumentParser):
     parsers of the commands are of this kind too.
     """
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         super().print_help(file or StandardOutput())
 
     def error(self, message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from conddetr.config.checks import nearest
+from conddetr.config.checks import nearest, plain_type
 from conddetr.config.model import ModelConfig
 from conddetr.config.run import DataConfig, option_help, option_types, read_config
 
@@ -94,14 +94,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="options from a TOML or JSON file; flags override them")
     _add_flags(parser, option_types())
     for name in (*WITHOUT_MEANING, *FIXED):
-        value = {"nargs": 0, "const": True} if name in _SWITCHES else {}
-        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        parser.add_argument(*_spellings(name), dest=f"official_{name}", action=_Store, **hidden, **value)
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if name in _SWITCHES:
+            settings |= {"nargs": 0, "const": True}
+        parser.add_argument(*_spellings(name), dest=f"official_{name}", action=_Store, **settings)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `DataConfig`; `chosen_data` reads them."""
-    _add_flags(parser, {option.name: option.type for option in fields(DataConfig)})
+    _add_flags(parser, {option.name: plain_type(option.type) for option in fields(DataConfig)})
 
 
 def chosen_data(options: argparse.Namespace) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class ModelConfig:
         return asdict(self)
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "backbone": "tiny",
     "hidden_dim": 64,
     "num_heads": 4,

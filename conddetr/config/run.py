@@ -8,6 +8,7 @@ import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,10 +237,12 @@ def option_help() -> dict[str, str]:
     """What the docstrings under the fields say of each option."""
     found = {}
     for config in (RunConfig, *SECTIONS.values()):
-        [tree] = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-        for before, after in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[before.target.id] = " ".join(after.value.value.split())
+        tree = ast.parse(textwrap.dedent(inspect.getsource(config)))
+        [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
+        for pair in pairwise(body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.split())
     return found
 
 

@@ -21,16 +21,15 @@ from conddetr.weights.public import locate
 from conddetr.zoo import build, gflops
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
     from conddetr.data.coco import CocoDetection
     from conddetr.data.layouts import Layout
+    from conddetr.data.sets import ImageSet
 
 
 log = logging.getLogger(__name__)
 
 
-def data_sets(data: DataConfig, model: ModelConfig) -> tuple["Dataset", "Dataset"]:
+def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageSet"]:
     """Training and validation set.
 
     Raises:
@@ -123,7 +122,7 @@ def evaluation_set(
     classes: Sequence[dict[str, Any]],
     model: ModelConfig,
     split: str = "val",
-) -> "Dataset":
+) -> "ImageSet":
     """The data to evaluate a detector on.
 
     All images of an annotation file that is named: as `annotations` and `images`, or `val_annotations` and
@@ -298,7 +297,7 @@ def _print_resumed(trainer: Trainer) -> None:
         say(change)
 
 
-def _print_start(run: RunConfig, model: DETR, train_set: "Dataset", val_set: "Dataset", show_config: bool) -> None:
+def _print_start(run: RunConfig, model: DETR, train_set: "ImageSet", val_set: "ImageSet", show_config: bool) -> None:
     if show_config:
         for section, options in replace(run, model=model.config).to_dict().items():
             shown = options if isinstance(options, dict) else {section: options}

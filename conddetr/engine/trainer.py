@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from conddetr.capture import MAX_GRAPHS
 from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch, make_loader
+from conddetr.data.sets import ImageSet
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
@@ -57,7 +57,9 @@ class Trainer:
     With several processes (`torchrun`) each has its own trainer; the first one writes.
     """
 
-    def __init__(self, model: DETR, train_set: Dataset, val_set: Dataset, run: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self, model: DETR, train_set: ImageSet, val_set: ImageSet, run: RunConfig, device: torch.device
+    ) -> None:
         """
         Args:
             model: with as many classes as the data set has.

@@ -12,6 +12,7 @@ from conddetr.interop.official import criterion as official_criterion
 from conddetr.interop.official import model as official_model
 from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import registry
+from conddetr.model.attention import attends_natively
 from conddetr.model.backbone import ResNetBody
 from conddetr.model.detr import DETR
 from conddetr.model.encoder import EncoderSelfAttention

@@ -29,6 +29,8 @@ class Criterion(nn.Module):
     the device, and the host waits for nothing.
     """
 
+    class_weight: Tensor
+
     def __init__(
         self,
         config: ModelConfig,

@@ -1,0 +1,100 @@
+"""MkDocs hooks: the site mirrors the repository, so the links of a page work on the forge and on the site alike.
+
+Every file keeps its path. Pages are the Markdown files of the root and of `docs/`, and whatever files they link to:
+Markdown and pictures as they are, a source file as a page that shows it, a folder as a page that lists its files.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+MARKDOWN_LINK = re.compile(r"(?<=\]\()[^)#\s]+")
+# href, src, srcset.
+HTML_LINK = re.compile(r'(?<=(?:ref|src|set)=")[^"#]+')
+AS_THEY_ARE = {".md", ".jpg", ".png", ".svg"}
+LANGUAGES = {".cff": "yaml", ".cuh": "cuda", ".cu": "cuda", ".h": "cpp", ".py": "python"}
+"""Names that the highlighter does not derive from the suffix itself."""
+# Below `mkdocs`: --strict counts its warnings.
+log = logging.getLogger("mkdocs.mirror")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The files of the site: those of the theme, and the pages with what they link to."""
+    mirrored = Files([file for file in files if file.src_dir != config.docs_dir])
+    waiting = {*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")}
+    seen = set(waiting)
+    while waiting:
+        path = waiting.pop()
+        mirrored.append(site_file(path, config))
+        if path.suffix == ".md":
+            new = set(linked(path)) - seen
+            waiting |= new
+            seen |= new
+    return mirrored
+
+
+def site_file(path: Path, config: MkDocsConfig) -> File:
+    """A file of the repository as one of the site; a page is made for a source file and for a folder."""
+    name = path.relative_to(ROOT).as_posix()
+    if path.suffix in AS_THEY_ARE:
+        return File(name, str(ROOT), config.site_dir, use_directory_urls=False)
+    if path.is_dir():
+        body = "\n".join(f"- `{child.name}`" for child in sorted(path.iterdir()) if child.name != "__pycache__")
+    else:
+        language = LANGUAGES.get(path.suffix, path.suffix.removeprefix("."))
+        body = f"~~~~~~{language}\n{path.read_text()}\n~~~~~~"
+    content = f"---\nsearch: {{exclude: true}}\n---\n# {name}\n\n{body}\n"
+    return File.generated(config, f"{name}.md", content=content)
+
+
+def linked(page: Path) -> Iterator[Path]:
+    """The files and folders of the repository that a Markdown file links to."""
+    text = page.read_text()
+    for target in (*MARKDOWN_LINK.findall(text), *HTML_LINK.findall(text)):
+        if path := find(page, target):
+            yield path
+
+
+def find(page: Path, target: str) -> Path | None:
+    """The file or folder that a link leads to, the README of a folder that has one; None where it is elsewhere."""
+    path = Path(os.path.normpath(page.parent / target))
+    if (path / "README.md").is_file():
+        path /= "README.md"
+    return path if path.exists() and path.is_relative_to(ROOT) else None
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str | None:
+    """Its links, those to source files and folders leading to the pages that show them."""
+    if page.file.generated_by:
+        return None
+    source = ROOT / page.file.src_uri
+
+    def to_page(match: re.Match[str]) -> str:
+        path = find(source, match[0])
+        return relative(path, source) if path else match[0]
+
+    def to_html(match: re.Match[str]) -> str:
+        path = find(source, match[0])
+        if not path and ":" not in match[0]:
+            log.warning("%s links to %s, which does not exist.", page.file.src_uri, match[0])
+        if not path:
+            return match[0]
+        name = PurePosixPath(relative(path, source))
+        if name.suffix != ".md":
+            return str(name)
+        return str(name.with_name("index.html") if name.name == "README.md" else name.with_suffix(".html"))
+
+    return HTML_LINK.sub(to_html, MARKDOWN_LINK.sub(to_page, markdown))
+
+
+def relative(path: Path, page: Path) -> str:
+    """The page of the site that shows a path, seen from another page."""
+    name = Path(os.path.relpath(path, page.parent)).as_posix()
+    return name if path.suffix in AS_THEY_ARE else f"{name}.md"
