@@ -38,7 +38,7 @@ from conddetr.kernels import native
 log = logging.getLogger(__name__)
 
 MEASURED = Path(__file__).parent / "measured"
-"""Tables by architecture, `sm_90.json`, as `benchmarks/measured.py` makes them."""
+"""Tables by architecture, `sm_90.json`, as `benchmarks/run.py measured` makes them."""
 VERSION = 1
 """Of the files' format."""
 _DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
