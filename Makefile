@@ -77,42 +77,42 @@ tree:
 # official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.
 bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/attn.py
-	$(BIN)/python benchmarks/sine.py
-	$(BIN)/python benchmarks/query.py
-	$(BIN)/python benchmarks/decoder.py
-	$(BIN)/python benchmarks/dropout.py
-	$(BIN)/python benchmarks/bits.py
-	$(BIN)/python benchmarks/add_norm.py
-	$(BIN)/python benchmarks/weights.py
-	$(BIN)/python benchmarks/conv.py
-	$(BIN)/python benchmarks/conv3x3.py
-	$(BIN)/python benchmarks/focal.py
-	$(BIN)/python benchmarks/boxes.py
-	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python benchmarks/match.py
-	$(BIN)/python benchmarks/prediction.py
-	$(BIN)/python benchmarks/errors.py
-	$(BIN)/python benchmarks/position.py
-	$(BIN)/python benchmarks/pool.py
+	$(BIN)/python benchmarks/run.py sine
+	$(BIN)/python benchmarks/run.py query
+	$(BIN)/python benchmarks/run.py decoder
+	$(BIN)/python benchmarks/run.py dropout
+	$(BIN)/python benchmarks/run.py bits
+	$(BIN)/python benchmarks/run.py add_norm
+	$(BIN)/python benchmarks/run.py weights
+	$(BIN)/python benchmarks/run.py conv
+	$(BIN)/python benchmarks/run.py conv3x3
+	$(BIN)/python benchmarks/run.py focal
+	$(BIN)/python benchmarks/run.py boxes
+	$(BIN)/python benchmarks/run.py cost
+	$(BIN)/python benchmarks/run.py match
+	$(BIN)/python benchmarks/run.py prediction
+	$(BIN)/python benchmarks/run.py errors
+	$(BIN)/python benchmarks/run.py position
+	$(BIN)/python benchmarks/run.py pool
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
-	$(BIN)/python benchmarks/report.py
-	$(BIN)/python benchmarks/measured.py
+	$(BIN)/python benchmarks/run.py report
+	$(BIN)/python benchmarks/run.py measured
 
 # What a training step and inference ask of a GPU, counted without one, beside how it was (docs/performance.md).
 count: $(VENV)/.ready-bench
-	$(BIN)/python benchmarks/step.py --before benchmarks/counts/before.json
+	$(BIN)/python benchmarks/run.py step --before benchmarks/counts/before.json
 
 # What the attention kernels should take on an H100, predicted from their machine code without one, beside how it was.
 predict: $(VENV)/.ready-bench
-	$(BIN)/python benchmarks/predict.py --before benchmarks/predictions/before.json
+	$(BIN)/python benchmarks/run.py predict --before benchmarks/predictions/before.json
 
 # The paper's tables, the convergence of both families in small, and cost against size. COCO=dir gives the tables its
 # image sizes; convergence stays with synthetic images, whose number does not depend on a data set.
 paper: $(VENV)/.ready-bench
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/convergence.py --small
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/run.py scaling
 
 # On a machine with an NVIDIA GPU and its own PyTorch, without network: parity on the device, benchmarks and a training,
 # packed into a few files; no longer than 390 s. FLIGHT passes options on, for example FLIGHT="--limit 300" (docs/gpu.md).

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from conddetr.kernels import native, operators, registry
-from conddetr.kernels.aot_cuda import find_cuobjdump
+from tools.aot_cuda import find_cuobjdump
 
 ROOT = Path(__file__).parent.parent
 needs_library = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))

@@ -9,8 +9,8 @@ import torch
 import conddetr
 from conddetr.config import PRESETS, from_dict, resolve
 from conddetr.config.run import resolve_run
-from conddetr.kernels.cached import ROOT, cached
 from conddetr.zoo import gflops
+from tools.cached import ROOT, cached
 
 
 @pytest.mark.parametrize(

@@ -133,12 +133,21 @@ def test_commands_exist(page, line):
     elif program == "torchrun":
         check_command_line(words[words.index("conddetr") + 1 :])
     elif program == "python":
-        script = ROOT / words[1]
-        script = script / "__main__.py" if script.is_dir() else script
-        text = script.read_text() + (ROOT / "benchmarks" / "harness.py").read_text()
+        text = "".join(script.read_text() for script in scripts(words[1:]))
         assert all(f'"{word}"' in text for word in words[2:] if word[:2] == "--" and word != "--help")
     else:
         assert program in OTHER_PROGRAMS
+
+
+def scripts(words: list[str]) -> list[Path]:
+    """The files whose flags a command of Python may have; a benchmark's are those of its own file and the harness."""
+    folder, _, name = words[0].rpartition("/")
+    if folder != "benchmarks":
+        return [ROOT / folder / name / "__main__.py" if (ROOT / folder / name).is_dir() else ROOT / words[0]]
+    assert (ROOT / words[0]).exists()
+    benchmark = words[1] if name == "run.py" else name.removesuffix(".py")
+    [own] = (ROOT / "benchmarks").glob(f"*/{benchmark}.py")
+    return [own, *(ROOT / "benchmarks" / "harness").glob("*.py")]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

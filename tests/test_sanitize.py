@@ -47,7 +47,7 @@ def test_what_is_late_is_killed_with_all_that_it_started(tmp_path):
 
 def test_every_kernel_of_ours_is_checked():
     """Those that are compiled ahead of time, and those of the built library, whose mangled names are in it."""
-    aot = pytest.importorskip("conddetr.kernels.aot", reason="the package triton is not installed")
+    aot = pytest.importorskip("tools.aot", reason="the package triton is not installed")
     names = sanitize.kernels()
     assert {job.kernel for job in aot.jobs(90)} <= names
     if native.NOT_LOADED is not None or native.build_info()["cuda"] is None:

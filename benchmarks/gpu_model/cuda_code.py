@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from conddetr.kernels import aot_cuda
 from gpu_model import machine_code
 from gpu_model.figures import Kernel, UnknownKernelError
 from gpu_model.hot_path import Hints
+from tools import aot_cuda
 
 OPERATIONS = ("attn", "bits")
 """Folders of csrc/."""

@@ -8,10 +8,10 @@ from hashlib import sha256
 from math import prod
 from pathlib import Path
 
-from conddetr.kernels.cached import cached
 from gpu_model import machine_code, partition, pipes
 from gpu_model.hot_path import PRODUCTS, Hints, HotPath, find, is_exponential
 from gpu_model.machine_code import Function, Instruction
+from tools.cached import cached
 
 TIMED = 90
 """The architecture whose units and latencies `pipes.py` knows."""

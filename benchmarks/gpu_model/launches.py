@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from unittest import mock
 
-from counting import Watch
 from null_gpu.counts import Launch, counted, launched
 from torch import nn
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from conddetr.kernels import aot
+from counts.counting import Watch
+from tools import aot
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from conddetr.kernels.aot_cuda import find_cuobjdump
+from tools.aot_cuda import find_cuobjdump
 
 _LINE = re.compile(
     r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<operation>[A-Z][\w.]*)\s*"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from conddetr.kernels.aot_cuda import find_cuobjdump
 from gpu_model import machine_code
 from gpu_model.figures import TIMED, Kernel
 from gpu_model.hot_path import Hints
+from tools.aot_cuda import find_cuobjdump
 
 TILE = 64
 """Queries, and keys, of a tile of both."""

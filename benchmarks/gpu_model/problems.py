@@ -4,19 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
-import attn
 import torch
-from attn import HEADS, WIDTH, Implementation, Problem, Tensors
-from counting import BANDWIDTH, LAUNCH, short_name
 from null_gpu.counts import Launch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from conddetr.kernels import aot_cuda
+from counts.counting import BANDWIDTH, LAUNCH, short_name
 from gpu_model import blocks, cuda_code, figures, machine_code, peer_code, triton_code
 from gpu_model.figures import TIMED, Figures, Kernel, UnknownKernelError
 from gpu_model.launches import Operation, Recording, record
 from gpu_model.stored import Part, Prediction
+from ops import attn
+from ops.attn import HEADS, WIDTH, Implementation, Problem, Tensors
+from tools import aot_cuda
 
 PEER = "memory-efficient"
 IMPLEMENTATIONS = ("triton", "native", PEER)

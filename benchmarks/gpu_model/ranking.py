@@ -15,15 +15,15 @@ from pathlib import Path
 from triton.compiler import CompilationError
 from triton.runtime.errors import TritonError
 
-from conddetr.kernels import aot
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.attn.triton.launch import CANDIDATES, KERNELS, Form, candidates_key, read_tiles, write_tiles
 from gpu_model import figures, partition, triton_code
 from gpu_model.hot_path import HotPathError
+from tools import aot
 
 NOTE = (
-    "Settings that benchmarks/predict.py --candidates ranks first by predicted clocks, the fastest first; nothing is "
-    "measured. `conddetr check --tune` measures them."
+    "Settings that benchmarks/run.py predict --candidates ranks first by predicted clocks, the fastest first; nothing "
+    "is measured. `conddetr check --tune` measures them."
 )
 COUNT = 4
 """Of each list."""

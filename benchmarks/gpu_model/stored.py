@@ -10,8 +10,8 @@ from gpu_model.figures import Figures
 
 FOLDER = Path(__file__).parents[1] / "predictions"
 NOTE = (
-    "Predicted from machine code by benchmarks/predict.py, which says how and what is left out. Nothing is measured. "
-    "Clocks are those of a quarter of an H100's multiprocessor for 1024 scores, seconds those of an H100."
+    "Predicted from machine code by benchmarks/run.py predict, which says how and what is left out. Nothing is "
+    "measured. Clocks are those of a quarter of an H100's multiprocessor for 1024 scores, seconds those of an H100."
 )
 
 

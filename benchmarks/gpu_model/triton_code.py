@@ -3,11 +3,11 @@
 from dataclasses import replace
 from math import prod
 
-from conddetr.kernels import aot
 from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.bits import triton as bits
 from gpu_model.figures import Kernel
 from gpu_model.hot_path import Hints
+from tools import aot
 
 ROOMS = (attn, bits)
 """Where the kernels are."""

@@ -107,8 +107,8 @@ class ConvolutionByProducts(torch.autograd.Function):
     """A convolution in channels-last whose weights get their gradient from one matrix product per cell of the window.
 
     On two AVX2 cores forward and backward took 0.7 to 0.9 of the time of PyTorch's own way in this layout, but 1.4 for
-    256 to 64 channels of the first stage, which detectors do not train (`benchmarks/conv.py`). The backward is made of
-    operators that autograd records, so it can be differentiated again.
+    256 to 64 channels of the first stage, which detectors do not train (`benchmarks/run.py conv`). The backward is made
+    of operators that autograd records, so it can be differentiated again.
     """
 
     @staticmethod

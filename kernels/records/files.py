@@ -17,7 +17,7 @@ from conddetr.kernels.records.content import Record, Table
 log = logging.getLogger(__name__)
 
 MEASURED = Path(__file__).parents[1] / "measured"
-"""Tables by architecture, `sm_90.json`, as `benchmarks/measured.py` makes them."""
+"""Tables by architecture, `sm_90.json`, as `benchmarks/run.py measured` makes them."""
 _told: set[Path | None] = set()
 """Folders that could not be written to, once this was said."""
 

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import null_gpu
 import pytest
+
+from harness import timing as harness
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -18,8 +19,7 @@ pytestmark = [
 
 def run(command: str) -> str:
     """What a benchmark prints; it must end well."""
-    program, *options = command.split()
-    words = [sys.executable, str(ROOT / "benchmarks" / program), *options, "--seconds", "1"]
+    words = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *command.split(), "--seconds", "1"]
     done = subprocess.run(words, capture_output=True, text=True, env=null_gpu.environment(), cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
@@ -28,7 +28,7 @@ def run(command: str) -> str:
 def test_a_benchmark_goes_through_to_its_end_and_leaves_no_figure():
     """A flight's rehearsal (`tests/test_flight.py`) runs the others."""
     before = sorted(harness.RESULTS.iterdir())
-    said = run("sine.py --cudagraph --points 2400")
+    said = run("sine --cudagraph --points 2400")
     assert "wrote no result file: null GPU" in said
     assert "ours, triton" in said
     assert "at capture" in said
@@ -37,7 +37,7 @@ def test_a_benchmark_goes_through_to_its_end_and_leaves_no_figure():
 
 
 def test_compiled_peers_go_through_or_say_why_not():
-    said = run("attn.py --grids r50 --batch 2 --dtypes bfloat16 --dropout 0 --no-backward")
+    said = run("attn --grids r50 --batch 2 --dtypes bfloat16 --dropout 0 --no-backward")
     went_through, refused = said.split(harness.NOT_COMPARED)[:2]
     for name in ("torch.compile of it", "FlexAttention", "varlen_attn, flash, padded values"):
         assert f"│ {name} " in went_through

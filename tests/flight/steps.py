@@ -84,7 +84,7 @@ class Setup:
 
     def benchmark(self, name: str, *arguments: str) -> tuple[str, ...]:
         """The command of a benchmark."""
-        return self.script(f"benchmarks/{name}.py", *arguments, *(SMALL[name] if self.small else ()))
+        return self.script("benchmarks/run.py", name, *arguments, *(SMALL[name] if self.small else ()))
 
 
 def first_flight(setup: Setup) -> list[Step]:
@@ -204,7 +204,7 @@ def _training(setup: Setup) -> tuple[str, ...]:
 
 def _pictures(setup: Setup) -> Step:
     results, page = setup.work / "results", setup.work / "performance.md"
-    command = setup.script("benchmarks/report.py", "--results", results, "--docs", page)
+    command = setup.script("benchmarks/run.py", "report", "--results", results, "--docs", page)
     return Step("pictures", command, 10, "result files drawn")
 
 

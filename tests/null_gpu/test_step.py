@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from counting import BANDWIDTH, LAUNCH, RATES, Watch, short_name
-from step import COUNTS, IMPLEMENTATIONS, Run, count, make, read, write
 from torch import nn
 
+from counts.counting import BANDWIDTH, LAUNCH, RATES, Watch, short_name
+from counts.step import COUNTS, IMPLEMENTATIONS, Run, count, make, read, write
 from null_gpu.counts import counted
 
 COMMITTED = read(COUNTS / "step.json")
@@ -35,7 +35,7 @@ def above(found: dict, committed: dict) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("run", held())
 def test_ours_asks_for_no_more_than_the_committed_file_says(run, monkeypatch):
-    """A change that saves something writes the file anew: python benchmarks/step.py --only ours."""
+    """A change that saves something writes the file anew: python benchmarks/run.py step --only ours."""
     # As PyTorch comes: cuDNN's fused convolutions know of no deterministic algorithms.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     committed = COMMITTED[run]

@@ -17,8 +17,8 @@ import torch
 from conddetr.kernels import records, registry
 
 CANDIDATES = Path(__file__).with_name("candidates.json")
-"""Settings worth a try at heads of 32, as `benchmarks/predict.py --candidates` ranks and writes them. Predicted alone:
-nothing in it is measured.
+"""Settings worth a try at heads of 32, as `benchmarks/run.py predict --candidates` ranks and writes them. Predicted
+alone: nothing in it is measured.
 """
 KERNELS = ("forward", "backward_query", "backward_key")
 """The fields of `Launch`."""
@@ -88,7 +88,7 @@ class Form:
 
 
 # Chosen without a device: of what spills nothing, what the model of the machine predicts to be fastest
-# (benchmarks/predict.py). How products are formed, then the widest of d, ds and dv.
+# (benchmarks/run.py predict). How products are formed, then the widest of d, ds and dv.
 _DATACENTER = {
     ("half", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
     ("half", 64): Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 1)),

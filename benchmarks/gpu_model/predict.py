@@ -1,0 +1,307 @@
+"""How long the attention kernels should take on an H100, predicted from their machine code without a GPU.
+
+    python benchmarks/run.py predict                                        # all kernels and problems, some minutes
+    python benchmarks/run.py predict --before benchmarks/predictions/before.json
+    python benchmarks/run.py predict --kernel backward_key_kernel --tiles 64,64,4,3 32,64,4,2  # one with other settings
+    python benchmarks/run.py predict --peers            # those of PyTorch anew, out of its library: takes 1 GB of disk
+    python benchmarks/run.py predict --candidates       # what `conddetr check --tune` tries, into the package
+
+What a kernel's main loop asks of each unit follows from its instructions, and the clocks of one trip from a model of a
+quarter of one of Hopper's multiprocessors (benchmarks/gpu_model). Whole problems are what the implementations launch on
+a null GPU (tests/null_gpu). Nothing here is measured.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from conddetr.kernels.attn.triton import Tiles
+from conddetr.kernels.attn.triton.launch import write_tiles
+from gpu_model import figures, kernels, ranking, remarks, stored, triton_code
+from gpu_model.figures import Figures
+from gpu_model.hot_path import HotPathError
+from gpu_model.stored import Prediction, Predictions, Row
+from harness.machine import commit
+from tools import aot_cuda
+
+ROOT = Path(__file__).parents[2]
+
+PEERS = "torch of the peers"
+"""Whose machine code they are."""
+console = Console(width=max(235, Console().width))
+"""Wide enough for every column: on a narrower terminal lines wrap."""
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the machine code, and of PyTorch, whose operators whole problems call."""
+    nvcc = aot_cuda.nvcc_version().split("release ")[-1].split(",")[0] if aot_cuda.find_nvcc() else "none"
+    return {"triton": metadata.version("triton"), "nvcc": nvcc, "torch": metadata.version("torch")}
+
+
+def why_no_problems() -> str | None:
+    """What is missing for whole problems, or None."""
+    import null_gpu
+
+    return null_gpu.why_not()
+
+
+def find(architectures: list[int], main: bool, before: Predictions) -> tuple[Row, ...]:
+    """Figures of the kernels of some architectures; what is known of others stays."""
+    found = []
+    for architecture in architectures:
+        with console.status(f"sm_{architecture} …"):
+            found += kernels.rows(architecture, main)
+    keys = {row.key for row in found}
+    kept = [row for row in before.kernels if row.key not in keys]
+    if not main:
+        # A kernel that is gone is not kept.
+        kept = [row for row in kept if row.figures.architecture not in architectures]
+    return tuple(sorted((*found, *kept), key=lambda row: (row.figures.architecture != figures.TIMED, row.key[3])))
+
+
+def find_peers() -> tuple[Figures, ...]:
+    """Of PyTorch's kernels, out of its library."""
+    from gpu_model import peer_code
+
+    with console.status("PyTorch's kernels …"):
+        return tuple(figures.of(kernel) for kernel in peer_code.kernels())
+
+
+def find_problems(path: Path) -> tuple[Prediction, ...]:
+    """Of all problems, in a process with a null GPU.
+
+    Args:
+        path: a file with the figures of the peers.
+
+    Raises:
+        RuntimeError: there can be no null GPU here, or the process failed; says why.
+    """
+    import null_gpu
+
+    with tempfile.TemporaryDirectory() as folder, console.status("whole problems, on a null GPU …"):
+        result = Path(folder) / "problems.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "predict"]
+        command += ["--out", str(path), "--here", str(result)]
+        run = subprocess.run(command, env=null_gpu.environment(), capture_output=True, text=True)
+        if run.returncode or not result.exists():
+            raise RuntimeError(f"whole problems: {run.stderr[-2000:]}")
+        return stored.read(result).problems
+
+
+def problems_here(path: Path, result: Path) -> None:
+    """The same in this process."""
+    from gpu_model import problems
+
+    peers = stored.read(path).peers
+    found = [problems.predict(one, name, peers) for one in problems.problems() for name in problems.IMPLEMENTATIONS]
+    stored.write(result, Predictions(problems=tuple(found)))
+
+
+def show_kernels(found: Predictions, before: Predictions) -> None:
+    """A row for each."""
+    table = Table(title="Kernels: instructions, and predicted clocks of a quarter of a multiprocessor, for 1024 scores")
+    left = ("", "kernel", "variant", "settings", "binding")
+    for name in ("", "kernel", "variant", "settings", "sm", "registers", "KiB", "blocks", "instructions", "binding",
+                 "one block", "all blocks", "× floor"):  # fmt: skip
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    old = before.figures()
+    longer = remarks.longer(found.figures(), old)
+    said = {}
+    for row in (*found.kernels, *(Row("PyTorch", one.form, one) for one in found.peers)):
+        again = [f"{longer[row.key]:.2f}× as long as before"] if row.key in longer else []
+        said[row.key] = "; ".join((*remarks.of(row.figures), *again))
+        form = "" if row.implementation == "PyTorch" else row.figures.form
+        cells = _cells(row.figures, old.get(row.key))
+        table.add_row(row.implementation, row.figures.name, row.variant, form, *cells)
+    console.print(table)
+    for (implementation, name, variant, architecture), words in said.items():
+        if words:
+            row = f"{implementation}, {name}{', ' if variant else ''}{variant}, sm_{architecture}"
+            console.print(f"- {row}: {words}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(found: Figures, before: Figures | None) -> list[str]:
+    def cell(value: float | None, old: float | None, digits: int = 0) -> str:
+        now = "–" if value is None else f"{value:,.{digits}f}"
+        then = now if old is None else f"{old:,.{digits}f}"
+        return now if now == then else f"{then} → {now}"
+
+    def number(name: str, digits: int = 0) -> str:
+        return cell(getattr(found, name), getattr(before, name, None), digits)
+
+    binding = f"{found.binding} {found.needs[found.binding]:.0f}"
+    return [str(found.architecture), number("registers"), f"{found.shared / 1024:.1f}", number("blocks"),
+            number("instructions"), binding, number("alone"), number("full"), number("ratio", 2)]  # fmt: skip
+
+
+def show_problems(found: Predictions, before: Predictions) -> None:
+    """A row for each, with the ratio to the floor and to the peer."""
+    table = Table(title="Whole problems, predicted µs (× floor, and by how much faster than PyTorch)")
+    names = list(dict.fromkeys(one.implementation for one in found.problems))
+    table.add_column("problem")
+    for name in ("floor", *names):
+        table.add_column(name, justify="right")
+    by_key = {one.key: one for one in found.problems}
+    old = {one.key: one for one in before.problems}
+    for problem in dict.fromkeys(one.problem for one in found.problems):
+        ours = [by_key[*problem, name] for name in names]
+        cells = [_problem_cell(one, old.get(one.key), ours[-1]) for one in ours]
+        table.add_row(_title(problem), f"{1e6 * ours[0].floor:.1f}", *cells)
+    console.print(table)
+
+
+def _title(problem: tuple[bool, bool, str, int]) -> str:
+    backward, padded, grid, batch = problem
+    passes = "forward + backward, dropout 0.1" if backward else "forward"
+    return f"{passes}, {grid}, B = {batch}{', mixed aspect ratios' if padded else ''}"
+
+
+def _problem_cell(one: Prediction, before: Prediction | None, peer: Prediction) -> str:
+    now, then = f"{1e6 * one.seconds:,.0f}", f"{1e6 * before.seconds:,.0f}" if before else None
+    faster = "" if one is peer else f", {peer.seconds / one.seconds:.2f}×"
+    return f"{now if then in (None, now) else f'{then} → {now}'} ({one.seconds / one.floor:.1f}{faster})"
+
+
+def explore(options: argparse.Namespace) -> None:
+    """One of Triton's kernels with each of some settings."""
+    found = []
+    for setting in options.tiles or [None]:
+        form = (options.width, not options.dense, options.dtype, not options.no_dropout)
+        job = triton_code.job(options.kernel, options.architectures[0], *form)
+        job = triton_code.changed(job, setting, options=dict(options.set))
+        try:
+            kernel = triton_code.compiled(job, options.architectures[0])
+            one = figures.of(kernel)
+        except HotPathError as error:
+            console.print(f"{setting}: {error}", style="red", markup=False)
+            continue
+        found.append(Row("triton", "", one))
+        for what, numbers in (("instructions", one.by_name), ("clocks of", one.needs), ("by blocks", one.clocks)):
+            said = ", ".join(f"{name} {number:.0f}" for name, number in numbers.items())
+            console.print(f"{one.form}: {what} {said}", soft_wrap=True, highlight=False)
+        for instruction in kernel.path.main if options.listing else ():
+            words = (f"{instruction.address:05x}", instruction.predicate, instruction.operation, instruction.operands)
+            console.print(escape(" ".join(words)), highlight=False)
+    show_kernels(Predictions(kernels=tuple(found)), Predictions())
+
+
+def rank_candidates() -> None:
+    """Rank launch settings, print them with their predicted clocks, and write the package's table."""
+    with console.status("launch settings of every form …"):
+        ranked = ranking.rank_all()
+    ranking.write(ranked)
+    table = Table(title="Candidates: predicted clocks for 1024 scores; of others than Hopper only their order counts")
+    for name, justify in (("list", "left"), ("settings", "left"), ("clocks", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)
+    for key, found in ranked.items():
+        for setting, clocks in found:
+            said = ", ".join(f"{name} {value}" for name, value in write_tiles(setting).items())
+            table.add_row(key, said, f"{clocks:,.0f}")
+    console.print(table)
+
+
+def tiles(text: str) -> Tiles:
+    """`64,64,4,3` or `64,64,4,3,128,ahead`: queries, keys, warps, stages, registers at most, scores a tile ahead."""
+    numbers = text.removesuffix(",ahead").split(",")
+    return Tiles(*map(int, numbers), ahead=text.endswith(",ahead"))
+
+
+def constant(text: str) -> tuple[str, object]:
+    """`NAME=3`, `NAME=True`, `NAME=word`."""
+    name, value = text.split("=")
+    try:
+        return name, json.loads(value.lower())
+    except json.JSONDecodeError:
+        return name, value
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        type=int,
+        choices=kernels.ARCHITECTURES,
+        default=kernels.ARCHITECTURES,
+        metavar="SM",
+        help="default: all; clocks are known of 90 alone",
+    )
+    parser.add_argument("--main", action="store_true", help="only the kernels of training, with all blocks")
+    parser.add_argument("--no-problems", action="store_true", help="only kernels")
+    parser.add_argument("--peers", action="store_true", help="renew PyTorch's, which else are those of the file")
+    parser.add_argument(
+        "--candidates", action="store_true", help="only rank launch settings, for the package's table of them"
+    )
+    parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
+    parser.add_argument("--out", type=Path, default=stored.FOLDER / "predictions.json", help="default %(default)s")
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
+    one = parser.add_argument_group("one kernel of kernels/attn/triton, which is not written anywhere")
+    one.add_argument("--kernel")
+    one.add_argument(
+        "--tiles", nargs="+", type=tiles, help="queries,keys,warps,stages[,registers][,ahead]; default: as they ship"
+    )
+    one.add_argument("--no-dropout", action="store_true")
+    one.add_argument("--dense", action="store_true", help="dense spatial keys and a mask")
+    one.add_argument("--width", type=int, default=32, choices=kernels.WIDTHS, help="of heads; default 32")
+    one.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="fp32: with TF32")
+    one.add_argument("--set", nargs="+", type=constant, default=[], metavar="NAME=VALUE", help="compile-time arguments")
+    one.add_argument("--listing", action="store_true", help="print the instructions of one trip")
+    return parser  # fmt: skip
+
+
+def main() -> int:
+    """Predict what is asked for, write the file, print tables."""
+    # Where the null GPU is; the tests have it on their path.
+    sys.path.append(str(ROOT / "tests"))
+    parser = arguments()
+    options = parser.parse_args()
+    if options.here:
+        problems_here(options.out, options.here)
+        return 0
+    if options.kernel:
+        explore(options)
+        return 0
+    if options.candidates:
+        rank_candidates()
+        return 0
+    if options.before and not options.before.exists():
+        parser.error(f"--before: there is no {options.before}")
+    if aot_cuda.find_nvcc() is None:
+        parser.error("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    reason = None if options.no_problems else why_no_problems()
+    if reason is not None:
+        parser.error(f"{reason}; --no-problems leaves whole problems out")
+    committed = stored.read(options.out)
+    found = replace(
+        committed,
+        commit=commit(),
+        versions={**committed.versions, **versions()},
+        kernels=find(options.architectures, options.main, committed),
+    )
+    if options.peers or not committed.peers:
+        of = {PEERS: metadata.version("torch")}
+        found = replace(found, peers=find_peers(), versions={**found.versions, **of})
+    stored.write(options.out, found)
+    if not options.no_problems:
+        found = replace(found, problems=find_problems(options.out))
+        stored.write(options.out, found)
+    before = stored.read(options.before) if options.before else committed
+    show_kernels(found, before)
+    show_problems(found, before)
+    if before.versions != found.versions and before.versions:
+        console.print(f"before: {before.versions}; now: {found.versions}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Make the tables by which `backend="auto"` takes kernels on GPUs that nobody has checked, from the result files.
+
+    python benchmarks/run.py measured [--results DIR] [--tables DIR]
+
+One table for each architecture of which there are results: `kernels/measured/sm_90.json`. CPUs have none.
+"""
+
+import argparse
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import geometric_mean, median
+
+from conddetr.files import write_text
+from conddetr.kernels.records import Table, Verdict
+from harness.timing import OURS, RESULTS, Result, console, is_failure, read_results
+
+OPERATIONS: dict[str, dict[str, str]] = {
+    "add_norm": {"": "add_norm"},
+    "attn": {"": "conditional_attention"},
+    "bits": {"": "dropout_bits"},
+    "boxes": {"": "matched_box_loss"},
+    "conv": {"convolution pair": "convolution_pair", "convolution": "convolution"},
+    "conv3x3": {"": "convolution_3x3"},
+    "cost": {"": "matching_cost"},
+    "dropout": {"relu_dropout": "relu_dropout", "dropout_add": "dropout_add"},
+    "errors": {"": "prediction_errors"},
+    "focal": {"": "focal_loss"},
+    "match": {"": "linear_assignment"},
+    "pool": {"": "max_pool"},
+    "position": {"": "grid_positions"},
+    "prediction": {"": "predicted_boxes"},
+    "query": {"": "spatial_query"},
+    "sine": {"sine embedding": "sine_embedding", "λ ⊙ p_s": "conditional_spatial_query"},
+    "weights": {"": "prepare_weights"},
+}
+"""Benchmark → beginning of a problem's title → the public function that is timed."""
+TABLES = Path(__file__).parents[2] / "kernels" / "measured"
+"""Where the package has them; an installed one is a copy."""
+OTHERS = ("torch-linear-assignment", "torchmatch", "FlashAttention-4", "FlexAttention, FLASH")
+"""Peers that need more than PyTorch: `auto` never takes one in place of a kernel that is slower."""
+KERNELS = re.compile(rf"{OURS}, (triton|native)(, (dense|separable))?")
+"""Names of implementations that the operation itself may pick; none is forced, as "not Hopper's kernel" is."""
+DTYPES = re.compile(r"\b(b?float16|float32|float64)\b")
+CONDITIONS = ("torch", "triton", "driver", "commit")
+"""What a table tells of a GPU's measurements, besides their dates."""
+
+
+def verdicts(benchmark: str, result: Result) -> Iterator[Verdict]:
+    """Of each of our kernels for one problem; none of those that this GPU cannot run."""
+    operation = next(name for title, name in OPERATIONS[benchmark].items() if result.title.startswith(title))
+    # Titles without a dtype are of costs, which are float32, and of bits, which count as that.
+    dtype = found[0] if (found := DTYPES.search(result.title)) else "float32"
+    if dtype == "float64":
+        return
+    plain = [median(seconds) for name, seconds in result.seconds.items() if is_of_pytorch(name)]
+    for name in (*result.seconds, *result.refused):
+        kernel, why = KERNELS.fullmatch(name), result.refused.get(name, "")
+        if kernel and name in result.seconds:
+            speedup = min(plain) / median(result.seconds[name]) if plain else None
+            yield Verdict(operation, kernel[1], dtype, "", None, speedup)
+        elif kernel and is_failure(name, why):
+            yield Verdict(operation, kernel[1], dtype, f"{why} ({result.title}).", None, None)
+
+
+def is_of_pytorch(name: str) -> bool:
+    """Whether an implementation is one of those that a kernel must be faster than."""
+    return name == f"{OURS}, eager" or not name.startswith((OURS, *OTHERS))
+
+
+def tables(results: Path) -> dict[str, Table]:
+    """Architecture → its table, of all GPUs among the results.
+
+    Raises:
+        ValueError: results of a GPU do not tell its compute capability; names the file.
+    """
+    of_gpus: dict[str, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    environments: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for path in sorted(results.glob("*/*.json")):
+        # What follows a hyphen tells options of the same benchmark.
+        benchmark = path.stem.split("-")[0]
+        environment = json.loads(path.read_text(encoding="utf-8")).get("environment", {})
+        # A GPU that nvidia-smi says nothing of has an unknown driver, a CPU has none.
+        if benchmark not in OPERATIONS or environment.get("driver", "none") == "none":
+            continue
+        capability = environment.get("compute capability", "none")
+        if not re.fullmatch(r"\d+\.\d", capability):
+            raise ValueError(
+                f"{path}: expected the compute capability of {environment['device']} in its environment, e.g. 9.0, "
+                f"got {capability!r}: run the benchmark again."
+            )
+        architecture = f"sm_{capability.replace('.', '')}"
+        environments[environment["device"]].append(environment)
+        for result in read_results(path):
+            of_gpus[architecture][environment["device"]] += verdicts(benchmark, result)
+    return {
+        architecture: Table(
+            architecture, {gpu: conditions(environments[gpu]) for gpu in of_gpu}, tuple(worst_of(dict(of_gpu)))
+        )
+        for architecture, of_gpu in sorted(of_gpus.items())
+    }
+
+
+def conditions(environments: list[dict[str, str]]) -> str:
+    """Versions and dates of measurements, in one line."""
+    parts = [f"{key} {' and '.join(sorted({each[key] for each in environments}))}" for key in CONDITIONS]
+    days = [each["date"].partition("T")[0] for each in environments]
+    return f"{', '.join(parts)}, {' to '.join(sorted({min(days), max(days)}))}"
+
+
+def combined(verdicts: list[Verdict], where: str) -> Verdict:
+    """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
+
+    Problems that were not timed do not count in the mean. It is refused for the first reason among the problems', and
+    else where the mean is below 1.
+
+    Args:
+        verdicts: of one operation, backend and dtype; at least one.
+        where: the place of which "slower than PyTorch" is said.
+    """
+    errors = [verdict.error for verdict in verdicts]
+    speedups = [verdict.speedup for verdict in verdicts if verdict.speedup is not None]
+    # To four digits: the last ones depend on the release of Python.
+    speedup = float(f"{geometric_mean(speedups):.4g}") if speedups else None
+    refused = next((verdict.refused for verdict in verdicts if verdict.refused), "")
+    if not refused and speedup is not None and speedup < 1:
+        refused = f"it is slower than PyTorch {where}: {speedup:.2f}× its speed."
+    return replace(verdicts[0], refused=refused, error=None if None in errors else max(errors), speedup=speedup)
+
+
+def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
+    """One verdict for each operation, backend and dtype: that of the GPU which refuses it, or gains least by it."""
+    found: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
+    for gpu, all_verdicts in of_gpus.items():
+        same: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
+        for verdict in all_verdicts:
+            same[verdict.operation, verdict.backend, verdict.dtype].append(verdict)
+        for key, group in same.items():
+            found[key].append(combined(group, f"on {gpu}"))
+    for _, group in sorted(found.items()):
+        yield min(group, key=lambda verdict: (not verdict.refused, verdict.speedup or math.inf))
+
+
+def main() -> None:
+    """Write a table for each architecture, and remove those without results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder that the package reads")
+    options = parser.parse_args()
+    made = {options.tables / f"{architecture}.json": table for architecture, table in tables(options.results).items()}
+    for path in set(options.tables.glob("sm_*.json")) - made.keys():
+        path.unlink()
+    for path, table in made.items():
+        write_text(path, table.to_json())
+    said = ", ".join(map(str, made)) or "no table: there are no results of GPUs"
+    console.print(f"wrote {said}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks of whole models and of training, and of what training waits for: images, checkpoints, evaluation."""

@@ -1,0 +1,102 @@
+"""The decoder of conditional-detr-r50, forward and backward with dropout: eager, torch.compile of it, ours.
+
+    python benchmarks/run.py decoder
+    python benchmarks/run.py decoder --batch 8 --dtypes float32
+
+Inputs are random tokens and object queries; the output is checked without dropout before anything is timed.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import conddetr
+from conddetr.kernels import registry
+from conddetr.kernels.attn import rectangle_padding
+from conddetr.model.grid import FeatureGrid
+from conddetr.model.position import sine_position_encoding
+from harness.machine import DEVICE, dtype_name
+from harness.timing import OURS, Result, arguments, measure, parse, run_all, usable
+from ops.attn import GRIDS, mixed_shapes
+
+
+def decoders(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Implementation → transformer without encoder layers, all with the same weights."""
+    built = {}
+    for backend in ("eager", *(name for name in registry.BACKENDS if name != "eager")):
+        torch.manual_seed(0)
+        model = conddetr.build("conditional-detr-r50", encoder_layers=0, backend=backend)
+        built[backend] = model.transformer.to(DEVICE, dtype)
+    found = {"eager": built.pop("eager")}
+    found["torch.compile of it"] = torch.compile(found["eager"], dynamic=False)
+    return found | {f"{OURS}, {backend}": transformer for backend, transformer in built.items()}
+
+
+def make(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tokens and object queries, positions of a grid whose images have mixed aspect ratios."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = GRIDS["r50"]
+    valid_hw = mixed_shapes((height, width), batch).to(DEVICE)
+    padding = rectangle_padding(valid_hw, height, width)
+    tensors = {
+        "tokens": torch.randn(batch, height * width, 256, generator=generator),
+        "position": sine_position_encoding(padding.unflatten(1, (height, width)), 256),
+        "object_query": torch.randn(300, 256, generator=generator),
+        "upstream": torch.randn(6, batch, 300, 256, generator=generator),
+    }
+    tensors = {name: tensor.to(DEVICE, dtype) for name, tensor in tensors.items()}
+    return tensors | {"padding": padding, "valid_hw": valid_hw}
+
+
+def decode(transformer: Callable, tensors: dict[str, Tensor]) -> Tensor:
+    """Normalised outputs of all layers, [6, B, 300, 256]."""
+    grid = FeatureGrid(GRIDS["r50"], tensors["padding"], tensors["valid_hw"])
+    return transformer(tensors["tokens"], grid, tensors["position"], tensors["object_query"])[0]
+
+
+def train(transformer: torch.nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """Forward in training, then the gradients of all parameters in use."""
+    out = decode(transformer, tensors)
+    return torch.autograd.grad(out, list(transformer.parameters()), tensors["upstream"], allow_unused=True)
+
+
+def outputs(transformer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the check compares: the output without dropout."""
+    transformer.eval()
+    with torch.no_grad():
+        return {"hidden": decode(transformer, tensors)}
+
+
+def run(batch: int, dtype: torch.dtype, options: argparse.Namespace) -> Result:
+    """Check all implementations, then time a training step's share of the decoder."""
+    transformers, tensors = decoders(dtype), make(batch, dtype)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    exact = outputs(decoders(torch.float64)["eager"], wide)
+    checks = {name: partial(outputs, transformer, tensors) for name, transformer in transformers.items()}
+    good, refused = usable(checks, lambda call: call(), exact, is_random=False)
+    runs = {name: partial(train, transformers[name].train(), tensors) for name in good}
+    return measure(title(batch, dtype), runs, options, None, refused)
+
+
+def title(batch: int, dtype: torch.dtype) -> str:
+    """One line for tables and result files."""
+    return f"six decoder layers, 25×34 keys, B = {batch}, forward + backward, dropout 0.1, {dtype_name(dtype)}"
+
+
+def main() -> None:
+    """Time every dtype asked for; one result file for all."""
+    cuda = DEVICE.type == "cuda"
+    parser = arguments(__doc__.splitlines()[0], seconds=60)
+    parser.add_argument("--batch", type=int, default=8 if cuda else 2)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
+    options = parse(parser)
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    runs = {title(options.batch, dtype): partial(run, options.batch, dtype, options) for dtype in dtypes}
+    run_all("decoder", runs, options)
+
+
+if __name__ == "__main__":
+    main()

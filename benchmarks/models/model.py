@@ -1,0 +1,164 @@
+"""Inference of whole models: official-style, HuggingFace's and ours, on the same weights and image.
+
+    python benchmarks/model.py
+    python benchmarks/model.py --compiled               # torch.compile too: minutes more
+    python benchmarks/model.py --presets conditional-detr-dc5-r50 detr-r50
+
+Everything is float32, on a GPU without TF32, for the outputs are held to those of the first within 1e-4.
+"""
+
+import argparse
+import copy
+import re
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import conddetr
+from conddetr.interop import convert_to_huggingface
+from conddetr.kernels import registry
+from harness.machine import DEVICE, dtype_name, is_null_gpu
+from harness.refusals import WRONG, RefusedError, refusing
+from harness.timing import NOT_COMPARED, OURS, Result, arguments, console, measure, parse, run_all, with_host_memory
+
+TOLERANCE = {"pred_logits": 1e-4, "pred_boxes": 1e-5}
+Runs = dict[str, partial]
+
+
+def main() -> None:
+    """Time every preset asked for; one result file for all."""
+    parser = arguments(__doc__.splitlines()[0], seconds=60)
+    parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
+    parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
+    options = parse(parser)
+    size = f"1×3×{options.size[0]}×{options.size[1]}, {dtype_name(torch.float32)}"
+    titles = {f"{name}, forward, {size}": name for name in options.presets}
+    run_all("model", {title: partial(run, title, name, options) for title, name in titles.items()}, options)
+
+
+@torch.inference_mode()
+def run(title: str, preset: str, options: argparse.Namespace) -> Result:
+    """Check that all give the same output, then time them."""
+    torch.compiler.reset()
+    model = conddetr.build(preset, backend="eager").eval()
+    spread_outputs(model)
+    model = model.to(DEVICE)
+    image = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    runs, refused = our_runs(model, image, options.compiled)
+    with refusing("HuggingFace", refused):
+        peer, _ = convert_to_huggingface(model)
+        runs |= huggingface_runs(peer, image, options.compiled)
+        with refusing(f"{OURS}, HuggingFace accelerated", refused):
+            runs |= accelerated_run(peer, image)
+    good = alike(runs, refused)
+    return with_host_memory(replace(measure(title, good, options, None, refused), images=1), good)
+
+
+def alike(runs: Runs, refused: dict[str, str]) -> Runs:
+    """Those that give the same output as the first; the others go to `refused`."""
+    expected, good = next(iter(runs.values()))(), {}
+    check_spread(expected)
+    for name, function in runs.items():
+        with refusing(name, refused):
+            differences = check(expected, function())
+            console.print(f"  {name}: largest differences {differences}", highlight=False)
+            good[name] = function
+    return good
+
+
+def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
+    """The official form, whose batch norms stand alone; ours by default, as `Detector.predict` calls it for one image,
+    and its frozen copy, as `evaluate` and several images take it; then copies on other backends than `auto` takes.
+    """
+    default = copy.deepcopy(model)
+    default.set_backend("auto")
+    runs: Runs = {"official-style eager": partial(model, image), OURS: partial(default, image)}
+    refused, by_default = {}, registry.OPERATIONS["conditional_attention"].choose("auto", DEVICE, model.dtype).backend
+    for backend in ("auto", *(name for name in registry.BACKENDS if name != by_default)):
+        title = f"{OURS}, frozen copy" if backend == "auto" else f"{OURS}, {backend}"
+        with refusing(title, refused):
+            registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, model.dtype)
+            fused = model.fused(backend)
+            runs[title] = partial(fused, image)
+            if compiled and backend != "eager":
+                runs[f"{title}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
+    return runs, refused
+
+
+def huggingface_runs(peer: nn.Module, image: Tensor, compiled: bool) -> Runs:
+    """transformers' model as it comes, and in channels-last."""
+    turned = copy.deepcopy(peer).to(memory_format=torch.channels_last)
+    turned_image = image.contiguous(memory_format=torch.channels_last)
+    runs = {
+        "HuggingFace as shipped": partial(huggingface_outputs, peer, image),
+        "HuggingFace, channels-last": partial(huggingface_outputs, turned, turned_image),
+    }
+    if compiled:
+        compiled_peer = torch.compile(turned, dynamic=False)
+        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, turned_image)
+    return runs
+
+
+def accelerated_run(peer: nn.Module, image: Tensor) -> Runs:
+    """transformers' model with our kernels in it."""
+    accelerated = copy.deepcopy(peer)
+    conddetr.accelerate(accelerated)
+    return {f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image)}
+
+
+def spread_outputs(model: conddetr.DETR) -> None:
+    """Sharper attention, weaker residual branches and random heads, in place.
+
+    With fresh weights all queries collapse to one vector, and a wrong implementation would pass the check.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if re.search(r"\.[sc]a_[qk]\w*_proj\.weight$", name):
+                value.mul_(4.0)
+            elif re.search(r"\.decoder\..*in_proj_weight$", name):
+                value.mul_(6.0)
+            elif re.search(r"\.(out_proj|linear2)\.weight$|bn3\.weight$", name):
+                value.mul_(0.4)
+            elif name in ("bbox_embed.layers.2.weight", "class_embed.weight"):
+                value.copy_(1.6 / value.shape[1] ** 0.5 * torch.randn(value.shape, generator=generator))
+
+
+def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """One forward pass, under our names."""
+    mask = torch.ones(1, *image.shape[-2:], dtype=torch.int64, device=DEVICE)
+    out = peer(pixel_values=image, pixel_mask=mask)
+    return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
+
+
+def check_spread(expected: dict[str, Tensor]) -> None:
+    """
+    Raises:
+        RefusedError: queries are so alike that a wrong answer would pass `check`.
+    """
+    for name, tolerance in TOLERANCE.items():
+        spread = expected[name].std(dim=1).mean().item()
+        if spread < 100 * tolerance and not is_null_gpu():
+            raise RefusedError(f"{name}: queries differ by {spread:.2e} only, so the check says nothing")
+
+
+def check(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
+    """Largest difference of each output, in words.
+
+    Raises:
+        RefusedError: one is too large.
+    """
+    differences = {name: (found[name] - expected[name]).abs().max().item() for name in TOLERANCE}
+    if is_null_gpu():
+        return NOT_COMPARED
+    for name, tolerance in TOLERANCE.items():
+        if not differences[name] <= tolerance:
+            raise RefusedError(f"{WRONG}{name} differs by {differences[name]:.2e}, more than {tolerance:.0e}")
+    return ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+
+
+if __name__ == "__main__":
+    main()

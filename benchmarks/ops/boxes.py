@@ -1,0 +1,99 @@
+"""Losses of matched boxes and their gradient against the official way and torchvision's, checked before timed.
+
+python benchmarks/run.py boxes
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
+
+from conddetr.kernels import matched_box_loss, registry
+from harness.machine import DEVICE, copy_bandwidth
+from harness.timing import OURS, Result, Work, measure, run_losses, usable
+
+LAYERS, QUERIES, OBJECTS = 6, 300, 7
+Losses = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size: images per step, and the dtype of the boxes."""
+
+    images: int
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        """One line for tables and result files."""
+        size = f"{LAYERS} layers × {self.images} images × {OBJECTS} objects"
+        return f"matched boxes, {size}, forward + backward, {str(self.dtype).removeprefix('torch.')}"
+
+    def make(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions [L, B, Q, 4], objects [B, N, 4], and which object each prediction has [L, B, Q], -1: none."""
+        generator = torch.Generator().manual_seed(0)
+        boxes = torch.rand(LAYERS, self.images, QUERIES, 4, generator=generator)
+        objects = torch.rand(self.images, OBJECTS, 4, generator=generator)
+        assignment = torch.full(boxes.shape[:-1], -1)
+        order = torch.rand(boxes.shape[:-1], generator=generator).argsort(-1)[..., :OBJECTS]
+        assignment.scatter_(-1, order, torch.arange(OBJECTS).expand_as(order))
+        return boxes.to(DEVICE, self.dtype).requires_grad_(), objects.to(DEVICE, self.dtype), assignment.to(DEVICE)
+
+    def work(self) -> Work:
+        """Matched boxes and objects read in each pass, assignments too; the whole gradient written once."""
+        matched = LAYERS * self.images * OBJECTS * 2 * 4 * self.dtype.itemsize
+        predictions = LAYERS * self.images * QUERIES
+        size = 2 * (matched + 8 * predictions) + 4 * predictions * self.dtype.itemsize
+        return Work(0, size, {"bytes": size / copy_bandwidth()})
+
+
+def layer_by_layer(giou_loss: Callable[[Tensor, Tensor], Tensor]) -> Losses:
+    """The official loop over layers, which picks the pairs first; given corners of pairs -> sum of 1 - GIoU."""
+
+    def losses(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for of_layer, of_pairs in zip(boxes, assignment, strict=True):
+            image, query = (of_pairs >= 0).nonzero(as_tuple=True)
+            dtype = torch.promote_types(boxes.dtype, torch.float32)
+            a, b = of_layer[image, query].to(dtype), objects[image, of_pairs[image, query]].to(dtype)
+            pairs = (box_convert(x, "cxcywh", "xyxy") for x in (a, b))
+            found.append((F.l1_loss(a, b, reduction="sum"), giou_loss(*pairs)))
+        return tuple(torch.stack(column) for column in zip(*found, strict=True))
+
+    return losses
+
+
+def of_diagonal(a: Tensor, b: Tensor) -> Tensor:
+    """The official way: all pairs, of which the diagonal is used."""
+    return (1 - generalized_box_iou(a, b).diag()).sum()
+
+
+def compute(losses: Losses, boxes: Tensor, objects: Tensor, assignment: Tensor) -> dict[str, Tensor]:
+    """Both losses [L] and the gradient of their sum."""
+    l1, giou = losses(boxes, objects, assignment)
+    return {"L1": l1, "GIoU": giou, "gradient": torch.autograd.grad(l1.sum() + giou.sum(), boxes)[0]}
+
+
+def run(problem: Problem, options: argparse.Namespace) -> Result:
+    """Check all implementations of one problem, then time them."""
+    boxes, objects, assignment = problem.make()
+    ways: dict[str, Losses] = {
+        "official-style": layer_by_layer(of_diagonal),
+        "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),
+    }
+    for backend in registry.OPERATIONS["matched_box_loss"].backends:
+        ways[f"{OURS}, {backend}"] = partial(matched_box_loss, backend=backend)
+    runs = {name: partial(compute, way, boxes, objects, assignment) for name, way in ways.items()}
+    leaf = boxes.detach().double().requires_grad_()
+    exact = compute(layer_by_layer(of_diagonal), leaf, objects.double(), assignment)
+    good, refused = usable(runs, lambda call: call(), {name: x.detach() for name, x in exact.items()}, False)
+    return measure(problem.title, good, options, problem.work(), refused)
+
+
+if __name__ == "__main__":
+    run_losses("boxes", __doc__.splitlines()[0], Problem, run, ["float32"])

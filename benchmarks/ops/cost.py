@@ -1,0 +1,107 @@
+"""The matching cost of all layers and images against the official way, checked before timed.
+
+python benchmarks/run.py cost
+"""
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou
+
+from conddetr.kernels import matching_cost, registry
+from harness.machine import DEVICE, copy_bandwidth
+from harness.timing import OURS, Result, Work, measure, run_losses, usable
+
+LAYERS, QUERIES, CLASSES, OBJECTS = 6, 300, 91, 7
+ALPHA, GAMMA = 0.25, 2.0
+CLASS, BBOX, GIOU = 2.0, 5.0, 2.0
+"""Weights of the three terms."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a cost is made of."""
+
+    logits: Tensor
+    """[L, B, Q, K]."""
+    boxes: Tensor
+    """[L, B, Q, 4]."""
+    labels: Tensor
+    """[B, N]."""
+    objects: Tensor
+    """[B, N, 4]."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size: images per step, and the dtype of logits and boxes."""
+
+    images: int
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        """One line for tables and result files."""
+        size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries × {OBJECTS} objects"
+        return f"matching cost, {size}, {str(self.dtype).removeprefix('torch.')}"
+
+    def make(self) -> Inputs:
+        """Logits around the focal prior, and random boxes."""
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(LAYERS, self.images, QUERIES, CLASSES, generator=generator) - 4.6
+        boxes = torch.rand(LAYERS, self.images, QUERIES, 4, generator=generator)
+        labels = torch.randint(CLASSES, (self.images, OBJECTS), generator=generator)
+        objects = torch.rand(self.images, OBJECTS, 4, generator=generator)
+        floating = (x.to(DEVICE, self.dtype) for x in (logits, boxes, objects))
+        logits, boxes, objects = floating
+        return Inputs(logits, boxes, labels.to(DEVICE), objects)
+
+    def work(self) -> Work:
+        """One logit per pair and all boxes read, the cost written once in float32."""
+        pairs = LAYERS * self.images * QUERIES * OBJECTS
+        boxes = 4 * self.images * (LAYERS * QUERIES + OBJECTS)
+        size = (pairs + boxes) * self.dtype.itemsize + 4 * pairs
+        return Work(0, size, {"bytes": size / copy_bandwidth()})
+
+
+def official(inputs: Inputs) -> Tensor:
+    """[L, B, N, Q] as the official matcher does it: layer by layer, every query of the batch with every object of the
+    batch, of which the blocks on the diagonal are used."""
+    labels, objects = inputs.labels.flatten(), inputs.objects.flatten(0, 1)
+    found = []
+    for logits, boxes in zip(inputs.logits, inputs.boxes, strict=True):
+        p = logits.flatten(0, 1).sigmoid()
+        negative = (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
+        positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
+        boxes = boxes.flatten(0, 1)
+        giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(objects, "cxcywh", "xyxy"))
+        cost = BBOX * torch.cdist(boxes, objects, p=1) + CLASS * (positive - negative)[:, labels] - GIOU * giou
+        blocks = cost.view(len(logits), QUERIES, len(logits), OBJECTS).diagonal(dim1=0, dim2=2)
+        found.append(blocks.permute(2, 1, 0))
+    return torch.stack(found)
+
+
+def ours(inputs: Inputs, backend: str) -> Tensor:
+    """The same by our operation."""
+    counts = torch.full((len(inputs.labels),), OBJECTS, dtype=torch.int32, device=DEVICE)
+    weights = {"class_weight": CLASS, "bbox_weight": BBOX, "giou_weight": GIOU, "alpha": ALPHA, "gamma": GAMMA}
+    return matching_cost(inputs.logits, inputs.boxes, inputs.labels, inputs.objects, counts, backend=backend, **weights)
+
+
+@torch.no_grad()
+def run(problem: Problem, options: argparse.Namespace) -> Result:
+    """Check all implementations of one problem, then time them."""
+    inputs = problem.make()
+    runs = {"official-style": partial(official, inputs)}
+    for backend in registry.OPERATIONS["matching_cost"].backends:
+        runs[f"{OURS}, {backend}"] = partial(ours, inputs, backend)
+    doubles = Inputs(inputs.logits.double(), inputs.boxes.double(), inputs.labels, inputs.objects.double())
+    good, refused = usable(runs, lambda call: {"cost": call()}, {"cost": official(doubles)}, False)
+    return measure(problem.title, good, options, problem.work(), refused)
+
+
+if __name__ == "__main__":
+    run_losses("cost", __doc__.splitlines()[0], Problem, run, ["float32"])

@@ -1,0 +1,99 @@
+"""Figure 1 of the paper: where the heads of several detectors look for the same object, below each other.
+
+    python benchmarks/run.py figure1 photo.jpg conditional.pt detr.pt --out runs/figure1.png
+
+Of the first detector the best detection is shown, or with --top K the K-th best; of the others the query whose box
+overlaps that one most. Checkpoints are ours or official ones.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from conddetr import Detector
+from conddetr.data.images import read_image
+from conddetr.detection import Detection
+from conddetr.viz.attention import KINDS, AttentionMaps, draw_map
+from conddetr.viz.boxes import draw_boxes, save_figure
+from harness.timing import console
+
+
+class Shown(NamedTuple):
+    """One detector's view of the object that all show."""
+
+    found: Detection
+    index: int
+    """Which of what it found is the object."""
+    maps: AttentionMaps
+
+
+def same_object(detectors: list[Detector], image: Tensor, top: int, layer: int) -> list[Shown]:
+    """What each detector found, the object that overlaps the first one's `top`-th best most, and the maps."""
+    shown, wanted = [], None
+    for detector in detectors:
+        found, maps = detector.attention(image, None, detector.model.config.num_queries, layer)
+        if wanted is None:
+            wanted = found.boxes[top - 1]
+        shown.append(Shown(found, int(box_iou(wanted[None], found.boxes)[0].argmax()), maps))
+    return shown
+
+
+def draw(image: Tensor, titles: list[str], shown: list[Shown], kind: str) -> Figure:
+    """A row per detector: the box, then the map of each head."""
+    heads = max(row.maps.weights.shape[2] for row in shown)
+    aspect = min(max(image.shape[-2] / image.shape[-1], 0.4), 2.0)
+    figure = Figure(figsize=(1.5 * (heads + 1), (1.5 * aspect + 0.3) * len(shown) + 0.3), layout="constrained")
+    figure.suptitle(f"{kind} attention of each head, decoder layer {shown[0].maps.layer}", fontsize=10)
+    grid = figure.subplots(len(shown), heads + 1, squeeze=False)
+    for axes, title, row in zip(grid, titles, shown, strict=True):
+        _draw_row(axes, image, title, row, KINDS.index(kind))
+    return figure
+
+
+def _draw_row(axes: list[Axes], image: Tensor, title: str, row: Shown, kind: int) -> None:
+    found, index, maps = row
+    box, caption = found.boxes[index], found.captions[index]
+    draw_boxes(axes[0], image, box[None], [int(found.labels[index])], [caption], title=title)
+    axes[0].title.set_fontsize(8)
+    weights = maps.weights[kind, int(found.queries[index])]
+    for head, panel in enumerate(axes[1 : len(weights) + 1]):
+        draw_map(panel, image, box, weights[head], maps.cell)
+        panel.set_title(f"head {head}", fontsize=8)
+    # Another detector has more heads.
+    for panel in axes[len(weights) + 1 :]:
+        panel.axis("off")
+
+
+def titles_of(files: list[str]) -> list[str]:
+    """Names of the files without their endings, where two are equal with their folders."""
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) == len(stems):
+        return stems
+    return [f"{Path(file).absolute().parent.name}/{stem}" for file, stem in zip(files, stems, strict=True)]
+
+
+def main() -> None:
+    """Draw one figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("checkpoints", nargs="+", metavar="FILE", help="a row each")
+    parser.add_argument("--kind", choices=KINDS, default="spatial", help="which product; default: spatial")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K-th best detection of the first")
+    parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
+    parser.add_argument("--out", default="runs/figure1.png", metavar="FILE", help="the picture")
+    options = parser.parse_args()
+    image = read_image(options.image)
+    shown = same_object(
+        [Detector.from_checkpoint(file) for file in options.checkpoints], image, options.top, options.layer
+    )
+    figure = draw(image, titles_of(options.checkpoints), shown, options.kind)
+    console.print(f"wrote {save_figure(figure, options.out)}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

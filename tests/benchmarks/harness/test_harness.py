@@ -1,0 +1,314 @@
+"""Timing, refusals, result files, tables, and the page that is written from them."""
+
+import argparse
+import ast
+import contextlib
+import json
+import math
+import time
+import warnings
+
+import pytest
+import torch
+import triton
+
+from conddetr.kernels.registry import BackendError
+from harness import machine, report
+from harness import timing as harness
+from harness.refusals import PROBLEM
+
+OPTIONS = argparse.Namespace(rounds=4, cudagraph=False, seconds=60.0)
+WORK = harness.Work(flops=4e9, bytes=2e8, floors={"bytes": 1e-3, "products": 2e-3})
+RESULT = harness.Result("one", {"peer": [4e-3] * 5, "slow peer": [8e-3] * 5, "ours": [3e-3] * 5}, WORK)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="calls on a GPU are timed by its own events")
+def test_samples_are_the_time_of_the_call():
+    result = harness.measure("sleep", {"long": lambda: time.sleep(0.02), "short": lambda: None}, OPTIONS, None, {})
+    assert [len(samples) for samples in result.seconds.values()] == [4, 4]
+    assert all(sample >= 0.02 for sample in result.seconds["long"])
+    assert min(result.seconds["short"]) < 0.01
+
+
+def test_too_little_memory_is_a_refusal(monkeypatch):
+    def peak(run):
+        if run is None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand much more")
+        return 5
+
+    monkeypatch.setattr(harness, "_peak_extra_bytes", peak)
+    refused = {"other": "not installed"}
+    assert harness._peaks({"small": lambda: None, "big": None}, refused) == {"small": 5}
+    assert refused == {"other": "not installed", "big": "CUDA out of memory. Tried to allocate 9 GiB."}
+
+
+def test_reasons_are_pytorchs_own():
+    def forced():
+        warnings.warn("Flash attention kernel not used because: (Triggered internally at sdp.h:1.)", stacklevel=1)
+        warnings.warn("Flash attention does not support a mask. (Triggered internally at sdp.h:2.)", stacklevel=1)
+        warnings.warn("CuDNN attention has been runtime disabled. (Triggered internally at sdp.h:3.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    def broken():
+        raise RuntimeError("out of memory\nand much more")
+
+    good, refused = harness.usable({"flash": forced, "big": broken}, lambda call: call(), {}, is_random=False)
+    assert good == {}
+    assert refused == {"flash": "Flash attention does not support a mask.", "big": "out of memory"}
+
+
+def test_ours_is_held_to_twice_the_error_and_a_peer_to_ten_times():
+    def off(by):
+        return lambda: {"out": torch.full((3,), 1.0 + by)}
+
+    exact = {"out": torch.ones(3, dtype=torch.float64)}
+    runs = {"eager": off(1e-3), "ours": off(1.9e-3), "rough peer": off(9e-3), "wrong peer": off(11e-3)}
+    good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+    assert list(good) == ["eager", "ours", "rough peer"]
+    assert refused == {"wrong peer": "wrong answer: error of out 1.10e-02, eager 1.00e-03"}
+    _, refused = harness.usable({"eager": off(1e-3), "ours": off(2.1e-3)}, lambda call: call(), exact, is_random=False)
+    assert refused == {"ours": "wrong answer: error of out 2.10e-03, eager 1.00e-03"}
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_whatever_one_raises_the_others_go_on(capsys):
+    """Peers assert, and Triton's errors are no RuntimeErrors."""
+    quoted = triton.CompilationError("def kernel():\n    a + b", ast.parse("a + b").body[0], None)
+    quoted.__cause__ = ValueError("shapes\ndo not match")
+    errors = {
+        "peer, narrow": AssertionError("head_dim: 64 expected"),
+        "peer, silent": AssertionError(),
+        "peer, compiled": quoted,
+        "ours, too large": triton.runtime.errors.OutOfResources(300, 200, "shared memory"),
+        "ours, absent": BackendError("backend 'native' cannot run here: not built."),
+    }
+    runs = {"eager": lambda: {}, **{name: raising(error) for name, error in errors.items()}, "ours": lambda: {}}
+    good, refused = harness.usable(runs, lambda call: call(), {}, is_random=False)
+    assert list(good) == ["eager", "ours"]
+    too_large = refused.pop("ours, too large")
+    assert too_large.startswith("failed: OutOfResources: out of resource: shared memory, Required: 300")
+    assert refused == {
+        "peer, narrow": "AssertionError: head_dim: 64 expected",
+        "peer, silent": "AssertionError",
+        "peer, compiled": "ValueError: do not match",
+        "ours, absent": "backend 'native' cannot run here: not built.",
+    }
+    # Nobody expects ours to fail: where it did is shown, and it is told at the end.
+    assert "in run\n    raise error" in capsys.readouterr().err
+    result = harness.Result("one", {}, refused={**refused, "ours, too large": too_large})
+    assert harness.failures([result]) == [f"one: ours, too large: {too_large}"]
+
+
+def test_without_its_reference_nothing_is_right():
+    exact = {"out": torch.ones(3, dtype=torch.float64)}
+    for spoiled in (raising(RuntimeError("out of luck")), lambda: {"out": torch.full((3,), torch.nan)}):
+        runs = {"eager": spoiled, "ours": lambda: {"out": torch.ones(3)}}
+        good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+        assert good == {}
+        assert refused["ours"] == "not checked: eager, which it is held to, is refused"
+        assert len(harness.failures([harness.Result("one", {}, refused=refused)])) == 1
+
+
+def test_one_that_fails_while_it_is_timed_leaves_the_others():
+    calls = iter(range(100))
+
+    def breaks():
+        if next(calls) == 4:
+            raise RuntimeError("broken")
+
+    result = harness.measure("some", {"breaks": breaks, "works": lambda: None}, OPTIONS, None, {})
+    assert {name: len(samples) for name, samples in result.seconds.items()} == {"works": 4}
+    assert result.refused == {"breaks": "broken"}
+
+
+def test_failures_are_told_when_all_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    wrong = harness.Result("wrong", {"peer": [1.0]}, refused={"ours": "wrong answer: by far", "peer 2": "too old"})
+    runs = {"broken": raising(MemoryError("too little")), "wrong": lambda: wrong, "right": lambda: RESULT}
+    with pytest.raises(SystemExit) as stop:
+        harness.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=60.0))
+    assert stop.value.code.splitlines() == [
+        f"broken: {PROBLEM}: failed: MemoryError: too little",
+        "wrong: ours: wrong answer: by far",
+    ]
+    (path,) = tmp_path.glob("*/*")
+    assert [result.title for result in harness.read_results(path)] == ["broken", "wrong", "one"]
+    # Of what has no times the page has an empty row.
+    assert "| broken | – | – | – |" in report.markdown(tmp_path)
+    assert report.draw(path).exists()
+
+
+class Device:
+    """`torch.cuda` as far as the clock uses it: everything that is asked of it, in order."""
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(L2_cache_size=1))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.asked.append("wait"))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+
+    def record(self):
+        self.asked.append("event")
+
+    def elapsed_time(self, end):
+        return 3.0
+
+
+def test_the_gpu_is_idle_when_a_call_begins(monkeypatch):
+    device = Device(monkeypatch)
+    timed = machine._device_clock()
+    for name in ("one", "other"):
+        assert timed(lambda name=name: device.asked.append(name)) == 3e-3
+    assert device.asked == ["wait", "event", "one", "event", "wait", "event", "other", "event", "wait"]
+
+
+@pytest.fixture(params=[True, False])
+def switch(request):
+    """What both of PyTorch's switches for TF32 stand at."""
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = request.param
+    yield request.param
+    for switch, was in zip(switches, before, strict=True):
+        switch.allow_tf32 = was
+
+
+def test_tf32_is_off_inside_and_as_before_outside(switch, monkeypatch):
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    outside = (conv.fp32_precision, matmul.fp32_precision)
+    with contextlib.suppress(ZeroDivisionError), machine.without_tf32():
+        # Both generations of switches agree, which PyTorch demands of whoever reads the older.
+        assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
+        assert "tf32" not in (conv.fp32_precision, matmul.fp32_precision)
+        assert machine.tf32() == "off"
+        raise ZeroDivisionError
+    assert (conv.fp32_precision, matmul.fp32_precision) == outside
+    assert machine.tf32() == ("on for products and convolutions" if switch else "off")
+
+
+def test_a_reader_sees_that_tf32_is_off(monkeypatch):
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    assert machine.dtype_name(torch.float32) == "float32, TF32 off"
+    assert machine.dtype_name(torch.bfloat16) == "bfloat16"
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    assert machine.dtype_name(torch.float32) == "float32"
+    assert machine.environment()["TF32"] == "none"
+
+
+def test_results_are_of_runs_without_tf32(switch, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    seen = []
+
+    def run():
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return RESULT
+
+    harness.run_all("some", {"one": run}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == switch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch gives its reasons on a GPU only")
+def test_flash_says_why_it_refuses_a_mask():
+    from ops import attn
+
+    problem = attn.Problem("r50", 2, torch.bfloat16, 0.0, padded=True, backward=False)
+    tensors = problem.make()
+    runs = {"flash": attn.implementations(problem, tensors)["SDPA, flash, padded values"]}
+    reason = harness.usable(runs, lambda call: call(), {}, is_random=False)[1]["flash"]
+    assert "mask" in reason
+
+
+def test_table():
+    headings, lines = harness.rows(RESULT)
+    assert headings == ["implementation", "ms", "10–90 %", "vs best peer", "TFLOP/s", "GB/s", "× floor", "of peak"]
+    assert lines[0] == ["peer", "4", "4–4", "1.00", "1", "50", "2.00", "50%"]
+    assert lines[2] == ["ours", "3", "3–3", "1.33", "1.33", "66.7", "1.50", "67%"]
+    assert harness.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
+
+
+def test_memory_says_when_it_is_that_of_a_capture():
+    memory = {"slow peer": 2**20, "ours": 2**21}
+    result = harness.Result("one", RESULT.seconds, None, memory, captured=["ours"])
+    headings, lines = harness.rows(result)
+    assert [line[headings.index("extra MiB")] for line in lines] == ["–", "1.0", "2.0 at capture"]
+
+
+def test_a_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(machine, "device_name", lambda: "NVIDIA H100 80GB HBM3 (null)")
+    exact = {"out": torch.ones(3, dtype=torch.float64)}
+    runs = {"eager": lambda: {"out": torch.ones(3)}, "ours": lambda: {"out": torch.zeros(3)}}
+    good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+    assert (list(good), refused) == (["eager", "ours"], {})
+    result = harness.measure("one", good, OPTIONS, WORK, {"peer": "too old"})
+    assert result.seconds == {"eager": [], "ours": []}
+    assert machine._rate(1e9, lambda: None) == math.inf
+    harness.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    said = capsys.readouterr().out
+    for part in ("one", "eager", "ours", "peer: too old", harness.NOT_COMPARED, "wrote no result file: null GPU"):
+        assert part in said
+    assert "ms" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_result_is_of_a_null_gpu():
+    assert [folder.name for folder in harness.RESULTS.iterdir() if folder.name.endswith("-null")] == []
+
+
+def test_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    runs = {"first": lambda: RESULT, "second": lambda: pytest.fail("begun after the time was up")}
+    harness.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=0.0))
+    (path,) = tmp_path.glob("*/*")
+    assert path.name == "some.json"
+    assert json.loads(path.read_text())["left_out"] == ["second"]
+    assert harness.read_results(path) == [RESULT]
+
+
+def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
+    monkeypatch.delenv("CONDDETR_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_said", lambda *command: "1234567" if command[1] == "rev-parse" else "")
+    assert machine.commit() == "1234567"
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CONDDETR_COMMIT", raising=False)
+    assert machine.commit() == "unknown"
+    monkeypatch.setenv("CONDDETR_COMMIT", "7654321")
+    assert machine.commit() == "7654321"
+    environment = machine.environment()
+    assert {"driver", "max SM clock", "triton", "system", "CPU threads"} <= set(environment)
+    assert (environment["compute capability"] == "none") == (machine.DEVICE.type == "cpu")
+
+
+def test_samples_keep_four_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    path = harness.write_results("some", {}, [harness.Result("one", {"peer": [0.00123456789, 2.0]})], [])
+    assert harness.read_results(path)[0].seconds == {"peer": [0.001235, 2.0]}
+    assert '"peer": [ 0.001235, 2.0 ]' in path.read_text()
+
+
+def test_picture_and_tables_come_from_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    results = [RESULT, harness.Result("two", {"peer": [1.0] * 3}, refused={"ours": "too wide"})]
+    path = harness.write_results("some", {}, results, [])
+    page = report.markdown(tmp_path)
+    assert "| one | 4 | 8 | **3** | 1.33× | 1.5 |" in page
+    assert "| two | **1000** | – | – | – | – |" in page
+    assert "- ours: too wide" in page
+    assert report.draw(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_the_committed_results():
+    page = report.DOCS.read_text()
+    shown = page.split(report.BEGIN)[1].split(report.END)[0].strip()
+    assert shown == report.markdown(harness.RESULTS), "run: python benchmarks/run.py report"

@@ -1,0 +1,67 @@
+"""The benchmark of inference times equal outputs only."""
+
+import argparse
+
+import pytest
+import tf32
+import torch
+
+import conddetr
+from conddetr.kernels.conv import pytorch as conv
+from harness.machine import without_tf32
+from harness.refusals import RefusedError
+from models import model
+
+SMALL = {"encoder_layers": 1, "decoder_layers": 1}
+
+
+def test_smoke(benchmark, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = argparse.Namespace(rounds=3, cudagraph=False, compiled=False, size=(64, 96))
+    result = benchmark.pedantic(model.run, ("tiny", "conditional-detr-tiny", options), rounds=1)
+    assert {"official-style eager", "ours", "ours, frozen copy", "ours, eager"} <= set(result.seconds)
+    assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
+
+
+def test_a_wrong_answer_is_not_timed():
+    right = {"pred_logits": torch.randn(1, 9, 4), "pred_boxes": torch.rand(1, 9, 4)}
+    wrong = {**right, "pred_boxes": right["pred_boxes"] + 2e-5}
+    refused = {}
+    runs = {"official": lambda: right, "ours": lambda: wrong, "peer": lambda: 1 / 0, "same": lambda: right}
+    assert list(model.alike(runs, refused)) == ["official", "same"]
+    assert refused["ours"].startswith("wrong answer: pred_boxes differs by 2.0")
+    assert refused["peer"] == "ZeroDivisionError: division by zero"
+    alike = {name: value[:, :1].expand_as(value) for name, value in right.items()}
+    with pytest.raises(RefusedError, match="the check says nothing"):
+        model.alike({"official": lambda: alike}, refused)
+
+
+def test_the_official_form_is_not_folded():
+    reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=5).eval()
+    runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 64), compiled=False)
+    with torch.inference_mode():
+        outputs = {name: function()["pred_logits"] for name, function in runs.items() if "triton" not in name}
+    assert runs["official-style eager"].func is reference
+    assert runs["ours"].func.backend == runs["ours, frozen copy"].func.backend == "auto"
+    assert runs["ours"].func.fusion is None
+    assert len(runs["ours, eager"].func.fusion.fused) == 17
+    for found in outputs.values():
+        torch.testing.assert_close(found, outputs["official-style eager"], atol=1e-4, rtol=0)
+
+
+def test_outputs_are_compared_without_tf32(monkeypatch):
+    """As PyTorch's switch stands by default, folded batch norms look wrong."""
+    tf32.plant(monkeypatch)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    # As on a GPU, where no convolution is ours.
+    monkeypatch.setattr(conv, "is_plain", lambda tensors: False)
+    reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=20).eval()
+    model.spread_outputs(reference)
+    runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 96), compiled=False)
+    runs = {name: runs[name] for name in ("official-style eager", "ours, eager")}
+    refused = {}
+    with torch.inference_mode():
+        model.alike(runs, refused)
+        assert refused["ours, eager"].startswith("wrong answer: pred_logits differs by")
+        with without_tf32():
+            assert model.alike(runs, {}) == runs

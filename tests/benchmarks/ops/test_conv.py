@@ -1,0 +1,44 @@
+"""The benchmark of convolutions: all implementations are checked and timed, and operations are counted right."""
+
+import argparse
+
+import pytest
+
+from ops import conv
+
+
+@pytest.fixture
+def run(monkeypatch, benchmark):
+    """The result of a problem."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(conv, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(conv.torch, "compile", lambda function, dynamic: function)
+    options = argparse.Namespace(rounds=3, cudagraph=False)
+    return lambda problem: benchmark.pedantic(conv.run, (problem, options), rounds=1)
+
+
+def names():
+    on_gpu = conv.DEVICE.type == "cuda"
+    middle = ["ours, eager", "ours, triton"] if on_gpu else ["ours, eager"]
+    return ["PyTorch", *["torch.compile of it"] * on_gpu, *middle, "ours, auto"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_run(backward, run):
+    result = run(conv.Problem("1×1, out, residual", 2, (30, 45), backward))
+    assert list(result.seconds) == names()
+    # 2 images of 8 × 12 cells, 64 to 256 channels; both gradients are as many again.
+    cells, passes = 2 * 8 * 12, 3 if backward else 1
+    assert result.work.flops == passes * 2 * cells * 64 * 256
+    # x, weight, bias, residual, and the result.
+    assert result.work.bytes == passes * 4 * (cells * 64 + 64 * 256 + 256 + 2 * cells * 256)
+
+
+def test_a_pair(run):
+    result = run(conv.Problem("pair, 1×1 and 3×3, strided", 2, (30, 45), backward=True))
+    assert list(result.seconds) == names()
+    # 2 images of 8 × 12 cells, 256 to 128 channels, then of 4 × 6 cells with nine products each.
+    cells, cells_out = 2 * 8 * 12, 2 * 4 * 6
+    assert result.work.flops == 3 * 2 * (cells * 256 * 128 + cells_out * 9 * 128 * 128)
+    # x, both weights and biases, and the result; the map between is nobody's.
+    assert result.work.bytes == 3 * 4 * (cells * 256 + 256 * 128 + 9 * 128 * 128 + 2 * 128 + cells_out * 128)

@@ -1,0 +1,31 @@
+"""The benchmark of the matching cost times right answers only."""
+
+import argparse
+
+import torch
+
+from ops import cost
+
+
+def test_smoke(benchmark, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cost, "copy_bandwidth", lambda: 1e9)
+    problem, options = cost.Problem(2, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
+    result = benchmark.pedantic(cost.run, (problem, options), rounds=1)
+    assert {"official-style", "ours, eager"} <= set(result.seconds)
+    pairs, coordinates = 6 * 2 * 300 * 7, 4 * 2 * (6 * 300 + 7)
+    assert result.work.bytes == 4 * (2 * pairs + coordinates)
+
+
+def test_blocks_of_other_images_are_left_out():
+    inputs = cost.Problem(3, torch.float32).make()
+    alone = [
+        cost.official(
+            cost.Inputs(
+                *(x[:, i : i + 1] for x in (inputs.logits, inputs.boxes)),
+                *(x[i : i + 1] for x in (inputs.labels, inputs.objects)),
+            )
+        )
+        for i in range(3)
+    ]
+    torch.testing.assert_close(cost.official(inputs), torch.cat(alone, dim=1))

@@ -1,0 +1,48 @@
+"""The benchmark of the assignment times optimal matchings only."""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from harness import machine
+from ops import match
+
+
+def test_smoke(benchmark, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = argparse.Namespace(rounds=3, cudagraph=False)
+    with ThreadPoolExecutor(2) as threads:
+        result = benchmark.pedantic(match.run, (match.Problem(3, 1), options, threads), rounds=1)
+    assert {"scipy", "scipy, 2 threads", "ours, eager"} <= set(result.seconds)
+    assert {len(samples) for samples in result.seconds.values()} == {3}
+
+
+def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monkeypatch):
+    """A stand-in with its one function: costs [B, workers, tasks] -> task of each worker [B, workers]."""
+    lines = (
+        "import torch",
+        "from scipy.optimize import linear_sum_assignment",
+        "def batch_linear_assignment(cost):",
+        "    return torch.stack([torch.from_numpy(linear_sum_assignment(c)[1]) for c in cost.cpu()]).to(cost.device)",
+    )
+    (tmp_path / "torch_linear_assignment.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_linear_assignment", raising=False)
+    monkeypatch.setattr(match.registry, "BACKENDS", ("eager",))
+    options = argparse.Namespace(rounds=1, cudagraph=False)
+    with ThreadPoolExecutor(2) as threads:
+        result = match.run(match.Problem(3, 1), options, threads)
+    monkeypatch.delitem(sys.modules, "torch_linear_assignment")
+    assert "torch-linear-assignment" in result.seconds
+    assert "torch-linear-assignment" in machine.environment()
+
+
+def test_totals_know_what_a_matching_is():
+    cost = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]]])
+    for right in ({"query": torch.tensor([[[2, 0]]])}, {"object": torch.tensor([[[1, -1, 0]]])}):
+        assert match.totals(cost, right).tolist() == [[12.0]]
+    for wrong in ({"query": torch.tensor([[[2, 2]]])}, {"object": torch.tensor([[[1, -1, -1]]])}):
+        assert match.totals(cost, wrong).isnan().all()
+    assert match.totals(cost, {"object": torch.tensor([[[1, 1, 0]]])}).isnan().all()

@@ -1,0 +1,48 @@
+"""The benchmark of the sine embedding times right answers only, and counts their bytes."""
+
+import argparse
+from functools import partial
+
+import pytest
+import torch
+
+from harness import timing as harness
+from ops import sine
+
+SMALL = [sine.Problem(name, 50, torch.float32, True) for name in ("sine_embedding", "conditional_spatial_query")]
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.operation)
+def test_smoke(problem, benchmark, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sine, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    options = argparse.Namespace(rounds=3, cudagraph=False)
+    result = benchmark.pedantic(sine.run, (problem, options), rounds=1)
+    assert {len(samples) for samples in result.seconds.values()} == {3}
+    assert all("cannot run here" in reason for reason in result.refused.values())
+    assert {"eager", "torch.compile of it"} <= set(result.seconds)
+
+
+def test_bytes():
+    """Float32, one point: 256 channels written; λ read; in backward the gradients in and out, and λ again."""
+
+    def size(operation, backward):
+        return sine.Problem(operation, 1, torch.float32, backward).work().bytes
+
+    assert size("sine_embedding", False) == 4 * (256 + 2)
+    assert size("conditional_spatial_query", False) == 4 * (2 * 256 + 2)
+    assert size("sine_embedding", True) == 4 * (2 * 256 + 3 * 2)
+    assert size("conditional_spatial_query", True) == 4 * (5 * 256 + 3 * 2)
+
+
+def test_a_wrong_gradient_is_not_timed():
+    tensors = SMALL[1].make()
+    right = partial(sine.compute, partial(sine.embed, SMALL[1].operation, "eager"), tensors)
+
+    def wrong():
+        found = right()
+        return {**found, "points": 1.01 * found["points"]}
+
+    _, refused = harness.usable({"eager": right, "ours": wrong}, lambda call: call(), right(), is_random=False)
+    assert refused["ours"].startswith("wrong answer: error of points ")
