@@ -99,7 +99,7 @@ bench: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/run.py report
 	$(BIN)/python benchmarks/run.py measured
 
-# What a training step and inference ask of a GPU, counted without one, beside how it was (docs/performance.md).
+# What a training step and inference ask of a GPU, counted without one, beside how it was (docs/predictions.md).
 count: $(VENV)/.ready-bench
 	$(BIN)/python benchmarks/run.py step --before benchmarks/counts/before.json
 

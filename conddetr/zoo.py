@@ -63,7 +63,7 @@ def build_criterion(
     max_targets: int | None = None,
     check_finite: bool | None = None,
 ) -> Criterion:
-    """The training loss that goes with a model: `build_criterion(model.config)`.
+    """The training loss that goes with a model: `build_criterion(model)`.
 
     Args:
         config: of the model, or the model itself.

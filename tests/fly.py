@@ -38,8 +38,6 @@ def main() -> None:
             put_native(options.native)
         if options.triton_cache:
             print(f"{unpack_cache(options.triton_cache, work / 'triton-cache')} kernels come compiled")
-        # A copy: the tables that are written here are those of this flight alone.
-        shutil.copy(ROOT / "docs" / "performance.md", work)
         about = {"flight": options.flight, "commit": options.commit, "started": now(), "rehearsal": options.rehearse}
         Flight(steps, options.out.resolve(), work, environment(options, work), options.limit, about).fly()
     print(f"in {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")

@@ -1,6 +1,6 @@
-"""Draw every result file, and write the tables of docs/performance.md from them.
+"""Draw every result file, and write the tables of all of them into `README.md` of their folder.
 
-    python benchmarks/run.py report [--results DIR] [--docs FILE]
+    python benchmarks/run.py report [--results DIR]
 
 Pictures lie beside the files: `results/<device>/<name>.png`. Nothing is drawn or written that is not in a file.
 """
@@ -8,7 +8,6 @@ Pictures lie beside the files: `results/<device>/<name>.png`. Nothing is drawn o
 import argparse
 import json
 import math
-import os
 import textwrap
 from pathlib import Path
 from statistics import median
@@ -21,8 +20,12 @@ import matplotlib.pyplot as plt
 
 from harness.timing import OURS, RESULTS, Result, console, milliseconds, part_rows, read_results, spread
 
-DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
-BEGIN, END = "<!-- written by benchmarks/run.py report -->", "<!-- end of what report.py writes -->"
+PAGE = "README.md"
+"""Of the tables, in the folder of results."""
+HEAD = """# Results
+
+`python benchmarks/run.py report` writes this page from the result files beside it. [How it is measured](../README.md).
+"""
 
 
 def draw(path: Path) -> Path:
@@ -90,12 +93,12 @@ def files(folder: Path) -> list[Path]:
 
 
 def markdown(results: Path) -> str:
-    """All tables: one section per device, one table per file."""
-    sections = []
+    """The page: one section per device, one table per file."""
+    sections = [HEAD.strip()]
     for folder in sorted(path for path in results.iterdir() if path.is_dir() and files(path)):
-        sections.append(f"### {json.loads(files(folder)[0].read_text())['environment']['device']}")
+        sections.append(f"## {json.loads(files(folder)[0].read_text())['environment']['device']}")
         sections += [_file_section(path) for path in files(folder)]
-    return "\n\n".join(sections)
+    return "\n\n".join(sections) + "\n"
 
 
 def _file_section(path: Path) -> str:
@@ -103,7 +106,7 @@ def _file_section(path: Path) -> str:
     content, found = json.loads(path.read_text()), read_results(path)
     environment = content["environment"]
     conditions = [f"{key} {value}" for key, value in environment.items() if key != "device" and value != "none"]
-    lines = [f"#### `{path.stem}`", "", f"Median milliseconds. {', '.join(conditions)}.", "", *_table(found), ""]
+    lines = [f"### `{path.stem}`", "", f"Median milliseconds. {', '.join(conditions)}.", "", *_table(found), ""]
     for result in (result for result in found if result.parts):
         lines += [f"Milliseconds of each part, measured by themselves: {result.title}.", "", *_parts_table(result), ""]
     refused: dict[str, list[str]] = {}
@@ -113,7 +116,7 @@ def _file_section(path: Path) -> str:
     lines += [f"- {'; '.join(dict.fromkeys(names))}: {reason}" for reason, names in refused.items()]
     if content["left_out"]:
         lines.append(f"- {len(content['left_out'])} problems were not begun in the time given.")
-    picture = os.path.relpath(path.with_suffix(".png"), DOCS.parent)
+    picture = f"{path.parent.name}/{path.stem}.png"
     return "\n".join([*lines, "", f"![{path.stem} on {environment['device']}]({picture})"]).replace("\n\n\n", "\n\n")
 
 
@@ -161,12 +164,12 @@ def main() -> None:
     """Draw, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="page whose tables are replaced")
     options = parser.parse_args()
     for path in (path for folder in sorted(options.results.iterdir()) for path in files(folder)):
         console.print(f"drew {draw(path)}", highlight=False, soft_wrap=True)
-    put(options.docs, BEGIN, END, markdown(options.results))
-    console.print(f"wrote the tables of {options.docs}", highlight=False, soft_wrap=True)
+    page = options.results / PAGE
+    page.write_text(markdown(options.results), encoding="utf-8")
+    console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -203,8 +203,7 @@ def _training(setup: Setup) -> tuple[str, ...]:
 
 
 def _pictures(setup: Setup) -> Step:
-    results, page = setup.work / "results", setup.work / "performance.md"
-    command = setup.script("benchmarks/run.py", "report", "--results", results, "--docs", page)
+    command = setup.script("benchmarks/run.py", "report", "--results", setup.work / "results")
     return Step("pictures", command, 10, "result files drawn")
 
 

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 import conddetr
 
 GRAPHS = 3
-"""Of a training with images of all sizes (docs/performance.md): batches of one image, batches of several, and one more
+"""Of a training with images of all sizes (docs/models.md): batches of one image, batches of several, and one more
 where the first batch is special. With `dynamic=None` that is compiled for its own size; with `dynamic=True` PyTorch
 takes sizes that are equal there for the same, and on a CPU it chooses how to convolve by the size of a single image."""
 SIZES = [(224, 192), (208, 240), (272, 224), (250, 213), (216, 264), (260, 197)]
