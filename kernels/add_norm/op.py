@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.add_norm import reference
+from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.common.seed import fresh_seed
 
 MAX_CHANNELS = 1024
@@ -44,7 +45,7 @@ def add_norm(
 
     Vectors are [C], or [P, C]: replicas, of which the first row is read, all of them of one P. Their gradient is then
     [P, C] float32, and the sum of its rows is the gradient of [C]: partial sums, for whoever made the replicas to add
-    up, which for [C] costs one more launch here (`registry.REPLICAS` is a good P).
+    up, which for [C] costs one more launch here (`common.launch.REPLICAS` is a good P).
 
     Args:
         branch: [..., C], floating.
@@ -211,7 +212,7 @@ def _differentiate(ops: object, ctx: FunctionCtx, *gradients: Tensor | None) -> 
     # Of weight and bias both, or neither: the sums cost nothing beside what is read.
     vectors = 3 if needs[4] else 2 if any(needs[2:4]) else 0
     shapes = [vector[0] for vector in ctx.vectors if vector is not None]
-    replicas = next((shape[0] for shape in shapes if len(shape) == 2), min(registry.REPLICAS, max(1, len(rstd))))
+    replicas = next((shape[0] for shape in shapes if len(shape) == 2), min(REPLICAS, max(1, len(rstd))))
     shared = (normalized, rstd, weight, seed, ctx.dropout_p)
     backward = ops.add_norm_backward.default
     of_branch, of_residual, partials = operators.call(backward, *given, *shared, branch, residual, vectors, replicas)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
 from conddetr.kernels.add_norm.op import MAX_GRADIENTS
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import (
     SEED,
     dropped,
@@ -28,7 +28,7 @@ from conddetr.kernels.common.triton import (
 )
 
 SIZES = ("rows", "position_rows")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1024, 2048
 """Per program at a time, for 128 threads. Backward has few programs, so each must have more loads in flight."""
 
@@ -124,7 +124,7 @@ def add_norm_backward_kernel(
 @functools.cache
 def launch(channels: int, elements: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels, and of elements per program at a time."""
-    padded = max(16, registry.next_power_of_2(channels))
+    padded = max(16, next_power_of_2(channels))
     sizes = {"CHANNELS": channels, "PADDED": padded, "BLOCK": max(1, elements // padded)}
     return {**sizes, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -158,7 +158,7 @@ def forward(
     rstd = branch.new_empty(rows if saves else 0, dtype=torch.float32)
     sizes = launch(channels, FORWARD_ELEMENTS)
     if rows:
-        add_norm_kernel[(registry.cdiv(rows, sizes["BLOCK"]),)](
+        add_norm_kernel[(cdiv(rows, sizes["BLOCK"]),)](
             branch, residual, weight, bias, branch_bias, position, seed, trunk, out, placed, normalized, rstd,
             dropout_p, eps, rows, 1 if position is None else position.numel() // channels,
             HAS_BIAS=branch_bias is not None, HAS_POSITION=position is not None, HAS_DROPOUT=dropout_p > 0,
@@ -190,7 +190,7 @@ def backward(
     channels, rows = normalized.shape[-1], rstd.numel()
     partials = normalized.new_empty((vectors, replicas, channels), dtype=torch.float32)
     sizes = launch(channels, BACKWARD_ELEMENTS)
-    programs = max(1, min(replicas, registry.cdiv(rows, sizes["BLOCK"])))
+    programs = max(1, min(replicas, cdiv(rows, sizes["BLOCK"])))
     add_norm_backward_kernel[(programs,)](
         *gradients, *[None] * (MAX_GRADIENTS - len(gradients)), normalized, rstd, weight, seed,
         of_branch, of_residual, partials, dropout_p, rows, replicas,

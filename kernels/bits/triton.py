@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import SEED, own_block
 
 SIZES = ("count", "threshold")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 SETTINGS = {"BLOCK": 512, "num_warps": 4}
 ONES = tl.constexpr(0xFFFFFFFF)
 """Triton's interpreter does not know `~` of unsigned numbers."""
@@ -57,5 +57,5 @@ def forward(seed: Tensor, count: int, threshold: int) -> Tensor:
     words = torch.empty(count, dtype=torch.int32, device=seed.device)
     if count == 0:
         return words
-    dropout_bits_kernel[(registry.cdiv(count, SETTINGS["BLOCK"]),)](words, seed, count, threshold, **SETTINGS)
+    dropout_bits_kernel[(cdiv(count, SETTINGS["BLOCK"]),)](words, seed, count, threshold, **SETTINGS)
     return words

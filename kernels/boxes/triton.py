@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
 from conddetr.kernels.boxes import reference
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import load_float, store_cast
 
 SIZES = ("predictions", "queries", "capacity")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK = 128
 """Predictions per program."""
 SMALL = tl.constexpr(reference.SMALL)
@@ -163,7 +163,7 @@ def box_loss_backward_kernel(
 def _sizes(boxes: Tensor, objects: Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """The grid; predictions per layer, queries and capacity."""
     layers, batch, queries, _ = boxes.shape
-    return (registry.cdiv(batch * queries, BLOCK), layers), (batch * queries, queries, objects.shape[1])
+    return (cdiv(batch * queries, BLOCK), layers), (batch * queries, queries, objects.shape[1])
 
 
 def forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:

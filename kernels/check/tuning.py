@@ -28,6 +28,7 @@ from conddetr.kernels.check.inputs import Inputs, Maker
 from conddetr.kernels.check.isolation import products
 from conddetr.kernels.check.problem import Problem
 from conddetr.kernels.check.verify import verify
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.records import Record
 
 SECONDS = 0.1
@@ -122,7 +123,7 @@ def subjects(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Subjec
 
 def _batches(device: torch.device) -> tuple[int, int]:
     """Images of the model's batch, and of another one that is crowded if that is not, or the other way round."""
-    blocks = attention.HEADS * registry.cdiv(attention.QUERIES, 64)
+    blocks = attention.HEADS * cdiv(attention.QUERIES, 64)
     limit = 3 * registry.multiprocessors(device)
     images = IMAGES["cuda"]
     return images, 1 if images * blocks > limit else limit // blocks + 1

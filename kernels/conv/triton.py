@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import load_float, own_block, store_cast
 
 SIZES = ("units",)
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK = 2048
 """Elements per program: 16 a thread, which is two loads of 16 bytes in half precision."""
 UNIT = 8
@@ -64,7 +64,7 @@ def relu_backward_kernel(
 def launch(count: int) -> tuple[tuple[int], int, dict[str, int]]:
     """The grid, the number of units, and the sizes for a number of elements."""
     unit = UNIT if count % UNIT == 0 else 1
-    return (registry.cdiv(count, BLOCK),), count // unit, {"UNIT": unit, "BLOCK": BLOCK}
+    return (cdiv(count, BLOCK),), count // unit, {"UNIT": unit, "BLOCK": BLOCK}
 
 
 def epilogue_(out: Tensor, shift: Tensor | None, addend: Tensor | None) -> None:

@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
 from conddetr.kernels.boxes.triton import generalized_iou, load_box
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import load_float
 from conddetr.kernels.focal.triton import logistic
 
 SIZES = ("batch", "queries", "capacity", "classes")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK_N, BLOCK_Q = 16, 64
 """Objects and queries per program."""
 LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -83,7 +83,7 @@ def forward(
     layers, batch, queries, classes = logits.shape
     capacity = labels.shape[1]
     out = logits.new_empty((layers, batch, capacity, queries), dtype=torch.float32)
-    grid = (registry.cdiv(queries, BLOCK_Q), registry.cdiv(capacity, BLOCK_N), layers * batch)
+    grid = (cdiv(queries, BLOCK_Q), cdiv(capacity, BLOCK_N), layers * batch)
     cost_kernel[grid](
         logits, boxes, labels, objects, counts, log_total, out, batch, queries, capacity, classes,
         class_weight, bbox_weight, giou_weight, alpha, gamma,

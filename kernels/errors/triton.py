@@ -13,7 +13,7 @@ from conddetr.kernels.focal.triton import class_of_object
 from conddetr.kernels.focal.triton import launch as tiles
 
 SIZES = ("queries", "capacity", "batch", "layers")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK = 64
 """Images that are summed up at a time."""
 

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import load_float, own_block, store_cast, tile
 from conddetr.kernels.focal.reference import class_weights
 
 SIZES = ("rows", "queries", "capacity")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK_ELEMENTS = 2048
 """Logits per program: enough loads in flight for bandwidth, few enough registers not to spill."""
 
@@ -94,7 +94,7 @@ def focal_backward_kernel(
 
 def launch(classes: int) -> dict[str, int]:
     """Block sizes for a number of classes."""
-    padded = registry.next_power_of_2(classes)
+    padded = next_power_of_2(classes)
     return {"CLASSES": classes, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded)}
 
 
@@ -103,7 +103,7 @@ def _grid(logits: Tensor, labels: Tensor | None) -> tuple[tuple[int, int], tuple
     sizes = {**launch(logits.shape[-1]), "HAS_LABELS": labels is not None}
     rows = logits[0, ..., 0].numel()
     queries, capacity = (rows, 0) if labels is None else (rows // len(labels), labels.shape[1])
-    return (registry.cdiv(rows, sizes["BLOCK"]), len(logits)), (rows, queries, capacity), sizes
+    return (cdiv(rows, sizes["BLOCK"]), len(logits)), (rows, queries, capacity), sizes
 
 
 def forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import next_power_of_2
 
 SIZES = ("batch", "capacity", "queries")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def match_kernel(cost, counts, assignment, batch, capacity, queries, BLOCK: tl.c
 
 def launch(queries: int) -> dict[str, int]:
     """Lanes and warps for a number of queries."""
-    block = max(32, registry.next_power_of_2(queries))
+    block = max(32, next_power_of_2(queries))
     return {"BLOCK": block, "num_warps": min(8, max(1, block // 128))}
 
 

@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import store_cast
 
 SIZES = ("height", "width", "out_height", "out_width")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK = 1024
 """Elements per program: 8 a thread, one load of 16 bytes in half precision for each cell of the window."""
 
@@ -43,6 +44,6 @@ def max_pool(x: Tensor) -> Tensor:
     out_height, out_width = (height + 1) // 2, (width + 1) // 2
     shape = (batch, channels, out_height, out_width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grid = (batch * out_height, triton.cdiv(out_width * channels, BLOCK))
+    grid = (batch * out_height, cdiv(out_width * channels, BLOCK))
     max_pool_kernel[grid](x, y, height, width, out_height, out_width, CHANNELS=channels, BLOCK=BLOCK)
     return y

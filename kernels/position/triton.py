@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import store_cast, tile
 from conddetr.kernels.sine.triton import channels, sin_turns, turns_of
 
 SIZES = ("height", "width")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK_ELEMENTS = 4096
 """Elements per program: enough stores in flight for bandwidth, few enough registers not to spill."""
 
@@ -65,9 +65,9 @@ def position_kernel(
 
 def launch(dim: int, cells: int) -> dict[str, int]:
     """Block sizes for a number of channels, and of rows or columns."""
-    padded = registry.next_power_of_2(dim)
+    padded = next_power_of_2(dim)
     block = max(1, BLOCK_ELEMENTS // padded)
-    return {"DIM": dim, "PADDED": padded, "BLOCK": block, "CELLS": max(64, registry.next_power_of_2(cells))}
+    return {"DIM": dim, "PADDED": padded, "BLOCK": block, "CELLS": max(64, next_power_of_2(cells))}
 
 
 def forward(
@@ -86,7 +86,7 @@ def forward(
     cells = features.new_empty((padded, 2), dtype=torch.int32)
     sizes = launch(dim, max(height, width))
     scales = (image_height / height, image_width / width)
-    position_kernel[(registry.cdiv(height * width, sizes["BLOCK"]), images)](
+    position_kernel[(cdiv(height * width, sizes["BLOCK"]), images)](
         valid_hw, position, padding, cells, height, width, *scales, math.log2(temperature), **sizes,
         HAS_VALID=valid_hw is not None,
     )  # fmt: skip

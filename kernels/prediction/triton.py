@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.common.triton import load_float, store_cast, tile
 from conddetr.kernels.prediction import reference
 
 SIZES = ("rows", "numbers")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK = 64
 """Columns per program: 19 programs for 300 queries."""
 ROWS = 32
@@ -71,7 +72,7 @@ def forward(offsets: Tensor, points: Tensor) -> Tensor:
     """Contiguous offsets [L, B, Q, 4] and points [Q, 2] -> boxes."""
     boxes = torch.empty_like(offsets, dtype=torch.promote_types(offsets.dtype, points.dtype))
     rows, numbers = offsets.shape[0] * offsets.shape[1], 4 * offsets.shape[2]
-    grid = (triton.cdiv(numbers, BLOCK), triton.cdiv(rows, ROWS))
+    grid = (cdiv(numbers, BLOCK), cdiv(rows, ROWS))
     predict_kernel[grid](offsets, points, boxes, rows, numbers, ROWS=ROWS, BLOCK=BLOCK)
     return boxes
 
@@ -80,6 +81,6 @@ def backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dtype) ->
     """Gradients of offsets, of the given dtype, and of points; all contiguous."""
     grad_offsets, grad_points = torch.empty_like(boxes, dtype=dtype), torch.empty_like(points)
     rows, numbers = boxes.shape[0] * boxes.shape[1], 4 * boxes.shape[2]
-    grid = (triton.cdiv(numbers, BLOCK),)
+    grid = (cdiv(numbers, BLOCK),)
     predict_backward_kernel[grid](grad, boxes, points, grad_offsets, grad_points, rows, numbers, ROWS=ROWS, BLOCK=BLOCK)
     return grad_offsets, grad_points

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import load_float, precision, product, store_cast
 
 SIZES = ("images", "queries")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 ROWS = 64
 """Images times queries of a program at a time: what a product takes on Hopper's tensor cores."""
 MOST_IMAGES, MOST_IMAGES_BACKWARD = 8, 16
@@ -114,7 +114,7 @@ def spatial_query_backward_kernel(
 @functools.cache
 def launch(images: int, dtype: torch.dtype, backward: bool) -> dict[str, int | bool]:
     """Block sizes and compiler options, chosen by a model of Hopper; not yet tuned on a device."""
-    block = min(MOST_IMAGES_BACKWARD if backward else MOST_IMAGES, registry.next_power_of_2(images))
+    block = min(MOST_IMAGES_BACKWARD if backward else MOST_IMAGES, next_power_of_2(images))
     sizes = {"IMAGES": block, "QUERIES": ROWS // block, "enable_fp_fusion": True}
     if dtype == torch.float32:
         # For those who ask for it: nothing spills.
@@ -136,7 +136,7 @@ def forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) 
     sizes = launch(max(images, 1), transform.dtype, False)
     if out.numel():
         blocks = (queries, sizes["QUERIES"]), (outputs, sizes["BLOCK_N"]), (images, sizes["IMAGES"])
-        spatial_query_kernel[tuple(registry.cdiv(*block) for block in blocks)](
+        spatial_query_kernel[tuple(cdiv(*block) for block in blocks)](
             transform, embedding, weight, bias, out, images, queries,
             CHANNELS=channels, OUTPUTS=outputs, PRECISION=precision(transform), **sizes,
         )  # fmt: skip
@@ -164,7 +164,7 @@ def backward(
     sizes = launch(max(images, 1), transform.dtype, True)
     if embedding.numel():
         blocks = (queries, sizes["QUERIES"]), (channels, sizes["BLOCK_N"])
-        spatial_query_backward_kernel[tuple(registry.cdiv(*block) for block in blocks)](
+        spatial_query_backward_kernel[tuple(cdiv(*block) for block in blocks)](
             grad, transform, embedding, weight, grad_transform, grad_embedding, scaled, images, queries,
             CHANNELS=channels, OUTPUTS=weight.shape[0], PRECISION=precision(transform),
             OF_TRANSFORM=of_transform, OF_EMBEDDING=of_embedding, OF_WEIGHT=of_weight, **sizes,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
+from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.common.seed import fresh_seed
 from conddetr.kernels.cpu.dropout import op as dropout
 from conddetr.kernels.relu_dropout import reference
@@ -101,7 +102,7 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor 
         return of_x, None, None, None
     shape, dtype = ctx.bias
     rows = output.numel() // output.shape[-1]
-    replicas = shape[0] if len(shape) == 2 else min(registry.REPLICAS, max(1, rows))
+    replicas = shape[0] if len(shape) == 2 else min(REPLICAS, max(1, rows))
     of_x, partial = operators.call(backward, grad.contiguous(), output, ctx.p, replicas)
     return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
 

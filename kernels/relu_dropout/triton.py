@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import (
     SEED,
     dropped,
@@ -25,7 +25,7 @@ from conddetr.kernels.common.triton import (
 )
 
 SIZES = ("rows", "replicas")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK_ELEMENTS = 2048
 """Per program at a time, for 128 threads."""
 
@@ -74,7 +74,7 @@ def relu_dropout_backward_kernel(
 @functools.cache
 def launch(channels: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels."""
-    width = min(256, max(16, registry.next_power_of_2(channels)))
+    width = min(256, max(16, next_power_of_2(channels)))
     return {
         "CHANNELS": channels,
         "WIDTH": width,
@@ -95,7 +95,7 @@ def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: floa
     out = torch.empty_like(x)
     rows, sizes = _sizes(x)
     if rows:
-        relu_dropout_kernel[(registry.cdiv(rows, sizes["BLOCK"]), registry.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+        relu_dropout_kernel[(cdiv(rows, sizes["BLOCK"]), cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
             x, bias, out, seed, dropout_p, rows, HAS_BIAS=bias is not None, HAS_DROPOUT=dropout_p > 0, **sizes
         )
     return out
@@ -106,11 +106,11 @@ def backward(grad: Tensor, out: Tensor, dropout_p: float, replicas: int) -> tupl
     rows, sizes = _sizes(out)
     grad_x = torch.empty_like(out)
     partial = out.new_empty((replicas, out.shape[-1] if out.dim() else 1), dtype=torch.float32)
-    programs = registry.cdiv(rows, sizes["BLOCK"])
+    programs = cdiv(rows, sizes["BLOCK"])
     if replicas:
         programs = max(1, min(replicas, programs))
     if programs:
-        relu_dropout_backward_kernel[(programs, registry.cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
+        relu_dropout_backward_kernel[(programs, cdiv(sizes["CHANNELS"], sizes["WIDTH"]))](
             grad, out, grad_x, partial, dropout_p, rows, replicas, HAS_BIAS=replicas > 0, **sizes
         )
     return grad_x, partial

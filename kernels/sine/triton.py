@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import registry
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import load_float, own_block, store_cast, tile
 
 SIZES = ("count",)
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 BLOCK_ELEMENTS = 4096
 """Elements per program: enough loads in flight for bandwidth, few enough registers not to spill."""
 
@@ -102,7 +102,7 @@ def embed_backward_kernel(
 
 def launch(dim: int) -> dict[str, int | bool]:
     """Block sizes and compiler options for a number of channels."""
-    padded = registry.next_power_of_2(dim)
+    padded = next_power_of_2(dim)
     return {"DIM": dim, "PADDED": padded, "BLOCK": max(1, BLOCK_ELEMENTS // padded), "enable_fp_fusion": True}
 
 
@@ -116,7 +116,7 @@ def forward(points: Tensor, transform: Tensor | None, dim: int, temperature: flo
     out = points.new_empty((*points.shape[:-1], dim), dtype=torch.promote_types(points.dtype, like.dtype))
     sizes = launch(dim)
     if points.numel():
-        embed_kernel[(registry.cdiv(_rows(points), sizes["BLOCK"]),)](
+        embed_kernel[(cdiv(_rows(points), sizes["BLOCK"]),)](
             points, transform, out, _rows(points), math.log2(temperature), HAS_TRANSFORM=transform is not None, **sizes
         )  # fmt: skip
     return out
@@ -130,7 +130,7 @@ def backward(
     grad_transform = points.new_empty(0) if transform is None else torch.empty_like(transform)
     sizes = launch(dim)
     if points.numel():
-        embed_backward_kernel[(registry.cdiv(_rows(points), sizes["BLOCK"]),)](
+        embed_backward_kernel[(cdiv(_rows(points), sizes["BLOCK"]),)](
             grad, points, transform, grad_points, grad_transform, _rows(points), math.log2(temperature),
             HAS_TRANSFORM=transform is not None, **sizes,
         )  # fmt: skip

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conddetr.kernels import addresses, registry
+from conddetr.kernels import addresses
+from conddetr.kernels.common.launch import REPLICAS, cdiv
 from conddetr.kernels.weights.reference import Recipe, Replicas, Shift
 
 BLOCK = 2048
@@ -112,7 +113,7 @@ def _pieces(recipe: tuple, sources: tuple) -> list[_Piece]:
         return [_Piece(None, 0, which, eps=options[0])]
     if kind == PARTIALS:
         length = sources[which][0].numel()
-        return [_Piece(which, 0, length, rows=registry.REPLICAS, stride=length)]
+        return [_Piece(which, 0, length, rows=REPLICAS, stride=length)]
     rows, eps, copies = options
     pieces = []
     for number in which:
@@ -190,7 +191,7 @@ def backward_layout(of: Forms, uses: tuple[int, ...]) -> Layout:
 
 
 def _aligned(size: int) -> int:
-    return registry.cdiv(size, ALIGNMENT) * ALIGNMENT
+    return cdiv(size, ALIGNMENT) * ALIGNMENT
 
 
 def _tables(fields: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conddetr.kernels.registry import REPLICAS
+from conddetr.kernels.common.launch import REPLICAS
 
 
 class FrozenNorm(NamedTuple):

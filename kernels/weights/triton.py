@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from conddetr.kernels import addresses, operators, registry
+from conddetr.kernels import addresses, operators
+from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.common.triton import load_float, store_cast, tile
 from conddetr.kernels.weights import layout
 from conddetr.kernels.weights.layout import BLOCK, SUM_COLUMNS, SUM_ROWS, Forms, backward_layout, forward_layout
@@ -175,7 +176,7 @@ def forward(
 
 
 def _result(recipe: Recipe, out: Tensor, place: tuple | None) -> Tensor:
-    return recipe.vector.detach().expand(registry.REPLICAS, -1) if place is None else torch.as_strided(out, *place)
+    return recipe.vector.detach().expand(REPLICAS, -1) if place is None else torch.as_strided(out, *place)
 
 
 def backward(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conddetr.kernels import registry
+from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
@@ -122,7 +123,7 @@ def test_a_parameter_that_is_as_it_is_wanted_is_not_copied(device):
 def test_rows_of_replicas_are_one_memory(device):
     vector = parameter(5, device=device)
     [replicas] = prepare_weights([Replicas(vector)], torch.bfloat16, "triton")
-    assert replicas.shape == (registry.REPLICAS, 5)
+    assert replicas.shape == (REPLICAS, 5)
     assert replicas.stride() == (0, 1)
     assert replicas.data_ptr() == vector.data_ptr()
 

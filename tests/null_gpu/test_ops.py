@@ -28,6 +28,7 @@ from conddetr.kernels import (
     sine_embedding,
 )
 from conddetr.kernels import spatial_query as project
+from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.conv import Layer
 from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight, prepare_weights
 from null_gpu.counts import counted
@@ -98,7 +99,7 @@ def assignment(device, backend):
 
 
 def replicas(device, channels):
-    return numbers(device, channels).expand(registry.REPLICAS, -1).detach().requires_grad_()
+    return numbers(device, channels).expand(REPLICAS, -1).detach().requires_grad_()
 
 
 def norm(device, backend):

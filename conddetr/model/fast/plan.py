@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conddetr.kernels import paths, registry
+from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.weights import FrozenNorm, Recipe, Shift, Weight, prepare_weights
 from conddetr.model import resnet
 from conddetr.model.backbone import ResNetBackbone, ResNetBody
@@ -157,7 +158,7 @@ def _number_of_tokens(backbone: nn.Module, images: Tensor) -> int | None:
     stride = getattr(next(backbone.children(), None), "stride", None)
     if not isinstance(stride, int):
         return None
-    return len(images) * registry.cdiv(images.shape[-2], stride) * registry.cdiv(images.shape[-1], stride)
+    return len(images) * cdiv(images.shape[-2], stride) * cdiv(images.shape[-1], stride)
 
 
 def _input_recipes(conv: nn.Module, tokens: int | None) -> tuple[Recipe, Recipe] | None:

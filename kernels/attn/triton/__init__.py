@@ -19,6 +19,7 @@ from conddetr.kernels.attn.triton.backward import backward_grid_kernel, backward
 from conddetr.kernels.attn.triton.forward import forward_kernel
 from conddetr.kernels.attn.triton.launch import Launch, Tiles, launch_settings, tuned_on
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
+from conddetr.kernels.common.launch import cdiv, next_power_of_2
 from conddetr.kernels.common.triton import precision
 
 GRID_TILE = {"BLOCK": 16, "BLOCK_C": 64}
@@ -55,7 +56,7 @@ class Inputs(OperatorInputs):
         if self.v.device.type != "cuda":
             return False
         batch, queries, heads, _ = self.sizes
-        return batch * heads * registry.cdiv(queries, 64) > 3 * registry.multiprocessors(self.v.device)
+        return batch * heads * cdiv(queries, 64) > 3 * registry.multiprocessors(self.v.device)
 
     def operands(self) -> Operands:
         """The tensors that scores and sums are made of."""
@@ -103,7 +104,7 @@ class Inputs(OperatorInputs):
 def _widths(d: int, ds: int, dv: int) -> dict[str, int]:
     """Of heads, and their next powers of two."""
     widths = {"D": d, "DS": ds, "DV": dv}
-    return {**widths, **{f"P{name}": max(16, registry.next_power_of_2(width)) for name, width in widths.items()}}
+    return {**widths, **{f"P{name}": max(16, next_power_of_2(width)) for name, width in widths.items()}}
 
 
 def _rows(tensor: Tensor) -> Rows:
@@ -118,7 +119,7 @@ def forward(inputs: Inputs, launch: Launch | None = None) -> tuple[Tensor, Tenso
     tiles = (launch or inputs.launch()).forward
     out = inputs.v.new_empty((batch, queries, heads, inputs.v.shape[-1]))
     lse = inputs.v.new_empty((batch, heads, queries), dtype=torch.float32)
-    forward_kernel[(registry.cdiv(queries, tiles.queries), heads, batch)](
+    forward_kernel[(cdiv(queries, tiles.queries), heads, batch)](
         inputs.operands(), out, lse, *inputs.masks(), *inputs.scalars(),
         AHEAD=tiles.ahead, **inputs.options(tiles),
     )  # fmt: skip
@@ -143,13 +144,13 @@ def backward(
     grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]))
     by_query, by_key = settings.backward_query, settings.backward_key
     block = max(by_query.queries, by_key.queries)
-    padded = registry.cdiv(queries, block) * block
+    padded = cdiv(queries, block) * block
     statistics = lse.new_empty((batch, heads, 2, padded))
     backward_query_kernel[(padded // by_query.queries, heads, batch)](
         operands, upstream, out, lse, statistics, grad_qc, grad_qs, *masks, *inputs.scalars(),
         **inputs.options(by_query),
     )  # fmt: skip
-    backward_key_kernel[(registry.cdiv(keys, by_key.keys), heads, batch)](
+    backward_key_kernel[(cdiv(keys, by_key.keys), heads, batch)](
         operands, upstream, statistics, grad_kc, grad_ks, grad_v, *masks, *inputs.scalars(), padded,
         **inputs.options(by_key),
     )  # fmt: skip
@@ -163,7 +164,7 @@ def _sum_over_the_grid(grad_ks: Tensor, rows: Tensor, columns: Tensor) -> tuple[
     groups, height, width = len(rows), rows.shape[1], columns.shape[1]
     channels = grad_ks[0, 0].numel()
     grad_rows, grad_columns = rows.new_empty(rows.shape), columns.new_empty(columns.shape)
-    backward_grid_kernel[(height + width, registry.cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
+    backward_grid_kernel[(height + width, cdiv(channels, GRID_TILE["BLOCK_C"]), groups)](
         grad_ks, grad_rows, grad_columns, len(grad_ks) // groups, height, width, channels, **GRID_TILE
     )
     return grad_rows, grad_columns

@@ -24,7 +24,7 @@ from conddetr.kernels.attn.triton.tiles import (
 from conddetr.kernels.common.triton import product
 
 SIZES = ("queries", "keys", "heads", "height", "width")
-"""Not specialised (`registry.py` says why)."""
+"""Not specialised (`operators.py` says why)."""
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from conddetr.kernels import records, registry
+from conddetr.kernels import records
+from conddetr.kernels.common.launch import next_power_of_2
 
 CANDIDATES = Path(__file__).with_name("candidates.json")
 """Settings worth a try at heads of 32, as `benchmarks/run.py predict --candidates` ranks and writes them. Predicted
@@ -75,7 +76,7 @@ class Form:
     @property
     def padded(self) -> int:
         """The width that settings are chosen for."""
-        return max(32, registry.next_power_of_2(self.width))
+        return max(32, next_power_of_2(self.width))
 
     def key(self, kernel: str) -> str:
         """The name of a kernel's settings in a record: `attention forward, half, 32 channels, separable, dropout`."""
