@@ -187,7 +187,7 @@ def is_huggingface(
 
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
-    for module in model.parts_with_backend():
+    for module in (model, *model.parts_with_backend()):
         change(module, backend=backend)
     report, note = AccelerationReport(), describe(choice, parameter_of(model))
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
