@@ -136,7 +136,7 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> AccelerationReport:
-    for module in model.parts_with_backend():
+    for module in (model, *model.parts_with_backend()):
         change(module, backend=backend)
     report, note = AccelerationReport(), describe(choice, parameter_of(model))
     for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):

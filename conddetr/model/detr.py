@@ -179,13 +179,14 @@ class DETR(nn.Module):
 
     def set_backend(self, backend: str) -> None:
         """Let all parts run on another backend; `conddetr.accelerate` does so after a check that it can run."""
-        for module in self.parts_with_backend():
+        for module in (self, *self.parts_with_backend()):
             module.backend = backend
 
     def parts_with_backend(self) -> Iterator[nn.Module]:
-        """The modules whose `backend` says what they run on, this one first; not any that happens to have one."""
+        """The modules within whose attribute `backend` says what they run on; not any that happens to have one."""
         for module in self.modules():
-            if hasattr(module, "backend") and any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__):
+            is_ours = any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__)
+            if is_ours and module is not self and hasattr(module, "backend"):
                 yield module
 
     def train(self, mode: bool = True) -> "DETR":

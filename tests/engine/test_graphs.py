@@ -216,7 +216,7 @@ def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
     assert buckets(config, "auto", by_itself, cuda) == 4
     assert buckets(config, "auto", TrainConfig(pad_buckets=0), cuda) == 0
     assert buckets(config, "auto", TrainConfig(pad_buckets=7), CPU) == 7
-    assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, by_itself, CPU) == 0
+    assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, "auto", by_itself, CPU) == 0
     assert small_trainer(tmp_path).run.train.pad_buckets == 0
     monkeypatch.setattr(graphs.distributed, "world_size", lambda: 2)
     assert "one process, there are 2" in why_no_graphs(config, "auto", by_itself, cuda)
