@@ -5,7 +5,6 @@
 Pictures lie beside the files: `results/<device>/<name>.png`. Nothing is drawn or written that is not in a file.
 """
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +18,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from harness.timing import OURS, RESULTS, Result, console, milliseconds, part_rows, read_results, spread
+from harness.command import command
+from harness.refusals import OURS
+from harness.result import Result
+from harness.show import console, milliseconds, part_rows, spread
+from harness.store import RESULTS, read_results
 
 DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
 BEGIN, END = "<!-- written by benchmarks/run.py report -->", "<!-- end of what report.py writes -->"
@@ -157,17 +160,13 @@ def put(page: Path, begin: str, end: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Draw, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
     parser.add_argument("--docs", type=Path, default=DOCS, help="page whose tables are replaced")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for path in (path for folder in sorted(options.results.iterdir()) for path in files(folder)):
         console.print(f"drew {draw(path)}", highlight=False, soft_wrap=True)
     put(options.docs, BEGIN, END, markdown(options.results))
     console.print(f"wrote the tables of {options.docs}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()
