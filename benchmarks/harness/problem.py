@@ -178,6 +178,11 @@ def ours(function: Callable, backends: Iterable[str]) -> dict[str, Callable]:
     return {f"{OURS}, {backend}": partial(function, backend=backend) for backend in backends}
 
 
+def against_pytorch(function: Callable, backends: Iterable[str], name: str = "PyTorch") -> dict[str, Callable]:
+    """An operation of ours on `eager`, under this name, torch.compile of that, and the operation on these backends."""
+    return beside_compiled(name, partial(function, backend="eager")) | ours(function, backends)
+
+
 def least(size: float, flops: float = 0, dtype: torch.dtype | None = None, needed: float | None = None) -> Work:
     """The least of a problem that moves bytes and multiplies.
 

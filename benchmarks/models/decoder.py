@@ -37,7 +37,6 @@ class Problem(Timed):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"25×34 keys, B = {self.batch}, forward + backward, dropout 0.1"
         return f"six decoder layers, {size}, {dtype_name(self.dtype)}"
 
@@ -53,7 +52,6 @@ class Problem(Timed):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Number of images, and dtypes."""
         cuda = DEVICE.type == "cuda"
         parser.add_argument("--batch", type=int, default=8 if cuda else 2)
         parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])

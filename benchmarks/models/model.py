@@ -43,7 +43,6 @@ class Problem(Timed):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         return f"{self.preset}, forward, 1×3×{self.size[0]}×{self.size[1]}, {dtype_name(torch.float32)}"
 
     @torch.inference_mode()
@@ -65,7 +64,6 @@ class Problem(Timed):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Presets, size of the image, torch.compile."""
         parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
         parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
         parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")

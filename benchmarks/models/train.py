@@ -64,7 +64,6 @@ class Problem(Timed):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         shape = f"{self.batch}×3×{self.size[0]}×{self.size[1]}"
         return f"{self.preset}, training step, {shape}, {dtype_name(self.dtype)}"
 
@@ -96,7 +95,6 @@ class Problem(Timed):
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def measured(self, options: argparse.Namespace) -> Result:
-        """Check all implementations, then time them."""
         torch.compiler.reset()
         made, refused = implementations(self, self.make(), self.compiled)
         runs = {name: trained.step for name, trained in alike(made, self.dtype, refused).items()}
@@ -111,7 +109,6 @@ class Problem(Timed):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Presets, sizes of images, how many, dtypes, torch.compile."""
         cuda = DEVICE.type == "cuda"
         size = [800, 1066] if cuda else [480, 640]
         parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])

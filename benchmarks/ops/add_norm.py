@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conddetr.kernels import add_norm
 from harness.machine import DEVICE, short_name
-from harness.problem import Differentiated, Forward, Tensors, beside_compiled, least, ours
+from harness.problem import Differentiated, Forward, Tensors, against_pytorch, least
 from harness.result import Work
 
 CHANNELS = 256
@@ -31,7 +31,6 @@ class Problem(Differentiated):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{self.images} images × {self.tokens:,} tokens × {CHANNELS}"
         return f"residual and norm, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -53,9 +52,7 @@ class Problem(Differentiated):
         }
 
     def forwards(self) -> dict[str, Forward]:
-        """PyTorch's, compiled, ours."""
-        dropped = partial(forward, P)
-        return beside_compiled("eager", partial(dropped, backend="eager")) | ours(dropped, ["triton"])
+        return against_pytorch(partial(forward, P), ["triton"], "eager")
 
     def exact_forward(self) -> Forward:
         """Without dropout."""
@@ -78,7 +75,6 @@ class Problem(Differentiated):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of images and of tokens, and dtypes."""
         parser.add_argument("--images", nargs="+", type=int, default=[8, 2] if DEVICE.type == "cuda" else [2])
         # The feature map of 800×1066, and the queries.
         parser.add_argument("--tokens", nargs="+", type=int, default=[850, 300])

@@ -78,7 +78,6 @@ class Problem(Checked[Tensors]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         height, width = GRIDS[self.grid]
         passes = "forward + backward" if self.backward else "forward"
         padding = "mixed aspect ratios" if self.padded else "no padding"
@@ -104,7 +103,6 @@ class Problem(Checked[Tensors]):
 
     @property
     def is_random(self) -> bool:
-        """Whether dropout is on."""
         return self.dropout > 0
 
     def implementations(self, tensors: Tensors) -> dict[str, "Implementation"]:
@@ -151,7 +149,6 @@ class Problem(Checked[Tensors]):
         return is_hopper and self.dtype != torch.float32 and os.environ.get("CONDDETR_HOPPER") != "0"
 
     def answer(self, run: Run) -> dict[str, Tensor]:
-        """As `comparable`."""
         return comparable(run())
 
     def exact(self, tensors: Tensors) -> dict[str, Tensor]:
@@ -192,7 +189,6 @@ class Problem(Checked[Tensors]):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Grids, numbers of images, dtypes, dropout and passes."""
         cuda = DEVICE.type == "cuda"
         parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
         parser.add_argument("--batch", nargs="+", type=int, default=[8, 32, 1, 2] if cuda else [2, 1])

@@ -13,7 +13,7 @@ from conddetr.kernels import dropout_bits
 from conddetr.kernels.attn.op import bits_shape
 from conddetr.kernels.bits.reference import unpacked
 from harness.machine import DEVICE, Run
-from harness.problem import Checked, Tensors, beside_compiled, least, ours
+from harness.problem import Checked, Tensors, against_pytorch, least
 from harness.result import Work
 
 P, HEADS, QUERIES = 0.1, 8, 300
@@ -30,7 +30,6 @@ class Problem(Checked[Tensor]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         return f"bits of dropout, {self.grid} keys, B = {self.images}, p = {P}"
 
     @property
@@ -43,9 +42,7 @@ class Problem(Checked[Tensor]):
         return torch.tensor([7], device=DEVICE)
 
     def implementations(self, seed: Tensor) -> dict[str, Run]:
-        """PyTorch's, compiled, ours."""
-        make = partial(dropout_bits, seed, self.shape, P)
-        return beside_compiled("PyTorch", partial(make, backend="eager")) | ours(make, ["triton", "native"])
+        return against_pytorch(partial(dropout_bits, seed, self.shape, P), ["triton", "native"])
 
     def answer(self, run: Run) -> Tensors:
         """Which weights are kept."""
@@ -62,7 +59,6 @@ class Problem(Checked[Tensor]):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of images, and grids."""
         parser.add_argument("--images", nargs="+", type=int, default=[1, 2])
         parser.add_argument("--grids", nargs="+", choices=KEYS, default=["25×34"])
 

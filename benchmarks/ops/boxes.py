@@ -23,7 +23,6 @@ class Problem(PerImages, Checked[Inputs]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {OBJECTS} objects"
         return f"matched boxes, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -38,7 +37,6 @@ class Problem(PerImages, Checked[Inputs]):
         return boxes.to(DEVICE, self.dtype).requires_grad_(), objects.to(DEVICE, self.dtype), assignment.to(DEVICE)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        """The official way, torchvision's, ours."""
         ways: dict[str, Losses] = {
             "official-style": layer_by_layer(of_diagonal),
             "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),

@@ -61,7 +61,6 @@ class Problem(Differentiated):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         height, width = self.cells
         shape = f"{self.batch}×{self.form.before or self.form.taken}×{height}×{width}"
@@ -128,7 +127,6 @@ class Problem(Differentiated):
         return least(size, flops, self.dtype, needed)
 
     def forwards(self) -> dict[str, Forward]:
-        """PyTorch's, on a GPU compiled, ours."""
         ways = beside_compiled("PyTorch", self.theirs) if DEVICE.type == "cuda" else {"PyTorch": self.theirs}
         return ways | ours(self.ours, ("eager", "triton", "auto"))
 
@@ -170,7 +168,6 @@ class Problem(Differentiated):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Size of images, how many, and dtypes."""
         on_gpu = DEVICE.type == "cuda"
         size, batch, dtype = ([800, 1066], 8, "bfloat16") if on_gpu else ([480, 640], 2, "float32")
         parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the images")

@@ -42,7 +42,6 @@ class Problem(Checked[Tensors]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         height, width = self.cells
         return f"3×3 convolution, {self.batch}×{self.channels}×{height}×{width}, {passes}, float32"
@@ -72,7 +71,6 @@ class Problem(Checked[Tensors]):
         return least(size, flops, torch.float32, needed=flops / 4)
 
     def implementations(self, tensors: Tensors) -> dict[str, Run]:
-        """PyTorch's in both layouts, ours."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return {
             "PyTorch, channels-last": partial(theirs, self.backward, **tensors),
@@ -86,7 +84,6 @@ class Problem(Checked[Tensors]):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Size of images, and how many."""
         parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"), help="of the images")
         parser.add_argument("--batch", type=int, nargs="+", default=[2])
 

@@ -38,7 +38,6 @@ class Problem(PerImages, Checked[Inputs]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries × {OBJECTS} objects"
         return f"matching cost, {size}, {short_name(self.dtype)}"
 
@@ -53,12 +52,10 @@ class Problem(PerImages, Checked[Inputs]):
         return Inputs(logits, boxes, labels.to(DEVICE), objects)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        """The official way, ours."""
         ways = {"official-style": official} | ours(our_cost, registry.OPERATIONS["matching_cost"].backends)
         return {name: partial(way, inputs) for name, way in ways.items()}
 
     def answer(self, run: Run) -> Tensors:
-        """The cost."""
         return {"cost": run()}
 
     def exact(self, inputs: Inputs) -> Tensors:

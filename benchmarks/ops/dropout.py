@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conddetr.kernels import dropout_add, relu_dropout
 from harness.machine import DEVICE, short_name
-from harness.problem import Differentiated, Forward, Tensors, beside_compiled, least, ours
+from harness.problem import Differentiated, Forward, Tensors, against_pytorch, least
 from harness.result import Work
 
 P = 0.1
@@ -31,7 +31,6 @@ class Problem(Differentiated):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{self.tokens:,} × {WIDTHS[self.operation]}"
         return f"{self.operation}, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -43,10 +42,8 @@ class Problem(Differentiated):
         return {name: tensor.to(DEVICE, self.dtype).requires_grad_(name != "of_out") for name, tensor in made.items()}
 
     def forwards(self) -> dict[str, Forward]:
-        """PyTorch's, compiled, ours."""
         backends = ("triton", "native") if self.operation == "relu_dropout" else ("native",)
-        dropped = partial(drop, p=P)
-        return beside_compiled("eager", partial(dropped, backend="eager")) | ours(dropped, backends)
+        return against_pytorch(partial(drop, p=P), backends, "eager")
 
     def exact_forward(self) -> Forward:
         """Without dropout."""
@@ -64,7 +61,6 @@ class Problem(Differentiated):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of tokens, and dtypes."""
         # Two images of 480×640, and of 800×1066.
         parser.add_argument("--tokens", nargs="+", type=int, default=[600, 1700])
         parser.add_argument("--dtypes", nargs="+", default=["float32"])

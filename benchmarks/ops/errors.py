@@ -7,7 +7,7 @@ from torch import Tensor
 
 from conddetr.kernels import prediction_errors
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Checked, PerImages, Tensors, beside_compiled, least, ours
+from harness.problem import Checked, PerImages, Tensors, against_pytorch, least
 from harness.result import Work
 
 LAYERS, QUERIES, CLASSES, OBJECTS = 6, 300, 91, 7
@@ -19,7 +19,6 @@ class Problem(PerImages, Checked[Inputs]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries × {CLASSES} classes"
         return f"errors of predictions, {size}, {short_name(self.dtype)}"
 
@@ -39,13 +38,10 @@ class Problem(PerImages, Checked[Inputs]):
         return logits.to(DEVICE, self.dtype), assignment.to(DEVICE), labels.to(DEVICE), counts.to(DEVICE)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        """PyTorch's, compiled, ours."""
-        plain = partial(prediction_errors, backend="eager")
-        ways = beside_compiled("PyTorch", plain) | ours(prediction_errors, ["triton"])
+        ways = against_pytorch(prediction_errors, ["triton"])
         return {name: partial(way, *inputs) for name, way in ways.items()}
 
     def answer(self, run: Run) -> Tensors:
-        """Both errors by name."""
         return dict(zip(("class", "cardinality"), run(), strict=True))
 
     def exact(self, inputs: Inputs) -> Tensors:

@@ -28,7 +28,6 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries × {CLASSES} classes"
         return f"focal loss, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -41,7 +40,6 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
         return logits.to(DEVICE, self.dtype).requires_grad_(), target.to(DEVICE)
 
     def implementations(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Run]:
-        """torchvision's, compiled, ours."""
         ways = beside_compiled("torchvision", by_torchvision)
         ways |= ours(partial(focal_loss, alpha=ALPHA, gamma=GAMMA), registry.BACKENDS)
         return {name: partial(compute, way, *inputs) for name, way in ways.items()}

@@ -39,7 +39,6 @@ class Problem(Checked[Tensor]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         problems = f"{LAYERS} layers × {self.images} images"
         return f"assignment, {problems}, {self.objects} objects in each, {QUERIES} queries"
 
@@ -49,7 +48,6 @@ class Problem(Checked[Tensor]):
         return torch.randn(LAYERS, self.images, self.objects, QUERIES, generator=generator).to(DEVICE)
 
     def implementations(self, cost: Tensor) -> dict[str, Run]:
-        """scipy's, those of packages, ours."""
         counts = torch.full((self.images,), self.objects, dtype=torch.int32, device=DEVICE)
         runs: dict[str, Run] = {
             "scipy": partial(by_scipy, cost, map),
@@ -71,7 +69,6 @@ class Problem(Checked[Tensor]):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of objects, and of images."""
         parser.add_argument("--objects", nargs="+", type=int, default=[7, 1, 20, 50, 100, 200, 300])
         parser.add_argument("--images", type=int, default=8)
 

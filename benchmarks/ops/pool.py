@@ -7,7 +7,7 @@ from torch import Tensor
 
 from conddetr.kernels import max_pool
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Checked, PerImages, Tensors, beside_compiled, least, ours
+from harness.problem import Checked, PerImages, Tensors, against_pytorch, least
 from harness.result import Work
 
 CHANNELS, HEIGHT, WIDTH = 64, 400, 533
@@ -19,7 +19,6 @@ class Problem(PerImages, Checked[Tensor]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         return f"pooling, {self.images}×{CHANNELS}×{HEIGHT}×{WIDTH}, {short_name(self.dtype)}"
 
     def make(self) -> Tensor:
@@ -29,12 +28,10 @@ class Problem(PerImages, Checked[Tensor]):
         return x.contiguous(memory_format=torch.channels_last)
 
     def implementations(self, x: Tensor) -> dict[str, Run]:
-        """PyTorch's, compiled, ours."""
-        ways = beside_compiled("PyTorch", partial(max_pool, backend="eager")) | ours(max_pool, ["triton"])
+        ways = against_pytorch(max_pool, ["triton"])
         return {name: partial(way, x) for name, way in ways.items()}
 
     def answer(self, run: Run) -> Tensors:
-        """The pooled map."""
         return {"out": run()}
 
     def exact(self, x: Tensor) -> Tensors:

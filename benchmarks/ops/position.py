@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conddetr.kernels import grid_positions
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Checked, PerImages, Tensors, beside_compiled, least, ours
+from harness.problem import Checked, PerImages, Tensors, against_pytorch, least
 from harness.result import Work
 
 IMAGE, GRID, DIM = (800, 1066), (25, 34), 256
@@ -22,7 +22,6 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{self.images} images × {GRID[0]}×{GRID[1]} cells × {DIM}"
         return f"positions of a map, {size}, {short_name(self.dtype)}"
 
@@ -35,9 +34,8 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
         return torch.zeros(self.images, 1, *GRID, device=DEVICE, dtype=self.dtype), valid.to(DEVICE, torch.int32)
 
     def implementations(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Run]:
-        """PyTorch's, compiled, ours."""
         features, valid = inputs
-        ways = beside_compiled("PyTorch", partial(grid_positions, backend="eager")) | ours(grid_positions, ["triton"])
+        ways = against_pytorch(grid_positions, ["triton"])
         return {name: partial(way, features, IMAGE, DIM, valid) for name, way in ways.items()}
 
     def answer(self, run: Run) -> Tensors:

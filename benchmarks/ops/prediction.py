@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conddetr.kernels import predicted_boxes
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Checked, PerImages, Tensors, beside_compiled, gradients, least, ours, wide
+from harness.problem import Checked, PerImages, Tensors, against_pytorch, gradients, least, wide
 from harness.result import Work
 
 LAYERS, QUERIES = 6, 300
@@ -19,7 +19,6 @@ class Problem(PerImages, Checked[Tensors]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries"
         return f"predicted boxes, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -32,9 +31,7 @@ class Problem(PerImages, Checked[Tensors]):
         return {name: x.to(DEVICE, self.dtype).requires_grad_() for name, x in made.items()}
 
     def implementations(self, tensors: Tensors) -> dict[str, Run]:
-        """PyTorch's, compiled, ours."""
-        plain = partial(predicted_boxes, backend="eager")
-        ways = beside_compiled("PyTorch", plain) | ours(predicted_boxes, ["triton"])
+        ways = against_pytorch(predicted_boxes, ["triton"])
         return {name: partial(compute, way, tensors) for name, way in ways.items()}
 
     def exact(self, tensors: Tensors) -> Tensors:

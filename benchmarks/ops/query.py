@@ -3,13 +3,11 @@
 Forward and backward; torch.compile of the two is there as well.
 """
 
-from functools import partial
-
 import torch
 
 from conddetr.kernels import spatial_query
 from harness.machine import DEVICE, short_name
-from harness.problem import Differentiated, Forward, PerImages, Tensors, beside_compiled, least, ours
+from harness.problem import Differentiated, Forward, PerImages, Tensors, against_pytorch, least
 from harness.result import Work
 
 QUERIES, CHANNELS = 300, 256
@@ -22,7 +20,6 @@ class Problem(PerImages, Differentiated):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{self.images}×{QUERIES}×{CHANNELS}"
         return f"projected spatial query, {size}, forward + backward, {short_name(self.dtype)}"
 
@@ -35,9 +32,7 @@ class Problem(PerImages, Differentiated):
         return {name: x.to(DEVICE, self.dtype).requires_grad_(name in shapes) for name, x in made.items()}
 
     def forwards(self) -> dict[str, Forward]:
-        """One by one, compiled, ours."""
-        plain = partial(spatial_query, backend="eager")
-        return beside_compiled("product, then F.linear", plain) | ours(spatial_query, ["triton"])
+        return against_pytorch(spatial_query, ["triton"], "product, then F.linear")
 
     def work(self) -> Work:
         """Three products. λ read, the result written; in backward its gradient and λ read, the gradient of λ written.

@@ -5,7 +5,6 @@ python benchmarks/run.py sine --points 2400 --cudagraph        # model size, whe
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Self
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from conddetr.kernels import conditional_spatial_query, registry, sine_embedding
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Differentiated, Forward, Tensors, beside_compiled, least, ours
+from harness.problem import Differentiated, Forward, Tensors, against_pytorch, least
 from harness.result import Work
 
 DIM = 256
@@ -36,7 +35,6 @@ class Problem(Differentiated):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         return f"{NAMES[self.operation]}, {self.points:,} points, {passes}, {short_name(self.dtype)}"
 
@@ -50,9 +48,8 @@ class Problem(Differentiated):
         return made | {"of_out": torch.randn(self.points, DIM, generator=generator).to(DEVICE, self.dtype)}
 
     def forwards(self) -> dict[str, Forward]:
-        """PyTorch's, compiled, ours."""
         backends = [backend for backend in registry.BACKENDS if backend != "eager"]
-        return beside_compiled("eager", partial(embed, backend="eager")) | ours(embed, backends)
+        return against_pytorch(embed, backends, "eager")
 
     def answer(self, run: Run) -> Tensors:
         """Of the points that are checked."""
@@ -72,7 +69,6 @@ class Problem(Differentiated):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of points, and dtypes."""
         cuda = DEVICE.type == "cuda"
         # 2,400: eight images of 300 queries. A million points in plain PyTorch on a CPU: 10 s a call, 9 GiB.
         parser.add_argument("--points", nargs="+", type=int, default=[1_000_000 if cuda else 100_000, 2400])

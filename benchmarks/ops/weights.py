@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import conddetr
 from conddetr.kernels.weights import FrozenNorm, Recipe, Shift, Weight, prepare_weights
 from harness.machine import DEVICE, Run, short_name
-from harness.problem import Checked, Tensors, beside_compiled, least, ours
+from harness.problem import Checked, Tensors, against_pytorch, least
 from harness.result import Work
 
 
@@ -27,7 +27,6 @@ class Problem(Checked[list[Recipe]]):
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         return f"weights of {self.preset}, forward + backward, {short_name(self.dtype)}"
 
     def make(self) -> list[Recipe]:
@@ -44,9 +43,7 @@ class Problem(Checked[list[Recipe]]):
         return recipes
 
     def implementations(self, recipes: list[Recipe]) -> dict[str, Run]:
-        """One after the other, compiled, ours."""
-        prepare = partial(prepare_weights, dtype=self.dtype)
-        ways = beside_compiled("eager", partial(prepare, backend="eager")) | ours(prepare, ["triton"])
+        ways = against_pytorch(partial(prepare_weights, dtype=self.dtype), ["triton"], "eager")
         return {name: partial(compute, way, recipes) for name, way in ways.items()}
 
     def exact(self, recipes: list[Recipe]) -> Tensors:
@@ -60,7 +57,6 @@ class Problem(Checked[list[Recipe]]):
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Presets and dtypes."""
         parser.add_argument("--presets", nargs="+", default=["conditional-detr-r50"])
         parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
 
