@@ -76,24 +76,7 @@ tree:
 # Each operation and the decoder against their peers, then inference and training of the large preset against the
 # official-style and the HuggingFace implementation on the same weights; tables and pictures from the result files.
 bench: $(VENV)/.ready-bench
-	$(BIN)/python benchmarks/attn.py
-	$(BIN)/python benchmarks/run.py sine
-	$(BIN)/python benchmarks/run.py query
-	$(BIN)/python benchmarks/run.py decoder
-	$(BIN)/python benchmarks/run.py dropout
-	$(BIN)/python benchmarks/run.py bits
-	$(BIN)/python benchmarks/run.py add_norm
-	$(BIN)/python benchmarks/run.py weights
-	$(BIN)/python benchmarks/run.py conv
-	$(BIN)/python benchmarks/run.py conv3x3
-	$(BIN)/python benchmarks/run.py focal
-	$(BIN)/python benchmarks/run.py boxes
-	$(BIN)/python benchmarks/run.py cost
-	$(BIN)/python benchmarks/run.py match
-	$(BIN)/python benchmarks/run.py prediction
-	$(BIN)/python benchmarks/run.py errors
-	$(BIN)/python benchmarks/run.py position
-	$(BIN)/python benchmarks/run.py pool
+	$(BIN)/python benchmarks/run.py ops decoder
 	$(BIN)/python benchmarks/model.py --compiled
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/run.py report

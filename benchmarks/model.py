@@ -5,4 +5,4 @@ import sys
 from run import main
 
 if __name__ == "__main__":
-    main(["model", *sys.argv[1:]])
+    sys.exit(main(["model", *sys.argv[1:]]))

@@ -5,4 +5,4 @@ import sys
 from run import main
 
 if __name__ == "__main__":
-    main(["tables", *sys.argv[1:]])
+    sys.exit(main(["tables", *sys.argv[1:]]))

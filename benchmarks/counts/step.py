@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import conddetr
 from conddetr.kernels import records
 from conddetr.loss.targets import pack_targets
+from harness.command import command
 from harness.machine import commit
 
 ROOT = Path(__file__).parents[2]
@@ -367,7 +368,7 @@ def _show_details(run: Run, found: dict) -> None:
 
 def arguments() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("step", __doc__)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--batch", nargs="+", type=int, default=[8, 2], help="of training; default 8 and 2")
@@ -390,14 +391,14 @@ def chosen(options: argparse.Namespace) -> list[Run]:
     return [run for run in dict.fromkeys(runs) if run.implementation in WORK[run.work]]
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Count all that is asked for; 1 where something failed."""
     # The tests have it on their path.
     sys.path.append(str(ROOT / "tests"))
     import null_gpu
 
     parser = arguments()
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     runs = chosen(options)
     if options.here:
         options.here.write_text(json.dumps(count(runs[0])))
@@ -418,7 +419,3 @@ def main() -> int:
         write(options.out, {**read(options.out), **found})
     show(found, read(options.before) if options.before else {}, options.details)
     return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

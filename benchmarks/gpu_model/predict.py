@@ -30,6 +30,7 @@ from gpu_model import figures, kernels, ranking, remarks, stored, triton_code
 from gpu_model.figures import Figures
 from gpu_model.hot_path import HotPathError
 from gpu_model.stored import Prediction, Predictions, Row
+from harness.command import command
 from harness.machine import commit
 from tools import aot_cuda
 
@@ -226,7 +227,7 @@ def constant(text: str) -> tuple[str, object]:
 
 def arguments() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("predict", __doc__)
     parser.add_argument(
         "--architectures",
         nargs="+",
@@ -259,12 +260,12 @@ def arguments() -> argparse.ArgumentParser:
     return parser  # fmt: skip
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Predict what is asked for, write the file, print tables."""
     # Where the null GPU is; the tests have it on their path.
     sys.path.append(str(ROOT / "tests"))
     parser = arguments()
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.here:
         problems_here(options.out, options.here)
         return 0
@@ -301,7 +302,3 @@ def main() -> int:
     if before.versions != found.versions and before.versions:
         console.print(f"before: {before.versions}; now: {found.versions}", highlight=False)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,6 @@
 One table for each architecture of which there are results: `kernels/measured/sm_90.json`. CPUs have none.
 """
 
-import argparse
 import json
 import math
 import re
@@ -17,7 +16,11 @@ from statistics import geometric_mean, median
 
 from conddetr.files import write_text
 from conddetr.kernels.records import Table, Verdict
-from harness.timing import OURS, RESULTS, Result, console, is_failure, read_results
+from harness.command import command
+from harness.refusals import OURS, is_failure
+from harness.result import Result
+from harness.show import console
+from harness.store import RESULTS, read_results
 
 OPERATIONS: dict[str, dict[str, str]] = {
     "add_norm": {"": "add_norm"},
@@ -145,12 +148,12 @@ def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
         yield min(group, key=lambda verdict: (not verdict.refused, verdict.speedup or math.inf))
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Write a table for each architecture, and remove those without results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("measured", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
     parser.add_argument("--tables", type=Path, default=TABLES, help="folder that the package reads")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     made = {options.tables / f"{architecture}.json": table for architecture, table in tables(options.results).items()}
     for path in set(options.tables.glob("sm_*.json")) - made.keys():
         path.unlink()
@@ -158,7 +161,3 @@ def main() -> None:
         write_text(path, table.to_json())
     said = ", ".join(map(str, made)) or "no table: there are no results of GPUs"
     console.print(f"wrote {said}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@
 Pictures lie beside the files: `results/<device>/<name>.png`. Nothing is drawn or written that is not in a file.
 """
 
-import argparse
 import json
 import math
 import textwrap
@@ -18,7 +17,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from harness.timing import OURS, RESULTS, Result, console, milliseconds, part_rows, read_results, spread
+from harness.command import command
+from harness.refusals import OURS
+from harness.result import Result
+from harness.show import console, milliseconds, part_rows, spread
+from harness.store import RESULTS, read_results
 
 PAGE = "README.md"
 """Of the tables, in the folder of results."""
@@ -160,17 +163,13 @@ def put(page: Path, begin: str, end: str, text: str) -> None:
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Draw, and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for path in (path for folder in sorted(options.results.iterdir()) for path in files(folder)):
         console.print(f"drew {draw(path)}", highlight=False, soft_wrap=True)
     page = options.results / PAGE
     page.write_text(markdown(options.results), encoding="utf-8")
     console.print(f"wrote {page}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.timing import Result, print_table, say_written, write
+from harness.command import command
+from harness.result import Result
+from harness.show import print_table
+from harness.store import say_written, write
 
 RUN = Path(__file__).parents[1] / "run.py"
 CLASSES, PER_IMAGE = 80, 7
@@ -113,13 +116,13 @@ def measured(boxes: int, rounds: int) -> Result:
         return Result(title, {name: s for name, s in seconds.items() if name not in refused}, None, peaks, refused)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure files of all sizes, or of one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("annotations", __doc__)
     parser.add_argument("--boxes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--read", nargs=2, metavar=("READER", "FILE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.read:
         read_once(options.read[0], Path(options.read[1]))
         return
@@ -127,7 +130,3 @@ def main() -> None:
     for result in results:
         print_table(result)
     say_written(write("annotations", {"settings": vars(options), "results": [vars(result) for result in results]}))
-
-
-if __name__ == "__main__":
-    main()

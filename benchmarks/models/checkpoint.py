@@ -3,7 +3,6 @@
 python benchmarks/run.py checkpoint
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -17,8 +16,10 @@ from conddetr.engine.checkpoint import LATEST, CheckpointWriter, read_checkpoint
 from conddetr.engine.run import data_sets
 from conddetr.engine.trainer import Trainer
 from conddetr.zoo import build
+from harness.command import command
 from harness.machine import DEVICE
-from harness.timing import say_written, show, spread, write
+from harness.show import show, spread
+from harness.store import say_written, write
 
 PRESETS = {"conditional-detr-tiny": {}, "conditional-detr-r50": {"image_size": 256, "max_image_size": 256}}
 """With the size of images: a step of the large preset takes many times longer on real ones, a save as long."""
@@ -74,12 +75,12 @@ def check(trainer: Trainer, writer: CheckpointWriter) -> None:
             raise SystemExit(f"{name} is not what was saved: not timing a wrong answer.")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure, print, write the raw samples."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command("checkpoint", __doc__)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--saves", type=int, default=21)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     table = Table(title="steps of training, ms: median (10-90 %), and against calm ones")
     for column in ("preset", "MB", "calm", "at the save", "", "while it is written", "", "both", "steps"):
         table.add_column(column, justify="left" if column == "preset" else "right")
@@ -121,7 +122,3 @@ def _rounded(samples: dict[str, list]) -> dict[str, list]:
         ]
         for name, values in samples.items()
     }
-
-
-if __name__ == "__main__":
-    main()

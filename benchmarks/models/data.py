@@ -3,7 +3,6 @@
 CONDDETR_COCO=dir python benchmarks/run.py data
 """
 
-import argparse
 import os
 
 import torch
@@ -12,16 +11,18 @@ from conddetr.config import PRESETS
 from conddetr.data.bench import bench_data
 from conddetr.data.coco import coco_split
 from conddetr.data.transforms import TrainTransform
-from harness.timing import console, say_written, show, write
+from harness.command import command
+from harness.show import console, show
+from harness.store import say_written, write
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure, print, write the raw samples."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command("data", __doc__)
     parser.add_argument("--coco-path", default=os.environ.get("CONDDETR_COCO"), help="COCO's 2017 layout")
     parser.add_argument("--preset", default="conditional-detr-r50", choices=list(PRESETS))
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if not options.coco_path:
         parser.error("--coco-path or CONDDETR_COCO: name a folder in COCO's 2017 layout")
     # The file says how many threads were used.
@@ -33,7 +34,3 @@ def main() -> None:
     console.print(result.agreement())
     settings = {"preset": options.preset, "rounds": options.rounds}
     say_written(write("data", {"settings": settings, "results": vars(result)}))
-
-
-if __name__ == "__main__":
-    main()

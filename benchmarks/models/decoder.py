@@ -1,6 +1,5 @@
 """The decoder of conditional-detr-r50, forward and backward with dropout: eager, torch.compile of it, ours.
 
-    python benchmarks/run.py decoder
     python benchmarks/run.py decoder --batch 8 --dtypes float32
 
 Inputs are random tokens and object queries; the output is checked without dropout before anything is timed.
@@ -8,7 +7,9 @@ Inputs are random tokens and object queries; the output is checked without dropo
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,9 +19,47 @@ from conddetr.kernels import registry
 from conddetr.kernels.attn import rectangle_padding
 from conddetr.model.grid import FeatureGrid
 from conddetr.model.position import sine_position_encoding
+from harness.check import usable
 from harness.machine import DEVICE, dtype_name
-from harness.timing import OURS, Result, arguments, measure, parse, run_all, usable
+from harness.problem import Tensors, Timed, beside_compiled
+from harness.refusals import OURS
+from harness.result import Result
+from harness.timing import measure
 from ops.attn import GRIDS, mixed_shapes
+
+
+@dataclass(frozen=True)
+class Problem(Timed):
+    """One size: images, and a dtype."""
+
+    batch: int
+    dtype: torch.dtype
+
+    @property
+    def title(self) -> str:
+        size = f"25×34 keys, B = {self.batch}, forward + backward, dropout 0.1"
+        return f"six decoder layers, {size}, {dtype_name(self.dtype)}"
+
+    def measured(self, options: argparse.Namespace) -> Result:
+        """Check all implementations, then time a training step's share of the decoder."""
+        transformers, tensors = decoders(self.dtype), make(self.batch, self.dtype)
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+        exact = outputs(decoders(torch.float64)["eager"], wide)
+        checks = {name: partial(outputs, transformer, tensors) for name, transformer in transformers.items()}
+        good, refused = usable(checks, lambda call: call(), exact, is_random=False)
+        runs = {name: partial(train, transformers[name].train(), tensors) for name in good}
+        return measure(self.title, runs, options, None, refused)
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        cuda = DEVICE.type == "cuda"
+        parser.add_argument("--batch", type=int, default=8 if cuda else 2)
+        parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """All dtypes."""
+        return [cls(options.batch, getattr(torch, dtype)) for dtype in options.dtypes]
 
 
 def decoders(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
@@ -30,12 +69,12 @@ def decoders(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
         torch.manual_seed(0)
         model = conddetr.build("conditional-detr-r50", encoder_layers=0, backend=backend)
         built[backend] = model.transformer.to(DEVICE, dtype)
-    found = {"eager": built.pop("eager")}
-    found["torch.compile of it"] = torch.compile(found["eager"], dynamic=False)
-    return found | {f"{OURS}, {backend}": transformer for backend, transformer in built.items()}
+    return beside_compiled("eager", built.pop("eager")) | {
+        f"{OURS}, {backend}": transformer for backend, transformer in built.items()
+    }
 
 
-def make(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def make(batch: int, dtype: torch.dtype) -> Tensors:
     """Random tokens and object queries, positions of a grid whose images have mixed aspect ratios."""
     generator = torch.Generator().manual_seed(0)
     height, width = GRIDS["r50"]
@@ -51,52 +90,20 @@ def make(batch: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors | {"padding": padding, "valid_hw": valid_hw}
 
 
-def decode(transformer: Callable, tensors: dict[str, Tensor]) -> Tensor:
+def decode(transformer: Callable, tensors: Tensors) -> Tensor:
     """Normalised outputs of all layers, [6, B, 300, 256]."""
     grid = FeatureGrid(GRIDS["r50"], tensors["padding"], tensors["valid_hw"])
     return transformer(tensors["tokens"], grid, tensors["position"], tensors["object_query"])[0]
 
 
-def train(transformer: torch.nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def train(transformer: torch.nn.Module, tensors: Tensors) -> tuple[Tensor, ...]:
     """Forward in training, then the gradients of all parameters in use."""
     out = decode(transformer, tensors)
     return torch.autograd.grad(out, list(transformer.parameters()), tensors["upstream"], allow_unused=True)
 
 
-def outputs(transformer: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def outputs(transformer: torch.nn.Module, tensors: Tensors) -> Tensors:
     """What the check compares: the output without dropout."""
     transformer.eval()
     with torch.no_grad():
         return {"hidden": decode(transformer, tensors)}
-
-
-def run(batch: int, dtype: torch.dtype, options: argparse.Namespace) -> Result:
-    """Check all implementations, then time a training step's share of the decoder."""
-    transformers, tensors = decoders(dtype), make(batch, dtype)
-    wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    exact = outputs(decoders(torch.float64)["eager"], wide)
-    checks = {name: partial(outputs, transformer, tensors) for name, transformer in transformers.items()}
-    good, refused = usable(checks, lambda call: call(), exact, is_random=False)
-    runs = {name: partial(train, transformers[name].train(), tensors) for name in good}
-    return measure(title(batch, dtype), runs, options, None, refused)
-
-
-def title(batch: int, dtype: torch.dtype) -> str:
-    """One line for tables and result files."""
-    return f"six decoder layers, 25×34 keys, B = {batch}, forward + backward, dropout 0.1, {dtype_name(dtype)}"
-
-
-def main() -> None:
-    """Time every dtype asked for; one result file for all."""
-    cuda = DEVICE.type == "cuda"
-    parser = arguments(__doc__.splitlines()[0], seconds=60)
-    parser.add_argument("--batch", type=int, default=8 if cuda else 2)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
-    options = parse(parser)
-    dtypes = [getattr(torch, name) for name in options.dtypes]
-    runs = {title(options.batch, dtype): partial(run, options.batch, dtype, options) for dtype in dtypes}
-    run_all("decoder", runs, options)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 python benchmarks/run.py evaluation
 """
 
-import argparse
 import importlib.util
 import time
 
@@ -11,7 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from conddetr.engine.coco_metrics import LIBRARIES, Detections, coco_result
-from harness.timing import say_written, show, write
+from harness.command import command
+from harness.show import show
+from harness.store import say_written, write
 
 OBJECTS = 7
 """Per image, as in COCO."""
@@ -50,12 +51,12 @@ def synthetic(images: int, per_image: int, seed: int = 0) -> tuple[dict, Detecti
     return truth, Detections(image_ids, labels, found.astype(np.float32), scores.astype(np.float32))
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Time them in turn, check that all agree, print, write the raw samples."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command("evaluation", __doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     libraries = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     truth, found = synthetic(options.images, 100)
     samples: dict[str, list[float]] = {name: [] for name in libraries}
@@ -76,7 +77,3 @@ def main() -> None:
     show(table)
     settings = {"images": options.images, "detections": 100, "rounds": options.rounds}
     say_written(write("evaluation", {"settings": settings, "results": samples}))
-
-
-if __name__ == "__main__":
-    main()

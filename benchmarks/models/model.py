@@ -10,8 +10,9 @@ Everything is float32, on a GPU without TF32, for the outputs are held to those 
 import argparse
 import copy
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,41 +21,57 @@ import conddetr
 from conddetr.interop import convert_to_huggingface
 from conddetr.kernels import registry
 from harness.machine import DEVICE, dtype_name, is_null_gpu
-from harness.refusals import WRONG, RefusedError, refusing
-from harness.timing import NOT_COMPARED, OURS, Result, arguments, console, measure, parse, run_all, with_host_memory
+from harness.memory import with_host_memory
+from harness.problem import Timed
+from harness.refusals import OURS, WRONG, RefusedError, refusing
+from harness.result import Result
+from harness.show import NOT_COMPARED, console
+from harness.timing import measure
 
 TOLERANCE = {"pred_logits": 1e-4, "pred_boxes": 1e-5}
 Runs = dict[str, partial]
 
 
-def main() -> None:
-    """Time every preset asked for; one result file for all."""
-    parser = arguments(__doc__.splitlines()[0], seconds=60)
-    parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
-    parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
-    options = parse(parser)
-    size = f"1×3×{options.size[0]}×{options.size[1]}, {dtype_name(torch.float32)}"
-    titles = {f"{name}, forward, {size}": name for name in options.presets}
-    run_all("model", {title: partial(run, title, name, options) for title, name in titles.items()}, options)
+@dataclass(frozen=True)
+class Problem(Timed):
+    """One model, and the size of the image."""
 
+    preset: str
+    size: tuple[int, int]
+    compiled: bool
+    """torch.compile too."""
 
-@torch.inference_mode()
-def run(title: str, preset: str, options: argparse.Namespace) -> Result:
-    """Check that all give the same output, then time them."""
-    torch.compiler.reset()
-    model = conddetr.build(preset, backend="eager").eval()
-    spread_outputs(model)
-    model = model.to(DEVICE)
-    image = torch.randn(1, 3, *options.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    runs, refused = our_runs(model, image, options.compiled)
-    with refusing("HuggingFace", refused):
-        peer, _ = convert_to_huggingface(model)
-        runs |= huggingface_runs(peer, image, options.compiled)
-        with refusing(f"{OURS}, HuggingFace accelerated", refused):
-            runs |= accelerated_run(peer, image)
-    good = alike(runs, refused)
-    return with_host_memory(replace(measure(title, good, options, None, refused), images=1), good)
+    @property
+    def title(self) -> str:
+        return f"{self.preset}, forward, 1×3×{self.size[0]}×{self.size[1]}, {dtype_name(torch.float32)}"
+
+    @torch.inference_mode()
+    def measured(self, options: argparse.Namespace) -> Result:
+        """Check that all give the same output, then time them."""
+        torch.compiler.reset()
+        model = conddetr.build(self.preset, backend="eager").eval()
+        spread_outputs(model)
+        model = model.to(DEVICE)
+        image = torch.randn(1, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        runs, refused = our_runs(model, image, self.compiled)
+        with refusing("HuggingFace", refused):
+            peer, _ = convert_to_huggingface(model)
+            runs |= huggingface_runs(peer, image, self.compiled)
+            with refusing(f"{OURS}, HuggingFace accelerated", refused):
+                runs |= accelerated_run(peer, image)
+        good = alike(runs, refused)
+        return with_host_memory(replace(measure(self.title, good, options, None, refused), images=1), good)
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
+        parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
+        parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """All presets."""
+        return [cls(preset, tuple(options.size), options.compiled) for preset in options.presets]
 
 
 def alike(runs: Runs, refused: dict[str, str]) -> Runs:
@@ -158,7 +175,3 @@ def check(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
         if not differences[name] <= tolerance:
             raise RefusedError(f"{WRONG}{name} differs by {differences[name]:.2e}, more than {tolerance:.0e}")
     return ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
-
-
-if __name__ == "__main__":
-    main()

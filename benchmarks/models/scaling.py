@@ -3,10 +3,9 @@
     python benchmarks/run.py scaling               # keys from 10² to 10⁵, queries, batch; of a training step too; boxes
     python benchmarks/run.py scaling --backward    # attention with its gradients
 
-One of keys, queries and batch grows, the others are those of R50 at 800×1066. Implementations are those of `attn.py`
-that need no compilation for each size, checked before timed. Annotation files are those of `annotations.py`, up to the
-size of COCO's training set. Writes results/<device>/scaling.json and, from it,
-scaling.png.
+One of keys, queries and batch grows, the others are those of R50 at 800×1066. Implementations are those of
+`ops/attn.py` that need no compilation for each size, checked before timed. Annotation files are those of
+`annotations.py`, up to the size of COCO's training set. Writes results/<device>/scaling.json and, from it, scaling.png.
 """
 
 import argparse
@@ -31,22 +30,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import conddetr
-from harness.machine import DEVICE, product_rate, without_tf32
-from harness.timing import (
-    Result,
-    Work,
-    arguments,
-    console,
-    failures,
-    measure,
-    parse,
-    print_table,
-    result_of,
-    say_written,
-    usable,
-    with_host_memory,
-    write,
-)
+from harness.benchmark import arguments, failures, parse, result_of
+from harness.check import usable
+from harness.machine import DEVICE, without_tf32
+from harness.memory import with_host_memory
+from harness.rates import product_rate
+from harness.result import Result, Work
+from harness.show import console, print_table
+from harness.store import say_written, write
+from harness.timing import measure
 from models import train
 from paper import tables
 
@@ -80,8 +72,8 @@ def problems(backward: bool) -> dict[str, dict[int, attn.Problem]]:
 def attention(problem: attn.Problem, options: argparse.Namespace) -> Result:
     """Check and time all implementations of one problem."""
     tensors = problem.make()
-    runs = {name: run for name, run in attn.implementations(problem, tensors).items() if name not in COMPILED}
-    good, refused = usable(runs, lambda call: attn.comparable(call()), attn.exact(tensors), is_random=False)
+    runs = {name: run for name, run in problem.implementations(tensors).items() if name not in COMPILED}
+    good, refused = usable(runs, problem.answer, problem.exact(tensors), is_random=False)
     return with_host_memory(measure(problem.title, good, options, problem.work(), refused), good)
 
 
@@ -207,12 +199,12 @@ def entry(size: Size, result: Result) -> dict:
     }
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Measure, keep the file complete after each size, draw; a wrong answer is told at the end."""
-    parser = arguments(__doc__.splitlines()[0], seconds=300)
+    parser = arguments("scaling", __doc__, seconds=300)
     parser.set_defaults(rounds=50 if DEVICE.type == "cuda" else 5)
     parser.add_argument("--backward", action="store_true", help="attention with its gradients")
-    options = parse(parser)
+    options = parse(parser, words)
     settings = {key: str(value) for key, value in vars(options).items()}
     name = "scaling" + "-backward" * options.backward + "-cudagraph" * options.cudagraph
     todo, entries, wrong, unmeasured, started = sizes_of(options), [], [], [], time.monotonic()
@@ -236,7 +228,3 @@ def main() -> None:
     say_written(path, path and f" and {draw(path)}")
     if wrong:
         raise SystemExit("\n".join(wrong))
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from statistics import median
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +32,15 @@ from conddetr.data.batch import Batch, collate
 from conddetr.engine.step import Stepper
 from conddetr.interop import convert_to_huggingface
 from conddetr.kernels import registry
-from harness.machine import DEVICE, dtype_name, is_null_gpu, product_rate
+from harness.machine import DEVICE, dtype_name, is_null_gpu
+from harness.memory import allocated_by, with_host_memory
 from harness.parts import Parts
-from harness.refusals import WRONG, RefusedError, refusing
-from harness.timing import (
-    NOT_COMPARED,
-    OURS,
-    Result,
-    Work,
-    allocated_by,
-    arguments,
-    console,
-    measure,
-    parse,
-    run_all,
-    with_host_memory,
-)
+from harness.problem import Timed
+from harness.rates import product_rate
+from harness.refusals import OURS, WRONG, RefusedError, refusing
+from harness.result import Result, Work
+from harness.show import NOT_COMPARED, console
+from harness.timing import measure
 from models.model import spread_outputs
 
 OBJECTS = 7
@@ -56,17 +50,20 @@ BREAKDOWN_STEPS = 3
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Timed):
     """One size: the model, and what it is trained on."""
 
     preset: str
     batch: int
     size: tuple[int, int]
     dtype: torch.dtype
+    compiled: bool = False
+    """torch.compile too."""
+
+    seconds = 180
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         shape = f"{self.batch}×3×{self.size[0]}×{self.size[1]}"
         return f"{self.preset}, training step, {shape}, {dtype_name(self.dtype)}"
 
@@ -96,6 +93,39 @@ class Problem:
     def autocast(self) -> torch.autocast:
         """bfloat16 where the problem is."""
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def measured(self, options: argparse.Namespace) -> Result:
+        torch.compiler.reset()
+        made, refused = implementations(self, self.make(), self.compiled)
+        runs = {name: trained.step for name, trained in alike(made, self.dtype, refused).items()}
+        result = with_host_memory(measure(self.title, runs, options, self.work(), refused), runs)
+        result, parts = with_capture_memory(result, made), {}
+        # Hooks inside a compiled model would cut it in pieces; a replayed graph calls none.
+        whole = [name for name in result.seconds if "compiled" not in name and name not in result.captured]
+        for name in whole:
+            with refusing(f"{name}, its parts", result.refused):
+                parts[name] = breakdown(made[name])
+        return replace(result, images=self.batch, parts=parts)
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        cuda = DEVICE.type == "cuda"
+        size = [800, 1066] if cuda else [480, 640]
+        parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
+        parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"))
+        parser.add_argument("--batch", type=int, nargs="+", default=[8, 16] if cuda else [2])
+        parser.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["float32"])
+        parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """All presets in all dtypes with all numbers of images."""
+        if options.cudagraph:
+            raise RefusedError("--cudagraph: whole steps are not captured here")
+        return [
+            cls(preset, batch, tuple(options.size), getattr(torch, dtype), options.compiled)
+            for preset, dtype, batch in product(options.presets, options.dtypes, options.batch)
+        ]
 
 
 @dataclass(frozen=True)
@@ -278,21 +308,6 @@ def breakdown(trained: Trained) -> dict[str, float]:
     return {name: median(sample[name] for sample in samples) for name in samples[0]}
 
 
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    torch.compiler.reset()
-    made, refused = implementations(problem, problem.make(), options.compiled)
-    runs = {name: trained.step for name, trained in alike(made, problem.dtype, refused).items()}
-    result = with_host_memory(measure(problem.title, runs, options, problem.work(), refused), runs)
-    result, parts = with_capture_memory(result, made), {}
-    # Hooks inside a compiled model would cut it in pieces; a replayed graph calls none.
-    whole = [name for name in result.seconds if "compiled" not in name and name not in result.captured]
-    for name in whole:
-        with refusing(f"{name}, its parts", result.refused):
-            parts[name] = breakdown(made[name])
-    return replace(result, images=problem.batch, parts=parts)
-
-
 def with_capture_memory(result: Result, made: dict[str, Trained]) -> Result:
     """The result, with the memory of those that replay graphs as it is when they warm up and capture."""
     captured = [name for name in result.seconds if made[name].recorded is not None]
@@ -307,26 +322,3 @@ def with_capture_memory(result: Result, made: dict[str, Trained]) -> Result:
             peaks[name] = allocated_by(made[name].step)
             del before
     return replace(result, peak_extra_bytes=peaks, captured=captured)
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    cuda = DEVICE.type == "cuda"
-    parser = arguments(__doc__.splitlines()[0], seconds=180)
-    parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1066] if cuda else [480, 640], metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16] if cuda else [2])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["float32"])
-    parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
-    options = parse(parser)
-    if options.cudagraph:
-        parser.error("--cudagraph: whole steps are not captured here")
-    problems = [
-        Problem(preset, batch, tuple(options.size), getattr(torch, dtype))
-        for preset, dtype, batch in product(options.presets, options.dtypes, options.batch)
-    ]
-    run_all("train", {problem.title: partial(run, problem, options) for problem in problems}, options)
-
-
-if __name__ == "__main__":
-    main()

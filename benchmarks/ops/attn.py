@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from types import ModuleType
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 from conddetr.kernels import conditional_attention, registry
 from conddetr.kernels.attn import dense_spatial_keys, rectangle_padding
-from harness.machine import DEVICE, copy_bandwidth, dtype_name, exponential_rate, product_rate
-from harness.timing import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from harness import rates
+from harness.machine import DEVICE, Run, dtype_name
+from harness.problem import Checked, beside_compiled, detached, gradients, wide
+from harness.refusals import OURS
+from harness.result import Work
 
 GRIDS = {"r50": (25, 34), "dc5": (50, 67)}
 """Feature maps of an 800×1066 image at stride 32 and 16."""
@@ -35,72 +39,6 @@ QUERIES, HEADS, WIDTH = 300, 8, 32
 SHAPES = ((1.0, 1.0), (1.0, 0.56), (0.84, 1.0), (1.0, 0.75))
 """Valid share of height and width: landscape, portrait and square images padded to one landscape grid."""
 Attend = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One size: what is computed, and from what."""
-
-    grid: str
-    batch: int
-    dtype: torch.dtype
-    dropout: float
-    padded: bool
-    backward: bool
-    queries: int = QUERIES
-
-    @property
-    def title(self) -> str:
-        """One line for tables and result files."""
-        height, width = GRIDS[self.grid]
-        passes = "forward + backward" if self.backward else "forward"
-        padding = "mixed aspect ratios" if self.padded else "no padding"
-        size = f"{height}×{width} keys, B = {self.batch}"
-        return f"{size}, {passes}, dropout {self.dropout}, {padding}, {dtype_name(self.dtype)}"
-
-    def valid_hw(self) -> Tensor:
-        """Valid height and width of each image's grid, [B, 2] int32 on the host."""
-        return mixed_shapes(GRIDS[self.grid], self.batch if self.padded else 1).expand(self.batch, -1).contiguous()
-
-    def make(self) -> "Tensors":
-        """Random inputs, the same for every call."""
-        generator = torch.Generator().manual_seed(0)
-        height, width = GRIDS[self.grid]
-        sizes = (self.queries, self.queries, height * width, height, width, height * width, self.queries)
-        made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
-        *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
-        valid = self.valid_hw().to(DEVICE) if self.padded else None
-        # What every peer starts from; made here, so that nobody is timed for it.
-        k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
-        padding = None if valid is None else rectangle_padding(valid, height, width)
-        return Tensors(*made, k_spatial, upstream.detach(), valid, padding)
-
-    def work(self) -> Work:
-        """What valid keys need: padding is no work, and an implementation that computes it is only slower.
-
-        The floor counts the separable form: content scores and values alone are products over all keys. With
-        backward, scores are computed again (exponentials too) and three more products follow.
-        """
-        scores = self.scores()
-        floors = {
-            "bytes": self.size() / copy_bandwidth(),
-            "products": 2 * scores * WIDTH * (7 if self.backward else 2) / product_rate(self.dtype),
-        }
-        if exponential_rate() is not None:
-            floors["exponentials"] = scores * (2 if self.backward else 1) / exponential_rate()
-        return Work(2 * scores * WIDTH * (11 if self.backward else 3), self.size(), floors)
-
-    def scores(self) -> float:
-        """Of valid keys."""
-        return HEADS * self.queries * self.valid_hw().double().prod(dim=1).sum().item()
-
-    def size(self) -> float:
-        """Bytes of all inputs and outputs; with backward three times, once more read and once written as gradients."""
-        valid = self.valid_hw().double()
-        outputs = self.batch * self.queries
-        inputs = 2 * outputs + 2 * valid.prod(dim=1).sum().item() + valid.sum().item()
-        numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
-        return numbers * HEADS * WIDTH * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -125,6 +63,158 @@ class Tensors:
 
 
 @dataclass(frozen=True)
+class Problem(Checked[Tensors]):
+    """One size: what is computed, and from what."""
+
+    grid: str
+    batch: int
+    dtype: torch.dtype
+    dropout: float
+    padded: bool
+    backward: bool
+    queries: int = QUERIES
+
+    seconds = 180
+
+    @property
+    def title(self) -> str:
+        height, width = GRIDS[self.grid]
+        passes = "forward + backward" if self.backward else "forward"
+        padding = "mixed aspect ratios" if self.padded else "no padding"
+        size = f"{height}×{width} keys, B = {self.batch}"
+        return f"{size}, {passes}, dropout {self.dropout}, {padding}, {dtype_name(self.dtype)}"
+
+    def valid_hw(self) -> Tensor:
+        """Valid height and width of each image's grid, [B, 2] int32 on the host."""
+        return mixed_shapes(GRIDS[self.grid], self.batch if self.padded else 1).expand(self.batch, -1).contiguous()
+
+    def make(self) -> Tensors:
+        """Random inputs, the same for every call."""
+        generator = torch.Generator().manual_seed(0)
+        height, width = GRIDS[self.grid]
+        sizes = (self.queries, self.queries, height * width, height, width, height * width, self.queries)
+        made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
+        *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
+        valid = self.valid_hw().to(DEVICE) if self.padded else None
+        # What every peer starts from; made here, so that nobody is timed for it.
+        k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
+        padding = None if valid is None else rectangle_padding(valid, height, width)
+        return Tensors(*made, k_spatial, upstream.detach(), valid, padding)
+
+    @property
+    def is_random(self) -> bool:
+        return self.dropout > 0
+
+    def implementations(self, tensors: Tensors) -> dict[str, "Implementation"]:
+        """Everything that might compute the problem; the first is the official code's way."""
+        content = (tensors.q_content, tensors.q_spatial, tensors.k_content)
+
+        def ours(backend: str, separable: bool) -> Tensor:
+            keys = (tensors.rows, tensors.columns) if separable else tensors.k_spatial
+            padding = {"valid_hw": tensors.valid_hw} if separable else {"key_padding_mask": tensors.padding}
+            return conditional_attention(*content, keys, tensors.v, dropout_p=self.dropout, backend=backend, **padding)
+
+        def eager() -> Tensor:
+            return ours("eager", separable=False)
+
+        peers = {
+            **beside_compiled("official eager", eager),
+            "FlexAttention": flex(self, tensors),
+            "SDPA": lambda: sdpa(self, tensors),
+        }
+        if DEVICE.type == "cuda":
+            peers["SDPA, memory-efficient"] = forced(SDPBackend.EFFICIENT_ATTENTION, self, tensors)
+            peers["SDPA, cuDNN"] = forced(SDPBackend.CUDNN_ATTENTION, self, tensors)
+            peers["SDPA, flash, padded values"] = forced(SDPBackend.FLASH_ATTENTION, self, tensors, pad_values=True)
+            peers["FlexAttention, FLASH"] = flex(self, tensors, by_flash=True)
+            peers["varlen_attn"] = packed(self, tensors, varlen_attn)
+            flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION)(varlen_attn)
+            peers["varlen_attn, flash, padded values"] = packed(self, tensors, flash, pad_values=True)
+            peers["FlashAttention-4"] = flash_attention_4(self, tensors)
+        else:
+            peers["SDPA, padded values"] = lambda: sdpa(self, tensors, pad_values=True)
+        found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
+        for backend, separable in product(registry.BACKENDS, (False, True)):
+            if backend != "eager":
+                attend = partial(ours, backend, separable)
+                name = f"{OURS}, {backend}, {'separable' if separable else 'dense'}"
+                found[name] = Implementation(attend, tensors, separable)
+                if backend == "native" and self.has_hopper_kernel():
+                    found[f"{name}, not Hopper's kernel"] = Implementation(without_hopper(attend), tensors, separable)
+        return found
+
+    def has_hopper_kernel(self) -> bool:
+        """Whether `native` has a kernel for this GPU alone, beside that of all GPUs."""
+        is_hopper = DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE)[0] == 9
+        return is_hopper and self.dtype != torch.float32 and os.environ.get("CONDDETR_HOPPER") != "0"
+
+    def answer(self, run: Run) -> dict[str, Tensor]:
+        return comparable(run())
+
+    def exact(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Output and gradients without dropout, in float64."""
+        leaves = wide(tensors.leaves(separable=True))
+        keys = (leaves["rows"], leaves["columns"])
+        inputs = (leaves["q_content"], leaves["q_spatial"], leaves["k_content"], keys, leaves["v"])
+        out = conditional_attention(*inputs, valid_hw=tensors.valid_hw, backend="eager")
+        leaves = leaves if out.requires_grad else {}
+        return detached({"out": out, **gradients([out], leaves, [tensors.upstream.double()])})
+
+    def work(self) -> Work:
+        """What valid keys need: padding is no work, and an implementation that computes it is only slower.
+
+        The floor counts the separable form: content scores and values alone are products over all keys. With
+        backward, scores are computed again (exponentials too) and three more products follow.
+        """
+        scores = self.scores()
+        floors = {
+            "bytes": self.size() / rates.copy_bandwidth(),
+            "products": 2 * scores * WIDTH * (7 if self.backward else 2) / rates.product_rate(self.dtype),
+        }
+        if rates.exponential_rate() is not None:
+            floors["exponentials"] = scores * (2 if self.backward else 1) / rates.exponential_rate()
+        return Work(2 * scores * WIDTH * (11 if self.backward else 3), self.size(), floors)
+
+    def scores(self) -> float:
+        """Of valid keys."""
+        return HEADS * self.queries * self.valid_hw().double().prod(dim=1).sum().item()
+
+    def size(self) -> float:
+        """Bytes of all inputs and outputs; with backward three times, once more read and once written as gradients."""
+        valid = self.valid_hw().double()
+        outputs = self.batch * self.queries
+        inputs = 2 * outputs + 2 * valid.prod(dim=1).sum().item() + valid.sum().item()
+        numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
+        return numbers * HEADS * WIDTH * self.dtype.itemsize
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        cuda = DEVICE.type == "cuda"
+        parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+        parser.add_argument("--batch", nargs="+", type=int, default=[8, 32, 1, 2] if cuda else [2, 1])
+        parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
+        parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+        parser.add_argument("--backward", action=argparse.BooleanOptionalAction, help="only with, or only without")
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """Every problem asked for. Values that come first in each option matter most; the sum of places decides.
+
+        Forward without dropout and backward with it are what inference and training do: they go before the others.
+        """
+        passes = (False, True) if options.backward is None else (options.backward,)
+        ranked = []
+        for places in product(*(enumerate(values) for values in (options.grids, options.batch, options.dtypes))):
+            (_, grid), (_, batch), (_, dtype) = places
+            for dropout, backward in product(options.dropout, passes):
+                rank = sum(place for place, _ in places) + (backward != (dropout > 0))
+                # An image alone is never padded.
+                for padded in (False, True) if batch > 1 else (False,):
+                    ranked.append((rank, cls(grid, batch, getattr(torch, dtype), dropout, padded, backward)))
+        return [problem for _, problem in sorted(ranked, key=lambda item: item[0])]
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One way to compute a problem, forward alone or with the gradients of all that it reads."""
 
@@ -134,11 +224,8 @@ class Implementation:
 
     def __call__(self) -> dict[str, Tensor]:
         out = self.attend()
-        if not out.requires_grad:
-            return {"out": out}
-        leaves = self.tensors.leaves(self.separable)
-        gradients = torch.autograd.grad(out, leaves.values(), self.tensors.upstream)
-        return {"out": out, **dict(zip(leaves, gradients, strict=True))}
+        leaves = self.tensors.leaves(self.separable) if out.requires_grad else {}
+        return {"out": out, **gradients([out], leaves, [self.tensors.upstream])}
 
 
 def mixed_shapes(grid: tuple[int, int], batch: int) -> Tensor:
@@ -147,50 +234,18 @@ def mixed_shapes(grid: tuple[int, int], batch: int) -> Tensor:
     return (shares * torch.tensor(grid)).round().int()
 
 
-def implementations(problem: Problem, tensors: Tensors) -> dict[str, Implementation]:
-    """Everything that might compute the problem; the first is the official code's way."""
-    content = (tensors.q_content, tensors.q_spatial, tensors.k_content)
+def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output and gradients in float64, the same for all: dense spatial keys' are summed to those of rows and columns.
 
-    def ours(backend: str, separable: bool) -> Tensor:
-        keys = (tensors.rows, tensors.columns) if separable else tensors.k_spatial
-        padding = {"valid_hw": tensors.valid_hw} if separable else {"key_padding_mask": tensors.padding}
-        return conditional_attention(*content, keys, tensors.v, dropout_p=problem.dropout, backend=backend, **padding)
-
-    def eager() -> Tensor:
-        return ours("eager", separable=False)
-
-    peers = {
-        "official eager": eager,
-        "torch.compile of it": torch.compile(eager, dynamic=False),
-        "FlexAttention": flex(problem, tensors),
-        "SDPA": lambda: sdpa(problem, tensors),
-    }
-    if DEVICE.type == "cuda":
-        peers["SDPA, memory-efficient"] = forced(SDPBackend.EFFICIENT_ATTENTION, problem, tensors)
-        peers["SDPA, cuDNN"] = forced(SDPBackend.CUDNN_ATTENTION, problem, tensors)
-        peers["SDPA, flash, padded values"] = forced(SDPBackend.FLASH_ATTENTION, problem, tensors, pad_values=True)
-        peers["FlexAttention, FLASH"] = flex(problem, tensors, by_flash=True)
-        peers["varlen_attn"] = packed(problem, tensors, varlen_attn)
-        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION)(varlen_attn)
-        peers["varlen_attn, flash, padded values"] = packed(problem, tensors, flash, pad_values=True)
-        peers["FlashAttention-4"] = flash_attention_4(problem, tensors)
-    else:
-        peers["SDPA, padded values"] = lambda: sdpa(problem, tensors, pad_values=True)
-    found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
-    for backend, separable in product(registry.BACKENDS, (False, True)):
-        if backend != "eager":
-            attend = partial(ours, backend, separable)
-            name = f"{OURS}, {backend}, {'separable' if separable else 'dense'}"
-            found[name] = Implementation(attend, tensors, separable)
-            if backend == "native" and has_hopper_kernel(problem):
-                found[f"{name}, not Hopper's kernel"] = Implementation(without_hopper(attend), tensors, separable)
-    return found
-
-
-def has_hopper_kernel(problem: Problem) -> bool:
-    """Whether `native` has a kernel for this GPU alone, beside that of all GPUs."""
-    is_hopper = DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE)[0] == 9
-    return is_hopper and problem.dtype != torch.float32 and os.environ.get("CONDDETR_HOPPER") != "0"
+    Summed in their own dtype, as PyTorch does where it differentiates `dense_spatial_keys`.
+    """
+    found = {name: tensor.detach() for name, tensor in found.items()}
+    if "k_spatial" in found:
+        dense = found.pop("k_spatial")
+        height, width = next(grid for grid in GRIDS.values() if grid[0] * grid[1] == dense.shape[1])
+        dense = dense.unflatten(1, (height, width))
+        found |= {"rows": dense.sum(2), "columns": dense.sum(1)}
+    return {name: tensor.double() for name, tensor in found.items()}
 
 
 def without_hopper(attend: Attend) -> Attend:
@@ -357,78 +412,3 @@ def flash_attention_4(problem: Problem, tensors: Tensors) -> Attend:
         return interface.flash_attn_varlen_func(query, key, value, **starts, **lengths)[0]
 
     return packed(problem, tensors, attend)
-
-
-def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients in float64, the same for all: dense spatial keys' are summed to those of rows and columns.
-
-    Summed in their own dtype, as PyTorch does where it differentiates `dense_spatial_keys`.
-    """
-    found = {name: tensor.detach() for name, tensor in found.items()}
-    if "k_spatial" in found:
-        dense = found.pop("k_spatial")
-        height, width = next(grid for grid in GRIDS.values() if grid[0] * grid[1] == dense.shape[1])
-        dense = dense.unflatten(1, (height, width))
-        found |= {"rows": dense.sum(2), "columns": dense.sum(1)}
-    return {name: tensor.double() for name, tensor in found.items()}
-
-
-def exact(tensors: Tensors) -> dict[str, Tensor]:
-    """Output and gradients without dropout, in float64."""
-    wide = {
-        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.leaves(separable=True).items()
-    }
-    keys = (wide["rows"], wide["columns"])
-    inputs = (wide["q_content"], wide["q_spatial"], wide["k_content"], keys, wide["v"])
-    out = conditional_attention(*inputs, valid_hw=tensors.valid_hw, backend="eager")
-    if not out.requires_grad:
-        return {"out": out}
-    gradients = torch.autograd.grad(out, wide.values(), tensors.upstream.double())
-    return {"out": out.detach(), **dict(zip(wide, gradients, strict=True))}
-
-
-def problems(options: argparse.Namespace) -> list[Problem]:
-    """Every problem asked for. Values that come first in each option matter most; the sum of places decides.
-
-    Forward without dropout and backward with it are what inference and training do: they go before the others.
-    """
-    passes = (False, True) if options.backward is None else (options.backward,)
-    ranked = []
-    for places in product(*(enumerate(values) for values in (options.grids, options.batch, options.dtypes))):
-        (_, grid), (_, batch), (_, dtype) = places
-        for dropout, backward in product(options.dropout, passes):
-            rank = sum(place for place, _ in places) + (backward != (dropout > 0))
-            # An image alone is never padded.
-            for padded in (False, True) if batch > 1 else (False,):
-                ranked.append((rank, Problem(grid, batch, getattr(torch, dtype), dropout, padded, backward)))
-    return [problem for _, problem in sorted(ranked, key=lambda item: item[0])]
-
-
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    # Else dynamo stops compiling after eight problems, in silence.
-    torch.compiler.reset()
-    tensors = problem.make()
-    good, refused = usable(
-        implementations(problem, tensors), lambda call: comparable(call()), exact(tensors), problem.dropout > 0
-    )
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    cuda = DEVICE.type == "cuda"
-    parser = arguments(__doc__.splitlines()[0], seconds=180)
-    parser.add_argument("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    parser.add_argument("--batch", nargs="+", type=int, default=[8, 32, 1, 2] if cuda else [2, 1])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
-    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
-    parser.add_argument("--backward", action=argparse.BooleanOptionalAction, help="only with, or only without")
-    options = parse(parser)
-    runs = {problem.title: partial(run, problem, options) for problem in problems(options)}
-    run_all("attn", runs, options)
-
-
-if __name__ == "__main__":
-    main()

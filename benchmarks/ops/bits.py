@@ -1,11 +1,10 @@
-"""Bits of dropout for attention weights, against the same in plain PyTorch and torch.compile of it.
-
-python benchmarks/run.py bits
-"""
+"""Bits of dropout for attention weights, against the same in plain PyTorch and torch.compile of it."""
 
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,8 +12,9 @@ from torch import Tensor
 from conddetr.kernels import dropout_bits
 from conddetr.kernels.attn.inputs import bits_shape
 from conddetr.kernels.bits.reference import unpacked
-from harness.machine import DEVICE, copy_bandwidth
-from harness.timing import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from harness.machine import DEVICE, Run
+from harness.problem import Checked, Tensors, against_pytorch, least
+from harness.result import Work
 
 P, HEADS, QUERIES = 0.1, 8, 300
 KEYS = {"25×34": 850, "50×67": 3350}
@@ -22,7 +22,7 @@ KEYS = {"25×34": 850, "50×67": 3350}
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Checked[Tensor]):
     """The weights of one layer's cross-attention."""
 
     images: int
@@ -30,7 +30,6 @@ class Problem:
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         return f"bits of dropout, {self.grid} keys, B = {self.images}, p = {P}"
 
     @property
@@ -38,38 +37,32 @@ class Problem:
         """Images, heads, words, queries."""
         return bits_shape(self.images, HEADS, QUERIES, KEYS[self.grid])
 
+    def make(self) -> Tensor:
+        """The seed: all make the same bits of it."""
+        return torch.tensor([7], device=DEVICE)
+
+    def implementations(self, seed: Tensor) -> dict[str, Run]:
+        return against_pytorch(partial(dropout_bits, seed, self.shape, P), ["triton", "native"])
+
+    def answer(self, run: Run) -> Tensors:
+        """Which weights are kept."""
+        return {"kept": unpacked(run()).float()}
+
+    def exact(self, seed: Tensor) -> Tensors:
+        """By PyTorch."""
+        return {"kept": unpacked(dropout_bits(seed, self.shape, P, backend="eager")).double()}
+
     def work(self) -> Work:
         """The words written, once."""
         images, heads, words, queries = self.shape
-        size = 4 * images * heads * words * queries
-        return Work(0, size, {"bytes": size / copy_bandwidth()})
+        return least(4 * images * heads * words * queries)
 
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--images", nargs="+", type=int, default=[1, 2])
+        parser.add_argument("--grids", nargs="+", choices=KEYS, default=["25×34"])
 
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, which make the same bits, then time them."""
-    torch.compiler.reset()
-    seed = torch.tensor([7], device=DEVICE)
-
-    def make(backend: str) -> Tensor:
-        return dropout_bits(seed, problem.shape, P, backend)
-
-    plain = partial(make, "eager")
-    runs = {"PyTorch": plain, "torch.compile of it": torch.compile(plain, dynamic=False)}
-    runs |= {f"{OURS}, {backend}": partial(make, backend) for backend in ("triton", "native")}
-    exact = {"kept": unpacked(plain()).double()}
-    good, refused = usable(runs, lambda call: {"kept": unpacked(call()).float()}, exact, False)
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    parser = arguments(__doc__.splitlines()[0], seconds=60)
-    parser.add_argument("--images", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--grids", nargs="+", choices=KEYS, default=["25×34"])
-    options = parse(parser)
-    problems = [Problem(images, grid) for grid in options.grids for images in options.images]
-    run_all("bits", {problem.title: partial(run, problem, options) for problem in problems}, options)
-
-
-if __name__ == "__main__":
-    main()
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """All numbers of images on all grids."""
+        return [cls(images, grid) for grid, images in product(options.grids, options.images)]

@@ -1,11 +1,6 @@
-"""Losses of matched boxes and their gradient against the official way and torchvision's, checked before timed.
+"""Losses of matched boxes and their gradient against the official way and torchvision's, checked before timed."""
 
-python benchmarks/run.py boxes
-"""
-
-import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,27 +9,24 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
 from conddetr.kernels import matched_box_loss, registry
-from harness.machine import DEVICE, copy_bandwidth
-from harness.timing import OURS, Result, Work, measure, run_losses, usable
+from harness.machine import DEVICE, Run, short_name
+from harness.problem import Checked, PerImages, Tensors, detached, least, ours
+from harness.result import Work
 
 LAYERS, QUERIES, OBJECTS = 6, 300, 7
+Inputs = tuple[Tensor, Tensor, Tensor]
 Losses = Callable[[Tensor, Tensor, Tensor], Iterable[Tensor]]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(PerImages, Checked[Inputs]):
     """One size: images per step, and the dtype of the boxes."""
-
-    images: int
-    dtype: torch.dtype
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {OBJECTS} objects"
-        return f"matched boxes, {size}, forward + backward, {str(self.dtype).removeprefix('torch.')}"
+        return f"matched boxes, {size}, forward + backward, {short_name(self.dtype)}"
 
-    def make(self) -> tuple[Tensor, Tensor, Tensor]:
+    def make(self) -> Inputs:
         """Predictions [L, B, Q, 4], objects [B, N, 4], and which object each prediction has [L, B, Q], -1: none."""
         generator = torch.Generator().manual_seed(0)
         boxes = torch.rand(LAYERS, self.images, QUERIES, 4, generator=generator)
@@ -44,12 +36,25 @@ class Problem:
         assignment.scatter_(-1, order, torch.arange(OBJECTS).expand_as(order))
         return boxes.to(DEVICE, self.dtype).requires_grad_(), objects.to(DEVICE, self.dtype), assignment.to(DEVICE)
 
+    def implementations(self, inputs: Inputs) -> dict[str, Run]:
+        ways: dict[str, Losses] = {
+            "official-style": layer_by_layer(of_diagonal),
+            "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),
+            **ours(matched_box_loss, registry.OPERATIONS["matched_box_loss"].backends),
+        }
+        return {name: partial(compute, way, *inputs) for name, way in ways.items()}
+
+    def exact(self, inputs: Inputs) -> Tensors:
+        """By the official way."""
+        boxes, objects, assignment = inputs
+        leaf = boxes.detach().double().requires_grad_()
+        return detached(compute(layer_by_layer(of_diagonal), leaf, objects.double(), assignment))
+
     def work(self) -> Work:
         """Matched boxes and objects read in each pass, assignments too; the whole gradient written once."""
         matched = LAYERS * self.images * OBJECTS * 2 * 4 * self.dtype.itemsize
         predictions = LAYERS * self.images * QUERIES
-        size = 2 * (matched + 8 * predictions) + 4 * predictions * self.dtype.itemsize
-        return Work(0, size, {"bytes": size / copy_bandwidth()})
+        return least(2 * (matched + 8 * predictions) + 4 * predictions * self.dtype.itemsize)
 
 
 def layer_by_layer(giou_loss: Callable[[Tensor, Tensor], Tensor]) -> Losses:
@@ -73,27 +78,7 @@ def of_diagonal(a: Tensor, b: Tensor) -> Tensor:
     return (1 - generalized_box_iou(a, b).diag()).sum()
 
 
-def compute(losses: Losses, boxes: Tensor, objects: Tensor, assignment: Tensor) -> dict[str, Tensor]:
+def compute(losses: Losses, boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensors:
     """Both losses [L] and the gradient of their sum."""
     l1, giou = losses(boxes, objects, assignment)
     return {"L1": l1, "GIoU": giou, "gradient": torch.autograd.grad(l1.sum() + giou.sum(), boxes)[0]}
-
-
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    boxes, objects, assignment = problem.make()
-    ways: dict[str, Losses] = {
-        "official-style": layer_by_layer(of_diagonal),
-        "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),
-    }
-    for backend in registry.OPERATIONS["matched_box_loss"].backends:
-        ways[f"{OURS}, {backend}"] = partial(matched_box_loss, backend=backend)
-    runs = {name: partial(compute, way, boxes, objects, assignment) for name, way in ways.items()}
-    leaf = boxes.detach().double().requires_grad_()
-    exact = compute(layer_by_layer(of_diagonal), leaf, objects.double(), assignment)
-    good, refused = usable(runs, lambda call: call(), {name: x.detach() for name, x in exact.items()}, False)
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-if __name__ == "__main__":
-    run_losses("boxes", __doc__.splitlines()[0], Problem, run, ["float32"])

@@ -1,6 +1,5 @@
 """Convolutions of ResNet-50 with bias, residual sum and ReLU, against PyTorch's passes, checked before timed.
 
-    python benchmarks/run.py conv
     python benchmarks/run.py conv --size 800 1066 --batch 2
 
 Norms are folded already. On a GPU the convolution itself is cuDNN's in all of them, and torch.compile is a peer; on a
@@ -8,19 +7,18 @@ CPU it calls the same operators as PyTorch.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from conddetr.kernels import convolution, convolution_pair
 from conddetr.kernels.conv import Layer, reference
-from harness.machine import DEVICE, copy_bandwidth, dtype_name, product_rate
-from harness.timing import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from harness.machine import DEVICE, dtype_name
+from harness.problem import Differentiated, Forward, Tensors, beside_compiled, least, ours
+from harness.result import Work
 
 
 class Form(NamedTuple):
@@ -47,12 +45,12 @@ FORMS = {
     "pair, 1×1 and 3×3, strided": Form(128, 128, 3, 2, 4, before=256),
     "1×1, out, residual, last stage": Form(512, 2048, 1, 1, 32, has_residual=True),
 }
-GIVEN = ("upstream", "residual")
+GIVEN = ("of_out", "residual")
 """Tensors that get no gradient here."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Differentiated):
     """One convolution at one size."""
 
     name: str
@@ -63,7 +61,6 @@ class Problem:
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         height, width = self.cells
         shape = f"{self.batch}×{self.form.before or self.form.taken}×{height}×{width}"
@@ -90,7 +87,7 @@ class Problem:
         """Of the result."""
         return (self.batch, self.form.given, *(-(-cells // self.form.stride) for cells in self.cells))
 
-    def make(self) -> dict[str, Tensor]:
+    def make(self) -> Tensors:
         """Random x and residual after ReLU, weights, biases and the gradient of the output, in channels-last."""
         form, generator = self.form, torch.Generator().manual_seed(0)
 
@@ -100,7 +97,7 @@ class Problem:
         made = {
             "x": normal(self.batch, form.before or form.taken, *self.cells).relu(),
             "weight": normal(form.given, form.taken, form.kernel, form.kernel) / (form.taken * form.kernel**2) ** 0.5,
-            "upstream": normal(*self.shape_out),
+            "of_out": normal(*self.shape_out),
         }
         if form.has_residual:
             made["residual"] = normal(*self.shape_out).relu()
@@ -110,98 +107,77 @@ class Problem:
         made["bias"] = normal(form.given)
         if form.before:
             made["first_bias"] = normal(form.taken)
-        return {name: tensor.to(DEVICE, self.dtype) for name, tensor in made.items()}
+        return {
+            name: tensor.to(DEVICE, self.dtype).requires_grad_(self.backward and name not in GIVEN)
+            for name, tensor in made.items()
+        }
 
     def work(self) -> Work:
         """Products as the convolutions are defined, and each tensor once a pass. The floor counts a quarter of those
         of 3×3 without stride, as minimal filtering needs them.
         """
         tensors = self.make()
-        flops = 2 * tensors["weight"].numel() * tensors["upstream"].numel() // self.shape_out[1]
+        flops = 2 * tensors["weight"].numel() * tensors["of_out"].numel() // self.shape_out[1]
         if self.form.before:
             flops += 2 * tensors["first_weight"].numel() * tensors["x"].numel() // self.form.before
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         passes = 3 if self.backward else 1
         flops, size = passes * flops, passes * size
         needed = flops / 4 if (self.form.kernel, self.form.stride) == (3, 1) else flops
-        return Work(flops, size, {"bytes": size / copy_bandwidth(), "products": needed / product_rate(self.dtype)})
+        return least(size, flops, self.dtype, needed)
 
+    def forwards(self) -> dict[str, Forward]:
+        ways = beside_compiled("PyTorch", self.theirs) if DEVICE.type == "cuda" else {"PyTorch": self.theirs}
+        return ways | ours(self.ours, ("eager", "triton", "auto"))
 
-def theirs(
-    problem: Problem,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None = None,
-    first_weight: Tensor | None = None,
-    first_bias: Tensor | None = None,
-) -> Tensor:
-    """PyTorch's operators, one pass each."""
-    if first_weight is not None:
-        x = reference.convolution(x, first_weight, first_bias, (1, 1), (0, 0), (1, 1), 1, None, True)
-    return reference.convolution(x, weight, bias, *problem.window.values(), (1, 1), 1, residual, True)
+    def compute(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """Where no gradients are wanted, as in inference."""
+        with torch.set_grad_enabled(self.backward):
+            return super().compute(forward, tensors)
 
+    def theirs(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None = None,
+        first_weight: Tensor | None = None,
+        first_bias: Tensor | None = None,
+    ) -> Tensor:
+        """PyTorch's operators, one pass each."""
+        if first_weight is not None:
+            x = reference.convolution(x, first_weight, first_bias, (1, 1), (0, 0), (1, 1), 1, None, True)
+        return reference.convolution(x, weight, bias, *self.window.values(), (1, 1), 1, residual, True)
 
-def ours(
-    problem: Problem,
-    backend: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None = None,
-    first_weight: Tensor | None = None,
-    first_bias: Tensor | None = None,
-) -> Tensor:
-    """Ours."""
-    if first_weight is None:
-        return convolution(x, weight, bias, **problem.window, residual=residual, relu=True, backend=backend)
-    layers = (Layer(first_weight, first_bias), Layer(weight, bias, **problem.window))
-    return convolution_pair(x, *layers, backend=backend)
+    def ours(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None = None,
+        first_weight: Tensor | None = None,
+        first_bias: Tensor | None = None,
+        *,
+        backend: str,
+    ) -> Tensor:
+        """Ours."""
+        if first_weight is None:
+            return convolution(x, weight, bias, **self.window, residual=residual, relu=True, backend=backend)
+        layers = (Layer(first_weight, first_bias), Layer(weight, bias, **self.window))
+        return convolution_pair(x, *layers, backend=backend)
 
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        on_gpu = DEVICE.type == "cuda"
+        size, batch, dtype = ([800, 1066], 8, "bfloat16") if on_gpu else ([480, 640], 2, "float32")
+        parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the images")
+        parser.add_argument("--batch", type=int, nargs="+", default=[batch])
+        parser.add_argument("--dtypes", nargs="+", default=[dtype])
 
-def compute(problem: Problem, forward: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The result, and where they are wanted the gradients of x, weights and biases."""
-    inputs = {name: tensor for name, tensor in tensors.items() if name != "upstream"}
-    if not problem.backward:
-        with torch.no_grad():
-            return {"out": forward(**inputs)}
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items() if name not in GIVEN}
-    out = forward(**{**inputs, **leaves})
-    gradients = torch.autograd.grad(out, leaves.values(), tensors["upstream"])
-    return {"out": out.detach(), **{f"of {name}": x for name, x in zip(leaves, gradients, strict=True)}}
-
-
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    torch.compiler.reset()
-    tensors = problem.make()
-    plain = partial(theirs, problem)
-    ways = {"PyTorch": plain}
-    if DEVICE.type == "cuda":
-        ways["torch.compile of it"] = torch.compile(plain, dynamic=False)
-    for backend in ("eager", "triton", "auto"):
-        ways[f"{OURS}, {backend}"] = partial(ours, problem, backend)
-    runs = {name: partial(compute, problem, way, tensors) for name, way in ways.items()}
-    exact = compute(problem, plain, {name: tensor.double() for name, tensor in tensors.items()})
-    good, refused = usable(runs, lambda call: call(), exact, is_random=False)
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    parser = arguments(__doc__.splitlines()[0], seconds=60)
-    on_gpu = DEVICE.type == "cuda"
-    size, batch, dtype = ([800, 1066], 8, "bfloat16") if on_gpu else ([480, 640], 2, "float32")
-    parser.add_argument("--size", type=int, nargs=2, default=size, metavar=("H", "W"), help="of the images")
-    parser.add_argument("--batch", type=int, nargs="+", default=[batch])
-    parser.add_argument("--dtypes", nargs="+", default=[dtype])
-    options = parse(parser)
-    problems = [
-        Problem(name, batch, tuple(options.size), backward, getattr(torch, dtype))
-        for dtype, batch, backward, name in product(options.dtypes, options.batch, (True, False), FORMS)
-    ]
-    run_all("conv", {problem.title: partial(run, problem, options) for problem in problems}, options)
-
-
-if __name__ == "__main__":
-    main()
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """Every convolution, with gradients first."""
+        return [
+            cls(name, batch, tuple(options.size), backward, getattr(torch, dtype))
+            for dtype, batch, backward, name in product(options.dtypes, options.batch, (True, False), FORMS)
+        ]

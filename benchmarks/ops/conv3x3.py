@@ -1,6 +1,5 @@
 """3×3 convolutions of ResNet-50, alone and with both gradients, against PyTorch's, checked before timed.
 
-    python benchmarks/run.py conv3x3
     python benchmarks/run.py conv3x3 --size 800 1066 --batch 2
 
 On a GPU there is nothing to compare: the model's convolutions are cuDNN's there.
@@ -10,21 +9,24 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from conddetr.kernels import convolution_3x3, convolution_3x3_weight_gradient
-from harness.machine import DEVICE, copy_bandwidth, product_rate
-from harness.timing import OURS, Result, Work, arguments, measure, parse, run_all, usable
+from harness.machine import DEVICE, Run
+from harness.problem import Checked, Tensors, least
+from harness.refusals import OURS
+from harness.result import Work
 
 STAGES = {64: 4, 128: 8, 256: 16, 512: 32}
 """Channels of each stage → pixels of the image to a cell."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Checked[Tensors]):
     """One size: a convolution in the stage with so many channels."""
 
     channels: int
@@ -32,9 +34,14 @@ class Problem:
     size: tuple[int, int]
     backward: bool
 
+    why_not = (
+        "the convolution has no kernel for GPUs: CUDA_VISIBLE_DEVICES= times it on the CPU"
+        if DEVICE.type == "cuda"
+        else None
+    )
+
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         passes = "forward + backward" if self.backward else "forward"
         height, width = self.cells
         return f"3×3 convolution, {self.batch}×{self.channels}×{height}×{width}, {passes}, float32"
@@ -44,7 +51,7 @@ class Problem:
         """Height and width of the map."""
         return tuple(-(-pixels // STAGES[self.channels]) for pixels in self.size)
 
-    def make(self) -> dict[str, Tensor]:
+    def make(self) -> Tensors:
         """Random x after ReLU, weight and the gradient of the output, in channels-last."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch, self.channels, *self.cells)
@@ -61,12 +68,35 @@ class Problem:
         cells, passes = self.batch * height * width, 3 if self.backward else 1
         flops = passes * 2 * 9 * cells * self.channels**2
         size = passes * 4 * (2 * cells * self.channels + 9 * self.channels**2)
-        return Work(
-            flops, size, {"bytes": size / copy_bandwidth(), "products": flops / 4 / product_rate(torch.float32)}
-        )
+        return least(size, flops, torch.float32, needed=flops / 4)
+
+    def implementations(self, tensors: Tensors) -> dict[str, Run]:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        return {
+            "PyTorch, channels-last": partial(theirs, self.backward, **tensors),
+            "PyTorch, contiguous": partial(theirs, self.backward, **contiguous),
+            f"{OURS}, native": partial(ours, self.backward, **tensors),
+        }
+
+    def exact(self, tensors: Tensors) -> Tensors:
+        """By PyTorch."""
+        return theirs(self.backward, **{name: tensor.double() for name, tensor in tensors.items()})
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"), help="of the images")
+        parser.add_argument("--batch", type=int, nargs="+", default=[2])
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """Every stage, with gradients first."""
+        return [
+            cls(channels, batch, tuple(options.size), backward)
+            for batch, backward, channels in product(options.batch, (True, False), STAGES)
+        ]
 
 
-def theirs(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+def theirs(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> Tensors:
     """PyTorch's convolution."""
     if not backward:
         return {"out": F.conv2d(x, weight, padding=1)}
@@ -76,43 +106,10 @@ def theirs(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> dict[
     return {"out": out.detach(), "of x": of_x, "of weight": of_weight}
 
 
-def ours(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+def ours(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> Tensors:
     """Ours."""
     found = {"out": convolution_3x3(x, weight, backend="native")}
     if backward:
         found["of x"] = convolution_3x3(upstream, weight, transposed=True, backend="native")
         found["of weight"] = convolution_3x3_weight_gradient(x, upstream, backend="native")
     return found
-
-
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    tensors = problem.make()
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    runs = {
-        "PyTorch, channels-last": partial(theirs, problem.backward, **tensors),
-        "PyTorch, contiguous": partial(theirs, problem.backward, **contiguous),
-        f"{OURS}, native": partial(ours, problem.backward, **tensors),
-    }
-    exact = theirs(problem.backward, **{name: tensor.double() for name, tensor in tensors.items()})
-    good, refused = usable(runs, lambda call: call(), exact, is_random=False)
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    parser = arguments(__doc__.splitlines()[0], seconds=60)
-    parser.add_argument("--size", type=int, nargs=2, default=[480, 640], metavar=("H", "W"), help="of the images")
-    parser.add_argument("--batch", type=int, nargs="+", default=[2])
-    options = parse(parser)
-    if DEVICE.type == "cuda":
-        parser.error("the convolution has no kernel for GPUs: CUDA_VISIBLE_DEVICES= times it on the CPU")
-    problems = [
-        Problem(channels, batch, tuple(options.size), backward)
-        for batch, backward, channels in product(options.batch, (True, False), STAGES)
-    ]
-    run_all("conv3x3", {problem.title: partial(run, problem, options) for problem in problems}, options)
-
-
-if __name__ == "__main__":
-    main()

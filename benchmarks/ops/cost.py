@@ -1,10 +1,7 @@
-"""The matching cost of all layers and images against the official way, checked before timed.
-
-python benchmarks/run.py cost
-"""
+"""The matching cost of all layers and images against the official way, checked before timed."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,8 +9,9 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
 from conddetr.kernels import matching_cost, registry
-from harness.machine import DEVICE, copy_bandwidth
-from harness.timing import OURS, Result, Work, measure, run_losses, usable
+from harness.machine import DEVICE, Run, short_name
+from harness.problem import Checked, PerImages, Tensors, least, ours
+from harness.result import Result, Work
 
 LAYERS, QUERIES, CLASSES, OBJECTS = 6, 300, 91, 7
 ALPHA, GAMMA = 0.25, 2.0
@@ -35,18 +33,13 @@ class Inputs:
     """[B, N, 4]."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(PerImages, Checked[Inputs]):
     """One size: images per step, and the dtype of logits and boxes."""
-
-    images: int
-    dtype: torch.dtype
 
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         size = f"{LAYERS} layers × {self.images} images × {QUERIES} queries × {OBJECTS} objects"
-        return f"matching cost, {size}, {str(self.dtype).removeprefix('torch.')}"
+        return f"matching cost, {size}, {short_name(self.dtype)}"
 
     def make(self) -> Inputs:
         """Logits around the focal prior, and random boxes."""
@@ -55,16 +48,31 @@ class Problem:
         boxes = torch.rand(LAYERS, self.images, QUERIES, 4, generator=generator)
         labels = torch.randint(CLASSES, (self.images, OBJECTS), generator=generator)
         objects = torch.rand(self.images, OBJECTS, 4, generator=generator)
-        floating = (x.to(DEVICE, self.dtype) for x in (logits, boxes, objects))
-        logits, boxes, objects = floating
+        logits, boxes, objects = (x.to(DEVICE, self.dtype) for x in (logits, boxes, objects))
         return Inputs(logits, boxes, labels.to(DEVICE), objects)
+
+    def implementations(self, inputs: Inputs) -> dict[str, Run]:
+        ways = {"official-style": official} | ours(our_cost, registry.OPERATIONS["matching_cost"].backends)
+        return {name: partial(way, inputs) for name, way in ways.items()}
+
+    def answer(self, run: Run) -> Tensors:
+        return {"cost": run()}
+
+    def exact(self, inputs: Inputs) -> Tensors:
+        """By the official way."""
+        wide = {name: getattr(inputs, name).double() for name in ("logits", "boxes", "objects")}
+        return {"cost": official(replace(inputs, **wide))}
 
     def work(self) -> Work:
         """One logit per pair and all boxes read, the cost written once in float32."""
         pairs = LAYERS * self.images * QUERIES * OBJECTS
         boxes = 4 * self.images * (LAYERS * QUERIES + OBJECTS)
-        size = (pairs + boxes) * self.dtype.itemsize + 4 * pairs
-        return Work(0, size, {"bytes": size / copy_bandwidth()})
+        return least((pairs + boxes) * self.dtype.itemsize + 4 * pairs)
+
+    @torch.no_grad()
+    def measured(self, options: argparse.Namespace) -> Result:
+        """As of others; matching has no gradient."""
+        return super().measured(options)
 
 
 def official(inputs: Inputs) -> Tensor:
@@ -84,24 +92,8 @@ def official(inputs: Inputs) -> Tensor:
     return torch.stack(found)
 
 
-def ours(inputs: Inputs, backend: str) -> Tensor:
+def our_cost(inputs: Inputs, backend: str) -> Tensor:
     """The same by our operation."""
     counts = torch.full((len(inputs.labels),), OBJECTS, dtype=torch.int32, device=DEVICE)
     weights = {"class_weight": CLASS, "bbox_weight": BBOX, "giou_weight": GIOU, "alpha": ALPHA, "gamma": GAMMA}
     return matching_cost(inputs.logits, inputs.boxes, inputs.labels, inputs.objects, counts, backend=backend, **weights)
-
-
-@torch.no_grad()
-def run(problem: Problem, options: argparse.Namespace) -> Result:
-    """Check all implementations of one problem, then time them."""
-    inputs = problem.make()
-    runs = {"official-style": partial(official, inputs)}
-    for backend in registry.OPERATIONS["matching_cost"].backends:
-        runs[f"{OURS}, {backend}"] = partial(ours, inputs, backend)
-    doubles = Inputs(inputs.logits.double(), inputs.boxes.double(), inputs.labels, inputs.objects.double())
-    good, refused = usable(runs, lambda call: {"cost": call()}, {"cost": official(doubles)}, False)
-    return measure(problem.title, good, options, problem.work(), refused)
-
-
-if __name__ == "__main__":
-    run_losses("cost", __doc__.splitlines()[0], Problem, run, ["float32"])

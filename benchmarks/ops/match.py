@@ -1,7 +1,6 @@
 """Linear assignment of all layers and images against what people use instead, checked before timed.
 
-python benchmarks/run.py match
-python benchmarks/run.py match --images 2 --objects 7 50
+    python benchmarks/run.py match --images 2 --objects 7 50
 
 Costs lie on the device, where training has them: bringing them to the host is part of the time of whoever needs that.
 """
@@ -12,7 +11,8 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Self
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -20,23 +20,25 @@ from torch import Tensor
 
 from conddetr.kernels import linear_assignment, registry
 from harness.machine import DEVICE, Run
-from harness.timing import OURS, Result, arguments, measure, parse, run_all, usable
+from harness.problem import Checked, Tensors, ours
 
 LAYERS, QUERIES = 6, 300
 PACKAGES = {"torch-linear-assignment": "torch_linear_assignment", "torchmatch": "torchmatch"}
 """On the package index → what is imported."""
+THREADS = os.cpu_count()
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Checked[Tensor]):
     """One size: objects per image, images."""
 
     objects: int
     images: int
 
+    seconds = 120
+
     @property
     def title(self) -> str:
-        """One line for tables and result files."""
         problems = f"{LAYERS} layers × {self.images} images"
         return f"assignment, {problems}, {self.objects} objects in each, {QUERIES} queries"
 
@@ -45,14 +47,50 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(LAYERS, self.images, self.objects, QUERIES, generator=generator).to(DEVICE)
 
+    def implementations(self, cost: Tensor) -> dict[str, Run]:
+        counts = torch.full((self.images,), self.objects, dtype=torch.int32, device=DEVICE)
+        runs: dict[str, Run] = {
+            "scipy": partial(by_scipy, cost, map),
+            f"scipy, {THREADS} threads": partial(by_scipy, cost, threads().map),
+            "torch-linear-assignment": partial(by_torch_linear_assignment, cost),
+        }
+        for package, module in PACKAGES.items():
+            if importlib.util.find_spec(module) is None:
+                runs[package] = partial(missing, package)
+        return runs | ours(partial(by_ours, cost, counts), registry.BACKENDS)
 
-def by_scipy(cost: Tensor, mapped: Callable) -> dict[str, Tensor]:
+    def answer(self, run: Run) -> Tensors:
+        """The cost of each matching."""
+        return {"cost": totals(self.make(), run())}
+
+    def exact(self, cost: Tensor) -> Tensors:
+        """By scipy."""
+        return {"cost": totals(cost, by_scipy(cost, map)).double()}
+
+    @classmethod
+    def arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--objects", nargs="+", type=int, default=[7, 1, 20, 50, 100, 200, 300])
+        parser.add_argument("--images", type=int, default=8)
+
+    @classmethod
+    def asked_for(cls, options: argparse.Namespace) -> list[Self]:
+        """All numbers of objects."""
+        return [cls(objects, options.images) for objects in options.objects]
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """One pool for all problems."""
+    return ThreadPoolExecutor(THREADS)
+
+
+def by_scipy(cost: Tensor, mapped: Callable) -> Tensors:
     """[L, B, N, Q] -> the query of each object [L, B, N], one problem after the other as `mapped` maps."""
     solved = mapped(lambda problem: linear_sum_assignment(problem)[1], cost.flatten(0, 1).cpu().numpy())
     return {"query": torch.stack([torch.from_numpy(query) for query in solved]).view(cost.shape[:-1]).to(cost.device)}
 
 
-def by_torch_linear_assignment(cost: Tensor) -> dict[str, Tensor]:
+def by_torch_linear_assignment(cost: Tensor) -> Tensors:
     """The same by the package torch-linear-assignment: from 0.1 on by Triton on a GPU, by scipy on a CPU; CUDA before.
 
     The result file says which version it was.
@@ -61,12 +99,20 @@ def by_torch_linear_assignment(cost: Tensor) -> dict[str, Tensor]:
     return {"query": solve(cost.flatten(0, 1)).view(cost.shape[:-1])}
 
 
-def by_ours(cost: Tensor, counts: Tensor, backend: str) -> dict[str, Tensor]:
+def missing(package: str) -> None:
+    """
+    Raises:
+        ImportError: always.
+    """
+    raise ImportError(f"not installed (pip install {package})")
+
+
+def by_ours(cost: Tensor, counts: Tensor, backend: str) -> Tensors:
     """[L, B, N, Q] -> the object of each query [L, B, Q], -1 for none."""
     return {"object": linear_assignment(cost, counts, backend)}
 
 
-def totals(cost: Tensor, found: dict[str, Tensor]) -> Tensor:
+def totals(cost: Tensor, found: Tensors) -> Tensor:
     """Cost of each problem's assignment [L, B], summed in float64; NaN where an object got none or shares."""
     objects, queries = (torch.arange(n, device=cost.device) for n in cost.shape[-2:])
     if "object" in found:
@@ -76,39 +122,3 @@ def totals(cost: Tensor, found: dict[str, Tensor]) -> Tensor:
     is_matching = (is_pair.sum(-1) == 1).all(-1) & (is_pair.sum(-2) <= 1).all(-1)
     total = (cost.double() * is_pair).sum((-1, -2))
     return torch.where(is_matching, total, float("nan")).float()
-
-
-def run(problem: Problem, options: argparse.Namespace, threads: ThreadPoolExecutor) -> Result:
-    """Check all implementations of one problem, then time them."""
-    cost = problem.make()
-    counts = torch.full((problem.images,), problem.objects, dtype=torch.int32, device=DEVICE)
-    runs: dict[str, Run] = {
-        "scipy": partial(by_scipy, cost, map),
-        f"scipy, {threads._max_workers} threads": partial(by_scipy, cost, threads.map),
-    }
-    absent = {}
-    for package, module in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            absent[package] = f"not installed (pip install {package})"
-    if "torch-linear-assignment" not in absent:
-        runs["torch-linear-assignment"] = partial(by_torch_linear_assignment, cost)
-    for backend in registry.BACKENDS:
-        runs[f"{OURS}, {backend}"] = partial(by_ours, cost, counts, backend)
-    exact = {"cost": totals(cost, by_scipy(cost, map)).double()}
-    good, refused = usable(runs, lambda call: {"cost": totals(cost, call())}, exact, False)
-    return measure(problem.title, good, options, None, {**absent, **refused})
-
-
-def main() -> None:
-    """Time every problem asked for; one result file for all."""
-    parser = arguments(__doc__.splitlines()[0], seconds=120)
-    parser.add_argument("--objects", nargs="+", type=int, default=[7, 1, 20, 50, 100, 200, 300])
-    parser.add_argument("--images", type=int, default=8)
-    options = parse(parser)
-    problems = [Problem(objects, options.images) for objects in options.objects]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        run_all("match", {problem.title: partial(run, problem, options, threads) for problem in problems}, options)
-
-
-if __name__ == "__main__":
-    main()

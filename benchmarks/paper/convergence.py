@@ -17,7 +17,6 @@ out; it took 23 in all at 0.104 s. The plan for a GPU is 93,600 steps, four at a
 19,200 and begins as soon as its rate is known: 8 minutes where each of the four makes 50 steps per second.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -49,8 +48,10 @@ from conddetr.data.transforms import EvalTransform, TrainTransform
 from conddetr.engine.checkpoint import BEST, read_checkpoint
 from conddetr.engine.trainer import Trainer
 from conddetr.interrupt import InterruptedRunError
+from harness.command import command
 from harness.machine import DEVICE, environment, is_null_gpu
-from harness.timing import RESULTS, console
+from harness.show import console
+from harness.store import RESULTS
 from paper.convergence_report import DOCS, METRICS, compared, publish, rate_scores, table
 
 KEPT = Path(__file__).parents[2] / "runs" / "convergence"
@@ -398,9 +399,9 @@ def line_of(run: dict) -> str:
     return name + f"AP {100 * last['AP']:.1f}, AP50 {100 * last['AP50']:.1f}"
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Train what is missing, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("convergence", __doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--small", dest="plan", action="store_const", const="small", help="two CPU cores")
     which.add_argument("--gpu", dest="plan", action="store_const", const="gpu", help="one GPU, with the ablations")
@@ -408,7 +409,7 @@ def main() -> None:
     parser.add_argument("--at-most", type=int, default=0, metavar="N", help="stop after N trainings; 0: train all")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     parser.add_argument("--docs", type=Path, default=DOCS, help="page with a place for what is found")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.plan == "gpu" and (DEVICE.type != "cuda" or is_null_gpu()):
         parser.error("--gpu needs an NVIDIA GPU")
     plan = replace(PLANS[options.plan], coco_path=options.coco_path)
@@ -422,7 +423,3 @@ def main() -> None:
         write(results, plan, runs)
         written = ", ".join(map(str, [results, *publish(results, options.docs)]))
         console.print(f"wrote {written}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ Of the first detector the best detection is shown, or with --top K the K-th best
 overlaps that one most. Checkpoints are ours or official ones.
 """
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,8 @@ from conddetr.data.images import read_image
 from conddetr.detection import Detection
 from conddetr.viz.attention import KINDS, AttentionMaps, draw_map
 from conddetr.viz.boxes import draw_boxes, save_figure
-from harness.timing import console
+from harness.command import command
+from harness.show import console
 
 
 class Shown(NamedTuple):
@@ -77,23 +77,19 @@ def titles_of(files: list[str]) -> list[str]:
     return [f"{Path(file).absolute().parent.name}/{stem}" for file, stem in zip(files, stems, strict=True)]
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Draw one figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("figure1", __doc__)
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("checkpoints", nargs="+", metavar="FILE", help="a row each")
     parser.add_argument("--kind", choices=KINDS, default="spatial", help="which product; default: spatial")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K-th best detection of the first")
     parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
     parser.add_argument("--out", default="runs/figure1.png", metavar="FILE", help="the picture")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     image = read_image(options.image)
     shown = same_object(
         [Detector.from_checkpoint(file) for file in options.checkpoints], image, options.top, options.layer
     )
     figure = draw(image, titles_of(options.checkpoints), shown, options.kind)
     console.print(f"wrote {save_figure(figure, options.out)}", highlight=False)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ figures are those of the paper (arXiv 2108.06152).
 Writes results/paper/tables.json and, from it, tables.md.
 """
 
-import argparse
 import json
 import math
 import os
@@ -38,8 +37,10 @@ from conddetr.data.images import resized_shape
 from conddetr.data.transforms import EvalTransform
 from conddetr.engine.evaluator import evaluate
 from conddetr.kernels import registry
+from harness.command import command
 from harness.machine import environment
-from harness.timing import RESULTS, console
+from harness.show import console
+from harness.store import RESULTS
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
 SAMPLE = (
@@ -463,11 +464,11 @@ def write(content: dict, folder: Path) -> None:
     console.print(f"wrote {folder / 'tables.json'} and tables.md", highlight=False, soft_wrap=True)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Count, evaluate what there are weights of, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("tables", __doc__)
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="holds <model>-<epochs>.pth; needs COCO")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     coco = os.environ.get("CONDDETR_COCO")
     if options.weights_dir and not coco:
         parser.error("--weights-dir: set CONDDETR_COCO to a folder in COCO's 2017 layout")
@@ -482,7 +483,3 @@ def main() -> None:
         content["measured AP"] = evaluate_all(options.weights_dir, coco)
     print_tables(content)
     write(content, folder)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@
 The compiler and cuobjdump are those that the triton package ships. What was compiled once is cached in build/.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -42,6 +41,7 @@ from conddetr.kernels.query import triton as query
 from conddetr.kernels.relu_dropout import triton as dropout
 from conddetr.kernels.sine import triton as sine
 from conddetr.kernels.weights import triton as weights
+from harness.command import command
 from tools.aot_cuda import find_cuobjdump
 from tools.cached import cached
 
@@ -406,18 +406,18 @@ def problems(found: Compiled) -> list[str]:
     return wrong
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Compile, print the table, write it if asked; status 1 if anything is wrong."""
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("aot", __doc__)
     parser.add_argument(
         "--architectures", nargs="+", type=int, choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all"
     )
     parser.add_argument("--one-form", action="store_true", help="each kernel once, as the model uses it in bfloat16")
     parser.add_argument("--out", type=Path, help="write the table there, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     compiled = compile_all(tuple(options.architectures), options.one_form)
     table = Table(title=f"Triton {triton.__version__}")
     for name in ("kernel", "variant", "dtype", "sm", "registers", "stack", "shared KiB", "tensor core", ""):
@@ -430,7 +430,3 @@ def main() -> int:
         content = {"triton": triton.__version__, "kernels": [asdict(found) for found in compiled]}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
     return int(any(problems(found) for found in compiled))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

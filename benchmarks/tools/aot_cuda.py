@@ -5,7 +5,6 @@
 Needs nvcc and a source checkout; cuobjdump is that of the triton package. What was compiled once is cached in build/.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from harness.command import command
 from tools.cached import ROOT, cached
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
@@ -182,15 +182,15 @@ def compile_all(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Compiled
         return [kernel for kernels in pool.map(compile_source, *zip(*work, strict=True)) for kernel in kernels]
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     """Compile, print the table, write it if asked; status 1 if anything is wrong."""
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("aot_cuda", __doc__)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="SM", help="default: all")
     parser.add_argument("--out", type=Path, help="write the table there, as JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if find_nvcc() is None:
         parser.error("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     compiled = compile_all(tuple(options.architectures))
@@ -203,7 +203,3 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps([asdict(found) for found in compiled], indent=1) + "\n")
     return int(any(problems(found) for found in compiled))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,7 +7,6 @@ Prints the fastest settings per kernel by the geometric mean over the problems, 
 The winner goes by hand into the table in `kernels/attn/triton/launch.py`, once the ahead-of-time check shows no spill.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,11 @@ from rich.table import Table
 from conddetr.kernels import drawn_probability, dropout_bits
 from conddetr.kernels.attn import triton as kernels
 from conddetr.kernels.attn.inputs import bits_shape
+from harness.command import command
 from harness.machine import DEVICE, is_null_gpu
 from harness.refusals import OURS, refusing
-from harness.timing import console, say_written, write
+from harness.show import console
+from harness.store import say_written, write
 from ops.attn import Problem
 
 KERNELS = ("forward", "backward_query", "backward_key")
@@ -114,12 +115,12 @@ def device_seconds(run: Callable[[], object]) -> float:
     return 1e-3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Search every kernel asked for; one result file for all. One that fails with what ships is told at the end."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command("tune", __doc__)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--seconds", type=float, default=90.0, help="per kernel, compilation included")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if not torch.cuda.is_available():
         raise SystemExit("tuning needs an NVIDIA GPU: there is none here.")
     major, minor = torch.cuda.get_device_capability()
@@ -135,7 +136,3 @@ def main() -> None:
     say_written(write("tune", {"seconds": options.seconds, "kernels": results}))
     if failed:
         raise SystemExit("\n".join(failed.values()))
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from pathlib import Path
 import null_gpu
 import pytest
 
-from harness import timing as harness
+from harness import show, store
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -27,18 +27,18 @@ def run(command: str) -> str:
 
 def test_a_benchmark_goes_through_to_its_end_and_leaves_no_figure():
     """A flight's rehearsal (`tests/test_flight.py`) runs the others."""
-    before = sorted(harness.RESULTS.iterdir())
+    before = sorted(store.RESULTS.iterdir())
     said = run("sine --cudagraph --points 2400")
     assert "wrote no result file: null GPU" in said
     assert "ours, triton" in said
     assert "at capture" in said
     assert not re.search(r"\bms\b|GB/s|TFLOP|× floor", said)
-    assert sorted(harness.RESULTS.iterdir()) == before
+    assert sorted(store.RESULTS.iterdir()) == before
 
 
 def test_compiled_peers_go_through_or_say_why_not():
     said = run("attn --grids r50 --batch 2 --dtypes bfloat16 --dropout 0 --no-backward")
-    went_through, refused = said.split(harness.NOT_COMPARED)[:2]
+    went_through, refused = said.split(show.NOT_COMPARED)[:2]
     for name in ("torch.compile of it", "FlexAttention", "varlen_attn, flash, padded values"):
         assert f"│ {name} " in went_through
     assert "FlexAttention, FLASH: " in refused or "│ FlexAttention, FLASH " in went_through

@@ -35,18 +35,11 @@ SMALL = {
     "attn": ("--grids", "r50", "--batch", "1", "--dtypes", "bfloat16", "--dropout", "0.1", "--rounds", "1"),
     "decoder": ("--batch", "1", "--rounds", "1"),
     "model": ("--size", "96", "128", "--rounds", "1"),
-    "sine": ("--points", "2400", "--rounds", "1"),
-    "match": ("--objects", "7", "--images", "1", "--rounds", "1"),
-    "focal": ("--images", "1", "--rounds", "1"),
-    "boxes": ("--images", "1", "--rounds", "1"),
-    "cost": ("--images", "1", "--rounds", "1"),
-    **dict.fromkeys(
-        ("prediction", "errors", "position", "pool", "bits", "query"),
-        ("--images", "1", "--rounds", "1"),
-    ),
     "tune": ("--seconds", "1"),
 }
 """Benchmark → options with which it is over soon, and says nothing."""
+KERNELS = ("sine", "match", "focal", "boxes", "cost", "prediction", "errors", "position", "pool", "bits", "query")
+"""Benchmarks of the small kernels."""
 SMALL_TESTS = ("tests/kernels/test_sine.py", "tests/kernels/test_boxes.py", "tests/engine/test_graphs.py")
 
 
@@ -168,22 +161,8 @@ def _train_benchmark(setup: Setup, seconds: float) -> Step:
 
 def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
     """All in one process, since each would spend most of its time importing PyTorch."""
-    words: list[str] = []
-    for name in (
-        "sine",
-        "match",
-        "focal",
-        "boxes",
-        "cost",
-        "prediction",
-        "errors",
-        "position",
-        "pool",
-        "bits",
-        "query",
-    ):
-        words += ["--", *setup.benchmark(name, "--seconds", "3")[1:]]
-    return setup.script("tests/flight/several.py", *words)
+    options = ("--seconds", "1", "--rounds", "1") if setup.small else ("--seconds", "3")
+    return setup.script("benchmarks/run.py", *KERNELS, *options)
 
 
 def _training(setup: Setup) -> tuple[str, ...]:

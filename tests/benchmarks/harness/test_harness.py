@@ -13,18 +13,18 @@ import torch
 import triton
 
 from conddetr.kernels.registry import BackendError
-from harness import machine, report
-from harness import timing as harness
+from harness import benchmark, check, machine, memory, rates, report, show, store, timing
 from harness.refusals import PROBLEM
+from harness.result import Result, Work
 
 OPTIONS = argparse.Namespace(rounds=4, cudagraph=False, seconds=60.0)
-WORK = harness.Work(flops=4e9, bytes=2e8, floors={"bytes": 1e-3, "products": 2e-3})
-RESULT = harness.Result("one", {"peer": [4e-3] * 5, "slow peer": [8e-3] * 5, "ours": [3e-3] * 5}, WORK)
+WORK = Work(flops=4e9, bytes=2e8, floors={"bytes": 1e-3, "products": 2e-3})
+RESULT = Result("one", {"peer": [4e-3] * 5, "slow peer": [8e-3] * 5, "ours": [3e-3] * 5}, WORK)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="calls on a GPU are timed by its own events")
 def test_samples_are_the_time_of_the_call():
-    result = harness.measure("sleep", {"long": lambda: time.sleep(0.02), "short": lambda: None}, OPTIONS, None, {})
+    result = timing.measure("sleep", {"long": lambda: time.sleep(0.02), "short": lambda: None}, OPTIONS, None, {})
     assert [len(samples) for samples in result.seconds.values()] == [4, 4]
     assert all(sample >= 0.02 for sample in result.seconds["long"])
     assert min(result.seconds["short"]) < 0.01
@@ -36,9 +36,9 @@ def test_too_little_memory_is_a_refusal(monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand much more")
         return 5
 
-    monkeypatch.setattr(harness, "_peak_extra_bytes", peak)
+    monkeypatch.setattr(memory, "_peak_extra_bytes", peak)
     refused = {"other": "not installed"}
-    assert harness._peaks({"small": lambda: None, "big": None}, refused) == {"small": 5}
+    assert memory.peaks({"small": lambda: None, "big": None}, refused) == {"small": 5}
     assert refused == {"other": "not installed", "big": "CUDA out of memory. Tried to allocate 9 GiB."}
 
 
@@ -52,7 +52,7 @@ def test_reasons_are_pytorchs_own():
     def broken():
         raise RuntimeError("out of memory\nand much more")
 
-    good, refused = harness.usable({"flash": forced, "big": broken}, lambda call: call(), {}, is_random=False)
+    good, refused = check.usable({"flash": forced, "big": broken}, lambda call: call(), {}, is_random=False)
     assert good == {}
     assert refused == {"flash": "Flash attention does not support a mask.", "big": "out of memory"}
 
@@ -63,10 +63,10 @@ def test_ours_is_held_to_twice_the_error_and_a_peer_to_ten_times():
 
     exact = {"out": torch.ones(3, dtype=torch.float64)}
     runs = {"eager": off(1e-3), "ours": off(1.9e-3), "rough peer": off(9e-3), "wrong peer": off(11e-3)}
-    good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+    good, refused = check.usable(runs, lambda call: call(), exact, is_random=False)
     assert list(good) == ["eager", "ours", "rough peer"]
     assert refused == {"wrong peer": "wrong answer: error of out 1.10e-02, eager 1.00e-03"}
-    _, refused = harness.usable({"eager": off(1e-3), "ours": off(2.1e-3)}, lambda call: call(), exact, is_random=False)
+    _, refused = check.usable({"eager": off(1e-3), "ours": off(2.1e-3)}, lambda call: call(), exact, is_random=False)
     assert refused == {"ours": "wrong answer: error of out 2.10e-03, eager 1.00e-03"}
 
 
@@ -89,7 +89,7 @@ def test_whatever_one_raises_the_others_go_on(capsys):
         "ours, absent": BackendError("backend 'native' cannot run here: not built."),
     }
     runs = {"eager": lambda: {}, **{name: raising(error) for name, error in errors.items()}, "ours": lambda: {}}
-    good, refused = harness.usable(runs, lambda call: call(), {}, is_random=False)
+    good, refused = check.usable(runs, lambda call: call(), {}, is_random=False)
     assert list(good) == ["eager", "ours"]
     too_large = refused.pop("ours, too large")
     assert too_large.startswith("failed: OutOfResources: out of resource: shared memory, Required: 300")
@@ -101,18 +101,18 @@ def test_whatever_one_raises_the_others_go_on(capsys):
     }
     # Nobody expects ours to fail: where it did is shown, and it is told at the end.
     assert "in run\n    raise error" in capsys.readouterr().err
-    result = harness.Result("one", {}, refused={**refused, "ours, too large": too_large})
-    assert harness.failures([result]) == [f"one: ours, too large: {too_large}"]
+    result = Result("one", {}, refused={**refused, "ours, too large": too_large})
+    assert benchmark.failures([result]) == [f"one: ours, too large: {too_large}"]
 
 
 def test_without_its_reference_nothing_is_right():
     exact = {"out": torch.ones(3, dtype=torch.float64)}
     for spoiled in (raising(RuntimeError("out of luck")), lambda: {"out": torch.full((3,), torch.nan)}):
         runs = {"eager": spoiled, "ours": lambda: {"out": torch.ones(3)}}
-        good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+        good, refused = check.usable(runs, lambda call: call(), exact, is_random=False)
         assert good == {}
         assert refused["ours"] == "not checked: eager, which it is held to, is refused"
-        assert len(harness.failures([harness.Result("one", {}, refused=refused)])) == 1
+        assert len(benchmark.failures([Result("one", {}, refused=refused)])) == 1
 
 
 def test_one_that_fails_while_it_is_timed_leaves_the_others():
@@ -122,23 +122,23 @@ def test_one_that_fails_while_it_is_timed_leaves_the_others():
         if next(calls) == 4:
             raise RuntimeError("broken")
 
-    result = harness.measure("some", {"breaks": breaks, "works": lambda: None}, OPTIONS, None, {})
+    result = timing.measure("some", {"breaks": breaks, "works": lambda: None}, OPTIONS, None, {})
     assert {name: len(samples) for name, samples in result.seconds.items()} == {"works": 4}
     assert result.refused == {"breaks": "broken"}
 
 
 def test_failures_are_told_when_all_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    wrong = harness.Result("wrong", {"peer": [1.0]}, refused={"ours": "wrong answer: by far", "peer 2": "too old"})
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    wrong = Result("wrong", {"peer": [1.0]}, refused={"ours": "wrong answer: by far", "peer 2": "too old"})
     runs = {"broken": raising(MemoryError("too little")), "wrong": lambda: wrong, "right": lambda: RESULT}
     with pytest.raises(SystemExit) as stop:
-        harness.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=60.0))
+        benchmark.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=60.0))
     assert stop.value.code.splitlines() == [
         f"broken: {PROBLEM}: failed: MemoryError: too little",
         "wrong: ours: wrong answer: by far",
     ]
     (path,) = tmp_path.glob("*/*")
-    assert [result.title for result in harness.read_results(path)] == ["broken", "wrong", "one"]
+    assert [result.title for result in store.read_results(path)] == ["broken", "wrong", "one"]
     # Of what has no times the page has an empty row.
     assert "| broken | – | – | – |" in report.markdown(tmp_path)
     assert report.draw(path).exists()
@@ -149,7 +149,7 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.asked = []
-        monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(rates, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(L2_cache_size=1))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.asked.append("wait"))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
@@ -163,7 +163,7 @@ class Device:
 
 def test_the_gpu_is_idle_when_a_call_begins(monkeypatch):
     device = Device(monkeypatch)
-    timed = machine._device_clock()
+    timed = rates._device_clock()
     for name in ("one", "other"):
         assert timed(lambda name=name: device.asked.append(name)) == 3e-3
     assert device.asked == ["wait", "event", "one", "event", "wait", "event", "other", "event", "wait"]
@@ -205,14 +205,14 @@ def test_a_reader_sees_that_tf32_is_off(monkeypatch):
 
 
 def test_results_are_of_runs_without_tf32(switch, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
     seen = []
 
     def run():
         seen.append(torch.backends.cudnn.allow_tf32)
         return RESULT
 
-    harness.run_all("some", {"one": run}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    benchmark.run_all("some", {"one": run}, argparse.Namespace(cudagraph=False, seconds=60.0))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 == switch
 
@@ -223,56 +223,56 @@ def test_flash_says_why_it_refuses_a_mask():
 
     problem = attn.Problem("r50", 2, torch.bfloat16, 0.0, padded=True, backward=False)
     tensors = problem.make()
-    runs = {"flash": attn.implementations(problem, tensors)["SDPA, flash, padded values"]}
-    reason = harness.usable(runs, lambda call: call(), {}, is_random=False)[1]["flash"]
+    runs = {"flash": problem.implementations(tensors)["SDPA, flash, padded values"]}
+    reason = check.usable(runs, lambda call: call(), {}, is_random=False)[1]["flash"]
     assert "mask" in reason
 
 
 def test_table():
-    headings, lines = harness.rows(RESULT)
+    headings, lines = show.rows(RESULT)
     assert headings == ["implementation", "ms", "10–90 %", "vs best peer", "TFLOP/s", "GB/s", "× floor", "of peak"]
     assert lines[0] == ["peer", "4", "4–4", "1.00", "1", "50", "2.00", "50%"]
     assert lines[2] == ["ours", "3", "3–3", "1.33", "1.33", "66.7", "1.50", "67%"]
-    assert harness.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
+    assert show.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
 
 
 def test_memory_says_when_it_is_that_of_a_capture():
     memory = {"slow peer": 2**20, "ours": 2**21}
-    result = harness.Result("one", RESULT.seconds, None, memory, captured=["ours"])
-    headings, lines = harness.rows(result)
+    result = Result("one", RESULT.seconds, None, memory, captured=["ours"])
+    headings, lines = show.rows(result)
     assert [line[headings.index("extra MiB")] for line in lines] == ["–", "1.0", "2.0 at capture"]
 
 
 def test_a_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "device_name", lambda: "NVIDIA H100 80GB HBM3 (null)")
     exact = {"out": torch.ones(3, dtype=torch.float64)}
     runs = {"eager": lambda: {"out": torch.ones(3)}, "ours": lambda: {"out": torch.zeros(3)}}
-    good, refused = harness.usable(runs, lambda call: call(), exact, is_random=False)
+    good, refused = check.usable(runs, lambda call: call(), exact, is_random=False)
     assert (list(good), refused) == (["eager", "ours"], {})
-    result = harness.measure("one", good, OPTIONS, WORK, {"peer": "too old"})
+    result = timing.measure("one", good, OPTIONS, WORK, {"peer": "too old"})
     assert result.seconds == {"eager": [], "ours": []}
-    assert machine._rate(1e9, lambda: None) == math.inf
-    harness.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
+    assert rates._rate(1e9, lambda: None) == math.inf
+    benchmark.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
     said = capsys.readouterr().out
-    for part in ("one", "eager", "ours", "peer: too old", harness.NOT_COMPARED, "wrote no result file: null GPU"):
+    for part in ("one", "eager", "ours", "peer: too old", show.NOT_COMPARED, "wrote no result file: null GPU"):
         assert part in said
     assert "ms" not in said
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_result_is_of_a_null_gpu():
-    assert [folder.name for folder in harness.RESULTS.iterdir() if folder.name.endswith("-null")] == []
+    assert [folder.name for folder in store.RESULTS.iterdir() if folder.name.endswith("-null")] == []
 
 
 def test_time_is_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
     runs = {"first": lambda: RESULT, "second": lambda: pytest.fail("begun after the time was up")}
-    harness.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=0.0))
+    benchmark.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=0.0))
     (path,) = tmp_path.glob("*/*")
     assert path.name == "some.json"
     assert json.loads(path.read_text())["left_out"] == ["second"]
-    assert harness.read_results(path) == [RESULT]
+    assert store.read_results(path) == [RESULT]
 
 
 def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
@@ -291,16 +291,16 @@ def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
 
 
 def test_samples_keep_four_digits(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    path = harness.write_results("some", {}, [harness.Result("one", {"peer": [0.00123456789, 2.0]})], [])
-    assert harness.read_results(path)[0].seconds == {"peer": [0.001235, 2.0]}
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    path = store.write_results("some", {}, [Result("one", {"peer": [0.00123456789, 2.0]})], [])
+    assert store.read_results(path)[0].seconds == {"peer": [0.001235, 2.0]}
     assert '"peer": [ 0.001235, 2.0 ]' in path.read_text()
 
 
 def test_picture_and_tables_come_from_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    results = [RESULT, harness.Result("two", {"peer": [1.0] * 3}, refused={"ours": "too wide"})]
-    path = harness.write_results("some", {}, results, [])
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    results = [RESULT, Result("two", {"peer": [1.0] * 3}, refused={"ours": "too wide"})]
+    path = store.write_results("some", {}, results, [])
     page = report.markdown(tmp_path)
     assert "| one | 4 | 8 | **3** | 1.33× | 1.5 |" in page
     assert "| two | **1000** | – | – | – | – |" in page
@@ -309,5 +309,5 @@ def test_picture_and_tables_come_from_the_file(tmp_path, monkeypatch):
 
 
 def test_the_page_shows_the_committed_results():
-    shown = (harness.RESULTS / report.PAGE).read_text()
-    assert shown == report.markdown(harness.RESULTS), "run: python benchmarks/run.py report"
+    shown = (store.RESULTS / report.PAGE).read_text()
+    assert shown == report.markdown(store.RESULTS), "run: python benchmarks/run.py report"

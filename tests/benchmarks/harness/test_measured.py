@@ -9,10 +9,9 @@ import torch
 
 from conddetr.kernels import registry
 from conddetr.kernels.records import Table, Verdict
-from harness import measured, refusals
-from harness import timing as harness
+from harness import machine, measured, refusals, store
 from harness.measured import combined, is_of_pytorch, tables
-from harness.timing import Result
+from harness.result import Result
 from ops import attn, conv, dropout, sine
 
 H100 = {
@@ -35,13 +34,13 @@ CANNOT = "backend 'triton' cannot run here: its kernels run on NVIDIA GPUs."
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Writes a result file as a benchmark does on the machine of an environment."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
 
     def written(environment: dict[str, str], benchmark: str, *results: Result):
-        monkeypatch.setattr(harness, "environment", lambda: environment)
-        monkeypatch.setattr(harness, "device_name", lambda: environment["device"])
-        monkeypatch.setattr(harness, "is_null_gpu", lambda: False)
-        return harness.write_results(benchmark, {}, list(results), [])
+        monkeypatch.setattr(machine, "environment", lambda: environment)
+        monkeypatch.setattr(machine, "device_name", lambda: environment["device"])
+        monkeypatch.setattr(machine, "is_null_gpu", lambda: False)
+        return store.write_results(benchmark, {}, list(results), [])
 
     return written
 
@@ -192,7 +191,7 @@ def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, monkeyp
 
 def test_the_shipped_tables_are_those_of_the_committed_results():
     shipped = {path.stem: Table.from_json(path.read_bytes()) for path in measured.TABLES.glob("*")}
-    assert shipped == tables(harness.RESULTS), "run: python benchmarks/run.py measured"
+    assert shipped == tables(store.RESULTS), "run: python benchmarks/run.py measured"
 
 
 def test_several_problems_have_one_verdict():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conddetr.data.annotations import read_annotations
-from harness.timing import failures
+from harness.benchmark import failures
 from models import annotations
 
 

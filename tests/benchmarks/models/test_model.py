@@ -17,8 +17,9 @@ SMALL = {"encoder_layers": 1, "decoder_layers": 1}
 
 def test_smoke(benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    options = argparse.Namespace(rounds=3, cudagraph=False, compiled=False, size=(64, 96))
-    result = benchmark.pedantic(model.run, ("tiny", "conditional-detr-tiny", options), rounds=1)
+    options = argparse.Namespace(rounds=3, cudagraph=False)
+    problem = model.Problem("conditional-detr-tiny", (64, 96), compiled=False)
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"official-style eager", "ours", "ours, frozen copy", "ours, eager"} <= set(result.seconds)
     assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import conddetr
-from harness import report
-from harness import timing as harness
-from harness.timing import Result, Work, _host_peak
+from harness import rates, report, store
+from harness.memory import host_peak
+from harness.result import Result, Work
 from models import scaling
 from ops import attn
 
@@ -19,8 +19,8 @@ OPTIONS = argparse.Namespace(rounds=3, cudagraph=False)
 def test_one_size(monkeypatch):
     # Measuring the machine takes seconds, Triton's interpreter too.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(attn, "copy_bandwidth", lambda: 1e10)
-    monkeypatch.setattr(attn, "product_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(rates, "copy_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(rates, "product_rate", lambda dtype: 1e11)
     problem = attn.Problem("10×10", 1, torch.float32, 0.0, padded=False, backward=False, queries=7)
     result = scaling.attention(problem, OPTIONS)
     assert "official eager" in result.seconds
@@ -45,7 +45,7 @@ def test_memory_at_its_highest():
         return second + 1
 
     # Two of the three tensors of 1 MiB live at once.
-    assert _host_peak(run) == pytest.approx(2 * 2**20, rel=1e-3)
+    assert host_peak(run) == pytest.approx(2 * 2**20, rel=1e-3)
 
 
 def test_picture(tmp_path):
@@ -81,10 +81,9 @@ def test_a_wrong_answer_does_not_end_the_others(tmp_path, monkeypatch):
     right = Result("right", {"ours": [0.00123456]}, None, {"ours": 1}, {"ours, other": "wrong answer: by far"})
     sizes = [scaling.Size("keys", 10, wrong), scaling.Size("keys", 20, lambda: right)]
     monkeypatch.setattr(scaling, "sizes_of", lambda options: sizes)
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["scaling.py", "--backward"])
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
     with pytest.raises(SystemExit) as stop:
-        scaling.main()
+        scaling.main(["--backward"])
     assert stop.value.code.splitlines() == [
         "keys 10: the problem itself: failed: no inputs",
         "right: ours, other: wrong answer: by far",

@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
-from harness import timing as harness
+from harness import rates
+from harness.benchmark import arguments, failures
+from harness.check import usable
+from harness.refusals import OURS
+from harness.result import Result
 from ops import attn
 
 COMPILED = ("torch.compile of it", "FlexAttention", "FlexAttention, FLASH")
@@ -23,26 +27,25 @@ def problem(**changes):
 
 
 def checked(runs, tensors, is_random=False):
-    return harness.usable(runs, lambda call: attn.comparable(call()), attn.exact(tensors), is_random)
+    return usable(runs, problem().answer, problem().exact(tensors), is_random)
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchmark, known_rates):
     one = problem(backward=backward)
     tensors = one.make()
-    runs = {name: run for name, run in attn.implementations(one, tensors).items() if name not in COMPILED}
+    runs = {name: run for name, run in one.implementations(tensors).items() if name not in COMPILED}
     good, refused = checked(runs, tensors)
     assert {"official eager", "SDPA"} <= set(good)
     assert set(good) | set(refused) == set(runs)
-    assert all("cannot run here" in reason for name, reason in refused.items() if name.startswith(harness.OURS))
+    assert all("cannot run here" in reason for name, reason in refused.items() if name.startswith(OURS))
     benchmark.pedantic(good["SDPA"], rounds=3)
 
 
 @pytest.mark.parametrize("spoiled", ["out", "k_content", "k_spatial"])
 def test_a_wrong_answer_is_not_timed(spoiled):
     tensors = problem(backward=True).make()
-    eager = attn.implementations(problem(), tensors)["official eager"]
+    eager = problem().implementations(tensors)["official eager"]
 
     def wrong():
         found = eager()
@@ -52,21 +55,21 @@ def test_a_wrong_answer_is_not_timed(spoiled):
     assert set(good) == {"official eager"}
     assert all(reason.startswith("wrong answer: error of ") for reason in refused.values())
     # A peer may be wrong; that ours is stays no secret.
-    [failure] = harness.failures([harness.Result("one", {}, refused=refused)])
+    [failure] = failures([Result("one", {}, refused=refused)])
     assert failure.startswith("one: ours: wrong answer: error of ")
 
 
 def test_forgotten_dropout_is_not_timed():
     tensors = problem().make()
-    runs = {f"p = {p}": attn.implementations(problem(dropout=p), tensors)["official eager"] for p in (0.1, 0.0)}
+    runs = {f"p = {p}": problem(dropout=p).implementations(tensors)["official eager"] for p in (0.1, 0.0)}
     assert checked(runs, tensors, is_random=True)[1]["p = 0.0"].startswith("wrong answer: error of out ")
-    runs = {name: attn.implementations(problem(dropout=0.1), tensors)[name] for name in ("official eager", "SDPA")}
+    runs = {name: problem(dropout=0.1).implementations(tensors)[name] for name in ("official eager", "SDPA")}
     assert set(checked(runs, tensors, is_random=True)[0]) == set(runs)
 
 
 def test_flex_attention_says_that_it_has_no_dropout():
     tensors = problem().make()
-    runs = {"FlexAttention": attn.implementations(problem(dropout=0.1), tensors)["FlexAttention"]}
+    runs = {"FlexAttention": problem(dropout=0.1).implementations(tensors)["FlexAttention"]}
     assert checked(runs, tensors, is_random=True)[1] == {
         "FlexAttention": "FlexAttention has no dropout on the weights."
     }
@@ -88,7 +91,7 @@ def by_sequence(query, key, value, query_starts, key_starts, longest_query, long
 def test_packed_keys_give_the_same_answer(padded):
     one = problem(padded=padded, backward=True)
     tensors = one.make()
-    runs = {"official eager": attn.implementations(one, tensors)["official eager"]}
+    runs = {"official eager": one.implementations(tensors)["official eager"]}
     for name, pad_values in (("packed", False), ("packed, padded values", True)):
         attend = attn.packed(one, tensors, by_sequence, pad_values)
         runs[name] = attn.Implementation(attend, tensors)
@@ -114,7 +117,7 @@ def test_flash_attention_4_is_called_as_its_interface_wants(padded, monkeypatch)
     one = problem(padded=padded)
     tensors = one.make()
     peer = attn.Implementation(attn.flash_attention_4(one, tensors), tensors)
-    runs = {"official eager": attn.implementations(one, tensors)["official eager"], "FlashAttention-4": peer}
+    runs = {"official eager": one.implementations(tensors)["official eager"], "FlashAttention-4": peer}
     if importlib.util.find_spec("flash_attn") is None:
         reason = "not installed (pip install flash-attn-4): No module named 'flash_attn'"
         assert checked(runs, tensors)[1] == {"FlashAttention-4": reason}
@@ -138,9 +141,9 @@ def test_padding_is_really_there():
 
 def test_work_of_the_design_notes(monkeypatch):
     """H100: about 18 µs of exponentials and 14 µs of bytes at 3 TB/s; padding is no work."""
-    monkeypatch.setattr(attn, "exponential_rate", lambda: 132 * 16 * 1.755e9)
-    monkeypatch.setattr(attn, "copy_bandwidth", lambda: 3e12)
-    monkeypatch.setattr(attn, "product_rate", lambda dtype: 1e15)
+    monkeypatch.setattr(rates, "exponential_rate", lambda: 132 * 16 * 1.755e9)
+    monkeypatch.setattr(rates, "copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(rates, "product_rate", lambda dtype: 1e15)
     size = {"batch": 32, "dtype": torch.bfloat16}
     full = problem(padded=False, **size).work()
     assert full.floor == full.floors["exponentials"] == pytest.approx(17.6e-6, rel=0.01)
@@ -152,7 +155,7 @@ def test_work_of_the_design_notes(monkeypatch):
 
 def test_the_most_important_problems_come_first():
     options = gpu_options()
-    found = attn.problems(options)
+    found = attn.Problem.asked_for(options)
     assert len(found) == len(set(found)) == 2 * 2 * (4 + 3 * 8)
     assert found[:4] == [
         problem(batch=8, dtype=torch.bfloat16, dropout=p, padded=padded, backward=p > 0)
@@ -162,7 +165,7 @@ def test_the_most_important_problems_come_first():
 
 
 def gpu_options():
-    parser = harness.arguments("", 1.0)
+    parser = arguments("attn", attn.__doc__, 1.0)
     options = parser.parse_args([])
     options.grids, options.batch, options.dtypes = ["r50", "dc5"], [8, 32, 1, 2], ["bfloat16", "float32"]
     options.dropout, options.backward = [0.0, 0.1], None

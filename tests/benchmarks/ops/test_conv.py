@@ -1,20 +1,14 @@
 """The benchmark of convolutions: all implementations are checked and timed, and operations are counted right."""
 
-import argparse
-
 import pytest
 
 from ops import conv
 
 
 @pytest.fixture
-def run(monkeypatch, benchmark):
+def run(quick, benchmark, options):
     """The result of a problem."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(conv, "copy_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(conv.torch, "compile", lambda function, dynamic: function)
-    options = argparse.Namespace(rounds=3, cudagraph=False)
-    return lambda problem: benchmark.pedantic(conv.run, (problem, options), rounds=1)
+    return lambda problem: benchmark.pedantic(problem.measured, (options,), rounds=1)
 
 
 def names():

@@ -1,17 +1,13 @@
 """The benchmark of the matching cost times right answers only."""
 
-import argparse
-
 import torch
 
 from ops import cost
 
 
-def test_smoke(benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(cost, "copy_bandwidth", lambda: 1e9)
-    problem, options = cost.Problem(2, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
-    result = benchmark.pedantic(cost.run, (problem, options), rounds=1)
+def test_smoke(benchmark, options, quick):
+    problem = cost.Problem(2, torch.float32)
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"official-style", "ours, eager"} <= set(result.seconds)
     pairs, coordinates = 6 * 2 * 300 * 7, 4 * 2 * (6 * 300 + 7)
     assert result.work.bytes == 4 * (2 * pairs + coordinates)

@@ -1,7 +1,5 @@
 """The benchmark of dropout: all implementations are checked and timed, and bytes are counted right."""
 
-import argparse
-
 import pytest
 import torch
 
@@ -11,11 +9,9 @@ from ops import dropout
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", list(dropout.WIDTHS))
-def test_run(operation, benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dropout, "copy_bandwidth", lambda: 1e9)
+def test_run(operation, benchmark, options, known_rates):
     problem = dropout.Problem(operation, 50, torch.float32)
-    result = benchmark.pedantic(dropout.run, (problem, argparse.Namespace(rounds=3, cudagraph=False)), rounds=1)
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     if dropout.DEVICE.type == "cuda":
         ours = ["ours, triton"] if operation == "relu_dropout" else []
     else:

@@ -1,7 +1,5 @@
 """The benchmark of the errors of predictions times right answers only, and counts their bytes."""
 
-import argparse
-
 import pytest
 import torch
 
@@ -9,17 +7,15 @@ from ops import errors
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_smoke(is_right, benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(errors, "copy_bandwidth", lambda: 1e9)
+def test_smoke(is_right, benchmark, monkeypatch, options, quick):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function if is_right else _off(function))
-    problem, options = errors.Problem(2, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
-    result = benchmark.pedantic(errors.run, (problem, options), rounds=1)
+    problem = errors.Problem(2, torch.float32)
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert "PyTorch" in result.seconds
     assert ("torch.compile of it" in result.seconds) == is_right
     # 91 logits and an object, of each of 3600 predictions.
     assert result.work.bytes == 3600 * (91 * 4 + 8)
-    exact = errors.exact_answer(*problem.make())
+    exact = problem.exact(problem.make())
     # At least four of seven are right, and nearly every prediction is of an object.
     assert 30 < exact["class"] <= 100 * 3 / 7 + 1e-6
     assert exact["cardinality"].min() > 270

@@ -1,8 +1,6 @@
 """The benchmark of the assignment times optimal matchings only."""
 
-import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -10,16 +8,13 @@ from harness import machine
 from ops import match
 
 
-def test_smoke(benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    options = argparse.Namespace(rounds=3, cudagraph=False)
-    with ThreadPoolExecutor(2) as threads:
-        result = benchmark.pedantic(match.run, (match.Problem(3, 1), options, threads), rounds=1)
-    assert {"scipy", "scipy, 2 threads", "ours, eager"} <= set(result.seconds)
+def test_smoke(benchmark, options, quick):
+    result = benchmark.pedantic(match.Problem(3, 1).measured, (options,), rounds=1)
+    assert {"scipy", f"scipy, {match.THREADS} threads", "ours, eager"} <= set(result.seconds)
     assert {len(samples) for samples in result.seconds.values()} == {3}
 
 
-def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monkeypatch):
+def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monkeypatch, options):
     """A stand-in with its one function: costs [B, workers, tasks] -> task of each worker [B, workers]."""
     lines = (
         "import torch",
@@ -31,9 +26,7 @@ def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_linear_assignment", raising=False)
     monkeypatch.setattr(match.registry, "BACKENDS", ("eager",))
-    options = argparse.Namespace(rounds=1, cudagraph=False)
-    with ThreadPoolExecutor(2) as threads:
-        result = match.run(match.Problem(3, 1), options, threads)
+    result = match.Problem(3, 1).measured(options)
     monkeypatch.delitem(sys.modules, "torch_linear_assignment")
     assert "torch-linear-assignment" in result.seconds
     assert "torch-linear-assignment" in machine.environment()

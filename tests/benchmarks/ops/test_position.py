@@ -1,7 +1,5 @@
 """The benchmark of positions times right answers only, and counts their bytes."""
 
-import argparse
-
 import pytest
 import torch
 
@@ -9,12 +7,10 @@ from ops import position
 
 
 @pytest.mark.parametrize("is_right", [True, False])
-def test_smoke(is_right, benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(position, "copy_bandwidth", lambda: 1e9)
+def test_smoke(is_right, benchmark, monkeypatch, options, quick):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function if is_right else _swapped(function))
-    problem, options = position.Problem(3, torch.float32), argparse.Namespace(rounds=3, cudagraph=False)
-    result = benchmark.pedantic(position.run, (problem, options), rounds=1)
+    problem = position.Problem(3, torch.float32)
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert "PyTorch" in result.seconds
     assert ("torch.compile of it" in result.seconds) == is_right
     # 256 numbers and whether it is padding, of each cell of three images.

@@ -1,30 +1,25 @@
 """The benchmark of the sine embedding times right answers only, and counts their bytes."""
 
-import argparse
 from functools import partial
 
 import pytest
 import torch
 
-from harness import timing as harness
+from harness.check import usable
 from ops import sine
 
 SMALL = [sine.Problem(name, 50, torch.float32, True) for name in ("sine_embedding", "conditional_spatial_query")]
 
 
 @pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.operation)
-def test_smoke(problem, benchmark, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(sine, "copy_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    options = argparse.Namespace(rounds=3, cudagraph=False)
-    result = benchmark.pedantic(sine.run, (problem, options), rounds=1)
+def test_smoke(problem, benchmark, options, quick):
+    result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {len(samples) for samples in result.seconds.values()} == {3}
     assert all("cannot run here" in reason for reason in result.refused.values())
     assert {"eager", "torch.compile of it"} <= set(result.seconds)
 
 
-def test_bytes():
+def test_bytes(known_rates):
     """Float32, one point: 256 channels written; λ read; in backward the gradients in and out, and λ again."""
 
     def size(operation, backward):
@@ -38,11 +33,11 @@ def test_bytes():
 
 def test_a_wrong_gradient_is_not_timed():
     tensors = SMALL[1].make()
-    right = partial(sine.compute, partial(sine.embed, SMALL[1].operation, "eager"), tensors)
+    right = partial(SMALL[1].compute, partial(sine.embed, backend="eager"), tensors)
 
     def wrong():
         found = right()
         return {**found, "points": 1.01 * found["points"]}
 
-    _, refused = harness.usable({"eager": right, "ours": wrong}, lambda call: call(), right(), is_random=False)
+    _, refused = usable({"eager": right, "ours": wrong}, lambda call: call(), right(), is_random=False)
     assert refused["ours"].startswith("wrong answer: error of points ")

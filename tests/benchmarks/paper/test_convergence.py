@@ -10,7 +10,7 @@ import torch
 
 import conddetr
 from conddetr.interrupt import InterruptedRunError
-from harness import timing as harness
+from harness import store
 from paper import convergence, convergence_report
 
 PLAN = replace(convergence.PLANS["small"], train_images=16, val_images=2, epochs=2, eval_every=1)
@@ -149,7 +149,7 @@ def test_the_page_says_what_was_chosen_and_the_order():
     assert "- failed: CSQ-T, 1, seed 0: OSError: disk" in page
 
 
-@pytest.mark.parametrize("path", sorted((harness.RESULTS / "paper").glob("convergence-*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((store.RESULTS / "paper").glob("convergence-*.json")), ids=lambda p: p.stem)
 def test_the_committed_page_is_that_of_the_committed_runs(path):
     page = convergence_report.markdown(json.loads(path.read_text()), f"{path.stem}.png")
     assert path.with_suffix(".md").read_text() == f"# {path.stem}\n\n{page}\n"
@@ -172,8 +172,8 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys, sigterm_re
     docs = tmp_path / "paper.md"
     begin, end = convergence_report.markers("convergence-small")
     docs.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    monkeypatch.setattr("sys.argv", ["convergence.py", "--small", "--docs", str(docs)])
-    convergence.main()
+    words = ["--small", "--docs", str(docs)]
+    convergence.main(words)
     results = tmp_path / "paper" / "convergence-small.json"
     first = results.read_text()
     assert len(json.loads(first)["runs"]) == 2
@@ -182,12 +182,12 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys, sigterm_re
     assert "old" not in docs.read_text()
     # Nothing is missing: no training begins.
     monkeypatch.setattr(convergence, "ProcessPoolExecutor", None)
-    convergence.main()
+    convergence.main(words)
     assert results.read_text() == first
     # What was published, perhaps by another machine, is no beginning.
     (tmp_path / "kept" / "small.json").unlink()
     with pytest.raises(TypeError):
-        convergence.main()
+        convergence.main(words)
 
 
 def test_picture_and_table(tmp_path):

@@ -45,6 +45,6 @@ def test_main_draws_detectors_with_different_heads(tmp_path, monkeypatch):
     pixels = torch.randint(256, (90, 120, 3), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     out = tmp_path / "figure.png"
-    monkeypatch.setattr("sys.argv", ["figure1.py", str(tmp_path / "photo.png"), *files, "--out", str(out)])
-    figure1.main()
+    words = [str(tmp_path / "photo.png"), *files, "--out", str(out)]
+    figure1.main(words)
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import conddetr
 from conddetr.data.coco import coco_split
 from conddetr.data.transforms import EvalTransform
-from harness import timing as harness
+from harness import store
 from paper import tables
 
-COMMITTED = json.loads((harness.RESULTS / "paper" / "tables.json").read_text())
+COMMITTED = json.loads((store.RESULTS / "paper" / "tables.json").read_text())
 
 
 def test_a_multiply_add_is_one():
@@ -50,7 +50,7 @@ def test_sizes_are_those_of_the_validation_images(small_coco):
 
 
 def test_the_committed_page_is_that_of_the_committed_figures():
-    assert (harness.RESULTS / "paper" / "tables.md").read_text() == tables.markdown(COMMITTED)
+    assert (store.RESULTS / "paper" / "tables.md").read_text() == tables.markdown(COMMITTED)
     rows = {title: [tables.asdict(row) for row in rows] for title, rows in tables.TABLES.items()}
     assert json.loads(json.dumps(rows)) == COMMITTED["tables"]
 
@@ -122,8 +122,8 @@ def test_ap_of_the_weights_that_are_there(small_coco, tmp_path, monkeypatch):
     evaluated = tables.evaluated
     monkeypatch.setattr(tables, "evaluated", lambda file, coco: seen.append(file.name) or evaluated(file, coco))
     monkeypatch.setenv("CONDDETR_COCO", str(small_coco.root))
-    monkeypatch.setattr("sys.argv", ["tables.py", "--weights-dir", str(tmp_path)])
-    tables.main()
+    words = ["--weights-dir", str(tmp_path)]
+    tables.main(words)
     content = json.loads((tmp_path / "paper" / "tables.json").read_text())
     found = content["measured AP"]
     assert list(found) == ["Conditional DETR-tiny, 50"]
