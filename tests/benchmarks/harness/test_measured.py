@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import sys
 
 import pytest
 import torch
 
 from conddetr.kernels import registry
 from conddetr.kernels.records import Table, Verdict
-from harness import machine, measured, refusals, store
+from harness import measured, refusals, store
 from harness.measured import combined, is_of_pytorch, tables
 from harness.result import Result
 from ops import attn, conv, dropout, sine
@@ -37,9 +36,9 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
 
     def written(environment: dict[str, str], benchmark: str, *results: Result):
-        monkeypatch.setattr(machine, "environment", lambda: environment)
-        monkeypatch.setattr(machine, "device_name", lambda: environment["device"])
-        monkeypatch.setattr(machine, "is_null_gpu", lambda: False)
+        monkeypatch.setattr(store, "environment", lambda: environment)
+        monkeypatch.setattr(store, "device_name", lambda: environment["device"])
+        monkeypatch.setattr(store, "is_null_gpu", lambda: False)
         return store.write_results(benchmark, {}, list(results), [])
 
     return written
@@ -177,13 +176,12 @@ def test_names_of_implementations():
     assert all(is_of_pytorch(name) for name in peers)
 
 
-def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, capsys):
     write(H100, "pool", Result("pooling, float32", {"PyTorch": [4.0], "ours, triton": [1.0]}))
     folder = tmp_path / "tables"
-    monkeypatch.setattr(sys, "argv", ["measured.py", "--results", str(tmp_path), "--tables", str(folder)])
     folder.mkdir()
     (folder / "sm_70.json").write_text("{}")
-    measured.main()
+    measured.main(["--results", str(tmp_path), "--tables", str(folder)])
     assert [path.name for path in folder.iterdir()] == ["sm_90.json"]
     assert Table.from_json((folder / "sm_90.json").read_bytes()) == tables(tmp_path)["sm_90"]
     assert str(folder / "sm_90.json") in capsys.readouterr().out
