@@ -7,7 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # First, for what it does to Ctrl-C.
-from conddetr import interrupt  # noqa: F401
+from conddetr import (
+    interrupt,  # noqa: F401
+    lazy,
+)
 
 if TYPE_CHECKING:
     from conddetr.config import ModelConfig
@@ -67,17 +70,14 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """A public name from its module, or a module of the package: `conddetr.kernels` needs no import of its own."""
-    if home := _HOMES.get(name):
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-        globals()[name] = value
-        return value
-    if not name.startswith("_"):
-        try:
-            return import_module(f"{__name__}.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{name}":
-                raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES or name.startswith("_"):
+        return lazy.load(__name__, _HOMES, name)
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

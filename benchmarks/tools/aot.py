@@ -29,6 +29,7 @@ from conddetr.kernels.attn import triton as attn
 from conddetr.kernels.attn.triton.tiles import Operands, Rows
 from conddetr.kernels.bits import triton as bits
 from conddetr.kernels.boxes import triton as boxes
+from conddetr.kernels.common import triton as common
 from conddetr.kernels.conv import triton as conv
 from conddetr.kernels.cost import triton as cost
 from conddetr.kernels.errors import triton as errors
@@ -262,8 +263,9 @@ def compile_job(job: Job, architecture: int) -> Compiled:
 
 
 def _depends_on(job: Job, architecture: int) -> list[Path | str]:
-    rooms = [path for room in ROOMS for path in sorted(Path(room.__file__).parent.glob("*.py"))]
-    return [*rooms, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
+    folders = [Path(room.__file__).parent for room in (*ROOMS, common)]
+    sources = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    return [*sources, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
 
 
 def _compile_now(job: Job, architecture: int) -> Compiled:

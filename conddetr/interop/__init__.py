@@ -3,8 +3,9 @@
 What is named here loads when it is used: reading weights needs the names of both owners and nothing else of them.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from conddetr import lazy
 
 if TYPE_CHECKING:
     from conddetr.interop.compare import ParityReport, parity
@@ -34,7 +35,5 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+def __getattr__(name: str) -> Any:
+    return lazy.load(__name__, _HOMES, name)

@@ -2,7 +2,7 @@
 //
 // Element i survives if lane i % 4 of Philox's numbers for the counter i / 4 says so: whatever the number of threads.
 
-#include "dropout/kernels.h"
+#include "cpu/dropout/kernels.h"
 
 #include "common/philox_simd.h"
 #include "common/simd.h"

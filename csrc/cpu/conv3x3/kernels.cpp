@@ -6,10 +6,10 @@
 //
 // Each sum is 36 matrix products, of tiles, input channels and output channels.
 
-#include "conv3x3/kernels.h"
+#include "cpu/conv3x3/kernels.h"
 
-#include "conv3x3/convolution.h"
-#include "conv3x3/weight_gradient.h"
+#include "cpu/conv3x3/convolution.h"
+#include "cpu/conv3x3/weight_gradient.h"
 
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "dropout/kernels.h"
+#include "cpu/dropout/kernels.h"
 
 namespace conddetr::dropout {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/lanes.h"
-#include "conv3x3/tiles.h"
+#include "cpu/conv3x3/tiles.h"
 
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "common/scratch.h"
-#include "conv3x3/kernels.h"
+#include "cpu/conv3x3/kernels.h"
 
 namespace conddetr::conv3x3 {
 namespace {

@@ -1,7 +1,7 @@
 // The gradient of the weights from a block of tiles: its inputs and gradients transformed, the products, their sum.
 #pragma once
 
-#include "conv3x3/tiles.h"
+#include "cpu/conv3x3/tiles.h"
 
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/product.h"
-#include "conv3x3/transforms.h"
+#include "cpu/conv3x3/transforms.h"
 
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {

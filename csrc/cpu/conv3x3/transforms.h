@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "conv3x3/kernels.h"
+#include "cpu/conv3x3/kernels.h"
 
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {
