@@ -63,7 +63,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_level", &cpu_level, "The instruction set that CPU kernels use on this machine.");
   module.def("use_cpu_level", &use_cpu_level, pybind11::arg("level"),
              "Use another of the instruction sets in build_info(), for tests and benchmarks. False if this processor "
-             "can not run it; nothing changes then.");
+             "cannot run it; nothing changes then.");
   module.def("peak_flops", &conddetr::peak::multiply_adds_per_second,
              "Floating-point operations per second of float32 multiply-adds in registers, on all of torch's threads.");
 }

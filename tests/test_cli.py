@@ -347,7 +347,7 @@ def test_env_says_what_runs_and_why(capsys):
     assert "triton is refused: " in printed
 
 
-def test_a_backend_that_can_not_run_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_backend_that_cannot_run_is_one_line(tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -82,13 +82,13 @@ def call(problem: Problem, implementation: str) -> Callable[[], object]:
     tensors = problem.make()
     if implementation == PEER:
         return Implementation(attn.forced(SDPBackend.EFFICIENT_ATTENTION, problem, tensors), tensors)
-    valid = problem.valid_hw().to(tensors.v.device)
+    valid = problem.valid_cells().to(tensors.v.device)
     return Implementation(lambda: _ours(problem, tensors, valid, implementation), tensors, separable=True)
 
 
 def _ours(problem: Problem, tensors: Tensors, valid: Tensor, backend: str) -> Tensor:
     content = (tensors.q_content, tensors.q_spatial, tensors.k_content)
-    options = {"valid_hw": valid, "dropout_p": problem.dropout, "backend": backend}
+    options = {"valid_cells": valid, "dropout_p": problem.dropout, "backend": backend}
     return attn.conditional_attention(*content, (tensors.rows, tensors.columns), tensors.v, **options)
 
 
@@ -219,7 +219,7 @@ def block_scores(launch: Launch, known: Figures, walk: Walk, problem: Problem) -
     if heads != HEADS or images != problem.batch:
         raise UnknownKernelError(f"{known.name}: grid {launch.grid}, expected (·, {HEADS}, {problem.batch}).")
     work: list[float] = []
-    for height, width in problem.valid_hw().tolist():
+    for height, width in problem.valid_cells().tolist():
         visited = _cells(problem) if walk.with_padding else height * width
         if walk.over == "keys":
             of_head = columns * [amount(visited, known.tile[1])]

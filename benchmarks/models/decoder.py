@@ -78,8 +78,8 @@ def make(batch: int, dtype: torch.dtype) -> Tensors:
     """Random tokens and object queries, positions of a grid whose images have mixed aspect ratios."""
     generator = torch.Generator().manual_seed(0)
     height, width = GRIDS["r50"]
-    valid_hw = mixed_shapes((height, width), batch).to(DEVICE)
-    padding = rectangle_padding(valid_hw, height, width)
+    valid_cells = mixed_shapes((height, width), batch).to(DEVICE)
+    padding = rectangle_padding(valid_cells, height, width)
     tensors = {
         "tokens": torch.randn(batch, height * width, 256, generator=generator),
         "position": sine_position_encoding(padding.unflatten(1, (height, width)), 256),
@@ -87,12 +87,12 @@ def make(batch: int, dtype: torch.dtype) -> Tensors:
         "upstream": torch.randn(6, batch, 300, 256, generator=generator),
     }
     tensors = {name: tensor.to(DEVICE, dtype) for name, tensor in tensors.items()}
-    return tensors | {"padding": padding, "valid_hw": valid_hw}
+    return tensors | {"padding": padding, "valid_cells": valid_cells}
 
 
 def decode(transformer: Callable, tensors: Tensors) -> Tensor:
     """Normalised outputs of all layers, [6, B, 300, 256]."""
-    grid = FeatureGrid(GRIDS["r50"], tensors["padding"], tensors["valid_hw"])
+    grid = FeatureGrid(GRIDS["r50"], tensors["padding"], tensors["valid_cells"])
     return transformer(tensors["tokens"], grid, tensors["position"], tensors["object_query"])[0]
 
 

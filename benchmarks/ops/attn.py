@@ -53,7 +53,7 @@ class Tensors:
     v: Tensor
     k_spatial: Tensor
     upstream: Tensor
-    valid_hw: Tensor | None
+    valid_cells: Tensor | None
     padding: Tensor | None
 
     def leaves(self, separable: bool) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class Problem(Checked[Tensors]):
         size = f"{height}×{width} keys, B = {self.batch}"
         return f"{size}, {passes}, dropout {self.dropout}, {padding}, {dtype_name(self.dtype)}"
 
-    def valid_hw(self) -> Tensor:
+    def valid_cells(self) -> Tensor:
         """Valid height and width of each image's grid, [B, 2] int32 on the host."""
         return mixed_shapes(GRIDS[self.grid], self.batch if self.padded else 1).expand(self.batch, -1).contiguous()
 
@@ -95,7 +95,7 @@ class Problem(Checked[Tensors]):
         sizes = (self.queries, self.queries, height * width, height, width, height * width, self.queries)
         made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
         *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
-        valid = self.valid_hw().to(DEVICE) if self.padded else None
+        valid = self.valid_cells().to(DEVICE) if self.padded else None
         # What every peer starts from; made here, so that nobody is timed for it.
         k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
         padding = None if valid is None else rectangle_padding(valid, height, width)
@@ -111,7 +111,7 @@ class Problem(Checked[Tensors]):
 
         def ours(backend: str, separable: bool) -> Tensor:
             keys = (tensors.rows, tensors.columns) if separable else tensors.k_spatial
-            padding = {"valid_hw": tensors.valid_hw} if separable else {"key_padding_mask": tensors.padding}
+            padding = {"valid_cells": tensors.valid_cells} if separable else {"key_padding_mask": tensors.padding}
             return conditional_attention(*content, keys, tensors.v, dropout_p=self.dropout, backend=backend, **padding)
 
         def eager() -> Tensor:
@@ -156,7 +156,7 @@ class Problem(Checked[Tensors]):
         leaves = wide(tensors.leaves(separable=True))
         keys = (leaves["rows"], leaves["columns"])
         inputs = (leaves["q_content"], leaves["q_spatial"], leaves["k_content"], keys, leaves["v"])
-        out = conditional_attention(*inputs, valid_hw=tensors.valid_hw, backend="eager")
+        out = conditional_attention(*inputs, valid_cells=tensors.valid_cells, backend="eager")
         leaves = leaves if out.requires_grad else {}
         return detached({"out": out, **gradients([out], leaves, [tensors.upstream.double()])})
 
@@ -177,11 +177,11 @@ class Problem(Checked[Tensors]):
 
     def scores(self) -> float:
         """Of valid keys."""
-        return HEADS * self.queries * self.valid_hw().double().prod(dim=1).sum().item()
+        return HEADS * self.queries * self.valid_cells().double().prod(dim=1).sum().item()
 
     def size(self) -> float:
         """Bytes of all inputs and outputs; with backward three times, once more read and once written as gradients."""
-        valid = self.valid_hw().double()
+        valid = self.valid_cells().double()
         outputs = self.batch * self.queries
         inputs = 2 * outputs + 2 * valid.prod(dim=1).sum().item() + valid.sum().item()
         numbers = 3 * (inputs + outputs) if self.backward else inputs + outputs
@@ -340,15 +340,15 @@ class Layout:
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
         """Made on the host, which knows the sizes."""
-        valid_hw, (height, width) = problem.valid_hw(), GRIDS[problem.grid]
-        counts = valid_hw.prod(1)
+        valid_cells, (height, width) = problem.valid_cells(), GRIDS[problem.grid]
+        counts = valid_cells.prod(1)
         starts = [
             F.pad(n.cumsum(0), (1, 0)).to(DEVICE, torch.int32)
             for n in (torch.full_like(counts, problem.queries), counts)
         ]
         valid = None
         if problem.padded:
-            valid = (~rectangle_padding(valid_hw, height, width)).flatten().nonzero().squeeze(1).to(DEVICE)
+            valid = (~rectangle_padding(valid_cells, height, width)).flatten().nonzero().squeeze(1).to(DEVICE)
         return cls(*starts, int(counts.max()), valid)
 
 

@@ -222,7 +222,7 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
         "backward_query_kernel": launch.backward_query,
         "backward_key_kernel": launch.backward_key,
     }
-    form = "separable, valid_hw" if is_separable else "dense, mask"
+    form = "separable, valid_cells" if is_separable else "dense, mask"
     for kernel, tile in tiles.items():
         dropout = ", dropout" * is_separable
         options = _attention_options(kernel, tile, products, width, is_separable, is_separable)
@@ -352,7 +352,7 @@ def _operands(dtype: str, is_separable: bool) -> Operands:
 _KINDS = {
     "*fp32": ("lse", "statistics", "partial", "partials", "grad_loss", "log_total", "cost", "residual", "weight",
               "bias", "branch_bias", "trunk", "normalized", "rstd", "grad_0", "grad_residual", "errors"),
-    "*i32": ("valid_hw", "counts", "valid_cells", "keep", "words"),
+    "*i32": ("valid_cells", "counts", "valid_cells", "keep", "words"),
     "*i64": ("seed_pointer", "target", "labels", "assignment", "addresses", "parts", "blocks"),
     "*i1": ("padding", "is_padding"),
     "fp32": ("scale", "log2_scale", "dropout_p", "eps", "log2_temperature", "alpha", "gamma", "present", "absent",
@@ -361,7 +361,7 @@ _KINDS = {
             "classes", "images", "channels", "layers", "position_rows", "replicas", "units",
             "out_height", "out_width", "numbers", "threshold", "padded"),
 }  # fmt: skip
-_NEEDS = {"valid_hw": "HAS_VALID", "padding": "HAS_PADDING", "keep": "HAS_DROPOUT", "seed_pointer": "HAS_DROPOUT",
+_NEEDS = {"valid_cells": "HAS_VALID", "padding": "HAS_PADDING", "keep": "HAS_DROPOUT", "seed_pointer": "HAS_DROPOUT",
           "columns": "SEPARABLE", "transform": "HAS_TRANSFORM", "grad_transform": "HAS_TRANSFORM",
           "log_total": "SOFTMAX", "shift": "HAS_SHIFT", "addend": "HAS_ADDEND", "other_grad": "HAS_OTHER"}  # fmt: skip
 

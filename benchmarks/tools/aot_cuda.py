@@ -24,7 +24,7 @@ from harness.command import command
 from tools.cached import ROOT, cached
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-# As in setup.py, which can not be imported.
+# As in setup.py, which cannot be imported.
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA")
 FLAGS += ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 REGISTER_LIMIT = 255

@@ -50,7 +50,7 @@ def call(problem: Problem, kernel: str) -> Callable[[kernels.Launch], object]:
     batch, queries, heads, _ = made.q_content.shape
     seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     keep = dropout_bits(seed, bits_shape(batch, heads, queries, made.v.shape[1]), problem.dropout, "eager")
-    inputs = kernels.Inputs(*content, made.valid_hw, None, keep, 0.125, drawn_probability(problem.dropout))
+    inputs = kernels.Inputs(*content, made.valid_cells, None, keep, 0.125, drawn_probability(problem.dropout))
     out, lse = kernels.forward(inputs)
     if kernel == "forward":
         return lambda launch: kernels.forward(inputs, launch)

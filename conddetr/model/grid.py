@@ -12,5 +12,5 @@ class FeatureGrid(NamedTuple):
     """Height and width in cells."""
     padding: Tensor | None
     """[B, N] bool, True = padding; None: nothing is."""
-    valid_hw: Tensor | None
+    valid_cells: Tensor | None
     """[B, 2] int32, valid height and width in cells, where `padding` is known to be all outside that rectangle."""

@@ -22,7 +22,7 @@ using torch::stable::Tensor;
   input(Tensor, "Tensor", k_spatial)                        \
   input(std::optional<Tensor>, "Tensor?", columns)          \
   input(Tensor, "Tensor", v)                                \
-  input(std::optional<Tensor>, "Tensor?", valid_hw)         \
+  input(std::optional<Tensor>, "Tensor?", valid_cells)         \
   input(std::optional<Tensor>, "Tensor?", key_padding_mask) \
   input(std::optional<Tensor>, "Tensor?", keep)             \
   input(double, "float", scale)                             \

@@ -14,7 +14,7 @@ enum class Level { plain, avx2, avx512 };
 // The level in use: the best that this processor has, unless `use_level` chose another.
 Level level();
 
-// For tests and benchmarks. Returns false, and changes nothing, if this processor can not run it.
+// For tests and benchmarks. Returns false, and changes nothing, if this processor cannot run it.
 bool use_level(Level level);
 
 bool can_run(Level level);

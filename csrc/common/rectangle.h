@@ -11,14 +11,14 @@ CONDDETR_BOTH int32_t clamp(int32_t value, int32_t highest) {
   return value < 0 ? 0 : (value > highest ? highest : value);
 }
 
-// Valid height and width, clamped to the grid: a wrong `valid_hw` never reads outside.
+// Valid height and width, clamped to the grid: a wrong `valid_cells` never reads outside.
 struct Rectangle {
   int32_t height, width;
 };
 
-CONDDETR_BOTH Rectangle valid_rectangle(const int32_t* valid_hw, int64_t image, int32_t height, int32_t width) {
-  if (valid_hw == nullptr) return {height, width};
-  return {clamp(valid_hw[2 * image], height), clamp(valid_hw[2 * image + 1], width)};
+CONDDETR_BOTH Rectangle valid_rectangle(const int32_t* valid_cells, int64_t image, int32_t height, int32_t width) {
+  if (valid_cells == nullptr) return {height, width};
+  return {clamp(valid_cells[2 * image], height), clamp(valid_cells[2 * image + 1], width)};
 }
 
 }  // namespace conddetr

@@ -46,17 +46,19 @@ def check_padding(
     q_content: Tensor,
     k_content: Tensor,
     columns: Tensor | None,
-    valid_hw: Tensor | None,
+    valid_cells: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> None:
     """That there is one kind of padding at most, and that it fits the keys."""
-    if valid_hw is not None and key_padding_mask is not None:
-        raise ValueError("valid_hw and key_padding_mask: expected one of them at most, got both.")
-    if valid_hw is not None and columns is None:
-        raise ValueError("valid_hw: needs separable k_spatial (rows, columns); with dense keys use key_padding_mask.")
+    if valid_cells is not None and key_padding_mask is not None:
+        raise ValueError("valid_cells and key_padding_mask: expected one of them at most, got both.")
+    if valid_cells is not None and columns is None:
+        raise ValueError(
+            "valid_cells: needs separable k_spatial (rows, columns); with dense keys use key_padding_mask."
+        )
     keys = (k_content.shape[0], k_content.shape[1])
     for name, tensor, shape, dtype in (
-        ("valid_hw", valid_hw, (keys[0], 2), torch.int32),
+        ("valid_cells", valid_cells, (keys[0], 2), torch.int32),
         ("key_padding_mask", key_padding_mask, keys, torch.bool),
     ):
         if tensor is None:
@@ -68,8 +70,8 @@ def check_padding(
         if tensor.device != q_content.device:
             raise ValueError(f"{name}: expected device {q_content.device} as of q_content, got {tensor.device}.")
     has_values = not (torch.compiler.is_compiling() or registry.transforms())
-    if valid_hw is not None and valid_hw.device.type == "cpu" and has_values:
-        check_rectangles(valid_hw.tolist(), keys[1] // columns.shape[1], columns.shape[1])
+    if valid_cells is not None and valid_cells.device.type == "cpu" and has_values:
+        check_rectangles(valid_cells.tolist(), keys[1] // columns.shape[1], columns.shape[1])
 
 
 def check_seed(seed: Tensor | None, q_content: Tensor) -> None:
@@ -81,11 +83,11 @@ def check_seed(seed: Tensor | None, q_content: Tensor) -> None:
         raise ValueError(f"seed: expected device {q_content.device} as of q_content, got {seed.device}.")
 
 
-def check_rectangles(valid_hw: list[list[int]], height: int, width: int) -> None:
+def check_rectangles(valid_cells: list[list[int]], height: int, width: int) -> None:
     """That valid cells are cells of the grid."""
-    for image, (valid_height, valid_width) in enumerate(valid_hw):
+    for image, (valid_height, valid_width) in enumerate(valid_cells):
         if not (0 <= valid_height <= height and 0 <= valid_width <= width):
             raise ValueError(
-                f"valid_hw[{image}]: expected at most the grid's {height} × {width}, and not less than 0, "
+                f"valid_cells[{image}]: expected at most the grid's {height} × {width}, and not less than 0, "
                 f"got {valid_height} × {valid_width}."
             )

@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
     """Of every key, or where there are columns the rows of the grid."""
     columns: Tensor | None
     v: Tensor
-    valid_hw: Tensor | None
+    valid_cells: Tensor | None
     key_padding_mask: Tensor | None
     keep: Tensor | None
     """Bits of dropout, of `bits_shape`; None: nothing is dropped."""

@@ -25,7 +25,7 @@ def conditional_attention(
     k_spatial: Tensor | tuple[Tensor, Tensor],
     v: Tensor,
     *,
-    valid_hw: Tensor | None = None,
+    valid_cells: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -44,10 +44,10 @@ def conditional_attention(
             (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x]. Rows or columns [1, ...] are
             those of every image.
         v: [B, N, h, dv] value. All floating tensors share one dtype and device.
-        valid_hw: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
+        valid_cells: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
             says what the grid is. Values beyond the grid are refused on a CPU; on a GPU, where looking at them would
             stop the host, they are clamped, as they are where there are none to look at (torch.compile, torch.func).
-        key_padding_mask: [B, N] bool, True = padding; instead of `valid_hw`.
+        key_padding_mask: [B, N] bool, True = padding; instead of `valid_cells`.
         scale: default (d + ds) ** -0.5.
         dropout_p: probability, in [0, 1), that an attention weight is dropped. Kernels round it to a multiple of 2⁻¹⁶,
             and the others grow by what was really drawn (`dropout_bits`); the bits, one for each weight, are kept for
@@ -66,7 +66,7 @@ def conditional_attention(
     """
     rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)
     check_tensors(q_content, q_spatial, k_content, rows, columns, v)
-    check_padding(q_content, k_content, columns, valid_hw, key_padding_mask)
+    check_padding(q_content, k_content, columns, valid_cells, key_padding_mask)
     check_seed(seed, q_content)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected a value in [0, 1), got {dropout_p}.")
@@ -81,17 +81,17 @@ def conditional_attention(
     if dropout_p > 0 and not (choice.backend == "eager" and seed is None):
         keep, dropout_p = _keep(q_content, v, seed, dropout_p, choice.backend)
     if choice.backend == "eager":
-        kept = None if keep is None else reference.kept_weights(keep, valid_hw, *_grid(rows, columns))
+        kept = None if keep is None else reference.kept_weights(keep, valid_cells, *_grid(rows, columns))
         if columns is not None:
-            if valid_hw is not None:
-                key_padding_mask = reference.rectangle_padding(valid_hw, rows.shape[1], columns.shape[1])
+            if valid_cells is not None:
+                key_padding_mask = reference.rectangle_padding(valid_cells, rows.shape[1], columns.shape[1])
             rows = reference.dense_spatial_keys(rows, columns)
         return reference.conditional_attention(
             q_content, q_spatial, k_content, rows, v, key_padding_mask, scale, dropout_p, kept
         )
     tensors = (q_content, q_spatial, k_content, rows, columns, v)
     tensors = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-    masks = [x if x is None else x.contiguous() for x in (valid_hw, key_padding_mask)]
+    masks = [x if x is None else x.contiguous() for x in (valid_cells, key_padding_mask)]
     inputs = Inputs(*tensors, *masks, keep, scale, dropout_p)
     if choice.backend == "triton" and not torch.compiler.is_compiling():
         return ConditionalAttention.apply(*inputs)

@@ -54,12 +54,12 @@ def conditional_attention(
     return torch.einsum("bhqn,bnhd->bqhd", weights, v)
 
 
-def kept_weights(keep: Tensor, valid_hw: Tensor | None, height: int, width: int) -> Tensor:
+def kept_weights(keep: Tensor, valid_cells: Tensor | None, height: int, width: int) -> Tensor:
     """Which weights dropout leaves, from the bits that kernels read.
 
     Args:
         keep: [B, h, words, Q] int32; bit j of word w is the key with ordinal 32 w + j.
-        valid_hw: [B, 2], clamped to the grid, or None for all of it. Ordinals count the keys inside, row by row.
+        valid_cells: [B, 2], clamped to the grid, or None for all of it. Ordinals count the keys inside, row by row.
         height, width: of the grid of keys.
 
     Returns:
@@ -67,8 +67,8 @@ def kept_weights(keep: Tensor, valid_hw: Tensor | None, height: int, width: int)
     """
     bits = unpacked(keep.transpose(2, 3)).flatten(-2)
     ordinal = torch.arange(height * width, device=keep.device).expand(len(keep), -1)
-    if valid_hw is not None:
-        valid_width = valid_hw[:, 1:].clamp(0, width)
+    if valid_cells is not None:
+        valid_width = valid_cells[:, 1:].clamp(0, width)
         inside = ordinal // width * valid_width + ordinal % width
         ordinal = inside.clamp(max=height * width - 1)
     return bits.gather(-1, ordinal[:, None, None].expand(*bits.shape[:3], -1))
@@ -79,9 +79,9 @@ def dense_spatial_keys(rows: Tensor, columns: Tensor) -> Tensor:
     return (rows[:, :, None] + columns[:, None]).flatten(1, 2)
 
 
-def rectangle_padding(valid_hw: Tensor, height: int, width: int) -> Tensor:
-    """valid_hw [B, 2], clamped to the grid -> key padding mask [B, H·W] bool, True outside the rectangle."""
-    y = torch.arange(height, device=valid_hw.device)[:, None]
-    x = torch.arange(width, device=valid_hw.device)[None, :]
-    valid = (y < valid_hw[:, 0, None, None]) & (x < valid_hw[:, 1, None, None])
+def rectangle_padding(valid_cells: Tensor, height: int, width: int) -> Tensor:
+    """valid_cells [B, 2], clamped to the grid -> key padding mask [B, H·W] bool, True outside the rectangle."""
+    y = torch.arange(height, device=valid_cells.device)[:, None]
+    x = torch.arange(width, device=valid_cells.device)[None, :]
+    valid = (y < valid_cells[:, 0, None, None]) & (x < valid_cells[:, 1, None, None])
     return ~valid.flatten(1)

@@ -92,7 +92,7 @@ class Subject:
             k_spatial=made["rows" if is_separable else "k_spatial"],
             columns=made["columns"] if is_separable else None,
             v=made["v"],
-            valid_hw=made["valid"] if is_separable else None,
+            valid_cells=made["valid"] if is_separable else None,
             key_padding_mask=None if is_separable else made["padding"],
             keep=_keep(made) if dropout_p > 0 else None,
             scale=(made["q_content"].shape[-1] + made["q_spatial"].shape[-1]) ** -0.5,

@@ -331,7 +331,7 @@ def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("length", [8, 12])
-def test_exif_that_can_not_be_read_is_named(pixels, tmp_path, length):
+def test_exif_that_cannot_be_read_is_named(pixels, tmp_path, length):
     path = tmp_path / "exif.png"
     Image.fromarray(pixels).save(path, exif=b"Exif\0\0MXMXMXMX"[:length])
     with pytest.raises(ValueError, match=r"Image file .*exif\.png: .*its EXIF data cannot be read"):

@@ -324,7 +324,7 @@ def test_truncated_images_are_found_by_several_processes(small_coco):
     assert done == [44] * 44
 
 
-def test_files_that_can_not_be_read_at_all(small_coco, tmp_path):
+def test_files_that_cannot_be_read_at_all(small_coco, tmp_path):
     assert kinds(validate(tmp_path, tmp_path / "no.json"), "error") == {"missing annotation file": 1}
     for text in ("{", "[1, 2]", "[" * 100_000, "\xff"):
         small_coco.file.write_text(text, encoding="latin-1")

@@ -195,7 +195,7 @@ def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
     assert caplog.text.count("1 kinds of steps are recorded, further ones run without") == 1
 
 
-def test_where_steps_can_not_be_recorded(tmp_path, monkeypatch):
+def test_where_steps_cannot_be_recorded(tmp_path, monkeypatch):
     config = conddetr.config.resolve("conditional-detr-tiny")
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match=r"cuda_graphs: graphs need an NVIDIA GPU, the device is cpu. Train without"):

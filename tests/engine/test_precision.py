@@ -43,9 +43,13 @@ def test_a_precision_that_was_named_is_taken_everywhere():
 
 @pytest.fixture
 def _switches_stay():
+    """The older ones too: PyTorch refuses to read them where they do not agree with the newer."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
+    older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     yield
+    torch.set_float32_matmul_precision(older[0])
+    torch.backends.cudnn.allow_tf32 = older[1]
     for switch, value in zip(switches, before, strict=True):
         switch.fp32_precision = value
 

@@ -134,7 +134,7 @@ def test_missing_metrics_are_said_before_training(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_can_not_be_resumed_is_refused(tmp_path):
+def test_what_cannot_be_resumed_is_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt cannot be resumed: it has no 'optimizer'.*--weights"):
         trainer(tmp_path).resume(tmp_path / "weights.pt")

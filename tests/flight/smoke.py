@@ -106,7 +106,7 @@ def cases() -> Iterator[Case]:
     bfloat16, float32 = (
         [normal(2, n, 8, 32, dtype=dtype) for n in (70, 70, 99, 99, 9, 11)] for dtype in (torch.bfloat16, torch.float32)
     )
-    yield Case(attend, bfloat16, [], {"valid_hw": valid}, "rows and columns")
+    yield Case(attend, bfloat16, [], {"valid_cells": valid}, "rows and columns")
     yield Case(attend, [*float32[:4], normal(2, 99, 8, 32)], [], {"key_padding_mask": mask}, "dense keys")
     yield Case(kernels.sine_embedding, [uniform(50, 2)])
     yield Case(kernels.conditional_spatial_query, [uniform(50, 2), normal(50, 256)])

@@ -83,8 +83,8 @@ def padding_options(kind, case, device):
     if kind == "none":
         return {}
     valid = torch.tensor([[case.height, max(1, case.width - 2)], [(case.height + 1) // 2, case.width]])
-    if kind == "valid_hw":
-        return {"valid_hw": valid.to(device, torch.int32)}
+    if kind == "valid_cells":
+        return {"valid_cells": valid.to(device, torch.int32)}
     scattered = torch.rand(2, case.height * case.width) > 0.6
     return {"key_padding_mask": (scattered | rectangle_padding(valid, case.height, case.width)).to(device)}
 
@@ -99,7 +99,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_match_the_reference(shape, kind, backend, device):
     case = Case(**SHAPES[shape])
@@ -128,7 +128,7 @@ def triton_of_hopper(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15)], ids=lambda size: f"{size[0]}×{size[1]}")
 def test_scores_a_tile_ahead(size, kind, dropout_p, triton_of_hopper, device):
     """Fewer keys than a tile, a whole number of tiles, and a part of one over."""
@@ -144,10 +144,10 @@ def test_scores_a_tile_ahead_see_nothing_of_padding(triton_of_hopper, device):
     case = Case(queries=5, height=9, width=15)
     valid = torch.tensor([[7, 8], [0, 15]], dtype=torch.int32, device=device)
     leaves = case.to(device, torch.float32)
-    expected = attend(leaves, "eager", valid_hw=valid)
+    expected = attend(leaves, "eager", valid_cells=valid)
     for index in (2, 5):
         leaves[index] = leaves[index].detach().masked_fill(rectangle_padding(valid, 9, 15)[..., None, None], math.nan)
-    torch.testing.assert_close(attend(leaves, "triton", valid_hw=valid), expected)
+    torch.testing.assert_close(attend(leaves, "triton", valid_cells=valid), expected)
     assert (expected[1] == 0).all()
 
 
@@ -187,11 +187,11 @@ def test_golden_cross_attention(backend, device):
 
 
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
-@pytest.mark.parametrize("kind", ["valid_hw", "mask"])
+@pytest.mark.parametrize("kind", ["valid_cells", "mask"])
 def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, device):
     skip_unless_runs(name, device)
     case = Case()
-    options = {"valid_hw": torch.tensor([[0, 3], [4, 7]], dtype=torch.int32, device=device)}
+    options = {"valid_cells": torch.tensor([[0, 3], [4, 7]], dtype=torch.int32, device=device)}
     if kind == "mask":
         options = {"key_padding_mask": torch.tensor([[True] * 28, [False] * 28], device=device)}
     for tensor in case.run(device, torch.float32, name, **options):
@@ -201,13 +201,13 @@ def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, de
 
 
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
-def test_valid_hw_beyond_the_grid_is_clamped_where_it_is_not_looked_at(name, device, monkeypatch):
+def test_valid_cells_beyond_the_grid_is_clamped_where_it_is_not_looked_at(name, device, monkeypatch):
     skip_unless_runs(name, device)
     monkeypatch.setattr("conddetr.kernels.attn.checks.check_rectangles", lambda *rectangles: None)
     case = Case()
     wild = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
     tame = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
-    for a, b in zip(*(case.run(device, torch.float32, name, valid_hw=v) for v in (wild, tame)), strict=True):
+    for a, b in zip(*(case.run(device, torch.float32, name, valid_cells=v) for v in (wild, tame)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -241,7 +241,7 @@ def test_spatial_keys_of_every_image(shared, name, dtype, device):
             leaf.detach()[:1].clone().requires_grad_() if index in shared else leaf
             for index, leaf in enumerate(case.to(device, kind))
         ]
-        out = attend(leaves, run, valid_hw=valid)
+        out = attend(leaves, run, valid_cells=valid)
         runs.append((out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, kind))))
     exact, plain, found = runs
     assert_within_budget(found, plain, exact)
@@ -252,7 +252,7 @@ def test_gradients_of_padding_are_zero_whatever_else_is_not_a_number(backend, de
     valid = torch.tensor([[5, 6], [7, 2]], dtype=torch.int32, device=device)
     leaves, upstream = case.to(device, torch.float32), case.upstream.to(device, torch.float32)
     upstream[:, 3] = math.nan
-    gradients = torch.autograd.grad(attend(leaves, backend, valid_hw=valid), leaves, upstream)
+    gradients = torch.autograd.grad(attend(leaves, backend, valid_cells=valid), leaves, upstream)
     padding = rectangle_padding(valid, 7, 9)
     for index in (2, 5):
         assert (gradients[index][padding] == 0).all()
@@ -275,7 +275,7 @@ def test_repeats_are_bitwise_equal(backend, device):
     runs = []
     for _ in range(5):
         torch.manual_seed(3)
-        runs.append(case.run(device, torch.float32, backend, valid_hw=valid, dropout_p=0.2))
+        runs.append(case.run(device, torch.float32, backend, valid_cells=valid, dropout_p=0.2))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
@@ -342,7 +342,7 @@ def test_backward_uses_the_mask_of_forward(backend, device):
     assert_within_budget(found, exact(torch.float32), exact(torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("name", ["triton", "native"])
 def test_every_backend_drops_the_same_weights(name, kind, device):
     """With the same seed; keys are counted alike whatever the padding."""
@@ -373,7 +373,7 @@ def restored_cpu():
 
 def test_any_number_of_threads_gives_the_same_bits(restored_cpu):
     case = Case(queries=301, height=9, width=37, batch=1)
-    options = {"valid_hw": torch.tensor([[8, 35]], dtype=torch.int32), "dropout_p": 0.1}
+    options = {"valid_cells": torch.tensor([[8, 35]], dtype=torch.int32), "dropout_p": 0.1}
     runs = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -389,7 +389,7 @@ def test_every_instruction_set_matches_the_reference(level, shape, restored_cpu)
     if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
         pytest.skip(f"this processor has no {level}")
     case = Case(**SHAPES[shape])
-    options = padding_options("valid_hw", case, "cpu")
+    options = padding_options("valid_cells", case, "cpu")
     exact = case.run("cpu", torch.float64, "eager", **options)
     plain = case.run("cpu", torch.float32, "eager", **options)
     assert_within_budget(case.run("cpu", torch.float32, "native", **options), plain, exact)
@@ -401,15 +401,15 @@ def kept_weights(keep, options, case):
     """[B, h, Q, N] float64: 1 where the bit of `keep` is set for the key, counted in the valid rectangle."""
     batch, keys = len(keep), case.height * case.width
     ordinals = torch.arange(keys).expand(batch, -1)
-    if "valid_hw" in options:
-        visible = ~rectangle_padding(options["valid_hw"], case.height, case.width)
+    if "valid_cells" in options:
+        visible = ~rectangle_padding(options["valid_cells"], case.height, case.width)
         ordinals = (visible.cumsum(-1) - 1).where(visible, 0)
     index = (ordinals // 32)[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
     bits = keep.gather(2, index) >> (ordinals % 32)[:, None, :, None]
     return (bits & 1).transpose(2, 3).double()
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_hw", "mask"])
+@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
 def test_every_instruction_set_drops_what_the_bits_say(level, dtype, kind, restored_cpu):
@@ -424,15 +424,15 @@ def test_every_instruction_set_drops_what_the_bits_say(level, dtype, kind, resto
     def plain(dtype):
         leaves = case.to("cpu", dtype)
         padding = options.get("key_padding_mask")
-        if "valid_hw" in options:
-            padding = rectangle_padding(options["valid_hw"], case.height, case.width)
+        if "valid_cells" in options:
+            padding = rectangle_padding(options["valid_cells"], case.height, case.width)
         query, key = torch.cat(leaves[:2], -1), torch.cat([leaves[2], dense_spatial_keys(*leaves[3:5])], -1)
         weights = attention_weights(query, key, padding, 0.1) * mask.to(dtype)
         out = torch.einsum("bhqn,bnhd->bqhd", weights, leaves[-1])
         return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype))
 
     leaves = case.to("cpu", dtype)
-    inputs = (*leaves, options.get("valid_hw"), options.get("key_padding_mask"), keep, 0.1, p)
+    inputs = (*leaves, options.get("valid_cells"), options.get("key_padding_mask"), keep, 0.1, p)
     out, _ = operators.of("native").conditional_attention(*inputs)
     found = (out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype)))
     if dtype == torch.float32:
@@ -517,7 +517,7 @@ def test_compiles_without_a_graph_break(backend, device):
     valid = torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
 
     def attention(*leaves):
-        return attend(leaves, backend, valid_hw=valid) * 2
+        return attend(leaves, backend, valid_cells=valid) * 2
 
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*leaves), attention(*leaves))
@@ -599,7 +599,7 @@ def test_gradients_in_float64(form, name):
     """Against finite differences; `native` in the instantiation that exists for this."""
     skip_unless_runs(name, torch.device("cpu"), torch.float64)
     leaves = Case(queries=2, height=2, width=3, content=3, spatial=2, value=4, heads=1, dense=form == "dense")
-    options = {"valid_hw": torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)} if form == "separable" else {}
+    options = {"valid_cells": torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)} if form == "separable" else {}
     if form == "mask":
         options = {"key_padding_mask": torch.tensor([[True, False, False, True, False, False], [False] * 6])}
 
@@ -644,18 +644,21 @@ def test_wrong_shapes_are_named(name, shape, message):
         ({"dropout_p": 1.0}, r"dropout_p: expected a value in \[0, 1\), got 1.0"),
         ({"key_padding_mask": torch.zeros(2, 27, dtype=torch.bool)}, r"key_padding_mask: expected shape \(2, 28\)"),
         ({"key_padding_mask": torch.zeros(2, 28)}, "key_padding_mask: expected dtype torch.bool, got torch.float32"),
-        ({"valid_hw": torch.ones(2, 2)}, "valid_hw: expected dtype torch.int32, got torch.float32"),
-        ({"valid_hw": torch.ones(3, 2, dtype=torch.int32)}, r"valid_hw: expected shape \(2, 2\), got \(3, 2\)"),
+        ({"valid_cells": torch.ones(2, 2)}, "valid_cells: expected dtype torch.int32, got torch.float32"),
+        ({"valid_cells": torch.ones(3, 2, dtype=torch.int32)}, r"valid_cells: expected shape \(2, 2\), got \(3, 2\)"),
         (
-            {"valid_hw": torch.tensor([[4, 7], [5, 7]], dtype=torch.int32)},
-            r"valid_hw\[1\]: expected at most the grid's 4 × 7, and not less than 0, got 5 × 7",
+            {"valid_cells": torch.tensor([[4, 7], [5, 7]], dtype=torch.int32)},
+            r"valid_cells\[1\]: expected at most the grid's 4 × 7, and not less than 0, got 5 × 7",
         ),
         (
-            {"valid_hw": torch.tensor([[-1, 7], [4, 7]], dtype=torch.int32)},
-            r"valid_hw\[0\]: expected at most the grid's 4 × 7, and not less than 0, got -1 × 7",
+            {"valid_cells": torch.tensor([[-1, 7], [4, 7]], dtype=torch.int32)},
+            r"valid_cells\[0\]: expected at most the grid's 4 × 7, and not less than 0, got -1 × 7",
         ),
         (
-            {"valid_hw": torch.ones(2, 2, dtype=torch.int32), "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool)},
+            {
+                "valid_cells": torch.ones(2, 2, dtype=torch.int32),
+                "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool),
+            },
             "expected one of them at most, got both",
         ),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed: expected shape \(1,\) and dtype torch.int64, got \(2,\)"),
@@ -692,5 +695,5 @@ def test_wrong_dtypes_and_widths_are_named(device):
     with pytest.raises(RuntimeError, match=r"take float32, float16 and bfloat16, not torch.float64"):
         attend(Case().to(device, torch.float64), "triton")
     valid = torch.ones(2, 2, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="valid_hw: needs separable k_spatial"):
-        attend(Case(dense=True).to(device, torch.float32), valid_hw=valid)
+    with pytest.raises(ValueError, match="valid_cells: needs separable k_spatial"):
+        attend(Case(dense=True).to(device, torch.float32), valid_cells=valid)

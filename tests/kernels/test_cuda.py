@@ -136,7 +136,7 @@ def check(leaves, dtype, device, **options):
 )
 def test_separable_keys(queries, height, width, valid, dtype, kernel, device):
     valid = None if valid is None else torch.tensor(valid, dtype=torch.int32)
-    check(make_leaves(queries, height, width), dtype, device, valid_hw=valid)
+    check(make_leaves(queries, height, width), dtype, device, valid_cells=valid)
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [*KERNELS, (HALF, "generic"), (HALF, "hopper")], indirect=["kernel"])
@@ -151,7 +151,7 @@ def test_masks_heads_and_scale(dense, dtype, kernel, device):
 def test_scale_zero_is_the_mean(dtype, kernel, device):
     leaves = make_leaves(3, 2, 5)
     valid = torch.tensor([[2, 3], [1, 5]], dtype=torch.int32)
-    out = run(leaves, dtype, "native", device, valid_hw=valid, scale=0.0)[0]
+    out = run(leaves, dtype, "native", device, valid_cells=valid, scale=0.0)[0]
     grid = leaves[-1].to(dtype).float().unflatten(1, (2, 5))
     expected = torch.stack([grid[0, :2, :3].mean((0, 1)), grid[1, :1].mean((0, 1))])[:, None].expand_as(out)
     torch.testing.assert_close(out, expected.to(dtype))
@@ -160,19 +160,19 @@ def test_scale_zero_is_the_mean(dtype, kernel, device):
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
 def test_nothing_visible_gives_zeros(dtype, kernel, device):
     for options in (
-        {"valid_hw": torch.tensor([[0, 3], [4, 0]], dtype=torch.int32)},
+        {"valid_cells": torch.tensor([[0, 3], [4, 0]], dtype=torch.int32)},
         {"key_padding_mask": torch.ones(2, 28, dtype=torch.bool)},
     ):
         assert not any(tensor.any() for tensor in run(make_leaves(5, 4, 7), dtype, "native", device, **options))
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
-def test_valid_hw_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch):
+def test_valid_cells_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch):
     """A rectangle on a GPU is not looked at before the kernel does."""
     monkeypatch.setattr(attention_checks, "check_rectangles", lambda *_: None)
     leaves = make_leaves(3, 4, 7)
     wild, tame = (torch.tensor(valid, dtype=torch.int32) for valid in ([[99, -4], [99, 1000]], [[4, 0], [4, 7]]))
-    results = [run(leaves, dtype, "native", device, valid_hw=valid) for valid in (wild, tame)]
+    results = [run(leaves, dtype, "native", device, valid_cells=valid) for valid in (wild, tame)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -182,7 +182,7 @@ def test_dropout_is_that_of_triton(dense, device):
     if reason is not None:
         pytest.skip(reason)
     leaves = make_leaves(19, 5, 7, heads=2, dense=dense)
-    options = {} if dense else {"valid_hw": torch.tensor([[5, 5], [3, 7]], dtype=torch.int32)}
+    options = {} if dense else {"valid_cells": torch.tensor([[5, 5], [3, 7]], dtype=torch.int32)}
     results = []
     for backend in ("native", "triton"):
         torch.manual_seed(3)

@@ -45,7 +45,7 @@ def separable_attention() -> Operation:
 
     def call(content, rows, columns, v, backend):
         same = (x.to(content.dtype) for x in (spatial, keys))
-        return kernels.conditional_attention(content, *same, (rows, columns), v, valid_hw=valid, backend=backend)
+        return kernels.conditional_attention(content, *same, (rows, columns), v, valid_cells=valid, backend=backend)
 
     return Operation(
         call, (normal(1, 2, 1, WIDTH), normal(1, 2, 1, WIDTH), normal(1, 3, 1, WIDTH), normal(1, 6, 1, WIDTH))
@@ -293,7 +293,7 @@ def test_vmap_over_what_has_no_gradient():
     empty = (predicted, objects[:, :, :0], torch.full_like(assignment, -1))
 
     def attend(content, keys, rows, columns, valid):
-        return kernels.conditional_attention(content, content, keys, (rows, columns), keys, valid_hw=valid)
+        return kernels.conditional_attention(content, content, keys, (rows, columns), keys, valid_cells=valid)
 
     for function, inputs in (
         (attend, (content, keys, rows, columns, valid)),

@@ -118,7 +118,7 @@ def test_half_precision_keeps_references_and_boxes_in_float32():
         torch.testing.assert_close(found["pred_boxes"], exact["pred_boxes"], atol=1e-6, rtol=0)
 
 
-def test_an_explicit_backend_that_can_not_run_is_an_error(monkeypatch):
+def test_an_explicit_backend_that_cannot_run_is_an_error(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

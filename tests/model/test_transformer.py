@@ -64,8 +64,8 @@ def test_native_self_attention_is_pytorchs(is_padded, width):
 def test_keys_of_all_layers_are_those_of_each():
     """Separable and from two products, against layer by layer and dense: equal wherever a key is valid."""
     decoder = conddetr.build("conditional-detr-tiny", decoder_layers=3).double().transformer.decoder
-    size, valid_hw = (4, 7), torch.tensor([[4, 5], [3, 7]])
-    padding = rectangle_padding(valid_hw, *size)
+    size, valid_cells = (4, 7), torch.tensor([[4, 5], [3, 7]])
+    padding = rectangle_padding(valid_cells, *size)
     position = sine_position_encoding(padding.unflatten(1, size), 64).double()
     memory = torch.randn(2, 28, 64, dtype=torch.float64)
     together = project_all_keys(decoder.layers, memory, position, size)

@@ -50,7 +50,7 @@ def separable_inputs(device):
 
 def attention(device, backend):
     valid = torch.ones(BATCH, 2, dtype=torch.int32, device=device)
-    return conditional_attention(*separable_inputs(device), valid_hw=valid, dropout_p=0.1, backend=backend)
+    return conditional_attention(*separable_inputs(device), valid_cells=valid, dropout_p=0.1, backend=backend)
 
 
 def dense_attention(device, backend):

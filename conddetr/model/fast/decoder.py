@@ -263,7 +263,7 @@ def _cross_attend(
         module.split(keys.content[index]),
         (module.split(keys.rows[index]), module.split(keys.columns[index])),
         module.split(keys.value[index]),
-        valid_hw=grid.valid_hw,
+        valid_cells=grid.valid_cells,
         dropout_p=dropout.probability,
         seed=dropout.seed(),
         backend=module.backend,

@@ -75,7 +75,7 @@ class Plan:
             memory = transformer.encoder(tokens, grid.padding, position)
         else:
             memory = fast_encoder.encode(transformer.encoder, self.encoder, tokens, grid.padding, position, self.seeds)
-        is_rectangle = grid.padding is None or grid.valid_hw is not None
+        is_rectangle = grid.padding is None or grid.valid_cells is not None
         if self.decoder is None or not is_rectangle:
             return transformer.decoder(memory, grid, position, object_query)
         memory = memory.to(self.dtype)

@@ -35,7 +35,7 @@ struct Call {
     p.stored = stored_type(inputs.q_content);
     find_tensors(inputs);
     find_kept(inputs);
-    find_keys(inputs.valid_hw, inputs.key_padding_mask);
+    find_keys(inputs.valid_cells, inputs.key_padding_mask);
   }
 
   void find_tensors(const Inputs& inputs) {
@@ -59,14 +59,14 @@ struct Call {
     p.keep = p.dropout_p > 0 ? static_cast<const uint32_t*>(keep->const_data_ptr()) : nullptr;
   }
 
-  void find_keys(const std::optional<Tensor>& valid_hw, const std::optional<Tensor>& mask) {
-    STD_TORCH_CHECK(!valid_hw || (valid_hw->scalar_type() == ScalarType::Int && valid_hw->is_contiguous() &&
-                                  valid_hw->numel() == 2 * p.batch),
-                    "valid_hw: expected contiguous int32 [B, 2]");
+  void find_keys(const std::optional<Tensor>& valid_cells, const std::optional<Tensor>& mask) {
+    STD_TORCH_CHECK(!valid_cells || (valid_cells->scalar_type() == ScalarType::Int && valid_cells->is_contiguous() &&
+                                     valid_cells->numel() == 2 * p.batch),
+                    "valid_cells: expected contiguous int32 [B, 2]");
     STD_TORCH_CHECK(!mask || (mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() &&
                               mask->numel() == p.batch * p.keys),
                     "key_padding_mask: expected contiguous bool [B, N]");
-    const auto* rectangle = static_cast<const int32_t*>(data_or_null(valid_hw));
+    const auto* rectangle = static_cast<const int32_t*>(data_or_null(valid_cells));
     const auto* padding = static_cast<const bool*>(data_or_null(mask));
     const bool is_same = !rectangle && !padding;
     for (int64_t image = 0; image < (is_same ? 1 : p.batch); ++image) {

@@ -30,9 +30,9 @@ struct Visited {
   }
 };
 
-Visited visit(const int32_t* valid_hw, const bool* padding, int64_t image, int32_t height, int32_t width) {
+Visited visit(const int32_t* valid_cells, const bool* padding, int64_t image, int32_t height, int32_t width) {
   Visited visited;
-  const Rectangle valid = valid_rectangle(valid_hw, image, height, width);
+  const Rectangle valid = valid_rectangle(valid_cells, image, height, width);
   for (int32_t y = 0; y < valid.height; ++y) {
     if (padding == nullptr) {
       visited.add(y, 0, valid.width, int64_t(y) * valid.width);

@@ -51,7 +51,7 @@ void prepare(Inputs& inputs) {
   STD_TORCH_CHECK(inputs.height() * inputs.width() == keys && keys < int64_t(1) << 30 && queries < int64_t(1) << 30,
                   "expected H · W keys, and fewer than 2^30 keys and queries");
   STD_TORCH_CHECK(batch < 65536 && heads < 65536, "expected fewer than 65536 images and heads");
-  check(inputs.valid_hw, "valid_hw", ScalarType::Int, 2 * batch, inputs);
+  check(inputs.valid_cells, "valid_cells", ScalarType::Int, 2 * batch, inputs);
   check(inputs.key_padding_mask, "key_padding_mask", ScalarType::Bool, batch * keys, inputs);
   check(inputs.keep, "keep", ScalarType::Int, batch * heads * inputs.keep_words() * queries, inputs);
   STD_TORCH_CHECK(inputs.dropout_p == 0 || inputs.keep, "keep: expected bits with dropout");
@@ -76,7 +76,7 @@ Problem<T> problem(const Inputs& inputs) {
   p.heads = int(inputs.heads());
   p.height = int(inputs.height());
   p.width = int(inputs.width());
-  p.valid_hw = data_or_null<int32_t>(inputs.valid_hw);
+  p.valid_cells = data_or_null<int32_t>(inputs.valid_cells);
   p.padding = data_or_null<bool>(inputs.key_padding_mask);
   if (inputs.dropout_p > 0) p.keep = data_or_null<uint32_t>(inputs.keep);
   p.keep_words = int(inputs.keep_words());

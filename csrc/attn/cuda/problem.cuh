@@ -21,15 +21,15 @@ template <typename T>
 struct Problem {
   Rows<T> q_content, q_spatial, k_content, spatial, columns, v;
   int queries, keys, heads, height, width;
-  const int32_t* valid_hw;  // or null
-  const bool* padding;      // [batch, keys], or null
-  const uint32_t* keep;     // [batch, heads, keep_words, queries]: bit j of word w is of ordinal 32 w + j; or null
-  int keep_words;           // two for each tile of the grid
-  float scale, log2_scale;  // the latter with log2(e), and never 0: a hidden score is infinite, its product too
-  float hidden;             // -inf times the sign of the scale
-  float drop_factor;        // 1 - p
+  const int32_t* valid_cells;  // or null
+  const bool* padding;         // [batch, keys], or null
+  const uint32_t* keep;        // [batch, heads, keep_words, queries]: bit j of word w is of ordinal 32 w + j; or null
+  int keep_words;              // two for each tile of the grid
+  float scale, log2_scale;     // the latter with log2(e), and never 0: a hidden score is infinite, its product too
+  float hidden;                // -inf times the sign of the scale
+  float drop_factor;           // 1 - p
 
-  __device__ Keys keys_of(int image) const { return {valid_rectangle(valid_hw, image, height, width), width}; }
+  __device__ Keys keys_of(int image) const { return {valid_rectangle(valid_cells, image, height, width), width}; }
   __device__ int64_t query_index(int image, int head, int query) const {
     return (int64_t(image) * heads + head) * queries + query;
   }

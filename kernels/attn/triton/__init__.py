@@ -66,7 +66,7 @@ class Inputs(OperatorInputs):
 
     def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What decides which scores count, as every kernel takes it."""
-        return self.valid_hw, self.key_padding_mask, self.keep
+        return self.valid_cells, self.key_padding_mask, self.keep
 
     def scalars(self) -> tuple[float | int, ...]:
         """Arguments of every kernel from `scale` on, up to the widths."""

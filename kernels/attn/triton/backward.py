@@ -48,7 +48,7 @@ def query_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_query_kernel(
-    tensors, upstream, out, lse, statistics, grad_qc, grad_qs, valid_hw, padding, keep,
+    tensors, upstream, out, lse, statistics, grad_qc, grad_qs, valid_cells, padding, keep,
     scale, log2_scale, kept_factor, queries, keys, heads, height, width,
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -82,7 +82,7 @@ def backward_query_kernel(
     if keep is not None:
         keep += group * ((keys + 63) // 64 * 2) * queries
 
-    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width)
+    visited, row_width = valid_rectangle(valid_cells, image, keys, height, width)
     content = tl.zeros((BLOCK_Q, PD), tl.float32)
     spatial = tl.zeros((BLOCK_Q, PDS), tl.float32)
     ordinal = tl.arange(0, BLOCK_N)
@@ -91,7 +91,7 @@ def backward_query_kernel(
     row_part, column_part = load_parts(tensors, image, head, row, column, ordinal < visited, DS, PDS, OFFSET)
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
-        position = position_of(start + ordinal, row, column, width, valid_hw)
+        position = position_of(start + ordinal, row, column, width, valid_cells)
         k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
         value = load_values(tensors, image, head, position, None, DV, PDV, OFFSET)
         row, column = next_tile(row, column, row_width, BLOCK_N)
@@ -106,7 +106,7 @@ def backward_query_kernel(
     # At most once.
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
-        position = position_of(start + ordinal, row, column, width, valid_hw)
+        position = position_of(start + ordinal, row, column, width, valid_cells)
         row_part, column_part = load_parts(tensors, image, head, row, column, inside, DS, PDS, OFFSET)
         k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, inside, D, DS, PD, PDS, OFFSET)
         value = load_values(tensors, image, head, position, inside, DV, PDV, OFFSET)
@@ -126,7 +126,7 @@ def backward_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_key_kernel(
-    tensors, upstream, statistics, grad_kc, grad_ks, grad_v, valid_hw, padding, keep,
+    tensors, upstream, statistics, grad_kc, grad_ks, grad_v, valid_cells, padding, keep,
     scale, log2_scale, kept_factor, queries, keys, heads, height, width, padded,
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -141,10 +141,10 @@ def backward_key_kernel(
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = image * heads + head
     start = tl.program_id(0) * BLOCK_N
-    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width)
+    visited, row_width = valid_rectangle(valid_cells, image, keys, height, width)
     ordinal = start + tl.arange(0, BLOCK_N)
     row, column = ordinal // row_width, ordinal % row_width
-    position = position_of(ordinal, row, column, width, valid_hw)
+    position = position_of(ordinal, row, column, width, valid_cells)
     visible = ordinal < visited
     row_part, column_part = load_parts(tensors, image, head, row, column, visible, DS, PDS, OFFSET)
     k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, visible, D, DS, PD, PDS, OFFSET)
@@ -184,7 +184,7 @@ def backward_key_kernel(
         tl.where(visible[:, None], spatial * factor, 0.0),
     )
     values = tl.where(visible[:, None], values * kept_factor, 0.0)
-    if valid_hw is not None:
+    if valid_cells is not None:
         position = tl.where(ordinal < visited, position, outside_position(ordinal - visited, visited, row_width, width))
     is_key = ordinal < keys
     rows = image * keys * heads + head

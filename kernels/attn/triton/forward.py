@@ -52,7 +52,7 @@ def softmax_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    tensors, out, lse, valid_hw, padding, keep, scale, log2_scale, kept_factor, queries, keys, heads, height, width,
+    tensors, out, lse, valid_cells, padding, keep, scale, log2_scale, kept_factor, queries, keys, heads, height, width,
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def forward_kernel(
     if keep is not None:
         keep += group * ((keys + 63) // 64 * 2) * queries
 
-    visited, row_width = valid_rectangle(valid_hw, image, keys, height, width)
+    visited, row_width = valid_rectangle(valid_cells, image, keys, height, width)
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     accumulator = tl.zeros((BLOCK_Q, PDV), tl.float32)
@@ -82,7 +82,7 @@ def forward_kernel(
     # One tile ahead, into registers: copies to shared memory would have to be read back to add them.
     row_part, column_part = load_parts(tensors, image, head, tl.minimum(row, last_row), column, None, DS, PDS, OFFSET)
     if AHEAD:
-        position = tl.minimum(position_of(ordinal, row, column, width, valid_hw), keys - 1)
+        position = tl.minimum(position_of(ordinal, row, column, width, valid_cells), keys - 1)
         k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
         scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
         row, column = next_tile(row, column, row_width, BLOCK_N)
@@ -92,12 +92,12 @@ def forward_kernel(
     whole = visited // BLOCK_N * BLOCK_N
     for start in tl.range(0, whole, BLOCK_N):
         if not AHEAD:
-            position = position_of(start + ordinal, row, column, width, valid_hw)
+            position = position_of(start + ordinal, row, column, width, valid_cells)
         value = load_values(tensors, image, head, position, None, DV, PDV, OFFSET)
         visible = tl.load(padding + position) == 0 if padding is not None else None
         kept = load_kept(keep, within, start, queries, BLOCK_N, OFFSET) if keep is not None else None
         if AHEAD:
-            position = tl.minimum(position_of(start + BLOCK_N + ordinal, row, column, width, valid_hw), keys - 1)
+            position = tl.minimum(position_of(start + BLOCK_N + ordinal, row, column, width, valid_cells), keys - 1)
         k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, None, D, DS, PD, PDS, OFFSET)
         row, column = next_tile(row, column, row_width, BLOCK_N)
         row_part, column_part = load_parts(
@@ -114,7 +114,7 @@ def forward_kernel(
     for start in tl.range(whole, visited, BLOCK_N, num_stages=1):
         inside = start + ordinal < visited
         if not AHEAD:
-            position = position_of(start + ordinal, row, column, width, valid_hw)
+            position = position_of(start + ordinal, row, column, width, valid_cells)
             k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, inside, D, DS, PD, PDS, OFFSET)
             scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
         value = load_values(tensors, image, head, position, inside, DV, PDV, OFFSET)

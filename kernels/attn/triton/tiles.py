@@ -42,12 +42,12 @@ def of_head(rows, image, head):
 
 
 @triton.jit
-def valid_rectangle(valid_hw, image, keys, height, width):
-    """Number of keys to visit and width of a row of them. Clamped: a wrong `valid_hw` never reads outside."""
+def valid_rectangle(valid_cells, image, keys, height, width):
+    """Number of keys to visit and width of a row of them. Clamped: a wrong `valid_cells` never reads outside."""
     visited, row_width = keys, width
-    if valid_hw is not None:
-        valid_height = tl.minimum(tl.maximum(tl.load(valid_hw + 2 * image), 0), height)
-        row_width = tl.minimum(tl.maximum(tl.load(valid_hw + 2 * image + 1), 0), width)
+    if valid_cells is not None:
+        valid_height = tl.minimum(tl.maximum(tl.load(valid_cells + 2 * image), 0), height)
+        row_width = tl.minimum(tl.maximum(tl.load(valid_cells + 2 * image + 1), 0), width)
         visited = valid_height * row_width
         row_width = tl.maximum(row_width, 1)
     return visited, row_width
@@ -65,10 +65,10 @@ def outside_position(ordinal, visited, row_width, width):
 
 
 @triton.jit
-def position_of(ordinal, row, column, width, valid_hw):
-    """Where keys are in the grid: without `valid_hw` their ordinals, which cost less."""
+def position_of(ordinal, row, column, width, valid_cells):
+    """Where keys are in the grid: without `valid_cells` their ordinals, which cost less."""
     position = ordinal
-    if valid_hw is not None:
+    if valid_cells is not None:
         position = row * width + column
     return position
 

@@ -100,7 +100,7 @@ def _make(size: Size, is_separable: bool, is_strided: bool, maker: Maker) -> Inp
 
 def _separable(title: str, size: Size, p: float = 0.0, is_model: bool = False, is_strided: bool = False) -> Problem:
     def run(inputs: Inputs, backend: str) -> list[Tensor]:
-        options = {"valid_hw": inputs.get("valid"), "dropout_p": p, "seed": inputs["seed"], "backend": backend}
+        options = {"valid_cells": inputs.get("valid"), "dropout_p": p, "seed": inputs["seed"], "backend": backend}
         keys = (inputs["k_content"], (inputs["rows"], inputs["columns"]), inputs["v"])
         return [conditional_attention(inputs["q_content"], inputs["q_spatial"], *keys, **options)]
 

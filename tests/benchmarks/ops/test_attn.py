@@ -135,7 +135,7 @@ def test_pytorch_knows_the_backend_that_is_asked_for():
 
 def test_padding_is_really_there():
     tensors = problem().make()
-    assert tensors.valid_hw.tolist() == [[25, 34], [25, 19]]
+    assert tensors.valid_cells.tolist() == [[25, 34], [25, 19]]
     assert int(tensors.padding.sum()) == 25 * 15
 
 

@@ -36,7 +36,7 @@ def test_every_kernel_for_hopper(tmp_path):
     sources = (ROOT / "kernels").rglob("*.py")
     assert sorted(names) == sorted(name for path in sources for name in re.findall(r"(\w+_kernel)\[", path.read_text()))
     assert {found["variant"] for found in kernels if found["tensor_core_instructions"]} == {
-        "half, 32, separable, valid_hw, dropout",
+        "half, 32, separable, valid_cells, dropout",
         "half, 256 channels, 8 images",
     }
 
@@ -53,9 +53,9 @@ def test_all_kernels_for_all_architectures(tmp_path):
     assert len(kernels) == 6 * (3 * 3 * (2 + 2) + 2 + 1 + 8 + 2 + 9 + 4 + 8 + 2 + 1 + 2 + 14) + 2
     alone = [found["variant"] for found in kernels if found["kernel"] == "forward_kernel" and found["dtype"] == "bf16"]
     assert {name: alone.count(name) for name in alone if "32, separable" in name} == {
-        "half, 32, separable, valid_hw, dropout": 6,
-        "half, 32, separable, valid_hw": 1,
-        "half, 32, separable, valid_hw, crowded": 1,
+        "half, 32, separable, valid_cells, dropout": 6,
+        "half, 32, separable, valid_cells": 1,
+        "half, 32, separable, valid_cells, crowded": 1,
     }
     hopper = {
         found["variant"]: found
@@ -64,5 +64,5 @@ def test_all_kernels_for_all_architectures(tmp_path):
     }
     for form, blocks in ((", dropout", 4), ("", 3), (", crowded", 5)):
         # Registers are given eight at a time, to blocks of 128 threads.
-        registers = -(-hopper[f"half, 32, separable, valid_hw{form}"]["registers"] // 8) * 8
+        registers = -(-hopper[f"half, 32, separable, valid_cells{form}"]["registers"] // 8) * 8
         assert 65536 // (128 * registers) >= blocks, form

@@ -243,7 +243,7 @@ def test_loss_is_the_one_of_transformers(counts, has_auxiliary):
     assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[3], expected[3], strict=True))
 
 
-def test_what_can_not_be_accelerated_is_left_and_listed(monkeypatch):
+def test_what_cannot_be_accelerated_is_left_and_listed(monkeypatch):
     model = small_model(focal_alpha=0.5)
     monkeypatch.setattr(theirs.ConditionalDetrDecoder, "forward", lambda self, something_new: something_new)
     report = accelerate(model, "eager")

@@ -182,7 +182,7 @@ def test_another_alpha_is_for_their_matcher():
     assert paths["loss"] == {"the official code": 1}
 
 
-def test_what_can_not_be_accelerated_is_left_and_listed():
+def test_what_cannot_be_accelerated_is_left_and_listed():
     model = small_model()
     model.transformer.encoder.layers[0].normalize_before = True
     model.backbone[0].body["bn1"] = nn.BatchNorm2d(64)

@@ -64,7 +64,7 @@ class ConditionalCrossAttention(nn.Module):
             self.split(keys.content),
             k_spatial,
             self.split(keys.value),
-            valid_hw=grid.valid_hw if is_separable else None,
+            valid_cells=grid.valid_cells if is_separable else None,
             key_padding_mask=None if is_separable else grid.padding,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,

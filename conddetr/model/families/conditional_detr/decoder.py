@@ -156,7 +156,7 @@ class ConditionalDecoder(nn.Module):
 
         A mask that came without a rectangle may have any shape, so its keys are dense.
         """
-        if self.backend != "eager" and (grid.padding is None or grid.valid_hw is not None):
+        if self.backend != "eager" and (grid.padding is None or grid.valid_cells is not None):
             yield from project_all_keys(self.layers, memory, position, grid.size)
         else:
             for layer in self.layers:
