@@ -53,7 +53,7 @@ CODE = $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -
 lint: $(READY) tree
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CODE)
+	@$(BIN)/clang-format --dry-run --Werror $(CODE)
 	cd build/tree && $(abspath $(BIN))/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy
 
 # The documentation as a site in build/site; a link or an anchor that leads nowhere is an error. REPO_URL=address shows

@@ -64,8 +64,8 @@ class Detector:
         self.device = find_device(device)
         check_precision(precision)
         self._precision = precision
-        how = {"backend": backend, "pretrained_backbone": pretrained_backbone}
-        how = {name: value for name, value in how.items() if value is not None}
+        given = {"backend": backend, "pretrained_backbone": pretrained_backbone}
+        how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         self.run: dict[str, Any] | None = None
         """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
         self.metrics: dict[str, float] | None = None

@@ -187,7 +187,7 @@ def _found_config(weights: Weights, preset: str | None) -> configs.ModelConfig:
             f"{weights.origin} has no class head, 'class_embed.weight': train from it with --weights, or load it by "
             "load_weights(model, file, strict=False)."
         )
-    family, backbone = found.pop("family"), found.pop("backbone")
+    family, backbone = str(found.pop("family")), str(found.pop("backbone"))
     if backbone not in (known := get_args(configs.Backbone)):
         raise ValueError(f"{weights.origin}: backbone: expected {', '.join(known)}, found {backbone}.")
     dilation = weights.options.get("dilation", configs.resolve(preset).dilation if preset else False)

@@ -69,10 +69,13 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
         FileNotFoundError: no such file.
         ValueError: damaged, of another architecture, or several models and none is the usual one; says which.
     """
-    path, content, origin = None, source, "The state dict"
+    path: Path | None = None
+    content: Mapping[str, Any]
     if isinstance(source, (str, Path)):
         path = weights_file(Path(source))
         content, origin = _read(path), f"Checkpoint {source}"
+    else:
+        content, origin = source, "The state dict"
     found = find_model(content, origin)
     weights = Weights(origin, found.state, notes=found.notes, ignored=found.ignored)
     adapter = next((name for name in weights.state if ".lora_" in name or ".base_layer." in name), None)
