@@ -272,7 +272,7 @@ class Detector:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or the weights do not fit; says what was found and what was expected.
+            ValueError: damaged, or the weights do not fit; says what it is and what was expected.
         """
         # Better refused now than after a download.
         find_device(device)

@@ -80,7 +80,7 @@ def check_json_target(option: str, path: str | Path | None) -> None:
     if not path:
         return
     if Path(path).is_dir():
-        raise ValueError(f"{option} {path}: expected a name for a JSON file, found a folder.")
+        raise ValueError(f"{option} {path}: expected a name for a JSON file, got a folder.")
     if Path(path).is_file():
         with open(path, "rb") as file:
             start = file.read(_BEGINNING).lstrip()
@@ -116,7 +116,7 @@ def decode_text(content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"expected UTF-8, found byte 0x{content[error.start]:02x} at line {line} (byte {error.start}): save the "
+            f"expected UTF-8, got byte 0x{content[error.start]:02x} at line {line} (byte {error.start}): save the "
             "file as UTF-8"
         ) from error
 

@@ -495,7 +495,7 @@ def test_resolved_options_are_read_again(tmp_path):
         (["predict", __file__, "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
         (["predict", __file__, "--checkpoint", "/nowhere.pt", "--out", __file__], "expected a folder for pictures"),
         (["attention", "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
-        (["attention", "/", "--checkpoint", "/nowhere.pt"], "Image file /: expected a file, found a folder"),
+        (["attention", "/", "--checkpoint", "/nowhere.pt"], "Image file /: expected a file, got a folder"),
         (["eval", "--checkpoint", "/no.pt", "--out", "//no.pt"], "--out //no.pt: this is also /no.pt"),
         (["eval", "--checkpoint", "/no.pt", "--out", "x", "--results", "./x"], "--out x: this is also ./x"),
         (["export", "--checkpoint", "/no.onnx", "--out", "/no.onnx"], "--out /no.onnx: this is also /no.onnx"),
@@ -504,7 +504,7 @@ def test_resolved_options_are_read_again(tmp_path):
             "--report //no.json: this is also /no.json",
         ),
         # What is written over is looked at before the work.
-        (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, found a folder"),
+        (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, got a folder"),
         (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file is there, and holds no JSON"),
         (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "holds no JSON"),
         (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "holds no JSON"),

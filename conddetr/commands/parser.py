@@ -1,4 +1,4 @@
-"""The flags of all commands. Nothing here takes time to import: no PyTorch, no command."""
+"""The flags of all commands. Importing this takes no time: it needs neither PyTorch nor the commands."""
 
 import argparse
 from typing import TYPE_CHECKING, NoReturn, get_args
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints its help into any encoding, and says what is wrong in one line: `train` alone has a page of options. The
-    parsers of the commands are of this kind too.
+    """Prints its help in any encoding, and errors in one line, because `train` alone has a page of options. The parsers
+    of the commands have this class too.
     """
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of `conddetr`; of what it parses, `command` is the name, `module` its file here, `parser` its own."""
+    """The parser of `conddetr`. Its result names the command (`command`), its file (`module`) and its `parser`."""
     parser = _Parser(prog="conddetr", description="Train and run Conditional DETR.")
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
@@ -74,9 +74,9 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
     parser.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
-    parser.add_argument("--split", default="val", choices=("val", "test"), help="of a --dataset; default: val")
+    parser.add_argument("--split", default="val", choices=("val", "test"), help="part of a --dataset; default: val")
     parser.add_argument(
-        "--classes-by-name", action="store_true", help="match classes by name, whatever their ids in the data set"
+        "--classes-by-name", action="store_true", help="match classes by name and ignore their ids in the data set"
     )
     parser.add_argument(
         "--per-class", action="store_true", help="also print a table of the classes, and write it to --out"
@@ -105,8 +105,8 @@ def _add_attention(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _add_checkpoint(parser)
     _add_device(parser)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--query", type=int, metavar="N", help="object query, from 0, whatever it found")
-    which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, a picture each")
+    which.add_argument("--query", type=int, metavar="N", help="object query, from 0, even without a detection")
+    which.add_argument("--top", type=int, default=1, metavar="K", help="the K best detections, one picture each")
     parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
     parser.add_argument("--out", default="runs/attention", help="folder for the pictures")
 
@@ -128,36 +128,38 @@ def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--out",
         default="runs/demo",
-        help="folder for the checkpoint and the pictures; one that holds a run stays: DIR-2 is taken",
+        help="folder for the checkpoint and the pictures; if it holds a run, DIR-2 is used",
     )
     parser.add_argument(
-        "--seconds", type=float, help="training time at most; default: none for shapes, 600 with --coco-path"
+        "--seconds", type=float, help="limit of the training time; default: none for shapes, 600 with --coco-path"
     )
 
 
 def _add_validate_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    parser = commands.add_parser("validate-data", help="read a whole data set and report what is wrong with it")
+    parser = commands.add_parser("validate-data", help="read a whole data set and report its problems")
     parser.set_defaults(module="validate_data")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", metavar="DIR", help="a folder in any layout that is known, all its parts")
+    source.add_argument("--dataset", metavar="DIR", help="a folder in any known layout, with all its parts")
     source.add_argument("--coco-path", metavar="DIR", help="COCO's 2017 layout, training and validation")
     source.add_argument("--annotations", metavar="FILE", help="one file in COCO's format; needs --images")
     parser.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
     parser.add_argument("--val-annotations", metavar="FILE", help="of validation images, compared with --annotations")
     parser.add_argument("--val-folder", metavar="DIR", help="folder of the images of --val-annotations")
-    parser.add_argument("--report", metavar="FILE", help="also write what was found there, as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write the findings there, as JSON")
     parser.add_argument(
-        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list what was changed"
+        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list the changes"
     )
-    parser.add_argument("--processes", type=int, help="that read images; default: one per core")
+    parser.add_argument("--processes", type=int, help="number of processes that read images; default: one per core")
 
 
 def _add_bench_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser("bench-data", help="training images/s on one core, official chain against ours")
     parser.set_defaults(module="bench_data")
     parser.add_argument("--coco-path", required=True, metavar="DIR", help="COCO's 2017 layout")
-    parser.add_argument("--preset", default="conditional-detr-r50", choices=list(PRESETS), help="for its image sizes")
-    parser.add_argument("--count", type=int, default=100, help="images to use at most")
+    parser.add_argument(
+        "--preset", default="conditional-detr-r50", choices=list(PRESETS), help="the preset whose image sizes are used"
+    )
+    parser.add_argument("--count", type=int, default=100, help="maximal number of images")
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images")
 
 
@@ -171,24 +173,24 @@ def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "check",
         help="prove the kernels on this device: numbers, memory, time",
-        description="Run every kernel on this device beside plain PyTorch in float64: results, gradients, dropout, the "
-        "same bits twice, nothing written outside, then the time. The record of it is kept in the user's cache folder; "
-        "on a GPU backend=auto goes by it. The exit status is 1 if a kernel is refused.",
+        description="Compare every kernel on this device with plain PyTorch in float64: results, gradients, dropout, "
+        "bitwise repeats, writes out of bounds, then the time. The record is kept in the user's cache folder; on a GPU "
+        "backend=auto relies on it. The exit status is 1 if a kernel is refused.",
     )
     parser.set_defaults(module="check")
     _add_device(parser)
-    parser.add_argument("--short", action="store_true", help="only the sizes of the model")
+    parser.add_argument("--short", action="store_true", help="check only the sizes of the model")
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="on a GPU: before, measure the few launch settings of attention that are predicted to be the fastest, and "
-        "record which one is",
+        help="on a GPU, first measure the launch settings of attention that are predicted to be fastest, and record "
+        "the best",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the record there")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA where there is one")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CUDA if available")
 
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:
@@ -196,13 +198,13 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
         "--backend",
         default="auto",
         choices=get_args(Backend),
-        help="as of train; eager: the reference, in plain PyTorch",
+        help="as for train; eager: the reference, in plain PyTorch",
     )
     parser.add_argument(
         "--precision",
         default="auto",
         choices=get_args(Precision),
-        help="default: that of the training, and bfloat16 where it is not known; both on GPUs that have it",
+        help="default: the training's precision, or bfloat16 if unknown; float32 where the device has no bfloat16",
     )
 
 
@@ -211,7 +213,9 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="FILE",
-        help="ours, an official one, or one of transformers' ConditionalDetrForObjectDetection; a folder of "
-        "save_pretrained too; with --preset also coco or official, its public weights",
+        help="ours, an official one, or one of transformers' ConditionalDetrForObjectDetection; also a folder of "
+        "save_pretrained; with --preset also coco or official, its public weights",
     )
-    parser.add_argument("--preset", choices=list(PRESETS), help="of a checkpoint of others; default: found")
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), help="the preset of a checkpoint that is not ours; default: detected"
+    )

@@ -27,22 +27,26 @@ class ModelConfig:
     """Number of object classes. Logits: `num_classes`, plus one for no-object in the `detr` family."""
 
     backbone: Backbone = "resnet50"
-    """`resnet50`, `resnet101` (torchvision, frozen batch norm) or `tiny` (stride 16, batch norm that trains)."""
+    """`resnet50` or `resnet101` (torchvision, frozen batch norm), or `tiny` (stride 16, trained batch norm)."""
     dilation: bool = False
     """DC5: the last ResNet stage keeps stride 16 and dilates its convolutions."""
     train_backbone: bool = True
-    """False freezes the whole backbone. In a ResNet the stem and first stage are frozen always."""
+    """False freezes the whole backbone. The stem and the first stage of a ResNet are always frozen."""
 
     hidden_dim: int = 256
     """Width of the transformer; a multiple of `num_heads` and of 4."""
     num_heads: int = 8
+    """Heads of every attention."""
     encoder_layers: int = 6
+    """Layers of the transformer's encoder; 0: none."""
     decoder_layers: int = 6
+    """Layers of the transformer's decoder."""
     ffn_dim: int = 2048
     """Hidden width of the feed-forward networks."""
     dropout: float = 0.1
     """Dropout of attention weights, inside the feed-forward networks and on residual branches."""
     num_queries: int = 300
+    """Object queries: the largest number of objects that can be detected in an image."""
 
     csq: Literal["full", "C", "T", "P", "I"] = "full"
     """Conditional spatial query, CD section 4.3: `full` (λ from the decoder embedding f, times p_s),
@@ -68,12 +72,14 @@ class ModelConfig:
     giou_cost: float = 2.0
     """Weight of GIoU in the matching cost."""
     focal_alpha: float = 0.25
+    """Weight α of positives in the focal loss; negatives weigh 1 - α."""
     focal_gamma: float = 2.0
+    """Exponent γ of the focal loss."""
     no_object_weight: float = 0.1
     """`detr` only: weight of the no-object class in the cross-entropy."""
 
     image_size: int = 800
-    """Short side, in pixels, to which images are resized for evaluation; training scales follow it."""
+    """Short side, in pixels, to which images are resized for evaluation; training scales are relative to it."""
     max_image_size: int = 1333
     """Upper bound of the long side, in pixels."""
 
@@ -84,7 +90,7 @@ class ModelConfig:
 
     @property
     def activation(self) -> str:
-        """How scores come from logits: `sigmoid` or `softmax`."""
+        """Function from logits to scores: `sigmoid` or `softmax`."""
         return FAMILIES[self.family].activation
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,62 +27,64 @@ class TrainConfig:
     """How to train. The defaults are the paper's 50-epoch schedule, per GPU."""
 
     epochs: int = 50
+    """Passes over the training set."""
     batch_size: int = 2
     """Images per process and forward pass."""
     accumulate: int = 1
-    """Batches per step; losses are divided by the objects of them all, so the step is that of one big batch."""
+    """Batches per step. Losses are divided by the objects of all of them, so the step is that of one large batch."""
     lr: float = 1e-4
     """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
     """Learning rate of the backbone."""
     schedule: Literal["step", "cosine"] = "step"
-    """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they fall to zero."""
+    """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they decay to zero."""
     lr_drop: int = 40
     """Epochs between the divisions by ten of the `step` schedule."""
     warmup_steps: int = 0
-    """Steps over which the learning rates rise linearly to their value."""
+    """Steps over which the learning rates rise linearly to their values (warm-up)."""
     weight_decay: float = 1e-4
+    """Weight decay of AdamW, for all parameters."""
     clip_max_norm: float = 0.1
-    """Largest norm of the gradient of all parameters together; 0 turns clipping off."""
+    """Maximal norm of the gradient of all parameters together; 0: no clipping."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights, e.g. 0.9997; it is what is then evaluated. 0: none."""
+    """Decay per step of the moving average of the weights, e.g. 0.9997; the average is then evaluated. 0: none."""
     ema_ramp: int = 2000
     """Steps over which the decay rises to its value: decay · (1 - exp(-step / ramp))."""
     precision: Precision = "auto"
     """`float32`, or `bfloat16`: autocast for the model; its heads, losses, matching and weights stay float32. `auto`:
-    bfloat16 on NVIDIA GPUs of compute capability 8.0 and newer, else float32; a resumed run keeps its own where it
-    can."""
+    bfloat16 on NVIDIA GPUs of compute capability 8.0 and newer, else float32; a resumed run keeps its own precision if
+    it can."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Record whole steps as one CUDA graph for each shape of a batch. It needs one process with an NVIDIA GPU, and
-    backend `auto` or `triton`. `auto`: where that can be done, else one line says why not; `on`: else an error;
-    `off`."""
+    """Record whole steps as one CUDA graph per batch shape. This needs one process with an NVIDIA GPU, and backend
+    `auto` or `triton`. `auto`: if that is possible, else one line says why not; `on`: else an error; `off`."""
     max_targets: int = 0
-    """Objects per image that every batch is padded to, more are an error; 0: those of the fullest image, in a graph
-    as many as the model has queries."""
+    """Objects per image to which every batch is padded; more are an error. 0: the maximum of the batch, in a CUDA graph
+    the model's number of queries."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500
-    """Steps between checkpoints inside an epoch; 0: at the ends of epochs only."""
+    """Steps between checkpoints inside an epoch; 0: only at the end of each epoch."""
     check_finite: Literal["auto", "always", "never"] = "auto"
-    """Look for NaN and infinity in the matching cost, and skip the step where there is any: `always`, which waits for
-    the device; `never`: such pairs are matched last, and only losses and gradients decide; `auto`: where matching is on
-    the host."""
+    """Check the matching cost for NaN and infinity, and skip the step if there are any. `always` waits for the device;
+    `never` matches such pairs last, so that only losses and gradients decide; `auto` checks if matching runs on the
+    host."""
     max_skipped_steps: int = 10
-    """Steps of a run that may be skipped because the loss or a gradient is not finite, before training stops."""
+    """Number of steps that may be skipped because the loss or a gradient is not finite; then training stops."""
     workers: int = 2
-    """Processes that load images; 0 loads them in the training process."""
+    """Processes that load images; 0: the training process loads them."""
     pad_buckets: int = -1
-    """Pad batches to one of this many shapes; 0: to the largest image of the batch; -1: 4 where CUDA graphs are
-    recorded, else 0."""
+    """Pad batches to one of this many shapes; 0: to the largest image of the batch; -1: 4 if CUDA graphs are recorded,
+    else 0."""
     preflight: bool = False
-    """Try the largest batch first, to see whether the memory suffices."""
+    """Run the largest batch first, to see whether the memory suffices."""
     seed: int = 42
+    """Of initial weights, order of images, augmentation and dropout."""
     time_limit: float = 0.0
-    """Stop training after so many seconds, evaluation not counted, as if the epochs were over; 0: no limit."""
+    """Stop training after this many seconds without evaluation, as if all epochs were done; 0: no limit."""
 
     def __post_init__(self) -> None:
         if isinstance(self.cuda_graphs, bool):
@@ -116,19 +118,19 @@ class DataConfig:
     """Where images and annotations come from."""
 
     dataset: str = ""
-    """Folder of a data set in a layout that is known: COCO 2017, Roboflow, YOLO or Pascal VOC; found by looking. With
-    no images named at all: synthetic shapes."""
+    """Folder of a data set in the layout of COCO 2017, Roboflow, YOLO or Pascal VOC, which is detected. Without any
+    option for images: synthetic shapes."""
     coco_path: str = ""
-    """Folder in COCO's 2017 layout, and in no other."""
+    """Folder in COCO's 2017 layout, and no other layout."""
     annotations: str = ""
     """One annotation file in COCO's format."""
     images: str = ""
     """Folder of the images of `annotations`."""
     val_fraction: float = 0.1
-    """Share of the images of `annotations`, or of a data set without validation images, that is set aside for
+    """Share of the images of `annotations`, or of a data set without validation images, that is held out for
     validation."""
     val_annotations: str = ""
-    """Annotation file of the validation images; nothing is set aside then."""
+    """Annotation file of the validation images; then no images are held out."""
     val_folder: str = ""
     """Folder of the images of `val_annotations`; default: `images`."""
     train_images: int = 1600
@@ -199,19 +201,18 @@ class RunConfig:
     output_dir: str = "runs/train"
     """Folder for checkpoints, log and curves."""
     resume: str = ""
-    """Go on from this checkpoint; `auto`: from the folder's own, if there is one."""
+    """Resume from this checkpoint; `auto`: from the latest one in `output_dir`, if there is one."""
     weights: str = ""
-    """Start from these weights, a checkpoint of anybody or `coco` or `official`, the public ones of the preset; a class
-    head trained on other classes is left out."""
+    """Start from these weights: any checkpoint (ours, official, HuggingFace's), or the preset's public weights `coco`
+    or `official`. A class head trained on other classes is left out."""
     pretrained_backbone: bool = False
     """Start the ResNet from torchvision's ImageNet weights (downloaded on first use)."""
     device: str = ""
-    """`cpu`, `cuda` or `cuda:N`; default: CUDA where there is one."""
+    """`cpu`, `cuda` or `cuda:N`; default: CUDA if available."""
     backend: Backend = "auto"
-    """Implementation of the operations: `auto` (the best that can run), `triton` or `native` (an error where it
-    cannot), or `eager`: the reference in plain PyTorch, every module called as a module and nothing folded. It is no
-    part of what a model computes: weights are loaded with `auto`, whatever they were trained with, unless another one
-    is asked for."""
+    """Implementation of the operations. `auto`: the best that can run; `triton` or `native`: an error if it cannot run;
+    `eager`: the reference in plain PyTorch, with every module called and nothing folded. Weights are loaded with
+    `auto`, whatever backend trained them, unless another one is requested."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -317,7 +318,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"Configuration file {path} is not {path.suffix[1:].upper()}: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Configuration file {path}: expected options by name, found {type(content).__name__}.")
+        raise ValueError(f"Configuration file {path}: expected options by name, got {type(content).__name__}.")
     try:
         return flatten(content)
     except ValueError as error:

@@ -328,7 +328,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         results = ", as files of results are: annotations have 'images', 'annotations' and 'categories'"
         raise ValueError(
-            f"Annotation file {path}: expected an object, found {type(content).__name__}"
+            f"Annotation file {path}: expected an object, got {type(content).__name__}"
             f"{results if isinstance(content, list) else ''}."
         )
     if repeated:

@@ -104,7 +104,7 @@ def read_image(source: ImageLike) -> Tensor:
         ImageTooLargeError: more pixels than Pillow's limit allows.
         PixelError: values outside their range, or of a kind that is no colour.
         ValueError: not an image, damaged, or an unknown shape or dtype; names the file,
-            what was expected and what was found.
+            the expected and the actual value.
         TypeError: none of the accepted types.
     """
     if isinstance(source, (str, Path)):

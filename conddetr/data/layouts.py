@@ -81,14 +81,14 @@ def find_layout(root: str | Path) -> Layout:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no layout fits, or more than one; says what was found and what was expected.
+        ValueError: no layout fits, or more than one; says what it is and what was expected.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"Folder {root} of a data set does not exist.")
     if root.is_file() and root.suffix not in (".yaml", ".yml"):
         hint = " --images and --annotations take a folder and a file in COCO's format." * (root.suffix == ".json")
-        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, found another file.{hint}")
+        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, got another file.{hint}")
     found = _layouts_of(root)
     if len(found) > 1:
         both = " and ".join(f"{layout.name} ({layout.marker})" for layout in found)

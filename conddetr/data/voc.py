@@ -216,7 +216,7 @@ def _read(file: Path, images: Path, by_stem: dict[str, list[str]]) -> _Record:
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"Annotation file {file} is not XML: {error}.") from error
     if root.tag != "annotation":
-        raise ValueError(f"Annotation file {file}: expected the element <annotation>, found <{root.tag}>.")
+        raise ValueError(f"Annotation file {file}: expected the element <annotation>, got <{root.tag}>.")
     height, width = (_side(file, root.findtext(f"size/{side}", "")) for side in ("height", "width"))
     objects = [_object(file, place, item) for place, item in enumerate(root.findall("object"), 1)]
     size = (height, width) if height and width else (0, 0)

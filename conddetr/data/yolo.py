@@ -203,7 +203,7 @@ def _described(root: Path) -> tuple[str, dict[str, YoloSplit]] | None:
             images = places[0] if len(places) == 1 and places[0].is_dir() else _first_folder(bases)
             splits[split] = YoloSplit(images, file, split, tuple(places), classes, numbers)
     if not splits:
-        raise ValueError(f"{file}: expected paths of images under `train` and `val`, found keys {', '.join(content)}.")
+        raise ValueError(f"{file}: expected paths of images under `train` and `val`, got keys {', '.join(content)}.")
     return file.name, splits
 
 

@@ -274,7 +274,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"Checkpoint {path}: expected a dict, found {type(content).__name__}.")
+        raise ValueError(f"Checkpoint {path}: expected a dict, got {type(content).__name__}.")
     if "format" in content:
         raise ValueError(
             f"Checkpoint {path}: its format is {content['format']!r}, this version reads {FORMAT!r}. "

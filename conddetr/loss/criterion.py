@@ -66,7 +66,7 @@ class Criterion(nn.Module):
         """What `forward` makes of targets given as a list; beforehand, the step itself need not copy anything.
 
         Raises:
-            ValueError: targets do not fit; names the image, what was expected and what was found.
+            ValueError: targets do not fit; names the image, the expected and the actual value.
         """
         return pack_targets(targets, self.config.num_classes, self.max_targets).to(device)
 
@@ -111,7 +111,7 @@ class Criterion(nn.Module):
             `class_error` in percent and `cardinality_error[_i]` in objects.
 
         Raises:
-            ValueError: targets do not fit; names the image, what was expected and what was found.
+            ValueError: targets do not fit; names the image, the expected and the actual value.
             RuntimeError: inside `torch.func.vmap`: the matching of a batch depends on values.
         """
         registry.refuse_vmap("the criterion, whose matching depends on values,")

@@ -38,7 +38,7 @@ def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | N
             those of the fullest image.
 
     Raises:
-        ValueError: a target is not as it should be; names the image, what was expected and what was found.
+        ValueError: a target is not as it should be; names the image, the expected and the actual value.
     """
     _check_shapes(targets)
     counts = tuple(len(target["labels"]) for target in targets)

@@ -117,7 +117,7 @@ class DETR(nn.Module):
             and, with `aux_loss`, `aux_outputs`: one such dict per earlier decoder layer.
 
         Raises:
-            ValueError: shapes or dtypes do not fit; names the tensor, what was expected and what was found.
+            ValueError: shapes or dtypes do not fit; names the tensor, the expected and the actual value.
         """
         inputs = _check_input(images, mask, valid_hw)
         found = None if self.graphs is None else self.graphs(self, self._detect_in_own_dtype, inputs)

@@ -24,7 +24,7 @@ def image_file(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.is_dir():
-        raise IsADirectoryError(f"Image file {path}: expected a file, found a folder.")
+        raise IsADirectoryError(f"Image file {path}: expected a file, got a folder.")
     if not path.is_file():
         raise FileNotFoundError(f"Image file {path} does not exist.")
     return path
@@ -78,7 +78,7 @@ class PictureFolder:
         """
         self.folder, self._command = Path(folder), command
         if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder}: expected a folder for pictures, found a file.")
+            raise NotADirectoryError(f"{self.folder}: expected a folder for pictures, got a file.")
         self._images = {_identity(image) for image in images}
 
     def save(self, figure: Figure, image: Path, ending: str = "") -> Path:

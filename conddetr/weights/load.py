@@ -189,7 +189,7 @@ def _found_config(weights: Weights, preset: str | None) -> configs.ModelConfig:
         )
     family, backbone = str(found.pop("family")), str(found.pop("backbone"))
     if backbone not in (known := get_args(configs.Backbone)):
-        raise ValueError(f"{weights.origin}: backbone: expected {', '.join(known)}, found {backbone}.")
+        raise ValueError(f"{weights.origin}: backbone: expected {', '.join(known)}, got {backbone}.")
     dilation = weights.options.get("dilation", configs.resolve(preset).dilation if preset else False)
     name = configs.preset_name(family, backbone, dilation)
     return configs.resolve(name, **{**weights.options, **found})

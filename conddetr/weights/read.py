@@ -150,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}.")
     return content
 
 

@@ -66,7 +66,7 @@ def add_norm(
         of that dtype with the position added: all [..., C].
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers do not fit; names what was expected and what was found.
+        ValueError: shapes, dtypes, devices or numbers do not fit; names the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     vectors = (weight, bias, branch_bias)

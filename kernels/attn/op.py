@@ -61,7 +61,7 @@ def conditional_attention(
         [B, Q, h, dv]; zeros for an image whose keys are all padding.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     rows, columns = k_spatial if isinstance(k_spatial, (tuple, list)) else (k_spatial, None)

@@ -27,7 +27,7 @@ def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor, backend
         boxes, unless the L1 distance itself exceeds the dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(boxes, objects, assignment)

@@ -56,7 +56,7 @@ def convolution(
         [B, Cout, h, w], or a pair of it with `uses` 2. Gradients of any order are recorded.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     window = (stride, padding, dilation, groups)

@@ -48,7 +48,7 @@ def matching_cost(
         input: what exceeds the dtype is its largest number.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, boxes, labels, objects, counts, activation)

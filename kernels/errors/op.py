@@ -31,7 +31,7 @@ def prediction_errors(
         float32 (float64 if `logits` is).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, assignment, labels, counts)

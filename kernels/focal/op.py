@@ -40,7 +40,7 @@ def focal_loss(
         exceeds the dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(logits, target, gamma)

@@ -44,7 +44,7 @@ def grid_positions(
         without `valid_hw`.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(features, dim, valid_hw)

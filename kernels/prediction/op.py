@@ -22,7 +22,7 @@ def predicted_boxes(offsets: Tensor, points: Tensor, backend: str = "auto") -> T
         [L, B, Q, 4] as (cx, cy, w, h) in [0, 1], of the promoted dtype. Kernels compute in float32.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(offsets, points)

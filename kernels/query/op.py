@@ -34,7 +34,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         [..., Q, O] of that dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names what was expected and what was found.
+        ValueError: shapes, dtypes or devices do not fit; names the expected and the actual value.
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(transform, embedding, weight, bias)

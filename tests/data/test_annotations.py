@@ -167,9 +167,9 @@ def test_unicode_encodings(small_coco, encoding):
         (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
         (
             '{"images": [],\n"categories": [{"id": 1, "name": "b\u00e4ume"}]}'.encode("latin-1"),
-            r"expected UTF-8, found byte 0xe4 at line 2 \(byte 50\)",
+            r"expected UTF-8, got byte 0xe4 at line 2 \(byte 50\)",
         ),
-        (b'[{"image_id": 1, "score": 0.5}]', "expected an object, found list, as files of results are"),
+        (b'[{"image_id": 1, "score": 0.5}]', "expected an object, got list, as files of results are"),
         (b'{"images": [], "categories": [], "images": [1]}', "'images' stands twice"),
         (b'{"images": [], \n}', "line 2 column 1"),
     ],

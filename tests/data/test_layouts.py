@@ -355,7 +355,7 @@ def test_wrong_lines_are_named(tmp_path, line, message):
     ("yaml", "message"),
     [
         ("names: [a]\ntrain: nowhere\n", r"data\.yaml: train: .* nowhere is none\. Looked for .*nowhere"),
-        ("names: [a]\n", r"expected paths of images under `train` and `val`, found keys names"),
+        ("names: [a]\n", r"expected paths of images under `train` and `val`, got keys names"),
         ("names: 3\ntrain: train/images\n", r"names: expected a list of names, or names by number, got 3"),
         ("names: {a: b}\ntrain: train/images\n", r"names: expected numbers of classes from 0 on, got a"),
         ("nc: 3\nnames: [a, b]\ntrain: train/images\n", r"nc is 3, and there are 2 names"),
@@ -499,7 +499,7 @@ def test_the_image_of_an_xml_file(tmp_path):
     ("content", "message"),
     [
         ("<annotation>", "is not XML: no element found"),
-        ("<html/>", r"expected the element <annotation>, found <html>"),
+        ("<html/>", r"expected the element <annotation>, got <html>"),
         (XML.format(filename="", size="", objects="<object/>"), "object 1: has no name"),
         (
             XML.format(filename="", size="", objects="<object><name>x</name></object>"),
