@@ -16,7 +16,7 @@ def main() -> None:
     """Check, and write what this process then chooses to a file of its own."""
     with process_group("cuda") as device:
         prove(device, "auto")
-        found = chosen(PRESETS["conditional-detr-r50"], device, "bfloat16", trains=True).line()
+        found = chosen(PRESETS["conditional-detr-r50"], "auto", device, "bfloat16", trains=True).line()
         refused = [verdict.refused for verdict in records.load(device).verdicts]
         Path(sys.argv[1], f"rank-{rank()}").write_text(f"{all(refused)} {len(refused)} {found}")
 
