@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MARKDOWN_LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 # href, src, srcset.
 HTML_LINK = re.compile(r'(?<=(?:ref|src|set)=")[^"#]+')
-AS_THEY_ARE = {".md", ".jpg", ".png", ".svg"}
+AS_THEY_ARE = {".css", ".md", ".jpg", ".png", ".svg"}
 LANGUAGES = {".cff": "yaml", ".cuh": "cuda", ".cu": "cuda", ".h": "cpp", ".py": "python"}
 """Names that the highlighter does not derive from the suffix itself."""
 # Below `mkdocs`: --strict counts its warnings.
@@ -28,6 +28,8 @@ log = logging.getLogger("mkdocs.mirror")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The files of the site: those of the theme, and the pages with what they link to."""
     mirrored = Files([file for file in files if file.src_dir != config.docs_dir])
+    for stylesheet in (ROOT / "docs").glob("*.css"):
+        mirrored.append(site_file(stylesheet, config))
     waiting = {*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")}
     seen = set(waiting)
     while waiting:
