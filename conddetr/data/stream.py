@@ -44,7 +44,7 @@ def lists_of(path: Path, kinds: Mapping[str, type]) -> Iterator[tuple[str, list]
         list yields an empty part.
 
     Raises:
-        UnusualError: the file is not JSON, or a key's value is not a list of objects.
+        UnusualError: the file is not JSON in UTF-8, or a key's value is not a list of objects.
     """
     decoders = {key: msgspec.json.Decoder(list[kind]) for key, kind in kinds.items()}
     with open(path, "rb") as file:
@@ -110,6 +110,7 @@ class _Window:
                 end = 0
             # A number that ends with the window may continue after it.
             if 0 < end < len(self.text):
+                _check_utf8(self.text[:end])
                 self.text = self.text[end:]
                 return
             size *= 4
@@ -117,6 +118,14 @@ class _Window:
 
 
 _LENIENT = json.JSONDecoder(strict=False)
+
+
+def _check_utf8(text: bytes) -> None:
+    """Raise an `UnusualError` for text that is not UTF-8; msgspec does not check the strings that it skips."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise UnusualError(str(error)) from error
 
 
 def _parts(window: _Window, decoder: msgspec.json.Decoder) -> Iterator[list]:
@@ -135,6 +144,7 @@ def _parts(window: _Window, decoder: msgspec.json.Decoder) -> Iterator[list]:
             size *= 4
             is_more = window.fill(size)
         part, end, is_last = result
+        _check_utf8(window.text[:end])
         window.text = window.text[end:]
         yield part
 
