@@ -1,8 +1,7 @@
 """Annotation files in COCO's format, read once and kept as arrays, without a Python object for every box.
 
-A file of COCO's size has a million objects and polygons around them: `conddetr.data.stream` gives a part of it at a
-time, of which only what is needed is decoded. Where a part holds an entry that is not as it should be, its entries are
-looked at one by one.
+A file of COCO's size has a million objects with their polygons. `conddetr.data.stream` reads it part by part and
+decodes only the needed fields. If a part holds a malformed entry, its entries are checked one by one.
 """
 
 import json
@@ -21,7 +20,7 @@ from conddetr.garbage import collection_paused
 try:
     from conddetr.data import stream
 except ModuleNotFoundError:
-    # Without msgspec Python's own reader does, in ten times the time and memory.
+    # Without msgspec, Python's own reader is used. It takes ten times the time and memory.
     stream = None
 
 _LIMIT = 2**31
@@ -52,7 +51,7 @@ class _Category:
 
 
 SECTIONS = {"images": _Image, "annotations": _Annotation, "categories": _Category}
-"""The lists of an annotation file, and what of their entries is read."""
+"""The lists of an annotation file, with the fields that are read from their entries."""
 
 
 def _is_integer(value: Any) -> bool:
@@ -73,7 +72,7 @@ def _is_box(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    """None, 0 and -1 stand for sizes that are not known; VIA writes -1."""
+    """Whether it is a valid height or width; None, 0 and -1 mean an unknown size (VIA writes -1)."""
     return value is None or (_is_integer(value) and value >= -1)
 
 
@@ -81,7 +80,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (_is_id, "an integer ≥ 0"),
     "image_id": (_is_id, "an integer ≥ 0"),
     "category_id": (_is_id, "an integer ≥ 0"),
-    # A null byte is in no file name.
+    # No file name contains a null byte.
     "file_name": (lambda value: isinstance(value, str) and value != "" and "\0" not in value, "a file name"),
     "name": (lambda value: isinstance(value, str), "a text"),
     "height": (_is_side, "a positive integer"),
@@ -90,15 +89,15 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "area": (lambda value: value is None or _is_number(value), "a finite number"),
     "iscrowd": (lambda value: value is None or value in (0, 1), "0 or 1"),
 }
-"""What a value of each field must be, as (check, description)."""
+"""The check of each field's value, with the description of a valid one."""
 
 
 def entry_fault(section: str, entry: Any) -> str | None:
-    """What is wrong with one entry of a section, or None."""
+    """The first fault of an entry of a section, or None if it is valid."""
     if not isinstance(entry, dict):
         return f"expected an object, got {type(entry).__name__}"
     fields = SECTIONS[section].__dataclass_fields__
-    absent = [name for name, of_entry in fields.items() if name not in entry and of_entry.default is not None]
+    absent = [name for name, declared in fields.items() if name not in entry and declared.default is not None]
     if absent:
         return f"has no {absent[0]!r}"
     for name in fields:
@@ -112,7 +111,7 @@ class Names(Sequence[str]):
     """A list of texts as bytes: a million `str` would be copied into every worker process, page by page."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        # JSON can hold half a surrogate pair, which is no UTF-8.
+        # JSON can hold half a surrogate pair, which is not valid UTF-8.
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
         self._ends = np.fromiter(map(len, encoded), np.int64, len(encoded)).cumsum()
         self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
@@ -127,10 +126,10 @@ class Names(Sequence[str]):
 
 @dataclass
 class Annotations:
-    """I images with N annotated boxes; the boxes of one image stand together, in the order of the file."""
+    """I images with N annotated boxes; the boxes of an image are adjacent, in the order of the file."""
 
     source: str
-    """Where they are from, for messages."""
+    """Where the annotations come from, for messages."""
     categories: list[dict[str, Any]]
     """`id` and `name`, in the order of the file."""
     image_ids: np.ndarray
@@ -138,7 +137,7 @@ class Annotations:
     names: Sequence[str]
     """I file names, relative to the folder of the images."""
     sizes: np.ndarray
-    """[I, 2] int32, height and width in pixels; 0, 0: the file does not say."""
+    """[I, 2] int32, height and width in pixels; 0, 0 if the file does not give them."""
     ids: np.ndarray
     """[N] int64, ids of the annotations."""
     image_of: np.ndarray
@@ -148,11 +147,11 @@ class Annotations:
     boxes: np.ndarray
     """[N, 4] float64, xywh in pixels of the image."""
     areas: np.ndarray
-    """[N] float64, of the objects in pixels, which masks make smaller than their boxes."""
+    """[N] float64, areas of the objects in pixels; the area of a mask is smaller than its box's."""
     crowds: np.ndarray
     """[N] bool."""
     is_annotated: bool = True
-    """Whether there is a list of annotations at all: test sets have none."""
+    """Whether the file has a list of annotations; test sets have none."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -163,7 +162,7 @@ class Annotations:
         return np.searchsorted(self.image_of, np.arange(len(self) + 1))
 
     def select(self, positions: np.ndarray) -> "Annotations":
-        """Those of some images, in the order of their positions [n]."""
+        """The annotations of the images at some positions [n], in that order."""
         starts = self.offsets
         counts = starts[positions + 1] - starts[positions]
         first = np.repeat(starts[positions] - (counts.cumsum() - counts), counts)
@@ -182,7 +181,7 @@ class Annotations:
         )
 
     def to_coco(self) -> dict[str, Any]:
-        """Lists and dicts in COCO's format; without `annotations` where there are none to be known."""
+        """Lists and dicts in COCO's format; without the key `annotations` for test sets."""
         images = [
             {"id": image_id, "file_name": name, "height": height, "width": width}
             for image_id, name, (height, width) in zip(
@@ -209,64 +208,64 @@ class Annotations:
 
 @dataclass
 class Scan:
-    """An annotation file as it was found: what can be worked with, and all that is wrong."""
+    """The content of an annotation file: its valid entries, and all its faults."""
 
     annotations: Annotations
-    """Of the sound entries. Of those with one id in one list the last is taken."""
+    """The valid entries. If an id is repeated within a list, its last entry is used."""
     missing: list[str] = field(default_factory=list)
-    """Lists that are not there, or no lists."""
+    """Keys that are missing, or whose values are not lists."""
     malformed: dict[str, list[str]] = field(default_factory=dict)
-    """By list, the entries that do not follow the format: place and fault."""
+    """By list, the entries that do not follow the format: position and fault."""
     repeated: dict[str, list[int]] = field(default_factory=dict)
-    """By list, the ids that stand there more than once."""
+    """By list, the ids that occur more than once."""
     unknown_category: list[str] = field(default_factory=list)
     """Annotations of categories that are not in the file."""
     unknown_image: list[str] = field(default_factory=list)
     """Annotations of images that are not in the file."""
 
     def first_fault(self) -> str | None:
-        """One sentence on what is to be mended first, or None."""
+        """The first fault to fix, in one sentence, or None."""
         for section in SECTIONS:
             if section in self.missing:
                 return f"expected a list under the key {section!r}."
             if self.malformed[section]:
                 return f"{self.malformed[section][0]}."
             if self.repeated[section]:
-                return f"id {self.repeated[section][0]} stands more than once in {section!r}."
+                return f"id {self.repeated[section][0]} occurs more than once in {section!r}."
         if self.unknown_category:
             return f"{self.unknown_category[0]}, which is not in 'categories'."
         return f"{self.unknown_image[0]}, which is not in 'images'." if self.unknown_image else None
 
 
 def read_annotations(path: str | Path, needs_boxes: bool = True) -> Annotations:
-    """Read a COCO annotation file and check what the detector relies on.
+    """Read a COCO annotation file and check all fields that the detector uses.
 
-    `iscrowd` and `area` may be missing or null: they are 0 and that of the box. Sizes of images may be missing, null or
-    -1: they stand as 0.
+    `iscrowd` and `area` may be missing or null: they become 0 and the area of the box. Sizes of images may be missing,
+    null or -1: they become 0.
 
     Args:
         path: the file, in UTF-8, or another Unicode encoding with a byte order mark.
-        needs_boxes: refuse a file without a list `annotations`, as that of a test set.
+        needs_boxes: refuse a file without a list `annotations`, for example a test set's.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON or not in COCO's format; names the file, the entry, and what was found.
+        ValueError: not JSON or not in COCO's format; names the file, the entry and the actual value.
     """
-    found = scan(path)
-    fault = found.first_fault()
-    if fault is None and needs_boxes and not found.annotations.is_annotated:
+    result = scan(path)
+    fault = result.first_fault()
+    if fault is None and needs_boxes and not result.annotations.is_annotated:
         fault = "expected a list under the key 'annotations'."
     if fault:
         raise ValueError(f"Annotation file {path}: {fault}")
-    return found.annotations
+    return result.annotations
 
 
 def scan(path: str | Path) -> Scan:
-    """Read an annotation file with all that is wrong in it.
+    """Read an annotation file and collect all its faults.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or no object.
+        ValueError: not JSON, or not an object.
     """
     path = Path(path)
     if path.is_dir():
@@ -284,12 +283,12 @@ def scan(path: str | Path) -> Scan:
     columns = {name: (lists.pop(name, None) or _List(name)).columns() for name in SECTIONS}
     repeated = {name: _repeated(columns[name]["id"]) for name in SECTIONS}
     result = Scan(_empty(str(path), is_annotated), missing, malformed, repeated)
-    _put_together(result, *columns.values())
+    _resolve_references(result, *columns.values())
     return result
 
 
 def _quick_lists(path: Path) -> "dict[str, _List] | None":
-    """The three lists by name, as far as they are there; None: another reader must look at the file."""
+    """The lists by name, without missing ones; None if only Python's own reader can read the file."""
     if stream is None:
         return None
     lists: dict[str, _List] = {}
@@ -303,21 +302,21 @@ def _quick_lists(path: Path) -> "dict[str, _List] | None":
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """All that an annotation file holds, by Python's own reader.
+    """The whole content of an annotation file, from Python's own reader.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON, no object, or has a key twice.
+        ValueError: not JSON, not an object, or with a repeated key.
     """
-    # Of the object that ended last, so in the end of the outermost one.
+    # Keys of the object that ended last, which finally is the outermost one.
     repeated: set[str] = set()
 
     def entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
+        mapping = dict(pairs)
         repeated.clear()
-        if len(found) < len(pairs):
-            repeated.update(key for key in found if sum(key == name for name, _ in pairs) > 1)
-        return found
+        if len(mapping) < len(pairs):
+            repeated.update(key for key in mapping if sum(key == name for name, _ in pairs) > 1)
+        return mapping
 
     raw = path.read_bytes()
     try:
@@ -326,21 +325,21 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Annotation file {path} is not JSON: {_looks_like(raw) or error}.") from error
     if not isinstance(content, dict):
-        results = ", as files of results are: annotations have 'images', 'annotations' and 'categories'"
+        results = ", as in a results file: annotations have 'images', 'annotations' and 'categories'"
         raise ValueError(
             f"Annotation file {path}: expected an object, got {type(content).__name__}"
             f"{results if isinstance(content, list) else ''}."
         )
     if repeated:
         raise ValueError(
-            f"Annotation file {path}: {', '.join(map(repr, sorted(repeated)))} stands twice in the outermost object, "
-            "and readers take one or the other: join them, or remove one."
+            f"Annotation file {path}: {', '.join(map(repr, sorted(repeated)))} is repeated in the outermost object, "
+            "and readers use one or the other: join them, or remove one."
         )
     return content
 
 
 def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
-    """As `_quick_lists`, by Python's own reader; and the names of what is there and no list."""
+    """As `_quick_lists`, from Python's own reader; with the names of the sections that are not lists."""
     content = read_object(path)
     lists, missing = {}, []
     for name in SECTIONS:
@@ -353,7 +352,7 @@ def _plain_lists(path: Path) -> "tuple[dict[str, _List], list[str]]":
 
 
 def _looks_like(raw: bytes) -> str | None:
-    """What a file that is no JSON is, where its first bytes tell, and what to do."""
+    """The format of a file that is not JSON and how to fix it, if its first bytes show it; else None."""
     if not raw.strip():
         return "the file is empty"
     for start, text in _OTHER_FILES.items():
@@ -363,15 +362,15 @@ def _looks_like(raw: bytes) -> str | None:
 
 
 _OTHER_FILES = {
-    b"\x1f\x8b": "it is compressed by gzip: unpack it",
+    b"\x1f\x8b": "it is compressed with gzip: unpack it",
     b"PK\x03\x04": "it is a ZIP archive: unpack it",
-    b"version https://git-lfs": "it is a pointer of Git LFS, the content is elsewhere: run `git lfs pull`",
+    b"version https://git-lfs": "it is a Git LFS pointer without the content: run `git lfs pull`",
 }
-"""By their first bytes, files that are given instead of JSON."""
+"""By their first bytes, files that users pass instead of JSON."""
 
 
 class _List:
-    """One list of a file as it is read: the fields of its sound entries in arrays, and the faults of the others."""
+    """One list of a file while it is read: the fields of its valid entries in arrays, and the faults of the others."""
 
     def __init__(self, section: str) -> None:
         self.section, self.count = section, 0
@@ -379,28 +378,28 @@ class _List:
         self._chunks = [_columns(section, [])]
 
     def add(self, items: list) -> None:
-        """Entries that stand behind the others: objects of the section's class, else JSON texts or what was read."""
+        """Append entries: objects of the section's class, JSON texts (`Raw`) or decoded values."""
         kind = SECTIONS[self.section]
-        columns = _sound_columns(self.section, items) if items and isinstance(items[0], kind) else None
+        columns = _valid_columns(self.section, items) if items and isinstance(items[0], kind) else None
         if columns is None:
-            columns = _columns(self.section, self._sound_ones(items))
+            columns = _columns(self.section, self._valid_entries(items))
         self.count += len(items)
         self._chunks.append(columns)
 
-    def _sound_ones(self, items: list) -> list:
-        kind, sound = SECTIONS[self.section], []
-        for place, item in enumerate(items, self.count):
+    def _valid_entries(self, items: list) -> list:
+        kind, valid = SECTIONS[self.section], []
+        for position, item in enumerate(items, self.count):
             content = asdict(item) if isinstance(item, kind) else _plain(item)
             fault = entry_fault(self.section, content)
             if fault is None:
-                sound.append(kind(**{name: content[name] for name in kind.__dataclass_fields__ if name in content}))
+                valid.append(kind(**{name: content[name] for name in kind.__dataclass_fields__ if name in content}))
             else:
-                named = f" (id {content['id']})" if isinstance(content, dict) and "id" in content else ""
-                self.faults.append(f"{self.section}[{place}]{named}: {fault}")
-        return sound
+                label = f" (id {content['id']})" if isinstance(content, dict) and "id" in content else ""
+                self.faults.append(f"{self.section}[{position}]{label}: {fault}")
+        return valid
 
     def columns(self) -> dict[str, Any]:
-        """Each field of all sound entries; they are given away."""
+        """Each field of all valid entries; the list gives up its own copy."""
         packed = {}
         for name in list(self._chunks[0]):
             parts = [chunk.pop(name) for chunk in self._chunks]
@@ -410,12 +409,12 @@ class _List:
 
 
 def _plain(item: Any) -> Any:
-    """An entry as Python's reader gives it."""
+    """An entry as Python's reader returns it."""
     return json.loads(bytes(item)) if stream is not None and isinstance(item, stream.Raw) else item
 
 
-def _sound_columns(section: str, entries: list) -> dict[str, Any] | None:
-    """The fields of entries that are of the right types, or None where a value is out of range."""
+def _valid_columns(section: str, entries: list) -> dict[str, Any] | None:
+    """The fields of entries that have the right types; None if a value is out of range."""
     try:
         columns = _columns(section, entries)
     except OverflowError:
@@ -424,7 +423,7 @@ def _sound_columns(section: str, entries: list) -> dict[str, Any] | None:
 
 
 def _in_range(name: str, values: np.ndarray | list[str]) -> bool:
-    """Whether all values are what `_CHECKS` asks of values of their type."""
+    """Whether all values meet `_CHECKS`; their types are right already."""
     if name == "file_name":
         return all(text and "\0" not in text for text in values)
     if name == "iscrowd":
@@ -437,7 +436,7 @@ def _in_range(name: str, values: np.ndarray | list[str]) -> bool:
 
 
 def _columns(section: str, entries: list) -> dict[str, Any]:
-    """Each field of all entries, in one array where it is a number; what may be missing is filled in."""
+    """Each field of all entries, numbers in one array; optional fields get their defaults."""
 
     def column(name: str, dtype: type = np.int64) -> np.ndarray:
         return np.fromiter(map(attrgetter(name), entries), dtype, len(entries))
@@ -465,7 +464,7 @@ def _repeated(ids: np.ndarray) -> list[int]:
 
 
 def _empty(source: str, is_annotated: bool) -> Annotations:
-    """No images."""
+    """Annotations without images."""
     no_ids, none = np.empty(0, np.int64), np.empty(0, np.int32)
     boxes, areas = np.empty((0, 4)), np.empty(0)
     sizes = np.empty((0, 2), np.int32)
@@ -474,8 +473,8 @@ def _empty(source: str, is_annotated: bool) -> Annotations:
     )
 
 
-def _put_together(result: Scan, images: dict, annotations: dict, categories: dict) -> None:
-    """Fill in the annotations of a scan, and what refers to nothing."""
+def _resolve_references(result: Scan, images: dict, annotations: dict, categories: dict) -> None:
+    """Fill in the annotations of a scan, and the references to unknown ids."""
     kept = _last_of_each(images["id"])
     known = _last_of_each(categories["id"])
     image_of, is_image = _positions(images["id"][kept], annotations["image_id"])
@@ -484,19 +483,19 @@ def _put_together(result: Scan, images: dict, annotations: dict, categories: dic
         ("category_id", is_category, result.unknown_category),
         ("image_id", is_image, result.unknown_image),
     ):
-        places = np.flatnonzero(~is_known)
-        for key, value in zip(annotations["id"][places].tolist(), annotations[name][places].tolist(), strict=True):
+        unknown = np.flatnonzero(~is_known)
+        for key, value in zip(annotations["id"][unknown].tolist(), annotations[name][unknown].tolist(), strict=True):
             messages.append(f"annotation id {key} has {name} {value}")
     order = np.argsort(image_of, kind="stable")
     order = order[(is_image & is_category)[order]]
     sizes = np.stack([images["height"], images["width"]], 1)[kept]
-    # One side alone is no size.
+    # One side alone is not a size.
     sizes[(sizes <= 0).any(1)] = 0
     result.annotations = Annotations(
         result.annotations.source,
-        [{"id": int(categories["id"][place]), "name": categories["name"][place]} for place in known],
+        [{"id": int(categories["id"][position]), "name": categories["name"][position]} for position in known],
         images["id"][kept],
-        Names(images["file_name"][place] for place in kept),
+        Names(images["file_name"][position] for position in kept),
         sizes.astype(np.int32),
         annotations["id"][order],
         image_of[order].astype(np.int32),
@@ -515,9 +514,9 @@ def _last_of_each(ids: np.ndarray) -> np.ndarray:
 
 
 def _positions(known: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in `known`, which has no id twice, each id of `wanted` stands, and whether it does."""
+    """Position of each id of `wanted` in `known`, whose ids are unique, and whether it is there."""
     if not len(known):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
     order = np.argsort(known, kind="stable")
-    found = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
-    return found, known[found] == wanted
+    positions = order[np.searchsorted(known[order], wanted).clip(max=len(known) - 1)]
+    return positions, known[positions] == wanted

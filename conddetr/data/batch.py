@@ -1,8 +1,7 @@
-"""From samples to batches: which images, in which order, padded to which shape, loaded by whom.
+"""From samples to batches: the images of each batch, their order, the padded shape, and the workers that load them.
 
-A batch is planned in the main process, from (seed, epoch) and the sizes of the images, and carried out by whichever
-worker is free. So neither workers nor prefetching change what is trained on, and (epoch, batches done) is all that
-must be remembered to go on in the middle of an epoch.
+The main process plans a batch from (seed, epoch) and the sizes of the images. Any free worker loads it. So neither
+workers nor prefetching change the training data, and (epoch, batches done) suffices to resume within an epoch.
 """
 
 import math
@@ -34,13 +33,13 @@ class Batch:
     """B images padded to one shape, and their N objects in two tensors."""
 
     images: Tensor
-    """[B, 3, H, W] uint8, zeros in the padding: a quarter of the bytes to copy that floats would be."""
+    """[B, 3, H, W] uint8, zeros in the padding; a quarter of the bytes that float32 would take to copy."""
     sizes: Tensor
     """[B, 2] int32, valid height and width of each image in pixels, from the top left corner."""
     labels: Tensor
-    """[N] int64; on the CPU always: matching reads them there."""
+    """[N] int64; always on the CPU, where matching reads them."""
     boxes: Tensor
-    """[N, 4] float32, cxcywh in [0, 1] of the valid image; on the CPU always."""
+    """[N, 4] float32, cxcywh in [0, 1] of the valid image; always on the CPU."""
     counts: tuple[int, ...]
     """Objects per image; their sum is N."""
     image_ids: tuple[int, ...]
@@ -54,18 +53,18 @@ class Batch:
         return len(self.images)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Between processes: the small tensors as values, as memory that is shared costs more than it holds."""
+        """The state for another process: small tensors by value, because sharing them costs more than a copy."""
         return {**vars(self), **{name: getattr(self, name).numpy() for name in self._SMALL}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, **{name: torch.from_numpy(state[name]) for name in self._SMALL})
 
     def pin_memory(self) -> "Batch":
-        """In page-locked memory, for copies that do not wait; a `DataLoader` calls it."""
+        """The batch in page-locked memory, for asynchronous copies; a `DataLoader` calls it."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in ("images", *self._SMALL)})
 
     def to(self, device: torch.device) -> "Batch":
-        """Images and sizes on the device, copied without waiting where they are pinned."""
+        """The batch with images and sizes on the device, copied asynchronously if they are pinned."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
@@ -83,24 +82,24 @@ class Batch:
 
     @property
     def valid_hw(self) -> Tensor | None:
-        """`sizes`, or None where nothing is padded: what the model takes."""
+        """The model's `valid_hw`: `sizes`, or None if nothing is padded."""
         return self.sizes if self.padded else None
 
     @property
     def targets(self) -> list[dict]:
-        """Per image: `labels` [n], `boxes` [n, 4], `image_id`, `original_size`; views, nothing is copied."""
+        """Per image: `labels` [n], `boxes` [n, 4], `image_id`, `original_size`; views without a copy."""
         columns = (self.labels.split(self.counts), self.boxes.split(self.counts), self.image_ids, self.original_sizes)
         names = ("labels", "boxes", "image_id", "original_size")
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def collate(samples: Iterable[tuple[Tensor, dict]], pixels: Tensor | None = None) -> Batch:
-    """Put samples of a data set's `load` together, one after the other.
+    """Join samples of a data set's `load` to a batch, one after the other.
 
     Args:
         samples: image [3, h, w] uint8 and target, see `CocoDetection.load`.
-        pixels: [B, 3, H, W] uint8, of any values: becomes the images of the batch, padded at the bottom and right;
-            default: new, of the largest height and width.
+        pixels: [B, 3, H, W] uint8 with any values: memory for the images of the batch, padded at the bottom and right;
+            default: a new tensor of the largest height and width.
     """
     if pixels is None:
         samples = list(samples)
@@ -127,7 +126,7 @@ def collate(samples: Iterable[tuple[Tensor, dict]], pixels: Tensor | None = None
 
 
 def _interleaved(memory: Tensor, height: int, width: int) -> Tensor:
-    """Bytes as [B, 3, H, W] with colours interleaved, as images come from their files: rows are copied whole."""
+    """Bytes as [B, 3, H, W] with interleaved colours, as in decoded image files, so that whole rows are copied."""
     return memory.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
 
@@ -144,15 +143,15 @@ class BatchPlan:
 class EpochBatches(Sampler[BatchPlan]):
     """The batches of one epoch for one rank; call `set_epoch` before each epoch.
 
-    Training: a seeded permutation, cut into global batches (all ranks together), of which rank r takes every
-    `world`-th image from r on; what is too little for a global batch at the end is left out, as in the official code:
-    a smaller batch would weigh its images more. The number of batches is the same in every epoch and on every rank.
-    For an endless data set every epoch has new images.
+    Training: a seeded permutation, cut into global batches (all ranks together). Rank r takes every `world`-th image
+    of a global batch, from r on. An incomplete global batch at the end is left out, as in the official code: a smaller
+    batch would weigh its images more. The number of batches is the same in every epoch and on every rank. An endless
+    data set has new images in every epoch.
 
     Evaluation: the images r, r + world, r + 2·world, … in order, each once.
 
-    With `pad_buckets`, images are grouped by the shape that they are padded to, and training shuffles the batches; a
-    global batch has one shape. Without, every rank pads to the largest of its own images, as in the official code.
+    With `pad_buckets`, images are grouped by padded shape, and training shuffles the batches; a global batch has one
+    shape. Without it, every rank pads to its own largest image, as in the official code.
     """
 
     def __init__(
@@ -177,7 +176,7 @@ class EpochBatches(Sampler[BatchPlan]):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, and how many of its batches were already done."""
+        """Choose the epoch, and the number of its batches to skip because they are done."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -189,31 +188,31 @@ class EpochBatches(Sampler[BatchPlan]):
 
     def __iter__(self) -> Iterator[BatchPlan]:
         size = self.batch_size * (self.world if self.train else 1)
-        # What an epoch leaves out is left out by chance, not by shape.
+        # An epoch leaves out random images, not images of rare shapes.
         indices = self._order()[: len(self) * size]
         plans = {index: self._plan(index) for index in indices} if self.shapes else {}
         batches = self._grouped(indices, plans, size) if self.shapes else _cut(indices, size)
         if self.train and self.shapes:
-            # Grouping fills the batches of rare shapes late; training should not see them late.
+            # Batches of rare shapes fill late; the shuffle spreads them over the epoch.
             order = torch.randperm(len(batches), generator=self._generator()).tolist()
             batches = [batches[position] for position in order]
         for batch in batches[self.start :]:
             mine = batch[self.rank :: self.world] if self.train else batch
-            # Buckets group all ranks' images: one shape for them all, so that none waits for one with a larger shape.
+            # Buckets group all ranks' images and give them one shape, so that no rank waits for a larger shape.
             decisive = batch if self.shapes else mine
-            of_batch = {index: plans.get(index) or self._plan(index) for index in decisive}
-            yield BatchPlan(mine, [of_batch[index] for index in mine], self._shape(list(of_batch.values())))
+            batch_plans = {index: plans.get(index) or self._plan(index) for index in decisive}
+            yield BatchPlan(mine, [batch_plans[index] for index in mine], self._shape(list(batch_plans.values())))
 
     def largest_shape(self) -> tuple[int, int]:
-        """(H, W) of the largest batch that can come: what memory must suffice for."""
+        """(H, W) of the largest possible batch, which must fit into memory."""
         if self.shapes:
             return self.shapes[-1]
         short, long = self.dataset.largest_shape()
-        # One image lies in landscape or portrait (and takes as much memory); a batch of both needs a square.
+        # One image is in landscape or portrait format and takes the same memory; a batch of both needs a square.
         return (short, long) if self.batch_size == 1 else (long, long)
 
     def _order(self) -> list[int]:
-        """Images of this epoch: those of all ranks for training, of this one for evaluation."""
+        """Images of this epoch: all ranks' for training, this rank's for evaluation."""
         if not self.train:
             return list(range(self.rank, len(self.dataset), self.world))
         offset = self.epoch * len(self.dataset) if self.dataset.endless else 0
@@ -231,7 +230,7 @@ class EpochBatches(Sampler[BatchPlan]):
         return _smallest_fit(self.shapes, height, width) if self.shapes else (height, width)
 
     def _grouped(self, indices: list[int], plans: dict[int, Plan], size: int) -> list[list[int]]:
-        """Full batches of one shape each, in the order in which they fill; then the remainders by shape."""
+        """Full batches of one shape each, in the order of their last images; then the remainders by shape."""
         groups: dict[tuple[int, int], list[int]] = {shape: [] for shape in self.shapes}
         full = []
         for index in indices:
@@ -240,22 +239,22 @@ class EpochBatches(Sampler[BatchPlan]):
             if len(groups[shape]) == size:
                 full.append(groups[shape])
                 groups[shape] = []
-        # Sorted so that at most one batch mixes landscape and portrait, and needs the square.
+        # Sorted, so that at most one batch mixes landscape and portrait and needs the square.
         rest = [index for group in groups.values() for index in group]
         rest.sort(key=lambda i: (plans[i].height > plans[i].width, plans[i].height * plans[i].width))
         return full + _cut(rest, size)
 
 
 class _BatchReader(Dataset):
-    """Carries batch plans out, in a worker process or in the main one."""
+    """Loads planned batches, in a worker process or in the main process."""
 
     def __init__(self, dataset: Dataset, are_copied: bool) -> None:
-        """`are_copied`: whether the loader copies batches before it hands them out, so that their memory is free."""
+        """`are_copied`: whether the loader copies batches before it returns them, which frees their memory."""
         self.dataset, self._are_copied = dataset, are_copied
         self._lent: deque[Tensor] = deque()
 
     def __getitem__(self, batch: BatchPlan) -> Batch | Exception:
-        """The batch; in a worker process, what is wrong with an image is handed to the calling one as it is."""
+        """The batch; a worker process returns an image's error, for the calling process to raise."""
         try:
             return self._read(batch)
         except (ValueError, OSError) as error:
@@ -271,10 +270,10 @@ class _BatchReader(Dataset):
         return collate(samples, _interleaved(memory, *batch.shape))
 
     def _shared(self, size: int) -> Tensor:
-        """Bytes of shared memory, where the images that a worker sends must be.
+        """Bytes of shared memory, which a worker needs for the images that it sends.
 
-        New pages can cost as much as reading the images, so that old ones are used again: a loader asks a worker for
-        `PREFETCH` batches, and for a further one when it hands the first one out.
+        New pages can cost as much as reading the images, so old ones are reused: a loader requests `PREFETCH` batches
+        from a worker, and another one when it returns the first.
         """
         memory = self._lent.popleft() if len(self._lent) == PREFETCH else torch.empty(0, dtype=torch.uint8)
         if len(memory) < size:
@@ -285,7 +284,7 @@ class _BatchReader(Dataset):
 
 
 class _Loader(DataLoader):
-    """One whose processes leave Ctrl-C to this one, and whose errors are theirs, not pages around them."""
+    """A loader whose workers ignore Ctrl-C; it raises an image's own error, without pages of a worker's traceback."""
 
     def __iter__(self) -> Iterator[Batch]:
         with interrupts_held():
@@ -315,14 +314,14 @@ def make_loader(
     Args:
         dataset: `CocoDetection` or `SyntheticShapes`.
         batch_size: images per step and rank.
-        train: shuffled and without an incomplete batch, or in order and complete; see `EpochBatches`.
-        workers: processes that load, kept from epoch to epoch; 0: the calling process loads, as it does where no other
-            can be started (`can_start_workers`).
-        seed: of order and augmentation; with the epoch, nothing else has a say in them.
-        rank, world: this process and how many share the epoch.
-        pad_buckets: pad to one of this many shapes (and one more: the square for the one batch per epoch that mixes
-            what is left), so that compiled code sees few; 0: pad to the largest image of the batch.
-        device: where the batches go; pinned memory if it is a CUDA device.
+        train: shuffled without an incomplete batch; else in order and complete; see `EpochBatches`.
+        workers: processes that load, kept from epoch to epoch; 0: the calling process loads, as it does if no other
+            process can be started (`can_start_workers`).
+        seed: for order and augmentation, which depend on seed and epoch alone.
+        rank, world: this process, and the number of processes that share the epoch.
+        pad_buckets: pad to one of this many shapes (plus the square, for the one batch per epoch that mixes the
+            remaining images), so that compiled code runs with few shapes; 0: pad to the largest image of the batch.
+        device: the batches' destination; memory is pinned for a CUDA device.
 
     Raises:
         ValueError: `batch_size` below 1, `workers` below 0, or fewer training images than one batch on every rank.
@@ -339,13 +338,13 @@ def make_loader(
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=ignore_interrupts,
         pin_memory=is_pinned,
-        # Else every pass would draw from torch's global generator, and dropout with it would differ.
+        # Otherwise every pass would advance torch's global generator and so change dropout.
         generator=torch.Generator(),
     )
 
 
 def check_loading(batch_size: int, workers: int) -> None:
-    """Raise a ValueError for numbers that `make_loader` refuses; before a data set is read, that is."""
+    """Raise a ValueError for numbers that `make_loader` refuses; callers check before they read a data set."""
     check_least("batch_size", batch_size, 1)
     check_least("workers", workers, 0)
 
@@ -355,15 +354,15 @@ def _cut(indices: list[int], size: int) -> list[list[int]]:
 
 
 def _smallest_fit(shapes: list[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
-    """The first, so smallest, of the shapes that holds height × width; the last one holds everything."""
+    """The first and so smallest shape that holds height × width; the last one holds every image."""
     return next(shape for shape in shapes if shape[0] >= height and shape[1] >= width)
 
 
 def _bucket_shapes(dataset: Dataset, seed: int, count: int) -> list[tuple[int, int]]:
-    """`count` shapes by area, and last the square that holds everything.
+    """`count` shapes by area, then the square that holds every image.
 
-    Landscape and portrait of the largest image are always among them; each further one is the multiple of the stride
-    that saves most padded pixels on a sample of the data set.
+    Landscape and portrait of the largest image are always included. Each further shape is the multiple of the stride
+    that saves the most padded pixels on a sample of the data set.
     """
     short, long = (_round_up(side) for side in dataset.largest_shape())
     shapes = [(long, long)]

@@ -1,4 +1,4 @@
-"""How many training images one core prepares per second: the official chain against ours, on the same images."""
+"""Training images that one core prepares per second: the official chain against ours, on the same images."""
 
 import statistics
 import time
@@ -18,10 +18,10 @@ from conddetr.data.images import MEAN, STD, read_reduced, to_model_input
 from conddetr.data.transforms import Plan, augmentation_generator
 
 MAX_LEVELS = 2.0
-"""Where a file is decoded whole, no pixel may differ from the official chain's by more grey levels (of 255). Both
-resizes round to whole levels; PIL and torch round differently by at most one each."""
+"""Limit for the difference of any pixel from the official chain's, in grey levels (of 255), if a file is decoded whole.
+Both resizes round to whole levels; PIL and torch round differently by at most one each."""
 MEAN_LEVELS = 4.0
-"""The same where a file is decoded at reduced size, as the mean over the pixels of an image."""
+"""Limit for the mean difference over the pixels of an image, in grey levels, if a file is decoded at reduced size."""
 
 
 @dataclass
@@ -30,13 +30,13 @@ class DataBenchmark:
 
     images: int
     reduced: int
-    """Of those images, how many ours decodes at reduced size."""
+    """Number of those images that our chain decodes at reduced size."""
     official: list[float]
     ours: list[float]
     max_levels: float
-    """Largest difference between the chains' pixels where files are decoded whole, in grey levels of 255."""
+    """Largest difference between the chains' pixels in files decoded whole, in grey levels of 255."""
     mean_levels: float
-    """Largest mean difference of an image that is decoded at reduced size, in grey levels."""
+    """Largest mean difference of an image decoded at reduced size, in grey levels of 255."""
 
     @property
     def speedup(self) -> float:
@@ -44,14 +44,14 @@ class DataBenchmark:
         return statistics.median(self.ours) / statistics.median(self.official)
 
     def agreement(self) -> str:
-        """How far the chains' pixels differ, in one line."""
+        """The difference between the chains' pixels, in one line."""
         whole = f"decoded whole: no pixel differs by more than {self.max_levels:.0f} of 255 grey levels"
-        reduced = f"decoded reduced: no image differs by more than {self.mean_levels:.2f} levels in the mean"
+        reduced = f"decoded at reduced size: no image differs by more than {self.mean_levels:.2f} levels in the mean"
         return f"{whole}; {reduced}" if self.reduced else whole
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table(title=f"training images/s on one core, {self.images} images, {self.reduced} decoded reduced")
+        """Images per second of both chains, for the terminal."""
+        table = Table(title=f"training images/s on one core, {self.images} images, {self.reduced} at reduced size")
         for column in ("chain", "median", "slowest", "fastest", "speed-up"):
             table.add_column(column, justify="left" if column == "chain" else "right")
         for name, samples in (("official (PIL, torchvision)", self.official), ("conddetr", self.ours)):
@@ -62,11 +62,11 @@ class DataBenchmark:
 
 
 def official_chain(path: Path, plan: Plan) -> Tensor:
-    """What the official code does to a training image for the draws in `plan`: [3, plan.height, plan.width] float32.
+    """A training image from the official code's chain with the choices of `plan`: [3, plan.height, plan.width] float32.
 
-    Source: `datasets/coco.py` and `datasets/transforms.py` of the official code; boxes left out.
+    Source: `datasets/coco.py` and `datasets/transforms.py` of the official code; without boxes.
     """
-    # Turned upright, which the official code leaves out: without the tag, as in COCO, this does nothing.
+    # The official code does not turn images upright. Without an EXIF tag, as in COCO, this does nothing.
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     if plan.flip:
         image = official.hflip(image)
@@ -82,9 +82,9 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
 
     Args:
         dataset: with a `TrainTransform`.
-        images: how many to use at most, from the first on.
+        images: number of images to use at most, from the first on.
         rounds: passes over the images.
-        seed: of the augmentation.
+        seed: for the augmentation.
 
     Raises:
         ValueError: `images` or `rounds` below 1; an image is missing or damaged, or the chains disagree by more than
@@ -98,15 +98,15 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
     def ours(index: int) -> Tensor:
         return to_model_input(dataset.load(index, plans[index])[0])
 
-    def theirs(index: int) -> Tensor:
+    def reference(index: int) -> Tensor:
         return official_chain(dataset.path(index), plans[index])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = _compare(dataset, plans, ours, theirs)
+        result = _compare(dataset, plans, ours, reference)
         for _ in range(rounds):
-            result.official.append(_rate(theirs, count))
+            result.official.append(_rate(reference, count))
             result.ours.append(_rate(ours, count))
     finally:
         torch.set_num_threads(threads)
@@ -121,23 +121,23 @@ def _rate(chain: Callable[[int], Tensor], count: int) -> float:
 
 
 def _compare(
-    dataset: CocoDetection, plans: list[Plan], ours: Callable[[int], Tensor], theirs: Callable[[int], Tensor]
+    dataset: CocoDetection, plans: list[Plan], ours: Callable[[int], Tensor], reference: Callable[[int], Tensor]
 ) -> DataBenchmark:
-    """The benchmark without its timings: how far the chains' pixels differ."""
+    """The benchmark without timings: the differences between the chains' pixels."""
     result = DataBenchmark(len(plans), 0, [], [], 0.0, 0.0)
     to_levels = 255 * torch.tensor(STD)[:, None, None]
     for index, plan in enumerate(plans):
-        # Both chains hold whole grey levels before they normalise.
-        difference = ((ours(index) - theirs(index)).abs() * to_levels).round()
+        # Both chains have whole grey levels before they normalise.
+        difference = ((ours(index) - reference(index)).abs() * to_levels).round()
         decoded, size = read_reduced(dataset.path(index), *plan.first_size())
         reduced = tuple(decoded.shape[-2:]) != size
         result.reduced += reduced
         name = "mean_levels" if reduced else "max_levels"
-        found, limit = (difference.mean(), MEAN_LEVELS) if reduced else (difference.max(), MAX_LEVELS)
-        if not found <= limit:
+        levels, limit = (difference.mean(), MEAN_LEVELS) if reduced else (difference.max(), MAX_LEVELS)
+        if not levels <= limit:
             raise ValueError(
-                f"Image file {dataset.path(index)}: {name} between the official chain and ours is {found:.2f}, "
-                f"expected at most {limit}."
+                f"Image file {dataset.path(index)}: {name} between the official chain and ours: expected at most "
+                f"{limit}, got {levels:.2f}."
             )
-        setattr(result, name, max(getattr(result, name), found.item()))
+        setattr(result, name, max(getattr(result, name), levels.item()))
     return result

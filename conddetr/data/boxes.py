@@ -1,41 +1,41 @@
-"""What the four numbers of boxes can mean: x, y, width, height in pixels, as they should, fractions, or two corners."""
+"""Meaning of a box's four numbers: x, y, width, height in pixels (correct), or fractions or two corners (wrong)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 TOLERANCE = 1.0
-"""Pixels that a box may reach out of its image: the rounding of many tools."""
+"""Pixels by which a box may exceed its image, because many tools round."""
 _FRACTION_TOLERANCE = 1e-3
-"""What fractions may exceed 0 and 1 by: the rounding of their last digits."""
+"""By how much fractions may exceed 0 and 1, because tools round their last digits."""
 
 
 @dataclass(frozen=True)
 class BoxReading:
-    """Boxes that look as if they were not x, y, width, height in pixels."""
+    """Boxes that do not look like x, y, width, height in pixels."""
 
     kind: str
     """`fractions` or `corners`."""
     numbers: str
-    """What their four numbers are then."""
+    """The likely meaning of their four numbers."""
     positions: np.ndarray
-    """[n] int64: which boxes."""
+    """[n] int64, positions of these boxes."""
     pixels: np.ndarray
-    """[n, 4] float64: what they would be, xywh in pixels."""
+    """[n, 4] float64, the boxes converted to xywh in pixels."""
     is_whole: bool
-    """Whether all boxes that make any sense are such (of fractions: most); else two sources may have been merged."""
+    """Whether all plausible boxes are like that (for fractions: most of them); else two sources may be mixed."""
 
 
 def box_readings(boxes: np.ndarray, sizes: np.ndarray) -> list[BoxReading]:
-    """How else than as x, y, width, height in pixels boxes are likely to be meant; empty: they are as they should be.
+    """Likely readings of boxes other than x, y, width, height in pixels; empty if the boxes are correct.
 
     - Fractions of the image: all four numbers lie in [0, 1], so the box is under a pixel.
-    - Two corners: boxes that reach out of their images as x, y, width, height, of which at least half lie inside as
-      corners. Where no other box lies inside as x, y, width, height alone, all are corners.
+    - Two corners: boxes exceed their images as x, y, width, height, and at least half of those lie inside as corners.
+      If no other box lies inside only as x, y, width, height, all boxes are corners.
 
     Args:
-        boxes: [N, 4] as the annotations say.
-        sizes: [N, 2] height and width of their images in pixels; 0, 0 where they are not known.
+        boxes: [N, 4] as in the annotations.
+        sizes: [N, 2] height and width of their images in pixels; 0, 0 if unknown.
 
     Returns:
         At most one of each kind.
@@ -63,13 +63,13 @@ def box_readings(boxes: np.ndarray, sizes: np.ndarray) -> list[BoxReading]:
 
 
 def reaches_out(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Whether boxes [N, 4] (xywh) reach out of images of `sizes` [N, 2] (height, width) by more than the rounding."""
+    """Whether boxes [N, 4] (xywh) exceed images of `sizes` [N, 2] (height, width) by more than `TOLERANCE` pixels."""
     ends = boxes[:, :2] + boxes[:, 2:]
     return (boxes[:, :2] < -TOLERANCE).any(1) | (ends > sizes[:, ::-1] + TOLERANCE).any(1)
 
 
 def _likeliest(boxes: np.ndarray) -> tuple[str, np.ndarray]:
-    """What fractions [n, 4] are, and as xywh: the reading in which most of them lie in their image."""
+    """The reading by which most fractions [n, 4] lie in their image, and the fractions as xywh."""
     starts, ends = boxes[:, :2], boxes[:, 2:]
     candidates = {
         "x, y, width, height": boxes,
@@ -82,6 +82,6 @@ def _likeliest(boxes: np.ndarray) -> tuple[str, np.ndarray]:
         inside = (low >= -_FRACTION_TOLERANCE) & (size > 0) & (low + size <= 1 + _FRACTION_TOLERANCE)
         return int(inside.all(1).sum())
 
-    # Of equal ones the first.
+    # The first one of equals.
     numbers = max(candidates, key=lambda name: count_inside(candidates[name]))
     return numbers, candidates[numbers]

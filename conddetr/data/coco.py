@@ -26,11 +26,11 @@ class CocoDetection(Dataset):
     """Images with boxes from a COCO annotation file.
 
     Category ids are remapped to contiguous labels in the order of their ids; `classes` holds the mapping.
-    Crowd boxes are not trained on (as in the official code). Boxes reaching out of the image are clipped;
-    those that keep no area are left out and counted in `dropped_boxes`.
+    Training leaves crowds out (as the official code does). Boxes are clipped to the image; boxes that keep no area are
+    left out and counted in `dropped_boxes`.
 
-    Boxes are in pixels of the upright image, as labelling tools show it: turned by its EXIF tag. Where the annotations
-    give an image the size that it has as stored, and its boxes fit into that alone, it is taken as stored.
+    Boxes are in pixels of the upright image, as labelling tools show it: turned by its EXIF tag. If the annotations
+    give the size of the image as stored, and its boxes fit only there, the image is used as stored.
     """
 
     endless = False
@@ -46,15 +46,15 @@ class CocoDetection(Dataset):
 
         Args:
             image_dir: folder of the images.
-            annotations: a file in COCO's format, or what was read from one. Evaluation takes also a file without the
-                list `annotations`, as that of a test set.
-            transform: what happens to each image.
+            annotations: a file in COCO's format, or the annotations from one. Evaluation also accepts a file without
+                the list `annotations`, for example a test set's.
+            transform: the transform of each image.
             image_ids: the images to use; default: all.
 
         Raises:
             FileNotFoundError: no such folder or file, or the first image is not there.
-            ValueError: the annotations do not follow COCO's format, or lack an image that was asked for; names the
-                file and the entry.
+            ValueError: the annotations do not follow COCO's format, or lack a requested image; names the file and the
+                entry.
         """
         self.image_dir = Path(image_dir)
         if self.image_dir.is_file():
@@ -68,14 +68,14 @@ class CocoDetection(Dataset):
         order = np.argsort(annotations.image_ids, kind="stable")
         if image_ids is not None:
             order = order[np.isin(annotations.image_ids[order], np.fromiter(image_ids, np.int64, len(image_ids)))]
-            absent = set(image_ids) - set(annotations.image_ids[order].tolist())
-            if absent:
-                raise ValueError(f"Annotation file {self.annotation_file} has no image id {min(absent)}.")
+            missing = set(image_ids) - set(annotations.image_ids[order].tolist())
+            if missing:
+                raise ValueError(f"Annotation file {self.annotation_file} has no image id {min(missing)}.")
         self._of_file = len(annotations)
         self._annotations = annotations.select(order)
         self.classes = sorted(annotations.categories, key=lambda category: category["id"])
-        place = {category["id"]: label for label, category in enumerate(self.classes)}
-        self._labels = np.array([place[category["id"]] for category in annotations.categories], np.int64)
+        label_of = {category["id"]: label for label, category in enumerate(self.classes)}
+        self._labels = np.array([label_of[category["id"]] for category in annotations.categories], np.int64)
         self._offsets = self._annotations.offsets
         self._complete_sizes()
         self._count_boxes()
@@ -84,23 +84,23 @@ class CocoDetection(Dataset):
         return len(self._annotations)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        """The normalised image and its target, as the first epoch of seed 0 shows them; see `load`."""
+        """The normalised image and its target, as in the first epoch with seed 0; see `load`."""
         image, target = self.load(index, self.plan(index, augmentation_generator(0, 0, index)))
         return to_model_input(image), target
 
     @property
     def image_ids(self) -> list[int]:
-        """Of all images, ascending."""
+        """Ids of all images, ascending."""
         return self._annotations.image_ids.tolist()
 
     @property
     def source(self) -> str:
-        """The annotation file, and how many of its images these are where they are not all; for tables."""
+        """The annotation file, and for a part of it the number of its images; for tables."""
         part = f"{len(self)} of the {self._of_file} images of " if len(self) < self._of_file else ""
         return f"{part}{self.annotation_file}"
 
     def describe(self) -> str:
-        """What there is to train on, in one line."""
+        """Numbers of images, objects, classes, crowds and omitted boxes, in one line."""
         counts = [f"{len(self)} images", f"{self.objects} objects of {len(self.classes)} classes"]
         counts += [f"{self.crowds} crowds, which are not trained on"] if self.crowds else []
         counts += [f"{self.dropped_boxes} boxes left out"] if self.dropped_boxes else []
@@ -112,16 +112,16 @@ class CocoDetection(Dataset):
         return self._annotations.is_annotated
 
     def path(self, index: int) -> Path:
-        """The file of an image; errors as `find_image`."""
+        """The file of an image; errors as in `find_image`."""
         return find_image(self.image_dir, self._annotations.names[index])
 
     def files(self) -> Iterator[str]:
-        """Where all images are as the annotations name them, as absolute paths; nothing is looked up."""
+        """Absolute paths of all images as the annotations name them; none is looked up."""
         folder = self.image_dir.resolve()
         return (os.path.join(folder, name) for name in self._annotations.names)
 
     def plan(self, index: int, generator: Random) -> Plan:
-        """Draw what happens to an image; nothing is read."""
+        """Sample the augmentation of an image; nothing is read."""
         return self.transform.plan(*self._annotations.sizes[index].tolist(), generator)
 
     def largest_shape(self) -> tuple[int, int]:
@@ -129,25 +129,25 @@ class CocoDetection(Dataset):
         return self.transform.largest_shape()
 
     def load(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
-        """Read an image and carry a plan out.
+        """Read an image and apply a plan.
 
         Returns:
             [3, plan.height, plan.width] uint8, and the target: `labels` [n] int64, `boxes` [n, 4] cxcywh in [0, 1],
             `image_id`, `original_size` (height, width).
 
         Raises:
-            FileNotFoundError, ValueError: the image is missing, damaged, or not of the size that the annotations
-                say; names the file and the image id.
+            FileNotFoundError, ValueError: the image is missing or damaged, or its size differs from the annotations';
+                names the file and the image id.
         """
         image = self._read(index, plan)
         height, width = self._annotations.sizes[index].tolist()
-        of_image = slice(*self._offsets[index : index + 2].tolist())
-        boxes = _clipped(self._annotations.boxes[of_image], height, width)
-        keep = _has_area(boxes) & ~self._annotations.crowds[of_image]
-        # Boxes are in pixels of the file, the image may have been reduced.
+        rows = slice(*self._offsets[index : index + 2].tolist())
+        boxes = _clipped(self._annotations.boxes[rows], height, width)
+        keep = _has_area(boxes) & ~self._annotations.crowds[rows]
+        # Boxes are in pixels of the file; the image may be decoded at reduced size.
         ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height], dtype=torch.float32).repeat(2)
         target = {
-            "labels": torch.from_numpy(self._labels[self._annotations.category_of[of_image][keep]]),
+            "labels": torch.from_numpy(self._labels[self._annotations.category_of[rows][keep]]),
             "boxes": torch.from_numpy(boxes[keep].astype(np.float32)) * ratio,
             "image_id": int(self._annotations.image_ids[index]),
             "original_size": (height, width),
@@ -159,24 +159,24 @@ class CocoDetection(Dataset):
         return self._annotations.to_coco()
 
     def _complete_sizes(self) -> None:
-        """Read from the images what the annotations do not say of their sizes."""
+        """Read sizes that the annotations do not give from the images."""
         sizes = self._annotations.sizes
         unknown = np.flatnonzero((sizes == 0).any(1))
         for index in unknown.tolist():
             sizes[index] = image_sizes(self._named(index)).upright
         if len(unknown):
             log.warning(
-                "%s: %d of %d images have no height and width there: they are read from the images.",
+                "%s: %d of %d images have no height and width: the sizes are read from the images.",
                 self.annotation_file,
                 len(unknown),
                 len(self),
             )
         if len(self):
-            # Names that fit no file should be known now, not after the first batches are planned.
+            # Wrong names should fail now, not after the first batches are planned.
             self._named(0)
 
     def _count_boxes(self) -> None:
-        """Boxes to train on, crowds, and boxes that are left out."""
+        """Count objects to train on, crowds, and omitted boxes, and warn of doubtful boxes."""
         sizes = self._annotations.sizes[self._annotations.image_of]
         has_area = _has_area(_clipped(self._annotations.boxes, sizes[:, 0], sizes[:, 1]))
         crowds = self._annotations.crowds
@@ -186,7 +186,7 @@ class CocoDetection(Dataset):
         readings = box_readings(self._annotations.boxes, sizes)
         if readings:
             log.warning(
-                "%s: %s. Boxes must be x, y, width, height in pixels: conddetr validate-data shows which are not.",
+                "%s: %s. Boxes must be x, y, width, height in pixels: conddetr validate-data lists the wrong ones.",
                 self.annotation_file,
                 " and ".join(f"{len(reading.positions)} boxes look like {reading.kind}" for reading in readings),
             )
@@ -196,20 +196,20 @@ class CocoDetection(Dataset):
             )
 
     def _named(self, index: int) -> Path:
-        """`path`, with the image's id in what it raises."""
+        """`path`, with the image's id in its errors."""
         try:
             return self.path(index)
         except (ValueError, OSError) as error:
-            raise type(error)(f"{error}{self._place(index)}") from error
+            raise type(error)(f"{error}{self._image_note(index)}") from error
 
-    def _place(self, index: int) -> str:
-        return f" It is image id {self._annotations.image_ids[index]} of {self.annotation_file}."
+    def _image_note(self, index: int) -> str:
+        return f" Its image id is {self._annotations.image_ids[index]} in {self.annotation_file}."
 
     def _read(self, index: int, plan: Plan) -> Tensor:
-        """The image as uint8, whole or reduced as far as the transform allows for this plan."""
+        """The image as uint8, whole or as small as the transform allows for this plan."""
         path = self._named(index)
         expected = tuple(self._annotations.sizes[index].tolist())
-        # Asked for its own size, a file is decoded whole.
+        # With its own size as the target, a file is decoded whole.
         target = plan.first_size() if self.transform.reduced_decoding else expected
         try:
             image, size = read_reduced(path, *target)
@@ -217,97 +217,98 @@ class CocoDetection(Dataset):
                 self._check_stored(index, path, size)
                 image, _ = read_reduced(path, *target, upright=False)
         except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{error}{self._place(index)}") from error
+            raise type(error)(f"{error}{self._image_note(index)}") from error
         return to_dtype(image, torch.uint8, scale=True)
 
     def _check_stored(self, index: int, path: Path, upright: tuple[int, int]) -> None:
-        """Raise a ValueError unless the annotations can only mean the image as stored, not as its EXIF tag turns it."""
+        """Raise a ValueError unless the annotations clearly refer to the image before its EXIF tag turns it."""
         stored = tuple(self._annotations.sizes[index].tolist())
         boxes = self._annotations.boxes[slice(*self._offsets[index : index + 2].tolist())]
         fault = stored_fault(boxes, stored, upright, image_sizes(path).stored)
         if fault:
             raise ValueError(
-                f"Image file {path}: the annotations say height × width {stored[0]}×{stored[1]}, the file, upright, "
-                f"has {upright[0]}×{upright[1]}. {fault}"
+                f"Image file {path}: the annotations give height × width {stored[0]}×{stored[1]}, but the upright "
+                f"image has {upright[0]}×{upright[1]}. {fault}"
             )
 
 
 def stored_fault(
-    boxes: np.ndarray, said: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
+    boxes: np.ndarray, annotated: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
 ) -> str | None:
-    """Why annotations that give an image another size than it has upright cannot be used; None: they are of the image
-    as stored.
+    """Why annotations whose size differs from the upright image's cannot be used; None if they clearly refer to the
+    image as stored.
 
     Args:
         boxes: [n, 4] xywh in pixels.
-        said, upright, stored: (height, width) by the annotations; of the file turned by its EXIF tag, and not turned.
+        annotated, upright, stored: (height, width) in the annotations, of the image turned by its EXIF tag, and of the
+            image as stored.
     """
-    if said != stored:
-        return "Boxes would be off: correct the annotations, or put the right file there."
+    if annotated != stored:
+        return "Boxes would be misplaced: correct the annotations, or replace the file with the right one."
     fits = {name: _fit(boxes, size) for name, size in (("stored", stored), ("upright", upright))}
     if len(boxes) and (fits["upright"] or not fits["stored"]):
-        inside = "both ways" if all(fits.values()) else "upright only" if fits["upright"] else "neither way"
+        inside = "both ways" if all(fits.values()) else "only upright" if fits["upright"] else "neither way"
         return (
-            f"That is its size as stored, before its EXIF tag turns it, and its boxes fit {inside}: which is meant? "
-            "Write the upright size, or save the image without the tag."
+            f"That is the size as stored, before the EXIF tag turns the image, and the boxes fit {inside}. Write the "
+            "upright size, or save the image without the tag."
         )
     return None
 
 
 def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether no box reaches out of the image by more than the rounding of many tools."""
+    """Whether no box exceeds the image by more than the tolerance."""
     return not reaches_out(boxes, np.array([size])).any()
 
 
 def load_annotations(path: str | Path) -> dict:
-    """`read_annotations` as lists and dicts in COCO's format, `area` and `iscrowd` filled in; errors as there."""
+    """`read_annotations` as lists and dicts in COCO's format, with `area` and `iscrowd` filled in; same errors."""
     return read_annotations(path).to_coco()
 
 
 def coco_split(root: str | Path, split: str, transform: TrainTransform | EvalTransform) -> CocoDetection:
-    """`train` or `val` of a folder in COCO's official 2017 layout; errors as `coco_files` and `CocoDetection`."""
+    """`train` or `val` of a folder in COCO's 2017 layout; errors as in `coco_files` and `CocoDetection`."""
     return CocoDetection(*coco_files(root, split), transform)
 
 
 def coco_files(root: str | Path, split: str) -> tuple[Path, Path]:
-    """Folder of images and annotation file of `train` or `val` in COCO's 2017 layout; they need not be there.
+    """Folder of images and annotation file of `train` or `val` in COCO's 2017 layout; they need not exist.
 
     Raises:
-        ValueError: the folder has another layout, which is named.
+        ValueError: the folder has another layout; names it.
     """
     root = Path(root)
     images, annotations = root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
     if root.is_dir() and not images.is_dir():
         raise ValueError(
             f"Folder {root} is not in COCO's 2017 layout: expected {images.name}/ and annotations/{annotations.name}. "
-            f"{_found_instead(root)}"
+            f"{_actual_layout(root)}"
         )
     return images, annotations
 
 
-def _found_instead(root: Path) -> str:
+def _actual_layout(root: Path) -> str:
     try:
         layout = find_layout(root)
     except ValueError as error:
         return str(error)
     if layout.name == "COCO 2017":
-        return f"It has {', '.join(layout.splits)} alone; --images and --annotations take any folder and file."
-    return f"It is in that of {layout.name} ({layout.marker}): --dataset {root} reads it."
+        return f"It only has {', '.join(layout.splits)}; --images and --annotations take any folder and file."
+    return f"It is in the layout of {layout.name} ({layout.marker}): --dataset {root} reads it."
 
 
 def layout_split(
     layout: Layout, split: str, transform: TrainTransform | EvalTransform, val_fraction: float
 ) -> CocoDetection:
-    """One part of a data set whose layout was found.
+    """One split of a data set in a detected layout.
 
     Args:
         layout: from `find_layout`.
-        split: `train`, `val` or `test`. Where there is no `val`, a part of `train` is set aside for it.
-        transform: what happens to each image.
+        split: `train`, `val` or `test`. If there is no `val`, a part of `train` is held out for it.
+        transform: the transform of each image.
         val_fraction: the size of that part.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such part, or as `CocoDetection`.
+        FileNotFoundError, ValueError: there is no such split, or as in `CocoDetection`.
     """
     is_divided = "val" not in layout.splits and split in ("train", "val")
     source = layout.splits.get("train" if is_divided else split)
@@ -321,7 +322,7 @@ def layout_split(
 def layout_sets(
     layout: Layout, train_transform: TrainTransform, eval_transform: EvalTransform, val_fraction: float
 ) -> tuple[CocoDetection, CocoDetection]:
-    """Training and validation set of a data set whose layout was found; arguments and errors as `layout_split`."""
+    """Training and validation set of a data set in a detected layout; arguments and errors as in `layout_split`."""
     if "val" in layout.splits or "train" not in layout.splits:
         return (
             layout_split(layout, "train", train_transform, val_fraction),
@@ -345,13 +346,13 @@ def folder_sets(
     Args:
         images: folder of the images.
         annotations: JSON in COCO's format.
-        train_transform, eval_transform: what happens to the images of each set.
-        val_fraction: of the images that are set aside for validation, at least one; always the same ones.
+        train_transform, eval_transform: the transforms of the images of each set.
+        val_fraction: fraction of the images to hold out for validation, at least one image; always the same images.
         val_images: folder of the images of `val_annotations`; default: `images`.
-        val_annotations: a file of their own; nothing is set aside then.
+        val_annotations: a separate file for validation; then no image is held out.
 
     Raises:
-        ValueError: `val_fraction` is not between 0 and 1, fewer than two images to divide, or as `CocoDetection`.
+        ValueError: `val_fraction` is not between 0 and 1, fewer than two images to divide, or as in `CocoDetection`.
         FileNotFoundError: no such folder or file.
     """
     if val_annotations:
@@ -369,7 +370,7 @@ def _divided_sets(
     eval_transform: EvalTransform,
     val_fraction: float,
 ) -> tuple[CocoDetection, CocoDetection]:
-    """Both sets of annotations that are read once."""
+    """Training and validation set from annotations that are read once."""
     train_ids, val_ids = divided(annotations, val_fraction)
     return (
         CocoDetection(images, annotations, train_transform, train_ids),
@@ -378,7 +379,7 @@ def _divided_sets(
 
 
 def divided(annotations: Annotations, val_fraction: float) -> tuple[list[int], list[int]]:
-    """Ids of the images to train on, and of those that are set aside for validation.
+    """Ids of the images for training, and of those held out for validation.
 
     Raises:
         ValueError: `val_fraction` is not between 0 and 1, or fewer than two images to divide.
@@ -388,18 +389,18 @@ def divided(annotations: Annotations, val_fraction: float) -> tuple[list[int], l
     ids = sorted(annotations.image_ids.tolist())
     if len(ids) < 2:
         raise ValueError(f"Annotation file {annotations.source}: expected at least 2 images to divide, got {len(ids)}.")
-    # In the order of random numbers that belong to the ids: an image added later moves hardly any other.
+    # Each id has its own random number, so an image added later moves hardly any other.
     ids.sort(key=lambda image_id: Random(image_id).random())
     count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
     return ids[count:], ids[:count]
 
 
 def _clipped(boxes: np.ndarray, height: int | np.ndarray, width: int | np.ndarray) -> np.ndarray:
-    """[n, 4] xywh -> xyxy inside images of one size, or of n sizes."""
+    """[n, 4] xywh -> xyxy clipped to images of one size, or of n sizes."""
     x, y, w, h = boxes.T
     return np.stack([np.maximum(x, 0), np.maximum(y, 0), np.minimum(x + w, width), np.minimum(y + h, height)], axis=-1)
 
 
 def _has_area(boxes: np.ndarray) -> np.ndarray:
-    """[n, 4] xyxy -> [n] bool."""
+    """Whether boxes have an area: [n, 4] xyxy -> [n] bool."""
     return (boxes[:, 2:] > boxes[:, :2]).all(1)

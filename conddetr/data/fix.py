@@ -1,6 +1,6 @@
-"""A cleaned copy of an annotation file: what cannot be used is dropped, what can be mended is, and all of it is listed.
+"""A cleaned copy of an annotation file: unusable entries are dropped, the others are repaired, all changes are listed.
 
-It works on the JSON itself: what else stands in the file, and in the entries that stay, is kept.
+It works on the JSON itself, so all other content of the file and of the remaining entries is kept.
 """
 
 import json
@@ -21,7 +21,7 @@ from conddetr.data.validate import Files, ValidationReport, file_findings, is_un
 from conddetr.files import atomic_file, refuse_overwriting
 
 _PASSES = 10
-"""Over the boxes, at most: what one pass drops can change how the rest reads."""
+"""Maximum number of passes over the boxes: what one pass drops can change the reading of the rest."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Change:
     what: str
     count: int = 0
     first: str = ""
-    """The first place."""
+    """Where it occurred first."""
 
 
 @dataclass
 class Fixed:
-    """What was written, and how it differs from the original."""
+    """The written file, and its differences from the original."""
 
     annotation_file: str
     images: int
@@ -49,14 +49,14 @@ class Fixed:
         return asdict(self)
 
     def summary(self) -> str:
-        """What was written, in one line."""
+        """The written file and its contents, in one line."""
         counts = f"{self.images} images, {self.annotations} annotations, {self.categories} categories"
         return f"{self.annotation_file}: {counts}"
 
     def table(self) -> Table:
         """The changes, for the terminal."""
-        table = Table(title="changed" if self.changes else "nothing to change", box=SIMPLE_HEAD)
-        for column in ("what", "count", "first"):
+        table = Table(title="changes" if self.changes else "no changes needed", box=SIMPLE_HEAD)
+        for column in ("change", "count", "first"):
             table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for change in self.changes:
             table.add_row(*map(Text, (change.what, str(change.count), change.first)))
@@ -67,41 +67,41 @@ def fix(report: ValidationReport, out: str | Path, train: bool = True) -> Fixed:
     """Write a copy of an annotation file that has no errors.
 
     Args:
-        report: of the file; the images are not read again.
-        out: the file to write; the original stays as it is.
+        report: the report of the file; the images are not read again.
+        out: the file to write; the original stays unchanged.
         train: as in `validate`.
 
     Raises:
-        ValueError: as `read_object`; `out` is the file itself; or an error would be left, as where no object is.
-            Nothing is written then.
+        ValueError: as in `read_object`; `out` is the file itself; or an error would remain, for example no objects.
+            Then nothing is written.
         FileNotFoundError: no such annotation file.
     """
     refuse_overwriting("--fix", out, [report.annotation_file])
     content = read_object(Path(report.annotation_file))
-    mender = _Mender(content, report.files)
-    mender.mend()
+    cleaner = _Cleaner(content, report.files)
+    cleaner.clean()
     with atomic_file(out) as partial:
         partial.write_text(json.dumps(content), encoding="utf-8")
-        result = ValidationReport(report.annotation_file, report.image_dir, files=mender.renamed_files())
+        result = ValidationReport(report.annotation_file, report.image_dir, files=cleaner.renamed_files())
         judge(scan(partial), train, result)
-        left = next((found for found in result.findings if found.severity == "error"), None)
-        if left:
+        remaining = next((finding for finding in result.findings if finding.severity == "error"), None)
+        if remaining:
             raise ValueError(
-                f"Annotation file {out} is not written, as an error would be left in it: {left.kind} "
-                f"({left.examples[0]}). {left.message}"
+                f"Annotation file {out} is not written, because an error would remain: {remaining.kind} "
+                f"({remaining.examples[0]}). {remaining.message}"
             )
     counts = (len(content.get(section, ())) for section in ("images", "annotations", "categories"))
-    return Fixed(str(out), *counts, list(mender.changes.values()))
+    return Fixed(str(out), *counts, list(cleaner.changes.values()))
 
 
-class _Mender:
-    """Changes the content of an annotation file in place, and counts what it changes."""
+class _Cleaner:
+    """Repairs the content of an annotation file in place, and counts the changes."""
 
     def __init__(self, content: dict, files: Files) -> None:
         self.content, self.files = content, files
         self.changes: dict[str, Change] = {}
 
-    def mend(self) -> None:
+    def clean(self) -> None:
         self._drop_malformed()
         self._make_ids_unique()
         self._drop_unknown()
@@ -120,9 +120,9 @@ class _Mender:
         self._fill_optional()
 
     def renamed_files(self) -> Files:
-        """What was found in the images, by the names that they have now."""
-        found = ((one.real_name or name, one) for name, one in self.files.odd.items())
-        return Files({name: replace(one, name=name, real_name="") for name, one in found})
+        """The inspections of the images, by their current names."""
+        inspections = ((item.real_name or name, item) for name, item in self.files.odd.items())
+        return Files({name: replace(item, name=name, real_name="") for name, item in inspections})
 
     def _total(self) -> int:
         return sum(change.count for change in self.changes.values())
@@ -135,7 +135,7 @@ class _Mender:
         return self.content.get(section, [])
 
     def _drop(self, section: str, what: str, fault: Callable[[dict], str | None]) -> None:
-        """Drop the entries for which there is a text, the place that is listed."""
+        """Drop the entries for which `fault` returns a text, which the list of changes shows."""
         kept = []
         for entry in self._entries(section):
             place = fault(entry)
@@ -149,7 +149,7 @@ class _Mender:
     def _drop_malformed(self) -> None:
         for section in SECTIONS:
             if section in self.content and not isinstance(self.content[section], list):
-                self._note(f"{section} that are no list dropped", str(self.content[section])[:60])
+                self._note(f"{section} dropped: not a list", str(self.content[section])[:60])
                 self.content[section] = []
             kept = []
             for position, entry in enumerate(self._entries(section)):
@@ -167,7 +167,7 @@ class _Mender:
             positions = count()
             self._drop(
                 section,
-                f"{section} dropped whose id another has after them",
+                f"{section} dropped: a later entry has the same id",
                 lambda entry, last=last, at=positions: None if last[entry["id"]] == next(at) else f"id {entry['id']}",
             )
         used = {annotation["id"] for annotation in self._entries("annotations")}
@@ -176,7 +176,7 @@ class _Mender:
         for annotation in self._entries("annotations"):
             if annotation["id"] in seen:
                 place, annotation["id"] = _place(annotation), next(free)
-                self._note("annotations renumbered, as their id was taken", f"{place}: {annotation['id']}")
+                self._note("annotations renumbered: their id was taken", f"{place}: {annotation['id']}")
             seen.add(annotation["id"])
 
     def _drop_unknown(self) -> None:
@@ -184,14 +184,14 @@ class _Mender:
             known = {entry["id"] for entry in self._entries(section)}
             self._drop(
                 "annotations",
-                f"annotations of an unknown {name} dropped",
+                f"annotations dropped: unknown {name}",
                 lambda a, known=known, name=name: (
                     None if a[f"{name}_id"] in known else f"{_place(a)}: {name} {a[f'{name}_id']}"
                 ),
             )
 
     def _drop_images(self) -> None:
-        """Those that cannot be used, with their annotations; whether an image can be turned depends on its boxes."""
+        """Drop unusable images with their annotations; whether an image is usable as stored depends on its boxes."""
         if not self.files.odd:
             return
         boxes_of: dict[int, list] = {}
@@ -214,12 +214,12 @@ class _Mender:
             self.content["images"] = [image for image in self._entries("images") if image["id"] not in dropped]
             self._drop(
                 "annotations",
-                "annotations of dropped images dropped",
+                "annotations dropped: their image is dropped",
                 lambda annotation: _place(annotation) if annotation["image_id"] in dropped else None,
             )
 
     def _complete_images(self) -> None:
-        """Sizes and names that the files have."""
+        """Fill in the sizes and names of the files."""
         for image in self._entries("images"):
             inspection = self.files.odd.get(image["file_name"])
             if inspection is None:
@@ -228,27 +228,27 @@ class _Mender:
                 image["height"], image["width"] = inspection.sizes.upright
                 self._note("sizes read from the image", f"{image['file_name']}: {image['height']}×{image['width']}")
             if inspection.real_name:
-                self._note("names replaced by those on the disk", f"{image['file_name']}: {inspection.real_name}")
+                self._note("names replaced by those on disk", f"{image['file_name']}: {inspection.real_name}")
                 image["file_name"] = inspection.real_name
-        # From here on they are asked for by the new names.
+        # From here on, images are looked up by their new names.
         self.files = self.renamed_files()
 
     def _merge_images(self) -> None:
-        """Those that name one file become the first of them."""
+        """Merge images of the same file into the first of them."""
         first: dict[str, dict] = {}
         merged: dict[int, int] = {}
         dropped: set[int] = set()
         for image in self._entries("images"):
-            other = first.setdefault(str(Path(image["file_name"])), image)
-            if other is image:
+            original = first.setdefault(str(Path(image["file_name"])), image)
+            if original is image:
                 continue
-            place = f"{image['file_name']}: id {image['id']} is now {other['id']}"
-            if _size(other) == _size(image):
-                merged[image["id"]] = other["id"]
-                self._note("images of one file merged", place)
+            place = f"{image['file_name']}: id {image['id']} is now {original['id']}"
+            if _size(original) == _size(image):
+                merged[image["id"]] = original["id"]
+                self._note("images of the same file merged", place)
             else:
                 dropped.add(image["id"])
-                self._note("images dropped: their file has another entry, of another size", place)
+                self._note("images dropped: their file has another entry with another size", place)
         for annotation in self._entries("annotations"):
             annotation["image_id"] = merged.get(annotation["image_id"], annotation["image_id"])
         self.content["images"] = [image for image in self._entries("images") if image["id"] not in merged]
@@ -262,7 +262,7 @@ class _Mender:
         return boxes, np.array([sizes[a["image_id"]] for a in annotations], np.int64).reshape(-1, 2)
 
     def _convert_boxes(self) -> None:
-        """Fractions and corners, where the whole file has them."""
+        """Convert fractions and corners if the whole file has them."""
         boxes, sizes = self._arrays()
         for reading in box_readings(boxes, sizes):
             if not reading.is_whole:
@@ -270,14 +270,14 @@ class _Mender:
             what = "boxes converted from fractions" if reading.kind == "fractions" else "boxes converted from corners"
             for at, pixels in zip(reading.positions.tolist(), reading.pixels.tolist(), strict=True):
                 annotation = self._entries("annotations")[at]
-                # Six digits: without the noise of the multiplication.
+                # Six digits, without the rounding noise of the multiplication.
                 self._replace_box(annotation, [round(value, 6) for value in pixels], f"{what} ({reading.numbers})")
                 area = annotation.get("area")
                 if reading.kind == "fractions" and area is not None and 0 < area <= 1:
                     annotation["area"] = area * int(sizes[at].prod())
 
     def _replace_box(self, annotation: dict, box: list, what: str) -> None:
-        """The area changes with the box where it was the box's."""
+        """Replace a box; the area changes with it if it was the box's area."""
         old, area = annotation["bbox"], annotation.get("area")
         self._note(what, f"{_place(annotation)}: {old} to {box}")
         annotation["bbox"] = box
@@ -291,7 +291,7 @@ class _Mender:
         kept = iter(is_inside.all(1).tolist())
         self._drop(
             "annotations",
-            "boxes without area in their image dropped",
+            "boxes dropped: no area in their image",
             lambda annotation: None if next(kept) else f"{_place(annotation)}: {annotation['bbox']}",
         )
 
@@ -331,6 +331,6 @@ def _place(annotation: dict[str, Any]) -> str:
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
-    """Height and width; 0, 0 where one of them is not known."""
+    """Height and width; 0, 0 if one of them is unknown."""
     sides = image.get("height"), image.get("width")
     return (0, 0) if any(side is None or side <= 0 for side in sides) else sides

@@ -1,4 +1,4 @@
-"""Folders of images whose annotations are in a file per image."""
+"""Folders of images with one annotation file per image."""
 
 import glob
 import os
@@ -13,23 +13,23 @@ from conddetr.data.images import image_sizes
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _FILES_AT_A_TIME = 16
-"""Header reads wait for the disk, or the network; more of them at once gain nothing on a local disk."""
+"""Concurrent header reads, which wait for the disk or the network; more gain nothing on a local disk."""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image; hidden files are none."""
+    """Whether a file's name is an image's; hidden files do not count."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def images_below(folder: Path) -> list[Path]:
-    """All image files of a folder and the folders in it, by name; hidden ones are left out."""
+    """All image files of a folder and its subfolders, sorted by name; without hidden ones."""
     return [folder / name for name in sorted(glob.glob("**", root_dir=folder, recursive=True)) if is_image(name)]
 
 
 def upright_sizes(paths: Sequence[Path]) -> np.ndarray:
-    """[I, 2] int32, height and width in pixels as images are to be looked at; errors as `image_sizes`."""
+    """[I, 2] int32, height and width of the upright images in pixels; errors as in `image_sizes`."""
     with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-        sizes = [found.upright for found in pool.map(image_sizes, paths)]
+        sizes = [size.upright for size in pool.map(image_sizes, paths)]
     return np.array(sizes, np.int32).reshape(-1, 2)
 
 
@@ -43,18 +43,18 @@ def packed(
     boxes: np.ndarray,
     is_annotated: bool = True,
 ) -> Annotations:
-    """Annotations with ids of images and boxes from 1 on.
+    """Annotations whose ids of images and boxes start at 1.
 
     Args:
-        source: where they are from.
+        source: the origin, for messages.
         categories: names by id.
-        names: of the I images, relative to their folder.
+        names: names of the I images, relative to their folder.
         sizes: [I, 2] int32, height and width.
         image_of, category_ids: position of the image, ascending, and category id of each of N boxes.
         boxes: [N, 4] float64 xywh in pixels.
         is_annotated: as `Annotations.is_annotated`.
     """
-    place = {category_id: position for position, category_id in enumerate(categories)}
+    position_of = {category_id: position for position, category_id in enumerate(categories)}
     return Annotations(
         source,
         [{"id": category_id, "name": name} for category_id, name in categories.items()],
@@ -63,7 +63,7 @@ def packed(
         sizes,
         np.arange(1, len(image_of) + 1),
         np.array(image_of, np.int32),
-        np.array([place[category_id] for category_id in category_ids], np.int32),
+        np.array([position_of[category_id] for category_id in category_ids], np.int32),
         boxes,
         boxes[:, 2] * boxes[:, 3],
         np.zeros(len(image_of), bool),

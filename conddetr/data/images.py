@@ -1,4 +1,4 @@
-"""Images of every kind into one form: [3, H, W] RGB tensors."""
+"""Images from all sources as [3, H, W] RGB tensors."""
 
 import functools
 import io
@@ -20,12 +20,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 MEAN = (0.485, 0.456, 0.406)
-"""ImageNet's RGB mean, of values in [0, 1]."""
+"""ImageNet's RGB mean, for values in [0, 1]."""
 STD = (0.229, 0.224, 0.225)
 """ImageNet's RGB standard deviation."""
 
 REDUCED_DECODING_GAP = 2.0
-"""A JPEG may be decoded at a lower resolution as long as that is this many times what is needed."""
+"""A JPEG may be decoded at a lower resolution that is at least this many times the target's."""
 _ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)
 """Values of the EXIF orientation tag with rows and columns swapped."""
@@ -38,17 +38,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image with that orientation tag upright; other values mean nothing."""
+"""The transposition that turns an image with each orientation tag upright; other values have no meaning."""
 _SIZED_BY_HEADER = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """Formats whose size does not change when they are decoded."""
 _PNG_TAG_KEYWORDS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
-"""What text chunks that can hold an orientation begin with."""
+"""First bytes of text chunks that can hold an orientation."""
 _DTYPES = [np.dtype(name) for name in ("uint8", "uint16", "float16", "float32", "float64")]
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
-# Pillow warns of each image between its limit and twice the limit, a line each; they are read like all others.
-# Appended, the filter yields to one that a program has set before.
+# Pillow prints a warning for every image between its limit and twice the limit, which it reads like all others.
+# An appended filter yields to filters that a program has set before.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
 
 
@@ -57,7 +57,7 @@ class ImageTooLargeError(ValueError):
 
 
 class PixelError(ValueError):
-    """An image that can be decoded, with values that are no colours."""
+    """An image that can be decoded, but whose values are not colours."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class ImageSizes:
     """Height and width in pixels of an image file, from its header."""
 
     upright: tuple[int, int]
-    """As the image is to be looked at: what `read_image` gives."""
+    """Size of the upright image, which `read_image` returns."""
     stored: tuple[int, int]
-    """As the pixels lie in the file; swapped against `upright` where the orientation is 5 to 8."""
+    """Size of the pixels in the file; swapped against `upright` if the orientation is 5 to 8."""
     orientation: int | None
-    """EXIF's orientation tag, 1 to 8; None without one, and for values without a meaning."""
+    """EXIF's orientation tag, 1 to 8; None without a tag, and for values without a meaning."""
 
 
 def pixel_limit(value: str) -> int:
@@ -83,18 +83,18 @@ def pixel_limit(value: str) -> int:
     return int(value)
 
 
-# At import, so that worker processes have it too, and that a program can still set another limit.
+# At import, so that worker processes have the limit too, and a program can still set another one.
 if _limit := os.environ.get("CONDDETR_MAX_PIXELS"):
     Image.MAX_IMAGE_PIXELS = pixel_limit(_limit)
 
 
 def read_image(source: ImageLike) -> Tensor:
-    """Any image as an RGB tensor, upright.
+    """Any image as an upright RGB tensor.
 
     Args:
         source: a file; a PIL image of any mode; an array [H, W] or [H, W, 1 | 3 | 4], RGB; a tensor [1 | 3, H, W].
             Arrays and tensors are uint8, uint16 or floating in [0, 1]. Files and PIL images of 32-bit integers are
-            read as 16-bit ones, those of floats as floating ones.
+            read as 16-bit ones, files and PIL images of floats as floating ones.
 
     Returns:
         [3, H, W], uint8 (float32 in [0, 1] if the source was floating).
@@ -102,10 +102,10 @@ def read_image(source: ImageLike) -> Tensor:
     Raises:
         FileNotFoundError: no such file.
         ImageTooLargeError: more pixels than Pillow's limit allows.
-        PixelError: values outside their range, or of a kind that is no colour.
+        PixelError: values outside their range, or of a mode that has no colours.
         ValueError: not an image, damaged, or an unknown shape or dtype; names the file,
             the expected and the actual value.
-        TypeError: none of the accepted types.
+        TypeError: another type.
     """
     if isinstance(source, (str, Path)):
         return _read_file(Path(source))[0]
@@ -123,28 +123,28 @@ def read_image(source: ImageLike) -> Tensor:
 
 
 def read_reduced(path: Path, height: int, width: int, upright: bool = True) -> tuple[Tensor, tuple[int, int]]:
-    """An image file for a target smaller than it: a JPEG at 1/2, 1/4 or 1/8, which its cosine transform gives cheaply.
+    """Read an image file for a smaller target: a JPEG at 1/2, 1/4 or 1/8, which its cosine transform makes cheap.
 
     Args:
         path: the file.
-        height, width: what it will be resized to, in pixels. The image returned is at least `REDUCED_DECODING_GAP`
-            times as large, or of the file's own size.
-        upright: turn the image by its orientation tag. Without, its pixels, its sizes, and the target are as stored.
+        height, width: the target size, in pixels. The returned image is at least `REDUCED_DECODING_GAP` times as
+            large, or has the file's own size.
+        upright: turn the image by its orientation tag. If False, its pixels, its sizes and the target are as stored.
 
     Returns:
         As `read_image`, and the height and width of the file.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_image`.
+        FileNotFoundError, ValueError: as in `read_image`.
     """
     return _read_file(path, (height, width), upright)
 
 
 def image_sizes(path: Path) -> ImageSizes:
-    """Sizes of an image file from its header alone, in most formats: a file cut short after it is not noticed.
+    """Sizes of an image file, in most formats from its header alone, so a file truncated after it is not noticed.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_image`.
+        FileNotFoundError, ValueError: as in `read_image`.
     """
     with _opened(path) as image:
         return _sizes(image)
@@ -157,7 +157,7 @@ def _read_file(
         sizes = _sizes(image)
         if target is not None:
             needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
-            # Formats other than JPEG ignore it. PIL counts columns first.
+            # Formats other than JPEG ignore it. PIL takes the width first.
             image.draft(None, needed if upright and sizes.orientation in _TRANSPOSED else needed[::-1])
         turned = _upright(image) if upright else _as_stored(image, sizes.orientation)
     return _from_pil(turned, f"Image file {path}"), sizes.upright if upright else sizes.stored
@@ -165,7 +165,7 @@ def _read_file(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file as a PIL image that is not decoded yet; errors inside name the file."""
+    """The file as a PIL image before decoding; errors inside name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"Image file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     with _named_errors(f"Image file {path}"), Image.open(path) as image:
@@ -174,41 +174,41 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _named_errors(name: str) -> Iterator[None]:
-    """Turn what Pillow raises into errors that begin with `name`."""
+    """Turn Pillow's errors into errors that begin with `name`."""
     try:
         yield
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: not an image in a known format.") from error
-    # The warning is an error where a program has asked for that.
+    # The warning is an error if a program has set that.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        found = re.search(r"\d+", str(error))
-        limit = found.group() if found else "None"
+        match = re.search(r"\d+", str(error))
+        limit = match.group() if match else "None"
         raise ImageTooLargeError(
             f"{name}: too large. {error} If you trust it, raise the limit: PIL.Image.MAX_IMAGE_PIXELS = {limit} in "
             f"Python, or the environment variable CONDDETR_MAX_PIXELS={limit}."
         ) from error
     except PermissionError as error:
-        raise ValueError(f"{name}: cannot be read ({error.strerror}): change who may read it.") from error
-    # RuntimeError: AVIF's decoder.
+        raise ValueError(f"{name}: cannot be read ({error.strerror}): change its permissions.") from error
+    # AVIF's decoder raises RuntimeError.
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: truncated or damaged ({error}).") from error
 
 
 def _sizes(image: Image.Image) -> ImageSizes:
-    """Sizes of a file that is open and not decoded yet."""
+    """Sizes of an open file before decoding."""
     if image.format not in _SIZED_BY_HEADER or (image.format == "PNG" and _has_late_tags(image.fp)):
         image.load()
     orientation = _orientation(image)
-    # Recent Pillow gives a TIFF's upright size, and swaps it by the tag alone, not by XMP data.
+    # Recent Pillow returns a TIFF's upright size, and swaps it by the tag alone, not by XMP data.
     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
     upright = (width, height) if orientation in _TRANSPOSED else (height, width)
     return ImageSizes(upright, (height, width), int(orientation) if orientation in range(1, 9) else None)
 
 
 def _orientation(image: Image.Image) -> object:
-    """The value of the EXIF tag, which can be anything; None without one."""
+    """The value of the EXIF tag, which can be anything; None without a tag."""
     try:
-        # Not `image.getexif`: that of a PNG decodes it first, for tags that may follow the pixels.
+        # Not `image.getexif`, which decodes a PNG first, for tags that may follow the pixels.
         return Image.Image.getexif(image).get(_ORIENTATION)
     except (struct.error, SyntaxError) as error:
         raise ValueError(f"its EXIF data cannot be read: {error}") from error
@@ -218,32 +218,32 @@ def _has_late_tags(file: BinaryIO) -> bool:
     """Whether a PNG has EXIF or XMP data after its pixels."""
     position = file.tell()
     file.seek(len(b"\x89PNG\r\n\x1a\n"))
-    found = pixels = False
-    while not found and len(header := file.read(8)) == 8:
+    has_tags = pixels = False
+    while not has_tags and len(header := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", header)
         following = file.tell() + length + len(b"CRC.")
         pixels |= kind == b"IDAT"
-        found = pixels and (kind == b"eXIf" or file.read(min(length, 32)).startswith(_PNG_TAG_KEYWORDS))
+        has_tags = pixels and (kind == b"eXIf" or file.read(min(length, 32)).startswith(_PNG_TAG_KEYWORDS))
         file.seek(following)
     file.seek(position)
-    return found
+    return has_tags
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes all tags anew and fails where one of them is damaged.
-    left = _decoded_orientation(image)
-    return image.transpose(_UPRIGHT[left]) if left in _UPRIGHT else image
+    # Not ImageOps.exif_transpose, which rewrites all tags and fails if one of them is damaged.
+    orientation = _decoded_orientation(image)
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _as_stored(image: Image.Image, orientation: int | None) -> Image.Image:
-    """Undo the turn of a TIFF by Pillow; `orientation` is from before the image was decoded."""
+    """Undo Pillow's turn of a TIFF; `orientation` is the tag before the image was decoded."""
     if _decoded_orientation(image) == orientation or orientation not in _UPRIGHT:
         return image
     return image.transpose(_UPRIGHT[{6: 8, 8: 6}.get(orientation, orientation)])
 
 
 def _decoded_orientation(image: Image.Image) -> object:
-    """Decode the image; the orientation that it has then. Pillow turns TIFFs itself, and removes the tag if recent."""
+    """Decode the image and return its orientation afterwards. Pillow turns TIFFs; recent versions remove the tag."""
     image.load()
     if image.format == "TIFF" and _ORIENTATION in image.tag_v2 and _keeps_tags_of_turned_tiffs():
         return None
@@ -252,7 +252,7 @@ def _decoded_orientation(image: Image.Image) -> object:
 
 @functools.cache
 def _keeps_tags_of_turned_tiffs() -> bool:
-    """Whether this Pillow leaves the tag on a TIFF that it has turned."""
+    """Whether this version of Pillow leaves the tag on a TIFF that it has turned."""
     file = io.BytesIO()
     Image.new("L", (2, 1)).save(file, "tiff", tiffinfo={_ORIENTATION: 6})
     with Image.open(file) as image:
@@ -268,17 +268,17 @@ def _from_pil(image: Image.Image, name: str) -> Tensor:
         if low < 0 or high > 65535:
             raise PixelError(
                 f"{name}: expected 32-bit integers in 0…65535, got {low}…{high}. Scale them to that range, and save "
-                "them as 16-bit."
+                "them as 16-bit integers."
             )
     if image.mode.startswith("I"):
         return _from_tensor(torch.from_numpy(np.asarray(image).astype(np.uint16))[None], name)
     if image.mode == "F":
         return _from_tensor(torch.from_numpy(np.array(image, dtype=np.float32))[None], name)
     if image.mode == "P" and "transparency" in image.info:
-        # The same colours; straight to RGB, Pillow warns.
+        # The colours are the same; Pillow warns if it converts directly to RGB.
         image = image.convert("RGBA")
     try:
-        # Colours stay interleaved as PIL has them: torch resizes that layout fastest.
+        # Colours stay interleaved as in PIL, because torch resizes that layout fastest.
         image = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise PixelError(f"{name}: its pixels (mode {image.mode}) cannot be read as RGB; save it as RGB.") from error
@@ -292,7 +292,7 @@ def _from_array(source: np.ndarray) -> Tensor:
     native = array.dtype.newbyteorder("=")
     if native not in _DTYPES:
         raise ValueError(f"Image array: expected uint8, uint16 or floating values, got {array.dtype}.")
-    # Copied where torch could not share it: other byte orders, negative strides, read-only memory.
+    # A copy if torch cannot share the memory: other byte order, negative strides, read-only.
     array = np.require(array[..., :3], native, ["C_CONTIGUOUS", "WRITEABLE"])
     return _from_tensor(torch.from_numpy(array).permute(2, 0, 1), "Image")
 
@@ -305,7 +305,7 @@ def _from_tensor(image: Tensor, name: str) -> Tensor:
     elif image.is_floating_point():
         low, high = (bound.item() for bound in image.detach().aminmax())
         if math.isnan(low):
-            raise PixelError(f"{name}: expected floating values in [0, 1], got nan: put a number there.")
+            raise PixelError(f"{name}: expected floating values in [0, 1], got nan: replace it with a number.")
         if not (low >= 0 and high <= 1):
             raise PixelError(
                 f"{name}: expected floating values in [0, 1], got {low:.9g}…{high:.9g}. Scale them to that range."
@@ -323,11 +323,11 @@ def resized_shape(height: int, width: int, short_side: int, max_side: int) -> tu
 
 
 def to_model_input(images: Tensor) -> Tensor:
-    """[..., 3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and deviation."""
+    """[..., 3, H, W] uint8 or float in [0, 1] -> float32, normalised with ImageNet's mean and standard deviation."""
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    # In place on one new tensor: five times faster than torchvision's conversion and normalisation one after the other.
+    # In place on one new tensor: five times faster than torchvision's conversion followed by its normalisation.
     result = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)
-    # By numbers, not by tensors of constants: those would come from the host, and a GPU's step would wait for them.
+    # Numbers, not tensors of constants, which a GPU's step would wait for as they come from the host.
     for channel, mean, std in zip(result.unbind(-3), MEAN, STD, strict=True):
         channel.mul_(1 / (scale * std)).sub_(mean / std)
     return result

@@ -1,4 +1,4 @@
-"""Folders of data sets as they are found on disk: which layout one has is seen by the names in it."""
+"""Folders of data sets on disk: their layout is detected by the names in them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from conddetr.data.yolo import YoloSplit, find_yolo
 
 _EXPECTED = {
     "COCO 2017": "folders train2017 and val2017, and annotations/instances_train2017.json and …_val2017.json",
-    "Roboflow COCO": "folders train, valid and test, in each _annotations.coco.json beside the images",
+    "Roboflow COCO": "folders train, valid and test, each with _annotations.coco.json beside the images",
     "YOLO": "data.yaml (or another *.yaml) with `names` and paths under `train` and `val`; or classes.txt with folders "
     "images/train, labels/train, images/val and labels/val",
-    "Pascal VOC": "Annotations/*.xml with JPEGImages or images, and ImageSets/Main/train.txt where there are splits; "
-    "or folders train, valid and test, in each *.xml beside the images",
+    "Pascal VOC": "Annotations/*.xml with JPEGImages or images, and ImageSets/Main/train.txt if there are splits; "
+    "or folders train, valid and test, each with *.xml beside the images",
 }
-"""What each layout looks like."""
+"""Folders and files of each layout."""
 _LISTED = 12
-"""How many names of a folder a message gives."""
+"""Maximum number of a folder's names in a message."""
 _LEVELS = 2
-"""How many folders above one are looked at for a data set."""
-_LOOKED_AT = 100
-"""How many entries of a folder are looked at for one."""
+"""Number of parent folders that are searched for a data set."""
+_SEARCHED = 100
+"""Maximum number of a folder's entries that are searched for a data set."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class CocoSplit:
     note: ClassVar[str] = ""
 
     def count(self) -> None:
-        """How many images there are is not known before the file is read."""
+        """None: the number of images is unknown before the file is read."""
         return None
 
     def read(self) -> Annotations:
-        """Read the file. That of a test set may lack annotations; errors as `read_annotations`."""
+        """Read the file. A test set's file may lack annotations; errors as in `read_annotations`."""
         return read_annotations(self.source, needs_boxes=self.split != "test")
 
 
 Split = CocoSplit | YoloSplit | VocSplit
-"""One part of a data set: `images`, `source`, `split`, and `read()`, which gives its annotations."""
+"""One part of a data set: `images`, `source`, `split`, and `read()`, which returns its annotations."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Layout:
     """COCO 2017, Roboflow COCO, YOLO or Pascal VOC."""
     root: Path
     marker: str
-    """The file or the folder that it was known by, relative to `root`."""
+    """The file or folder that identified the layout, relative to `root`."""
     splits: Mapping[str, Split]
-    """By `train`, `val` and `test`, those that are there."""
+    """The existing splits, by `train`, `val` and `test`."""
 
     def describe(self) -> str:
-        """One line for the user: the layout, the splits with as many images as are known, and how they are read."""
+        """One line for the user: the layout, the splits with known numbers of images, and how they are read."""
         parts, unit = [], " images"
         for name, split in self.splits.items():
             count = split.count()
@@ -77,33 +77,33 @@ class Layout:
 
 
 def find_layout(root: str | Path) -> Layout:
-    """The layout of a folder, by the names in it; of YOLO's, its YAML file is read, and may be given itself.
+    """The layout of a folder, by the names in it. YOLO's YAML file is read, and `root` may be that file.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no layout fits, or more than one; says what it is and what was expected.
+        ValueError: no layout fits, or more than one; names the expected and the actual files.
     """
     root = Path(root)
     if not root.exists():
-        raise FileNotFoundError(f"Folder {root} of a data set does not exist.")
+        raise FileNotFoundError(f"Data set folder {root} does not exist.")
     if root.is_file() and root.suffix not in (".yaml", ".yml"):
         hint = " --images and --annotations take a folder and a file in COCO's format." * (root.suffix == ".json")
-        raise ValueError(f"{root}: expected the folder of a data set, or YOLO's YAML file, got another file.{hint}")
-    found = _layouts_of(root)
-    if len(found) > 1:
-        both = " and ".join(f"{layout.name} ({layout.marker})" for layout in found)
-        raise ValueError(f"Folder {root} has more than one layout: {both}. Keep the files of the one that is meant.")
-    if not found:
+        raise ValueError(f"{root}: expected a data set folder or YOLO's YAML file, got another file.{hint}")
+    detected = _layouts_of(root)
+    if len(detected) > 1:
+        both = " and ".join(f"{layout.name} ({layout.marker})" for layout in detected)
+        raise ValueError(f"Folder {root} has more than one layout: {both}. Keep the files of one of them.")
+    if not detected:
         expected = "\n".join(f"  {name}: {text}" for name, text in _EXPECTED.items())
         raise ValueError(
-            f"{root} has no known layout of a data set.{_hint(root)} Found: {_names_in(root)}. Expected one of:\n"
+            f"{root} has no known layout of a data set.{_hint(root)} It has {_names_in(root)}. Expected one of:\n"
             f"{expected}"
         )
-    return found[0]
+    return detected[0]
 
 
 def _layouts_of(root: Path) -> list[Layout]:
-    """All layouts that a folder has, or YOLO's YAML file."""
+    """All layouts of a folder, or of YOLO's YAML file."""
     finders: dict[str, Callable[[Path], tuple[str, Mapping[str, Split]] | None]] = {
         "COCO 2017": _find_coco2017,
         "Roboflow COCO": _find_roboflow,
@@ -114,27 +114,27 @@ def _layouts_of(root: Path) -> list[Layout]:
 
 
 def _hint(root: Path) -> str:
-    """A sentence on a data set in a folder close by: those that hold this one, and those inside it."""
+    """A sentence about a data set in a folder above or below this one; empty if there is none."""
     if not root.is_dir():
         return ""
     here = root.resolve()
-    below = _folders_in(root)
-    further = [entry for folder in below for entry in _folders_in(folder)]
-    for folder in (*here.parents[:_LEVELS], *below, *further[:_LOOKED_AT]):
+    children = _folders_in(root)
+    grandchildren = [entry for folder in children for entry in _folders_in(folder)]
+    for folder in (*here.parents[:_LEVELS], *children, *grandchildren[:_SEARCHED]):
         try:
-            found = _layouts_of(folder)
-        # Another folder's faults are not to be reported for this one.
+            nearby = _layouts_of(folder)
+        # Faults of another folder are not reported for this one.
         except (ValueError, OSError):
             continue
-        if found:
-            return f" Folder {folder} is in that of {found[0].name} ({found[0].marker}): name it instead."
+        if nearby:
+            return f" Folder {folder} has the layout of {nearby[0].name} ({nearby[0].marker}): use it instead."
     return ""
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """Those among its first entries."""
+    """The folders among a folder's first entries."""
     try:
-        return sorted(entry for entry in islice(folder.iterdir(), _LOOKED_AT) if entry.is_dir())
+        return sorted(entry for entry in islice(folder.iterdir(), _SEARCHED) if entry.is_dir())
     except OSError:
         return []
 
@@ -164,9 +164,9 @@ def _find_roboflow(root: Path) -> tuple[str, dict[str, CocoSplit]] | None:
 
 
 def _names_in(root: Path) -> str:
-    """The first names in a folder; folders with a slash."""
+    """The first names in a folder, folders with a slash; for a file, what it lacks."""
     if root.is_file():
-        return f"{root.name}, which names no classes"
+        return f"no names of classes in {root.name}"
     names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return (", ".join(names[:_LISTED]) or "nothing") + more
+    return (", ".join(names[:_LISTED]) or "no files") + more

@@ -1,4 +1,4 @@
-"""What a model is trained and evaluated on, as a type."""
+"""The type of a data set for training and evaluation."""
 
 from conddetr.data.coco import CocoDetection
 from conddetr.data.synthetic import SyntheticShapes

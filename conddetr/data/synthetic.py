@@ -1,4 +1,4 @@
-"""An endless, seeded set of textured shapes on clutter: a detection task that needs no download."""
+"""An endless, seeded set of textured shapes on clutter: a detection task without a download."""
 
 from functools import lru_cache
 from random import Random
@@ -16,14 +16,14 @@ CLASSES = ("disk", "square", "triangle")
 MAX_SHAPES = 4
 MAX_OVERLAP = 0.1
 _LEAST_BAR, _LARGEST_BAR = np.array([0, 0.3, 0.01]), np.array([0.9, 0.9, 0.04])
-"""Start, length and width, as parts of the image's side."""
+"""Start, length and width, as fractions of the image's side."""
 
 
 class SyntheticShapes(Dataset):
     """Square images with one to four shapes of three classes, textured, on noise and bars.
 
     Image `i` of seed `s` is always the same; any index ≥ 0 is valid, so a training run never sees one twice.
-    Targets are as those of `CocoDetection`; category ids are 1, 2, 3.
+    Targets have the form of `CocoDetection`'s; category ids are 1, 2, 3.
     """
 
     endless = True
@@ -33,7 +33,7 @@ class SyntheticShapes(Dataset):
         """
         Args:
             length: images per epoch.
-            seed: of the whole set; sets of different seeds have no image in common.
+            seed: the seed of the set; sets with different seeds have no image in common.
             image_size: height and width in pixels.
         """
         self.length, self.seed, self.image_size = length, seed, image_size
@@ -41,11 +41,11 @@ class SyntheticShapes(Dataset):
 
     @property
     def source(self) -> str:
-        """What the images are, for tables."""
+        """The origin of the images, for tables."""
         return f"synthetic shapes of seed {self.seed}"
 
     def describe(self) -> str:
-        """What there is to train on, in one line."""
+        """Source, number of images and number of classes, in one line."""
         return f"{self.source}: {self.length} images, {len(CLASSES)} classes"
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class SyntheticShapes(Dataset):
         return to_model_input(image), target
 
     def plan(self, index: int, generator: Random | None = None) -> Plan:
-        """Nothing happens to a drawn image: every one is new."""
+        """A plan that changes nothing, because every image is new."""
         return Plan(False, None, self.image_size, self.image_size)
 
     def largest_shape(self) -> tuple[int, int]:
@@ -120,9 +120,9 @@ class SyntheticShapes(Dataset):
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Soft blotches, bars that are no object, and pixel noise; [S, S, 3] float32 about [0, 1]."""
+    """Soft blotches, bars that are not objects, and pixel noise; [S, S, 3] float32, roughly in [0, 1]."""
     coarse = torch.from_numpy(rng.uniform(0.3, 0.7, size=(1, 3, 5, 5)).astype(np.float32))
-    # Colours interleaved, as in the canvas.
+    # Interleaved colours, as in the canvas.
     coarse = coarse.contiguous(memory_format=torch.channels_last)
     smooth = F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
     canvas = smooth[0].permute(1, 2, 0).numpy()
@@ -141,25 +141,25 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
     """Two colours in stripes, checks or noise; [side, side, 3] float32 in [0, 1]."""
-    place = np.arange(side)
+    position = np.arange(side)
     period = int(rng.integers(3, 8))
     angle = rng.uniform(0, np.pi)
-    kind = int(rng.integers(3))
-    if kind == 2:
+    pattern = int(rng.integers(3))
+    if pattern == 2:
         share = rng.random((side, side)).astype(np.float32)[..., None]
         first, second = rng.random((2, 3))
         return (share * first + (1 - share) * second).astype(np.float32)
-    if kind == 0:
-        number = np.floor((place * np.cos(angle) + place[:, None] * np.sin(angle)) / period).astype(int)
+    if pattern == 0:
+        number = np.floor((position * np.cos(angle) + position[:, None] * np.sin(angle)) / period).astype(int)
     else:
-        number = place // period + place[:, None] // period
+        number = position // period + position[:, None] // period
     colours = rng.random((2, 3)).astype(np.float32)
     return colours.take(1 - number % 2, axis=0)
 
 
 @lru_cache(maxsize=256)
 def _shape(label: int, side: int) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """Pixels whose centre lies in the shape that fills a square; [side, side, 3] bool, and their tight xyxy box."""
+    """Mask of the pixels whose centre lies in a shape that fills a square, [side, side, 3] bool; its tight xyxy box."""
     v, u = (np.mgrid[:side, :side] + 0.5) / side - 0.5
     if CLASSES[label] == "disk":
         mask = u**2 + v**2 <= 0.25
@@ -169,7 +169,7 @@ def _shape(label: int, side: int) -> tuple[np.ndarray, tuple[float, float, float
         mask = np.abs(u) <= (v + 0.5) / 2
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    # Once for each colour: a mask that is spread while it is used takes three times as long.
+    # Repeated for each colour: broadcasting the mask at each use takes three times as long.
     return np.repeat(mask[..., None], 3, axis=2), tuple(map(float, box))
 
 

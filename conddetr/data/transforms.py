@@ -1,7 +1,7 @@
 """Augmentation of training images, with their boxes.
 
-What happens to an image is planned first, from its size and a generator alone, and applied later: so the shapes of a
-whole epoch are known before one image is read, and a plan does not depend on which process reads it.
+The augmentation of an image is planned first, from its size and a generator alone, and applied later. So the shapes of
+a whole epoch are known before an image is read, and a plan does not depend on the process that reads the image.
 
 Source: DETR section A.4; `make_coco_transforms` of `datasets/coco.py` in the official code.
 """
@@ -36,13 +36,13 @@ class Crop:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one image, in this order."""
+    """The steps of one image's augmentation, in this order."""
 
     flip: bool
     """Mirror left and right."""
     crop: Crop | None
     height: int
-    """Of the result, in pixels."""
+    """Height of the result, in pixels."""
     width: int
 
     def first_size(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class TrainTransform:
     """
 
     reduced_decoding = True
-    """JPEGs much larger than their target are decoded at 1/2, 1/4, 1/8; pixels differ a little, see `read_reduced`."""
+    """JPEGs much larger than their target are decoded at 1/2, 1/4, 1/8; pixels differ slightly, see `read_reduced`."""
 
     def __init__(self, config: ModelConfig) -> None:
         factor = config.image_size / _REFERENCE_SIZE
@@ -67,14 +67,14 @@ class TrainTransform:
         self.max_size = config.max_image_size
 
     def plan(self, height: int, width: int, generator: random.Random) -> Plan:
-        """Draw what happens to an image of this size."""
+        """Sample the augmentation of an image of this size."""
         flip = _coin(generator)
         crop = self._plan_crop(height, width, generator) if _coin(generator) else None
         size = (height, width) if crop is None else (crop.rows, crop.columns)
         return Plan(flip, crop, *resized_shape(*size, _choice(self.scales, generator), self.max_size))
 
     def __call__(self, image: Tensor, target: dict, generator: random.Random) -> tuple[Tensor, dict]:
-        """Plan and apply; arguments and result as those of `apply`."""
+        """Plan and apply; arguments and result as in `apply`."""
         return apply(image, target, self.plan(*image.shape[-2:], generator))
 
     def largest_shape(self) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class TrainTransform:
 
     def _plan_crop(self, height: int, width: int, generator: random.Random) -> Crop:
         short_side = _choice(self.crop_scales, generator)
-        # Without a bound the long side is still kept finite: a 1×2000 strip would ask for a million pixels.
+        # The first resize has no official bound; this one keeps a 1×2000 strip from a side of a million pixels.
         resized = resized_shape(height, width, short_side, 8 * short_side)
         low, high = self.crop_range
         rows, columns = (_integer(min(low, side), min(side, high), generator) for side in resized)
@@ -98,14 +98,14 @@ class EvalTransform:
     def __init__(self, config: ModelConfig, reduced_decoding: bool = False) -> None:
         """
         Args:
-            config: for the sizes.
+            config: the model's configuration, which gives the sizes.
             reduced_decoding: as `TrainTransform.reduced_decoding`; default: every pixel as in the official code.
         """
         self.short_side, self.max_size = config.image_size, config.max_image_size
         self.reduced_decoding = reduced_decoding
 
     def plan(self, height: int, width: int, generator: random.Random | None = None) -> Plan:
-        """What happens to an image of this size; `generator` is not used."""
+        """The resize of an image of this size; `generator` is not used."""
         return Plan(False, None, *resized_shape(height, width, self.short_side, self.max_size))
 
     def __call__(self, image: Tensor, target: dict, generator: random.Random | None = None) -> tuple[Tensor, dict]:
@@ -118,15 +118,15 @@ class EvalTransform:
 
 
 def apply(image: Tensor, target: dict, plan: Plan) -> tuple[Tensor, dict]:
-    """Carry a plan out.
+    """Apply a plan to an image and its boxes.
 
     Args:
-        image: [3, H, W] uint8, of the size the plan was made for.
+        image: [3, H, W] uint8, with the size that the plan was made for.
         target: `labels` [n] int64 and `boxes` [n, 4] float32, xyxy in pixels; other entries are passed on.
 
     Returns:
-        image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes that the crop left
-        without area go, with their labels.
+        image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes without area after
+        the crop are dropped, with their labels.
     """
     boxes = target["boxes"]
     if plan.flip:
@@ -139,7 +139,7 @@ def apply(image: Tensor, target: dict, plan: Plan) -> tuple[Tensor, dict]:
 
 
 def finish(target: dict, height: int, width: int) -> dict:
-    """Boxes from xyxy in pixels of a height × width image to cxcywh in [0, 1]; those without area go."""
+    """Boxes from xyxy in pixels of a height × width image to cxcywh in [0, 1]; boxes without area are dropped."""
     boxes = target["boxes"]
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     scale = boxes.new_tensor([width, height, width, height])
@@ -148,8 +148,8 @@ def finish(target: dict, height: int, width: int) -> dict:
 
 
 def augmentation_generator(seed: int, epoch: int, index: int) -> random.Random:
-    """The generator of one image in one epoch: no two (seed, epoch, index) share one, no process has a say in it."""
-    # Seeds of any length, so no hash is needed; Python promises equal `random()` for equal seeds in all its versions.
+    """The generator of one image in one epoch: unique for (seed, epoch, index), and the same in every process."""
+    # Seeds may have any length, so no hash is needed. Python promises equal `random()` for equal seeds in all versions.
     return random.Random((seed << 96) | (epoch << 64) | index)
 
 
@@ -163,7 +163,7 @@ def _crop(image: Tensor, boxes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
     boxes = boxes - boxes.new_tensor([crop.left, crop.top, crop.left, crop.top])
     boxes = clip_boxes_to_image(boxes, (crop.rows, crop.columns))
     part = F.crop(image, crop.top, crop.left, crop.rows, crop.columns)
-    # A copy: of a part of interleaved rows torch makes separate colours, and resizes them in twice the time.
+    # A copy: torch would make the colours of a part of interleaved rows planar, and resize them in twice the time.
     return part.permute(1, 2, 0).contiguous().permute(2, 0, 1), boxes
 
 
@@ -177,7 +177,7 @@ def _coin(generator: random.Random) -> bool:
 
 
 def _integer(low: int, high: int, generator: random.Random) -> int:
-    """Uniform in [low, high], from `random()` alone, the one method that Python promises not to change."""
+    """Uniform in [low, high], from `random()` alone, the only method that Python promises not to change."""
     return low + int(generator.random() * (high - low + 1))
 
 

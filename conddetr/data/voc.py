@@ -1,7 +1,7 @@
-"""Data sets in Pascal VOC's layout: an XML file for each image, as its development kit describes.
+"""Data sets in Pascal VOC's layout: an XML file for each image, as described by its development kit.
 
-Corners of boxes are pixels that count from 1, and both belong to the box. Many tools write corners from 0 on instead,
-without the last pixel. A coordinate below 1 anywhere in a data set shows it, and all its boxes are read so.
+Corners of boxes count pixels from 1, and both corners belong to the box. Many tools count from 0 instead, and leave the
+last pixel out. A coordinate below 1 anywhere in a data set shows this; then all its boxes are read like that.
 """
 
 import logging
@@ -22,9 +22,9 @@ from conddetr.files import read_text
 log = logging.getLogger(__name__)
 
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""What folders may call each split."""
+"""Possible folder names of each split."""
 _ENCODING = re.compile(rb"""\s*<\?xml\s[^>]*?encoding\s*=\s*["']([A-Za-z][\w.-]*)""")
-"""How an XML file says its encoding."""
+"""The declaration of an XML file's encoding."""
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -36,24 +36,24 @@ class _Object(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What one XML file says."""
+    """The content of one XML file."""
 
     file: Path
     image: str
-    """The file in the folder of the images."""
+    """Name in the folder of the images."""
     size: tuple[int, int]
-    """Height and width; 0, 0 where the file does not say."""
+    """Height and width; 0, 0 if the file does not give them."""
     objects: list[_Object]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the XML files of a split are."""
+class _Location:
+    """Folders of a split's XML files and images."""
 
     annotations: Path
     images: Path
     members: Path | None = None
-    """The list of a split's names, without suffix; None: all XML files."""
+    """File with the list of a split's names, without suffixes; None: all XML files."""
 
     def records(self) -> Iterator[_Record]:
         names = sorted(entry.name for entry in self.images.iterdir() if is_image(entry.name))
@@ -77,29 +77,29 @@ class _Place:
 
 
 class VocData:
-    """All splits of a data set, which have their classes and their way to count pixels in common."""
+    """All splits of a data set, which share their classes and whether pixels count from 0 or 1."""
 
-    def __init__(self, places: dict[str, _Place]) -> None:
-        self.places = places
+    def __init__(self, locations: dict[str, _Location]) -> None:
+        self.locations = locations
 
     @cached_property
     def records(self) -> dict[str, list[_Record]]:
-        """What all XML files say, by split; errors as `VocSplit.read`."""
-        return {split: list(place.records()) for split, place in self.places.items()}
+        """The content of all XML files, by split; errors as in `VocSplit.read`."""
+        return {split: list(location.records()) for split, location in self.locations.items()}
 
     @cached_property
     def classes(self) -> dict[int, str]:
-        """All names of objects in their order, by ids from 1 on."""
+        """All names of objects in alphabetical order, by ids from 1 on."""
         return dict(enumerate(sorted({item.name for item in self._objects()}), 1))
 
     @cached_property
     def counts_from_0(self) -> bool:
-        """Whether a corner below 1 shows that boxes are not as in VOC's own files."""
+        """Whether a corner below 1 shows that pixels do not count from 1 as in VOC's own files."""
         return any(min(item.corners) < 1 for item in self._objects())
 
     @property
     def note(self) -> str:
-        """How the files were read, in a few words."""
+        """How pixels and difficult objects were read, in a few words."""
         reading = "from 0, as some corners are below 1" if self.counts_from_0 else "from 1, both corners in the box"
         difficult = sum(item.is_difficult for item in self._objects())
         counted = f"; objects marked difficult: {difficult}, used like all others" if difficult else ""
@@ -123,19 +123,19 @@ class VocSplit:
 
     @property
     def note(self) -> str:
-        """How the data set was read; reads it."""
+        """How the files were read; reads the data set."""
         return self.data.note
 
     def count(self) -> int:
-        """How many images there are; reads the data set."""
+        """Number of images; reads the data set."""
         return len(self.data.records[self.split])
 
     def read(self) -> Annotations:
-        """Read all XML files of the data set, once. Sizes are those that they say, else those of the images.
+        """Read all XML files of the data set, once. Sizes that they do not give are read from the images.
 
         Raises:
-            FileNotFoundError: an XML file or an image is not there.
-            ValueError: a file is not as it should be, or there is none; names the file and the object.
+            FileNotFoundError: an XML file or an image does not exist.
+            ValueError: a file is malformed, or there is none; names the file and the object.
         """
         records = self.data.records[self.split]
         if not records:
@@ -164,39 +164,41 @@ def _boxes(corners: np.ndarray, count_from_0: bool) -> np.ndarray:
 
 
 def find_voc(root: Path) -> tuple[str, dict[str, VocSplit]] | None:
-    """What shows that a folder has Pascal VOC's layout, and its splits; None where it has not.
+    """The files that identify a folder in Pascal VOC's layout, and its splits; None for another layout.
 
     Raises:
-        ValueError: two folders are the same split.
+        ValueError: two folders belong to the same split.
     """
     if not root.is_dir():
         return None
-    places = {}
-    whole = _place(root)
+    locations = {}
+    whole = _folders(root)
     if whole:
         lists = root / "ImageSets" / "Main"
-        places = {
-            split: _Place(*whole, lists / f"{split}.txt") for split in _SPLITS if (lists / f"{split}.txt").is_file()
+        locations = {
+            split: _Location(*whole, lists / f"{split}.txt") for split in _SPLITS if (lists / f"{split}.txt").is_file()
         }
-        if not places:
-            both = lists / "trainval.txt"
-            places["train"] = _Place(*whole, both if both.is_file() else None)
+        if not locations:
+            trainval = lists / "trainval.txt"
+            locations["train"] = _Location(*whole, trainval if trainval.is_file() else None)
     for split, names in _SPLITS.items():
-        found = [name for name in names if not whole and (root / name).is_dir() and _place(root / name)]
-        if len(found) > 1:
-            raise ValueError(f"Folder {root}: {' and '.join(found)} are two names of one split: rename or remove one.")
-        if found:
-            places[split] = _Place(*_place(root / found[0]))
-    if not places:
+        matches = [name for name in names if not whole and (root / name).is_dir() and _folders(root / name)]
+        if len(matches) > 1:
+            raise ValueError(f"Folder {root}: {' and '.join(matches)} are the same split: rename or remove one.")
+        if matches:
+            locations[split] = _Location(*_folders(root / matches[0]))
+    if not locations:
         return None
-    data = VocData(places)
-    splits = {split: VocSplit(place.images, place.annotations, split, data) for split, place in places.items()}
-    first = next(iter(places.values())).annotations
+    data = VocData(locations)
+    splits = {
+        split: VocSplit(location.images, location.annotations, split, data) for split, location in locations.items()
+    }
+    first = next(iter(locations.values())).annotations
     return (first.relative_to(root) / "*.xml").as_posix(), splits
 
 
-def _place(folder: Path) -> tuple[Path, Path] | None:
-    """The folders of XML files and of images in a folder: two in it, or the folder itself; in any case of letters."""
+def _folders(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of XML files and of images: two subfolders, or the folder itself; names in upper or lower case."""
     entries = {entry.name.casefold(): entry for entry in sorted(folder.iterdir(), reverse=True)}
     annotations = entries.get("annotations", folder)
     images = folder if annotations == folder else entries.get("jpegimages", entries.get("images"))
@@ -212,24 +214,24 @@ def _read(file: Path, images: Path, by_stem: dict[str, list[str]]) -> _Record:
         raise FileNotFoundError(f"Annotation file {file} does not exist.")
     try:
         root = _root(file)
-    # ValueError, LookupError: encodings that are not known.
+    # ValueError, LookupError: unknown encodings.
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"Annotation file {file} is not XML: {error}.") from error
     if root.tag != "annotation":
         raise ValueError(f"Annotation file {file}: expected the element <annotation>, got <{root.tag}>.")
     height, width = (_side(file, root.findtext(f"size/{side}", "")) for side in ("height", "width"))
-    objects = [_object(file, place, item) for place, item in enumerate(root.findall("object"), 1)]
+    objects = [_object(file, number, item) for number, item in enumerate(root.findall("object"), 1)]
     size = (height, width) if height and width else (0, 0)
     return _Record(file, _image_name(file, root.findtext("filename", "").strip(), images, by_stem), size, objects)
 
 
 def _root(file: Path) -> ElementTree.Element:
-    """The outermost element; errors are the parser's, ValueError and LookupError those of encodings."""
+    """The outermost element; raises the parser's errors, and ValueError or LookupError for encodings."""
     try:
-        # Expat reads no external entities, and limits how far internal ones grow.
+        # Expat reads no external entities, and limits the expansion of internal ones.
         return ElementTree.parse(file).getroot()
     except ValueError:
-        # It knows no encodings of several bytes, such as GBK and Shift JIS; Python does.
+        # Expat does not support multi-byte encodings such as GBK and Shift JIS; Python does.
         content = file.read_bytes()
         declared = _ENCODING.match(content)
         if declared is None:
@@ -237,20 +239,20 @@ def _root(file: Path) -> ElementTree.Element:
         return ElementTree.fromstring(content.decode(declared[1].decode()))
 
 
-def _image_name(file: Path, said: str, images: Path, by_stem: dict[str, list[str]]) -> str:
-    """The image that has the name of the XML file; what the file itself says is often out of date."""
-    found = by_stem.get(file.stem, [])
-    if len(found) == 1:
-        return found[0]
-    if said and (said in found or (not found and is_image(said) and (images / said).is_file())):
-        return said
-    if found:
-        raise ValueError(f"Annotation file {file}: its image is {' or '.join(found)} in {images}: remove one.")
+def _image_name(file: Path, name: str, images: Path, by_stem: dict[str, list[str]]) -> str:
+    """The image with the name of the XML file; the name in the file itself is often out of date."""
+    matches = by_stem.get(file.stem, [])
+    if len(matches) == 1:
+        return matches[0]
+    if name and (name in matches or (not matches and is_image(name) and (images / name).is_file())):
+        return name
+    if matches:
+        raise ValueError(f"Annotation file {file}: its image is {' or '.join(matches)} in {images}: remove one.")
     raise FileNotFoundError(f"Annotation file {file}: its image does not exist: expected {file.stem}.* in {images}.")
 
 
 def _side(file: Path, text: str) -> int:
-    """Height or width; 0 where there is none."""
+    """Height or width; 0 if the text is empty."""
     if not text.strip():
         return 0
     side = _number(text)
@@ -259,27 +261,27 @@ def _side(file: Path, text: str) -> int:
     return int(side)
 
 
-def _object(file: Path, place: int, item: ElementTree.Element) -> _Object:
-    where = f"Annotation file {file}, object {place}"
+def _object(file: Path, number: int, item: ElementTree.Element) -> _Object:
+    prefix = f"Annotation file {file}, object {number}"
     name = item.findtext("name", "").strip()
     if not name:
-        raise ValueError(f"{where}: has no name.")
+        raise ValueError(f"{prefix}: has no name.")
     texts = [item.findtext(f"bndbox/{corner}", "") for corner in _CORNERS]
     corners = tuple(map(_number, texts))
     if None in corners:
         raise ValueError(
-            f"{where} ({name}): bndbox: expected numbers {', '.join(_CORNERS)}, got {', '.join(texts)[:60]}."
+            f"{prefix} ({name}): bndbox: expected numbers {', '.join(_CORNERS)}, got {', '.join(texts)[:60]}."
         )
     xmin, ymin, xmax, ymax = corners
     if xmax < xmin or ymax < ymin:
         raise ValueError(
-            f"{where} ({name}): bndbox: expected xmin ≤ xmax and ymin ≤ ymax, got {', '.join(map(str.strip, texts))}."
+            f"{prefix} ({name}): bndbox: expected xmin ≤ xmax and ymin ≤ ymax, got {', '.join(map(str.strip, texts))}."
         )
     return _Object(name, corners, item.findtext("difficult", "0").strip() not in ("", "0"))
 
 
 def _number(text: str) -> float | None:
-    """None where it is no finite number of a size that images have."""
+    """The number, or None if the text is not a finite number below 2³¹."""
     try:
         value = float(text)
     except ValueError:

@@ -1,5 +1,5 @@
-"""Annotation files: the reader of parts gives what Python's own gives, whatever stands in the file and wherever it is
-cut; encodings, and fields that may be missing."""
+"""Annotation files: the partial reader and Python's own return the same for any content and any cut; encodings, and
+optional fields."""
 
 import codecs
 import dataclasses
@@ -33,16 +33,16 @@ OBJECTS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=3), max_size=12)
 
 
 def parts_of(path, keys):
-    """What the reader of parts finds: entries by key."""
-    found = {}
+    """Entries by key, from the partial reader."""
+    entries = {}
     for key, part in stream.lists_of(path, dict.fromkeys(keys, stream.Raw)):
-        found.setdefault(key, []).extend(json.loads(bytes(item)) for item in part)
-    return found
+        entries.setdefault(key, []).extend(json.loads(bytes(item)) for item in part)
+    return entries
 
 
 @FUZZ
 @given(data=st.data())
-def test_parts_are_the_whole(tmp_path, monkeypatch, data):
+def test_parts_equal_the_whole(tmp_path, monkeypatch, data):
     part = data.draw(st.integers(1, 60))
     monkeypatch.setattr(stream, "PART", part)
     monkeypatch.setattr(stream, "_SMALL", data.draw(st.sampled_from([16, 64, 1024])))
@@ -54,17 +54,17 @@ def test_parts_are_the_whole(tmp_path, monkeypatch, data):
     path = tmp_path / "x.json"
     path.write_bytes(data.draw(st.sampled_from([b"", codecs.BOM_UTF8])) + text)
     try:
-        found = parts_of(path, ("images", "annotations"))
+        entries = parts_of(path, ("images", "annotations"))
     except stream.UnusualError:
-        # Allowed, as another reader is then taken; but not where parts are of a size that real ones have.
+        # Allowed, because another reader is used then, but not with parts of realistic size.
         monkeypatch.undo()
-        found = parts_of(path, ("images", "annotations"))
-    assert found == {key: content[key] for key in ("images", "annotations")}
+        entries = parts_of(path, ("images", "annotations"))
+    assert entries == {key: content[key] for key in ("images", "annotations")}
 
 
 @FUZZ
 @given(data=st.data())
-def test_what_is_no_json_is_never_taken(tmp_path, data):
+def test_invalid_json_is_never_accepted(tmp_path, data):
     text = bytearray(json.dumps({"images": [{"id": 1, "a": [1.5, "x"]}, {"id": 2}], "info": {"b": None}}).encode())
     position = data.draw(st.integers(0, len(text) - 1))
     text[position] = data.draw(st.integers(0, 255))
@@ -75,15 +75,15 @@ def test_what_is_no_json_is_never_taken(tmp_path, data):
     except ValueError:
         expected = None
     try:
-        found = parts_of(path, ("images",))
+        entries = parts_of(path, ("images",))
     except stream.UnusualError:
         return
     assert expected is not None
-    assert found == {key: expected[key] for key in ("images",) if key in expected}
+    assert entries == {key: expected[key] for key in ("images",) if key in expected}
 
 
 def damaged_content():
-    """One of everything, sound and not."""
+    """An annotation file with every kind of valid and invalid entry."""
     images = [{"id": 5, "file_name": "é.png", "height": 60, "width": 80, "license": None}]
     images += [{"id": 2**60, "file_name": "b"}, {"id": 7, "file_name": "c", "height": -1, "width": -1}]
     images += [{"id": 5, "file_name": "late.png"}, "x", {"id": 1}]
@@ -97,15 +97,15 @@ def damaged_content():
     return {"images": images, "annotations": entries, "categories": categories, "info": {"a": [{"b": "}, {"}]}}
 
 
-def as_python(found):
+def as_python(result):
     """A scan as plain values."""
-    whole = dataclasses.asdict(dataclasses.replace(found, annotations=None))
-    of_file = dict(vars(found.annotations))
-    of_file["names"] = list(of_file["names"])
-    return whole, {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in of_file.items()}
+    whole = dataclasses.asdict(dataclasses.replace(result, annotations=None))
+    columns = dict(vars(result.annotations))
+    columns["names"] = list(columns["names"])
+    return whole, {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in columns.items()}
 
 
-def test_both_readers_find_the_same(tmp_path, monkeypatch):
+def test_both_readers_agree(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(damaged_content()))
     quick = scan(path)
@@ -126,12 +126,12 @@ def test_both_readers_find_the_same(tmp_path, monkeypatch):
     assert quick.repeated == {"images": [5], "annotations": [0], "categories": []}
     assert quick.unknown_image == ["annotation id 7 has image_id 99"]
     assert quick.unknown_category == ["annotation id 8 has category_id 9"]
-    found = quick.annotations
-    assert (found.image_ids.tolist(), list(found.names)) == ([2**60, 7, 5], ["b", "c", "late.png"])
-    assert found.sizes.tolist() == [[0, 0]] * 3
-    assert (found.ids.tolist(), found.image_of.tolist()) == ([0, 2, 0, 1], [0, 0, 1, 2])
-    assert (found.areas.tolist(), found.crowds.tolist()) == ([14.0, 9.0, 25.0, 12.0], [False, True, False, False])
-    assert [found.categories[place]["name"] for place in found.category_of] == ["dog", "dog", "cat", "dog"]
+    valid = quick.annotations
+    assert (valid.image_ids.tolist(), list(valid.names)) == ([2**60, 7, 5], ["b", "c", "late.png"])
+    assert valid.sizes.tolist() == [[0, 0]] * 3
+    assert (valid.ids.tolist(), valid.image_of.tolist()) == ([0, 2, 0, 1], [0, 0, 1, 2])
+    assert (valid.areas.tolist(), valid.crowds.tolist()) == ([14.0, 9.0, 25.0, 12.0], [False, True, False, False])
+    assert [valid.categories[position]["name"] for position in valid.category_of] == ["dog", "dog", "cat", "dog"]
 
 
 def test_faults_are_found_in_any_part(tmp_path, monkeypatch):
@@ -162,62 +162,64 @@ def test_unicode_encodings(small_coco, encoding):
     ("content", "message"),
     [
         (b" \n", "the file is empty"),
-        (gzip.compress(b"{}", mtime=0), "compressed by gzip: unpack it"),
+        (gzip.compress(b"{}", mtime=0), "compressed with gzip: unpack it"),
         (b"PK\x03\x04" + bytes(9), "a ZIP archive: unpack it"),
-        (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 1\n", "a Git LFS pointer.*git lfs pull"),
         (
             '{"images": [],\n"categories": [{"id": 1, "name": "b\u00e4ume"}]}'.encode("latin-1"),
             r"expected UTF-8, got byte 0xe4 at line 2 \(byte 50\)",
         ),
-        (b'[{"image_id": 1, "score": 0.5}]', "expected an object, got list, as files of results are"),
-        (b'{"images": [], "categories": [], "images": [1]}', "'images' stands twice"),
+        (b'{"images": [{"id": 1, "note": "a\xff"}]}', r"expected UTF-8, got byte 0xff at line 1 \(byte 32\)"),
+        (b'{"images": [], "categories": [], "info": "\xff"}', r"expected UTF-8, got byte 0xff at line 1 \(byte 42\)"),
+        (b'[{"image_id": 1, "score": 0.5}]', "expected an object, got list, as in a results file"),
+        (b'{"images": [], "categories": [], "images": [1]}', "'images' is repeated"),
         (b'{"images": [], \n}', "line 2 column 1"),
     ],
 )
-def test_other_files_are_named_with_what_to_do(tmp_path, content, message):
+def test_other_file_formats_are_named_with_a_fix(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^Annotation file .*x\.json.*{message}"):
         read_annotations(path)
 
 
-def test_a_folder_is_no_annotation_file(tmp_path):
+def test_a_folder_is_refused_as_annotation_file(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder: name the JSON file in it"):
         read_annotations(tmp_path)
 
 
 @pytest.mark.parametrize(("value", "shown"), [("100", "'100'"), (100.0, "100.0"), (True, "True")])
-def test_ids_that_are_no_integers_are_shown_as_what_they_are(small_coco, value, shown):
+def test_ids_that_are_not_integers_are_shown_unchanged(small_coco, value, shown):
     small_coco.content["images"][0]["id"] = value
     small_coco.write()
     with pytest.raises(ValueError, match=rf"id: expected an integer ≥ 0, got {shown}\."):
         read_annotations(small_coco.file)
 
 
-def test_a_test_file_has_no_annotations(small_coco):
+def test_a_test_set_may_lack_annotations(small_coco):
     del small_coco.content["annotations"]
     small_coco.write()
     with pytest.raises(ValueError, match="expected a list under the key 'annotations'"):
         read_annotations(small_coco.file)
-    found = read_annotations(small_coco.file, needs_boxes=False)
-    assert not found.is_annotated
-    assert "annotations" not in found.to_coco()
+    result = read_annotations(small_coco.file, needs_boxes=False)
+    assert not result.is_annotated
+    assert "annotations" not in result.to_coco()
     small_coco.content["annotations"] = None
     small_coco.write()
     with pytest.raises(ValueError, match="expected a list under the key 'annotations'"):
         read_annotations(small_coco.file, needs_boxes=False)
 
 
-def test_parts_of_annotations(small_coco):
+def test_selection_of_images(small_coco):
     small_coco.annotate(102, [1, 1, 2, 2], 90)
     small_coco.write()
     whole = read_annotations(small_coco.file)
-    part = whole.select(np.array([3, 0, 2]))
-    assert part.image_ids.tolist() == [103, 100, 102]
-    assert list(part.names) == ["3.jpg", "0.jpg", "2.jpg"]
-    assert part.offsets.tolist() == [0, 1, 2, 4]
-    assert part.boxes[3].tolist() == [1, 1, 2, 2]
-    assert [a["image_id"] for a in part.to_coco()["annotations"]] == [103, 100, 102, 102]
+    selection = whole.select(np.array([3, 0, 2]))
+    assert selection.image_ids.tolist() == [103, 100, 102]
+    assert list(selection.names) == ["3.jpg", "0.jpg", "2.jpg"]
+    assert selection.offsets.tolist() == [0, 1, 2, 4]
+    assert selection.boxes[3].tolist() == [1, 1, 2, 2]
+    assert [a["image_id"] for a in selection.to_coco()["annotations"]] == [103, 100, 102, 102]
 
 
 @given(st.lists(st.text(), max_size=5))
@@ -227,8 +229,8 @@ def test_names_are_kept(texts):
     assert len(names) == len(texts)
 
 
-def test_a_list_that_stands_twice_is_refused(tmp_path):
+def test_a_repeated_list_is_refused(tmp_path):
     path = tmp_path / "all.json"
     path.write_text('{"images": [], "annotations": [], "categories": [], "images": []}')
-    with pytest.raises(ValueError, match=r"all\.json: 'images' stands twice in the outermost object"):
+    with pytest.raises(ValueError, match=r"all\.json: 'images' is repeated in the outermost object"):
         read_annotations(path)

@@ -1,4 +1,4 @@
-"""Batches: what is trained on depends on seed, epoch and index alone; shapes are few; ranks share without overlap."""
+"""Batches: training data depend on seed, epoch and index alone; there are few shapes; ranks do not overlap."""
 
 import re
 
@@ -38,7 +38,7 @@ def mixed(small_coco):
 
 
 class Wide(CocoDetection):
-    """Sizes of a large set without its files: plans alone are looked at."""
+    """A large set of sizes without files, for tests of plans alone."""
 
     def __init__(self, count):
         self.transform = TrainTransform(resolve("conditional-detr-r50"))
@@ -49,7 +49,7 @@ class Wide(CocoDetection):
 
 
 def same(first, second):
-    """Whether two batches are bit for bit the same."""
+    """Whether two batches are bit for bit equal."""
     return (
         torch.equal(first.images, second.images)
         and torch.equal(first.sizes, second.sizes)
@@ -64,7 +64,7 @@ def epoch_of(loader, epoch, start=0):
 
 
 @pytest.mark.parametrize("pad_buckets", [0, 3])
-def test_workers_and_random_states_change_nothing(mixed, pad_buckets):
+def test_batches_do_not_depend_on_workers_or_random_states(mixed, pad_buckets):
     whole = make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets)
     with_workers = make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets, workers=2)
     for epoch in (0, 1):
@@ -73,7 +73,7 @@ def test_workers_and_random_states_change_nothing(mixed, pad_buckets):
         state = torch.get_rng_state()
         assert all(same(a, b) for a, b in zip(expected, epoch_of(with_workers, epoch), strict=True))
         assert torch.equal(torch.get_rng_state(), state)
-    # From the middle of an epoch, in a fresh loader: the same images and the same draws.
+    # From the middle of an epoch, in a new loader: the same images with the same augmentation.
     resumed = epoch_of(make_loader(mixed, 4, train=True, seed=5, pad_buckets=pad_buckets), 1, start=4)
     assert all(same(a, b) for a, b in zip(expected[4:], resumed, strict=True))
     assert not same(epoch_of(whole, 2)[0], expected[0])
@@ -82,7 +82,7 @@ def test_workers_and_random_states_change_nothing(mixed, pad_buckets):
 
 
 @pytest.mark.parametrize("pad_buckets", [0, 1, 2, 6])
-def test_an_epoch_has_every_image_once_in_few_shapes(pad_buckets):
+def test_an_epoch_has_each_image_once_in_few_shapes(pad_buckets):
     dataset = Wide(1003)
     sampler = make_loader(dataset, 8, train=True, pad_buckets=pad_buckets).sampler
     for epoch in range(2):
@@ -102,7 +102,7 @@ def test_an_epoch_has_every_image_once_in_few_shapes(pad_buckets):
             assert shapes.count((1344, 1344)) <= (1 if pad_buckets > 1 else len(shapes))
 
 
-def test_more_buckets_waste_less():
+def test_more_buckets_need_less_padding():
     def padding(buckets):
         sampler = make_loader(Wide(1000), 8, train=True, pad_buckets=buckets).sampler
         batches = list(sampler)
@@ -110,7 +110,7 @@ def test_more_buckets_waste_less():
         return sum(8 * batch.shape[0] * batch.shape[1] for batch in batches) / valid
 
     assert padding(2) > padding(4) > padding(8)
-    # Eight fixed shapes pad less than the official code does, with a shape of its own for every batch.
+    # Eight fixed shapes need less padding than the official code, where every batch has its own shape.
     assert padding(8) < padding(0)
 
 
@@ -157,7 +157,7 @@ def test_an_endless_set_never_repeats():
     assert sorted(seen) == list(range(30))
 
 
-def test_padding_is_zero_and_targets_are_those_of_their_image(mixed):
+def test_padding_is_zero_and_targets_match_their_images(mixed):
     for batch in epoch_of(make_loader(mixed, 4, train=True, pad_buckets=2), 0):
         pixels = batch.model_input()
         for index, target in enumerate(batch.targets):
@@ -171,7 +171,7 @@ def test_padding_is_zero_and_targets_are_those_of_their_image(mixed):
         assert torch.equal(torch.cat([target["boxes"] for target in batch.targets]), batch.boxes)
 
 
-def test_memory_that_is_used_again_leaves_nothing(mixed):
+def test_reused_memory_keeps_no_old_pixels(mixed):
     samples = [mixed.load(index, mixed.plan(index, augmentation_generator(0, 0, index))) for index in range(4)]
     expected = collate(samples)
     pixels = torch.full_like(expected.images, 255)
@@ -181,15 +181,15 @@ def test_memory_that_is_used_again_leaves_nothing(mixed):
 
 
 @pytest.mark.parametrize("are_copied", [False, True])
-def test_workers_use_memory_again_that_is_copied(are_copied):
+def test_workers_reuse_memory_of_copied_batches(are_copied):
     reader = _BatchReader(SyntheticShapes(4, seed=1), are_copied)
     memory = [reader._shared(size) for size in (100, 100, 80, 120, 90)]
     assert [len(part) for part in memory] == [100, 100, 80, 120, 90]
     assert all(part.is_shared() for part in memory)
-    places = [part.data_ptr() for part in memory]
-    # As many as a worker may have on their way; too small ones are replaced.
-    assert (places[2] == places[0]) == (places[4] == places[2]) == are_copied
-    assert len(set(places)) == (3 if are_copied else 5)
+    addresses = [part.data_ptr() for part in memory]
+    # As many as a worker may have sent ahead; too small ones are replaced.
+    assert (addresses[2] == addresses[0]) == (addresses[4] == addresses[2]) == are_copied
+    assert len(set(addresses)) == (3 if are_copied else 5)
 
 
 def test_equal_sizes_have_no_padding():
@@ -198,12 +198,12 @@ def test_equal_sizes_have_no_padding():
     assert torch.equal(batch.model_input(), to_model_input(batch.images))
 
 
-def test_too_few_images_for_one_batch_are_named():
+def test_too_few_images_for_one_batch_are_an_error():
     with pytest.raises(ValueError, match="batch_size: 4 on each of 3 ranks is more than the 10 training images"):
         make_loader(SyntheticShapes(10, seed=1), 4, train=True, world=3)
 
 
-def test_a_worker_says_what_is_wrong_in_one_line(small_coco):
+def test_an_error_in_a_worker_is_one_line(small_coco):
     (small_coco.images / "1.jpg").write_text("no image")
     for workers in (0, 1):
         loader = make_loader(
@@ -211,4 +211,4 @@ def test_a_worker_says_what_is_wrong_in_one_line(small_coco):
         )
         with pytest.raises(ValueError, match="not an image") as caught:
             list(loader)
-        assert re.fullmatch(r"Image file \S+1\.jpg: not an image.*image id 101 of \S+\.", str(caught.value))
+        assert re.fullmatch(r"Image file \S+1\.jpg: not an image.*image id is 101 in \S+\.", str(caught.value))

@@ -1,4 +1,4 @@
-"""The data benchmark: the official chain is the official one, both agree, a chain that drifts is refused."""
+"""The data benchmark: the official chain matches its source, both chains agree, and a chain that differs is refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_both_chains_agree_on_real_images(coco_path):
     assert len(small.ours) == len(small.official) == 1
 
 
-def test_the_official_chain_step_by_step(small_coco):
+def test_the_official_chain_equals_its_steps(small_coco):
     path = small_coco.images / "3.jpg"
     crop = Crop(height=64, width=64, top=3, left=5, rows=40, columns=50)
     image = Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((64, 64), Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""COCO's layout: category ids, boxes, and every kind of broken annotation."""
+"""COCO's layout: category ids, boxes, and all kinds of invalid annotations."""
 
 import json
 import logging
@@ -43,11 +43,11 @@ def test_boxes_are_normalised(small_coco):
 
 
 def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
-    small_coco.annotate(101, [-20, -10, 60, 30], 7)  # reaches out: clipped
+    small_coco.annotate(101, [-20, -10, 60, 30], 7)  # exceeds the image: clipped
     small_coco.annotate(101, [10, 10, 0, 5], 7)  # no width
     small_coco.annotate(101, [500, 10, 20, 20], 7)  # outside
     small_coco.annotate(101, [10, 10, -5, 5], 7)  # negative width
-    small_coco.annotate(101, [1, 1, 50, 50], 7, iscrowd=1)  # a crowd is no target
+    small_coco.annotate(101, [1, 1, 50, 50], 7, iscrowd=1)  # a crowd is not a target
     with caplog.at_level(logging.WARNING):
         dataset = load(small_coco)
     assert dataset.dropped_boxes == 3
@@ -58,7 +58,7 @@ def test_boxes_are_clipped_dropped_and_counted(small_coco, caplog):
 
 
 @pytest.mark.parametrize("transform", [TrainTransform, EvalTransform])
-def test_boxes_that_are_no_pixels_are_said_before_anything_is_computed(small_coco, caplog, transform):
+def test_boxes_that_are_not_in_pixels_are_reported_first(small_coco, caplog, transform):
     small_coco.annotate(100, [0.1, 0.1, 0.4, 0.6], 7)
     small_coco.write()
     coco_split(small_coco.root, "train", transform(resolve("conditional-detr-tiny")))
@@ -67,7 +67,7 @@ def test_boxes_that_are_no_pixels_are_said_before_anything_is_computed(small_coc
     assert str(small_coco.file) in caplog.text
 
 
-def test_images_without_boxes_stay(small_coco):
+def test_images_without_boxes_are_used(small_coco):
     small_coco.content["annotations"] = []
     batch = next(iter(make_loader(load(small_coco), 4, train=False)))
     assert batch.images.shape == (4, 3, 128, 192)
@@ -87,21 +87,21 @@ def test_images_without_boxes_stay(small_coco):
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), r"bbox: expected 4 finite numbers, got \[1, 2, 3\]"),
         (lambda c: c["annotations"][1].update(bbox="all"), "bbox: expected 4 finite numbers, got 'all'"),
         (lambda c: c["annotations"][2].pop("bbox"), r"annotations\[2\] \(id 3\): has no 'bbox'"),
-        (lambda c: c["annotations"][2].update(id=1), "id 1 stands more than once in 'annotations'"),
+        (lambda c: c["annotations"][2].update(id=1), "id 1 occurs more than once in 'annotations'"),
         (lambda c: c["images"][3].update(height=-7), r"images\[3\] \(id 103\): height: expected a positive integer"),
         (lambda c: c["images"][1].update(id="x"), r"images\[1\] \(id x\): id: expected an integer ≥ 0, got 'x'"),
         (lambda c: c["annotations"][0].update(iscrowd=[]), "iscrowd: expected 0 or 1"),
         (lambda c: c.pop("categories"), "expected a list under the key 'categories'"),
     ],
 )
-def test_broken_annotations_are_named(small_coco, spoil, message):
+def test_invalid_annotations_are_named(small_coco, spoil, message):
     spoil(small_coco.content)
     with pytest.raises(ValueError, match=message) as caught:
         load(small_coco)
     assert str(small_coco.file) in str(caught.value)
 
 
-def test_files_that_are_not_there_or_not_json(small_coco, tmp_path):
+def test_missing_and_invalid_files_are_named(small_coco, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Image folder .* does not exist"):
         coco_split(tmp_path / "nowhere", "train", TRANSFORM)
     small_coco.file.write_text('{"images": [')
@@ -112,24 +112,24 @@ def test_files_that_are_not_there_or_not_json(small_coco, tmp_path):
         coco_split(small_coco.root, "train", TRANSFORM)
 
 
-def test_broken_images_are_named_with_their_id(small_coco):
+def test_damaged_images_are_named_with_their_id(small_coco):
     dataset = load(small_coco)
     file = small_coco.images / "2.jpg"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"2\.jpg.*It is image id 102 of"):
+    with pytest.raises(ValueError, match=r"2\.jpg.*Its image id is 102 in"):
         dataset[2]
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"2\.jpg does not exist.*image id 102"):
+    with pytest.raises(FileNotFoundError, match=r"2\.jpg does not exist.*image id is 102"):
         dataset[2]
 
 
 def test_wrong_size_in_the_annotations_is_named(small_coco):
     small_coco.content["images"][0]["width"] = 91
-    with pytest.raises(ValueError, match=r"0\.jpg: .*60×91.*60×90.*image id 100 of"):
+    with pytest.raises(ValueError, match=r"0\.jpg: .*60×91.*60×90.*image id is 100 in"):
         load(small_coco)[0]
 
 
-def test_a_folder_with_one_file_is_divided(small_coco):
+def test_a_folder_with_one_annotation_file_is_divided(small_coco):
     training = TrainTransform(resolve("conditional-detr-tiny"))
     sources = (small_coco.images, small_coco.file)
     train, val = folder_sets(*sources, training, TRANSFORM, val_fraction=0.3)
@@ -149,13 +149,13 @@ def test_a_folder_with_one_file_is_divided(small_coco):
         folder_sets(*sources, training, TRANSFORM, val_fraction=1.5)
 
 
-def test_boxes_stay_on_their_objects_when_a_file_is_decoded_at_reduced_size(small_coco):
+def test_reduced_decoding_keeps_boxes_on_their_objects(small_coco):
     pixels = np.zeros((1200, 1600, 3), np.uint8)
     pixels[300:700, 240:800] = 255
     exif = Image.Exif()
     for orientation in (1, 6):
         exif[0x0112] = orientation
-        # Tag 6: stored turned by 90° counter-clockwise, shown turned back.
+        # Tag 6: stored turned by 90° counter-clockwise, turned back for display.
         stored = np.rot90(pixels, k=1) if orientation == 6 else pixels
         Image.fromarray(np.ascontiguousarray(stored)).save(small_coco.images / f"big{orientation}.jpg", exif=exif)
         small_coco.content["images"].append(
@@ -173,25 +173,25 @@ def test_boxes_stay_on_their_objects_when_a_file_is_decoded_at_reduced_size(smal
         white = image.float().mean(0) > 127
         rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
         cx, cy, w, h = (target["boxes"][0] * torch.tensor([171, 128, 171, 128])).tolist()
-        found = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
-        assert found == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=1)
+        white_box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+        assert white_box == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=1)
 
 
-def test_sizes_that_the_file_does_not_say_are_those_of_the_images(small_coco, caplog):
+def test_missing_sizes_are_read_from_the_images(small_coco, caplog):
     small_coco.content["images"][0] |= {"height": -1, "width": -1}
     small_coco.content["images"][1] |= {"height": None, "width": None}
     del small_coco.content["images"][2]["width"]
     dataset = load(small_coco)
     assert [dataset[index][1]["original_size"] for index in range(4)] == [(60, 90), (70, 90), (80, 90), (90, 90)]
-    assert "3 of 4 images have no height and width there" in caplog.text
+    assert "3 of 4 images have no height and width: the sizes are read from the images" in caplog.text
     assert [image["height"] for image in dataset.ground_truth()["images"]] == [60, 70, 80, 90]
 
 
 def turned(small_coco, orientation, suffix="png"):
-    """An upright picture of 60×90 with a white object in its top left corner, stored turned, as the only image."""
+    """Store a turned image as the only one; upright it has 60×90 pixels and a white object in the top left corner."""
     pixels = np.zeros((60, 90, 3), np.uint8)
     pixels[5:25, 10:40] = 255
-    # The tag says how the stored pixels are to be turned: back from this.
+    # The tag describes how to turn the stored pixels back.
     stored = {1: pixels, 3: np.rot90(pixels, 2), 6: np.rot90(pixels), 8: np.rot90(pixels, -1)}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -205,7 +205,7 @@ def turned(small_coco, orientation, suffix="png"):
 
 
 def brightness(small_coco, reduced_decoding=False):
-    """Mean of the pixels under the first box, and the size of the image that the model gets."""
+    """Mean of the pixels under the first box, and the size of the model's input."""
     small_coco.write()
     transform = EvalTransform(resolve("conditional-detr-tiny"), reduced_decoding)
     dataset = coco_split(small_coco.root, "train", transform)
@@ -220,52 +220,52 @@ def brightness(small_coco, reduced_decoding=False):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_boxes_are_of_the_upright_image(small_coco, orientation, suffix):
+def test_boxes_refer_to_the_upright_image(small_coco, orientation, suffix):
     turned(small_coco, orientation, suffix)
-    found, (height, width) = brightness(small_coco)
-    assert found > 250
+    mean, (height, width) = brightness(small_coco)
+    assert mean > 250
     assert height < width
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 @pytest.mark.parametrize("reduced_decoding", [False, True])
-def test_annotations_of_the_image_as_stored_are_taken_where_nothing_else_fits(small_coco, suffix, reduced_decoding):
+def test_annotations_of_the_stored_image_are_used_if_only_they_fit(small_coco, suffix, reduced_decoding):
     height, width = turned(small_coco, 6, suffix)
     assert (height, width) == (90, 60)
     small_coco.content["images"][0] |= {"height": height, "width": width}
-    # Stored, turned counter-clockwise, the object lies at the left, below the middle; upright, 90 wide and 60 high,
-    # no such box fits.
+    # In the stored image, turned counter-clockwise, the object lies at the left, below the middle. The box does not fit
+    # into the upright image, which is 90 wide and 60 high.
     small_coco.content["annotations"][0]["bbox"] = [5, 50, 20, 30]
-    found, (rows, columns) = brightness(small_coco, reduced_decoding)
-    assert found > 250
+    mean, (rows, columns) = brightness(small_coco, reduced_decoding)
+    assert mean > 250
     assert rows > columns
-    # Without any box nothing can be misplaced.
+    # Without boxes nothing can be misplaced.
     small_coco.content["annotations"] = []
     assert load(small_coco)[0][1]["original_size"] == (90, 60)
 
 
 @pytest.mark.parametrize(
     ("box", "fits"),
-    [([5, 20, 20, 30], "fit both ways"), ([50, 5, 30, 20], "fit upright only"), ([50, 50, 30, 20], "fit neither way")],
+    [([5, 20, 20, 30], "fit both ways"), ([50, 5, 30, 20], "fit only upright"), ([50, 50, 30, 20], "fit neither way")],
 )
-def test_sizes_as_stored_are_refused_where_boxes_fit_upright_too(small_coco, box, fits):
+def test_stored_sizes_are_refused_if_boxes_may_be_upright(small_coco, box, fits):
     turned(small_coco, 6)
     small_coco.content["images"][0] |= {"height": 90, "width": 60}
     small_coco.content["annotations"][0]["bbox"] = box
     dataset = load(small_coco)
-    with pytest.raises(ValueError, match=rf"turned\.png: .*90×60.*60×90.*its boxes {fits}.*image id 1 of"):
+    with pytest.raises(ValueError, match=rf"turned\.png: .*90×60.*60×90.*the boxes {fits}.*image id is 1 in"):
         dataset[0]
 
 
-def test_names_from_other_systems_are_found_before_training_starts(small_coco):
+def test_names_from_other_systems_are_resolved_before_training(small_coco):
     small_coco.content["images"][0]["file_name"] = "..\\Train2017\\0.JPG"
     assert load(small_coco)[0][1]["image_id"] == 100
     small_coco.content["images"][0]["file_name"] = "images\\0.jpg"
-    with pytest.raises(FileNotFoundError, match=r"has backslashes.*It is image id 100 of"):
+    with pytest.raises(FileNotFoundError, match=r"has backslashes.*Its image id is 100 in"):
         load(small_coco)
 
 
-def test_what_there_is_to_train_on_is_counted(small_coco):
+def test_objects_crowds_and_dropped_boxes_are_counted(small_coco):
     small_coco.annotate(101, [1, 1, 50, 50], 7, iscrowd=1)
     small_coco.annotate(101, [500, 10, 20, 20], 7)
     dataset = load(small_coco)
@@ -275,7 +275,7 @@ def test_what_there_is_to_train_on_is_counted(small_coco):
     )
 
 
-def test_a_folder_of_another_layout_is_said(small_coco, tmp_path):
+def test_the_layout_of_another_folder_is_named(small_coco, tmp_path):
     other = tmp_path / "roboflow"
     (other / "train").mkdir(parents=True)
     (other / "train" / "_annotations.coco.json").write_text(json.dumps(small_coco.content))
@@ -284,7 +284,7 @@ def test_a_folder_of_another_layout_is_said(small_coco, tmp_path):
     ):
         coco_split(other, "train", TRANSFORM)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"has no known layout.*Found: nothing"):
+    with pytest.raises(ValueError, match=r"has no known layout.*It has no files"):
         coco_split(tmp_path / "empty", "train", TRANSFORM)
 
 
@@ -305,7 +305,7 @@ def test_a_layout_without_validation_images_is_divided(small_coco, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_real_images(coco_path, split):
+def test_real_images_have_their_annotations(coco_path, split):
     dataset = coco_split(coco_path, split, TRANSFORM)
     content = json.loads((coco_path / "annotations" / f"instances_{split}2017.json").read_text())
     assert len(dataset) == len(content["images"])

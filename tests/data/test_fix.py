@@ -1,4 +1,4 @@
-"""A cleaned annotation file has no errors, keeps all that is sound, and says what is gone; the original stays."""
+"""A cleaned annotation file has no errors and keeps all valid entries; changes are listed; the original stays."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from conddetr.data.validate import validate
 
 
 def fixed(small_coco, content=None, processes=1):
-    """What was changed, by kind, and the content of the cleaned file; the file has no errors, the original stays."""
+    """Changes by kind, and the content of the cleaned file, which must have no errors; the original must not change."""
     text = json.dumps(content or small_coco.content)
     small_coco.file.write_text(text)
     out = small_coco.root / "fixed.json"
@@ -29,14 +29,14 @@ def fixed(small_coco, content=None, processes=1):
 
 
 def tagged_image(path, size=(60, 90)):
-    """An image that its tag turns by 90°; `size` (height, width) as stored."""
+    """Save an image that its tag turns by 90°; `size` (height, width) as stored."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", size[::-1], (200, 30, 10)).save(path, exif=exif)
 
 
 def everything_wrong(small_coco):
-    """The file of four images with one box each, and everything that can be wrong once."""
+    """The fixture's four images with one box each, and one case of each fault."""
     content, images = small_coco.content, small_coco.images
     content["info"] = {"description": "by hand"}
     for number, annotation in enumerate(content["annotations"]):
@@ -72,31 +72,31 @@ def everything_wrong(small_coco):
     return content
 
 
-def test_a_file_with_everything_wrong(small_coco):
+def test_a_file_with_every_fault_is_cleaned(small_coco):
     changes, content = fixed(small_coco, everything_wrong(small_coco))
     assert changes == {
         "malformed images dropped": (1, "images[12]: has no 'file_name'"),
         "malformed annotations dropped": (1, "annotations[19]: bbox: expected 4 finite numbers, got [1, 2, 3]"),
         "malformed categories dropped": (1, "categories[4]: has no 'id'"),
-        "images dropped whose id another has after them": (1, "id 100"),
-        "categories dropped whose id another has after them": (1, "id 90"),
-        "annotations renumbered, as their id was taken": (1, "annotation 1, image 103: 20"),
-        "annotations of an unknown image dropped": (1, "annotation 13, image 999: image 999"),
-        "annotations of an unknown category dropped": (1, "annotation 12, image 101: category 55"),
+        "images dropped: a later entry has the same id": (1, "id 100"),
+        "categories dropped: a later entry has the same id": (1, "id 90"),
+        "annotations renumbered: their id was taken": (1, "annotation 1, image 103: 20"),
+        "annotations dropped: unknown image": (1, "annotation 13, image 999: image 999"),
+        "annotations dropped: unknown category": (1, "annotation 12, image 101: category 55"),
         "images dropped: missing file": (1, "absent.jpg"),
         "images dropped: damaged file": (1, changes["images dropped: damaged file"][1]),
         "images dropped: ambiguous file name": (1, changes["images dropped: ambiguous file name"][1]),
-        "images dropped: pixels that are no colours": (1, changes["images dropped: pixels that are no colours"][1]),
+        "images dropped: pixels that are not colours": (1, changes["images dropped: pixels that are not colours"][1]),
         "images dropped: size mismatch": (
             1,
-            "again.jpg: annotations say height × width 61×90, the file has 60×90",
+            "again.jpg: the annotations give height × width 61×90, but the image has 60×90",
         ),
-        "annotations of dropped images dropped": (6, "annotation 5, image 200"),
+        "annotations dropped: their image is dropped": (6, "annotation 5, image 200"),
         "sizes read from the image": (1, "1.jpg: 70×90"),
-        "names replaced by those on the disk": (1, "x\\2.JPG: x/2.jpg"),
-        "images of one file merged": (1, "0.jpg: id 205 is now 100"),
+        "names replaced by those on disk": (1, "x\\2.JPG: x/2.jpg"),
+        "images of the same file merged": (1, "0.jpg: id 205 is now 100"),
         "images dropped: orientation not clear": (1, changes["images dropped: orientation not clear"][1]),
-        "boxes without area in their image dropped": (2, "annotation 14, image 101: [5, 5, 0, 20]"),
+        "boxes dropped: no area in their image": (2, "annotation 14, image 101: [5, 5, 0, 20]"),
         "boxes clipped to their image": (2, "annotation 16, image 101: [80, 60, 20, 20] to [80, 60, 10, 10]"),
         "identical annotations dropped": (1, "annotation 18, image 101"),
         "area filled in": (1, "annotation 19, image 101: 12"),
@@ -105,7 +105,7 @@ def test_a_file_with_everything_wrong(small_coco):
     assert [image["id"] for image in content["images"]] == [100, 101, 102, 103]
     kept = {annotation["id"]: annotation for annotation in content["annotations"]}
     assert sorted(kept) == [1, 2, 3, 4, 10, 16, 17, 19, 20]
-    # The area was the box's, and that of a mask.
+    # The first area was the box's, the second a mask's.
     assert (kept[16]["bbox"], kept[16]["area"]) == ([80, 60, 10, 10], 100)
     assert (kept[17]["bbox"], kept[17]["area"]) == ([0, 60, 10, 10], 123.0)
     assert kept[10]["image_id"] == 100
@@ -114,7 +114,7 @@ def test_a_file_with_everything_wrong(small_coco):
     assert kept[3]["segmentation"] == [[10, 5, 40, 5, 40, 2]]
 
 
-def test_a_sound_file_stays_as_it_is(small_coco):
+def test_a_valid_file_stays_unchanged(small_coco):
     changes, content = fixed(small_coco)
     assert changes == {}
     assert content == small_coco.content
@@ -123,7 +123,7 @@ def test_a_sound_file_stays_as_it_is(small_coco):
 @pytest.mark.parametrize(
     ("boxes", "areas", "expected", "expected_areas"),
     [
-        # Areas of the boxes, in the same unit, or of a mask in fractions; 60×90 pixels.
+        # Areas of boxes in the same unit, or of a mask in fractions; the image has 60×90 pixels.
         (
             [[0.1, 0.1, 0.4, 0.6], [0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2]],
             [0.24, 0.25, 0.01],
@@ -143,7 +143,7 @@ def test_fractions_and_corners_are_converted(small_coco, boxes, areas, expected,
     assert [annotation["area"] for annotation in content["annotations"]] == pytest.approx(expected_areas)
 
 
-def test_a_few_that_look_otherwise_are_no_reason_to_convert(small_coco):
+def test_a_few_odd_boxes_do_not_cause_a_conversion(small_coco):
     for box in ([0.1, 0.1, 0.4, 0.6], [50, 5, 30, 40], [40, 30, 80, 55]):
         small_coco.annotate(100, box, 3)
     changes, content = fixed(small_coco)
@@ -151,7 +151,7 @@ def test_a_few_that_look_otherwise_are_no_reason_to_convert(small_coco):
     assert content["annotations"][4]["bbox"] == [0.1, 0.1, 0.4, 0.6]
 
 
-def test_nothing_is_written_where_nothing_is_left(small_coco, tmp_path):
+def test_nothing_is_written_if_no_objects_remain(small_coco, tmp_path):
     out = tmp_path / "out.json"
     out.write_text("as it was")
 
@@ -164,14 +164,14 @@ def test_nothing_is_written_where_nothing_is_left(small_coco, tmp_path):
     for annotation in small_coco.content["annotations"]:
         annotation["iscrowd"] = 1
     small_coco.write()
-    refused(r"out\.json is not written, as an error would be left in it: only crowds \(4 boxes, all crowds\)")
+    refused(r"out\.json is not written, because an error would remain: only crowds \(4 boxes, all crowds\)")
     for annotation in small_coco.content["annotations"]:
         annotation["bbox"] = [1, 2, 0, 0]
     small_coco.write()
     refused("no objects")
     for text, message in (
         ("{", "is not JSON"),
-        ('{"images": [], "images": []}', "stands twice"),
+        ('{"images": [], "images": []}', "is repeated"),
         ("[]", "expected an object"),
         ("{}", "missing section"),
     ):
@@ -182,9 +182,9 @@ def test_nothing_is_written_where_nothing_is_left(small_coco, tmp_path):
     assert small_coco.file.read_text() == "{}"
 
 
-def test_the_command_lists_what_it_changed(small_coco, tmp_path, capsys):
+def test_the_command_lists_its_changes(small_coco, tmp_path, capsys):
     small_coco.content["images"][0]["height"] = 61
-    # As Windows' editors write it.
+    # With a byte order mark, as Windows editors write it.
     small_coco.file.write_text(json.dumps(small_coco.content), encoding="utf-8-sig")
     out, report = tmp_path / "out.json", tmp_path / "report.json"
     command = ["validate-data", "--images", str(small_coco.images), "--annotations", str(small_coco.file)]
@@ -197,7 +197,7 @@ def test_the_command_lists_what_it_changed(small_coco, tmp_path, capsys):
     assert written["fixed"]["annotation_file"] == str(out)
     assert [(change["what"], change["count"]) for change in written["fixed"]["changes"]] == [
         ("images dropped: size mismatch", 1),
-        ("annotations of dropped images dropped", 1),
+        ("annotations dropped: their image is dropped", 1),
     ]
     assert main([*command[:-1], str(out)]) == 0
     small_coco.content["annotations"].clear()
@@ -219,7 +219,7 @@ def test_the_command_lists_what_it_changed(small_coco, tmp_path, capsys):
         (["--images", "/", "--annotations", "/a", "--fix", "/x", "--report", "/x"], "--fix /x: this is also /x"),
     ],
 )
-def test_what_is_not_to_be_written_is_refused(arguments, message, capsys):
+def test_invalid_targets_of_fix_are_errors(arguments, message, capsys):
     assert main(["validate-data", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -234,7 +234,7 @@ NUMBERS = st.one_of(st.integers(-5, 100), st.floats(-1, 1), st.sampled_from([0, 
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_any_boxes_in_images_of_any_orientation(small_coco, data):
+def test_any_boxes_in_images_of_any_orientation_are_cleaned(small_coco, data):
     content = copy.deepcopy(small_coco.content)
     tagged_image(small_coco.images / "0.jpg")
     content["images"][0]["file_name"] = data.draw(st.sampled_from(["0.jpg", "0.JPG", "%30.jpg"]))
@@ -248,6 +248,6 @@ def test_any_boxes_in_images_of_any_orientation(small_coco, data):
         content["annotations"].append(
             entry | data.draw(st.sampled_from([{}, {"area": None}, {"area": box[2] * box[3]}]))
         )
-    # One object is left, whatever else is dropped.
+    # At least one object remains.
     content["annotations"][3]["iscrowd"] = 0
     fixed(small_coco, content)

@@ -1,4 +1,4 @@
-"""Images of every kind: right pixels, or an error that names the file."""
+"""Images from all sources: correct pixels, or an error that names the file."""
 
 import errno
 import inspect
@@ -36,7 +36,7 @@ def test_all_sources_agree(pixels, tmp_path):
     torch.testing.assert_close(scaled, expected / 255)
 
 
-def test_grayscale(pixels, tmp_path):
+def test_grayscale_images_become_rgb(pixels, tmp_path):
     gray = pixels[..., 0]
     path = tmp_path / "gray.png"
     Image.fromarray(gray).save(path)
@@ -50,8 +50,8 @@ def test_sixteen_bit_keeps_its_range(tmp_path):
     path = tmp_path / "deep.png"
     Image.fromarray(ramp).save(path)
     for source in (path, ramp, torch.from_numpy(ramp)[None]):
-        found = read_image(source)
-        assert torch.equal(found[0], torch.from_numpy((ramp // 257).astype(np.uint8)))
+        image = read_image(source)
+        assert torch.equal(image[0], torch.from_numpy((ramp // 257).astype(np.uint8)))
 
 
 @pytest.mark.parametrize("high", [65535, 900])
@@ -64,7 +64,7 @@ def test_32_bit_integers_are_read_as_16_bit(tmp_path, high):
 
 
 @pytest.mark.parametrize(
-    ("values", "found"),
+    ("values", "message"),
     [
         (np.array([[0, 200000]], np.int32), r"32-bit integers in 0…65535, got 0…200000\. Scale them"),
         (np.array([[-3, 40]], np.int32), r"32-bit integers in 0…65535, got -3…40\. Scale them"),
@@ -74,16 +74,16 @@ def test_32_bit_integers_are_read_as_16_bit(tmp_path, high):
         (np.array([[0, np.inf]], np.float32), r"floating values in \[0, 1\], got 0…inf"),
     ],
 )
-def test_values_outside_their_range_are_refused(tmp_path, values, found):
+def test_values_outside_their_range_are_refused(tmp_path, values, message):
     path = tmp_path / "values.tif"
     Image.fromarray(values).save(path)
-    with pytest.raises(ValueError, match=rf"^Image file .*values\.tif: expected {found}"):
+    with pytest.raises(ValueError, match=rf"^Image file .*values\.tif: expected {message}"):
         read_image(path)
-    with pytest.raises(ValueError, match=f"^Image: expected {found}"):
+    with pytest.raises(ValueError, match=f"^Image: expected {message}"):
         read_image(Image.fromarray(values))
 
 
-def test_float_files(tmp_path):
+def test_float_files_stay_float(tmp_path):
     values = np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)
     path = tmp_path / "float.tif"
     Image.fromarray(values).save(path)
@@ -93,7 +93,7 @@ def test_float_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["uint8", "<u2", ">u2", "<f4", ">f4", ">f8", "float16"])
 @pytest.mark.parametrize("layout", ["read-only", "negative strides", "alpha", "gray"])
-def test_arrays_however_they_lie_in_memory(pixels, dtype, layout):
+def test_arrays_of_any_dtype_and_memory_layout(pixels, dtype, layout):
     scale = {"u": 257 if np.dtype(dtype).itemsize == 2 else 1, "f": 1 / 255}[np.dtype(dtype).kind]
     array = (pixels.astype(np.float64) * scale).astype(dtype)
     expected = array
@@ -107,11 +107,11 @@ def test_arrays_however_they_lie_in_memory(pixels, dtype, layout):
     before = array.copy()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = read_image(array)
+        image = read_image(array)
     if np.dtype(dtype).kind == "f":
-        assert torch.equal(found, chw(expected.astype(np.float32)))
+        assert torch.equal(image, chw(expected.astype(np.float32)))
     else:
-        assert torch.equal(found, chw((expected // scale).astype(np.uint8)))
+        assert torch.equal(image, chw((expected // scale).astype(np.uint8)))
     assert np.array_equal(array, before)
 
 
@@ -126,13 +126,13 @@ def test_palette_with_transparency_keeps_its_colours(tmp_path):
         assert read_image(path)[:, 0].T.tolist() == [[10, 20, 30], [200, 100, 50]]
 
 
-def test_colours_that_pillow_does_not_convert_are_named():
+def test_modes_that_pillow_cannot_convert_are_named():
     with pytest.raises(ValueError, match=r"Image: its pixels \(mode La\) cannot be read as RGB"):
         read_image(Image.new("La", (3, 2)))
 
 
 @pytest.mark.parametrize("read", [read_image, image_sizes])
-def test_images_beyond_pillows_limit(pixels, tmp_path, monkeypatch, read):
+def test_images_beyond_pillows_limit_are_refused(pixels, tmp_path, monkeypatch, read):
     path = tmp_path / "wide.png"
     Image.fromarray(pixels).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 299)
@@ -142,10 +142,10 @@ def test_images_beyond_pillows_limit(pixels, tmp_path, monkeypatch, read):
     assert text.startswith(f"Image file {path}: too large.")
     for part in ("(600 pixels)", "limit of 598 ", "PIL.Image.MAX_IMAGE_PIXELS = 600", "CONDDETR_MAX_PIXELS=600"):
         assert part in text
-    # As the message says.
+    # With the limit from the message.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
     read(path)
-    # Between the limit and twice the limit Pillow warns, which a program may have made an error.
+    # Between the limit and twice the limit Pillow warns; a program may turn the warning into an error.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -159,7 +159,7 @@ def test_the_pixel_limit_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("CONDDETR_MAX_PIXELS", "123456")
     runpy.run_path(images.__file__)
     assert Image.MAX_IMAGE_PIXELS == 123456
-    # Images over the limit that Pillow reads all the same are no matter of a line each.
+    # Images over the limit that Pillow reads anyway cause no warnings.
     with warnings.catch_warnings(record=True) as caught:
         Image.MAX_IMAGE_PIXELS = 4
         Image.new("L", (3, 2)).resize((3, 2))
@@ -168,13 +168,13 @@ def test_the_pixel_limit_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "1e9", "none"])
-def test_a_wrong_pixel_limit_is_named(monkeypatch, value):
+def test_an_invalid_pixel_limit_is_an_error(monkeypatch, value):
     monkeypatch.setenv("CONDDETR_MAX_PIXELS", value)
     with pytest.raises(ValueError, match=f"CONDDETR_MAX_PIXELS: expected a positive whole number, got '{value}'"):
         runpy.run_path(images.__file__)
 
 
-def test_cmyk_palette_and_alpha(pixels, tmp_path):
+def test_cmyk_palette_and_alpha_become_rgb(pixels, tmp_path):
     image = Image.fromarray(pixels)
     for mode, name in (("CMYK", "c.jpg"), ("P", "p.png"), ("RGBA", "a.png"), ("LA", "la.png"), ("1", "b.png")):
         path = tmp_path / name
@@ -196,11 +196,11 @@ UPRIGHT = {
     8: lambda a: np.rot90(a),
     9: lambda a: a,
 }
-"""What each value of the orientation tag means (EXIF 2.3, 0x0112); 9 means nothing."""
+"""The turn of each value of the orientation tag (EXIF 2.3, 0x0112); 9 has no meaning."""
 
 
 def save_with_orientation(path, pixels, orientation):
-    """In a format that the file's suffix names; JPEG keeps pixels to a few counts."""
+    """Save in the format of the file's suffix; JPEG changes pixels by a few levels."""
     image = Image.fromarray(pixels)
     if path.name.endswith("tif"):
         # libtiff does not write a value without a meaning.
@@ -215,8 +215,8 @@ def save_with_orientation(path, pixels, orientation):
 
 @pytest.mark.parametrize("name", ["a.tif", "lzw.tif", "a.png", "a.jpg", "a.webp"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_every_orientation_of_every_format(tmp_path, name, orientation):
-    # Smooth, so that JPEG's pixels are close.
+def test_images_are_upright_for_every_orientation_and_format(tmp_path, name, orientation):
+    # Smooth, so that JPEG changes pixels only slightly.
     stored = np.stack(np.broadcast_arrays(np.arange(20)[:, None] * 9, np.arange(30) * 7, 50), -1).astype(np.uint8)
     upright = UPRIGHT[orientation](stored)
     path = tmp_path / name
@@ -229,17 +229,17 @@ def test_every_orientation_of_every_format(tmp_path, name, orientation):
         lazy.load()
         torch.testing.assert_close(read_image(lazy), chw(upright), **tolerance)
     for turned, expected in ((True, upright), (False, stored)):
-        found, size = read_reduced(path, 1000, 1000, upright=turned)
+        image, size = read_reduced(path, 1000, 1000, upright=turned)
         assert size == expected.shape[:2]
-        torch.testing.assert_close(found, chw(expected), **tolerance)
+        torch.testing.assert_close(image, chw(expected), **tolerance)
     tag = orientation if orientation <= 8 else None
     assert image_sizes(path) == images.ImageSizes(upright.shape[:2], stored.shape[:2], tag)
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4])
-def test_a_tiff_that_pillow_does_not_turn(pixels, tmp_path, monkeypatch, orientation):
+def test_a_tiff_that_pillow_does_not_turn_is_upright(pixels, tmp_path, monkeypatch, orientation):
     if "exif_transpose" not in inspect.getsource(TiffImagePlugin.TiffImageFile.load_end):
-        pytest.skip("this Pillow turns TIFFs by code of its own")
+        pytest.skip("this version of Pillow turns TIFFs with its own code")
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda image, in_place: None)
     path = tmp_path / "a.tif"
     save_with_orientation(path, pixels, orientation)
@@ -247,11 +247,11 @@ def test_a_tiff_that_pillow_does_not_turn(pixels, tmp_path, monkeypatch, orienta
     assert torch.equal(read_reduced(path, 20, 30, upright=False)[0], chw(pixels))
 
 
-@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tif"])
-def test_of_several_frames_the_first_is_read(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_the_first_of_several_frames_is_read(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
     frames = [Image.new("RGB", (3, 2), (value, value, value)) for value in (10, 200)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
+    frames[0].save(path, save_all=True, append_images=frames[1:], **({"lossless": True} if suffix == "webp" else {}))
     assert read_image(path).unique().tolist() == [10]
     assert image_sizes(path).upright == (2, 3)
 
@@ -262,14 +262,14 @@ def test_of_several_frames_the_first_is_read(tmp_path, kind):
 def test_reduced_decoding_follows_the_orientation(tmp_path, upright, size, decoded):
     path = tmp_path / "a.jpg"
     save_with_orientation(path, np.zeros((240, 400, 3), np.uint8), 6)
-    # A quarter of the file's size is twice what is asked for.
+    # A quarter of the file's size is twice the target.
     target = (decoded[0] // 2, decoded[1] // 2)
-    image, found = read_reduced(path, *target, upright=upright)
-    assert (found, image.shape[-2:]) == (size, decoded)
+    image, file_size = read_reduced(path, *target, upright=upright)
+    assert (file_size, image.shape[-2:]) == (size, decoded)
 
 
 @pytest.mark.parametrize("orientation", range(1, 10))
-def test_every_orientation_is_that_of_pillow(pixels, orientation):
+def test_every_orientation_matches_pillow(pixels, orientation):
     image = Image.fromarray(pixels)
     image.getexif()[0x0112] = orientation
     expected = chw(np.asarray(ImageOps.exif_transpose(image)))
@@ -304,7 +304,7 @@ def test_sizes_are_read_from_the_header_alone(pixels, tmp_path, kind, monkeypatc
     assert image_sizes(path) == images.ImageSizes((20, 30), (20, 30), None)
 
 
-def test_sizes_name_missing_and_foreign_files(tmp_path):
+def test_sizes_of_missing_and_foreign_files_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Image file .*nowhere\.jpg does not exist"):
         image_sizes(tmp_path / "nowhere.jpg")
     with pytest.raises(FileNotFoundError, match="is a folder"):
@@ -319,7 +319,7 @@ def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
     content = exif.tobytes()
-    # Read as another type than it was written, the resolution cannot be written again.
+    # The resolution is damaged: read as another type, it cannot be written again.
     entry = content.index(b"\x01\x1a\x00\x05")
     path = tmp_path / "tag.jpg"
     for kind in range(16):
@@ -331,7 +331,7 @@ def test_a_damaged_tag_beside_the_orientation_changes_nothing(pixels, tmp_path):
 
 
 @pytest.mark.parametrize("length", [8, 12])
-def test_exif_that_cannot_be_read_is_named(pixels, tmp_path, length):
+def test_unreadable_exif_data_are_an_error(pixels, tmp_path, length):
     path = tmp_path / "exif.png"
     Image.fromarray(pixels).save(path, exif=b"Exif\0\0MXMXMXMX"[:length])
     with pytest.raises(ValueError, match=r"Image file .*exif\.png: .*its EXIF data cannot be read"):
@@ -349,14 +349,14 @@ def test_truncated_files_are_named(pixels, tmp_path, keep, kind):
         read_image(path)
 
 
-def test_a_file_that_must_not_be_read_is_not_called_damaged(pixels, tmp_path, monkeypatch):
+def test_a_file_without_permission_is_not_called_damaged(pixels, tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     Image.fromarray(pixels).save(path)
 
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    # Not by its mode: root may read everything.
+    # Not by its mode, because root may read every file.
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(ValueError, match=r"x\.png: cannot be read \(Permission denied\)"):
         read_image(path)
@@ -385,7 +385,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         (np.zeros((0, 4, 3), np.uint8), ValueError, "expected at least one pixel"),
         (torch.zeros(2, 4, 4), ValueError, r"expected \[1 \| 3, H, W\], got shape \(2, 4, 4\)"),
         (torch.full((3, 4, 4), 3.0), ValueError, r"expected floating values in \[0, 1\], got 3…3"),
-        (torch.full((3, 4, 4), float("nan")), ValueError, r"in \[0, 1\], got nan: put a number there"),
+        (torch.full((3, 4, 4), float("nan")), ValueError, r"in \[0, 1\], got nan: replace it with a number"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, "expected uint8, uint16 or floating values"),
         (np.zeros((4, 4), np.int32), ValueError, "expected uint8, uint16 or floating values, got int32"),
         (np.zeros((4, 4), bool), ValueError, "expected uint8, uint16 or floating values, got bool"),
@@ -394,7 +394,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         (7, TypeError, "expected a path, PIL image, numpy array or torch tensor, got int"),
     ],
 )
-def test_bad_sources_are_named(source, error, message):
+def test_invalid_sources_are_named(source, error, message):
     with pytest.raises(error, match=message):
         read_image(source)
 
@@ -414,7 +414,7 @@ def test_resized_shape(size, expected):
 
 
 def test_prepare_normalises():
-    found = prepare(torch.full((3, 10, 10), 255, dtype=torch.uint8), 8, 16)
-    assert found.shape == (3, 8, 8)
+    result = prepare(torch.full((3, 10, 10), 255, dtype=torch.uint8), 8, 16)
+    assert result.shape == (3, 8, 8)
     expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    torch.testing.assert_close(found.mean((1, 2)), expected)
+    torch.testing.assert_close(result.mean((1, 2)), expected)

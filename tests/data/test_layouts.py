@@ -1,4 +1,4 @@
-"""Data sets as they lie on disk: the layout is seen, and boxes are those that the format's definition gives."""
+"""Data sets on disk: the layout is detected, and boxes follow the format's definition."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 60, 80
 
 
 def draw(path, orientation=None):
-    """An image of 60×80 pixels as stored."""
+    """Save an image of 60×80 pixels as stored."""
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     if orientation:
@@ -34,7 +34,7 @@ def write(path, text):
 
 
 def write_coco(path, count, first=1):
-    """`count` images named 1.jpg and so on, each with a box; they are drawn beside the file if it is Roboflow's."""
+    """Annotations of `count` images named 1.jpg and so on, with one box each."""
     images = [{"id": n, "file_name": f"{n}.jpg", "height": HEIGHT, "width": WIDTH} for n in range(first, first + count)]
     annotations = [
         {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 3, 4]} for n in range(first, first + count)
@@ -76,7 +76,7 @@ XML = """<annotation><folder>x</folder><filename>{filename}</filename>{size}{obj
 SIZE = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
 
 
-def an_object(name, *corners, difficult=0):
+def voc_object(name, *corners, difficult=0):
     tags = "".join(
         f"<{tag}>{value}</{tag}>" for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
     )
@@ -90,7 +90,7 @@ def write_voc(path, *objects, filename="other.jpg", size=SIZE):
 def voc(root):
     for stem in ("a", "b", "c"):
         draw(root / f"JPEGImages/{stem}.jpg")
-        write_voc(root / f"Annotations/{stem}.xml", an_object("dog", 1, 1, WIDTH, HEIGHT))
+        write_voc(root / f"Annotations/{stem}.xml", voc_object("dog", 1, 1, WIDTH, HEIGHT))
     write(root / "ImageSets/Main/train.txt", "a\nb\n")
     write(root / "ImageSets/Main/val.txt", "c\n")
 
@@ -130,7 +130,7 @@ def boxes_of(annotations):
     ],
     ids=["coco", "roboflow", "yolo", "voc"],
 )
-def test_layouts_are_seen(tmp_path, make, name, splits, line):
+def test_layouts_are_detected(tmp_path, make, name, splits, line):
     make(tmp_path)
     layout = find_layout(tmp_path)
     assert (layout.name, " ".join(layout.splits)) == (name, splits)
@@ -142,14 +142,14 @@ def test_layouts_are_seen(tmp_path, make, name, splits, line):
         assert all((split.images / file).is_file() for file in annotations.names)
 
 
-def test_categories_of_one_name_stay_two(tmp_path):
+def test_categories_with_the_same_name_stay_separate(tmp_path):
     roboflow(tmp_path)
     layout = find_layout(tmp_path)
     assert layout.splits["train"].read().categories == [{"id": 0, "name": "cell"}, {"id": 1, "name": "cell"}]
     assert layout.splits["val"].images == tmp_path / "valid"
 
 
-def test_a_test_set_without_annotations(tmp_path):
+def test_a_test_set_may_lack_annotations(tmp_path):
     coco2017(tmp_path)
     (tmp_path / "test2017").mkdir()
     images = [{"id": 1, "file_name": "1.jpg", "height": HEIGHT, "width": WIDTH}]
@@ -160,65 +160,65 @@ def test_a_test_set_without_annotations(tmp_path):
     assert not find_layout(tmp_path).splits["test"].read().is_annotated
 
 
-def test_a_folder_without_layout(tmp_path):
+def test_a_folder_without_layout_is_an_error(tmp_path):
     draw(tmp_path / "photos/a.jpg")
     write(tmp_path / "labels.json", "{}")
-    with pytest.raises(ValueError, match=r"Found: labels\.json, photos/\. Expected one of:") as caught:
+    with pytest.raises(ValueError, match=r"It has labels\.json, photos/\. Expected one of:") as caught:
         find_layout(tmp_path)
     for name in ("COCO 2017: ", "Roboflow COCO: ", "YOLO: ", "Pascal VOC: "):
         assert name in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="nowhere of a data set does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"Data set folder .*nowhere does not exist"):
         find_layout(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"labels\.json: expected the folder of a data set"):
+    with pytest.raises(ValueError, match=r"labels\.json: expected a data set folder"):
         find_layout(tmp_path / "labels.json")
 
 
 @pytest.mark.parametrize(
-    ("make", "asked", "name"),
+    ("make", "path", "name"),
     [
-        (coco2017, "data/annotations", "data is in that of COCO 2017"),
-        (roboflow, "data/train", "data is in that of Roboflow COCO"),
-        (yolo_roboflow, "data/train/images", "data is in that of YOLO"),
-        (voc, "data/JPEGImages", "data is in that of Pascal VOC"),
-        (voc, ".", "data is in that of Pascal VOC"),
-        (coco2017, "..", "data is in that of COCO 2017"),
+        (coco2017, "data/annotations", "data has the layout of COCO 2017"),
+        (roboflow, "data/train", "data has the layout of Roboflow COCO"),
+        (yolo_roboflow, "data/train/images", "data has the layout of YOLO"),
+        (voc, "data/JPEGImages", "data has the layout of Pascal VOC"),
+        (voc, ".", "data has the layout of Pascal VOC"),
+        (coco2017, "..", "data has the layout of COCO 2017"),
     ],
 )
-def test_a_folder_beside_the_one_that_is_meant(tmp_path, make, asked, name):
+def test_a_nearby_data_set_is_suggested(tmp_path, make, path, name):
     make(tmp_path / "top/data")
     with pytest.raises(
-        ValueError, match=rf"has no known layout of a data set\. Folder .*/top/{name} .* name it instead"
+        ValueError, match=rf"has no known layout of a data set\. Folder .*/top/{name} .* use it instead"
     ):
-        find_layout(tmp_path / "top" / asked)
+        find_layout(tmp_path / "top" / path)
 
 
-def test_an_annotation_file_is_no_folder(tmp_path):
+def test_an_annotation_file_is_refused_as_folder(tmp_path):
     coco2017(tmp_path)
     with pytest.raises(ValueError, match="--images and --annotations take a folder and a file in COCO's format"):
         find_layout(tmp_path / "annotations/instances_train2017.json")
 
 
-def test_two_layouts_in_one_folder(tmp_path):
+def test_two_layouts_in_one_folder_are_an_error(tmp_path):
     roboflow(tmp_path)
     yolo_roboflow(tmp_path)
     with pytest.raises(ValueError, match=r"Roboflow COCO \(train/_anno.* and YOLO \(data\.yaml\)"):
         find_layout(tmp_path)
 
 
-def test_yolo_boxes_are_of_the_upright_image(tmp_path):
+def test_yolo_boxes_refer_to_the_upright_image(tmp_path):
     yolo_roboflow(tmp_path)
     draw(tmp_path / "train/images/turned.jpg", orientation=6)
     write(tmp_path / "train/labels/turned.txt", "\ufeff0 0.5 0.5 0.25 0.5\n\n")
-    found = find_layout(tmp_path).splits["train"].read()
-    assert found.sizes.tolist() == [[60, 80], [60, 80], [80, 60]]
-    assert found.categories == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
-    assert boxes_of(found) == [
+    annotations = find_layout(tmp_path).splits["train"].read()
+    assert annotations.sizes.tolist() == [[60, 80], [60, 80], [80, 60]]
+    assert annotations.categories == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    assert boxes_of(annotations) == [
         ("a.jpg", "dog", [30, 15, 20, 30]),
         ("a.jpg", "cat", [4, 9, 8, 6]),
         ("turned.jpg", "cat", [22.5, 20, 15, 40]),
     ]
-    assert (found.image_ids.tolist(), found.ids.tolist()) == ([1, 2, 3], [1, 2, 3])
-    assert found.areas.round(9).tolist() == [600, 48, 600]
+    assert (annotations.image_ids.tolist(), annotations.ids.tolist()) == ([1, 2, 3], [1, 2, 3])
+    assert annotations.areas.round(9).tolist() == [600, 48, 600]
 
 
 @pytest.mark.parametrize(
@@ -232,15 +232,15 @@ def test_yolo_boxes_are_of_the_upright_image(tmp_path):
     ],
     ids=["path", "absent path", "windows", "folders", "list"],
 )
-def test_paths_of_a_yaml_file(tmp_path, yaml, images):
+def test_paths_of_a_yaml_file_are_resolved(tmp_path, yaml, images):
     root = tmp_path / "here"
     yolo_splits(root)
     yolo_splits(root, "more/images", "more/labels")
     write(root / "lists/train.txt", "../train/images/b.jpg\n./../train/images/a.jpg\n\ntrain\\images\\a.jpg\n")
     write(root / "settings.yaml", yaml)
     write(root / "environment.yml", "name: x\ndependencies: [y]\n")
-    for given in (root, root / "settings.yaml"):
-        layout = find_layout(given)
+    for source in (root, root / "settings.yaml"):
+        layout = find_layout(source)
         assert (layout.name, layout.marker, list(layout.splits)) == ("YOLO", "settings.yaml", ["train", "val"])
     split = layout.splits["train"]
     assert split.images == root / images
@@ -255,7 +255,7 @@ def test_paths_of_a_yaml_file(tmp_path, yaml, images):
     assert annotations.categories == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
 
 
-def test_a_list_with_an_absent_image(tmp_path):
+def test_a_missing_image_of_a_list_is_named(tmp_path):
     yolo_splits(tmp_path)
     write(tmp_path / "data.yaml", "train: train.txt\nnames: [cat, dog]")
     write(tmp_path / "train.txt", "train/images/a.jpg\ntrain/images/c.jpg\n")
@@ -263,21 +263,21 @@ def test_a_list_with_an_absent_image(tmp_path):
         find_layout(tmp_path).splits["train"].read()
 
 
-@pytest.mark.parametrize("place", ["classes.txt", "labels/classes.txt", "labels/train/classes.txt"])
-def test_yolo_without_a_yaml_file(tmp_path, place):
+@pytest.mark.parametrize("file", ["classes.txt", "labels/classes.txt", "labels/train/classes.txt"])
+def test_yolo_without_a_yaml_file_is_detected(tmp_path, file):
     yolo_splits(tmp_path, "images/{}", "labels/{}", ("train", "val"))
     with pytest.raises(ValueError, match="no known layout"):
         find_layout(tmp_path)
-    write(tmp_path / place, "cat\ndog\n")
+    write(tmp_path / file, "cat\ndog\n")
     layout = find_layout(tmp_path)
-    assert layout.describe() == f"data: YOLO layout ({place}): train 2 images, val 2"
+    assert layout.describe() == f"data: YOLO layout ({file}): train 2 images, val 2"
     assert boxes_of(layout.splits["val"].read())[0] == ("a.jpg", "dog", [30, 15, 20, 30])
     write(tmp_path / "labels/val/classes.txt", "dog\ncat\n")
     with pytest.raises(ValueError, match="list different classes"):
         find_layout(tmp_path)
 
 
-def test_yolo_without_splits(tmp_path):
+def test_yolo_without_splits_is_training_data(tmp_path):
     yolo_splits(tmp_path, "images", "labels")
     write(tmp_path / "classes.txt", "cat\ndog\n")
     layout = find_layout(tmp_path)
@@ -294,7 +294,7 @@ def test_yolo_without_splits(tmp_path):
         ("/d/my images/a.jpg", "/d/my images/a.txt"),
     ],
 )
-def test_where_labels_are(image, label):
+def test_label_paths(image, label):
     assert yolo.label_path(Path(image)) == Path(label)
 
 
@@ -306,24 +306,24 @@ def test_where_labels_are(image, label):
         ("1.0 5e-1 .5 1.004 1", [-0.16, 0, 80.32, 60]),
     ],
 )
-def test_polygons_and_rounded_numbers(tmp_path, line, box):
+def test_polygons_and_rounded_numbers_become_boxes(tmp_path, line, box):
     yolo_roboflow(tmp_path)
     write(tmp_path / "train/labels/a.txt", f"0 0.5 0.5 1 1\n{line}\n")
-    found = find_layout(tmp_path).splits["train"].read()
-    assert boxes_of(found) == [("a.jpg", "cat", [0, 0, 80, 60]), ("a.jpg", "dog", box)]
+    annotations = find_layout(tmp_path).splits["train"].read()
+    assert boxes_of(annotations) == [("a.jpg", "cat", [0, 0, 80, 60]), ("a.jpg", "dog", box)]
 
 
-def test_points_of_poses_are_no_polygons(tmp_path):
+def test_points_of_poses_are_not_polygons(tmp_path):
     yolo_roboflow(tmp_path)
     with (tmp_path / "data.yaml").open("a") as file:
         file.write("kpt_shape: [2, 3]\n")
     for split in ("train", "valid"):
         write(tmp_path / f"{split}/labels/a.txt", "1 0.5 0.5 0.5 0.5 0.1 0.1 2 0.9 0.9 2\n")
-    found = find_layout(tmp_path).splits["train"].read()
-    assert boxes_of(found) == [("a.jpg", "dog", [20, 15, 40, 30])]
+    annotations = find_layout(tmp_path).splits["train"].read()
+    assert boxes_of(annotations) == [("a.jpg", "dog", [20, 15, 40, 30])]
     write(tmp_path / "train/labels/a.txt", "1 0.5 0.5 0.5 0.5 0.1 0.1 2\n")
     with pytest.raises(
-        ValueError, match="line 1: expected a class and cx cy w h, or 11 with the points, got 8 numbers"
+        ValueError, match="line 1: expected a class and cx cy w h, or 11 numbers with points, got 8 numbers"
     ):
         find_layout(tmp_path).splits["train"].read()
 
@@ -331,12 +331,12 @@ def test_points_of_poses_are_no_polygons(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("2 0.5 0.5 0.5 0.5", r"class 2 is not in .*data\.yaml, which has classes 0 to 1"),
-        ("-1 0.5 0.5 0.5 0.5", "class -1 is not in"),
-        ("0.5 0.5 0.5 0.5 0.5", "class 0.5 is not in"),
+        ("2 0.5 0.5 0.5 0.5", r"expected a class of .*data\.yaml, which has classes 0 to 1, got 2"),
+        ("-1 0.5 0.5 0.5 0.5", "which has classes 0 to 1, got -1"),
+        ("0.5 0.5 0.5 0.5 0.5", r"which has classes 0 to 1, got 0\.5"),
         ("cat 0.5 0.5 0.5 0.5", "expected numbers, got 'cat 0.5"),
         ("0 0.5 0.5 0.5", "expected a class and cx cy w h, or a polygon .* got 4 numbers"),
-        ("0 0.5 0.5 0.5 0.5 0.9", "got 6 numbers. A sixth may be the score of a detection"),
+        ("0 0.5 0.5 0.5 0.5 0.9", "got 6 numbers. A sixth number may be the score of a detection"),
         ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "got 8 numbers"),
         ("0 0.5 0.5 320 0.5", "expected fractions of the image's width and height, from 0 to 1, got 320"),
         ("0 0.5 0.5 0.5 -0.005", "from 0 to 1, got -0.005"),
@@ -344,7 +344,7 @@ def test_points_of_poses_are_no_polygons(tmp_path):
         ("0 0.1 0.1 0.2 0.2 0.3 1.2", r"from 0 to 1, got 1\.2"),
     ],
 )
-def test_wrong_lines_are_named(tmp_path, line, message):
+def test_invalid_lines_are_named(tmp_path, line, message):
     yolo_roboflow(tmp_path)
     write(tmp_path / "valid/labels/b.txt", f"0 0.5 0.5 0.5 0.5\n\n{line}\n")
     with pytest.raises(ValueError, match=rf"Label file .*valid/labels/b\.txt, line 3: .*{message}"):
@@ -354,31 +354,31 @@ def test_wrong_lines_are_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("names: [a]\ntrain: nowhere\n", r"data\.yaml: train: .* nowhere is none\. Looked for .*nowhere"),
+        ("names: [a]\ntrain: nowhere\n", r"data\.yaml: train: .* got nowhere\. Searched for .*nowhere"),
         ("names: [a]\n", r"expected paths of images under `train` and `val`, got keys names"),
         ("names: 3\ntrain: train/images\n", r"names: expected a list of names, or names by number, got 3"),
-        ("names: {a: b}\ntrain: train/images\n", r"names: expected numbers of classes from 0 on, got a"),
-        ("nc: 3\nnames: [a, b]\ntrain: train/images\n", r"nc is 3, and there are 2 names"),
+        ("names: {a: b}\ntrain: train/images\n", r"names: expected class numbers from 0 on, got a"),
+        ("nc: 3\nnames: [a, b]\ntrain: train/images\n", r"nc is 3, but there are 2 names"),
         ("names: [a, b]\ntrain: {x: y}\n", r"train: expected a path or a list of paths"),
-        ("names: [a, b]\nval: valid/images\nvalid: valid/images\n", "val and valid are two names of one split"),
+        ("names: [a, b]\nval: valid/images\nvalid: valid/images\n", "val and valid are the same split"),
         ("names: [a, b\n", r"data\.yaml is not YAML: .* line 2"),
         ("names: [a, b]\nkpt_shape: 3\ntrain: train/images\n", "kpt_shape: expected two numbers, got 3"),
     ],
 )
-def test_wrong_yaml_files_are_named(tmp_path, yaml, message):
+def test_invalid_yaml_files_are_named(tmp_path, yaml, message):
     yolo_splits(tmp_path)
     write(tmp_path / "data.yaml", yaml)
     with pytest.raises(ValueError, match=message):
         find_layout(tmp_path)
 
 
-def test_names_that_yaml_takes_for_other_things(tmp_path):
+def test_names_that_yaml_reads_as_other_types_stay_texts(tmp_path):
     yolo_splits(tmp_path)
     write(tmp_path / "data.yaml", "names: [no, 010]\ntrain: train/images\ntest: ~\n")
     assert [c["name"] for c in find_layout(tmp_path).splits["train"].read().categories] == ["no", "010"]
 
 
-def test_several_yaml_files(tmp_path):
+def test_several_yaml_files_are_an_error(tmp_path):
     yolo_splits(tmp_path)
     for name in ("a.yaml", "b.yaml"):
         write(tmp_path / name, "names: [x, y]\ntrain: train/images\n")
@@ -387,21 +387,21 @@ def test_several_yaml_files(tmp_path):
     assert find_layout(tmp_path / "b.yaml").marker == "b.yaml"
 
 
-def test_a_path_that_can_be_read_two_ways(tmp_path):
+def test_an_ambiguous_path_is_an_error(tmp_path):
     root = tmp_path / "here"
     yolo_roboflow(root)
     yolo_splits(tmp_path)
-    with pytest.raises(ValueError, match=r"train: \.\./train/images is .* or .*: write which is meant"):
+    with pytest.raises(ValueError, match=r"train: \.\./train/images could be .* or .*: write an absolute path"):
         find_layout(root)
 
 
-def test_images_without_label_files(tmp_path, caplog):
+def test_images_without_label_files_have_no_objects(tmp_path, caplog):
     yolo_roboflow(tmp_path)
     find_layout(tmp_path).splits["train"].read()
     assert "train: no label file for 1 of 2 images: they have no objects" in caplog.text
     (tmp_path / "train/labels/a.txt").unlink()
     with pytest.raises(
-        ValueError, match=r"none of 2 images has a label file\. .*a\.jpg is expected as .*labels/a\.txt"
+        ValueError, match=r"none of 2 images has a label file\. .*a\.jpg is expected at .*labels/a\.txt"
     ):
         find_layout(tmp_path).splits["train"].read()
     draw(tmp_path / "test/images/a.jpg")
@@ -419,31 +419,31 @@ def test_voc_counts_pixels_from_1(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>0</xmin><ymin>0</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part>"
     write_voc(
         tmp_path / "Annotations/a.xml",
-        an_object("cat", 11, 21, 30, 60).replace("</object>", f"{part}</object>"),
-        an_object("ant", "45.70000076", 5, 45.75, 5, difficult=1),
+        voc_object("cat", 11, 21, 30, 60).replace("</object>", f"{part}</object>"),
+        voc_object("ant", "45.70000076", 5, 45.75, 5, difficult=1),
         size="",
     )
     layout = find_layout(tmp_path)
-    found = layout.splits["train"].read()
-    assert boxes_of(found) == [
+    annotations = layout.splits["train"].read()
+    assert boxes_of(annotations) == [
         ("a.jpg", "cat", [10, 20, 20, 40]),
         ("a.jpg", "ant", [44.70000076, 4, 1.04999924, 1]),
         ("b.jpg", "dog", [0, 0, 80, 60]),
     ]
-    # All classes of both splits, and a size from the image where the file has none.
+    # All classes of both splits, and the size from the image if the file gives none.
     categories = [{"id": 1, "name": "ant"}, {"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}]
-    assert found.categories == layout.splits["val"].read().categories == categories
-    assert found.sizes.tolist() == [[60, 80], [60, 80]]
+    assert annotations.categories == layout.splits["val"].read().categories == categories
+    assert annotations.sizes.tolist() == [[60, 80], [60, 80]]
     assert layout.describe().endswith(
         "pixels count from 1, both corners in the box; objects marked difficult: 1, used like all others"
     )
 
 
-def test_voc_counts_pixels_from_0_where_a_corner_is_0(tmp_path):
+def test_voc_counts_pixels_from_0_if_a_corner_is_0(tmp_path):
     voc(tmp_path)
-    write_voc(tmp_path / "Annotations/a.xml", an_object("dog", 10, 20, 30, 60))
-    # In the other split.
-    write_voc(tmp_path / "Annotations/c.xml", an_object("dog", 0, 20, 80, 60))
+    write_voc(tmp_path / "Annotations/a.xml", voc_object("dog", 10, 20, 30, 60))
+    # The corner at 0 is in the other split.
+    write_voc(tmp_path / "Annotations/c.xml", voc_object("dog", 0, 20, 80, 60))
     layout = find_layout(tmp_path)
     assert boxes_of(layout.splits["train"].read())[0] == ("a.jpg", "dog", [10, 20, 20, 40])
     assert boxes_of(layout.splits["val"].read()) == [("c.jpg", "dog", [0, 20, 80, 40])]
@@ -454,12 +454,12 @@ def test_voc_counts_pixels_from_0_where_a_corner_is_0(tmp_path):
     ("annotations", "images"),
     [("{}", "{}"), ("annotations", "images"), ("Annotations", "Images"), ("{}/annotations", "{}/images"), (".", ".")],
 )
-def test_where_xml_files_are(tmp_path, annotations, images):
+def test_folders_of_xml_files_are_detected(tmp_path, annotations, images):
     splits = ("train", "valid", "test") if "{}" in images else ("",)
     for split in splits:
         draw(tmp_path / images.format(split) / f"a{split}.PNG")
         draw(tmp_path / images.format(split) / "without.png")
-        write_voc(tmp_path / annotations.format(split) / f"a{split}.xml", an_object("dog", 1, 2, 3, 4))
+        write_voc(tmp_path / annotations.format(split) / f"a{split}.xml", voc_object("dog", 1, 2, 3, 4))
     layout = find_layout(tmp_path)
     assert (layout.name, list(layout.splits)) == ("Pascal VOC", ["train", "val", "test"][: len(splits)])
     for split in layout.splits.values():
@@ -480,7 +480,7 @@ def test_images_without_xml_files_are_counted(tmp_path, caplog):
     assert "no XML file for 1 of 4 images: they are left out" in caplog.text
 
 
-def test_the_image_of_an_xml_file(tmp_path):
+def test_the_image_of_an_xml_file_has_its_name(tmp_path):
     voc(tmp_path)
     draw(tmp_path / "JPEGImages/a.png")
     with pytest.raises(ValueError, match=r"a\.xml: its image is a\.jpg or a\.png in"):
@@ -505,9 +505,9 @@ def test_the_image_of_an_xml_file(tmp_path):
             XML.format(filename="", size="", objects="<object><name>x</name></object>"),
             r"object 1 \(x\): bndbox: expected",
         ),
-        (XML.format(filename="", size="", objects=an_object("x", 1, 2, "nan", 4)), "got 1, 2, nan, 4"),
+        (XML.format(filename="", size="", objects=voc_object("x", 1, 2, "nan", 4)), "got 1, 2, nan, 4"),
         (
-            XML.format(filename="", size="", objects=an_object("x", 9, 2, 8, 4)),
+            XML.format(filename="", size="", objects=voc_object("x", 9, 2, 8, 4)),
             "expected xmin ≤ xmax .* got 9, 2, 8, 4",
         ),
         (XML.format(filename="", size=SIZE.replace("60", "6x"), objects=""), "size: expected .* got '6x'"),
@@ -515,14 +515,14 @@ def test_the_image_of_an_xml_file(tmp_path):
         ('<?xml version="1.0" encoding="Shift_JIS"?><annotation>あ', "is not XML: .*can't decode byte 0x82"),
         (
             '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]>'
-            + XML.format(filename="", size="", objects=an_object("&x;", 1, 2, 3, 4)),
+            + XML.format(filename="", size="", objects=voc_object("&x;", 1, 2, 3, 4)),
             "is not XML: undefined entity &x;",
         ),
         (
             '<!DOCTYPE a [<!ENTITY a "0123456789">'
             + "".join(f'<!ENTITY {n} "{f"&{p};" * 10}">' for p, n in zip("abcdefgh", "bcdefghi", strict=True))
             + "]>"
-            + XML.format(filename="", size="", objects=an_object("&i;", 1, 2, 3, 4)),
+            + XML.format(filename="", size="", objects=voc_object("&i;", 1, 2, 3, 4)),
             "is not XML: limit on input amplification",
         ),
     ],
@@ -540,7 +540,7 @@ def test_the_image_of_an_xml_file(tmp_path):
         "large entity",
     ],
 )
-def test_wrong_xml_files_are_named(tmp_path, content, message):
+def test_invalid_xml_files_are_named(tmp_path, content, message):
     voc(tmp_path)
     write(tmp_path / "Annotations/a.xml", content)
     with pytest.raises(ValueError, match=rf"Annotation file .*a\.xml.*{message}"):
@@ -548,14 +548,14 @@ def test_wrong_xml_files_are_named(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(("encoding", "name"), [("GBK", "狗"), ("shift_jis", "犬"), ("ISO-8859-1", "bâton")])
-def test_xml_files_in_other_encodings(tmp_path, encoding, name):
+def test_xml_files_in_other_encodings_are_read(tmp_path, encoding, name):
     voc(tmp_path)
-    text = XML.format(filename="", size=SIZE, objects=an_object(name, 1, 1, 2, 2))
+    text = XML.format(filename="", size=SIZE, objects=voc_object(name, 1, 1, 2, 2))
     (tmp_path / "Annotations/c.xml").write_bytes(f"<?xml version='1.0' encoding='{encoding}'?>{text}".encode(encoding))
     assert boxes_of(find_layout(tmp_path).splits["val"].read()) == [("c.jpg", name, [0, 0, 2, 2])]
 
 
-def test_a_list_with_an_absent_xml_file(tmp_path):
+def test_a_missing_xml_file_of_a_list_is_named(tmp_path):
     voc(tmp_path)
     write(tmp_path / "ImageSets/Main/val.txt", "absent\n")
     with pytest.raises(FileNotFoundError, match=r"Annotation file .*absent\.xml does not exist"):
@@ -565,14 +565,14 @@ def test_a_list_with_an_absent_xml_file(tmp_path):
         find_layout(tmp_path).splits["val"].read()
 
 
-def test_what_is_read_trains(tmp_path):
+def test_a_detected_data_set_gives_targets(tmp_path):
     yolo_roboflow(tmp_path)
     draw(tmp_path / "train/images/turned.jpg", orientation=6)
     write(tmp_path / "train/labels/turned.txt", "0 0.5 0.25 0.25 0.5\n")
     split = find_layout(tmp_path).splits["train"]
     dataset = CocoDetection(split.images, split.read(), EvalTransform(PRESETS["conditional-detr-tiny"]))
     assert [category["name"] for category in dataset.classes] == ["cat", "dog"]
-    # Fractions of the upright image: as in the label files.
+    # Fractions of the upright image, as in the label files.
     targets = [dataset[index][1] for index in range(3)]
     expected = [[[0.5, 0.5, 0.25, 0.5], [0.1, 0.2, 0.1, 0.1]], [], [[0.5, 0.25, 0.25, 0.5]]]
     for target, boxes in zip(targets, expected, strict=True):
@@ -580,11 +580,11 @@ def test_what_is_read_trains(tmp_path):
     assert [target["labels"].tolist() for target in targets] == [[1, 0], [], [0]]
 
 
-def test_what_is_read_is_whole(tmp_path):
+def test_detected_annotations_convert_to_coco(tmp_path):
     yolo_roboflow(tmp_path)
-    found = find_layout(tmp_path).splits["train"].read()
-    assert found.boxes.dtype == np.float64
-    content = found.to_coco()
+    annotations = find_layout(tmp_path).splits["train"].read()
+    assert annotations.boxes.dtype == np.float64
+    content = annotations.to_coco()
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b.jpg"]
     assert [entry["image_id"] for entry in content["annotations"]] == [1, 1]
-    assert found.select(np.array([1])).to_coco()["annotations"] == []
+    assert annotations.select(np.array([1])).to_coco()["annotations"] == []

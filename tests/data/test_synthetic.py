@@ -1,4 +1,4 @@
-"""The synthetic set: repeatable, endless, and its boxes are where the shapes are."""
+"""The synthetic set is repeatable and endless, and its boxes match its shapes."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from conddetr.data.synthetic import MAX_OVERLAP, MAX_SHAPES, SyntheticShapes, _overlap
 
 
-def test_repeatable_and_different():
+def test_images_are_repeatable_and_differ_by_index_and_seed():
     first, second, other = SyntheticShapes(10, seed=1), SyntheticShapes(10, seed=1), SyntheticShapes(10, seed=2)
     assert torch.equal(first[3][0], second[3][0])
     assert torch.equal(first[3][1]["boxes"], second[3][1]["boxes"])
@@ -15,7 +15,7 @@ def test_repeatable_and_different():
     assert first[10**9][0].shape == (3, 128, 128)
 
 
-def test_targets_are_sound():
+def test_targets_are_valid():
     dataset = SyntheticShapes(100, seed=5)
     labels = []
     for index in range(100):
@@ -29,7 +29,7 @@ def test_targets_are_sound():
     assert set(labels) == {0, 1, 2}
 
 
-def test_ground_truth_is_that_of_the_samples():
+def test_ground_truth_matches_the_samples():
     dataset = SyntheticShapes(20, seed=5)
     truth = dataset.ground_truth()["annotations"]
     for index in range(20):

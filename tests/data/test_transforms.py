@@ -20,7 +20,7 @@ def marked(height, width, box):
 
 
 def white_box(image):
-    """Bounding box, cxcywh in [0, 1], of what is at least half white."""
+    """Bounding box, cxcywh in [0, 1], of all pixels that are at least half white."""
     mask = image.float().mean(0) > 127.5
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -29,7 +29,7 @@ def white_box(image):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_boxes_stay_on_what_they_mark(seed):
+def test_boxes_stay_on_their_objects(seed):
     image, target = marked(120, 200, (30, 20, 110, 90))
     image, target = TrainTransform(CONFIG)(image, target, Random(seed))
     if len(target["boxes"]) == 0:
@@ -50,20 +50,20 @@ def test_evaluation_is_not_random():
 
 
 def test_colours_stay_interleaved():
-    """As `collate` wants them: it would copy others three times as slowly."""
+    """`collate` copies planar images three times as slowly."""
     image, target = marked(120, 200, (30, 20, 110, 90))
     image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     transform = TrainTransform(CONFIG)
-    kinds = set()
+    variants = set()
     for seed in range(20):
         plan = transform.plan(120, 200, Random(seed))
-        kinds.add((plan.flip, plan.crop is not None))
+        variants.add((plan.flip, plan.crop is not None))
         assert apply(image, target, plan)[0].stride(0) == 1
-    assert len(kinds) == 4
+    assert len(variants) == 4
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (2, 3)])
-def test_extreme_shapes(size):
+def test_extreme_shapes_give_valid_images_and_boxes(size):
     for seed in range(6):
         image, target = marked(*size, (0, 0, 1, 1))
         image, target = TrainTransform(CONFIG)(image, target, Random(seed))
@@ -71,7 +71,7 @@ def test_extreme_shapes(size):
         assert torch.isfinite(target["boxes"]).all()
 
 
-def test_official_scales_for_the_large_presets():
+def test_large_presets_have_the_official_scales():
     transform = TrainTransform(resolve("conditional-detr-r50"))
     assert transform.scales == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert (transform.crop_scales, transform.crop_range) == ([400, 500, 600], [384, 600])

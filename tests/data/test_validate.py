@@ -1,4 +1,4 @@
-"""Validation names every kind of damage, counts it, and never crashes; nor does loading, without a named cause."""
+"""Validation names and counts every kind of fault and never crashes; loading fails only with a named file."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ FUZZ = settings(
 )
 PICTURE = Image.new("RGB", (90, 60), (200, 30, 10))
 EXPECTED_WARNINGS = {"too small to train from scratch", "rare class", "class without objects"}
-"""What the four images of `small_coco` deserve when they are sound."""
+"""Warnings for the four valid images of `small_coco`."""
 
 
 def report_of(small_coco, **options):
@@ -39,8 +39,8 @@ def report_of(small_coco, **options):
     return validate(small_coco.images, small_coco.file, **options)
 
 
-def doubled(small_coco):
-    """The entry of a copy of the first image, which is written."""
+def copied(small_coco):
+    """Write a copy of the first image; returns its entry."""
     shutil.copy(small_coco.images / "0.jpg", small_coco.images / "double.jpg")
     return {**small_coco.content["images"][0], "id": 500, "file_name": "double.jpg"}
 
@@ -53,7 +53,7 @@ def finding_of(report, kind):
     return next(finding for finding in report.findings if finding.kind == kind)
 
 
-def test_sound_data_have_no_errors(small_coco):
+def test_valid_data_have_no_errors(small_coco):
     report = report_of(small_coco)
     assert report.ok
     assert set(kinds(report, "warning")) == EXPECTED_WARNINGS
@@ -81,8 +81,8 @@ def test_sound_data_have_no_errors(small_coco):
         (lambda c: c.content["images"][1].pop("width"), "warning", "size not given", "1.jpg"),
         (lambda c: c.content["images"][1].update(width=None), "warning", "size not given", "1.jpg"),
         (lambda c: c.content["images"][1].update(width=-1, height=-1), "warning", "size not given", "1.jpg"),
-        (lambda c: c.content["images"][1].update(file_name="1.JPG"), "warning", "name spelled otherwise", "1.JPG is 1"),
-        (lambda c: spell_ambiguously(c), "error", "ambiguous file name", "more than one differs in case"),
+        (lambda c: c.content["images"][1].update(file_name="1.JPG"), "warning", "name spelled differently", "1.JPG is"),
+        (lambda c: spell_ambiguously(c), "error", "ambiguous file name", "several files differ from it"),
         (lambda c: c.content["images"][1].update(file_name="./0.jpg"), "error", "duplicate file names", "0.jpg"),
         (lambda c: c.content["images"][1].update(file_name="0.JPG"), "error", "duplicate file names", "0.jpg"),
         (lambda c: c.content["annotations"][1].update(id=1), "error", "duplicate ids in annotations", "id 1"),
@@ -97,16 +97,16 @@ def test_sound_data_have_no_errors(small_coco):
          "annotation 5, image 100: [0.1, 0.1, 0.4, 0.6] in 60×90 would be [9.0, 6.0, 36.0, 36.0]"),
         (lambda c: c.annotate(100, [50, 5, 30, 40], 3) or c.annotate(100, [40, 30, 80, 55], 3), "warning",
          "boxes are corners", "annotation 6, image 100: [40, 30, 80, 55] in 60×90 would be [40, 30, 40, 25]"),
-        (lambda c: wide_values(c), "error", "pixels that are no colours", "expected 32-bit integers in 0…65535"),
+        (lambda c: wide_values(c), "error", "pixels that are not colours", "expected 32-bit integers in 0…65535"),
         (lambda c: c.content["annotations"].pop(), "warning", "images without objects", "image 103"),
         (lambda c: c.content["annotations"].clear(), "error", "no objects", "instances_train2017.json"),
         (lambda c: (c.images / "2.jpg").unlink(), "error", "missing file", "2.jpg"),
         (lambda c: (c.images / "2.jpg").write_text("no"), "error", "damaged file", "2.jpg: not an image"),
-        (lambda c: c.content["images"][2].update(height=81), "error", "size mismatch", "81×90, the file has 80×90"),
-        (lambda c: c.content["images"].append(doubled(c)), "warning", "identical images", "0.jpg = double.jpg"),
+        (lambda c: c.content["images"][2].update(height=81), "error", "size mismatch", "81×90, but the image has 80"),
+        (lambda c: c.content["images"].append(copied(c)), "warning", "identical images", "0.jpg = double.jpg"),
     ],
 )  # fmt: skip
-def test_every_kind_of_damage_is_named(small_coco, spoil, severity, kind, place):
+def test_every_kind_of_fault_is_named(small_coco, spoil, severity, kind, place):
     spoil(small_coco)
     report = report_of(small_coco)
     assert kinds(report, severity).get(kind) == 1
@@ -130,8 +130,8 @@ def wide_values(small_coco):
     small_coco.content["images"][1]["file_name"] = "wide.tif"
 
 
-def of_boxes(small_coco, *boxes):
-    """The report of a file that has these boxes alone, all in the first image of 60×90."""
+def report_of_boxes(small_coco, *boxes):
+    """The report of a file with only these boxes, all in the first image of 60×90."""
     small_coco.content["annotations"].clear()
     for box in boxes:
         small_coco.annotate(100, box, 3)
@@ -148,7 +148,7 @@ def of_boxes(small_coco, *boxes):
             "[0.1, 0.1, 0.4, 0.6] in 60×90 would be [9.0, 6.0, 36.0, 36.0]",
         ),
         (
-            # The last as a tool rounds it.
+            # The last box as rounded by a tool.
             [[0.5, 0.5, 1, 1], [0.8, 0.8, 0.4, 0.4], [0.5, 0.5, 1, 1.000001]],
             "boxes in fractions of the image",
             "x, y of the centre, width, height",
@@ -168,34 +168,34 @@ def of_boxes(small_coco, *boxes):
         ),
     ],
 )
-def test_boxes_that_are_no_pixels_or_no_sizes(small_coco, boxes, kind, numbers, example):
-    report = of_boxes(small_coco, *boxes)
+def test_fractions_and_corners_are_errors(small_coco, boxes, kind, numbers, example):
+    report = report_of_boxes(small_coco, *boxes)
     assert list(kinds(report, "error")) == [kind]
-    found = finding_of(report, kind)
-    assert found.examples[0] == f"annotation 1, image 100: {example}"
-    assert numbers in found.message
-    assert found.count == sum(max(box) < 1.1 for box in boxes) or kind == "boxes are corners"
+    finding = finding_of(report, kind)
+    assert finding.examples[0] == f"annotation 1, image 100: {example}"
+    assert numbers in finding.message
+    assert finding.count == sum(max(box) < 1.1 for box in boxes) or kind == "boxes are corners"
     assert "box reaching out of its image" not in kinds(report, "warning")
 
 
-def test_boxes_as_they_should_be_are_not_read_otherwise(small_coco):
-    # The first would also fit as two corners, and one pixel is the rounding of tools.
-    report = of_boxes(small_coco, [10, 5, 30, 40], [0, 0, 91, 60.5], [-1, -1, 20, 20], [2, 1, 0.5, 1])
+def test_correct_boxes_are_not_taken_for_fractions_or_corners(small_coco):
+    # The first would also fit as two corners; others exceed the image by one pixel, which tools round away.
+    report = report_of_boxes(small_coco, [10, 5, 30, 40], [0, 0, 91, 60.5], [-1, -1, 20, 20], [2, 1, 0.5, 1])
     assert report.ok
     assert set(kinds(report, "warning")) == {*EXPECTED_WARNINGS, "images without objects"}
-    # One that is neither is no sign of corners.
-    assert "boxes are corners" not in kinds(of_boxes(small_coco, [50, 30, 45, 29]), "warning")
+    # A box that fits neither way does not indicate corners.
+    assert "boxes are corners" not in kinds(report_of_boxes(small_coco, [50, 30, 45, 29]), "warning")
 
 
-def test_boxes_of_a_smaller_copy_are_said(small_coco):
+def test_boxes_of_a_smaller_copy_are_reported(small_coco):
     boxes = [[index / 5, 5, 20, 20] for index in range(50)]
-    found = finding_of(of_boxes(small_coco, *boxes), "boxes in one corner")
-    assert found.examples == ["they end at 33% of the width and 42% of the height"]
-    assert "boxes in one corner" not in kinds(of_boxes(small_coco, *boxes, [80, 5, 5, 5]), "warning")
+    finding = finding_of(report_of_boxes(small_coco, *boxes), "boxes in one corner")
+    assert finding.examples == ["they end at 33% of the width and 42% of the height"]
+    assert "boxes in one corner" not in kinds(report_of_boxes(small_coco, *boxes, [80, 5, 5, 5]), "warning")
 
 
 def tagged(small_coco, orientation, size, boxes):
-    """The first image of 60×90 as stored, with that tag, `size` (height, width) in the annotations, and boxes."""
+    """Report of the first image, 60×90 as stored, with a tag, with `size` (height, width) and boxes as annotations."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (90, 60), (9, 99, 199)).save(small_coco.images / "0.jpg", exif=exif)
@@ -223,22 +223,22 @@ def tagged(small_coco, orientation, size, boxes):
         (6, (60, 91), [10, 10, 30, 30], "error", "size mismatch"),
     ],
 )
-def test_orientation_tags(small_coco, orientation, size, box, severity, kind):
+def test_orientation_tags_are_checked(small_coco, orientation, size, box, severity, kind):
     report = tagged(small_coco, orientation, size, [box])
-    about = {"annotated as stored", "orientation not clear", "size mismatch"}
-    found = {(finding.severity, finding.kind) for finding in report.findings if finding.kind in about}
-    assert found == ({(severity, kind)} if kind else set())
+    size_kinds = {"annotated as stored", "orientation not clear", "size mismatch"}
+    findings = {(finding.severity, finding.kind) for finding in report.findings if finding.kind in size_kinds}
+    assert findings == ({(severity, kind)} if kind else set())
     check_loading(small_coco, report)
 
 
-def test_an_image_beyond_pillows_limit_is_no_damaged_one(small_coco, monkeypatch):
+def test_an_image_beyond_pillows_limit_is_not_called_damaged(small_coco, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     report = report_of(small_coco, processes=1)
     assert kinds(report, "error") == {"image too large": 4}
     assert "CONDDETR_MAX_PIXELS" in finding_of(report, "image too large").message
 
 
-def test_names_from_windows(small_coco):
+def test_names_from_windows_are_resolved(small_coco):
     small_coco.images.rename(small_coco.root / "img")
     small_coco.images.mkdir()
     (small_coco.root / "img").rename(small_coco.images / "img")
@@ -246,14 +246,14 @@ def test_names_from_windows(small_coco):
         image["file_name"] = f"img\\{image['file_name'].upper()}"
     report = report_of(small_coco)
     assert report.ok
-    found = finding_of(report, "name spelled otherwise")
-    assert (found.count, found.examples[0]) == (4, "img\\0.JPG is img/0.jpg")
-    # Nothing like it is there: the reason for the name is said.
+    finding = finding_of(report, "name spelled differently")
+    assert (finding.count, finding.examples[0]) == (4, "img\\0.JPG is img/0.jpg")
+    # No similar file exists: the message explains the backslashes.
     small_coco.content["images"][0]["file_name"] = "img\\9.jpg"
     assert "backslashes" in finding_of(report_of(small_coco), "missing file").examples[0]
 
 
-def test_two_categories_of_one_name_stay_two(small_coco):
+def test_two_categories_with_the_same_name_stay_separate(small_coco):
     small_coco.content["categories"] = [{"id": 3, "name": "dog"}, {"id": 0, "name": "dog"}]
     report = report_of(small_coco)
     assert report.to_dict()["classes"] == [
@@ -268,7 +268,7 @@ def test_two_categories_of_one_name_stay_two(small_coco):
     assert ["dog", "(id", "0)", "0"] in rows
 
 
-def test_a_test_set_has_no_annotations_to_miss(small_coco):
+def test_a_test_set_may_lack_annotations(small_coco):
     del small_coco.content["annotations"]
     report = report_of(small_coco, train=False)
     assert kinds(report, "error") == {}
@@ -276,7 +276,7 @@ def test_a_test_set_has_no_annotations_to_miss(small_coco):
     assert "nothing can be measured" in finding_of(report, "no annotations").message
 
 
-def test_annotations_that_come_from_no_file(small_coco):
+def test_annotations_are_accepted_instead_of_a_file(small_coco):
     report = validate(small_coco.images, read_annotations(small_coco.file))
     assert report.ok
     assert (report.annotation_file, report.boxes) == (str(small_coco.file), 4)
@@ -289,7 +289,7 @@ def test_splits_are_compared_by_id_and_name():
     assert kinds(val, "error") == {"category with another name": 1, "category not in the training set": 1}
     assert finding_of(val, "category with another name").examples == ["id 2: 'cat' here, 'dog' in the training set"]
     assert finding_of(val, "category not in the training set").examples == ["id 3: 'cow'"]
-    # Without a word where validation has fewer, or the training set could not be read.
+    # No finding if validation has fewer categories, or the training set could not be read.
     fewer = ValidationReport("v", "v", classes=[{"id": 1, "name": "cat"}])
     compare_splits(train, fewer)
     compare_splits(ValidationReport("t", "t"), fewer)
@@ -305,7 +305,7 @@ def test_names_are_not_read_as_markup(small_coco):
     assert "[/dog]" in printed.getvalue()
 
 
-def test_unbalanced_classes_are_said(small_coco):
+def test_unbalanced_classes_are_reported(small_coco):
     for index in range(101):
         small_coco.annotate(100, [index / 4, 5, 20, 20], 7)
     small_coco.content["annotations"] = small_coco.content["annotations"][3:]
@@ -324,14 +324,14 @@ def test_truncated_images_are_found_by_several_processes(small_coco):
     assert done == [44] * 44
 
 
-def test_files_that_cannot_be_read_at_all(small_coco, tmp_path):
+def test_unreadable_annotation_files_are_errors(small_coco, tmp_path):
     assert kinds(validate(tmp_path, tmp_path / "no.json"), "error") == {"missing annotation file": 1}
     for text in ("{", "[1, 2]", "[" * 100_000, "\xff"):
         small_coco.file.write_text(text, encoding="latin-1")
         assert kinds(validate(small_coco.images, small_coco.file), "error") == {"unreadable annotation file": 1}
 
 
-def test_the_command_prints_writes_and_sets_the_status(small_coco, tmp_path, capsys):
+def test_the_command_prints_writes_and_sets_its_exit_status(small_coco, tmp_path, capsys):
     out = tmp_path / "report.json"
     command = ["validate-data", "--coco-path", str(small_coco.root), "--report", str(out)]
     assert main(command) == 0
@@ -340,17 +340,17 @@ def test_the_command_prints_writes_and_sets_the_status(small_coco, tmp_path, cap
     assert content["ok"] is True
     train, val = content["data_sets"]
     assert (train["images"], val["images"]) == (4, 2)
-    # The fixture's two sets are drawn from one seed: the same pixels.
-    found = {finding["kind"]: finding for finding in val["findings"]}
-    assert set(found) == {"images of the training set"}
-    assert found["images of the training set"]["examples"] == ["0.jpg = 0.jpg", "1.jpg = 1.jpg"]
+    # The fixture draws both sets from one seed, so their pixels are equal.
+    findings = {finding["kind"]: finding for finding in val["findings"]}
+    assert set(findings) == {"images of the training set"}
+    assert findings["images of the training set"]["examples"] == ["0.jpg = 0.jpg", "1.jpg = 1.jpg"]
     (small_coco.images / "1.jpg").unlink()
     assert main(["validate-data", "--annotations", str(small_coco.file), "--images", str(small_coco.images)]) == 1
     assert "missing file" in capsys.readouterr().out
     assert main(["validate-data", "--annotations", str(small_coco.file)]) == 2
 
 
-def test_the_command_takes_any_layout_and_two_files(small_coco, tmp_path, capsys):
+def test_the_command_accepts_any_layout_and_two_files(small_coco, tmp_path, capsys):
     val = small_coco.root / "annotations" / "instances_val2017.json"
     content = json.loads(val.read_text())
     content["categories"][0]["name"] = "lion"
@@ -374,7 +374,7 @@ def test_the_command_takes_any_layout_and_two_files(small_coco, tmp_path, capsys
         assert message in capsys.readouterr().err
 
 
-def test_real_images_are_sound(coco_path):
+def test_real_images_are_valid(coco_path):
     for split in ("train", "val"):
         report = validate(coco_path / f"{split}2017", coco_path / "annotations" / f"instances_{split}2017.json")
         assert kinds(report, "error") == {}
@@ -393,12 +393,12 @@ JUNK = st.one_of(
 )
 
 
-def places(content, prefix=()):
+def paths(content, prefix=()):
     """The path of every value inside the annotations."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield (*prefix, key)
-        yield from places(value, (*prefix, key))
+        yield from paths(value, (*prefix, key))
 
 
 @FUZZ
@@ -406,7 +406,7 @@ def places(content, prefix=()):
 def test_any_value_anywhere_in_the_annotations(small_coco, data):
     content = copy.deepcopy(small_coco.content)
     for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(list(places(content))))
+        path = data.draw(st.sampled_from(list(paths(content))))
         parent = content
         for key in path[:-1]:
             parent = parent[key]
@@ -473,14 +473,14 @@ def test_exif_changed_anywhere(small_coco, data):
     ],
     ids=lambda test: test.__name__,
 )
-def test_the_same_at_length(small_coco, test):
-    """Five times as many examples of each."""
+def test_more_examples_of_each(small_coco, test):
+    """Each of these tests with five times as many examples."""
     at_length = settings(FUZZ, max_examples=5 * FUZZ.max_examples)
     at_length(given(data=st.data())(test.hypothesis.inner_test))(small_coco)
 
 
 def exif_data(orientation: int) -> bytes:
-    """Four tags, one of them in a directory of its own."""
+    """Four tags, one of them in a separate directory."""
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = orientation, "maker", 72.0
     exif.get_ifd(0x8769)[0x829A] = 0.01
@@ -488,7 +488,7 @@ def exif_data(orientation: int) -> bytes:
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """Up to four bytes changed, anywhere."""
+    """The content with up to four bytes changed anywhere."""
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(0, 4)) if changed else 0):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
@@ -496,7 +496,7 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
 
 
 def check_image(small_coco, name: str, content: bytes) -> None:
-    """`check_loading` with this file as the first image, in place of what the folder has."""
+    """`check_loading` with this content as the first image, instead of the stored file."""
     path = small_coco.images / name
     original = path.read_bytes()
     small_coco.content["images"][0]["file_name"] = name
@@ -509,7 +509,7 @@ def check_image(small_coco, name: str, content: bytes) -> None:
 
 
 def check_loading(small_coco, report):
-    """What the report finds sound is loaded; what is refused is refused with the name of a file."""
+    """A valid data set loads; a refused one has an error in its report, and the refusal names a file."""
     refusal = None
     try:
         dataset = coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
@@ -523,11 +523,11 @@ def check_loading(small_coco, report):
 NOTHING_LEFT = (
     "no images|no objects|only crowds|no categories|no annotations|missing section|is not JSON|expected an object"
 )
-"""Why there may be nothing that could be written."""
+"""Possible reasons why no file can be written."""
 
 
 def check_fixing(small_coco, report):
-    """A cleaned copy has no errors; where there is none, nothing to learn is left."""
+    """A cleaned copy has no errors; if none is written, no objects for training remain."""
     out, original = small_coco.root / "fixed.json", small_coco.file.read_bytes()
     out.unlink(missing_ok=True)
     refusal = None
