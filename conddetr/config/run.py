@@ -189,7 +189,7 @@ _USED = {
 def unused(name: str, kind: str) -> str:
     """The error message for a data option that has no meaning beside another."""
     beside = "synthetic shapes (no images are named)" if kind == "synthetic" else f"`{kind}`"
-    return f"Data option {name} has no use beside {beside}: leave it out."
+    return f"Data option {name} has no effect with {beside}: leave it out."
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def test_one_kernel_is_refused(on_gpu):
 def test_any_other_kernel_that_is_refused_is_named(on_gpu):
     slow = {**GOOD, "add_norm": "it is slower than PyTorch here: 0.8× its speed.", "max_pool": 1.5}
     with records.pretend(record(**slow)):
-        assert line().endswith(", TF32 as it is, not taken: add_norm (it is slower than PyTorch here: 0.8× its speed)")
-        assert "not taken" not in line("triton")
+        assert line().endswith(", TF32 as it is, not used: add_norm (it is slower than PyTorch here: 0.8× its speed)")
+        assert "not used" not in line("triton")
 
 
 def test_a_backend_by_name_needs_no_proof(on_gpu):
@@ -172,8 +172,8 @@ def test_a_resumed_run_says_what_is_computed_otherwise(tmp_path, monkeypatch):
     other = small_trainer(tmp_path, model_options={"backend": "auto"}, epochs=2)
     other.resume(tmp_path / "checkpoint.pt")
     assert other.changes == [
-        "attention was by native, is by PyTorch: the native kernels are not built",
-        "matching was by native, is by PyTorch: the native kernels are not built",
+        "attention ran on native, now runs on PyTorch: the native kernels are not built",
+        "matching ran on native, now runs on PyTorch: the native kernels are not built",
     ]
 
 
@@ -214,7 +214,9 @@ def test_a_record_that_does_not_hold_is_made_again_and_the_reason_said(checks, t
     monkeypatch.setattr(memory, "_tables", {"sm_90": None})
     prove(GPU, "auto")
     assert len(checks) == 1
-    assert "as the record does not hold: its driver was 550.1, now none" in " ".join(capsys.readouterr().out.split())
+    assert "because the record is not valid: its driver was 550.1, now none" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_is_measured_on_the_architecture_needs_no_check(checks):

@@ -240,7 +240,7 @@ def test_what_the_numbers_are_of_is_said():
 
 def test_unknown_categories_are_named(tiny_model):
     dataset = SyntheticShapes(2, seed=3)
-    with pytest.raises(ValueError, match=r"category that the model does not know, id 3 \('triangle'\)"):
+    with pytest.raises(ValueError, match=r"category that the model lacks, id 3 \('triangle'\)"):
         evaluate(tiny_model, [*dataset.classes[:2], {"id": 9, "name": "star"}], dataset, CPU)
 
 
@@ -268,7 +268,7 @@ def test_classes_are_compared_by_id_and_name(caplog):
     # A model without names goes by ids, and says so.
     assert category_ids_of([{"id": number, "name": f"LABEL_{number}"} for number in range(8)], data) == list(range(8))
     assert category_ids_of([{"id": number, "name": f"{number}"} for number in range(8)], data) == list(range(8))
-    assert "The model's classes have no names: ids decide, id 7 is 'cat'" in caplog.text
+    assert "The model's classes have no names: they are matched by id, id 7 is 'cat'" in caplog.text
     # Numbers as names are names where they are not the ids.
     digits = [{"id": digit + 1, "name": f"{digit}"} for digit in range(10)]
     with pytest.raises(ValueError, match="id 7 is 'cat' in the data set and '6' in the model"):

@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
     run.stepper.flush()
     assert run.stepper.skipped == 1
     assert f"on image ids {list(second.image_ids)}" in caplog.text
-    assert "Step 1 is not finite: first the loss term" in caplog.text
+    assert "Step 1 is not finite, first in the loss term" in caplog.text
     after = run.stepper.state()
     del before["skipped"], after["skipped"]
     assert_equal(after, before)
@@ -147,7 +147,7 @@ def test_more_objects_than_queries(tmp_path, caplog):
     strict = small_trainer(tmp_path / "on")
     strict.stepper.config = replace(strict.config, cuda_graphs="on")
     recorded(strict)
-    with pytest.raises(ValueError, match=r"Image id 7 has 9 objects, the model 8 queries, .* `on` none may have more"):
+    with pytest.raises(ValueError, match=r"Image id 7 has 9 objects, the model has 8 queries, .* `on` no image may"):
         strict.stepper([full_batch()], 0)
     run, plain = (small_trainer(tmp_path / name, **RATES) for name in "ab")
     recorded(run)
@@ -172,7 +172,7 @@ def test_memory_that_does_not_suffice(tmp_path, caplog):
         for step, batch in enumerate(windows):
             trainer.stepper([batch], step)
         trainer.stepper.flush()
-    assert caplog.text.count("the memory does not suffice for recording; going on without.") == 1
+    assert caplog.text.count("the memory does not suffice for recording; training continues without.") == 1
     assert not run.stepper.graphs.recorded
     assert_equal(run.stepper.state(), plain.stepper.state())
     strict = small_trainer(tmp_path / "on")
@@ -192,7 +192,7 @@ def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
     run.stepper.flush()
     assert len(runs) == 1
     assert run.stepper.means["loss"] > 0
-    assert caplog.text.count("1 kinds of steps are recorded, further ones run without") == 1
+    assert caplog.text.count("1 kinds of steps are recorded, others run without") == 1
 
 
 def test_where_steps_cannot_be_recorded(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_where_steps_cannot_be_recorded(tmp_path, monkeypatch):
     assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, "auto", by_itself, CPU) == 0
     assert small_trainer(tmp_path).run.train.pad_buckets == 0
     monkeypatch.setattr(graphs.distributed, "world_size", lambda: 2)
-    assert "one process, there are 2" in why_no_graphs(config, "auto", by_itself, cuda)
+    assert "one process only, there are 2" in why_no_graphs(config, "auto", by_itself, cuda)
 
 
 @pytest.mark.gpu

@@ -88,7 +88,7 @@ def test_a_skipped_step_changes_nothing(tmp_path, caplog, waits):
             spoiled.stepper.flush()
     for run in (plain, spoiled):
         run.stepper.flush()
-    assert "Step 1 is not finite: first the output of module input_proj" in caplog.text
+    assert "Step 1 is not finite, first in the output of module input_proj" in caplog.text
     assert spoiled.stepper.skipped == 1
     first, second = (run.stepper.state() for run in (plain, spoiled))
     assert first.pop("skipped") == 0

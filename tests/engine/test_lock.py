@@ -87,7 +87,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     with sole_run(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path}: its file system has no locks, a second run in it would not be refused."
+        f"{tmp_path}: the file system has no locks, so a second run there would not be refused."
     ]
 
 

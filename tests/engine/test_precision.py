@@ -99,12 +99,12 @@ def test_a_resumed_run_keeps_its_precision_or_says_why_not(tmp_path, monkeypatch
     elsewhere = resumed(tmp_path, False, monkeypatch)
     assert (elsewhere.stepper.config.precision, elsewhere.run.train.precision) == ("float32", "float32")
     [change] = elsewhere.changes
-    assert change.startswith("precision was bfloat16, is float32: bfloat16 is taken by itself on NVIDIA GPUs")
+    assert change.startswith("precision was bfloat16, is float32: `auto` means bfloat16 only on NVIDIA GPUs")
     assert change.endswith("--precision bfloat16 keeps it")
     named = resumed(tmp_path, False, monkeypatch, precision="bfloat16")
     assert (named.stepper.config.precision, named.changes) == ("bfloat16", [])
     other = resumed(tmp_path, True, monkeypatch, precision="float32")
-    assert other.changes == ["precision was bfloat16, is float32: as asked for"]
+    assert other.changes == ["precision was bfloat16, is float32: as requested"]
 
 
 @pytest.mark.parametrize("stored", ["float32", None])
@@ -123,7 +123,7 @@ def test_checkpoints_of_before_go_on_in_float32(tmp_path, monkeypatch, stored):
     save_checkpoint(tmp_path / "checkpoint.pt", content)
     run = resumed(tmp_path, True, monkeypatch)
     assert run.stepper.config.precision == "float32"
-    assert run.changes == ["backend was eager, is auto: other roundings, and other random numbers of dropout"]
+    assert run.changes == ["backend was eager, is auto: rounding and the random numbers of dropout differ"]
 
 
 def test_processes_train_in_one_precision(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_where_memory_is_not_told_the_figure_is_left_out(tmp_path, monkeypatch, 
     finally:
         monkeypatch.undo()
         importlib.reload(module)
-    expected = "preflight: 4 images of 64×64 with 8 objects each fit in; how much memory they take, this system"
+    expected = "preflight: 4 images of 64×64 with 8 objects each fit in memory; this system does not report"
     assert expected in capsys.readouterr().out
 
 

@@ -87,7 +87,7 @@ def test_validation_images_that_lie_elsewhere_now(folder, own, tmp_path):
 
 def test_the_share_of_a_data_set_with_validation_images_has_no_use(small_coco):
     root = str(small_coco.root)
-    message = "val_fraction has no use beside the validation images that"
+    message = "val_fraction has no effect, because .* has validation images"
     with pytest.raises(ValueError, match=message):
         data_sets(DataConfig(dataset=root, val_fraction=0.3), MODEL)
     with pytest.raises(ValueError, match=message):
@@ -108,7 +108,7 @@ def test_official_evaluation_takes_the_options_of_the_training(folder, own):
     assert len(evaluated(official_evaluation(part, asdict(part)))) == 3
     assert len(evaluated(official_evaluation(DataConfig(**folder), folder))) == 10
     assert official_evaluation(DataConfig(), asdict(DataConfig())) == {}
-    with pytest.raises(ValueError, match="val_images has no use beside `coco_path`"):
+    with pytest.raises(ValueError, match="val_images has no effect with `coco_path`"):
         official_evaluation(DataConfig(coco_path="x", val_images=3), ["coco_path", "val_images"])
 
 
@@ -130,7 +130,7 @@ def test_the_test_images_of_a_data_set(small_coco, capsys):
     found = evaluation_set(chosen, None, SHAPES, MODEL, "test")
     assert found.source == f"{small_coco.root}/roboflow/test/_annotations.coco.json"
     assert "data: Roboflow COCO layout (train/_annotations.coco.json): train, test" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="split has no use beside `coco_path`"):
+    with pytest.raises(ValueError, match="split has no effect with `coco_path`"):
         evaluation_set({"coco_path": str(small_coco.root)}, None, SHAPES, MODEL, "test")
 
 
@@ -143,16 +143,16 @@ def test_the_test_images_of_a_data_set(small_coco, capsys):
         ({"annotations": "x", "images": "y", "val_folder": "z"}, "val_annotations is missing"),
         ({"annotations": "x", "images": "y", "coco_path": "z"}, "coco_path and annotations: give one of them"),
         ({"dataset": "x", "coco_path": "z"}, "dataset and coco_path: give one of them"),
-        ({"coco_path": "x", "images": "y"}, "images has no use beside `coco_path`"),
-        ({"coco_path": "x", "val_annotations": "y"}, "val_annotations has no use beside `coco_path`"),
-        ({"coco_path": "x", "val_fraction": 0.2}, "val_fraction has no use beside `coco_path`"),
-        ({"coco_path": "x", "val_images": 7}, "val_images has no use beside `coco_path`"),
-        ({"dataset": "x", "val_folder": "y"}, "val_folder has no use beside `dataset`"),
-        ({"val_fraction": 0.2}, "val_fraction has no use beside synthetic shapes"),
-        ({"annotations": "x", "images": "y", "train_images": 8}, "train_images has no use beside `annotations`"),
+        ({"coco_path": "x", "images": "y"}, "images has no effect with `coco_path`"),
+        ({"coco_path": "x", "val_annotations": "y"}, "val_annotations has no effect with `coco_path`"),
+        ({"coco_path": "x", "val_fraction": 0.2}, "val_fraction has no effect with `coco_path`"),
+        ({"coco_path": "x", "val_images": 7}, "val_images has no effect with `coco_path`"),
+        ({"dataset": "x", "val_folder": "y"}, "val_folder has no effect with `dataset`"),
+        ({"val_fraction": 0.2}, "val_fraction has no effect with synthetic shapes"),
+        ({"annotations": "x", "images": "y", "train_images": 8}, "train_images has no effect with `annotations`"),
         (
             {"annotations": "x", "images": "y", "val_annotations": "z", "val_fraction": 0.2},
-            "val_fraction has no use beside `val_annotations`",
+            "val_fraction has no effect with `val_annotations`",
         ),
         ({"val_fraction": 1.5}, r"val_fraction: expected a value between 0 and 1, got 1\.5"),
     ],
@@ -167,20 +167,20 @@ def test_training_options_without_use_are_refused(options, message):
     [
         ({"images": "x"}, None, "annotations is missing"),
         ({"images": "x"}, DataConfig(), "annotations is missing"),
-        ({"coco_path": "x", "val_annotations": "y"}, None, "coco_path has no use beside `val_annotations`"),
+        ({"coco_path": "x", "val_annotations": "y"}, None, "coco_path has no effect with `val_annotations`"),
         (
             {"annotations": "x", "images": "y", "val_annotations": "z"},
             None,
-            "annotations has no use beside `val_annotations`",
+            "annotations has no effect with `val_annotations`",
         ),
-        ({"coco_path": "x", "val_fraction": 0.1}, None, "val_fraction has no use beside `coco_path`"),
+        ({"coco_path": "x", "val_fraction": 0.1}, None, "val_fraction has no effect with `coco_path`"),
         # Nothing of them would be looked at.
-        ({"images": "x"}, DataConfig(coco_path="x"), "images has no use beside `coco_path`"),
-        ({"images": "x"}, DataConfig(dataset="x"), "images has no use beside `dataset`"),
-        ({"images": "x"}, OWN_FILE, "images has no use beside `annotations`"),
-        ({"val_fraction": 0.1}, OWN_FILE, "val_fraction has no use beside `val_annotations`"),
-        ({"val_images": 7}, DataConfig(coco_path="x"), "val_images has no use beside `coco_path`"),
-        ({"val_fraction": 0.1}, DataConfig(), "val_fraction has no use beside synthetic shapes"),
+        ({"images": "x"}, DataConfig(coco_path="x"), "images has no effect with `coco_path`"),
+        ({"images": "x"}, DataConfig(dataset="x"), "images has no effect with `dataset`"),
+        ({"images": "x"}, OWN_FILE, "images has no effect with `annotations`"),
+        ({"val_fraction": 0.1}, OWN_FILE, "val_fraction has no effect with `val_annotations`"),
+        ({"val_images": 7}, DataConfig(coco_path="x"), "val_images has no effect with `coco_path`"),
+        ({"val_fraction": 0.1}, DataConfig(), "val_fraction has no effect with synthetic shapes"),
         ({"val_annotations": "x"}, DataConfig(), "images is missing"),
         ({"annotation": "x"}, None, r"Unknown data option 'annotation'\. Did you mean 'annotations'"),
     ],
@@ -215,8 +215,8 @@ def test_nothing_to_learn_is_refused_with_counts(small_coco, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ([], "no boxes at all, and no object besides. Check that the export includes annotations."),
-        ([500, 500, 5, 5], "1 boxes without area inside their image, and no object besides. conddetr validate-data"),
+        ([], "no boxes at all, and no other objects. Check that the export includes annotations."),
+        ([500, 500, 5, 5], "1 boxes without area inside their image, and no other objects. conddetr validate-data"),
     ],
 )
 def test_nothing_to_learn_says_only_what_is_there(small_coco, annotations, message):

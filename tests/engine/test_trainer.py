@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     again = trainer(tmp_path / "cut")
     again.resume(latest)
     assert "checkpoint.pt cannot be read" in caplog.text
-    assert "Going on from" in caplog.text
+    assert "Resuming from" in caplog.text
     assert "The damaged file is now" in caplog.text
     # The next save leaves the file that was read where it is.
     with CheckpointWriter() as writer:
@@ -146,7 +146,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     assert read_checkpoint(file)["position"] == {"epoch": 0, "batch": 3, "step": 3}
     with pytest.raises(ValueError, match="of another model: num_queries was 8, is 9"):
         trainer(tmp_path, model_options={"num_queries": 9}).resume(file)
-    with pytest.raises(ValueError, match="its batches would now be others: batch_size was 4, is 8"):
+    with pytest.raises(ValueError, match="its batches would now be different: batch_size was 4, is 8"):
         trainer(tmp_path, batch_size=8).resume(file)
     other = trainer(tmp_path)
     other.train_set.classes = [{"id": 5, "name": "star"}, *other.train_set.classes[1:]]
