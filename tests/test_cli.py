@@ -360,7 +360,7 @@ def test_one_model_and_one_value_of_each_option(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(resolve_run({"preset": "conditional-detr-tiny"}).to_dict()))
     assert main(["train", "--config", str(file), "--preset", "detr-r101"]) == 2
-    assert "--preset detr-r101: the configuration file is of conditional-detr-tiny" in capsys.readouterr().err
+    assert "--preset detr-r101: the configuration file is for conditional-detr-tiny" in capsys.readouterr().err
     parser = argparse.ArgumentParser()
     add_options(parser)
     same = ["--config", str(file), "--preset", "conditional-detr-tiny", "--lr", "0.25"]
@@ -403,7 +403,7 @@ def test_options_reach_the_model_and_the_training(tmp_path, capsys):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model"]["csq"], config["train"]["epochs"]) == ("I", 1)
     printed = capsys.readouterr().out
-    assert "--dist_url changes nothing here: torchrun says where the processes meet." in printed
+    assert "--dist_url has no effect here: torchrun sets the address where the processes meet." in printed
     assert "csq=I" in printed
     assert "GFLOPs" in printed
 
@@ -435,7 +435,7 @@ def test_every_official_flag_is_our_option():
     assert (model.class_weight, model.bbox_weight, model.giou_weight) == (3.0, 4.0, 1.0)
     assert (run.pretrained_backbone, run.backend) == (True, "auto")
     assert len(notes) == 7
-    assert notes[-1].endswith("is the official repository's: precision float32, as there.")
+    assert notes[-1].endswith("is an official flag: the precision is float32, as in the official code.")
     assert run.train.precision == "float32"
     # Without any flag the defaults are the official ones.
     plain = resolve_run({"coco_path": "coco"})
@@ -485,7 +485,7 @@ def test_resolved_options_are_read_again(tmp_path):
         (["train", "--csq", "X"], "Model option csq: unknown value 'X'"),
         (["train", "--epochs", "0"], "Training option epochs: expected at least 1, got 0"),
         (["train", "--config", "/nowhere.toml"], "Configuration file /nowhere.toml does not exist"),
-        (["train", "--masks"], "--masks True: segmentation is not built"),
+        (["train", "--masks"], "--masks True: segmentation is not implemented"),
         (["train", "--dataset_file", "coco_panoptic"], "--dataset_file coco_panoptic: other data sets"),
         (["train", "--eval"], "--eval needs --resume FILE"),
         (["train", "--train-images", "8", "--resume", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
@@ -505,9 +505,9 @@ def test_resolved_options_are_read_again(tmp_path):
         ),
         # What is written over is looked at before the work.
         (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, got a folder"),
-        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file is there, and holds no JSON"),
-        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "holds no JSON"),
-        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "holds no JSON"),
+        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file exists and is not JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "is not JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "is not JSON"),
         # Numbers are looked at before any file.
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "-1"], "batch_size: expected at least 1, got -1"),

@@ -41,7 +41,7 @@ def test_bad_overrides_are_named(overrides, message):
         ({"clip_max_norm": float("inf")}, "Training option clip_max_norm: expected a finite number, got inf"),
         ({"weight_decay": -0.1}, "Training option weight_decay: expected at least 0, got -0.1"),
         ({"check_finite": "allways"}, "check_finite: unknown value 'allways'. Did you mean 'always'"),
-        ({"check_finite": "always", "cuda_graphs": True}, "`always` waits for the device, which cuda_graphs cannot"),
+        ({"check_finite": "always", "cuda_graphs": True}, "`always` makes the host wait for the device, which"),
         ({"cuda_graphs": "onn"}, "cuda_graphs: unknown value 'onn'. Did you mean 'on'"),
         ({"seed": 2**63}, r"seed: expected at most 9223372036854775807 \(2\^63 - 1\), got 9223372036854775808"),
         ({"pad_buckets": -2}, "pad_buckets: expected at least -1, got -2"),
