@@ -33,7 +33,7 @@ def test_names_of_what_is_here(gpus):
 @pytest.mark.parametrize("count", [0, 2])
 def test_other_names_are_refused(gpus, name, count):
     gpus(count)
-    here = "cuda or cuda:0 to cuda:1" if count else "or cuda on a machine that has it"
+    here = "cuda or cuda:0 to cuda:1" if count else "or cuda, which this machine lacks"
     with pytest.raises(ValueError, match=rf"^device: expected cpu, {here}.*, got '{name}'\.$"):
         find_device(name)
 

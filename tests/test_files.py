@@ -79,7 +79,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, full_disk
     path = tmp_path / name
     path.write_bytes(b"before")
     full_disk()
-    expected = rf"^\S*{name} could not be written: .+\. What was there before is kept\. [\d,]+ MiB are free there"
+    expected = rf"^\S*{name} could not be written: .+\. Its old content is kept\. [\d,]+ MiB are free there"
     with pytest.raises(OSError, match=expected) as raised:
         WRITERS[name](path)
     assert len(str(raised.value).splitlines()) == 1

@@ -177,7 +177,7 @@ def test_the_card_states_data_metrics_and_how_to_load(hub, tiny_model):
         '    detector = conddetr.Detector.from_pretrained("me/zoo")',
         "Trained and evaluated on a data set in COCO's layout, folder `zoo`.",
         "Classes: dog, cat, tooth|brush.",
-        "Of the last evaluation in training, on its validation images, in percent:",
+        "From the last evaluation in training, on its validation images, in percent:",
         "| AP | AP50 | APl |",
         "| 41.2 | 60.0 | – |",
     ):
@@ -193,9 +193,9 @@ def test_a_folder_needs_no_hub(tiny_model, tmp_path, offline):
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert json.loads((folder / "config.json").read_text())["classes"] == CLASSES
     text = (folder / "README.md").read_text()
-    assert "As given by who published this, in percent" in text
+    assert "As given by the publisher, in percent" in text
     assert "| 50.0 |" in text
-    assert "Not known: the weights do not say what they were trained on." in text
+    assert "Not known: the weights hold no training configuration." in text
     for load in (conddetr.Detector.from_pretrained, conddetr.Detector.from_checkpoint):
         assert_same_detector(load(folder, device="cpu"), detector)
     unmeasured = detector.save_pretrained(tmp_path / "other") / "README.md"

@@ -227,7 +227,7 @@ def test_loss_that_is_not_finite_stops_after_so_many_steps(tmp_path, caplog):
 
 def test_wrong_class_count_and_too_large_batch_are_named(tmp_path):
     model = conddetr.build("conditional-detr-tiny")
-    with pytest.raises(ValueError, match="the data set has 3 classes, the model was built for 91"):
+    with pytest.raises(ValueError, match="num_classes: expected 3 as the data set has, got 91"):
         Trainer(model, SyntheticShapes(4, 1), SyntheticShapes(4, 2), RunConfig(), torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size: 100 is more than the 16 training images: lower it"):
         trainer(tmp_path, batch_size=100)
