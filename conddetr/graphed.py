@@ -338,8 +338,10 @@ class _Replay(torch.autograd.Function):
 @contextmanager
 def _uncached(device: torch.device) -> Iterator[None]:
     """The current autocast without its weight cache: a graph must not read casts of an earlier step."""
-    kind = device.type
-    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+    device_type = device.type
+    with torch.autocast(
+        device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type), cache_enabled=False
+    ):
         yield
 
 

@@ -80,13 +80,15 @@ def test_eval_prints_and_writes_the_metrics(trained, tmp_path, capsys):
 def test_two_processes_give_the_metrics_of_one(trained, tmp_path):
     command = ["--device", "cpu", "--val-images", "7", "--batch-size", "2", "--workers", "0"]
     command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), *command]
-    assert main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-found.json")]) == 0
-    outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-found.json")]
+    assert (
+        main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-detections.json")]) == 0
+    )
+    outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-detections.json")]
     finish(*start_ranks(2, command_line, tmp_path, [*command, *outputs]))
     metrics, metrics_of_two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert metrics_of_two.pop("data") == metrics.pop("data")
     assert metrics_of_two == pytest.approx(metrics, abs=1e-6)
-    single, double = [json.loads((tmp_path / f"{name}-found.json").read_text()) for name in ("one", "two")]
+    single, double = [json.loads((tmp_path / f"{name}-detections.json").read_text()) for name in ("one", "two")]
     assert [detection["image_id"] for detection in double] == [detection["image_id"] for detection in single]
     assert len({detection["image_id"] for detection in single}) == 7
     assert "AP50" in (tmp_path / "printed-0").read_text()

@@ -46,7 +46,7 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     def handler(self) -> type[http.server.BaseHTTPRequestHandler]:
         hub = self
@@ -70,7 +70,7 @@ class Hub:
                     self.end_headers()
                     return
                 content = file.read_bytes()
-                hub.asked.append(f"{self.command} {rest}")
+                hub.requests.append(f"{self.command} {rest}")
                 self.send_response(200)
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", COMMIT)
@@ -147,10 +147,10 @@ def test_uploaded_detector_loads_from_the_hub(hub, tiny_model, offline):
     assert not any(b"secret" in file.read_bytes() for file in (hub.root / "me" / "zoo").iterdir())
 
     # Files in the cache are not downloaded again.
-    hub.asked.clear()
+    hub.requests.clear()
     conddetr.Detector.from_pretrained("me/zoo", device="cpu")
-    assert "HEAD model.safetensors" in hub.asked
-    assert not any(line.startswith("GET") for line in hub.asked)
+    assert "HEAD model.safetensors" in hub.requests
+    assert not any(line.startswith("GET") for line in hub.requests)
     with pytest.raises(OSError, match=r"^me/nothing could not be read from http://127.0.0.1:\d+ \(.*not in the cache"):
         conddetr.Detector.from_pretrained("me/nothing")
 

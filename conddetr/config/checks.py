@@ -28,11 +28,11 @@ def check_values(config: Any, what: str) -> None:
 
 def check_value(name: str, value: Any, wanted: Any) -> None:
     """Raise a ValueError if a value is not of a type, or not one of a `Literal`'s choices; see `check_values`."""
-    kind = plain_type(wanted)
-    accepted = (int, float) if kind is float else (kind,)
+    expected_type = plain_type(wanted)
+    accepted = (int, float) if expected_type is float else (expected_type,)
     if type(value) not in accepted:
-        raise ValueError(f"{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}.")
-    if wanted is not kind and value not in get_args(wanted):
+        raise ValueError(f"{name}: expected {expected_type.__name__}, got {type(value).__name__} {value!r}.")
+    if wanted is not expected_type and value not in get_args(wanted):
         raise ValueError(f"{name}: unknown value {value!r}.{nearest(value, list(get_args(wanted)))}")
 
 

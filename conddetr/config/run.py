@@ -215,7 +215,7 @@ class RunConfig:
     backend: Backend = "auto"
     """Implementation of the operations. `auto`: the best that can run; `triton` or `native`: an error if it cannot run;
     `eager`: the reference in plain PyTorch, with every module called and nothing folded. Weights are loaded with
-    `auto`, whatever backend trained them, unless another one is requested."""
+    `auto`, independent of the backend that trained them, unless another one is requested."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)

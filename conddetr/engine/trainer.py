@@ -179,7 +179,7 @@ class Trainer:
             self.changes.append(f"precision was {saved}, is {precision}: {reason}")
 
     def _check_same_model(self, path: Path, content: dict) -> None:
-        advice = f"To keep everything that fits and start anew from it: --weights {path}."
+        advice = f"To start a new run from the weights that fit: --weights {path}."
         saved, current = content["classes"], self.train_set.classes
         if saved != current:
             differing = [pair for pair in zip_longest(saved, current) if pair[0] != pair[1]]

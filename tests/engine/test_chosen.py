@@ -272,7 +272,7 @@ def agree(number: int, case: str, folder: Path) -> None:
     module._check = check
     prove(GPU, "auto")
     reasons = [records.why_not(name, "triton", torch.device("cuda:0"), torch.float32) for name in GOOD]
-    (folder / f"found-{number}").write_text(str([reason is None for reason in reasons]))
+    (folder / f"choices-{number}").write_text(str([reason is None for reason in reasons]))
 
 
 def rank_agrees(folder: Path) -> None:
@@ -290,7 +290,7 @@ def test_processes_with_different_gpus_and_records_choose_the_same(tmp_path, mon
     checked = {case: sorted(path.name for path in (tmp_path / case).glob("checked-*")) for case in GPUS}
     assert checked == dict(zip(GPUS, (["checked-2"], [], ["checked-2"]), strict=True))
     for case in GPUS:
-        choices = {(tmp_path / case / f"found-{number}").read_text() for number in range(3)}
+        choices = {(tmp_path / case / f"choices-{number}").read_text() for number in range(3)}
         assert choices == {str([True, True, False, True])}, case
 
 
