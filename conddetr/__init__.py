@@ -6,7 +6,7 @@ Names are loaded when they are used: `import conddetr` alone imports no PyTorch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# First, for what it does to Ctrl-C.
+# First, because it changes how Ctrl-C acts.
 from conddetr import (
     interrupt,  # noqa: F401
     lazy,

@@ -1,4 +1,4 @@
-"""Recording CUDA graphs, and memory that they read and write: always the same."""
+"""Recording CUDA graphs, and the fixed memory that they read and write."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from torch import Tensor
 from conddetr.kernels import addresses
 
 WARMUP = 3
-"""Runs before recording: libraries choose their algorithms in the first."""
+"""Runs before recording: libraries choose their algorithms in the first one."""
 MAX_GRAPHS = 32
-"""Kinds of inputs that one holder of graphs records; others run without."""
+"""Largest number of graphs per `Graphs` or `StepGraphs`; further kinds of inputs run without."""
 ALIGNMENT = 64
 """Bytes: kernels are compiled for aligned tensors."""
 
@@ -20,21 +20,21 @@ Run = Callable[[], None]
 
 
 class CudaCapture:
-    """Recording on a GPU. All graphs of one share memory: no two run at once."""
+    """Records graphs on a GPU. Graphs of one object share memory, so no two may run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: of all that is recorded; it need not be the current one."""
-        # Not PyTorch's own, which one device has for all.
+        """`device`: where the recorded work runs; it need not be the current device."""
+        # Not PyTorch's capture stream, which is shared by all captures and belongs to one device.
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """Record what a function does on the device; returns what does it again."""
+        """Record the device work of a function; returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # Around it, because older PyTorch leaves the stream of the capture current after an error.
+        # Restores the current stream, because older PyTorch leaves the capture stream current after an error.
         current = torch.cuda.stream(torch.cuda.current_stream(self._stream.device))
-        # Of this thread alone: meanwhile the data loader's thread goes on pinning memory, which a capture of all
-        # threads forbids.
+        # Only this thread is captured: the data loader's thread pins memory meanwhile, which a capture of all threads
+        # forbids.
         capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
         with addresses.collected() as tables, current, capture:
             run()
@@ -42,15 +42,15 @@ class CudaCapture:
 
 
 def _replay(graph: torch.cuda.CUDAGraph, tables: list[Tensor]) -> None:
-    """Do again what was recorded; `tables` are read by it, so that they live as long as this function is wanted."""
+    """Replay a graph; `tables` is an argument because the graph reads them, so they must live as long as it."""
     graph.replay()
 
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """The random generators are afterwards what they were.
+    """Restore the random generators at the end.
 
-    On a GPU what is done inside runs on a stream of its own, as libraries want it before recording.
+    On a GPU the code inside runs on a separate stream, as libraries require before recording.
     """
     if device.type != "cuda":
         with torch.random.fork_rng([]):
@@ -64,7 +64,7 @@ def aside(device: torch.device) -> Iterator[None]:
 
 
 def reserved(device: torch.device) -> int:
-    """Bytes that PyTorch holds on a GPU and cannot give back."""
+    """Bytes that PyTorch holds on a GPU and cannot release; 0 on other devices."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)
@@ -73,12 +73,12 @@ def reserved(device: torch.device) -> int:
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of one tensor that has room for all of these; see `views`."""
+    """Size in bytes of a flat tensor that holds all of these; see `views`."""
     return sum(map(_aligned, tensors))
 
 
 def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous tensors of these shapes and dtypes one after the other in a flat one of bytes."""
+    """Contiguous views of a flat tensor of bytes, one after the other, with the shapes and dtypes of `like`."""
     pieces = flat.split([_aligned(tensor) for tensor in like])
     return [
         piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)
@@ -86,5 +86,5 @@ def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _aligned(tensor: Tensor) -> int:
-    """Bytes of a tensor, rounded up."""
+    """Size of a tensor in bytes, rounded up to `ALIGNMENT`."""
     return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

@@ -13,20 +13,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit status: 0; 1 where a data set has errors or a kernel is refused; 2 with one line on stderr for bad
-        input; 143, as of a process that SIGTERM ended, when a signal stopped training after its state was saved; 130
-        after Ctrl-C where nothing was to be saved.
+        The exit status: 0; 1 if a data set has errors or a kernel is refused; 2 with one line on stderr for bad input;
+        143, as after SIGTERM, if a signal stopped training after its state was saved; 130 after Ctrl-C if there was
+        nothing to save.
     """
     options, unknown = make_parser().parse_known_args(arguments)
     try:
         if unknown:
             raise ValueError(unknown_flag(options.parser, unknown))
-        # PyTorch comes with it, which takes seconds.
+        # Imports PyTorch, which takes seconds.
         command = import_module(f"conddetr.commands.{options.module}")
         interrupt.raise_again()
         return command.run(options) or 0
     except interrupt.InterruptedRunError as error:
-        print(f"conddetr {options.command}: {error} Go on with --resume auto.", file=sys.stderr)
+        print(f"conddetr {options.command}: {error} Continue with --resume auto.", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         print(f"conddetr {options.command}: interrupted.", file=sys.stderr)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _expected() -> tuple[type[Exception], ...]:
-    """What bad input raises, and a kernel that cannot run; where no kernels are loaded, nothing does that."""
+    """Exceptions of bad input, and of kernels that cannot run if kernels are loaded."""
     registry = sys.modules.get("conddetr.kernels.registry")
-    of_kernels = () if registry is None else (registry.BackendError,)
-    return (ValueError, TypeError, OSError, ImportError, FloatingPointError, *of_kernels)
+    kernel_errors = () if registry is None else (registry.BackendError,)
+    return (ValueError, TypeError, OSError, ImportError, FloatingPointError, *kernel_errors)

@@ -1,4 +1,4 @@
-"""What a detector finds in one image."""
+"""Result of a detector for one image."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 @dataclass
 class Detection:
-    """The objects found in one image, best first."""
+    """The objects detected in one image, best first."""
 
     scores: Tensor
     """[n] float32 in [0, 1]."""
     labels: Tensor
     """[n] int64, index into the detector's `classes`."""
     boxes: Tensor
-    """[n, 4] float32 xyxy in pixels of the image as given."""
+    """[n, 4] float32 xyxy in pixels of the original image."""
     queries: Tensor
-    """[n] int64, the object query that found each."""
+    """[n] int64, the object query of each object."""
     names: list[str]
     """Class name of each object."""
 

@@ -1,4 +1,4 @@
-"""A trained detector, ready to use: weights, class names and preprocessing in one object."""
+"""A detector that is ready to use: weights, class names and preprocessing in one object."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 class Detector:
-    """A model with its class list: to be trained, `Detector("conditional-detr-r50")`, or trained,
-    `Detector.from_checkpoint(file)`, `Detector("conditional-detr-r50", weights="coco")`.
+    """A model with its class list: untrained, as `Detector("conditional-detr-r50")`, or trained, as
+    `Detector.from_checkpoint(file)` or `Detector("conditional-detr-r50", weights="coco")`.
     """
 
     def __init__(
@@ -44,48 +44,50 @@ class Detector:
     ) -> None:
         """
         Args:
-            model: with weights; or the name of a preset, to be trained first unless `weights` are named.
+            model: a model with weights; or the name of a preset, to be trained first unless `weights` are given.
             classes: `id` (category id of the data set) and `name` of every label of a model with weights.
-            device: `cpu` or a GPU, as torch names it; default CUDA where there is one.
-            weights: of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the file of
-                the authors; or a path as for `from_checkpoint`. The detector is then ready, with the weights' class
-                list; trained on other classes it starts from them without the class head. `conddetr.weights.public`
-                has the table of names.
-            precision: `float32`, `bfloat16`, or `auto`, of which the property of this name says what it means.
+            device: `cpu` or a GPU, as torch names it; default: CUDA if available.
+            weights: weights of a preset: `coco`, trained on COCO and downloaded from HuggingFace's hub; `official`, the
+                authors' file; or a path as for `from_checkpoint`. The detector then has the weights' class list and is
+                ready to use. Training on other classes starts from these weights without the class head.
+                `conddetr.weights.public` has the table of names.
+            precision: `float32`, `bfloat16`, or `auto`; see the property `precision`.
             backend: with a preset: as in `build`; default: `auto`.
-            pretrained_backbone: with a preset to be trained: as in `build`; default: True for a ResNet.
+            pretrained_backbone: with an untrained preset: as in `build`; default: True for a ResNet.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:
-            ValueError: no such device here; the number of classes is not the model's; unknown preset, override or name
-                of weights; the weights do not fit.
-            FileNotFoundError, ImportError, OSError: `weights` are not to be had; says what to do.
+            ValueError: no such device; the number of classes is not the model's; unknown preset, override or name of
+                weights; the weights do not fit.
+            FileNotFoundError, ImportError, OSError: `weights` are not available; the message says what to do.
         """
         self.device = find_device(device)
         check_precision(precision)
         self._precision = precision
-        given = {"backend": backend, "pretrained_backbone": pretrained_backbone}
-        how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        requested = {"backend": backend, "pretrained_backbone": pretrained_backbone}
+        build_options: dict[str, Any] = {name: value for name, value in requested.items() if value is not None}
         self.run: dict[str, Any] | None = None
-        """The whole configuration of the run that the weights are of, as `RunConfig.to_dict`; None: not known."""
+        """The whole configuration of the run that trained the weights, as `RunConfig.to_dict`; None: not known."""
         self.metrics: dict[str, float] | None = None
-        """COCO's twelve numbers of the last evaluation in training; None: not known."""
+        """COCO's twelve metrics of the last evaluation in training; None: not known."""
         if weights is not None:
             if not isinstance(model, str):
-                raise ValueError("weights: expected the name of a preset with them; a model has its own weights.")
-            configs.check_build(configs.resolve(model, **overrides).backbone, **how)
+                raise ValueError("weights: expected the name of a preset with it; a model has its own weights.")
+            configs.check_build(configs.resolve(model, **overrides).backbone, **build_options)
             model, content = load_model(locate(weights, model), model, backend=backend or "auto", **overrides)
-            classes, how, overrides = classes or content.classes or (), {}, {}
+            classes, build_options, overrides = classes or content.classes or (), {}, {}
             self.run, self.metrics = content.run, content.metrics
         if isinstance(model, str):
             self.config = configs.resolve(model, **overrides)
-            configs.check_build(self.config.backbone, **how)
-            self._options: dict[str, Any] = {"preset": model, **how, **overrides}
+            configs.check_build(self.config.backbone, **build_options)
+            self._options: dict[str, Any] = {"preset": model, **build_options, **overrides}
             self._model: DETR | None = None
             self.classes: list[dict[str, Any]] = []
             return
-        if how or overrides:
-            raise ValueError(f"{next(iter((*how, *overrides)))}: options change a preset, not a model that is built.")
+        if build_options or overrides:
+            raise ValueError(
+                f"{next(iter((*build_options, *overrides)))}: options apply to a preset, not to a built model."
+            )
         if len(classes) != model.config.num_classes:
             raise ValueError(f"classes: expected {model.config.num_classes} as the model has, got {len(classes)}.")
         self.config = model.config
@@ -98,19 +100,19 @@ class Detector:
         """The model, in eval mode.
 
         Raises:
-            ValueError: it was never trained.
+            ValueError: the detector has no weights yet.
         """
         if self._model is None:
-            raise ValueError("This detector has no weights yet: train it, or take Detector.from_checkpoint(file).")
+            raise ValueError("This detector has no weights yet: train it, or use Detector.from_checkpoint(file).")
         return self._model
 
     @property
     def precision(self) -> str:
-        """What it computes in: `float32`, or `bfloat16` by autocast, with heads in float32. A model that was cast
-        computes in its own dtype.
+        """Precision of inference: `float32`, or `bfloat16` by autocast, with heads in float32. A cast model computes in
+        its own dtype.
 
-        `auto` means what the weights were trained in, and bfloat16 where that is not known. Where the device is no
-        NVIDIA GPU of compute capability 8.0 or newer, it means float32.
+        `auto` means the precision in which the weights were trained, or bfloat16 if that is not known. On a device that
+        is not an NVIDIA GPU of compute capability 8.0 or newer, it means float32.
         """
         trained = (self.run or {}).get("train", {}).get("precision")
         return resolve_precision(self._precision, has_bfloat16(self.device), trained)
@@ -118,16 +120,16 @@ class Detector:
     def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "Detector":
         """A frozen copy for inference at full speed, for loops over single images; see `DETR.fused`.
 
-        `predict` over several images and `evaluate` make one by themselves, anew for each call.
+        `evaluate`, and `predict` with several images, make such a copy automatically in each call.
 
         Args:
-            backend: of the copy, as in `build`; default: the model's own.
-            dtype: float16 or bfloat16 to compute in, as `DETR.fused` takes it; default: by `precision`.
-            graphs: on a GPU, replay CUDA graphs, one for each shape of a batch; see `DETR.fused`.
+            backend: the copy's backend, as in `build`; default: the model's.
+            dtype: float16 or bfloat16 to compute in, as in `DETR.fused`; default: from `precision`.
+            graphs: on a GPU, replay CUDA graphs, one for each batch shape; see `DETR.fused`.
 
         Returns:
-            A detector that predicts, evaluates and exports as this one does, but cannot be trained or saved. What
-            happens to this one's weights later does not change it.
+            A detector that predicts, evaluates and exports like this one, but cannot be trained or saved. Later changes
+            of this detector's weights do not affect it.
         """
         if dtype is None and self.precision == "bfloat16" and self.model.dtype == torch.float32:
             dtype = torch.bfloat16
@@ -138,33 +140,35 @@ class Detector:
 
     def _refuse_copies(self, done: str) -> None:
         if self.model.fusion is not None:
-            raise ValueError(f"A frozen copy (Detector.fused) cannot be {done}: take the detector that it was made of.")
+            raise ValueError(
+                f"A frozen copy (Detector.fused) cannot be {done}: use the detector that it was made from."
+            )
 
     def train(self, **options: Any) -> dict[str, float]:
-        """Train on a data set and leave checkpoints, log and curves in a folder; the detector is then ready to use.
+        """Train on a data set and write checkpoints, log and curves into a folder; the detector is then ready to use.
 
-        A detector that has weights starts from them, without its class head where the classes are others.
+        A detector with weights starts from them, without its class head if the classes differ.
 
         Args:
             options: fields of `RunConfig`, `DataConfig` and `TrainConfig` in `conddetr.config`: the options of
                 `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
 
         Returns:
-            COCO's twelve numbers of the last evaluation.
+            COCO's twelve metrics of the last evaluation.
 
         Raises:
             ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
-                not fit; or this is a copy that `fused` made.
+                not fit; or this is a copy made by `fused`.
             OSError: a file is missing or cannot be written.
-            FloatingPointError: losses stay not finite; names the first such tensor and the images.
+            FloatingPointError: losses remain not finite; the message names the first such tensor and the images.
         """
         from conddetr.config.run import flatten, resolve_run
         from conddetr.engine.run import train
 
         if self._model is not None:
             self._refuse_copies("trained")
-        own = {**self._options, "device": str(self.device), "precision": self._precision}
-        run = resolve_run({**own, **flatten(options)})
+        options_of_detector = {**self._options, "device": str(self.device), "precision": self._precision}
+        run = resolve_run({**options_of_detector, **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
         trainer = train(run, start=content)
         self.device = trainer.device
@@ -176,8 +180,8 @@ class Detector:
 
     @property
     def data(self) -> "DataConfig | None":
-        """What it was trained on, the default of `evaluate`; None: not known."""
-        # Here, not above: `import conddetr` does without it.
+        """The data it was trained on, the default of `evaluate`; None: not known."""
+        # Imported here, because `import conddetr` does not need it.
         from conddetr.config.run import DataConfig
 
         return DataConfig(**self.run["data"]) if self.run else None
@@ -190,25 +194,25 @@ class Detector:
         split: str = "val",
         **data: Any,
     ) -> dict[str, float]:
-        """COCO's twelve numbers, on all images of an annotation file that is named, else on validation images. What
-        they are of is printed in a line.
+        """COCO's twelve metrics: on all images of an annotation file that is named, otherwise on validation images. One
+        line is printed that describes the data.
 
         Args:
             batch_size: images per forward pass.
             workers: processes that load images.
-            classes_by_name: match classes by name, whatever their ids in the data set.
+            classes_by_name: match classes by name and ignore their ids in the data set.
             split: `val` or `test` of a `dataset`.
             data: fields of `DataConfig` in `conddetr.config`, e.g. `coco_path="coco"`, or `annotations` and
                 `images`; default: the validation images of its training.
 
         Returns:
-            The numbers by name, in [0, 1]; -1 for one that does not exist, as that of small objects where there are
+            The metrics by name, in [0, 1]; -1 if a metric is undefined, such as that of small objects if there are
             none.
 
         Raises:
-            ValueError: unknown option, or one without use beside the others; `batch_size` below 1 or `workers` below 0;
-                no data is named and that of the training is not known; the data set has classes that the detector does
-                not know, or an id with another name.
+            ValueError: unknown option, or one that has no effect with the others; `batch_size` below 1 or `workers`
+                below 0; no data is named and the training data is not known; the data set has classes that the detector
+                lacks, or an id with another name.
             FileNotFoundError: no such data set.
         """
         from conddetr.data.batch import check_loading
@@ -224,19 +228,19 @@ class Detector:
             )
         options: dict[str, Any] = {"by_name": classes_by_name, "precision": self.precision}
         result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, **options)
-        # Only with several processes it may be absent.
+        # It is None only with several processes.
         result = cast("CocoResult", result)
         say(result.describe())
         return result.metrics
 
     def save(self, path: str | Path) -> Path:
-        """Write weights, classes, and the configuration of model and run, to be read by `from_checkpoint`.
+        """Write weights, classes, and the configuration of model and run; `from_checkpoint` reads the file.
 
         Args:
             path: ending in `.safetensors` or `.pt`.
 
         Raises:
-            ValueError: another ending; or this is a copy that `fused` made.
+            ValueError: another ending; or this is a copy made by `fused`.
         """
         self._refuse_copies("saved")
         path = Path(path)
@@ -262,19 +266,19 @@ class Detector:
         `ConditionalDetrForObjectDetection`.
 
         Args:
-            path: the file, or a folder of `save_pretrained`. A moving average in it is taken. With a preset also the
-                name of public weights, `coco` or `official`.
-            preset: what it is of, where that is not ours; needed only for dilation, which weights do not tell. Default:
-                found from the weights and what is stored with them.
-            device: as torch names it; default CUDA where there is one.
-            backend: as in `build`, whatever the weights were trained with.
-            precision: as of a `Detector`.
+            path: the file, or a folder of `save_pretrained`. If it has a moving average, that is loaded. With a preset
+                also the name of public weights, `coco` or `official`.
+            preset: the preset of a checkpoint that is not ours; needed only for dilation, which weights do not show.
+                Default: detected from the weights and their metadata.
+            device: as torch names it; default: CUDA if available.
+            backend: as in `build`, independent of the backend that trained the weights.
+            precision: as for `Detector`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, or the weights do not fit; says what it is and what was expected.
+            ValueError: damaged, or the weights do not fit; the message gives the expected and the actual value.
         """
-        # Better refused now than after a download.
+        # Checked before a download.
         find_device(device)
         check_precision(precision)
         model, weights = load_model(locate(path, preset), preset, backend=backend)
@@ -297,12 +301,12 @@ class Detector:
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> "Detector":
-        """Load from HuggingFace's hub what `push_to_hub` uploaded, or a `ConditionalDetrForObjectDetection`.
+        """Load a detector that `push_to_hub` uploaded to HuggingFace's hub, or a `ConditionalDetrForObjectDetection`.
 
         Args:
             repository: `owner/name`; or a folder, which needs no hub.
-            preset, device, backend, precision: as `from_checkpoint`.
-            revision, token, cache_dir, force_download, local_files_only: as those of `huggingface_hub`.
+            preset, device, backend, precision: as in `from_checkpoint`.
+            revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub`.
 
         Raises:
             ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
@@ -327,18 +331,18 @@ class Detector:
     def save_pretrained(
         self, folder: str | Path, metrics: Mapping[str, float] | None = None, license: str | None = None
     ) -> Path:
-        """Write a folder for HuggingFace's hub: weights, configuration, and a model card unless it has one.
+        """Write a folder for HuggingFace's hub: weights, configuration, and a model card unless the folder has one.
 
-        The configuration of the run is among them, with the last part of every path.
+        The run's configuration is included, with only the last part of every path.
 
         Args:
-            folder: created if absent; read by `from_pretrained` and `from_checkpoint`.
-            metrics: for the card: COCO's numbers by name; default: those of the last evaluation in training.
-            license: for the card: of the weights, as the hub names it, e.g. `apache-2.0`.
+            folder: created if absent; `from_pretrained` and `from_checkpoint` read it.
+            metrics: COCO metrics by name for the card; default: those of the last evaluation in training.
+            license: the weights' license for the card, as the hub names it, e.g. `apache-2.0`.
 
         Raises:
             ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
-            ValueError: this is a copy that `fused` made.
+            ValueError: this is a copy made by `fused`.
         """
         from conddetr.hub import HubDetector
 
@@ -359,19 +363,19 @@ class Detector:
         branch: str | None = None,
         create_pr: bool | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes to HuggingFace's hub; `Detector.from_pretrained(repository)` loads it.
+        """Upload the files of `save_pretrained` to HuggingFace's hub, for `Detector.from_pretrained(repository)`.
 
         Args:
             repository: `owner/name`, created if absent.
-            metrics, license: as `save_pretrained`.
-            commit_message, private, token, branch, create_pr: as those of `huggingface_hub`.
+            metrics, license: as in `save_pretrained`.
+            commit_message, private, token, branch, create_pr: as in `huggingface_hub`.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
             ImportError: `huggingface_hub` is not installed: `pip install 'conddetr[hub]'`.
-            ValueError: this is a copy that `fused` made.
+            ValueError: this is a copy made by `fused`.
         """
         from conddetr.hub import HubDetector
 
@@ -393,24 +397,24 @@ class Detector:
         threshold: float = 0.5,
         top_k: int = 100,
     ) -> list[Detection]:
-        """Find objects.
+        """Detect objects.
 
         Args:
             images: one image or a list: file, PIL image, array [H, W] or [H, W, 3], tensor [3, H, W]; see
-                `conddetr.data.images.read_image`. They may differ in size and run one by one; several on a frozen
-                copy that is made anew for each call (`DETR.fused`), which takes about as long as copying all weights,
-                unless this detector is one or its backend is `eager`.
-            threshold: keep scores of at least this, in [0, 1].
-            top_k: keep at most so many per image, at least 1.
+                `conddetr.data.images.read_image`. They may differ in size and run one by one. For several images each
+                call makes a frozen copy (`DETR.fused`), which takes about as long as copying all weights, unless this
+                detector is such a copy or its backend is `eager`.
+            threshold: smallest score to keep, in [0, 1].
+            top_k: maximum number of objects per image, at least 1.
 
         Returns:
             One `Detection` per image, always in a list.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: an image cannot be read; names the file, or what was
-                found and what was expected.
+            FileNotFoundError, ValueError, TypeError: an image cannot be read; the message names the file, or the
+                expected and the actual value.
         """
-        # Here, not above: torchvision's transforms take 0.17 s to import, `import conddetr` without them 0.02 s.
+        # Imported here: torchvision's transforms take 0.17 s to import, `import conddetr` without them 0.02 s.
         from conddetr.data.images import read_image
 
         check_fraction("threshold", threshold)
@@ -424,34 +428,36 @@ class Detector:
     def _predict_one(self, model: DETR, image: Tensor, threshold: float, top_k: int) -> Detection:
         with autocast(model, self.precision):
             output = model([self._pixels(image)])
-        found = postprocess(output, [(image.shape[-2], image.shape[-1])], top_k, model.config.activation)[0]
-        return self._detection(found, found["scores"] >= threshold)
+        detections = postprocess(output, [(image.shape[-2], image.shape[-1])], top_k, model.config.activation)[0]
+        return self._detection(detections, detections["scores"] >= threshold)
 
     def _pixels(self, image: Tensor) -> Tensor:
-        """[3, H, W] as `read_image` gives it -> what the model takes, in its dtype."""
+        """Model input, in the model's dtype, from an image [3, H, W] as `read_image` returns it."""
         from conddetr.data.images import prepare
 
         config = self.model.config
         return prepare(image.to(self.device), config.image_size, config.max_image_size).to(self.model.dtype)
 
-    def _detection(self, found: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
-        scores, labels, boxes, queries = (found[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries"))
+    def _detection(self, detections: dict[str, Tensor], keep: Tensor | list[int]) -> Detection:
+        scores, labels, boxes, queries = (
+            detections[key][keep].cpu() for key in ("scores", "labels", "boxes", "queries")
+        )
         return Detection(scores, labels, boxes, queries, [self.classes[label]["name"] for label in labels.tolist()])
 
     @torch.inference_mode()
     def attention(
         self, image: "ImageLike", queries: Sequence[int] | None = None, top_k: int = 1, layer: int = -1
     ) -> "tuple[Detection, AttentionMaps]":
-        """Where one decoder layer looks when it finds objects; drawn by `conddetr.viz.attention.attention_figure`.
+        """Attention maps of a decoder layer for detected objects; `conddetr.viz.attention.attention_figure` draws them.
 
         Args:
-            image: as for `predict`.
+            image: as in `predict`.
             queries: object queries to show, each with its best class; default: those of the best detections.
-            top_k: how many, where `queries` does not say which.
+            top_k: number of queries if `queries` is not given.
             layer: decoder layer, from 0; negative: from the end.
 
         Returns:
-            What the queries found, one object each, and the maps of all queries.
+            The detections of the queries, one object each, and the maps of all queries.
 
         Raises:
             ValueError: no such query or layer, or `top_k` below 1.
@@ -469,13 +475,13 @@ class Detector:
         image = read_image(image)
         output, maps = attention_maps(self.model, self._pixels(image), layer)
         candidates = output["pred_logits"][0].numel()
-        found = postprocess(output, [(image.shape[-2], image.shape[-1])], candidates, config.activation)[0]
-        # Best first, so the first place of a query is its best class.
-        places: dict[int, int] = {}
-        for place, query in enumerate(found["queries"].tolist()):
-            places.setdefault(query, place)
-        chosen = list(places)[:top_k] if queries is None else queries
-        return self._detection(found, [places[query] for query in chosen]), maps
+        detections = postprocess(output, [(image.shape[-2], image.shape[-1])], candidates, config.activation)[0]
+        # Best first, so the first row of a query is its best class.
+        rows: dict[int, int] = {}
+        for row, query in enumerate(detections["queries"].tolist()):
+            rows.setdefault(query, row)
+        chosen = list(rows)[:top_k] if queries is None else queries
+        return self._detection(detections, [rows[query] for query in chosen]), maps
 
     def export(self, path: str | Path, format: str = "onnx", size: tuple[int, int] | None = None) -> "ExportReport":
         """Write a file that runs without this package and check it against the model; see `conddetr.export.export`."""
@@ -485,7 +491,11 @@ class Detector:
 
 
 def _options_of(model: DETR) -> dict[str, Any]:
-    """By which a training builds such a model, for weights that are there already."""
+    """Options with which training builds the same model, for existing weights."""
     config = model.config
-    how = {"backend": model.backend, "pretrained_backbone": False}
-    return {"preset": configs.preset_name(config.family, config.backbone, config.dilation), **how, **config.to_dict()}
+    build_options = {"backend": model.backend, "pretrained_backbone": False}
+    return {
+        "preset": configs.preset_name(config.family, config.backbone, config.dilation),
+        **build_options,
+        **config.to_dict(),
+    }

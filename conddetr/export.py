@@ -1,12 +1,12 @@
 """Export to files that run without this package: `torch.export` programs and ONNX.
 
-Either file is a function of one tensor:
+Both are a function of one tensor:
 
 - input `images` [B, 3, H, W] float32, RGB in [0, 1] minus ImageNet's mean, divided by its standard deviation
-  (`conddetr.data.images.prepare` does both, and resizes). Any B; any H and W unless a size was fixed. Nothing in a
-  batch is padding: images of several sizes go in one by one.
+  (`conddetr.data.images.prepare` does both, and resizes). Any B; any H and W unless a size was fixed. Batches have no
+  padding: images of different sizes are run one by one.
 - outputs `logits` [B, Q, K] and `boxes` [B, Q, 4] of the last decoder layer, as `pred_logits` and `pred_boxes` of the
-  model; `conddetr.postprocess` says how detections come from them.
+  model; `conddetr.postprocess` computes detections from them.
 """
 
 import copy
@@ -27,11 +27,11 @@ from conddetr.files import atomic_file
 from conddetr.model.detr import DETR
 
 OPSET = 18
-"""Version of the ONNX operator set, the one that PyTorch's exporter is written for."""
+"""Version of the ONNX operator set, the one that PyTorch's exporter targets."""
 TOLERANCE = 1e-4
 """Largest absolute difference of a logit or box that the check accepts."""
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
-"""Formats, and how their files end."""
+"""Formats, and the suffixes of their files."""
 
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -40,15 +40,15 @@ Runner = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how it was checked."""
+    """Report of an export and its check."""
 
     path: Path
     input_shape: str
-    """Of `images`, with names for dimensions that may have any size, and their least value."""
+    """Shape of `images`, with names for free dimensions, and their minimum."""
     checked: list[tuple[int, ...]]
     """Shapes of the batches on which the file was compared with the model."""
     difference: float
-    """Largest absolute difference of logits and boxes on them."""
+    """Largest absolute difference of logits and boxes on these batches."""
 
 
 def export(
@@ -58,23 +58,23 @@ def export(
     size: tuple[int, int] | None = None,
     classes: Sequence[dict[str, Any]] = (),
 ) -> ExportReport:
-    """Write a model to a file and check that file against the model; a file that fails the check is not kept.
+    """Write a model to a file and check the file against the model. A file that fails the check is not kept.
 
-    A ResNet's batch norms are folded into its convolutions. The file also holds, as JSON, the classes and what
-    preprocessing needs: in ONNX as metadata `conddetr`, in a torch file as extra file `conddetr.json`.
+    A ResNet's batch norms are folded into its convolutions. The file also holds the classes and the settings of
+    preprocessing as JSON: in ONNX as metadata `conddetr`, in a torch file as extra file `conddetr.json`.
 
     Args:
         model: any preset, any backend, on any device; exported in float32, from plain PyTorch operations.
-        path: of the file; ends as `SUFFIXES` says. An older file is replaced once the new one is whole.
+        path: the file, with a suffix as in `SUFFIXES`. An older file is replaced when the new one is complete.
         format: `torch` (`torch.export.load` reads it) or `onnx` (operator set `OPSET`; needs the packages of
             `pip install 'conddetr[export]'`).
         size: fix the height and width in pixels; default: any, from two cells of the feature map on.
         classes: `id` and `name` of every label.
 
     Raises:
-        ValueError: unknown format, a path with another ending, or a size below 1; or no size, where this PyTorch needs
-            one (2.11 does for a ResNet).
-        ImportError: packages for ONNX are missing; names them.
+        ValueError: unknown format, a path with another suffix, or a size below 1; or no size, although this PyTorch
+            needs one (2.11 does for a ResNet).
+        ImportError: packages for ONNX are missing; the message names them.
         OSError: the file cannot be written.
         FloatingPointError: outputs of the file differ from the model's by more than `TOLERANCE`, or are not finite.
     """
@@ -86,7 +86,7 @@ def export(
     example = torch.zeros(2, 3, *(size or (4 * stride, 5 * stride)), dtype=torch.float32)
     program = _trace(_Deployed(reference), example, dimensions, stride)
     save, load = (_save_torch, _load_torch) if format == "torch" else (_save_onnx, _load_onnx)
-    # "partial" in front, so that the ending stays: readers look at it.
+    # "partial" is a prefix, because readers check the suffix.
     with atomic_file(path, path.with_name("partial-" + path.name)) as partial:
         save(program, partial, dimensions, json.dumps(_description(model, size, classes)))
         shapes = _shapes_to_check(size, stride, model.config.image_size)
@@ -137,15 +137,15 @@ def _trace(module: nn.Module, example: Tensor, dimensions: dict[int, str], strid
         with torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes={"images": dims})
     except torch._dynamo.exc.UserError as error:
-        # PyTorch 2.11 takes max pooling of a free size for one of even or of odd sizes only.
+        # PyTorch 2.11 restricts max pooling of a free size to even or to odd sizes.
         raise ValueError(
-            f"PyTorch {torch.__version__} cannot trace this model for any image size: fix one with size=(H, W), on "
-            "the command line --size H W, or use a newer PyTorch."
+            f"PyTorch {torch.__version__} cannot trace this model for any image size: fix the size with size=(H, W), "
+            "on the command line --size H W, or use a newer PyTorch."
         ) from error
 
 
 def _description(model: DETR, size: tuple[int, int] | None, classes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a program that runs the file has to know."""
+    """Metadata for programs that run the file."""
     from conddetr.data.images import MEAN, STD
 
     config = model.config
@@ -162,7 +162,7 @@ def _description(model: DETR, size: tuple[int, int] | None, classes: Sequence[di
 
 
 def _save_torch(program: torch.export.ExportedProgram, path: Path, _: dict[int, str], description: str) -> None:
-    # Not to the file itself: where the disk is full, PyTorch's writer ends the whole process.
+    # Saved to memory first: on a full disk, PyTorch's writer ends the whole process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"conddetr.json": description})
     path.write_bytes(content.getbuffer())
@@ -189,7 +189,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: Path, dimensions: di
 
 @contextmanager
 def _quiet_optimizer() -> Iterator[None]:
-    """onnxscript warns of every operator that it does not fold, one line each; none of them matters."""
+    """Silence onnxscript, which warns of every operator that it does not fold; these warnings do not matter."""
     logger = logging.getLogger("onnxscript.optimizer")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -211,7 +211,7 @@ def _load_onnx(path: Path) -> Runner:
 
 
 def _shapes_to_check(size: tuple[int, int] | None, stride: int, image_size: int) -> list[tuple[int, ...]]:
-    """Batches of one and several images; where the size is free, sizes that no tile divides, and the usual one."""
+    """Batches of one and of several images; if the size is free, sizes that no tile divides, and the usual one."""
     if size:
         return [(1, 3, *size), (3, 3, *size)]
     return [(1, 3, 2 * stride, 7 * stride + 1), (3, 3, 6 * stride - 1, 4 * stride), (1, 3, image_size, image_size)]
@@ -219,19 +219,19 @@ def _shapes_to_check(size: tuple[int, int] | None, stride: int, image_size: int)
 
 @torch.no_grad()
 def _difference(model: DETR, run: Runner, shapes: list[tuple[int, ...]]) -> float:
-    """Largest absolute difference between two ways to compute logits and boxes, on noise of these shapes."""
+    """Largest absolute difference of logits and boxes between model and file, on noise images of these shapes."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for shape in shapes:
         images = torch.randn(shape, generator=generator, dtype=torch.float32)
         expected = model(images)
-        for name, found in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
-            difference = float((found - expected[name]).abs().max())
-            # Not difference > TOLERANCE: that is false for NaN.
+        for name, actual in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
+            difference = float((actual - expected[name]).abs().max())
+            # Not `difference > TOLERANCE`, which is false for NaN.
             if not difference <= TOLERANCE:
                 raise FloatingPointError(
                     f"The exported {name} differ from the model's by {difference:.3g} on images of shape {shape}, "
-                    f"allowed is {TOLERANCE:g}; nothing was written."
+                    f"at most {TOLERANCE:g} is allowed; nothing was written."
                 )
             largest = max(largest, difference)
     return largest

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and texts read in the encodings that they come in."""
+"""Atomic writing of files, and reading of text files in several Unicode encodings."""
 
 import codecs
 import contextlib
@@ -12,34 +12,35 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
-"""Errors of a system that has no room for a file: a full disk, a quota, a largest size."""
+"""System errors for lack of space: a full disk, a quota, a maximum file size."""
 _BEGINNING = 1024
-"""Bytes of a file in which JSON shows."""
+"""Number of bytes at the start of a file that are checked for JSON."""
 _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "inline_container")
-"""One of these is in what `torch.save` says of a file that it could not write, a RuntimeError."""
+"""The message of the RuntimeError that `torch.save` raises for failed writes contains one of these."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, partial: str | Path | None = None) -> Iterator[Path]:
-    """A name to write to; at the end it becomes `path`, which holds either what it held before or the whole new file.
+    """Yields a temporary path to write to, which is renamed to `path` at the end. `path` holds either its old content
+    or the complete new file.
 
-    The folder is created; file and folder are on the disk when this ends. The file's mode is that of any new file.
+    The folder is created. File and folder are on disk at the end. The file's mode is that of any new file.
 
     Args:
-        path: of the file.
-        partial: the name to write to, in the same folder; default: `path` with `.partial` behind it.
+        path: the final path.
+        partial: the temporary path, in the same folder; default: `path` with the suffix `.partial`.
 
     Raises:
-        OSError: the file cannot be written, as `write_errors` says it.
+        OSError: the file cannot be written; the message is that of `write_errors`.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if partial is None else Path(partial)
     with write_errors(path), contextlib.ExitStack() as stack:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # What a killed process left has a mode of its own.
+        # A file that a killed process left may have another mode.
         partial.unlink(missing_ok=True)
         stack.callback(partial.unlink, missing_ok=True)
-        # Some libraries write files that nobody else may read. What the umask grants is known from a new file.
+        # Some libraries write files that only the owner may read. A new file shows the mode that the umask gives.
         with open(partial, "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield partial
@@ -47,20 +48,20 @@ def atomic_file(path: str | Path, partial: str | Path | None = None) -> Iterator
             partial.chmod(mode)
         flush(partial)
         os.replace(partial, path)
-        # The new name is safe only when the folder is on the disk too.
+        # The new name is safe only after the folder is on disk too.
         _flush_folder(path.parent)
 
 
 def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[str | Path | None]) -> None:
-    """Refuse to write to a file that a command also reads, or writes something else to.
+    """Refuse to write to a file that a command also reads, or writes for another option.
 
     Args:
-        option: that names the file, for the message.
-        path: to be written; None: nothing is.
-        others: files of other options, under any name; None where an option is not used.
+        option: the option that names the file, for the message.
+        path: the file to write; None: none.
+        others: files of other options; None if an option is not used.
 
     Raises:
-        ValueError: the path is one of them.
+        ValueError: `path` is one of the others, also under another name.
     """
     for other in others:
         if path and other and _is_same(Path(path), Path(other)):
@@ -68,11 +69,11 @@ def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[st
 
 
 def check_json_target(option: str, path: str | Path | None) -> None:
-    """Refuse, before any work, to write JSON in place of a folder, or of a file that holds something else.
+    """Refuse, before any work, to write JSON over a folder, or over a file that is not JSON.
 
     Args:
-        option: that names the file, for the message.
-        path: to be written; None: nothing is.
+        option: the option that names the file, for the message.
+        path: the file to write; None: none.
 
     Raises:
         ValueError: there is such a folder or file.
@@ -85,7 +86,7 @@ def check_json_target(option: str, path: str | Path | None) -> None:
         with open(path, "rb") as file:
             start = file.read(_BEGINNING).lstrip()
         if start and not start.startswith((b"{", b"[", codecs.BOM_UTF8)):
-            raise ValueError(f"{option} {path}: the file is there, and holds no JSON: name another file.")
+            raise ValueError(f"{option} {path}: the file exists and is not JSON: name another file.")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -95,18 +96,18 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file in UTF-8, or in the Unicode encoding that its byte order mark names.
+    """Content of a text file in UTF-8, or in the Unicode encoding of its byte order mark.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is in no such encoding.
+        ValueError: it has another encoding.
     """
     return decode_text(Path(path).read_bytes())
 
 
 def decode_text(content: bytes) -> str:
-    """The bytes of a text file; see `read_text`."""
-    # UTF-32's mark begins with UTF-16's.
+    """Text from the bytes of a file; see `read_text`."""
+    # First, because UTF-32's mark begins with UTF-16's.
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return content.decode("utf-32")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -121,16 +122,16 @@ def decode_text(content: bytes) -> str:
         ) from error
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether two names are of one file, which may have several, or is yet to come."""
-    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths are the same file, through links too; the file need not exist."""
+    return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Whatever a library raises when the disk is full becomes an OSError that names the file and says what is free.
+    """Turns a library's error for a full disk into an OSError that names the file and the free space.
 
-    Inside, `path` must keep what it held before.
+    The code inside must leave the old content of `path` intact.
     """
     try:
         yield
@@ -139,13 +140,13 @@ def write_errors(path: Path) -> Iterator[None]:
             raise
         folder = next(folder for folder in path.parents if folder.is_dir())
         raise OSError(
-            f"{path} could not be written: {_reason(error)}. What was there before is kept. "
+            f"{path} could not be written: {_reason(error)}. Its old content is kept. "
             f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there: make room, or name another folder."
         ) from error
 
 
 def _says_enough(error: Exception) -> bool:
-    """Whether an error is not of writing, or names its file and a reason other than room."""
+    """Whether an error is not a write error, or names its file and a reason other than lack of space."""
     if isinstance(error, OSError):
         return error.errno not in _NO_ROOM and (error.errno is None or error.filename is not None)
     if isinstance(error, SafetensorError):
@@ -158,13 +159,13 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     if isinstance(error, SafetensorError):
         return str(error).splitlines()[0].rstrip(".")
-    # It names a position in the file, not the error of the system.
-    return "PyTorch's writer was stopped in the middle, as by a full disk"
+    # The message has a position in the file, not the system's error.
+    return "PyTorch's writer stopped in the middle, as it does on a full disk"
 
 
 def flush(path: Path) -> None:
-    """Wait until what a file holds is on the disk."""
-    # To be written to: Windows flushes no other files.
+    """Wait until a file's content is on disk."""
+    # Opened for writing: Windows flushes no other files.
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -176,7 +177,7 @@ def _flush_folder(folder: Path) -> None:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except PermissionError:
-        # Windows opens no folders, and others only those that may be read: the name is then as safe as can be.
+        # Windows cannot open folders, and other systems only readable ones. Then nothing more can be done.
         return
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Python's search for garbage, where it would only cost time."""
+"""Pausing Python's garbage collection where it only costs time."""
 
 import contextlib
 import gc
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def collection_paused() -> Iterator[None]:
-    """No search for cycles of garbage: half a million new objects, all in use, start it again and again. They should be
-    gone by the end, or the next search walks through them."""
+    """Pause cyclic garbage collection: half a million new objects, all in use, would start it again and again. They
+    should be freed before the end, or the next collection visits them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,6 @@
-"""Detectors on HuggingFace's hub, by `huggingface_hub`: its cache, its token, its offline switch (`HF_HUB_OFFLINE`)."""
+"""Detectors on HuggingFace's hub, through `huggingface_hub` with its cache, token and offline switch
+(`HF_HUB_OFFLINE`).
+"""
 
 import contextlib
 import json
@@ -26,7 +28,7 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-# The HTTP library's own errors, whichever it is in this version, are of the same base.
+# The base classes include the errors of the HTTP library, which depends on the version of huggingface_hub.
 _ERRORS: tuple[type[Exception], ...] = (OSError, EntryNotFoundError, HfHubHTTPError, *HfHubHTTPError.__bases__)
 
 
@@ -36,7 +38,7 @@ class HubError(OSError):
 
 @contextlib.contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """One sentence for whatever keeps a repository from being read, not a line for each of several tries."""
+    """Turn any error of reading a repository into one sentence, without a line for each retry."""
     verbosity = logging_of_hub.get_verbosity()
     logging_of_hub.set_verbosity_error()
     try:
@@ -65,15 +67,15 @@ def download(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The weights of a repository, and the configuration beside them, into the hub's cache.
+    """Download a repository's weights, and the configuration beside them, into the hub's cache.
 
     Args:
         repository: `owner/name`.
-        names: files to look for; the first that is there is taken.
-        revision, cache_dir, force_download, token, local_files_only: as those of `hf_hub_download`.
+        names: file names to try; the first that exists is downloaded.
+        revision, cache_dir, force_download, token, local_files_only: as in `hf_hub_download`.
 
     Returns:
-        The file of the weights, or the index of several.
+        The weight file, or the index of several weight files.
 
     Raises:
         HubError: no network and not in the cache, no such repository, or no such file in it.
@@ -118,7 +120,7 @@ def download(
 
 
 class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-detection", tags=["conditional-detr"]):
-    """What `huggingface_hub` saves and uploads: a detector."""
+    """A detector in the form that `huggingface_hub` saves and uploads."""
 
     def __init__(
         self,
@@ -127,20 +129,20 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
         run: dict[str, Any] | None,
         metrics: dict[str, float] | None,
     ) -> None:
-        """The arguments are as the attributes of `conddetr.Detector`."""
+        """The arguments are those attributes of `conddetr.Detector`."""
         self.model, self.classes, self.run, self.metrics = model, classes, run, metrics
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        stated = {
+        metadata = {
             "config": self.model.config.to_dict(),
             "classes": self.classes,
             "run": self.run and _without_paths(self.run),
             "metrics": self.metrics,
         }
-        stated = {key: value for key, value in stated.items() if value}
-        save_weights(save_directory / WEIGHT_FILES[0], {"model": self.model.state_dict(), **stated})
-        # For people and for the hub's counter: what is read again lies in the file of the weights.
-        content = {"conddetr": conddetr.__version__, **stated}
+        metadata = {key: value for key, value in metadata.items() if value}
+        save_weights(save_directory / WEIGHT_FILES[0], {"model": self.model.state_dict(), **metadata})
+        # For readers and for the hub's download counter; loading reads the metadata of the weight file.
+        content = {"conddetr": conddetr.__version__, **metadata}
         write_text(save_directory / CONFIG, json.dumps(content, indent=1) + "\n")
 
     def generate_model_card(
@@ -152,9 +154,9 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
         """The README of a repository: data, metrics, and how to load.
 
         Args:
-            repository: as it is loaded.
-            metrics: COCO's numbers in [0, 1] by name; default: those of the last evaluation in training.
-            license: of the weights, as the hub names it, e.g. `apache-2.0`.
+            repository: the name to load it by.
+            metrics: COCO metrics in [0, 1] by name; default: those of the last evaluation in training.
+            license: the weights' license, as the hub names it, e.g. `apache-2.0`.
         """
         info = self._hub_mixin_info.model_card_data
         data = ModelCardData(
@@ -164,7 +166,7 @@ class HubDetector(ModelHubMixin, library_name="conddetr", pipeline_tag="object-d
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows a text as it is, on one line."""
+    """Markdown that shows a text literally, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>$#~&])", r"\\\1", " ".join(text.split()))
 
 
@@ -177,9 +179,9 @@ def _card(detector: HubDetector, repository: str, metrics: Mapping[str, float] |
     names = ", ".join(_plain(str(entry["name"])) for entry in detector.classes)
     return f"""# {preset}, {len(detector.classes)} classes
 
-A detector of objects in images, saved by conddetr {conddetr.__version__}. The model is {model}, with
-{parameters / 1e6:.1f} million parameters and {config.num_queries} queries; images are resized to a short side of
-{config.image_size} pixels, and a long one of at most {config.max_image_size}.
+An object detector, saved by conddetr {conddetr.__version__}. The model is {model}, with
+{parameters / 1e6:.1f} million parameters and {config.num_queries} queries. Images are resized to a short side of
+{config.image_size} pixels, and a long side of at most {config.max_image_size}.
 
 ## Load
 
@@ -189,8 +191,8 @@ A detector of objects in images, saved by conddetr {conddetr.__version__}. The m
 import conddetr
 
 detector = conddetr.Detector.from_pretrained("{repository}")
-[found] = detector.predict("photo.jpg")
-print(found.captions, found.boxes)
+[detection] = detector.predict("photo.jpg")
+print(detection.captions, detection.boxes)
 ```
 
 ## Data
@@ -207,15 +209,15 @@ Classes: {names}.
 
 def _data(detector: HubDetector) -> str:
     if detector.run is None:
-        return "Not known: the weights do not say what they were trained on."
+        return "Not known: the weights hold no training configuration."
     data = _without_paths(detector.run)["data"]
     if data.get("dataset"):
         return f"Trained and evaluated on a data set in the folder `{data['dataset']}`."
     if data.get("coco_path"):
         return f"Trained and evaluated on a data set in COCO's layout, folder `{data['coco_path']}`."
     if data.get("annotations"):
-        rest = f"`{data['val_annotations']}`" if data.get("val_annotations") else "a share of it that was set aside"
-        return f"Trained on `{data['annotations']}` in COCO's format, evaluated on {rest}."
+        evaluation = f"`{data['val_annotations']}`" if data.get("val_annotations") else "a held-out share of it"
+        return f"Trained on `{data['annotations']}` in COCO's format, evaluated on {evaluation}."
     return "Trained and evaluated on synthetic shapes that conddetr draws."
 
 
@@ -223,16 +225,14 @@ def _metrics(detector: HubDetector, given: Mapping[str, float] | None) -> str:
     metrics = given or detector.metrics
     if not metrics:
         return "Not measured."
-    origin = (
-        "As given by who published this" if given else "Of the last evaluation in training, on its validation images"
-    )
-    head, line = " | ".join(metrics), "|---" * len(metrics)
+    origin = "As given by the publisher" if given else "From the last evaluation in training, on its validation images"
+    header, separator = " | ".join(metrics), "|---" * len(metrics)
     values = " | ".join(percent(value) for value in metrics.values())
-    return f"{origin}, in percent:\n\n| {head} |\n{line}|\n| {values} |"
+    return f"{origin}, in percent:\n\n| {header} |\n{separator}|\n| {values} |"
 
 
 def _without_paths(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration with the last part of every path: folders of a machine are not to be published."""
+    """A run's configuration with only the last part of every path, so that no local folders are published."""
 
     def last(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         return {**options, **{name: Path(options[name]).name for name in names if options.get(name)}}

@@ -1,7 +1,7 @@
-"""Ctrl-C in the command line: no traceback, neither while PyTorch is imported nor later.
+"""Ctrl-C without a traceback on the command line, neither during the import of PyTorch nor later.
 
-The package imports this first; it imports nothing that takes time. In the process of `conddetr …` or
-`python -m conddetr`, SIGINT then ends it without a word, as it ends most programs, until `raise_again`.
+The package imports this module first; it imports nothing slow. In a process of `conddetr …` or `python -m conddetr`,
+SIGINT then ends the process silently, as it ends most programs, until `raise_again` is called.
 """
 
 import os
@@ -16,15 +16,15 @@ class InterruptedRunError(RuntimeError):
 
 
 def raise_again() -> None:
-    """From now on SIGINT is a KeyboardInterrupt, where importing this module changed that."""
+    """Make SIGINT raise KeyboardInterrupt again if importing this module changed that."""
     if _ENDS_AT_ONCE and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end_at_once() -> bool:
-    """Let SIGINT end this process, if it is the command line's; says whether that was changed."""
+    """Let SIGINT end this process if it runs the command line; returns whether the handler was changed."""
     is_main = threading.current_thread() is threading.main_thread()
-    # Not where somebody else has a handler, or where a shell that started it in the background ignores it.
+    # Not if there is another handler, or if the signal is ignored because a shell started it in the background.
     if not (is_main and _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
         return False
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def _is_command() -> bool:
     name = sys.argv[0] if sys.argv else ""
     if name != "-m":
         return os.path.basename(name) in ("conddetr", "conddetr.exe", "conddetr-script.py")
-    # So it is called while Python imports the package whose `__main__` it is to run.
+    # `-m` is the name while Python imports the package whose `__main__` it will run.
     return ("-m", "conddetr") in pairwise(sys.orig_argv)
 
 

@@ -1,4 +1,4 @@
-"""Names of a package that are loaded when they are used: for a module's `__getattr__`."""
+"""Loading a package's names when they are first used, for a module's `__getattr__`."""
 
 import sys
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def load(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """A name from its module, kept in the package from then on.
+    """Load a name from its module and store it in the package.
 
     Args:
         package: `__name__` of the package.
         homes: the module of each name, relative to the package.
-        name: what is looked for.
+        name: the name to load.
 
     Raises:
         AttributeError: the package has no such name.

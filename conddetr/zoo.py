@@ -10,7 +10,7 @@ from conddetr.model.detr import DETR
 
 @dataclass(frozen=True)
 class Preset:
-    """One row of the table of presets, in its default 91-class form."""
+    """One row of the table of presets, with the default 91 classes."""
 
     name: str
     parameters: int
@@ -20,7 +20,7 @@ class Preset:
     """Multiply-adds, in 10⁹, of the forward pass of one image of 800×1066 pixels (tiny: 128×128)."""
 
 
-# Counted by torch's flop counter over all matrix products and convolutions; a test counts them again.
+# Counted by torch's FLOP counter over all matrix products and convolutions; a test counts them again.
 _MEASURED = {
     "conditional-detr-r50": (43418401, 43196001, 85.25),
     "conditional-detr-dc5-r50": (43418401, 43196001, 180.92),
@@ -36,12 +36,12 @@ _MEASURED = {
 
 
 def presets() -> dict[str, Preset]:
-    """The presets by name, with their measured size and cost."""
+    """The presets by name, with their counted size and cost."""
     return {name: Preset(name, *_MEASURED[name]) for name in configs.PRESETS}
 
 
 def build(preset: str, *, backend: str = "auto", pretrained_backbone: bool = False, **overrides: Any) -> DETR:
-    """A detector with fresh weights, in training mode.
+    """A detector with random weights, in training mode.
 
     Args:
         preset: a name from `presets()`.
@@ -63,18 +63,18 @@ def build_criterion(
     max_targets: int | None = None,
     check_finite: bool | None = None,
 ) -> Criterion:
-    """The training loss that goes with a model: `build_criterion(model)`.
+    """The training loss of a model: `build_criterion(model)`.
 
     Args:
-        config: of the model, or the model itself.
-        backend: of matching and losses; default: the model's, where that is given, with `auto` in place of `native`;
-            else `auto`.
+        config: the model's configuration, or the model.
+        backend: of matching and losses; default: the model's backend if a model is given, with `auto` instead of
+            `native`; else `auto`.
         max_targets, check_finite: see `Criterion`.
     """
-    of_model = "auto"
+    default = "auto"
     if isinstance(config, DETR):
-        of_model, config = loss_backend(config.backend), config.config
-    return Criterion(config, of_model if backend is None else backend, max_targets, check_finite)
+        default, config = loss_backend(config.backend), config.config
+    return Criterion(config, default if backend is None else backend, max_targets, check_finite)
 
 
 def gflops(config: configs.ModelConfig) -> float:

@@ -43,7 +43,7 @@ def test_train_writes_checkpoint_and_log(trained):
     assert json.loads((trained / "log.jsonl").read_text())["epoch"] == 0
 
 
-def test_output_in_latin_1_ends_no_training(tmp_path, monkeypatch):
+def test_training_survives_output_in_latin_1(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stream)
     with pytest.raises(SystemExit, match="0"):
@@ -54,7 +54,7 @@ def test_output_in_latin_1_ends_no_training(tmp_path, monkeypatch):
     assert any(line.endswith(" -|") for line in printed), printed[-5:]
 
 
-def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
+def test_eval_prints_and_writes_the_metrics(trained, tmp_path, capsys):
     out = tmp_path / "metrics.json"
     command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), "--workers", "0", "--out", str(out)]
     assert main(command) == 0
@@ -67,7 +67,7 @@ def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "AP50" in printed
     assert f"synthetic shapes of seed 2: 4 images, {objects} objects; by {data['library']}" in printed
-    # A place that cannot be written costs no numbers.
+    # If the file cannot be written, the metrics are still printed.
     assert main([*command[:-1], str(out / "metrics.json")]) == 2
     assert "AP50" in capsys.readouterr().out
     results = tmp_path / "results.json"
@@ -77,18 +77,20 @@ def test_eval_prints_and_writes_the_numbers(trained, tmp_path, capsys):
     assert "triangle" in capsys.readouterr().out
 
 
-def test_two_processes_evaluate_as_one(trained, tmp_path):
+def test_two_processes_give_the_metrics_of_one(trained, tmp_path):
     command = ["--device", "cpu", "--val-images", "7", "--batch-size", "2", "--workers", "0"]
     command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), *command]
-    assert main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-found.json")]) == 0
-    outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-found.json")]
+    assert (
+        main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-detections.json")]) == 0
+    )
+    outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-detections.json")]
     finish(*start_ranks(2, command_line, tmp_path, [*command, *outputs]))
-    numbers, of_two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert of_two.pop("data") == numbers.pop("data")
-    assert of_two == pytest.approx(numbers, abs=1e-6)
-    one, two = [json.loads((tmp_path / f"{name}-found.json").read_text()) for name in ("one", "two")]
-    assert [found["image_id"] for found in two] == [found["image_id"] for found in one]
-    assert len({found["image_id"] for found in one}) == 7
+    metrics, metrics_of_two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert metrics_of_two.pop("data") == metrics.pop("data")
+    assert metrics_of_two == pytest.approx(metrics, abs=1e-6)
+    single, double = [json.loads((tmp_path / f"{name}-detections.json").read_text()) for name in ("one", "two")]
+    assert [detection["image_id"] for detection in double] == [detection["image_id"] for detection in single]
+    assert len({detection["image_id"] for detection in single}) == 7
     assert "AP50" in (tmp_path / "printed-0").read_text()
     assert (tmp_path / "printed-1").read_text() == ""
 
@@ -98,9 +100,9 @@ def test_two_processes_evaluate_as_one(trained, tmp_path):
     assert (tmp_path / "printed-1").read_text() == ""
 
 
-def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, monkeypatch):
+def test_official_evaluation_reads_dilation_from_its_flag(small_coco, tmp_path, monkeypatch):
     file = tmp_path / "official.pth"
-    # Without stored arguments nothing in the file tells DC5.
+    # Without stored arguments nothing in the file shows DC5.
     torch.save({"model": rule_model("conditional-detr-dc5-r50").state_dict()}, file)
     models, precisions = [], []
 
@@ -114,14 +116,14 @@ def test_official_evaluation_takes_dilation_from_its_flag(small_coco, tmp_path, 
     assert main([*command, "--dilation"]) == 0
     assert main(command) == 0
     assert [model.config.dilation for model in models] == [True, False]
-    # Official flags; what a GPU would do otherwise.
+    # Official flags mean float32; `auto` on this GPU would mean bfloat16.
     monkeypatch.setattr("conddetr.detector.has_bfloat16", lambda device: True)
     assert main([*command, "--precision", "auto", "--backend", "eager"]) == 0
     assert precisions == ["float32", "float32", "bfloat16"]
     assert [model.backend for model in models] == ["auto", "auto", "eager"]
 
 
-def test_predict_draws(trained, tmp_path):
+def test_predict_draws_a_picture(trained, tmp_path):
     image = tmp_path / "gray.png"
     Image.new("L", (70, 50), 128).save(image)
     command = ["predict", str(image), "--checkpoint", str(trained / "checkpoint.pt"), "--threshold", "0"]
@@ -132,7 +134,7 @@ def test_predict_draws(trained, tmp_path):
 
 @pytest.fixture
 def predict(trained, tmp_path, monkeypatch, capsys):
-    """Runs `predict` in an empty folder, returns status, standard output and errors."""
+    """Runs `predict` in an empty folder; returns exit status, standard output and errors."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -150,14 +152,14 @@ def write_image(path, gray):
 
 def grays(folder):
     """The middle pixel of every picture in a folder."""
-    found = {}
+    values = {}
     for path in sorted(folder.glob("*.png")):
         with Image.open(path) as image:
-            found[path.name] = image.convert("L").getpixel((image.width // 2, image.height // 2))
-    return found
+            values[path.name] = image.convert("L").getpixel((image.width // 2, image.height // 2))
+    return values
 
 
-def test_pictures_of_equal_names_are_all_kept(predict, tmp_path):
+def test_pictures_of_images_with_equal_names_are_all_kept(predict, tmp_path):
     images = [
         write_image(tmp_path / name, gray) for name, gray in (("a/1.png", 50), ("b/1.png", 100), ("c/1.bmp", 150))
     ]
@@ -167,14 +169,14 @@ def test_pictures_of_equal_names_are_all_kept(predict, tmp_path):
     assert printed.splitlines()[3] == "c/1.bmp: 0 objects; wrote drawn/1-3.png"
     expected = {"1-2.png": 100, "1-3.png": 150, "1.png": 50}
     assert grays(tmp_path / "drawn") == expected
-    # Again, in another order and by one of them alone: each picture has its name.
+    # Again in another order, and one image alone: each picture keeps its name.
     assert predict(*reversed(names), "--out", "drawn", "--threshold", "1")[0] == 0
     write_image(tmp_path / "b/1.png", 200)
     assert predict("b/1.png", "--out", "drawn", "--threshold", "1")[0] == 0
     assert grays(tmp_path / "drawn") == {**expected, "1-2.png": 200}
 
 
-def test_no_file_of_others_is_overwritten(predict, tmp_path):
+def test_predict_overwrites_no_other_files(predict, tmp_path):
     image = write_image(tmp_path / "in/photo.png", 50)
     before = image.read_bytes()
     (tmp_path / "link").symlink_to("in")
@@ -182,13 +184,13 @@ def test_no_file_of_others_is_overwritten(predict, tmp_path):
         assert predict("in/photo.png", "--out", out, "--threshold", "1")[0] == 0
     assert image.read_bytes() == before
     assert sorted(path.name for path in image.parent.iterdir()) == ["photo-2.png", "photo.png"]
-    # A picture by another program, a link, a folder, and an own picture that is now an input.
+    # A picture by another program, a link, a folder, and a picture by `predict` that is now an input.
     out = tmp_path / "out"
     others = write_image(out / "photo.png", 60).read_bytes()
     (out / "photo-2.png").symlink_to(image)
     (out / "photo-3.png").mkdir()
     assert predict("in/photo.png", "--out", "out", "--threshold", "1")[0] == 0
-    own = (out / "photo-4.png").read_bytes()
+    drawn = (out / "photo-4.png").read_bytes()
     assert predict("in/photo.png", "out/photo-4.png", "--out", "out", "--threshold", "1")[0] == 0
     assert sorted(path.name for path in out.iterdir() if path.is_file() and not path.is_symlink()) == [
         "photo-4-2.png",
@@ -196,12 +198,12 @@ def test_no_file_of_others_is_overwritten(predict, tmp_path):
         "photo-5.png",
         "photo.png",
     ]
-    assert (out / "photo-4.png").read_bytes() == own
+    assert (out / "photo-4.png").read_bytes() == drawn
     assert (out / "photo.png").read_bytes() == others
     assert image.read_bytes() == before
 
 
-def test_a_folder_means_its_images(predict, tmp_path):
+def test_predict_on_a_folder_draws_its_images(predict, tmp_path):
     for name in ("b.PNG", "a.jpg", "inside/c.png"):
         write_image(tmp_path / "photos" / name, 50)
     (tmp_path / "photos/notes.txt").write_text("not an image")
@@ -209,7 +211,7 @@ def test_a_folder_means_its_images(predict, tmp_path):
     status, printed, errors = predict("photos", "--out", "photos", "--threshold", "1")
     assert (status, errors) == (0, "")
     assert [line.split(":")[0] for line in printed.splitlines()] == ["attention", "photos/a.jpg", "photos/b.PNG"]
-    # The pictures among them are no images of the user.
+    # Pictures that `predict` drew are not input images.
     before = sorted(path.name for path in (tmp_path / "photos").iterdir())
     status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
     assert printed.splitlines()[0] == "photos: left out of 4 images: 2 that predict drew"
@@ -220,7 +222,7 @@ def test_a_folder_means_its_images(predict, tmp_path):
     assert "Folder empty holds no image: 0 files. Folders inside it are not looked at." in errors
 
 
-def test_images_beside_a_damaged_one_are_drawn(predict, tmp_path):
+def test_images_are_drawn_despite_a_damaged_one(predict, tmp_path):
     for name in ("a.png", "c.png"):
         write_image(tmp_path / name, 50)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
@@ -234,7 +236,7 @@ def test_images_beside_a_damaged_one_are_drawn(predict, tmp_path):
     assert errors.startswith("conddetr predict: Image file b.png: ")
 
 
-def test_paths_are_printed_and_taken_as_they_are(predict, tmp_path):
+def test_paths_are_used_and_printed_unchanged(predict, tmp_path):
     for name in ("photo [copy].png", "[bold]/p.png", "x[/y]/p.png"):
         write_image(tmp_path / name, 50)
         status, printed, _ = predict(name, "--out", f"{name}[/b]", "--threshold", "1")
@@ -256,7 +258,7 @@ def test_attention_draws_a_picture_for_each_object(trained, tmp_path, capsys):
     assert [name.startswith("gray-layer1-query") for name in files] == [False, True, True]
     with Image.open(tmp_path / "maps" / files[0]) as drawn:
         assert drawn.width > 800
-    # Another file of such a name is kept.
+    # Another program's file of that name is kept.
     other = write_image(tmp_path / "maps" / "gray-layer0-query8.png", 50).read_bytes()
     assert main([*command, "--query", "8", "--layer", "0"]) == 0
     assert (tmp_path / "maps" / "gray-layer0-query8.png").read_bytes() == other
@@ -284,14 +286,14 @@ def test_demo_on_synthetic_images(trained, tmp_path):
         assert main(["demo", "--seconds", "1", "--out", str(earlier), "--device", "cpu"]) == 0
     finally:
         torch.set_num_threads(threads)
-    # Nobody's run is lost to a demonstration.
+    # The demonstration does not overwrite an earlier run.
     assert (earlier / "checkpoint.pt").read_bytes() == before
     files = {file.name for file in (tmp_path / "demo-2").iterdir()}
     assert {"checkpoint.pt", "log.jsonl", "detections.png", "attention-0.png"} <= files
 
 
 @pytest.mark.parametrize("gpus", [0, 2])
-def test_beside_a_gpu_more_processes_draw_shapes(monkeypatch, gpus):
+def test_more_processes_draw_shapes_on_a_gpu_machine(monkeypatch, gpus):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert recipe_for_shapes("cpu")["workers"] == 1
@@ -300,7 +302,7 @@ def test_beside_a_gpu_more_processes_draw_shapes(monkeypatch, gpus):
         assert recipe_for_shapes("cuda:1")["workers"] == 2
 
 
-def test_a_demonstration_that_did_not_learn_is_an_error(capsys):
+def test_demo_that_did_not_learn_is_an_error(capsys):
     with pytest.raises(ValueError, match=r"AP50 84\.9 on held-out shapes: at least 85 is expected"):
         check_learned({"AP50": 0.849})
     with pytest.raises(ValueError, match="AP50 – on held-out shapes"):
@@ -330,7 +332,7 @@ def test_bench_data_prints_both_chains(coco_path, capsys):
     assert "no pixel differs by more than" in printed
 
 
-def test_env_says_what_runs_and_why(capsys):
+def test_env_prints_backends_and_reasons(capsys):
     assert main(["env", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "native kernels: " in printed
@@ -347,7 +349,7 @@ def test_env_says_what_runs_and_why(capsys):
     assert "triton is refused: " in printed
 
 
-def test_a_backend_that_cannot_run_is_one_line(tmp_path, capsys, monkeypatch):
+def test_unavailable_backend_is_a_one_line_error(tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -356,17 +358,17 @@ def test_a_backend_that_cannot_run_is_one_line(tmp_path, capsys, monkeypatch):
     assert "backend 'triton' cannot run here" in capsys.readouterr().err
 
 
-def test_one_model_and_one_value_of_each_option(tmp_path, capsys):
+def test_conflicting_models_and_repeated_options_are_errors(tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(resolve_run({"preset": "conditional-detr-tiny"}).to_dict()))
     assert main(["train", "--config", str(file), "--preset", "detr-r101"]) == 2
-    assert "--preset detr-r101: the configuration file is of conditional-detr-tiny" in capsys.readouterr().err
+    assert "--preset detr-r101: the configuration file is for conditional-detr-tiny" in capsys.readouterr().err
     parser = argparse.ArgumentParser()
     add_options(parser)
     same = ["--config", str(file), "--preset", "conditional-detr-tiny", "--lr", "0.25"]
     run = resolve_run(chosen_options(parser.parse_args(same))[0])
     assert (run.preset, run.train.lr) == ("conditional-detr-tiny", 0.25)
-    # A file that only changes a model leaves its name to the flag.
+    # If a file only changes model options, the flag selects the preset.
     file.write_text('{"model": {"num_queries": 7}, "epochs": 3}')
     chosen, _ = chosen_options(parser.parse_args(["--config", str(file), "--preset", "detr-r101"]))
     assert (resolve_run(chosen).preset, resolve_run(chosen).model.num_queries) == ("detr-r101", 7)
@@ -381,13 +383,13 @@ def test_one_model_and_one_value_of_each_option(tmp_path, capsys):
     ("flags", "chosen"),
     [("--cuda-graphs", "on"), ("--no_cuda_graphs", "off"), ("--cuda-graphs off --lr 1", "off"), ("--lr 1", "auto")],
 )
-def test_a_switch_of_once_takes_a_value_too(flags, chosen):
+def test_former_switch_also_takes_a_value(flags, chosen):
     parser = argparse.ArgumentParser()
     add_options(parser)
     assert resolve_run(chosen_options(parser.parse_args(flags.split()))[0]).train.cuda_graphs == chosen
 
 
-def test_help_of_backend_names_them_all():
+def test_help_of_backend_lists_all_backends():
     assert all(f"`{backend}`" in option_help()["backend"] for backend in get_args(Backend))
 
 
@@ -395,7 +397,7 @@ def test_options_reach_the_model_and_the_training(tmp_path, capsys):
     file = tmp_path / "run.toml"
     file.write_text('preset = "conditional-detr-tiny"\nlr = 0.5\n[model]\ncsq = "I"\n[train]\nepochs = 1\n')
     command = ["train", "--config", str(file), "--batch-size", "4", "--train-images", "4", "--val-images", "1"]
-    # Flags win over the file; the official spelling is the same option.
+    # Flags override the file; the official spelling is the same option.
     assert main([*command, "--out", str(tmp_path), "--no_aux_loss", "--lr", "0.002", "--dist_url", "x"]) == 0
     record = json.loads((tmp_path / "log.jsonl").read_text())
     assert record["lr"] == 0.002
@@ -403,7 +405,7 @@ def test_options_reach_the_model_and_the_training(tmp_path, capsys):
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["model"]["csq"], config["train"]["epochs"]) == ("I", 1)
     printed = capsys.readouterr().out
-    assert "--dist_url changes nothing here: torchrun says where the processes meet." in printed
+    assert "--dist_url has no effect here: torchrun sets the address where the processes meet." in printed
     assert "csq=I" in printed
     assert "GFLOPs" in printed
 
@@ -416,7 +418,7 @@ OFFICIAL = """--coco_path ../data/coco --output_dir output/r50 --dilation --batc
     --device cpu --seed 7 --resume auto --start_epoch 0 --eval --num_workers 3 --world_size 1 --dist_url env://"""
 
 
-def test_every_official_flag_is_our_option():
+def test_official_flags_set_our_options():
     options = argparse.ArgumentParser()
     add_options(options)
     chosen, notes = chosen_options(options.parse_args(OFFICIAL.split()))
@@ -435,7 +437,7 @@ def test_every_official_flag_is_our_option():
     assert (model.class_weight, model.bbox_weight, model.giou_weight) == (3.0, 4.0, 1.0)
     assert (run.pretrained_backbone, run.backend) == (True, "auto")
     assert len(notes) == 7
-    assert notes[-1].endswith("is the official repository's: precision float32, as there.")
+    assert notes[-1].endswith("is an official flag: the precision is float32, as in the official code.")
     assert run.train.precision == "float32"
     # Without any flag the defaults are the official ones.
     plain = resolve_run({"coco_path": "coco"})
@@ -446,7 +448,7 @@ def test_every_official_flag_is_our_option():
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
-        # The official page's own command has flags that are ours too.
+        # The command on the official page has only flags that exist here too.
         ("--coco_path data --output_dir output/r50", "float32"),
         ("--nheads 8", "float32"),
         ("--coco_path data --precision auto", "auto"),
@@ -455,7 +457,7 @@ def test_every_official_flag_is_our_option():
         ("", "auto"),
     ],
 )
-def test_flags_of_the_official_repository_mean_its_precision(flags, precision):
+def test_official_flags_mean_the_official_precision(flags, precision):
     parser = argparse.ArgumentParser()
     add_options(parser)
     chosen, notes = chosen_options(parser.parse_args(flags.split()))
@@ -463,7 +465,7 @@ def test_flags_of_the_official_repository_mean_its_precision(flags, precision):
     assert len(notes) == (precision == "float32")
 
 
-def test_resolved_options_are_read_again(tmp_path):
+def test_written_configuration_is_read_back_equal(tmp_path):
     run = resolve_run({"coco_path": "coco", "epochs": 3, "num_queries": 7, "resume": "auto"})
     file = tmp_path / "config.json"
     file.write_text(json.dumps(run.to_dict()))
@@ -485,13 +487,13 @@ def test_resolved_options_are_read_again(tmp_path):
         (["train", "--csq", "X"], "Model option csq: unknown value 'X'"),
         (["train", "--epochs", "0"], "Training option epochs: expected at least 1, got 0"),
         (["train", "--config", "/nowhere.toml"], "Configuration file /nowhere.toml does not exist"),
-        (["train", "--masks"], "--masks True: segmentation is not built"),
+        (["train", "--masks"], "--masks True: segmentation is not implemented"),
         (["train", "--dataset_file", "coco_panoptic"], "--dataset_file coco_panoptic: other data sets"),
         (["train", "--eval"], "--eval needs --resume FILE"),
         (["train", "--train-images", "8", "--resume", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
         (["eval", "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
         (["predict", __file__, "--checkpoint", "/nowhere.pt"], "Checkpoint /nowhere.pt does not exist"),
-        # What is wrong with images is said before a model is loaded.
+        # Image errors are reported before a model is loaded.
         (["predict", __file__, "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
         (["predict", __file__, "--checkpoint", "/nowhere.pt", "--out", __file__], "expected a folder for pictures"),
         (["attention", "a.jpg", "--checkpoint", "/nowhere.pt"], "Image file a.jpg does not exist"),
@@ -503,12 +505,12 @@ def test_resolved_options_are_read_again(tmp_path):
             ["validate-data", "--images", "/", "--annotations", "/no.json", "--report", "//no.json"],
             "--report //no.json: this is also /no.json",
         ),
-        # What is written over is looked at before the work.
+        # Output files are checked before the work.
         (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, got a folder"),
-        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file is there, and holds no JSON"),
-        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "holds no JSON"),
-        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "holds no JSON"),
-        # Numbers are looked at before any file.
+        (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file exists and is not JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "is not JSON"),
+        (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "is not JSON"),
+        # Numbers are checked before any file.
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["eval", "--checkpoint", "/nowhere.pt", "--batch-size", "-1"], "batch_size: expected at least 1, got -1"),
         (["eval", "--checkpoint", "/nowhere.pt", "--workers", "-1"], "workers: expected at least 0, got -1"),
@@ -525,7 +527,7 @@ def test_resolved_options_are_read_again(tmp_path):
         ),
     ],
 )
-def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
+def test_bad_input_is_a_one_line_error_with_status_two(arguments, message, capsys):
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert message in errors
@@ -533,7 +535,7 @@ def test_bad_input_is_one_line_and_status_two(arguments, message, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["train", "--epochs", "many"], ["eval", "--workers", "1.5"], ["nothing"], []])
-def test_what_is_no_command_is_one_line(arguments, capsys):
+def test_unknown_command_is_a_one_line_error(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
@@ -543,12 +545,12 @@ def test_what_is_no_command_is_one_line(arguments, capsys):
 
 
 @pytest.mark.parametrize("option", ["--count", "--rounds"])
-def test_counts_of_the_benchmark_of_data(small_coco, capsys, option):
+def test_bench_data_checks_its_counts(small_coco, capsys, option):
     assert main(["bench-data", "--coco-path", str(small_coco.root), option, "0"]) == 2
     assert capsys.readouterr().err == f"conddetr bench-data: {option}: expected at least 1, got 0.\n"
 
 
-def test_a_pipe_that_ends_early_costs_no_report(tmp_path, monkeypatch):
+def test_report_is_written_if_the_pipe_ends_early(tmp_path, monkeypatch):
     annotations = tmp_path / "all.json"
     annotations.write_text('{"images": [], "annotations": [], "categories": []}')
     read_end, write_end = os.pipe()
@@ -556,7 +558,7 @@ def test_a_pipe_that_ends_early_costs_no_report(tmp_path, monkeypatch):
     report = tmp_path / "report.json"
     with open(write_end, "w", buffering=1) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        # rich is silent for good after this: put back at the end.
+        # rich would stay silent after this, so the setting is restored at the end.
         monkeypatch.setattr(console, "quiet", False)
         arguments = ["--images", str(tmp_path), "--annotations", str(annotations), "--report", str(report)]
         with pytest.raises(SystemExit):

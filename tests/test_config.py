@@ -1,4 +1,4 @@
-"""Presets, overrides, and the cost of importing."""
+"""Presets, overrides, and the cost of imports."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from tools.cached import ROOT, cached
         ({"backbone": "tiny", "dilation": True}, "need a ResNet backbone"),
     ],
 )
-def test_bad_overrides_are_named(overrides, message):
+def test_errors_name_bad_overrides(overrides, message):
     with pytest.raises(ValueError, match=message):
         conddetr.build("conditional-detr-r50", **overrides)
 
@@ -41,7 +41,7 @@ def test_bad_overrides_are_named(overrides, message):
         ({"clip_max_norm": float("inf")}, "Training option clip_max_norm: expected a finite number, got inf"),
         ({"weight_decay": -0.1}, "Training option weight_decay: expected at least 0, got -0.1"),
         ({"check_finite": "allways"}, "check_finite: unknown value 'allways'. Did you mean 'always'"),
-        ({"check_finite": "always", "cuda_graphs": True}, "`always` waits for the device, which cuda_graphs cannot"),
+        ({"check_finite": "always", "cuda_graphs": True}, "`always` makes the host wait for the device, which"),
         ({"cuda_graphs": "onn"}, "cuda_graphs: unknown value 'onn'. Did you mean 'on'"),
         ({"seed": 2**63}, r"seed: expected at most 9223372036854775807 \(2\^63 - 1\), got 9223372036854775808"),
         ({"pad_buckets": -2}, "pad_buckets: expected at least -1, got -2"),
@@ -49,14 +49,14 @@ def test_bad_overrides_are_named(overrides, message):
         ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),
     ],
 )
-def test_options_of_a_run_out_of_range_are_named(options, message):
+def test_errors_name_run_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         resolve_run(options)
 
 
-def test_an_option_that_was_a_switch_once_is_read_from_older_files():
-    found = [resolve_run({"cuda_graphs": value}).train.cuda_graphs for value in (True, False, "auto")]
-    assert found == ["on", "off", "auto"]
+def test_former_switch_is_read_from_older_files():
+    values = [resolve_run({"cuda_graphs": value}).train.cuda_graphs for value in (True, False, "auto")]
+    assert values == ["on", "off", "auto"]
 
 
 def test_unknown_preset_suggests_the_nearest():
@@ -69,7 +69,7 @@ def test_conditional_options_are_refused_for_detr():
         conddetr.build("detr-r50", csq="I")
 
 
-def test_options_of_a_build_are_none_of_a_configuration():
+def test_build_options_are_not_model_options():
     with pytest.raises(ValueError, match=r"backend is an option of conddetr\.build and conddetr\.DETR"):
         resolve("conditional-detr-tiny", backend="eager")
     with pytest.raises(ValueError, match=r"'bakend'\. Did you mean 'backend'"):
@@ -81,8 +81,8 @@ def test_options_of_a_build_are_none_of_a_configuration():
 
 
 @pytest.mark.parametrize("old", [{"backend": "triton", "pretrained_backbone": True}, {"backend": "eager"}, {}])
-def test_a_configuration_with_the_options_of_a_build_in_it_loads(old):
-    """So they were stored once: in `config` of a checkpoint, and in the section `model` of a run's `config.json`."""
+def test_older_configuration_with_build_options_loads(old):
+    """Older files have them in `config` of a checkpoint, and in the section `model` of a run's `config.json`."""
     config = PRESETS["detr-r50"]
     assert from_dict({**config.to_dict(), **old}) == config
     run = resolve_run({"preset": "detr-r50", "model": {**config.to_dict(), **old}, "output_dir": "here"})
@@ -101,29 +101,29 @@ def test_a_configuration_with_the_options_of_a_build_in_it_loads(old):
         ({"pretraind_backbone": True}, "Unknown option 'pretraind_backbone'. Did you mean 'pretrained_backbone'"),
     ],
 )
-def test_wrong_options_of_a_build_are_named_in_a_run(options, message):
+def test_errors_name_wrong_build_options_of_a_run(options, message):
     with pytest.raises(ValueError, match=message):
         resolve_run(options)
 
 
-def test_a_model_tells_its_backend():
+def test_model_reports_its_backend():
     model = conddetr.build("conditional-detr-tiny", backend="eager", num_classes=3)
     assert {model.backend} == {part.backend for part in model.parts_with_backend()} == {"eager"}
     assert model.config == resolve("conditional-detr-tiny", num_classes=3)
     assert not {"backend", "pretrained_backbone"} & model.config.to_dict().keys()
-    assert [conddetr.build_criterion(of).backend for of in (model, model.config)] == ["eager", "auto"]
+    assert [conddetr.build_criterion(source).backend for source in (model, model.config)] == ["eager", "auto"]
     assert conddetr.build_criterion(conddetr.build("detr-tiny", backend="native")).backend == "auto"
     model.set_backend("auto")
     assert {model.backend} == {part.backend for part in model.parts_with_backend()} == {"auto"}
 
 
-def test_config_survives_a_round_trip():
+def test_model_config_survives_a_round_trip():
     config = conddetr.build("detr-tiny", num_classes=4).config
     assert from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_table_is_what_is_measured(preset):
+def test_preset_table_equals_counted_values(preset):
     row = conddetr.presets()[preset]
     sources = sorted(path for folder in ("conddetr", "kernels") for path in (ROOT / folder).rglob("*.py"))
     counted = cached("gflops", [*sources, torch.__version__, preset], lambda: gflops(PRESETS[preset]))
@@ -134,8 +134,8 @@ def test_preset_table_is_what_is_measured(preset):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == row.trainable_parameters
 
 
-def test_import_loads_nothing():
-    """Not even PyTorch: `conddetr --help` and a wrong flag do not wait for it."""
+def test_import_loads_no_large_library():
+    """Not even PyTorch, so `conddetr --help` and errors about flags do not wait for it."""
     code = "import sys; import conddetr, conddetr.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert {"torch", "torchvision", "numpy", "PIL", "matplotlib"}.isdisjoint(loaded)
@@ -150,12 +150,12 @@ def test_public_names_are_those_of_their_modules():
 
 
 def test_public_names_load_no_large_library():
-    """Those are imported where they are used: a command that does not need one does not wait for it."""
+    """Large libraries are imported where they are used, so a command does not wait for those it does not need."""
     code = (
         "import torch, torchvision, sys; known = set(sys.modules); import conddetr; "
         "[getattr(conddetr, name) for name in conddetr.__all__]; print(*(set(sys.modules) - known))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
-    # What registers FLOPs takes 2 ms.
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
+    # These two register FLOP formulas and take 2 ms.
     small = {"torch.utils.flop_counter", "torch.utils.module_tracker"}
-    assert {name.split(".")[0] for name in found if name not in small} <= {"conddetr", "rich", "safetensors"}
+    assert {name.split(".")[0] for name in loaded if name not in small} <= {"conddetr", "rich", "safetensors"}

@@ -1,4 +1,4 @@
-"""The detector that users hold: from checkpoints of both kinds, on every kind of image."""
+"""The public detector: from our and official checkpoints, on every kind of image input."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def checkpoint(tmp_path, tiny_model):
     return path
 
 
-def test_predict_takes_everything_and_always_returns_a_list(checkpoint, tmp_path):
+def test_predict_takes_every_image_type_and_always_returns_a_list(checkpoint, tmp_path):
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     path = tmp_path / "a.png"
@@ -37,26 +37,26 @@ def test_predict_takes_everything_and_always_returns_a_list(checkpoint, tmp_path
     assert all(len(result) == 1 for result in results)
     together = detector.predict(sources, threshold=0.0)
     assert len(together) == 5
-    for [one], other in zip(results, together, strict=True):
-        torch.testing.assert_close(one.boxes, results[0][0].boxes)
-        torch.testing.assert_close(one.scores, other.scores)
-        assert len(one) == 75
-        assert one.names == [CLASSES[label]["name"] for label in one.labels]
+    for [detection], expected in zip(results, together, strict=True):
+        torch.testing.assert_close(detection.boxes, results[0][0].boxes)
+        torch.testing.assert_close(detection.scores, expected.scores)
+        assert len(detection) == 75
+        assert detection.names == [CLASSES[label]["name"] for label in detection.labels]
 
 
-def test_boxes_are_in_pixels_of_the_image_as_given(checkpoint):
+def test_boxes_are_in_pixels_of_the_original_image(checkpoint):
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
     image = torch.rand(3, 50, 200)
-    [found] = detector.predict(image, threshold=0.0, top_k=10)
+    [detection] = detector.predict(image, threshold=0.0, top_k=10)
     model_input = conddetr.data.images.prepare(image, 128, 213)
     expected = conddetr.postprocess(detector.model([model_input]), [(50, 200)], 10)[0]
-    torch.testing.assert_close(found.boxes, expected["boxes"])
-    [none] = detector.predict(image, threshold=1.0)
-    assert len(none) == 0
-    assert none.boxes.shape == (0, 4)
+    torch.testing.assert_close(detection.boxes, expected["boxes"])
+    [empty] = detector.predict(image, threshold=1.0)
+    assert len(empty) == 0
+    assert empty.boxes.shape == (0, 4)
 
 
-def test_weights_are_loaded_with_auto_whatever_they_were_trained_with(checkpoint, tiny_model):
+def test_weights_are_loaded_with_auto_by_default(checkpoint, tiny_model):
     content = {"model": tiny_model.state_dict(), "config": tiny_model.config.to_dict(), "classes": CLASSES}
     for stored in ("eager", "triton"):
         save_checkpoint(
@@ -71,35 +71,35 @@ def test_weights_are_loaded_with_auto_whatever_they_were_trained_with(checkpoint
 
 
 @pytest.mark.parametrize(("backend", "copies"), [("eager", 0), ("auto", 2)])
-def test_nothing_of_the_reference_is_folded(backend, copies, tiny_model, small_coco, monkeypatch):
-    made, fused = [], conddetr.DETR.fused
-    monkeypatch.setattr(conddetr.DETR, "fused", lambda *given, **options: made.append(1) or fused(*given, **options))
+def test_eager_backend_runs_without_frozen_copies(backend, copies, tiny_model, small_coco, monkeypatch):
+    calls, fused = [], conddetr.DETR.fused
+    monkeypatch.setattr(conddetr.DETR, "fused", lambda *args, **options: calls.append(1) or fused(*args, **options))
     tiny_model.set_backend(backend)
     detector = conddetr.Detector(tiny_model, CLASSES, device="cpu")
     detector.predict([torch.rand(3, 40, 60)] * 2)
     detector.evaluate(workers=0, coco_path=str(small_coco.root))
-    assert len(made) == copies
+    assert len(calls) == copies
 
 
-class Seen:
-    """Shapes of weights and dtypes of the products of linear layers, in whichever copy of a model they run."""
+class LinearRecorder:
+    """Records weight shapes and result dtypes of all linear layers, in any copy of a model."""
 
     def __init__(self, monkeypatch):
         self.dtypes = set()
         linear = torch.nn.functional.linear
 
         def watched(x, weight, bias=None):
-            found = linear(x, weight, bias)
-            self.dtypes.add((tuple(weight.shape), found.dtype))
-            return found
+            result = linear(x, weight, bias)
+            self.dtypes.add((tuple(weight.shape), result.dtype))
+            return result
 
         monkeypatch.setattr(torch.nn.functional, "linear", watched)
 
 
 @pytest.mark.parametrize("trained", [None, "bfloat16", "float32"])
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
-def test_a_detector_computes_in_its_precision(precision, trained, checkpoint, small_coco, monkeypatch):
-    """Alone, on frozen copies and in an evaluation, on a device of which `auto` says bfloat16."""
+def test_detector_computes_in_its_precision(precision, trained, checkpoint, small_coco, monkeypatch):
+    """Single images, frozen copies and evaluation, on a device where `auto` means bfloat16."""
     monkeypatch.setattr("conddetr.detector.has_bfloat16", lambda device: True)
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu", precision=precision)
     detector.run = trained and {"train": {"precision": trained}, "data": {}}
@@ -113,14 +113,14 @@ def test_a_detector_computes_in_its_precision(precision, trained, checkpoint, sm
         lambda: detector.evaluate(workers=0, coco_path=str(small_coco.root)),
     ):
         with monkeypatch.context() as patch:
-            seen = Seen(patch)
+            recorder = LinearRecorder(patch)
             run()
-        assert (head, torch.float32) in seen.dtypes
-        assert (head, torch.bfloat16) not in seen.dtypes
-        assert {dtype for shape, dtype in seen.dtypes if shape == ffn} == {getattr(torch, expected)}
+        assert (head, torch.float32) in recorder.dtypes
+        assert (head, torch.bfloat16) not in recorder.dtypes
+        assert {dtype for shape, dtype in recorder.dtypes if shape == ffn} == {getattr(torch, expected)}
 
 
-def test_a_precision_that_there_is_not_is_named(checkpoint):
+def test_error_names_an_unknown_precision(checkpoint):
     for make in (
         lambda: conddetr.Detector.from_checkpoint(checkpoint, device="cpu", precision="bf16"),
         lambda: conddetr.Detector("conditional-detr-tiny", precision="bf16"),
@@ -136,46 +136,46 @@ def test_several_images_run_on_a_frozen_copy_whose_hooks_fire(checkpoint):
     before = detector.predict(images, threshold=0.0)
     assert len(calls) == 2
     frozen = detector.fused()
-    # An edit that raises no version.
+    # An in-place edit that does not raise the tensor's version.
     detector.model.class_embed.weight.data.mul_(3.0)
     after = detector.predict(images, threshold=0.0)
     for image, old, new in zip(images, before, after, strict=True):
-        [kept], [moved] = (which.predict(image, threshold=0.0) for which in (frozen, detector))
+        [kept], [moved] = (source.predict(image, threshold=0.0) for source in (frozen, detector))
         torch.testing.assert_close(kept.scores, old.scores)
         torch.testing.assert_close(moved.scores, new.scores)
         assert not torch.allclose(old.scores, new.scores, atol=1e-3)
 
 
-def test_a_frozen_detector_cannot_be_trained_or_saved(checkpoint, tmp_path):
+def test_frozen_detector_cannot_be_trained_or_saved(checkpoint, tmp_path):
     frozen = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").fused()
-    with pytest.raises(ValueError, match=r"frozen copy \(Detector.fused\) cannot be trained: take the detector"):
+    with pytest.raises(ValueError, match=r"frozen copy \(Detector.fused\) cannot be trained: use the detector"):
         frozen.train(epochs=1)
     with pytest.raises(ValueError, match="cannot be saved"):
         frozen.save(tmp_path / "a.pt")
 
 
-def test_a_frozen_detector_with_graphs_replays_them(checkpoint):
+def test_frozen_detector_with_graphs_replays_them(checkpoint):
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
     images = [torch.rand(3, 40, 60), torch.rand(3, 50, 40), torch.rand(3, 40, 60)]
     expected = detector.fused().predict(images, threshold=0.0)
     frozen = detector.fused(graphs=True)
     frozen.model.graphs = Graphs(record)
     with conddetr.record_paths() as paths:
-        found = frozen.predict(images, threshold=0.0)
+        detections = frozen.predict(images, threshold=0.0)
     assert paths["graph"] == {"replayed": 3}
     assert len(frozen.model.graphs) == 2
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.scores, other.scores)
-        torch.testing.assert_close(one.boxes, other.boxes)
+    for actual, wanted in zip(detections, expected, strict=True):
+        torch.testing.assert_close(actual.scores, wanted.scores)
+        torch.testing.assert_close(actual.boxes, wanted.boxes)
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_a_detector_whose_model_was_cast(checkpoint, cast, small_coco):
+def test_detector_with_a_cast_model_works(checkpoint, cast, small_coco):
     detector, image = conddetr.Detector.from_checkpoint(checkpoint, device="cpu"), torch.rand(3, 50, 80)
     [expected] = detector.predict(image, threshold=0.0)
     getattr(detector.model, cast)()
-    [found] = detector.predict(image, threshold=0.0)
-    torch.testing.assert_close(found.scores.float(), expected.scores, rtol=0, atol=1e-2)
+    [detection] = detector.predict(image, threshold=0.0)
+    torch.testing.assert_close(detection.scores.float(), expected.scores, rtol=0, atol=1e-2)
     assert len(detector.predict([image, image])) == 2
     _, maps = detector.attention(image)
     assert torch.isfinite(maps.weights).all()
@@ -187,11 +187,11 @@ def test_another_default_dtype_changes_nothing(checkpoint):
     [expected] = detector.predict(image, threshold=0.0)
     torch.set_default_dtype(torch.float64)
     try:
-        [found] = detector.predict(image, threshold=0.0)
+        [detection] = detector.predict(image, threshold=0.0)
         detector.attention(image)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(detection.boxes, expected.boxes)
 
 
 def test_attention_of_the_best_and_of_named_queries(checkpoint):
@@ -216,19 +216,19 @@ def test_attention_of_the_best_and_of_named_queries(checkpoint):
         detector.attention(image, top_k=0)
 
 
-def test_one_pixel_image(checkpoint):
-    [found] = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").predict(torch.rand(3, 1, 1), 0.0)
-    assert torch.isfinite(found.boxes).all()
+def test_image_of_one_pixel_gives_finite_boxes(checkpoint):
+    [detection] = conddetr.Detector.from_checkpoint(checkpoint, device="cpu").predict(torch.rand(3, 1, 1), 0.0)
+    assert torch.isfinite(detection.boxes).all()
 
 
-def test_bad_images_are_named(checkpoint, tmp_path):
+def test_error_names_a_missing_image(checkpoint, tmp_path):
     detector = conddetr.Detector.from_checkpoint(checkpoint, device="cpu")
     with pytest.raises(FileNotFoundError, match=r"none\.jpg does not exist"):
         detector.predict([tmp_path / "none.jpg"])
 
 
 @pytest.mark.parametrize("dilation", [False, True])
-def test_official_checkpoint_is_recognised(tmp_path, dilation):
+def test_official_checkpoint_is_recognized(tmp_path, dilation):
     model = rule_model("conditional-detr-dc5-r50" if dilation else "conditional-detr-r50")
     path = tmp_path / "official.pth"
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(dilation=dilation)}, path)
@@ -244,7 +244,7 @@ def test_official_checkpoint_is_recognised(tmp_path, dilation):
         torch.testing.assert_close(out["pred_logits"], read_arrays("p2")["pred_logits"], atol=1e-4, rtol=0)
 
 
-def test_foreign_checkpoints_and_wrong_class_lists_are_named(tmp_path, tiny_model):
+def test_foreign_checkpoints_and_wrong_class_lists_are_errors(tmp_path, tiny_model):
     torch.save({"model": {"fc.weight": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: the weights are neither Conditional DETR's nor DETR's"):
         conddetr.Detector.from_checkpoint(tmp_path / "other.pt")
@@ -252,8 +252,8 @@ def test_foreign_checkpoints_and_wrong_class_lists_are_named(tmp_path, tiny_mode
         conddetr.Detector(tiny_model, CLASSES[:2])
 
 
-def test_evaluation_without_data_needs_to_know_them(tiny_model, small_coco):
-    # The ids of the synthetic shapes; but COCO has them too.
+def test_evaluation_without_known_data_is_an_error(tiny_model, small_coco):
+    # These are the ids of the synthetic shapes, but COCO has them too.
     others = [{**category, "id": number} for number, category in enumerate(CLASSES, 1)]
     detector = conddetr.Detector(tiny_model, others, device="cpu")
     with pytest.raises(ValueError, match="its 3 classes, first 'dog', are not those of the synthetic shapes"):
@@ -263,7 +263,7 @@ def test_evaluation_without_data_needs_to_know_them(tiny_model, small_coco):
     assert detector.evaluate(workers=0) == detector.evaluate(workers=0, coco_path=str(small_coco.root))
 
 
-def test_train_evaluate_save_and_go_on(tmp_path):
+def test_train_evaluate_save_and_train_again(tmp_path):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     data = {"train_images": 8, "val_images": 4}
     detector = conddetr.Detector("conditional-detr-tiny", device="cpu", **SMALL_MODEL)
@@ -272,7 +272,7 @@ def test_train_evaluate_save_and_go_on(tmp_path):
     with pytest.raises(ValueError, match=r"Unknown option 'epoch'\. Did you mean 'epochs'"):
         detector.train(epoch=3)
     metrics = detector.train(output_dir=str(tmp_path / "a"), epochs=1, **data)
-    # Without another word, on the validation images of its training.
+    # By default, evaluation is on the validation images of its training.
     assert detector.evaluate(workers=0) == pytest.approx(metrics)
     assert detector.data.val_images == 4
     resumed = conddetr.Detector.from_checkpoint(tmp_path / "a" / "checkpoint.pt", device="cpu")
@@ -286,7 +286,7 @@ def test_train_evaluate_save_and_go_on(tmp_path):
     assert again.run["data"]["train_images"] == 8
     assert conddetr.Detector.from_checkpoint(again.save(tmp_path / "a.pt"), device="cpu").run == again.run
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), detector.model.parameters(), strict=True))
-    # A trained detector goes on from its weights: with no learning rate it keeps them.
+    # A trained detector starts from its weights, and a learning rate of 0 keeps them.
     weights = [parameter.clone() for parameter in again.model.parameters()]
     again.train(output_dir=str(tmp_path / "b"), epochs=1, lr=0.0, lr_backbone=0.0, **data)
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), weights, strict=True))
@@ -302,7 +302,7 @@ def test_train_evaluate_save_and_go_on(tmp_path):
         ({"workers": -1}, "workers: expected at least 0, got -1"),
     ],
 )
-def test_numbers_for_loading_are_checked_before_the_data(options, message):
+def test_loading_options_are_checked_before_the_data(options, message):
     model = conddetr.build("conditional-detr-tiny", num_classes=1)
     detector = conddetr.Detector(model, [{"id": 1, "name": "cat"}], "cpu")
     with pytest.raises(ValueError, match=message):
@@ -312,7 +312,7 @@ def test_numbers_for_loading_are_checked_before_the_data(options, message):
 @pytest.mark.parametrize(
     "options", [{"threshold": -0.1}, {"threshold": 1.1}, {"threshold": float("nan")}, {"top_k": 0}, {"top_k": -1}]
 )
-def test_numbers_for_prediction_are_checked(options):
+def test_prediction_options_are_checked(options):
     model = conddetr.build("conditional-detr-tiny", num_classes=1)
     detector = conddetr.Detector(model, [{"id": 1, "name": "cat"}], "cpu")
     with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected"):

@@ -1,4 +1,4 @@
-"""Names of devices: what is supported is said, wherever a device is named."""
+"""Device names: every command and class refuses unsupported ones, and the message lists valid ones."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ from conddetr.devices import find_device
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes PyTorch find so many GPUs."""
+    """Makes PyTorch report `count` GPUs."""
 
-    def found(count):
+    def set_count(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
-    return found
+    return set_count
 
 
-def test_names_of_what_is_here(gpus):
+def test_available_devices_are_found_by_name(gpus):
     gpus(0)
     assert [find_device(name) for name in (None, "", "cpu", torch.device("cpu"))] == [torch.device("cpu")] * 4
     gpus(2)
@@ -31,14 +31,14 @@ def test_names_of_what_is_here(gpus):
 
 @pytest.mark.parametrize("name", ["mps", "xpu", "meta", "gpu", "CPU", "cuda:x", "cuda:-1", "cuda:2", "cpu:1"])
 @pytest.mark.parametrize("count", [0, 2])
-def test_other_names_are_refused(gpus, name, count):
+def test_unavailable_devices_are_refused(gpus, name, count):
     gpus(count)
-    here = "cuda or cuda:0 to cuda:1" if count else "or cuda on a machine that has it"
-    with pytest.raises(ValueError, match=rf"^device: expected cpu, {here}.*, got '{name}'\.$"):
+    cuda = "cuda or cuda:0 to cuda:1" if count else "or cuda, which this machine lacks"
+    with pytest.raises(ValueError, match=rf"^device: expected cpu, {cuda}.*, got '{name}'\.$"):
         find_device(name)
 
 
-def test_cuda_without_a_gpu_is_refused_by_all(gpus, tmp_path, capsys):
+def test_every_command_refuses_cuda_without_a_gpu(gpus, tmp_path, capsys):
     gpus(0)
     with pytest.raises(ValueError, match="got 'cuda'"):
         Detector("conditional-detr-tiny", device="cuda")

@@ -99,7 +99,7 @@ def test_commands_lead_from_images_to_detections(page, coco_path, tmp_path, monk
     pictures = [Path("runs/predict") / f"{image.stem}.png"]
     if page == WAY:
         assert list(printed)[4:] == ["attention", "export", "bench-data", "env"]
-        assert "going on from runs/train/checkpoint" in printed["train"]
+        assert "resuming from runs/train/checkpoint" in printed["train"]
         assert json.loads(Path("report.json").read_text())["ok"]
         assert {"image_id", "bbox"} < json.loads(Path("detections.json").read_text())[0].keys()
         assert onnx.load("model.onnx").graph.input[0].name == "images"

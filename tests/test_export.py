@@ -1,4 +1,4 @@
-"""Exported files, run by their own runtimes, against the model on sizes and batches that the export did not see."""
+"""Exported files in their runtimes, compared with the model on sizes and batches that the export did not use."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ SHAPES = [(1, 3, 65, 120), (4, 3, 97, 70)]
 
 def build(preset, **options):
     model = conddetr.build(preset, num_classes=3, **options).eval()
-    # Zero at first: all boxes would be the reference points.
+    # The initial weights are zero, and all boxes would be the reference points.
     torch.nn.init.normal_(model.bbox_embed.layers[-1].weight)
     for name, buffer in model.named_buffers():
         if "running_var" in name:
@@ -52,7 +52,7 @@ def run_torch(path):
         ),
     ],
 )
-def test_files_give_the_outputs_of_the_model(tmp_path, preset, options, format, size):
+def test_exported_files_give_the_outputs_of_the_model(tmp_path, preset, options, format, size):
     if format == "onnx":
         pytest.importorskip("onnxscript", reason="ONNX export needs onnx, onnxscript and onnxruntime")
     model = build(preset, **options)
@@ -72,15 +72,15 @@ def test_files_give_the_outputs_of_the_model(tmp_path, preset, options, format, 
         images = torch.randn(shape)
         with torch.no_grad():
             expected = model(images.to(device))
-        for name, found in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
-            torch.testing.assert_close(found, expected[name].cpu(), atol=1e-4, rtol=0)
-    # The model is as it was.
+        for name, output in zip(("pred_logits", "pred_boxes"), run(images), strict=True):
+            torch.testing.assert_close(output, expected[name].cpu(), atol=1e-4, rtol=0)
+    # The model has not changed.
     assert model.config.aux_loss
     assert all(parameter.requires_grad for parameter in model.class_embed.parameters())
     torch.testing.assert_close(dict(model.cpu().state_dict()), weights, rtol=0, atol=0)
 
 
-def test_a_file_that_disagrees_is_not_kept_and_the_old_one_stays(tmp_path):
+def test_file_that_fails_the_check_is_not_kept_and_the_old_one_stays(tmp_path):
     model = build("conditional-detr-tiny")
     torch.nn.init.constant_(model.class_embed.bias, float("nan"))
     path = tmp_path / "model.pt2"
@@ -91,7 +91,7 @@ def test_a_file_that_disagrees_is_not_kept_and_the_old_one_stays(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_missing_packages_are_named_before_any_work(tmp_path, tiny_model, monkeypatch):
+def test_error_names_missing_packages_before_any_work(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"needs .*onnxruntime: pip install 'conddetr\[export\]'"):
         export(tiny_model, tmp_path / "new" / "model.onnx")
@@ -99,8 +99,8 @@ def test_missing_packages_are_named_before_any_work(tmp_path, tiny_model, monkey
 
 
 @pytest.mark.skipif(not IS_OLD, reason="newer PyTorch can trace a ResNet for any image size")
-def test_a_size_that_must_be_fixed_is_asked_for(tmp_path):
-    with pytest.raises(ValueError, match=r"PyTorch 2\.11.* cannot trace .*: fix one with size="):
+def test_error_requires_a_fixed_size_if_this_pytorch_needs_one(tmp_path):
+    with pytest.raises(ValueError, match=r"PyTorch 2\.11.* cannot trace .*: fix the size with size="):
         export(build("conditional-detr-r50", **SMALL), tmp_path / "model.pt2", "torch")
 
 
@@ -112,6 +112,6 @@ def test_a_size_that_must_be_fixed_is_asked_for(tmp_path):
         (("model.pt2", "torch", (0, 5)), r"size: expected a height and width of at least 1, got \(0, 5\)"),
     ],
 )
-def test_bad_arguments_are_named(tiny_model, arguments, message):
+def test_errors_name_bad_arguments(tiny_model, arguments, message):
     with pytest.raises(ValueError, match=message):
         export(tiny_model, *arguments)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, with the mode of any new file, and a full disk is said in one line."""
+"""Files are written whole or not at all, with the mode of any new file; a full disk is a one-line error."""
 
 import os
 import stat
@@ -24,12 +24,12 @@ from conddetr.files import atomic_file, write_text
 from conddetr.viz.boxes import save_figure
 
 CONTENT = {"model": {"weight": torch.zeros(50_000)}, "config": {}, "classes": []}
-"""Of more bytes than `full_disk` leaves."""
+"""A checkpoint with more bytes than `full_disk` allows."""
 
 
 @pytest.fixture
 def full_disk():
-    """No file may get larger than 50 kB: writing fails in the middle, as on a disk that fills up."""
+    """Limits files to 50 kB: writing fails in the middle, as on a disk that fills up."""
     resource = pytest.importorskip("resource", reason="only POSIX limits the size of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -56,7 +56,7 @@ WRITERS = {
     "a.pt": lambda path: save_checkpoint(path, CONTENT),
     "packed.pt": lambda path: write_packed(path),
     "a.safetensors": lambda path: save_weights(path, CONTENT),
-    "found.json": write_detections,
+    "results.json": write_detections,
     "config.json": lambda path: write_text(path, "x" * 100_000),
     "a.png": write_picture,
     "a.pt2": lambda path: write_program(path),
@@ -75,11 +75,11 @@ def write_packed(path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, full_disk, name):
+def test_error_of_a_full_disk_names_the_file_and_the_old_file_stays(tmp_path, full_disk, name):
     path = tmp_path / name
     path.write_bytes(b"before")
     full_disk()
-    expected = rf"^\S*{name} could not be written: .+\. What was there before is kept\. [\d,]+ MiB are free there"
+    expected = rf"^\S*{name} could not be written: .+\. Its old content is kept\. [\d,]+ MiB are free there"
     with pytest.raises(OSError, match=expected) as raised:
         WRITERS[name](path)
     assert len(str(raised.value).splitlines()) == 1
@@ -87,7 +87,7 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(tmp_path, full_disk
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_the_thread_that_writes_says_it_too_and_the_run_can_go_on(tmp_path, full_disk):
+def test_full_disk_in_the_writer_thread_keeps_the_old_checkpoint(tmp_path, full_disk):
     def save(value):
         with CheckpointWriter() as writer:
             content = {**CONTENT, "ema": {}, "metrics": {}, "run": {}, "value": value}
@@ -100,15 +100,15 @@ def test_the_thread_that_writes_says_it_too_and_the_run_can_go_on(tmp_path, full
     assert read_checkpoint(tmp_path / "checkpoint.pt")["value"] == 1
 
 
-def test_a_log_that_cannot_be_written_is_named(tmp_path, full_disk):
+def test_error_names_a_log_that_cannot_be_written(tmp_path, full_disk):
     record = {"epoch": 0, "note": "x" * 60_000}
     log = RunLog(tmp_path, 0)
     full_disk()
-    with pytest.raises(OSError, match=r"log\.jsonl could not be written: File too large\. What was there"):
+    with pytest.raises(OSError, match=r"log\.jsonl could not be written: File too large\. Its old content"):
         log.write(record, is_last=True)
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_not_changed(tmp_path):
     for error in (RuntimeError("CUDA error"), ValueError("x"), OSError("a line of its own")):
         with pytest.raises(type(error)) as raised, atomic_file(tmp_path / "a"):
             raise error
@@ -117,10 +117,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("mask", [0o022, 0o007])
-def test_modes_are_those_of_any_new_file(tmp_path, name, mask):
+def test_written_files_have_the_mode_of_new_files(tmp_path, name, mask):
     before = os.umask(mask)
     try:
-        # What a killed process left does not count.
+        # The mode of a partial file that a killed process left has no influence.
         (tmp_path / f"{name}.partial").touch(mode=0o600)
         WRITERS[name](tmp_path / name)
     finally:
@@ -128,14 +128,14 @@ def test_modes_are_those_of_any_new_file(tmp_path, name, mask):
     assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~mask
 
 
-def test_folders_that_cannot_be_opened(tmp_path, monkeypatch):
+def test_writing_works_if_folders_cannot_be_opened(tmp_path, monkeypatch):
     """As on Windows, which also flushes only files that were opened for writing."""
-    opened, flushed = os.open, []
+    system_open, flushed = os.open, []
 
     def windows_open(path, flags, *mode):
         if os.path.isdir(path):
             raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, flags, *mode)
+        return system_open(path, flags, *mode)
 
     def windows_fsync(descriptor):
         import fcntl
@@ -150,9 +150,9 @@ def test_folders_that_cannot_be_opened(tmp_path, monkeypatch):
     assert len(flushed) == 1
 
 
-def test_training_on_a_full_disk_ends_with_the_error_of_the_file(tmp_path, full_disk):
+def test_error_of_training_on_a_full_disk_names_the_file(tmp_path, full_disk):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     trainer = small_trainer(tmp_path, images=8, epochs=1)
     full_disk()
-    with pytest.raises(OSError, match=r"checkpoint\.pt could not be written: PyTorch's writer was stopped"):
+    with pytest.raises(OSError, match=r"checkpoint\.pt could not be written: PyTorch's writer stopped"):
         trainer.fit()

@@ -1,4 +1,4 @@
-"""Graphs of a module: the numbers of calls, and calls where a graph would leave something out."""
+"""Graphs of a module: replays give the results of calls, and the module is called if a graph would miss something."""
 
 import copy
 import logging
@@ -22,13 +22,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.compares_numbers,
-    # Newer PyTorch says so where a recording reaches for what was computed on another stream.
+    # Newer PyTorch gives this warning if a recording uses results of another stream.
     pytest.mark.filterwarnings("error:The AccumulateGrad node's stream"),
 ]
 
 
 class Model(nn.Module):
-    """Two outputs with gradients and one without, a parameter that nothing uses, and statistics."""
+    """Two outputs with gradients and one without, an unused parameter, and statistics."""
 
     def __init__(self):
         super().__init__()
@@ -40,8 +40,8 @@ class Model(nn.Module):
         self.calls = []
 
     def forward(self, x, scale=None):
-        found = None if self.graphs is None else self.graphs(self, self.compute, (x, scale))
-        return self.compute(x, scale) if found is None else found
+        outputs = None if self.graphs is None else self.graphs(self, self.compute, (x, scale))
+        return self.compute(x, scale) if outputs is None else outputs
 
     def compute(self, x, scale=None):
         self.calls.append(None)
@@ -67,45 +67,47 @@ def loss_of(outputs):
     return outputs["out"].square().sum() + outputs["more"][0].sin().sum()
 
 
-def assert_same_state(found, expected):
-    for (name, a), (_, b) in zip(found.state_dict().items(), expected.state_dict().items(), strict=True):
+def assert_same_state(actual, expected):
+    for (name, a), (_, b) in zip(actual.state_dict().items(), expected.state_dict().items(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    for (name, a), (_, b) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
 def replays(model, *args):
-    """How a call was computed: (was it replayed, what it returned)."""
+    """Call the model; returns (whether a graph was replayed, the outputs)."""
     before = len(model.calls)
     outputs = model(*args)
     return len(model.calls) == before, outputs
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_are_those_of_calls(accumulate):
-    """Outputs, gradients, weights, statistics, for two shapes in turn; gradients may be added up."""
+def test_replayed_steps_equal_called_steps(accumulate):
+    """Outputs, gradients, weights and statistics agree, for two shapes in turn; gradients may accumulate."""
     pair = models()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in pair]
     for step in range(6):
         x = inputs(step, rows=4 + step % 2)
-        found = []
+        results = []
         for model, optimizer in zip(pair, optimizers, strict=True):
             outputs = model(x, torch.full((), 1.0 + step, device=DEVICE))
             loss_of(outputs).backward()
-            found.append(outputs)
+            results.append(outputs)
             if step % accumulate == accumulate - 1:
                 optimizer.step()
                 optimizer.zero_grad()
-        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(results[0], results[1])
         assert_same_state(*pair)
     assert len(pair[0].graphs) == 2
-    assert replays(pair[0], x)[0] is False, "without the second input it is another kind, recorded first"
+    assert replays(pair[0], x)[0] is False, (
+        "without the second input it is a new kind of inputs, which is recorded first"
+    )
     assert replays(pair[0], x)[0] is True
 
 
-def test_a_call_returns_memory_of_its_own():
+def test_each_call_returns_new_memory():
     model, _ = models()
     first = model(inputs(1))
     loss_of(first).backward()
@@ -116,27 +118,27 @@ def test_a_call_returns_memory_of_its_own():
     torch.testing.assert_close(kept[1], kept[2])
 
 
-def test_an_output_without_a_use_has_a_gradient_of_zeros():
-    """Where it is used in one step it must not be that of the step before."""
+def test_unused_output_has_a_gradient_of_zeros():
+    """A step that does not use an output must not get its gradient of the step before."""
     model, plain = models()
     for step in range(3):
-        for one in (model, plain):
-            one.zero_grad()
-            outputs = one(inputs(step))
+        for module in (model, plain):
+            module.zero_grad()
+            outputs = module(inputs(step))
             (outputs["out"] if step == 1 else outputs["more"][0]).sum().backward()
         for name, parameter in plain.named_parameters():
-            found, expected = model.get_parameter(name).grad, parameter.grad
+            actual, expected = model.get_parameter(name).grad, parameter.grad
             if expected is None and name.startswith("outer"):
                 expected = torch.zeros_like(parameter)
-            assert (found is None) == (expected is None), name
+            assert (actual is None) == (expected is None), name
             if expected is not None:
-                torch.testing.assert_close(found, expected, msg=name)
+                torch.testing.assert_close(actual, expected, msg=name)
 
 
-def test_inference_is_replayed_and_its_numbers_are_those_of_calls():
+def test_replayed_inference_equals_called_inference():
     model, plain = models()
-    for one in (model, plain):
-        one.eval()
+    for module in (model, plain):
+        module.eval()
     with torch.inference_mode():
         model(inputs())
     for seed, mode in enumerate((torch.inference_mode, torch.no_grad)):
@@ -146,21 +148,21 @@ def test_inference_is_replayed_and_its_numbers_are_those_of_calls():
         assert replayed
 
 
-def test_random_numbers_differ_from_replay_to_replay():
+def test_random_numbers_differ_between_replays():
     model, _ = models()
     model.dropout.p = 0.5
     outputs = [model(inputs())["more"][0].detach() for _ in range(3)]
     assert not torch.equal(outputs[1], outputs[2])
 
 
-def test_recording_changes_no_random_number_and_no_statistic():
+def test_recording_changes_neither_random_numbers_nor_statistics():
     model, plain = models()
     torch.manual_seed(7)
     model(inputs())
-    found = torch.rand(3, device=DEVICE)
+    numbers = torch.rand(3, device=DEVICE)
     torch.manual_seed(7)
     plain(inputs())
-    torch.testing.assert_close(found, torch.rand(3, device=DEVICE))
+    torch.testing.assert_close(numbers, torch.rand(3, device=DEVICE))
     assert_same_state(model, plain)
 
 
@@ -178,7 +180,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_was_recorded_is_not_replayed_after(change):
+def test_graph_is_not_replayed_after_a_change(change):
     pair = models()
     loss_of(pair[0](inputs())).backward()
     pair[0].zero_grad()
@@ -187,10 +189,10 @@ def test_what_was_recorded_is_not_replayed_after(change):
         change(model)
     pair[1].norm.load_state_dict(pair[0].norm.state_dict())
     for step in range(3):
-        found = [model(inputs(step)) for model in pair]
-        for outputs in found:
+        results = [model(inputs(step)) for model in pair]
+        for outputs in results:
             loss_of(outputs).backward()
-        torch.testing.assert_close(*found)
+        torch.testing.assert_close(*results)
     assert_same_state(*pair)
     assert len(pair[0].graphs) == 2
 
@@ -210,10 +212,10 @@ def checkpointing(model):
         (checkpointing, "inner: gradient checkpointing is on"),
     ],
 )
-def test_it_is_called_and_said_where_a_graph_would_leave_something_out(attach, reason, caplog):
+def test_module_is_called_with_a_warning_if_a_graph_would_miss_something(attach, reason, caplog):
     model, plain = models()
-    for one in (model, plain):
-        attach(one)
+    for module in (model, plain):
+        attach(module)
     with caplog.at_level(logging.WARNING), conddetr.record_paths() as paths:
         for step in range(2):
             replayed, outputs = replays(model, inputs(step))
@@ -226,7 +228,7 @@ def test_it_is_called_and_said_where_a_graph_would_leave_something_out(attach, r
     assert paths.reasons["graph"] == {"replay": reason}
 
 
-def test_hooks_of_parameters_are_called_once():
+def test_parameter_hooks_are_called_once():
     pair = models()
     for model in pair:
         model.inner.weight.register_hook(lambda grad: 2 * grad)
@@ -236,7 +238,7 @@ def test_hooks_of_parameters_are_called_once():
 
 
 @pytest.mark.skipif(null_gpu.IS_RUNNING, reason="processes exchange zeros on a null GPU, and DDP compares sizes")
-def test_data_parallelism_gets_the_gradients_once():
+def test_distributed_data_parallel_gets_the_gradients_once():
     pair = models()
     store = dist.HashStore()
     dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
@@ -252,26 +254,26 @@ def test_data_parallelism_gets_the_gradients_once():
     assert len(pair[0].graphs) == 1
 
 
-class Sideways(Model):
-    """Reads a weight by a reference of its own."""
+class SharedReference(Model):
+    """Uses a weight through a separate reference."""
 
     def compute(self, x, scale=None):
         return {"out": x @ self.places[0].T, "more": [self.inner(x)]}
 
 
-def test_a_parameter_that_is_used_from_elsewhere_keeps_its_gradient(caplog):
+def test_parameter_with_another_reference_keeps_its_gradient(caplog):
     pair = models()
     for model in pair:
-        model.__class__ = Sideways
+        model.__class__ = SharedReference
         model.places = [model.inner.weight]
         for _ in range(2):
             loss_of(model(inputs())).backward()
     assert_same_state(*pair)
-    assert "a parameter is used from elsewhere" in caplog.text
+    assert "a parameter is also used through another reference" in caplog.text
 
 
-def test_what_waits_for_its_backward_pass_is_not_overwritten():
-    """Two calls, then both backward passes: the second call is no replay."""
+def test_outputs_before_their_backward_pass_are_not_overwritten():
+    """Two calls, then both backward passes: the second call is not a replay."""
     pair = models()
     pair[0](inputs())
     pair[1](inputs())
@@ -283,7 +285,7 @@ def test_what_waits_for_its_backward_pass_is_not_overwritten():
     assert replays(pair[0], inputs())[0]
 
 
-def test_a_second_backward_pass_is_an_error():
+def test_second_backward_pass_is_an_error():
     model, _ = models()
     model(inputs())
     replayed, outputs = replays(model, inputs())
@@ -294,7 +296,7 @@ def test_a_second_backward_pass_is_an_error():
         loss.backward()
 
 
-def test_gradients_of_inputs_and_counters_need_calls():
+def test_module_is_called_for_input_gradients_and_counters():
     model, _ = models()
     for _ in range(2):
         model(inputs())
@@ -308,7 +310,7 @@ def test_gradients_of_inputs_and_counters_need_calls():
     assert counter.get_total_flops() == 2 * 4 * (5 * 7 + 7 * 3)
 
 
-def test_only_so_many_kinds(monkeypatch, caplog):
+def test_number_of_recorded_kinds_is_limited(monkeypatch, caplog):
     monkeypatch.setattr(graphed, "MAX_GRAPHS", 2)
     model, plain = models()
     for rows in (2, 3, 4, 5, 2):
@@ -319,7 +321,7 @@ def test_only_so_many_kinds(monkeypatch, caplog):
     ]
 
 
-def test_without_memory_it_goes_on_without(caplog):
+def test_module_is_called_if_memory_is_short_for_recording(caplog):
     def fail(run):
         raise torch.OutOfMemoryError("no more")
 
@@ -332,7 +334,7 @@ def test_without_memory_it_goes_on_without(caplog):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_copies_record_anew(how):
+def test_copies_hold_no_graphs(how):
     model, _ = models()
     model.graphs = Graphs()
     model.graphs._recorded["something"] = lambda: None
@@ -341,7 +343,7 @@ def test_copies_record_anew(how):
     assert len(copied.graphs) == 0
 
 
-def test_graphs_of_a_gpu_are_not_tried_elsewhere(caplog):
+def test_cuda_graphs_are_not_used_on_a_cpu(caplog):
     model, plain = Model(), Model()
     plain.load_state_dict(model.state_dict())
     model.graphs = Graphs()

@@ -1,4 +1,4 @@
-"""Weights by name, and detectors to and from a local stand-in for HuggingFace's hub."""
+"""Weights by name, and detectors uploaded to and loaded from a local server that simulates HuggingFace's hub."""
 
 import hashlib
 import http.server
@@ -31,7 +31,7 @@ RUN = {
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """An empty cache, and no network; returns the cache's folder."""
+    """An empty cache and no network; returns the cache's folder."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install -e .[hub])")
     from huggingface_hub import constants
 
@@ -42,11 +42,11 @@ def offline(tmp_path, monkeypatch):
 
 
 class Hub:
-    """Files of repositories, served as the hub serves them; uploads are copied into its folder."""
+    """Serves files of repositories like the hub; uploads are copied into its folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     def handler(self) -> type[http.server.BaseHTTPRequestHandler]:
         hub = self
@@ -70,7 +70,7 @@ class Hub:
                     self.end_headers()
                     return
                 content = file.read_bytes()
-                hub.asked.append(f"{self.command} {rest}")
+                hub.requests.append(f"{self.command} {rest}")
                 self.send_response(200)
                 self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", COMMIT)
@@ -102,7 +102,7 @@ def hub(offline, tmp_path, monkeypatch):
         shutil.copytree(folder_path, hub.root / repo_id)
         return f"https://hub/{repo_id}/commit/{COMMIT} {commit_message}"
 
-    # What reads `HF_ENDPOINT` was imported before; an upload is many requests of the library's own kind.
+    # `HF_ENDPOINT` was read at import already. Uploads are patched, because they need many kinds of requests.
     monkeypatch.setattr(hf_api.HfApi, "create_repo", lambda self, repo_id, **_: types.SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(hf_api.HfApi, "upload_folder", upload_folder)
     yield hub
@@ -112,7 +112,7 @@ def hub(offline, tmp_path, monkeypatch):
 
 
 def fill_cache(cache: Path, repository: str, files: dict[str, Path]) -> None:
-    """As `huggingface_hub` lays its cache out."""
+    """Write files in the cache layout of `huggingface_hub`."""
     folder = cache / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(COMMIT)
@@ -128,34 +128,34 @@ def published(tiny_model):
     return detector
 
 
-def assert_same_detector(found, expected):
-    assert found.classes == expected.classes
-    assert found.config == expected.config
-    for name, value in found.model.state_dict().items():
+def assert_same_detector(actual, expected):
+    assert actual.classes == expected.classes
+    assert actual.config == expected.config
+    for name, value in actual.model.state_dict().items():
         assert torch.equal(value, expected.model.state_dict()[name])
 
 
-def test_a_detector_comes_back_from_the_hub(hub, tiny_model, offline):
+def test_uploaded_detector_loads_from_the_hub(hub, tiny_model, offline):
     detector = published(tiny_model)
     address = detector.push_to_hub("me/zoo", license="apache-2.0", commit_message="First")
     assert address == f"https://hub/me/zoo/commit/{COMMIT} First"
-    found = conddetr.Detector.from_pretrained("me/zoo", device="cpu")
-    assert_same_detector(found, detector)
-    assert found.metrics == detector.metrics
-    # No folder of this machine is published.
-    assert found.data.coco_path == "zoo"
+    loaded = conddetr.Detector.from_pretrained("me/zoo", device="cpu")
+    assert_same_detector(loaded, detector)
+    assert loaded.metrics == detector.metrics
+    # Local folders are not published.
+    assert loaded.data.coco_path == "zoo"
     assert not any(b"secret" in file.read_bytes() for file in (hub.root / "me" / "zoo").iterdir())
 
-    # Once in the cache, no byte is loaded again.
-    hub.asked.clear()
+    # Files in the cache are not downloaded again.
+    hub.requests.clear()
     conddetr.Detector.from_pretrained("me/zoo", device="cpu")
-    assert "HEAD model.safetensors" in hub.asked
-    assert not any(line.startswith("GET") for line in hub.asked)
+    assert "HEAD model.safetensors" in hub.requests
+    assert not any(line.startswith("GET") for line in hub.requests)
     with pytest.raises(OSError, match=r"^me/nothing could not be read from http://127.0.0.1:\d+ \(.*not in the cache"):
         conddetr.Detector.from_pretrained("me/nothing")
 
 
-def test_names_of_classes_are_no_markdown(tmp_path):
+def test_class_names_are_escaped_in_the_model_card(tmp_path):
     names = ["a\n## b", "[x](y)", "$z_1$", "<b>"]
     classes = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
     model = conddetr.build("conditional-detr-tiny", num_classes=4)
@@ -164,7 +164,7 @@ def test_names_of_classes_are_no_markdown(tmp_path):
     assert r"Classes: a \#\# b, \[x\](y), \$z\_1\$, \<b\>." in card
 
 
-def test_the_card_states_data_metrics_and_how_to_load(hub, tiny_model):
+def test_model_card_states_data_metrics_and_how_to_load(hub, tiny_model):
     from huggingface_hub import ModelCard
 
     detector = published(tiny_model)
@@ -177,7 +177,7 @@ def test_the_card_states_data_metrics_and_how_to_load(hub, tiny_model):
         '    detector = conddetr.Detector.from_pretrained("me/zoo")',
         "Trained and evaluated on a data set in COCO's layout, folder `zoo`.",
         "Classes: dog, cat, tooth|brush.",
-        "Of the last evaluation in training, on its validation images, in percent:",
+        "From the last evaluation in training, on its validation images, in percent:",
         "| AP | AP50 | APl |",
         "| 41.2 | 60.0 | – |",
     ):
@@ -187,15 +187,15 @@ def test_the_card_states_data_metrics_and_how_to_load(hub, tiny_model):
     assert "0.5 million parameters and 25 queries" in card.text.replace("\n", " ")
 
 
-def test_a_folder_needs_no_hub(tiny_model, tmp_path, offline):
+def test_folder_is_loaded_without_the_hub(tiny_model, tmp_path, offline):
     detector = conddetr.Detector(tiny_model, CLASSES, device="cpu")
     folder = detector.save_pretrained(tmp_path / "mine", metrics={"AP": 0.5})
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
     assert json.loads((folder / "config.json").read_text())["classes"] == CLASSES
     text = (folder / "README.md").read_text()
-    assert "As given by who published this, in percent" in text
+    assert "As given by the publisher, in percent" in text
     assert "| 50.0 |" in text
-    assert "Not known: the weights do not say what they were trained on." in text
+    assert "Not known: the weights hold no training configuration." in text
     for load in (conddetr.Detector.from_pretrained, conddetr.Detector.from_checkpoint):
         assert_same_detector(load(folder, device="cpu"), detector)
     unmeasured = detector.save_pretrained(tmp_path / "other") / "README.md"
@@ -203,8 +203,8 @@ def test_a_folder_needs_no_hub(tiny_model, tmp_path, offline):
 
 
 @pytest.mark.parametrize("kind", ["bin", "shards"])
-def test_repositories_of_transformers_are_detectors(hub, kind, caplog):
-    """With a ResNet as transformers has it; small files, as the names decide."""
+def test_repositories_of_transformers_load_as_detectors(hub, kind, caplog):
+    """A small model with a ResNet, in transformers' layout; files are recognized by their names."""
     model = conddetr.build(
         "conditional-detr-r50", num_classes=2, hidden_dim=32, num_heads=4, ffn_dim=48, decoder_layers=1
     )
@@ -215,22 +215,22 @@ def test_repositories_of_transformers_are_detectors(hub, kind, caplog):
         torch.save(state, folder / "pytorch_model.bin")
     else:
         halves = dict(list(state.items())[::2]), dict(list(state.items())[1::2])
-        places = {}
+        weight_map = {}
         for number, half in enumerate(halves):
             save_file(half, folder / f"model-{number}.safetensors")
-            places |= dict.fromkeys(half, f"model-{number}.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+            weight_map |= dict.fromkeys(half, f"model-{number}.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "id2label": {0: "a", 1: "b"}}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "conditional_detr"}))
-    found = conddetr.Detector.from_pretrained("them/cats", device="cpu")
-    assert [entry["name"] for entry in found.classes] == ["a", "b"]
-    assert found.config.num_heads == 4
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.model.state_dict().items())
+    loaded = conddetr.Detector.from_pretrained("them/cats", device="cpu")
+    assert [entry["name"] for entry in loaded.classes] == ["a", "b"]
+    assert loaded.config.num_heads == 4
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.model.state_dict().items())
 
 
 @pytest.fixture
 def tiny_public(monkeypatch):
-    """A name of weights for the tiny preset."""
+    """Adds public weights with the name `coco` for the tiny preset."""
 
     def add(**changes):
         public = PublicWeights("model.safetensors", "https://page", 2, **{"repository": "them/tiny", **changes})
@@ -240,15 +240,15 @@ def tiny_public(monkeypatch):
     return add
 
 
-def test_weights_by_name_make_a_ready_detector(hub, tiny_model, tiny_public, caplog, capsys, tmp_path):
+def test_weights_by_name_give_a_ready_detector(hub, tiny_model, tiny_public, caplog, capsys, tmp_path):
     detector = published(tiny_model)
     detector.push_to_hub("them/tiny")
     tiny_public(sha256=hashlib.sha256((hub.root / "them/tiny/model.safetensors").read_bytes()).hexdigest())
-    found = conddetr.Detector("conditional-detr-tiny", weights="coco", device="cpu", image_size=96)
-    assert found.classes == CLASSES
-    assert found.config.image_size == 96
-    assert found.metrics == detector.metrics
-    assert len(found.predict(torch.rand(3, 50, 60), 0.0)[0]) == 75
+    loaded = conddetr.Detector("conditional-detr-tiny", weights="coco", device="cpu", image_size=96)
+    assert loaded.classes == CLASSES
+    assert loaded.config.image_size == 96
+    assert loaded.metrics == detector.metrics
+    assert len(loaded.predict(torch.rand(3, 50, 60), 0.0)[0]) == 75
     assert "Weights 'coco' of conditional-detr-tiny: " in caplog.text
     assert (
         "https://page, Apache-2.0, classes: COCO's category ids, 91 with the unused ones; this project never"
@@ -282,8 +282,8 @@ def test_weights_by_name_make_a_ready_detector(hub, tiny_model, tiny_public, cap
     assert "class_embed.weight: expected (3, 64) of other classes, got (3, 64); starts anew" in printed
 
 
-def test_the_cache_is_enough_without_a_network(offline, tmp_path):
-    """The table's own row, on a cache that was filled elsewhere."""
+def test_cached_weights_load_without_a_network(offline, tmp_path):
+    """A row of the real table, with a cache that was filled before."""
     model = conddetr.build(
         "conditional-detr-r50", hidden_dim=32, num_heads=8, ffn_dim=48, decoder_layers=1, num_queries=9
     )
@@ -297,14 +297,12 @@ def test_the_cache_is_enough_without_a_network(offline, tmp_path):
         conddetr.Detector("detr-r50", weights=str(tmp_path / "a.safetensors"))
 
 
-def test_one_sentence_says_what_to_do_without_a_network(offline, capsys):
-    place = offline.parent / "torch" / "checkpoints" / "conditional-detr-resnet-50-model.safetensors"
+def test_error_without_a_network_says_what_to_do(offline, capsys):
+    path = offline.parent / "torch" / "checkpoints" / "conditional-detr-resnet-50-model.safetensors"
     with pytest.raises(OSError, match=r"HF_HUB_OFFLINE is set\) and is not in the cache") as caught:
         conddetr.Detector("conditional-detr-r50", weights="coco")
     page = "https://huggingface.co/microsoft/conditional-detr-resnet-50"
-    assert str(caught.value).endswith(
-        f"Without a network put the file model.safetensors that {page} offers at {place}."
-    )
+    assert str(caught.value).endswith(f"Without a network put the file model.safetensors that {page} offers at {path}.")
     assert main(["train", "--preset", "conditional-detr-r50", "--weights", "coco", "--device", "cpu"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith(str(caught.value))
@@ -312,7 +310,7 @@ def test_one_sentence_says_what_to_do_without_a_network(offline, capsys):
         conddetr.Detector.from_pretrained("me/zoo")
 
 
-def test_official_files_are_put_where_the_message_says(offline, tiny_model, monkeypatch, tiny_public):
+def test_file_at_the_path_in_the_message_is_loaded(offline, tiny_model, monkeypatch, tiny_public):
     public = tiny_public(repository="")
     with pytest.raises(
         FileNotFoundError, match=r"by hand: put the file model\.safetensors that https://page offers at"
@@ -343,13 +341,13 @@ def test_official_files_are_put_where_the_message_says(offline, tiny_model, monk
         ("coco", "conditional-detr-r5", r"Unknown preset 'conditional-detr-r5'"),
     ],
 )
-def test_unknown_names_list_the_known_ones(source, preset, message, tmp_path, monkeypatch):
+def test_error_for_unknown_names_lists_the_known_ones(source, preset, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         locate(source, preset)
 
 
-def test_paths_stay_paths(tmp_path, monkeypatch):
+def test_paths_are_not_names_of_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "coco").mkdir()
     for source in ("./coco", Path("coco"), tmp_path / "coco"):
@@ -358,8 +356,8 @@ def test_paths_stay_paths(tmp_path, monkeypatch):
     assert locate("none.pt", None) == Path("none.pt")
 
 
-def test_the_table_is_whole():
-    """Every ResNet preset has a name; what is downloaded is of the hub, and what is not names its page."""
+def test_table_of_public_weights_is_complete():
+    """Every ResNet preset has public weights, with a page, a checksum, and a separate path."""
     assert PUBLIC.keys() == {name for name in conddetr.presets() if "tiny" not in name}
     for public in [public for by_name in PUBLIC.values() for public in by_name.values()]:
         assert public.page.startswith("https://")
@@ -368,8 +366,8 @@ def test_the_table_is_whole():
     assert len({public.place for by_name in PUBLIC.values() for public in by_name.values()}) == 10
 
 
-def test_the_package_does_without_the_hub(tmp_path):
-    """Not imported by `import conddetr`; absent, its error names the extra."""
+def test_package_works_without_huggingface_hub(tmp_path):
+    """`import conddetr` does not import it; if it is absent, the error names the extra."""
     code = """
 import sys
 import conddetr
@@ -383,8 +381,8 @@ for use in (lambda: conddetr.Detector("conditional-detr-r50", weights="coco"),
         print(error)
 """
     environment = {"TORCH_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    lines = found.stdout.splitlines()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    lines = result.stdout.splitlines()
     assert len(lines) == 2
     assert all("pip install 'conddetr[hub]'" in line for line in lines)
     assert f"at {tmp_path}/hub/checkpoints/conditional-detr-resnet-50-model.safetensors." in lines[0]

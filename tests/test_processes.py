@@ -1,4 +1,4 @@
-"""Whether processes can be started, how many, and who hears Ctrl-C."""
+"""Whether worker processes can be started, how many, and which processes receive Ctrl-C."""
 
 import multiprocessing
 import os
@@ -21,8 +21,10 @@ from conddetr.processes import can_start_workers, cores, interrupts_held
 
 
 @pytest.fixture(autouse=True)
-def listens_to_ctrl_c():
-    """A shell that starts the tests in the background makes them ignore it, and what they start too."""
+def default_interrupt_handler():
+    """Restore Python's handler: a shell that starts the tests in the background makes them, and their children, ignore
+    SIGINT.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -30,7 +32,7 @@ def listens_to_ctrl_c():
 
 @pytest.fixture
 def start_method():
-    """Sets the start method of new processes, and afterwards the one of before."""
+    """Sets the start method of new processes; restores the earlier one at the end."""
     before = multiprocessing.get_start_method(allow_none=True)
     yield lambda name: multiprocessing.set_start_method(name, force=True)
     multiprocessing.set_start_method(before, force=True)
@@ -58,12 +60,12 @@ PLAIN = "import logging\nlog = logging.getLogger(__name__)\ndef f():\n    if __n
         (PLAIN + 'if "__main__" == __name__ and f():\n    f()\n', None, "forkserver", True),
         # `python -m conddetr` has no guard and needs none.
         (PLAIN, "conddetr.__main__", "spawn", True),
-        # A program in one file, of which only the compiled code is there; a notebook or `python -c`.
+        # A program in one file with compiled code only; a notebook or `python -c`.
         ("\0", None, "spawn", True),
         (None, None, "spawn", True),
     ],
 )
-def test_workers_start_where_the_script_is_not_run_again(
+def test_workers_start_only_if_the_script_does_not_run_again(
     tmp_path, monkeypatch, caplog, start_method, source, spec, method, expected
 ):
     script = tmp_path / "script.py"
@@ -73,7 +75,7 @@ def test_workers_start_where_the_script_is_not_run_again(
     start_method(method)
     assert [can_start_workers() for _ in range(2)] == [expected] * 2
     messages = [record.getMessage() for record in caplog.records]
-    # Said once, and with what to write.
+    # One warning, which says what to write.
     assert len(messages) == (not expected)
     if messages:
         assert f"start method {method}) would run all of {script} again" in messages[0]
@@ -95,7 +97,7 @@ def test_without_a_guard_images_are_loaded_in_this_process(tmp_path, monkeypatch
     assert multiprocessing.active_children() == []
 
 
-def test_cores_where_the_system_does_not_say_which(monkeypatch):
+def test_number_of_cores_without_sched_getaffinity(monkeypatch):
     if hasattr(os, "sched_getaffinity"):
         assert cores() == len(os.sched_getaffinity(0))
         monkeypatch.delattr(os, "sched_getaffinity")
@@ -105,7 +107,7 @@ def test_cores_where_the_system_does_not_say_which(monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_do_not_hear_ctrl_c(start_method, method):
+def test_workers_do_not_receive_ctrl_c(start_method, method):
     start_method(method)
     with interrupts_held():
         process = multiprocessing.Process(target=time.sleep, args=(LIMIT,))
@@ -121,11 +123,11 @@ def test_workers_do_not_hear_ctrl_c(start_method, method):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals between processes")
 @pytest.mark.parametrize("command", [["-m", "conddetr"], ["conddetr"]])
-def test_ctrl_c_while_pytorch_is_imported_says_nothing(tmp_path, command):
-    # Stands in for PyTorch, whose import takes seconds.
+def test_ctrl_c_during_the_import_of_pytorch_is_silent(tmp_path, command):
+    # Replaces PyTorch, whose import takes seconds.
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(600)\n")
     if command == ["conddetr"]:
-        # As pip writes it.
+        # The script that pip writes.
         command = [str(tmp_path / "conddetr")]
         (tmp_path / "conddetr").write_text("import sys\nfrom conddetr.cli import main\nsys.exit(main())\n")
     process = subprocess.Popen(
@@ -141,11 +143,11 @@ def test_ctrl_c_while_pytorch_is_imported_says_nothing(tmp_path, command):
     assert process.returncode == -signal.SIGINT
 
 
-def test_a_program_that_imports_the_package_keeps_its_ctrl_c():
+def test_importing_the_package_does_not_change_ctrl_c():
     assert not interrupt._ENDS_AT_ONCE
 
 
-def test_ctrl_c_in_a_command_is_one_line(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_in_a_command_prints_one_line(tmp_path, monkeypatch, capsys):
     model = conddetr.build("conditional-detr-tiny", num_classes=3, image_size=64, max_image_size=64)
     classes = [{"id": number, "name": name} for number, name in enumerate(("disk", "square", "triangle"), 1)]
     file = Detector(model, classes, "cpu").save(tmp_path / "a.pt")

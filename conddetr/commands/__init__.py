@@ -1,4 +1,4 @@
-"""The commands of `conddetr`, one file each: what it imports is loaded when the command is run.
+"""The commands of `conddetr`, one file each, imported only when the command runs.
 
-`parser.py` has the flags of all commands and imports no PyTorch, so that help and a wrong flag answer at once.
+`parser.py` has the flags of all commands and imports no PyTorch, so help and errors about flags appear at once.
 """

@@ -15,7 +15,7 @@ def run(options: argparse.Namespace) -> None:
     image = read_image(path)
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, options.device)
     queries = None if options.query is None else [options.query]
-    found, maps = detector.attention(image, queries, options.top, options.layer)
-    for index, (caption, query) in enumerate(zip(found.captions, found.queries.tolist(), strict=True)):
-        file = pictures.save(attention_figure(image, found, index, maps), path, f"-layer{maps.layer}-query{query}")
+    detection, maps = detector.attention(image, queries, options.top, options.layer)
+    for index, (caption, query) in enumerate(zip(detection.captions, detection.queries.tolist(), strict=True)):
+        file = pictures.save(attention_figure(image, detection, index, maps), path, f"-layer{maps.layer}-query{query}")
         say(f"{caption}: wrote {file}")

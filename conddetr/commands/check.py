@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
         for line in summary(report):
             say(line)
     finally:
-        # A pipe that ends early costs no file, and a file that cannot be written no table.
+        # The file is written even if the pipe of the output ends early; the table is shown even if writing fails.
         if options.json:
             write_text(options.json, report.record.to_json())
     return 1 if any(verdict.refused for verdict in report.record.verdicts) else 0

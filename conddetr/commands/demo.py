@@ -29,17 +29,18 @@ RECIPE = {
     "clip_max_norm": 0.02,
     "workers": 1,
 }
-"""Two minutes on two CPU cores, on synthetic shapes. Boxes are learned long before classes, so the class loss weighs
-five times as much as usual. One process trains, on one thread (`use_one_thread`), and another draws the images."""
+"""Two minutes on two CPU cores, on synthetic shapes. Boxes are learned long before classes, so the class loss has five
+times its usual weight. One process trains on one thread (`use_one_thread`), and another draws the images."""
 WORKERS_BESIDE_A_GPU = 2
-"""Processes that draw shapes: the training process does less there, so that it would wait for one."""
+"""Processes that draw shapes on a machine with a GPU: training is faster there and would wait for a single process."""
 RECIPE_FOR_PHOTOS = {"epochs": 100, "lr_drop": 80, "eval_every": 50, "time_limit": 600.0}
-"""A small set of real images is passed over many times, within ten minutes."""
+"""Many epochs over a small set of real images, within ten minutes."""
 EXPECTED_AP50 = 0.85
-"""On held-out shapes, least."""
+"""Smallest accepted AP50 on held-out shapes."""
 ATTENTION_PICTURES = 3
 THRESHOLD = 0.3
-"""Least score that is drawn, unless it is an image's best: after minutes of training, scores are still low."""
+"""Smallest score that is drawn; the best detection of an image is always drawn. After minutes of training, scores are
+still low."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -61,26 +62,26 @@ def run(options: argparse.Namespace) -> None:
 
 
 def recipe_for_shapes(device: str | None) -> dict[str, object]:
-    """Options of the training on synthetic shapes; `device` as torch names it, default CUDA where there is one."""
+    """Options of the training on synthetic shapes; `device` as torch names it, default: CUDA if available."""
     is_gpu = find_device(device).type == "cuda"
     return {**RECIPE, "workers": WORKERS_BESIDE_A_GPU if is_gpu else RECIPE["workers"]}
 
 
 def free_folder(wanted: str | Path) -> Path:
-    """The first of `wanted`, `wanted-2`, `wanted-3`, … that holds no run: an earlier one is not to be lost."""
+    """The first of `wanted`, `wanted-2`, `wanted-3`, … that holds no run, so that no earlier run is lost."""
     wanted = Path(wanted)
     names = itertools.chain([wanted.name], (f"{wanted.name}-{number}" for number in itertools.count(2)))
     return next(folder for folder in map(wanted.with_name, names) if not has_run(folder))
 
 
 def draw_samples(detector: Detector, dataset: Dataset, output_dir: str | Path, count: int = 6) -> list[Path]:
-    """Draw detections in the first images of a data set beside the ground truth, and the attention behind some.
+    """Draw detections beside the ground truth for the first images of a data set, and attention maps for some.
 
     Args:
         detector: trained on the classes of the data set.
         dataset: `CocoDetection` with an `EvalTransform`, or `SyntheticShapes`.
-        output_dir: where `detections.png` and `attention-{i}.png` go.
-        count: how many images.
+        output_dir: folder for `detections.png` and `attention-{i}.png`.
+        count: number of images.
 
     Returns:
         The files written.
@@ -94,11 +95,13 @@ def draw_samples(detector: Detector, dataset: Dataset, output_dir: str | Path, c
         pixels, target = dataset[index]
         image = denormalize(pixels)
         truth = _truth(target, image, detector)
-        found = detector.predict(image, THRESHOLD)[0]
-        if not found:
-            found = detector.predict(image, threshold=0.0, top_k=1)[0]
+        detection = detector.predict(image, THRESHOLD)[0]
+        if not detection:
+            detection = detector.predict(image, threshold=0.0, top_k=1)[0]
         draw_boxes(grid[0, index], image, *truth, title="ground truth")
-        draw_boxes(grid[1, index], image, found.boxes, found.labels.tolist(), found.captions, title="detections")
+        draw_boxes(
+            grid[1, index], image, detection.boxes, detection.labels.tolist(), detection.captions, title="detections"
+        )
         if index < ATTENTION_PICTURES:
             best, maps = detector.attention(image)
             picture = attention_figure(image, best, 0, maps)
@@ -115,28 +118,28 @@ def _truth(target: dict, image: torch.Tensor, detector: Detector) -> tuple:
 
 
 def use_one_thread() -> None:
-    """More threads gain nothing on a tiny model, and would wait for the core that draws the images.
+    """Train on one thread: more gain nothing on a tiny model and would wait for the core that draws the images.
 
-    The weights do not depend on the number of cores then.
+    The weights then do not depend on the number of cores.
     """
     torch.set_num_threads(1)
 
 
 def check_learned(metrics: dict[str, float]) -> None:
-    """Say whether the model has learned to detect synthetic shapes.
+    """Print whether the model has learned to detect synthetic shapes.
 
     Raises:
-        ValueError: it has not; everything was written all the same.
+        ValueError: it has not learned; all files are written nevertheless.
     """
-    found = f"AP50 {percent(metrics['AP50'])} on held-out shapes"
+    result = f"AP50 {percent(metrics['AP50'])} on held-out shapes"
     least = f"at least {100 * EXPECTED_AP50:.0f} is expected"
     if metrics["AP50"] < EXPECTED_AP50:
-        raise ValueError(f"{found}: {least}. Something is wrong with this installation: try `make test`.")
-    say(f"{found}: the model has learned ({least})")
+        raise ValueError(f"{result}: {least}. Something is wrong with this installation: try `make test`.")
+    say(f"{result}: the model has learned ({least})")
 
 
 def report(result: CocoResult, files: list[Path]) -> None:
-    """Print what the demonstration found and wrote."""
+    """Print the demonstration's metrics and the files it wrote."""
     show("COCO metrics on held-out images, in percent", metrics_table(result.metrics))
     say(result.describe())
     for file in files:

@@ -18,10 +18,10 @@ def run(options: argparse.Namespace) -> None:
     say(f"Python {platform.python_version()}, device {device} ({name})")
     for package in ("torch", "torchvision", "triton", "pycocotools", "faster-coco-eval"):
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
-            found = "not installed"
-        say(f"{package} {found}")
+            installed = "not installed"
+        say(f"{package} {installed}")
     say(f"native kernels: {native.NOT_LOADED or native.describe(device)}")
     dtypes = (torch.float32, torch.bfloat16)
     table = Table()
@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> None:
     for name, operation in sorted(registry.OPERATIONS.items()):
         choices = [operation.choose("auto", device, dtype) for dtype in dtypes]
         table.add_row(name, *(choice.backend for choice in choices))
-        for backend, why in {item for choice in choices for item in choice.refused.items()}:
-            reasons.setdefault(f"{backend} is refused: {why}", []).append(name)
-    show("what backend=auto picks", table)
-    for reason, names in sorted(reasons.items()):
-        say(f"{reason} ({', '.join(names) if len(names) < 4 else f'{len(names)} operations'})")
+        for backend, reason in {item for choice in choices for item in choice.refused.items()}:
+            reasons.setdefault(f"{backend} is refused: {reason}", []).append(name)
+    show("backends that backend=auto selects", table)
+    for line, names in sorted(reasons.items()):
+        say(f"{line} ({', '.join(names) if len(names) < 4 else f'{len(names)} operations'})")

@@ -25,11 +25,11 @@ def run(options: argparse.Namespace) -> None:
     data = chosen_data(options)
     if "train_images" in data:
         raise ValueError(unused("train_images", "eval"))
-    read = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
+    inputs = options.checkpoint, *(value for value in data.values() if isinstance(value, str))
     check_json_target("--results", options.results)
     check_json_target("--out", options.out)
-    refuse_overwriting("--results", options.results, read)
-    refuse_overwriting("--out", options.out, (*read, options.results))
+    refuse_overwriting("--results", options.results, inputs)
+    refuse_overwriting("--out", options.out, (*inputs, options.results))
     loading = options.batch_size, options.workers
     result = coco_numbers(*source, data, *loading, options.results, options.classes_by_name, options.split)
     if result is None:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         show(f"COCO metrics of {options.checkpoint}, in percent", metrics_table(result.metrics))
         say(result.describe())
     finally:
-        # A pipe that ends early costs no file, and a file that cannot be written no numbers.
+        # The file is written even if the pipe of the output ends early; the metrics are shown even if writing fails.
         if options.out:
             write_text(options.out, json.dumps(content, indent=1) + "\n")
 
@@ -61,34 +61,36 @@ def coco_numbers(
     by_name: bool = False,
     split: str = "val",
 ) -> CocoResult | None:
-    """COCO's numbers of a checkpoint, with torchrun's other processes; None on every rank but 0, and where the images
-    have no annotations.
+    """COCO metrics of a checkpoint, together with torchrun's other processes; None on all ranks but 0, and if the
+    images have no annotations.
 
-    `data` and `split` as `evaluation_set` takes them; detections are written to `results`; `by_name` as `detect`.
+    `data` and `split` are those of `evaluation_set`, `by_name` that of `detect`; detections are written to `results`.
     """
 
     check_loading(batch_size, workers)
-    with distributed.process_group(device or "") as own_device:
-        detector = Detector.from_checkpoint(checkpoint, preset, str(own_device), backend, precision)
+    with distributed.process_group(device or "") as process_device:
+        detector = Detector.from_checkpoint(checkpoint, preset, str(process_device), backend, precision)
         val_set = evaluation_set(data, detector.data, detector.classes, detector.config, split)
-        # Better refused now than after the detections are made.
+        # A missing library is reported now, not after the detections are computed.
         if val_set.is_annotated:
             coco_library()
         elif not results:
             raise ValueError(
-                f"Annotation file {val_set.annotation_file} has no list 'annotations', so that there is nothing to "
-                "compare detections with: --results FILE writes them."
+                f"Annotation file {val_set.annotation_file} has no list 'annotations', so there is nothing to compare "
+                "detections with; --results FILE writes the detections."
             )
-        print_chosen(detector, own_device)
+        print_chosen(detector, process_device)
         group = distributed.rank(), distributed.world_size()
-        how = {"by_name": by_name, "precision": detector.precision}
-        found = detect(detector.model, detector.classes, val_set, own_device, batch_size, workers, *group, **how)
-    if found is None:
+        options = {"by_name": by_name, "precision": detector.precision}
+        detections = detect(
+            detector.model, detector.classes, val_set, process_device, batch_size, workers, *group, **options
+        )
+    if detections is None:
         return None
     if results:
-        found.write(results)
-        say(f"{val_set.source}: {len(val_set)} images, {len(found)} detections; wrote {results}")
+        detections.write(results)
+        say(f"{val_set.source}: {len(val_set)} images, {len(detections)} detections; wrote {results}")
     if not val_set.is_annotated:
         say(f"{val_set.source} has no annotations: there are no metrics.")
         return None
-    return coco_result(val_set.ground_truth(), found, source=val_set.source)
+    return coco_result(val_set.ground_truth(), detections, source=val_set.source)

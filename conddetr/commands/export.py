@@ -12,7 +12,7 @@ def run(options: argparse.Namespace) -> None:
     refuse_overwriting("--out", options.out, [options.checkpoint])
     detector = Detector.from_checkpoint(options.checkpoint, options.preset, "cpu")
     path = options.out or f"runs/export/model{SUFFIXES[options.format]}"
-    with console.status("exporting, then comparing the file with the model"):
+    with console.status("exporting and comparing the file with the model"):
         report = detector.export(path, options.format, options.size and tuple(options.size))
     megabytes = report.path.stat().st_size / 1e6
     for line in (

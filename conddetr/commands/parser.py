@@ -1,4 +1,4 @@
-"""The flags of all commands. Importing this takes no time: it needs neither PyTorch nor the commands."""
+"""The flags of all commands. It imports neither PyTorch nor the commands, so importing it is fast."""
 
 import argparse
 from typing import TYPE_CHECKING, NoReturn, get_args
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Prints its help in any encoding, and errors in one line, because `train` alone has a page of options. The parsers
+    """Prints help in any encoding, and errors in one line, because the usage of `train` alone fills a page. The parsers
     of the commands have this class too.
     """
 
@@ -60,8 +60,8 @@ def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
 def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = commands.add_parser(
         "eval",
-        help="COCO's twelve numbers of a checkpoint",
-        description="COCO's twelve numbers of a checkpoint: on all images of an annotation file (--images, "
+        help="compute the COCO metrics of a checkpoint",
+        description="Compute the twelve COCO metrics of a checkpoint: on all images of an annotation file (--images, "
         "--annotations), on the validation images of a data set (--dataset, --coco-path), or by default on those of "
         "its training. Under torchrun the processes share the images.",
     )
@@ -72,8 +72,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _add_checkpoint(parser)
     parser.add_argument("--batch-size", type=int, default=2, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
-    parser.add_argument("--out", metavar="FILE", help="also write the numbers there, as JSON")
-    parser.add_argument("--results", metavar="FILE", help="also write the detections there, in COCO's results format")
+    parser.add_argument("--out", metavar="FILE", help="also write the metrics to this file, as JSON")
+    parser.add_argument(
+        "--results", metavar="FILE", help="also write the detections to this file, in COCO's results format"
+    )
     parser.add_argument("--split", default="val", choices=("val", "test"), help="part of a --dataset; default: val")
     parser.add_argument(
         "--classes-by-name", action="store_true", help="match classes by name and ignore their ids in the data set"
@@ -95,7 +97,7 @@ def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
         default="runs/predict",
         help="folder for the drawn images; only pictures of the same images that predict drew earlier are replaced",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn")
 
 
 def _add_attention(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -145,9 +147,9 @@ def _add_validate_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--images", metavar="DIR", help="folder of the images of --annotations")
     parser.add_argument("--val-annotations", metavar="FILE", help="of validation images, compared with --annotations")
     parser.add_argument("--val-folder", metavar="DIR", help="folder of the images of --val-annotations")
-    parser.add_argument("--report", metavar="FILE", help="also write the findings there, as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write the findings to this file, as JSON")
     parser.add_argument(
-        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations there, and list the changes"
+        "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations to this file, and list the changes"
     )
     parser.add_argument("--processes", type=int, help="number of processes that read images; default: one per core")
 
@@ -159,7 +161,7 @@ def _add_bench_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--preset", default="conditional-detr-r50", choices=list(PRESETS), help="the preset whose image sizes are used"
     )
-    parser.add_argument("--count", type=int, default=100, help="maximal number of images")
+    parser.add_argument("--count", type=int, default=100, help="maximum number of images")
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images")
 
 
@@ -186,7 +188,7 @@ def _add_check(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="on a GPU, first measure the launch settings of attention that are predicted to be fastest, and record "
         "the best",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the record there")
+    parser.add_argument("--json", metavar="FILE", help="also write the record to this file")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -20,18 +20,20 @@ def run(options: argparse.Namespace) -> None:
     print_chosen(detector, detector.device)
     if len(images) > 1 and options.backend != "eager":
         detector = detector.fused()
-    faults = []
+    errors = []
     for path in images:
         try:
             image = read_image(path)
         except (OSError, ValueError) as error:
-            faults.append(error)
+            errors.append(error)
             if len(images) > 1:
                 say(f"{path}: left out: {error}")
             continue
-        found = detector.predict(image, options.threshold)[0]
-        file = pictures.save(detections_figure(image, found.boxes, found.labels.tolist(), found.captions), path)
-        say(f"{path}: {len(found)} objects; wrote {file}")
-    if faults:
-        others = f"{len(faults)} of {len(images)} images cannot be read, first: " if len(images) > 1 else ""
-        raise ValueError(f"{others}{faults[0]}")
+        detection = detector.predict(image, options.threshold)[0]
+        file = pictures.save(
+            detections_figure(image, detection.boxes, detection.labels.tolist(), detection.captions), path
+        )
+        say(f"{path}: {len(detection)} objects; wrote {file}")
+    if errors:
+        prefix = f"{len(errors)} of {len(images)} images cannot be read, first: " if len(images) > 1 else ""
+        raise ValueError(f"{prefix}{errors[0]}")

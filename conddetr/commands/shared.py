@@ -1,4 +1,4 @@
-"""What several commands say."""
+"""Output that several commands share."""
 
 import torch
 
@@ -9,7 +9,7 @@ from conddetr.engine.progress import say
 
 
 def print_chosen(detector: Detector, device: torch.device) -> None:
-    """One line: what a detector runs on a device, whose kernels are checked before if nothing is known of them."""
+    """Print the implementations that a detector uses on a device. Kernels without a record are checked before."""
     config, backend = detector.model.config, detector.model.backend
     prove(device, backend)
     if distributed.is_main():

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
         # The official way to evaluate a checkpoint.
         checkpoint = checkpoint if run.resume == "auto" else Path(run.resume)
         data = official_evaluation(run.data, chosen)
-        # Weights do not tell dilation: an official file without arguments takes it from the flags.
+        # Weights do not show dilation: for an official file without arguments it comes from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
         source = checkpoint, preset, run.device, run.backend, run.train.precision
         result = coco_numbers(*source, data, run.train.batch_size, run.train.workers)
@@ -38,6 +38,6 @@ def run(options: argparse.Namespace) -> None:
     else:
         raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")
     show(f"COCO metrics of {checkpoint}, in percent", metrics_table(metrics))
-    # A run that was complete has its numbers from the checkpoint.
+    # If the run was complete already, the metrics come from the checkpoint and there is no result.
     if result is not None:
         say(result.describe())

@@ -16,7 +16,7 @@ from conddetr.files import check_json_target, refuse_overwriting, write_text
 
 def run(options: argparse.Namespace) -> int:
     if options.fix and (not options.annotations or options.val_annotations):
-        raise ValueError("--fix: it cleans one annotation file: name it with --annotations, and its --images.")
+        raise ValueError("--fix cleans one annotation file: name it with --annotations, and its images with --images.")
     sources = _sources_to_validate(options)
     files = [source for _, source in sources.values() if isinstance(source, str | Path)]
     check_json_target("--report", options.report)
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sources_to_validate(options: argparse.Namespace) -> dict[str, tuple[str | Path, str | Path | Annotations]]:
-    """By `train`, `val` and `test`, the folder of the images, and the annotation file or what was read."""
+    """Image folder and annotations (a file, or annotations that are read already) by `train`, `val` and `test`."""
 
     names = ("dataset", "coco_path", "annotations", "images", "val_annotations", "val_folder")
     given = {name: getattr(options, name) for name in names}
@@ -67,7 +67,10 @@ def _sources_to_validate(options: argparse.Namespace) -> dict[str, tuple[str | P
 
 
 def _fixed_or_reported(options: argparse.Namespace, reports: list[ValidationReport]) -> int:
-    """Print the reports, carry out --fix and --report; the exit status. A pipe that ends early costs no report."""
+    """Print the reports, carry out --fix and --report; returns the exit status.
+
+    The report file is written even if the pipe of the output ends early.
+    """
 
     ok = all(report.ok for report in reports)
     content = {"ok": ok, "data_sets": [report.to_dict() for report in reports]}
@@ -79,7 +82,7 @@ def _fixed_or_reported(options: argparse.Namespace, reports: list[ValidationRepo
             fixed = fix(reports[0], options.fix)
             content["fixed"] = fixed.to_dict()
             show(fixed.summary(), fixed.table())
-            say("No errors are left there: train on that file.")
+            say("The copy has no errors: train on it.")
     finally:
         if options.report:
             write_text(options.report, json.dumps(content, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""What a model, its data and a run are made of: typed options, checked and printable. No PyTorch is imported here.
+"""Configuration of models, data and runs: typed options, checked and printable. No PyTorch is imported here.
 
-`model.py` has the model and its presets, `build.py` how it is built and run, `run.py` data, training and the whole run,
-`flags.py` the same options on the command line, `checks.py` what they share.
+`model.py` has the model and its presets, `build.py` options of building and running it, `run.py` data, training and the
+whole run, `flags.py` the same options on the command line, `checks.py` the checks that they share.
 """
 
 from conddetr.config.build import BUILD_OPTIONS, Backend, Precision, check_backend, check_build

@@ -1,4 +1,4 @@
-"""How a model is built and run, which is no part of what it computes."""
+"""Options of building and running a model. They do not change the function that it computes."""
 
 from typing import Literal
 
@@ -8,16 +8,16 @@ Backend = Literal["eager", "triton", "native", "auto"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 BUILD_OPTIONS = ("backend", "pretrained_backbone")
-"""Options of `build` that are none of `ModelConfig`, of which they were once: older configurations have them there."""
+"""Options of `build` that were formerly fields of `ModelConfig`; older configurations still have them there."""
 
 
 def check_backend(backend: str) -> None:
-    """Raise a ValueError for what is no `Backend`."""
+    """Raise a ValueError if `backend` is not a `Backend`."""
     check_value("Model option backend", backend, Backend)
 
 
 def check_build(backbone: str, backend: str = "auto", pretrained_backbone: bool = False) -> None:
-    """Raise a ValueError for options of `build` with a wrong value, or without use for the backbone."""
+    """Raise a ValueError for options of `build` that have a wrong value or that the backbone does not support."""
     check_backend(backend)
     check_value("Model option pretrained_backbone", pretrained_backbone, bool)
     if backbone == "tiny" and pretrained_backbone:

@@ -1,6 +1,7 @@
 """The options of `conddetr train` as command-line flags: every field of the configuration, and the official flags.
 
-A flag is spelled with hyphens or with underscores. Official flags are those of `main.py` of Conditional DETR and DETR.
+Flags are accepted with hyphens and with underscores. Official flags are those of Conditional DETR's and DETR's
+`main.py`.
 """
 
 import argparse
@@ -27,27 +28,27 @@ OFFICIAL_NAMES = {
     "num_workers": "workers",
     "out": "output_dir",
 }
-"""Other names of our options."""
+"""Official names of our options, and the option each stands for."""
 
 WITHOUT_MEANING = {
-    "start_epoch": "a checkpoint knows where it stopped",
-    "world_size": "torchrun says how many processes there are",
-    "dist_url": "torchrun says where the processes meet",
+    "start_epoch": "a checkpoint holds the epoch at which it was saved",
+    "world_size": "torchrun sets the number of processes",
+    "dist_url": "torchrun sets the address where the processes meet",
     "remove_difficult": "the official code does not use it either",
     "mask_loss_coef": "there is no mask head",
     "dice_loss_coef": "there is no mask head",
 }
-"""Official flags that change nothing here, and why: accepted, with one line that says so."""
+"""Official flags that have no effect here, with the reason. They are accepted, and one line reports it."""
 
 FIXED = {
-    "dataset_file": ("coco", "other data sets go through COCO's annotation format"),
-    "position_embedding": ("sine", "learned positions are not built"),
-    "coco_panoptic_path": (None, "panoptic segmentation is not built"),
-    "frozen_weights": (None, "it is for segmentation, which is not built"),
-    "masks": (None, "segmentation is not built"),
-    "pre_norm": (None, "only the paper's post-norm is built"),
+    "dataset_file": ("coco", "other data sets need COCO's annotation format"),
+    "position_embedding": ("sine", "learned positions are not implemented"),
+    "coco_panoptic_path": (None, "panoptic segmentation is not implemented"),
+    "frozen_weights": (None, "it is for segmentation, which is not implemented"),
+    "masks": (None, "segmentation is not implemented"),
+    "pre_norm": (None, "only the paper's post-norm is implemented"),
 }
-"""Official flags with the only value that is accepted (None: none), and why others are refused."""
+"""Official flags with the only accepted value (None: none), and why other values are refused."""
 
 SHARED_NAMES = (
     "batch_size",
@@ -62,12 +63,12 @@ SHARED_NAMES = (
     "output_dir",
     "weight_decay",
 )
-"""Official flags that are options of ours under the same name, with underscores, which our own pages write as hyphens.
-Those without any, as `--lr`, do not tell for which program a command was written.
+"""Official flags with the same names as our options. The official ones have underscores, our pages use hyphens. Names
+without either, such as `--lr`, do not show for which program a command was written.
 """
 
 ONCE_SWITCHES = ("cuda_graphs",)
-"""Options that were switches once: without a value they mean `on`, and with `no-` in front `off`."""
+"""Options that were formerly switches: without a value they mean `on`, and with `no-` in front `off`."""
 
 _SWITCHES = ("remove_difficult", "masks", "pre_norm")
 
@@ -75,7 +76,7 @@ _OFFICIAL_FLAGS = {f"--{name}" for name in ({*OFFICIAL_NAMES} - {"out"}).union(W
 
 
 class _Store(argparse.Action):
-    """Stores what a flag says, `const` where it takes no value, and notes a flag that is spelled as in `main.py`."""
+    """Stores a flag's value, or `const` if it takes none, and remembers a flag that is spelled as in `main.py`."""
 
     def __call__(
         self,
@@ -106,13 +107,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_data(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `DataConfig` that the flags of `add_data_options` give."""
+    """The fields of `DataConfig` that were given as flags of `add_data_options`."""
     given = vars(options)
     return {option.name: given[option.name] for option in fields(DataConfig) if option.name in given}
 
 
 def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> None:
-    """A flag for each option, absent from the result where it is not given."""
+    """Add a flag for each option; options that are not given are absent from the result."""
     help_of = option_help()
     for name, kind in types.items():
         names = [name, *(alias for alias, ours in OFFICIAL_NAMES.items() if ours == name)]
@@ -136,19 +137,20 @@ def _spellings(name: str) -> list[str]:
 
 
 def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """What the user chose, flat, the flags over the file, and a line for every flag without meaning here.
+    """The user's options, flat, with flags overriding the file, and one line for every flag that has no effect here.
 
-    Official flags mean the official precision, float32, where none is given; a line says so.
+    With official flags the default precision is the official one, float32; a line says so.
 
     Raises:
-        ValueError: an official flag asks for what is not built; names it. The file and `--preset` describe two models.
+        ValueError: an official flag requests a feature that is not implemented; the message names it. Or the file and
+            `--preset` describe different models.
         FileNotFoundError: no such configuration file.
     """
     given = vars(options)
     notes = []
     for name, reason in WITHOUT_MEANING.items():
         if f"official_{name}" in given:
-            notes.append(f"--{name} changes nothing here: {reason}.")
+            notes.append(f"--{name} has no effect here: {reason}.")
     for name, (accepted, reason) in FIXED.items():
         value = given.get(f"official_{name}", accepted)
         if value != accepted:
@@ -159,23 +161,25 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     chosen = {**chosen, **flags}
     if "official_flag" in given and "precision" not in chosen:
         chosen["precision"] = "float32"
-        notes.append(f"{given['official_flag']} is the official repository's: precision float32, as there.")
+        notes.append(
+            f"{given['official_flag']} is an official flag: the precision is float32, as in the official code."
+        )
     return chosen, notes
 
 
 def _check_preset(of_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
-    """Refuse a preset that the options of a file, which belong to another, would override."""
+    """Refuse a preset if the file sets model options of another preset, which would override it."""
     described = [option.name for option in fields(ModelConfig) if option.name in of_file]
     named = flags.get("preset", of_file.get("preset"))
     if described and of_file.get("preset", named) != named:
         raise ValueError(
-            f"--preset {named}: the configuration file is of {of_file['preset']} and sets options of its model, "
-            f"{len(described)} of them, first {described[0]!r}: take preset and model out of the file."
+            f"--preset {named}: the configuration file is for {of_file['preset']} and sets {len(described)} options "
+            f"of its model, first {described[0]!r}: remove preset and model from the file."
         )
 
 
 def unknown_flag(parser: argparse.ArgumentParser, flags: Sequence[str]) -> str:
-    """The error message for what a parser left over."""
+    """Error message for arguments that a parser did not recognize."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     flag = next((flag for flag in flags if flag.startswith("--")), flags[0])
     return f"unknown option {flag!r}.{nearest(flag.partition('=')[0], sorted(known))}"

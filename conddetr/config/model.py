@@ -15,8 +15,8 @@ Backbone = Literal["resnet50", "resnet101", "tiny"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that defines a detector and its criterion. Every field is an override of `build`, which has options
-    of its own besides (`conddetr.config.build`).
+    """Everything that defines a detector and its criterion. Every field is an override of `build`, which also has its
+    own options (`conddetr.config.build`).
 
     Sources: Conditional DETR (Meng et al., ICCV 2021, "CD" below) and DETR (Carion et al., ECCV 2020).
     """
@@ -90,7 +90,7 @@ class ModelConfig:
 
     @property
     def activation(self) -> str:
-        """Function from logits to scores: `sigmoid` or `softmax`."""
+        """Function that turns logits into scores: `sigmoid` or `softmax`."""
         return FAMILIES[self.family].activation
 
     def to_dict(self) -> dict[str, Any]:
@@ -144,13 +144,15 @@ def resolve(preset: str, **overrides: Any) -> ModelConfig:
         raise ValueError(f"Unknown preset {preset!r}.{nearest(preset, list(PRESETS))}")
     for name in BUILD_OPTIONS:
         if name in overrides:
-            raise ValueError(f"{name} is an option of conddetr.build and conddetr.DETR, not of a configuration.")
+            raise ValueError(
+                f"{name} is an option of conddetr.build and conddetr.DETR, not of the model configuration."
+            )
     return from_dict({**PRESETS[preset].to_dict(), **overrides})
 
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
-    """A checked `ModelConfig` from a dict; fields that are absent keep their defaults, and `BUILD_OPTIONS`, which were
-    fields once, are left out.
+    """A checked `ModelConfig` from a dict. Absent fields keep their defaults; `BUILD_OPTIONS`, which were formerly
+    fields, are left out.
 
     Raises:
         ValueError: unknown field (with the nearest name), or a value out of range.
@@ -169,10 +171,10 @@ def from_dict(values: dict[str, Any]) -> ModelConfig:
 def _check_combinations(config: ModelConfig) -> None:
     default = ModelConfig()
     for name, family in FAMILIES.items():
-        own = family.own_options
-        if name != config.family and any(getattr(config, option) != getattr(default, option) for option in own):
-            are = "are options" if len(own) > 1 else "is an option"
-            raise ValueError(f"{' and '.join(own)} {are} of the {name} family, not of {config.family}.")
+        options = family.own_options
+        if name != config.family and any(getattr(config, option) != getattr(default, option) for option in options):
+            are = "are options" if len(options) > 1 else "is an option"
+            raise ValueError(f"{' and '.join(options)} {are} of the {name} family, not of {config.family}.")
     if config.backbone == "tiny" and config.dilation:
         raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")
 

@@ -1,4 +1,4 @@
-"""What a training run is made of: typed options, from a file and from overrides, checked and printable."""
+"""Configuration of a training run: typed options, from a file and from overrides, checked and printable."""
 
 import ast
 import inspect
@@ -19,7 +19,7 @@ from conddetr.config.model import ModelConfig
 from conddetr.files import read_text
 
 _LARGEST_SEED = 2**63 - 1
-"""PyTorch draws from no larger one."""
+"""Largest seed that PyTorch accepts."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainConfig:
     weight_decay: float = 1e-4
     """Weight decay of AdamW, for all parameters."""
     clip_max_norm: float = 0.1
-    """Maximal norm of the gradient of all parameters together; 0: no clipping."""
+    """Maximum norm of the gradient of all parameters together; 0: no clipping."""
     ema_decay: float = 0.0
     """Decay per step of the moving average of the weights, e.g. 0.9997; the average is then evaluated. 0: none."""
     ema_ramp: int = 2000
@@ -82,13 +82,13 @@ class TrainConfig:
     preflight: bool = False
     """Run the largest batch first, to see whether the memory suffices."""
     seed: int = 42
-    """Of initial weights, order of images, augmentation and dropout."""
+    """Seed of initial weights, order of images, augmentation and dropout."""
     time_limit: float = 0.0
     """Stop training after this many seconds without evaluation, as if all epochs were done; 0: no limit."""
 
     def __post_init__(self) -> None:
         if isinstance(self.cuda_graphs, bool):
-            # So it was written once.
+            # Older files have true or false.
             object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
         check_values(self, "Training option")
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
@@ -102,7 +102,10 @@ class TrainConfig:
         if self.seed > _LARGEST_SEED:
             raise ValueError(f"Training option seed: expected at most {_LARGEST_SEED} (2^63 - 1), got {self.seed}.")
         if self.cuda_graphs == "on" and self.check_finite == "always":
-            raise ValueError("Training option check_finite: `always` waits for the device, which cuda_graphs cannot.")
+            raise ValueError(
+                "Training option check_finite: `always` makes the host wait for the device, which cuda_graphs `on` "
+                "cannot do."
+            )
         if self.ema_decay >= 1:
             raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
 
@@ -151,7 +154,7 @@ class DataConfig:
         """The option that names the images, or `synthetic`.
 
         Raises:
-            ValueError: several do, or a part of what is needed is missing.
+            ValueError: several options name images, or a required option is missing.
         """
         given = [name for name in ("dataset", "coco_path", "annotations") if getattr(self, name)]
         if len(given) > 1:
@@ -165,16 +168,16 @@ class DataConfig:
         return given[0] if given else "synthetic"
 
     def check_used(self) -> None:
-        """Refuse what a training would not look at.
+        """Refuse options that training would ignore.
 
         Raises:
-            ValueError: an option is given that has no meaning beside the others; or as `kind`.
+            ValueError: an option has no effect with the others; or as `kind`.
         """
         used = _USED[self.kind] - ({"val_fraction"} if self.val_annotations else set())
         for option in fields(self):
             if option.name not in used and getattr(self, option.name) != option.default:
-                what = "val_annotations" if self.val_annotations and option.name == "val_fraction" else self.kind
-                raise ValueError(unused(option.name, what))
+                other = "val_annotations" if self.val_annotations and option.name == "val_fraction" else self.kind
+                raise ValueError(unused(option.name, other))
 
 
 _USED = {
@@ -183,18 +186,18 @@ _USED = {
     "annotations": {"annotations", "images", "val_fraction", "val_annotations", "val_folder"},
     "synthetic": {"train_images", "val_images"},
 }
-"""What each kind of data is described by."""
+"""The options that describe each kind of data."""
 
 
 def unused(name: str, kind: str) -> str:
-    """The error message for a data option that has no meaning beside another."""
-    beside = "synthetic shapes (no images are named)" if kind == "synthetic" else f"`{kind}`"
-    return f"Data option {name} has no use beside {beside}: leave it out."
+    """Error message for a data option that has no effect with another."""
+    other = "synthetic shapes (no images are named)" if kind == "synthetic" else f"`{kind}`"
+    return f"Data option {name} has no effect with {other}: leave it out."
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run, resolved: `resolve_run` makes it."""
+    """A whole run, as `resolve_run` resolves it."""
 
     preset: str = ""
     """Name of the model; default: `conditional-detr-r50`, on synthetic shapes `conditional-detr-tiny`."""
@@ -212,7 +215,7 @@ class RunConfig:
     backend: Backend = "auto"
     """Implementation of the operations. `auto`: the best that can run; `triton` or `native`: an error if it cannot run;
     `eager`: the reference in plain PyTorch, with every module called and nothing folded. Weights are loaded with
-    `auto`, whatever backend trained them, unless another one is requested."""
+    `auto`, independent of the backend that trained them, unless another one is requested."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -228,30 +231,32 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": 
 
 
 def option_types() -> dict[str, type]:
-    """Every option of a run by name, with its type. The class count is no option: it comes from the data."""
-    own = [option for option in fields(RunConfig) if option.name not in SECTIONS]
-    parts = [option for section in SECTIONS.values() for option in fields(section)]
-    return {option.name: plain_type(option.type) for option in own + parts if option.name != "num_classes"}
+    """Every option of a run by name, with its type. The number of classes is not an option: it comes from the data."""
+    run_options = [option for option in fields(RunConfig) if option.name not in SECTIONS]
+    section_options = [option for section in SECTIONS.values() for option in fields(section)]
+    return {
+        option.name: plain_type(option.type) for option in run_options + section_options if option.name != "num_classes"
+    }
 
 
 def option_help() -> dict[str, str]:
-    """What the docstrings under the fields say of each option."""
-    found = {}
+    """Help text of each option, from the docstring under its field."""
+    texts = {}
     for config in (RunConfig, *SECTIONS.values()):
         tree = ast.parse(textwrap.dedent(inspect.getsource(config)))
         [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef)]
         for pair in pairwise(body):
             match pair:
                 case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    found[name] = " ".join(text.split())
-    return found
+                    texts[name] = " ".join(text.split())
+    return texts
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, those of the sections `model`, `data` and `train` beside the others.
+    """Options by name, with the sections `model`, `data` and `train` merged into the others.
 
     Raises:
-        ValueError: one is given twice.
+        ValueError: an option is given twice.
     """
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -264,14 +269,14 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resolve_run(values: Mapping[str, Any]) -> RunConfig:
-    """A checked run from options by name; what is absent takes the preset's defaults.
+    """A checked run from options by name; absent options take the preset's defaults.
 
     Args:
         values: options of `RunConfig`, `ModelConfig`, `DataConfig` and `TrainConfig`, flat or under the keys
             `model`, `data` and `train`.
 
     Raises:
-        ValueError: unknown option (with the nearest name), one given twice, a wrong type, or a value out of range.
+        ValueError: unknown option (with the nearest name), an option given twice, a wrong type, a value out of range.
     """
     flat = flatten(values)
     flat.pop("num_classes", None)
@@ -286,11 +291,11 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     run = part(RunConfig)
     data = DataConfig(**part(DataConfig))
     has_images = data.dataset or data.coco_path or data.annotations or data.val_annotations
-    usual = "conditional-detr-r50" if has_images else "conditional-detr-tiny"
-    preset = run.pop("preset", "") or usual
+    default = "conditional-detr-r50" if has_images else "conditional-detr-tiny"
+    preset = run.pop("preset", "") or default
     model = models.resolve(preset, **part(ModelConfig))
     is_tiny = model.backbone == "tiny"
-    # A ResNet that starts from nothing learns little; the tiny backbone has no other weights.
+    # A ResNet from random weights learns little; the tiny backbone has no pretrained weights.
     run.setdefault("pretrained_backbone", not is_tiny)
     train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
     run["preset"] = models.preset_name(model.family, model.backbone, model.dilation)

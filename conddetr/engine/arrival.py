@@ -1,4 +1,4 @@
-"""Values on their way from the device to the host, which does not wait until it wants them."""
+"""Asynchronous copies from the device to the host, which waits only when it reads the values."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,9 @@ class Arrival:
     """A copy of a tensor in host memory, started at once."""
 
     def __init__(self, values: Tensor) -> None:
-        """`values`: as they are by now in their device's order of work; they may change afterwards, on a GPU only."""
+        """`values`: copied in stream order, as queued work leaves them. On a GPU, and only there, they may change
+        afterwards.
+        """
         self._values, self._event = values, None
         if values.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -16,7 +18,7 @@ class Arrival:
             self._event = torch.cuda.current_stream(values.device).record_event()
 
     def wait(self) -> Tensor:
-        """The values, on the host."""
+        """Wait for the copy; returns the values on the host."""
         if self._event is not None:
             self._event.synchronize()
         return self._values

@@ -1,11 +1,11 @@
 """Checkpoint files: written atomically and in the background, read without unpickling code.
 
 A run's folder holds `checkpoint.pt`, the state after the latest save; `checkpoint.previous.pt`, the one before it;
-`best.pt`, the weights of the best evaluation; and `epoch-N.pt` where asked for. The weights of `checkpoint.pt` and
-`best.pt` stand beside them as `.safetensors`.
+`best.pt`, the weights of the best evaluation; and `epoch-N.pt` if requested. The weights of `checkpoint.pt` and
+`best.pt` are also written beside them as `.safetensors`.
 
-All `.pt` files are for `torch.load`. That of `best.pt` is a dict with the weights under "model"; the others have all
-tensors of one dtype in a flat one and a checksum of everything, and `read_checkpoint` returns them by name.
+`torch.load` reads all `.pt` files. `best.pt` is a dict with the weights under "model". In the others, tensors are
+packed by dtype, with a checksum of everything; `read_checkpoint` returns the tensors by name.
 """
 
 import hashlib
@@ -36,13 +36,13 @@ LATEST = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 BEST = "best.pt"
 DAMAGED = ".damaged"
-"""Ending of the name that a damaged `checkpoint.pt` gets when a run goes on from the one before it."""
+"""Suffix that a damaged `checkpoint.pt` gets when a run resumes from the previous one."""
 METADATA = ("config", "classes", "run", "metrics")
-"""What stands beside the weights in a `.safetensors` file: the model's configuration, its classes, and where the
-weights are of a run, its whole configuration and the numbers of its last evaluation."""
+"""Metadata of a `.safetensors` file: the model's configuration and its classes; for weights of a run also the whole
+configuration of the run and the metrics of its last evaluation."""
 FORMAT = "conddetr checkpoint 2"
 NICENESS = 5
-"""How much lower the priority of the thread that writes is than that of the others, on a scale of 40."""
+"""How much lower the writer thread's priority is than that of the other threads, on a scale of 40."""
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -55,51 +55,53 @@ UNREADABLE = (
     pickle.UnpicklingError,
     SafetensorError,
 )
-"""What the libraries raise for a file that is damaged."""
+"""Exceptions that the libraries raise for damaged files."""
 
 
 class Packed:
-    """A copy in host memory of nested dicts and lists, their tensors one after the other in a flat one per dtype.
+    """A copy of nested dicts and lists in host memory. Tensors lie one after the other in a flat tensor per dtype.
 
-    Tensors are pickled one by one in Python, during which no other thread runs; a run has a thousand, and training
-    would wait. Few big ones are written without Python.
+    Python pickles tensors one by one and lets no other thread run meanwhile. A run has a thousand tensors, so training
+    would wait. A few big tensors are written without blocking Python.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        """Copy `content`; the copies of tensors on a GPU may arrive later, which `unpack` and `write` wait for."""
-        found: list[tuple[tuple, Tensor]] = []
-        self.plain = _without_tensors(content, (), found)
-        self._kinds = _kinds(found)
-        self.layout = [(path, str(dtype).removeprefix("torch."), tuple(shape)) for path, dtype, shape in self._kinds]
+        """Copy `content`. Copies from a GPU may arrive later; `unpack` and `write` wait for them."""
+        tensors: list[tuple[tuple, Tensor]] = []
+        self.plain = _without_tensors(content, (), tensors)
+        self._signature = _signature(tensors)
+        self.layout = [
+            (path, str(dtype).removeprefix("torch."), tuple(shape)) for path, dtype, shape in self._signature
+        ]
         sizes: dict[str, int] = {}
         for _, dtype, shape in self.layout:
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
-        self._gpu = next((tensor.device for _, tensor in found if tensor.is_cuda), None)
+        self._gpu = next((tensor.device for _, tensor in tensors if tensor.is_cuda), None)
         self.flat = {
             dtype: torch.empty(size, dtype=getattr(torch, dtype), pin_memory=self._gpu is not None)
             for dtype, size in sizes.items()
         }
         self._views = _views(self.layout, self.flat)
-        self._copy(found)
+        self._copy(tensors)
 
     def refill(self, content: Mapping[str, Any]) -> bool:
-        """Copy `content` into the same memory; False, and nothing done, if its tensors are others.
+        """Copy `content` into the same memory. Returns False, and copies nothing, if names, dtypes or shapes differ.
 
-        New memory for every checkpoint would take longer than the copy.
+        Allocating memory for every checkpoint would take longer than the copy.
         """
-        found: list[tuple[tuple, Tensor]] = []
-        plain = _without_tensors(content, (), found)
-        if _kinds(found) != self._kinds:
+        tensors: list[tuple[tuple, Tensor]] = []
+        plain = _without_tensors(content, (), tensors)
+        if _signature(tensors) != self._signature:
             return False
         self.plain = plain
-        self._copy(found)
+        self._copy(tensors)
         return True
 
     @torch.no_grad()
-    def _copy(self, found: list[tuple[tuple, Tensor]]) -> None:
-        if found:
-            torch._foreach_copy_(self._views, [tensor for _, tensor in found], non_blocking=True)
-        # On a GPU the copies are queued before whatever changes the weights next: training need not wait for them.
+    def _copy(self, tensors: list[tuple[tuple, Tensor]]) -> None:
+        if tensors:
+            torch._foreach_copy_(self._views, [tensor for _, tensor in tensors], non_blocking=True)
+        # On a GPU the copies are queued before the next update of the weights, so training need not wait for them.
         self._arrived = torch.cuda.current_stream(self._gpu).record_event() if self._gpu else None
 
     def _wait(self) -> None:
@@ -108,7 +110,7 @@ class Packed:
             arrived.synchronize()
 
     def unpack(self) -> dict[str, Any]:
-        """The nested content; its tensors are views of the flat ones."""
+        """The nested content; its tensors are views of the flat tensors."""
         self._wait()
         return _with_tensors(self.plain, self.layout, self._views)
 
@@ -128,26 +130,26 @@ class Packed:
 
 
 def _checksum(plain: Any, layout: str, flat: dict[str, Tensor]) -> str:
-    """Of all that a checkpoint holds. The formats of files do not check what is read: a flipped bit would pass."""
-    found = hashlib.blake2b(repr((plain, layout, list(flat))).encode())
+    """Checksum of a checkpoint's content. The file formats do not verify it: a flipped bit would go unnoticed."""
+    digest = hashlib.blake2b(repr((plain, layout, list(flat))).encode())
     for tensor in flat.values():
-        found.update(tensor.view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
 def _unpacked(content: dict[str, Any]) -> dict[str, Any]:
-    """What `Packed.write` wrote, by name; raises a ValueError if it is not that any more."""
+    """The content that `Packed.write` wrote, by name; raises a ValueError if the checksum does not match."""
     plain, layout, flat = (content[key] for key in ("plain", "layout", "tensors"))
     if _checksum(plain, layout, flat) != content["checksum"]:
-        raise ValueError("its checksum is not that of its content")
+        raise ValueError("the checksum does not match the content")
     layout = json.loads(layout)
-    # Copies: one tensor that is kept would else keep all of them.
+    # Copies, because a view would keep the whole flat tensor in memory.
     return _with_tensors(plain, layout, [view.clone() for view in _views(layout, flat)])
 
 
-def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]]) -> Any:
-    """The same structure with None for every tensor; `found` gets them with their keys, from the outermost."""
+def _without_tensors(value: Any, path: tuple, tensors: list[tuple[tuple, Tensor]]) -> Any:
+    """The same structure with None for every tensor; appends (path, tensor) to `tensors`, keys from the outermost."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -155,54 +157,54 @@ def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]])
     else:
         return value
     plain = {}
-    # Not a call for each of a thousand tensors: training waits for this.
+    # No function call per tensor: there are a thousand, and training waits for this.
     for key, item in items:
         if isinstance(item, Tensor):
-            found.append(((*path, key), item))
+            tensors.append(((*path, key), item))
             item = None
         elif isinstance(item, (dict, list, tuple)):
-            item = _without_tensors(item, (*path, key), found)
+            item = _without_tensors(item, (*path, key), tensors)
         plain[key] = item
     return plain if isinstance(value, dict) else list(plain.values())
 
 
 def _with_tensors(plain: Any, layout: list, tensors: list[Tensor]) -> Any:
-    """A copy of what `_without_tensors` returned, with the tensors back in their places."""
+    """A copy of the result of `_without_tensors` with the tensors put back."""
     content = _without_tensors(plain, (), [])
     for (path, _, _), tensor in zip(layout, tensors, strict=True):
-        place = content
+        container = content
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = tensor
+            container = container[key]
+        container[path[-1]] = tensor
     return content
 
 
-def _kinds(found: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, torch.dtype, torch.Size]]:
+def _signature(tensors: list[tuple[tuple, Tensor]]) -> list[tuple[tuple, torch.dtype, torch.Size]]:
     """Keys, dtype and shape of every tensor."""
-    return [(path, tensor.dtype, tensor.shape) for path, tensor in found]
+    return [(path, tensor.dtype, tensor.shape) for path, tensor in tensors]
 
 
 def _views(layout: list, flat: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors of a layout as views of the flat ones."""
-    places, views = dict.fromkeys(flat, 0), []
+    """The tensors of a layout as views of the flat tensors."""
+    offsets, views = dict.fromkeys(flat, 0), []
     for _, dtype, shape in layout:
-        first = places[dtype]
-        places[dtype] = first + math.prod(shape)
-        views.append(flat[dtype][first : places[dtype]].view(shape))
+        start = offsets[dtype]
+        offsets[dtype] = start + math.prod(shape)
+        views.append(flat[dtype][start : offsets[dtype]].view(shape))
     return views
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write nested dicts for `torch.load`; `path` holds either the old file or the whole new one, never a part."""
+    """Write nested dicts for `torch.load`. `path` holds either the old file or the complete new one."""
     with atomic_file(Path(path)) as partial:
         torch.save(dict(content), partial)
 
 
 def save_latest(folder: Path, packed: Packed) -> None:
-    """Write `checkpoint.pt`; the one that was there becomes `checkpoint.previous.pt`."""
+    """Write `checkpoint.pt`; the earlier one becomes `checkpoint.previous.pt`."""
     with atomic_file(folder / LATEST) as partial:
         packed.write(partial)
-        # Before the old file is moved: a disk may turn out to be full only here.
+        # Before the old file is moved, because a full disk may be reported only here.
         flush(partial)
         if (folder / LATEST).exists():
             os.replace(folder / LATEST, folder / PREVIOUS)
@@ -212,16 +214,16 @@ def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool
     """Write the state of a run into its folder.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         packed: the content of `checkpoint.pt`.
-        epoch: the number of epochs done, at the end of one; 0: inside an epoch, where only `checkpoint.pt` is written.
+        epoch: number of finished epochs, at the end of one; 0: inside an epoch, then only `checkpoint.pt` is written.
         is_best: also write `best.pt`.
         keep: also write `epoch-N.pt`.
     """
     if epoch:
         content = packed.unpack()
         weights = {key: content[key] for key in ("config", "classes", "metrics", "run")}
-        # The moving average is what was evaluated. Copies: files of views hold all that these are views of.
+        # The moving average was evaluated. Copies, because a file of views would hold the whole flat tensors.
         weights["model"] = {name: value.clone() for name, value in (content["ema"] or content["model"]).items()}
         save_weights((folder / LATEST).with_suffix(".safetensors"), weights)
         if is_best:
@@ -230,12 +232,12 @@ def save_run(folder: Path, packed: Packed, epoch: int, is_best: bool, keep: bool
         if keep:
             with atomic_file(folder / f"epoch-{epoch:04}.pt") as partial:
                 packed.write(partial)
-    # Last: it says that the others are there. Killed before, the resumed run writes them again.
+    # Last, because it implies that the others exist. A run killed before this writes them again when it resumes.
     save_latest(folder, packed)
 
 
 def save_weights(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write the weights of a checkpoint as safetensors; what else is in `METADATA` becomes JSON in the metadata."""
+    """Write the weights of a checkpoint as safetensors, and the keys in `METADATA` as JSON in the file's metadata."""
     metadata = {"format": "pt", **{key: json.dumps(content[key]) for key in METADATA if key in content}}
     # The library refuses tensors that share memory.
     tensors = {
@@ -247,11 +249,11 @@ def save_weights(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, or a `.safetensors` file, to the CPU, by `conddetr.engine.unpickle`: no code in it runs.
+    """Read a checkpoint or a `.safetensors` file to the CPU. `conddetr.engine.unpickle` runs no code from it.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, no checkpoint, or a pickle of other objects than data; names the file and the object.
+        ValueError: damaged, not a checkpoint, or a pickle of objects that are not data; names the file and the object.
     """
     path = Path(path)
     if not path.is_file():
@@ -265,7 +267,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except unpickle.ForbiddenObjectError as error:
         raise ValueError(
             f"Checkpoint {path} cannot be read: damaged, or it holds {error}, which is neither a tensor nor plain "
-            "data, and code in a pickle is never run here. Where it was written, save the weights alone: "
+            "data; code in a pickle is never run here. Save the weights alone in the program that wrote it: "
             "torch.save(model.state_dict(), file)."
         ) from error
     except UNREADABLE as error:
@@ -277,8 +279,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"Checkpoint {path}: expected a dict, got {type(content).__name__}.")
     if "format" in content:
         raise ValueError(
-            f"Checkpoint {path}: its format is {content['format']!r}, this version reads {FORMAT!r}. "
-            "Read it with the version of conddetr that wrote it."
+            f"Checkpoint {path}: expected format {FORMAT!r}, got {content['format']!r}. Read it with the version of "
+            "conddetr that wrote it."
         )
     return content
 
@@ -292,15 +294,15 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def read_latest(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Read a checkpoint; where a run's `checkpoint.pt` is damaged or missing, the previous one, and say so.
+    """Read a checkpoint. If a run's `checkpoint.pt` is damaged or missing, warn and read the previous one.
 
-    The damaged file is renamed to `checkpoint.pt.damaged`: the next save would else move it over the one that was read.
+    The damaged file is renamed to `checkpoint.pt.damaged`; otherwise the next save would move it over the previous one.
 
     Returns:
-        The file that was read, and its content.
+        The path that was read, and its content.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`, of the named file, if neither can be read.
+        FileNotFoundError, ValueError: as `read_checkpoint` for `path`, if neither can be read.
     """
     path = Path(path)
     try:
@@ -312,11 +314,11 @@ def read_latest(path: str | Path) -> tuple[Path, dict[str, Any]]:
         content = read_checkpoint(previous)
         damaged = path.with_name(path.name + DAMAGED)
         renamed = ""
-        # Other processes may be reading it, and find it either damaged or missing.
+        # Other processes may be reading it; they see it either damaged or missing.
         if distributed.is_main() and path.is_file():
             os.replace(path, damaged)
             renamed = f" The damaged file is now {damaged}."
-        log.warning("%s Going on from %s instead.%s", error, previous, renamed)
+        log.warning("%s Resuming from %s instead.%s", error, previous, renamed)
         return previous, content
 
 
@@ -326,18 +328,18 @@ def has_run(folder: str | Path) -> bool:
 
 
 class CheckpointWriter:
-    """Writes in a thread of its own, one job after the other, while training goes on.
+    """Writes in a background thread, one job after the other, while training continues.
 
-    A context manager: at the end it waits for the last job. An error of a job is raised at the next one, or there.
+    A context manager: at the end it waits for the last job. A job's error is raised by the next call, or at the end.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _yield_to_others)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _lower_priority)
         self._pending: Future | None = None
         self._packed: Packed | None = None
 
     def submit(self, job: Callable[[Packed], None], content: Mapping[str, Any]) -> None:
-        """Copy `content` to host memory now, and call `job` with the copy soon."""
+        """Copy `content` to host memory now, and call `job` with the copy in the thread."""
         self.wait()
         if self._packed is None or not self._packed.refill(content):
             self._packed = Packed(content)
@@ -345,11 +347,11 @@ class CheckpointWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a job is not done yet."""
+        """Whether a job is still running."""
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Return when all is written; raises what went wrong."""
+        """Wait until everything is written; raises the job's error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -365,13 +367,13 @@ class CheckpointWriter:
             self.wait()
 
 
-def _yield_to_others() -> None:
-    """Give the calling thread a third of the weight of others: training on a CPU uses every core.
+def _lower_priority() -> None:
+    """Give the calling thread a third of the scheduling weight of others: training on a CPU uses every core.
 
-    Not less: training waits for it before it writes again, and at the lowest priority, a seventieth of the weight,
+    Not less, because training waits for it before the next save. At the lowest priority, a seventieth of the weight,
     other programs on the same cores would starve both.
     """
     if sys.platform == "linux":
-        # There, and only there, every thread has a priority of its own.
+        # Only Linux has a priority per thread.
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

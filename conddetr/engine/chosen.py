@@ -1,4 +1,6 @@
-"""What really runs: a check of the GPU's kernels before a run, one line at its start, and what checkpoints keep."""
+"""The implementations that a run uses: a check of the GPU's kernels before it, one line at its start, and a record in
+checkpoints.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -14,11 +16,11 @@ from conddetr.loss.criterion import loss_backend
 from conddetr.model.families.table import PARTS
 
 PYTORCH = "PyTorch"
-"""In place of a backend, where it is `eager`."""
+"""Shown instead of the backend `eager`."""
 
 
 _IN_THE_LINE = ("conditional_attention", "self_attention", "linear_assignment", "focal_loss", "convolution")
-"""Operations that stand for its parts."""
+"""Operations that represent the parts of a run in that line."""
 
 
 @dataclass(frozen=True)
@@ -26,43 +28,43 @@ class Part:
     """One part of a run."""
 
     by: str
-    """What computes it: a backend, or `PyTorch`."""
+    """The implementation: a backend, or `PyTorch`."""
     note: str = ""
-    """By what it is proven, or why nothing faster runs, if something could be expected to."""
+    """The record that proves it; or why nothing faster runs, if a faster backend is expected on the device."""
     speedup: str = ""
-    """Beside the best of PyTorch's, where it was checked, e.g. 2.1×."""
+    """Against PyTorch's best implementation, if it was checked, e.g. 2.1×."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run computes with."""
+    """The implementations and the precision of a run."""
 
     parts: dict[str, Part]
     precision: str
     """`float32` or `bfloat16`."""
     products: str
-    """What PyTorch's switches make of float32, in words; empty: they change nothing."""
+    """PyTorch's TF32 switches in words; empty: they do not apply."""
     left_out: tuple[str, ...] = ()
-    """Other operations whose kernels a check of this GPU refused, with the reason."""
+    """Other operations whose kernels the check of this GPU refused, with the reason."""
 
     def line(self) -> str:
-        """All of it; what several parts have in common is said of the first."""
-        said, notes = [], set()
+        """Everything in one line; a note that several parts share is printed with the first."""
+        parts, notes = [], set()
         for name, part in self.parts.items():
             details = ", ".join(filter(None, ("" if part.note in notes else part.note, part.speedup)))
             notes.add(part.note)
-            said.append(f"{name}: {part.by}{f' ({details})' if details else ''}")
-        left_out = f"not taken: {', '.join(self.left_out)}" if self.left_out else ""
-        return ", ".join(filter(None, (*said, self.precision, self.products, left_out)))
+            parts.append(f"{name}: {part.by}{f' ({details})' if details else ''}")
+        left_out = f"not used: {', '.join(self.left_out)}" if self.left_out else ""
+        return ", ".join(filter(None, (*parts, self.precision, self.products, left_out)))
 
     def to_dict(self) -> dict[str, str]:
         """As kept in a checkpoint."""
         return {**{name: part.by for name, part in self.parts.items()}, "precision": self.precision}
 
     def changes(self, saved: dict[str, str]) -> list[str]:
-        """What is computed by something else than in the run of `to_dict`, with the reason, a line each."""
+        """One line for each part whose implementation differs from that in `saved`, with the reason."""
         return [
-            f"{name} was by {saved[name]}, is by {part.by}{f': {part.note}' if part.note else ''}"
+            f"{name} ran on {saved[name]}, now runs on {part.by}{f': {part.note}' if part.note else ''}"
             for name, part in self.parts.items()
             if saved.get(name, part.by) != part.by
         ]
@@ -71,15 +73,15 @@ class Chosen:
 def chosen(
     model: ModelConfig, backend: str, device: torch.device, precision: str, *, trains: bool, compiled: bool = False
 ) -> Chosen:
-    """What a model runs on a device.
+    """The implementations that a model uses on a device.
 
     Args:
         model: its configuration.
-        backend: of the model.
+        backend: the model's backend.
         device: where it runs.
         precision: `float32` or `bfloat16`.
-        trains: with matching and losses.
-        compiled: by torch.compile, which takes PyTorch's convolutions.
+        trains: include matching and losses.
+        compiled: whether the model is compiled by torch.compile, which uses PyTorch's convolutions.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     parts = {"attention": _attention(model, backend, device, dtype)}
@@ -93,22 +95,22 @@ def chosen(
 
 
 def _left_out(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Operations that are no part of the line, in a GPU's record refused and so PyTorch's."""
+    """Operations outside the line that run on PyTorch because the GPU's record refuses their kernels."""
     if device.type != "cuda" or records.known(device) is None:
         return ()
-    found = []
+    entries = []
     for name, operation in OPERATIONS.items():
         backends = () if name in _IN_THE_LINE else operation.kernels
         verdicts = [records.verdict(name, backend, device, dtype) for backend in backends]
         refused = [verdict.refused for verdict in verdicts if verdict is not None and verdict.refused]
         if refused and operation.choose("auto", device, dtype).backend == "eager":
-            found.append(f"{name} ({refused[0].removesuffix('.')})")
-    return tuple(found)
+            entries.append(f"{name} ({refused[0].removesuffix('.')})")
+    return tuple(entries)
 
 
 def _attention(model: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
     heads, width = model.num_heads, model.hidden_dim // model.num_heads
-    # What `conditional_attention` wants to know of its inputs; self-attention does not ask.
+    # The facts that `conditional_attention` needs of its inputs; self-attention ignores them.
     facts = (device, (1, 1, heads, width), (width,) * 3)
     return _part(PARTS[model.family].attention_operation, backend, device, dtype, *facts)
 
@@ -118,9 +120,13 @@ def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype
         return Part(PYTORCH, "backend eager")
     choice = OPERATIONS[operation].prefer(backend, device, dtype, *facts)
     if choice.backend != "eager":
-        note, found = (ask(operation, choice.backend, device, dtype) for ask in (records.source, records.verdict))
-        return Part(choice.backend, note, "" if found is None or found.speedup is None else f"{found.speedup:.1f}×")
-    # Of `auto` each kind of device has kernels that are expected there; where an operation has none, nothing is amiss.
+        note, verdict = (
+            lookup(operation, choice.backend, device, dtype) for lookup in (records.source, records.verdict)
+        )
+        return Part(
+            choice.backend, note, "" if verdict is None or verdict.speedup is None else f"{verdict.speedup:.1f}×"
+        )
+    # `auto` is expected to run Triton kernels on GPUs and native ones on CPUs. No note if an operation has none.
     if backend == "auto":
         backend = "triton" if device.type == "cuda" else "native"
     return Part(PYTORCH, choice.refused.get(backend, "").removesuffix("."))
@@ -133,33 +139,33 @@ def _backbone(model: ModelConfig, backend: str, device: torch.device, dtype: tor
         return Part(PYTORCH, "backend eager")
     if device.type != "cuda":
         return _part("convolution", "auto", device, dtype)
-    # A model whose backend is given by name takes them unproven.
+    # A backend requested by name runs its kernels unproven.
     part = _part("convolution", "auto" if backend == "auto" else "triton", device, dtype)
     return part if part.by == PYTORCH else replace(part, by="channels-last")
 
 
 def prove(device: torch.device, backend: str) -> None:
-    """Before a run with backend `auto`: check the kernels of a GPU of which nothing is known, in the short form.
+    """Check a GPU's kernels, in the short form, before a run with backend `auto` if the GPU has no record.
 
-    With several processes one of each kind of GPU checks, if none of that kind has a record; all of them then go by
-    what was found on all kinds.
+    With several processes, one process per GPU model checks if no process with that GPU model has a record. All
+    processes then use only kernels that the records of all GPU models allow.
 
     Args:
-        device: of this process.
-        backend: of the model.
+        device: this process's device.
+        backend: the model's backend.
     """
     if backend != "auto" or device.type != "cuda":
         return
-    kind = records.identity(device)
-    found = distributed.gather_on_host((kind, records.known(device) is not None))
-    # The same on every process.
-    is_known = any(known for other, known in found if other == kind)
-    if not is_known and [other for other, _ in found].index(kind) == distributed.rank():
+    identity = records.identity(device)
+    known_by_rank = distributed.gather_on_host((identity, records.known(device) is not None))
+    # The same result on every process.
+    is_known = any(known for model, known in known_by_rank if model == identity)
+    if not is_known and [model for model, _ in known_by_rank].index(identity) == distributed.rank():
         if reason := records.why_ignored(device):
-            say(f"the kernels of {kind['device']} are checked again, as the record does not hold: {reason}")
+            say(f"the kernels of {identity['device']} are checked again, because the record is not valid: {reason}")
         _check(device)
     if distributed.world_size() > 1:
-        _agree(device, kind)
+        _agree(device, identity)
 
 
 def _check(device: torch.device) -> None:
@@ -167,20 +173,22 @@ def _check(device: torch.device) -> None:
     from conddetr.kernels.check.table import summary
 
     with Steps("check of the kernels") as steps:
-        # Both precisions, whichever this run has: the next one finds a record, and does not check.
+        # Both precisions, so that a later run in the other precision need not check again.
         report = examine(device, short=True, dtypes=(torch.float32, torch.bfloat16), progress=steps.tell)
     for line in summary(report):
         say(line)
 
 
-def _agree(device: torch.device, kind: dict[str, str]) -> None:
-    """Take what the records of all kinds of GPU let run; a process may not see the file of another, or another one."""
-    mine = records.known(device)
-    by_kind: dict[tuple, records.Record] = {}
-    for other, record in distributed.gather_on_host((kind, mine)):
+def _agree(device: torch.device, identity: dict[str, str]) -> None:
+    """Use the kernels that the records of all GPU models allow. Processes may not share a file system, so their record
+    files may be absent or differ.
+    """
+    own_record = records.known(device)
+    by_identity: dict[tuple, records.Record] = {}
+    for model, record in distributed.gather_on_host((identity, own_record)):
         if record is not None:
-            by_kind.setdefault(tuple(other.items()), record)
-    own = by_kind.pop(tuple(kind.items()))
-    agreed = records.restricted(own, list(by_kind.values()))
-    if mine is None or mine.verdicts != agreed.verdicts:
+            by_identity.setdefault(tuple(model.items()), record)
+    model_record = by_identity.pop(tuple(identity.items()))
+    agreed = records.restricted(model_record, list(by_identity.values()))
+    if own_record is None or own_record.verdicts != agreed.verdicts:
         records.adopt(device, agreed)

@@ -1,4 +1,4 @@
-"""Detections in COCO's format, and COCO's twelve numbers of them, by faster-coco-eval or pycocotools."""
+"""Detections in COCO's format, and their COCO metrics, computed by faster-coco-eval or pycocotools."""
 
 import contextlib
 import importlib.metadata
@@ -17,16 +17,16 @@ from conddetr.files import atomic_file
 from conddetr.garbage import collection_paused
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-"""Names of the twelve numbers, in pycocotools' order; each in [0, 1], or -1 where no object counts and it does
-not exist."""
+"""Names of COCO's twelve metrics, in pycocotools' order; each in [0, 1], or -1 if it is undefined because no object
+counts."""
 _AREAS = {"s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, math.inf)}
-"""COCO's sizes of objects, in pixels, by the letter at the end of a metric's name."""
+"""COCO's ranges of object areas, in square pixels, by the letter at the end of a metric's name."""
 
 LIBRARIES = ("faster_coco_eval", "pycocotools")
-"""What can compute them, fastest first. Their numbers are the same."""
+"""Libraries that compute the metrics, fastest first. Their results are the same."""
 
 WRITTEN_AT_ONCE = 10_000
-"""Detections that are dicts and text at a time, when they are written."""
+"""Detections that are converted to dicts and text at a time when a file is written."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Detections:
 
     @classmethod
     def join(cls, parts: "Iterable[Detections]") -> "Detections":
-        """Those of all parts in the order of their image ids, the order within an image kept."""
+        """The detections of all parts, sorted by image id; the order within an image is kept."""
         empty = cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.float32))
         columns = zip(*(vars(part).values() for part in (empty, *parts)), strict=True)
         columns = [np.concatenate(column) for column in columns]
@@ -63,7 +63,9 @@ class Detections:
         ]
 
     def write(self, path: str | Path) -> None:
-        """Write COCO's results JSON, whole or not at all; a part at a time, so that memory stays that of the arrays."""
+        """Write COCO's results JSON, whole or not at all. It is written in parts, which need little memory besides the
+        arrays.
+        """
         with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
             file.write("[")
             for first in range(0, len(self), WRITTEN_AT_ONCE):
@@ -88,30 +90,30 @@ class ClassMetrics:
 
 @dataclass
 class CocoResult:
-    """What an evaluation finds."""
+    """Result of an evaluation."""
 
     metrics: dict[str, float]
-    """COCO's twelve numbers by the names in `METRICS`."""
+    """COCO's twelve metrics by the names in `METRICS`."""
     per_class: list[ClassMetrics]
     """In the order of the ground truth's categories."""
     source: str
-    """What was evaluated on: an annotation file, with the number of its images where these are not all."""
+    """The data that was evaluated: an annotation file, with the number of its images if not all were used."""
     images: int
     objects: int
     """Annotated boxes, crowds not counted."""
     library: str
-    """What computed the numbers, with its version."""
+    """The library that computed the metrics, with its version."""
 
     def describe(self) -> str:
-        """What the numbers are of, in one line."""
+        """The evaluated data and the library, in one line."""
         return f"{self.source}: {self.images} images, {self.objects} objects; by {self.library}"
 
 
 def coco_library(name: str | None = None) -> str:
-    """The library that computes the metrics: the one asked for, else the first of `LIBRARIES` that is installed.
+    """The library that computes the metrics: `name`, or by default the first of `LIBRARIES` that is installed.
 
     Raises:
-        ModuleNotFoundError: not installed; says what to install.
+        ModuleNotFoundError: not installed; the message names the package to install.
         ValueError: a name that is not in `LIBRARIES`.
     """
     if name is not None and name not in LIBRARIES:
@@ -127,30 +129,30 @@ def coco_library(name: str | None = None) -> str:
 def coco_result(
     ground_truth: dict, detections: Detections, library: str | None = None, source: str = "annotations"
 ) -> CocoResult:
-    """COCO's numbers of detections against annotations in COCO's format, over all their images.
+    """COCO metrics of detections against annotations in COCO's format, over all their images.
 
-    The libraries are given ids from 1 on: they take an annotation with id 0 for none, and one of them keeps ids as
-    floating numbers, which merge those above 2^53.
+    Images, annotations and categories are renumbered from 1 for the libraries: they ignore an annotation with id 0, and
+    one of them stores ids as floating-point numbers, which merges ids above 2^53.
 
     Args:
         ground_truth: `images`, `annotations` (with `area` and `iscrowd`) and `categories`.
-        detections: of those images; those of other categories do not count.
+        detections: detections in those images; detections of other categories do not count.
         library: one of `LIBRARIES`; default: the fastest that is installed.
-        source: where the annotations are from, for tables.
+        source: origin of the annotations, for tables.
 
     Raises:
         ModuleNotFoundError: no such library is installed.
-        ValueError: there are no annotations, or detections are of an image that is not among these.
+        ValueError: there are no annotations, or a detection belongs to another image.
     """
     library = coco_library(library)
     if "annotations" not in ground_truth:
         raise ValueError(f"{source} has no list 'annotations': there is nothing to compare detections with.")
-    truth, found = _renumbered(ground_truth, detections, source)
-    if len(found) == 0:
-        metrics, columns = _nothing_found(truth), {}
+    truth, kept = _renumbered(ground_truth, detections, source)
+    if len(kept) == 0:
+        metrics, columns = _metrics_without_detections(truth), {}
     else:
         with collection_paused(), contextlib.redirect_stdout(io.StringIO()):
-            metrics, columns = _accumulated(truth, found, library)
+            metrics, columns = _accumulated(truth, kept, library)
     objects = Counter(a["category_id"] for a in truth["annotations"] if not a["iscrowd"])
     per_class = [
         ClassMetrics(category["name"], objects[key], *columns.get(key, [0.0 if objects[key] else -1.0] * 4))
@@ -162,7 +164,10 @@ def coco_result(
 
 
 def _renumbered(ground_truth: dict, detections: Detections, source: str) -> tuple[dict, Detections]:
-    """Annotations and detections with images, annotations and categories numbered from 1, in their order."""
+    """Ground truth and detections with images, annotations and categories renumbered from 1 in their order.
+
+    Drops detections of other categories.
+    """
     images = {image["id"]: number for number, image in enumerate(ground_truth["images"], 1)}
     categories = {category["id"]: number for number, category in enumerate(ground_truth["categories"], 1)}
     annotations = [
@@ -170,26 +175,26 @@ def _renumbered(ground_truth: dict, detections: Detections, source: str) -> tupl
         for number, a in enumerate(ground_truth["annotations"], 1)
     ]
     truth = {
-        # Some versions of pycocotools look for it.
+        # Some versions of pycocotools require it.
         "info": {},
         "images": [{**image, "id": images[image["id"]]} for image in ground_truth["images"]],
         "annotations": annotations,
         "categories": [{**category, "id": categories[category["id"]]} for category in ground_truth["categories"]],
     }
-    own, places = np.unique(detections.image_ids, return_inverse=True)
-    strange = [image_id for image_id in own.tolist() if image_id not in images]
-    if strange:
-        raise ValueError(f"Detections are of image id {strange[0]}, which is not in {source}.")
-    numbers = np.array([images[image_id] for image_id in own.tolist()], np.int64)
-    of_class, class_places = np.unique(detections.category_ids, return_inverse=True)
-    class_numbers = np.array([categories.get(key, 0) for key in of_class.tolist()], np.int64)
-    renumbered = Detections(numbers[places], class_numbers[class_places], detections.boxes, detections.scores)
+    image_ids, image_rows = np.unique(detections.image_ids, return_inverse=True)
+    unknown = [image_id for image_id in image_ids.tolist() if image_id not in images]
+    if unknown:
+        raise ValueError(f"There are detections in image id {unknown[0]}, which is not in {source}.")
+    numbers = np.array([images[image_id] for image_id in image_ids.tolist()], np.int64)
+    category_ids, category_rows = np.unique(detections.category_ids, return_inverse=True)
+    category_numbers = np.array([categories.get(key, 0) for key in category_ids.tolist()], np.int64)
+    renumbered = Detections(numbers[image_rows], category_numbers[category_rows], detections.boxes, detections.scores)
     known = renumbered.category_ids > 0
     return truth, Detections(*(column[known] for column in vars(renumbered).values()))
 
 
-def _accumulated(truth: dict, found: Detections, library: str) -> tuple[dict[str, float], dict[int, list[float]]]:
-    """The twelve numbers, and AP, AP50, AP75 and AR100 of each category by its number."""
+def _accumulated(truth: dict, detections: Detections, library: str) -> tuple[dict[str, float], dict[int, list[float]]]:
+    """The twelve metrics, and AP, AP50, AP75 and AR100 of each category by its number."""
     if library == "faster_coco_eval":
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
@@ -199,7 +204,7 @@ def _accumulated(truth: dict, found: Detections, library: str) -> tuple[dict[str
     annotated = COCO()
     annotated.dataset = truth
     annotated.createIndex()
-    evaluation = COCOeval(annotated, annotated.loadRes(found.to_coco()), "bbox")
+    evaluation = COCOeval(annotated, annotated.loadRes(detections.to_coco()), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -214,14 +219,14 @@ def _accumulated(truth: dict, found: Detections, library: str) -> tuple[dict[str
     return {name: float(value) for name, value in zip(METRICS, stats, strict=True)}, columns
 
 
-def _nothing_found(truth: dict) -> dict[str, float]:
-    """The twelve numbers without any detection: 0 where there are objects to be found."""
+def _metrics_without_detections(truth: dict) -> dict[str, float]:
+    """The twelve metrics if there are no detections: 0 if objects of that size exist, else -1."""
     areas = [a["area"] for a in truth["annotations"] if not a["iscrowd"]]
     present = {letter: any(low <= area <= high for area in areas) for letter, (low, high) in _AREAS.items()}
     return {name: 0.0 if present.get(name[-1], bool(areas)) else -1.0 for name in METRICS}
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of what counts: -1 marks thresholds without objects."""
+    """Mean of the defined values; -1 marks undefined ones (no objects)."""
     counted = values[values > -1]
     return float(counted.mean()) if counted.size else -1.0

@@ -1,6 +1,6 @@
-"""Several processes (`torchrun`) as one run, and one process as a run of one.
+"""Runs of several processes (`torchrun`) or of one.
 
-Every function here also works, and costs nothing, without a process group.
+Every function here also works without a process group, at no cost.
 """
 
 import contextlib
@@ -23,28 +23,28 @@ def process_group(device: str = "") -> Iterator[torch.device]:
     """Join the group that torchrun's environment describes, if any; yields the device of this process.
 
     Args:
-        device: as torch names it; default: CUDA where there is one. Under torchrun each process takes the GPU of
-            its local rank. CUDA talks through NCCL, all else through Gloo.
+        device: as torch names it; default: CUDA if available. Under torchrun each process uses the GPU of its local
+            rank. CUDA processes communicate through NCCL, others through Gloo.
 
     Raises:
         ValueError: as `find_device`.
     """
-    chosen = find_device(device)
+    target = find_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _has_group():
-        yield chosen
+        yield target
         return
-    if chosen.type == "cuda":
-        chosen = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if target.type == "cuda":
+        target = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(target)
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
-        yield chosen
+        yield target
     finally:
         dist.destroy_process_group()
 
 
 def _has_group() -> bool:
-    # Some builds of PyTorch have no distributed part.
+    # Some builds of PyTorch lack torch.distributed.
     return dist.is_available() and dist.is_initialized()
 
 
@@ -54,7 +54,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """This process's rank, from 0."""
     return dist.get_rank() if _has_group() else 0
 
 
@@ -64,19 +64,19 @@ def is_main() -> bool:
 
 
 def reduce_max(values: Tensor) -> Tensor:
-    """The largest value of each entry over all processes, in place; every process has it."""
+    """Maximum of each entry over all processes, in place, on every process."""
     if world_size() > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
 def any_of(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so; every process must ask. `device`: of this process."""
+    """Whether `flag` is true on any process; every process must call it. `device`: this process's device."""
     return flag if world_size() == 1 else bool(reduce_max(torch.tensor(float(flag), device=device)))
 
 
 def reduce_mean(values: Tensor) -> Tensor:
-    """The mean of each entry over all processes, in place; every process has it."""
+    """Mean of each entry over all processes, in place, on every process."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
@@ -84,7 +84,7 @@ def reduce_mean(values: Tensor) -> Tensor:
 
 
 def gather(value: Any) -> list[Any]:
-    """One value of every process, in the order of ranks; every process has them all."""
+    """The values of all processes, in the order of ranks, on every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -93,7 +93,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_on_host(value: Any) -> list[Any]:
-    """As `gather`, without a GPU: by a group of its own, also where other processes take minutes to come."""
+    """As `gather`, but through a separate Gloo group, without a GPU; other processes may arrive minutes later."""
     if world_size() == 1:
         return [value]
     group = dist.new_group(backend="gloo")
@@ -106,14 +106,14 @@ def gather_on_host(value: Any) -> list[Any]:
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT (Ctrl-C) after `watch` into a request to stop; a second one acts as usual.
+    """Turns the first SIGTERM or SIGINT (Ctrl-C) after `watch` into a request to stop. A second one acts as usual.
 
-    A context manager for the main thread; elsewhere signals cannot be caught and it does nothing.
+    A context manager for the main thread. In other threads signals cannot be caught, and it does nothing.
     """
 
     def __init__(self) -> None:
         self.name = ""
-        """Name of the signal that came; empty: none."""
+        """Name of the received signal; empty: none."""
         self._before: dict[int, Any] = {}
 
         self._is_watching = False
@@ -122,10 +122,10 @@ class StopRequest:
         return self
 
     def watch(self) -> None:
-        """Catch signals from now on, when there is something to save; before, they end the process at once."""
+        """Catch signals from now on. Call it when there is a state to save; before, signals end the process at once."""
         if not self._is_watching and threading.current_thread() is threading.main_thread():
-            caught = (signal.SIGTERM, signal.SIGINT)
-            self._before = {number: signal.signal(number, self._on_signal) for number in caught}
+            signals = (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._on_signal) for number in signals}
         self._is_watching = True
 
     def __exit__(

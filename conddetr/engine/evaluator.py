@@ -1,4 +1,4 @@
-"""A model's detections on a data set, and COCO's twelve numbers of them, on one process or many."""
+"""A model's detections on a data set, and their COCO metrics, on one process or several."""
 
 from collections.abc import Callable, Iterable
 
@@ -35,9 +35,9 @@ def evaluate(
     by_name: bool = False,
     precision: str = "auto",
 ) -> CocoResult | None:
-    """COCO's numbers of a model on a data set, with a progress bar; None on every rank but 0.
+    """COCO metrics of a model on a data set, with a progress bar; None on all ranks but 0.
 
-    Arguments and errors as those of `detect` and `coco_result`.
+    Arguments and errors are those of `detect` and `coco_result`.
     """
     detections = detect(
         model, classes, dataset, device, batch_size, workers, rank, world, pad_buckets, on_batch, by_name, precision
@@ -62,20 +62,19 @@ def detect(
     """The best `MAX_DETECTIONS` detections of every image of a data set, with a progress bar.
 
     Args:
-        model: any preset, on `device`. A frozen copy of it runs (`DETR.fused`), made anew for each call: that takes
-            about as long as copying all weights. A model that was compiled runs itself, and so does one with backend
-            `eager`.
+        model: any preset, on `device`. Each call runs a new frozen copy of it (`DETR.fused`), which takes about as long
+            to make as a copy of all weights. A compiled model, and one with backend `eager`, runs itself.
         classes: `id` and `name` of every label of the model, as stored in checkpoints.
         dataset: `CocoDetection` or `SyntheticShapes`.
         device: where to run.
         batch_size: images per forward pass and rank.
         workers: processes that load images.
-        rank, world: this process, and how many of torch's default process group share the data set: each takes other
+        rank, world: this process's rank in torch's default process group, and the number of processes, which share the
             images. All of them must call this function.
-        pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of each.
-        on_batch: called after every batch, on all ranks equally often; what it raises ends the evaluation.
-        by_name: match classes by name, whatever their ids.
-        precision: `float32`, `bfloat16`, or `auto`: bfloat16 where `has_bfloat16` says that the device has it.
+        pad_buckets: pad batches to one of this many shapes, for a compiled model; 0: to the largest image of the batch.
+        on_batch: called after every batch, equally often on all ranks; an exception from it ends the evaluation.
+        by_name: match classes by name and ignore their ids.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 if `has_bfloat16` is true for the device.
 
     Returns:
         The detections of all ranks on rank 0, None on the others.
@@ -96,21 +95,21 @@ def detect(
     )
     with Progress("evaluate", total=len(range(rank, len(dataset), world)), disable=rank > 0) as progress:
 
-        def after(count: int) -> None:
+        def count_batch(count: int) -> None:
             progress.advance(count)
             if on_batch is not None:
                 on_batch()
 
         precision = resolve_precision(precision, has_bfloat16(device))
-        mine = _detect(model, batches, np.array(category_ids), device, after, precision)
-        # The first rank has most images.
+        local = _detect(model, batches, np.array(category_ids), device, count_batch, precision)
+        # The first rank has the most batches; the others make up for theirs.
         for _ in range(-(-len(range(0, len(dataset), world)) // batch_size) - len(batches)):
-            after(0)
+            count_batch(0)
     if world == 1:
-        return mine
-    parts: list[Detections | None] | None = [None] * world if rank == 0 else None
-    dist.gather_object(mine, parts, dst=0)
-    return Detections.join(parts) if rank == 0 else None
+        return local
+    by_rank: list[Detections | None] | None = [None] * world if rank == 0 else None
+    dist.gather_object(local, by_rank, dst=0)
+    return Detections.join(by_rank) if rank == 0 else None
 
 
 @torch.no_grad()
@@ -122,24 +121,24 @@ def _detect(
     on_batch: Callable[[int], None],
     precision: str,
 ) -> Detections:
-    """Run over batches in eval mode, leaving the model in the mode it was in."""
+    """Detections of all batches, in eval mode; restores the model's mode."""
     if isinstance(model, DETR):
         model = for_inference(model, precision)
     dtype = getattr(model, "dtype", torch.float32)
     was_training = model.training
     model.eval()
     parts: list[Detections] = []
-    last: _Found | None = None
+    last: _BatchDetections | None = None
     try:
         for batch in batches:
             batch = batch.to(device)
             with autocast(model, precision):
                 outputs = model(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
             sizes = torch.tensor(batch.original_sizes).to(device, non_blocking=True)
-            found = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
-            # Those of the batch before, so that the device has work meanwhile.
+            detections = postprocess(outputs, sizes, MAX_DETECTIONS, model.config.activation)
+            # The previous batch is read now, while the device computes this one.
             parts += [last.read(category_ids)] if last else []
-            last = _Found(batch.image_ids, found)
+            last = _BatchDetections(batch.image_ids, detections)
             on_batch(len(batch))
     finally:
         model.train(was_training)
@@ -147,19 +146,21 @@ def _detect(
     return Detections.join(parts)
 
 
-class _Found:
-    """The detections of a batch on their way to the host, in one copy."""
+class _BatchDetections:
+    """Detections of a batch in one asynchronous copy to the host."""
 
-    def __init__(self, image_ids: tuple[int, ...], found: list[dict[str, Tensor]]) -> None:
-        counts = [len(of_image["scores"]) for of_image in found]
+    def __init__(self, image_ids: tuple[int, ...], detections: list[dict[str, Tensor]]) -> None:
+        counts = [len(item["scores"]) for item in detections]
         self._image_ids = np.repeat(np.array(image_ids, np.int64), counts)
-        scores, labels, boxes = (torch.cat([image[key] for image in found]) for key in ("scores", "labels", "boxes"))
+        scores, labels, boxes = (
+            torch.cat([image[key] for image in detections]) for key in ("scores", "labels", "boxes")
+        )
         boxes = box_convert(boxes.float(), "xyxy", "xywh")
         # Labels are small: float32 holds them exactly.
         self._rows = Arrival(torch.cat([boxes, scores.float().unsqueeze(1), labels.float().unsqueeze(1)], 1))
 
     def read(self, category_ids: np.ndarray) -> Detections:
-        """Wait until they have arrived."""
+        """Wait for the copy; returns the detections."""
         rows = self._rows.wait().numpy()
         return Detections(
             self._image_ids, category_ids[rows[:, 5].astype(np.int64)], rows[:, :4].copy(), rows[:, 4].copy()

@@ -1,8 +1,8 @@
-"""A whole step of training as one CUDA graph for each shape of a batch: the host launches one thing, not thousands.
+"""Whole training steps as CUDA graphs, one per batch shape: one launch instead of thousands.
 
-A graph reads and writes the same memory every time: what a step needs is copied into the tensors that its graph was
-recorded with, and the weights, the optimizer's state and the sums of the losses stay where they are. Gradients live
-inside the graph alone. Random numbers differ from step to step: graphs read the generators' seeds on the device.
+A graph reads and writes the same memory in every replay. The inputs of a step are copied into the tensors that the
+graph was recorded with; weights, optimizer state and loss sums stay where they are. Gradients exist only inside the
+graph. Random numbers differ between steps, because graphs read the generators' seeds on the device.
 """
 
 import logging
@@ -24,34 +24,34 @@ from conddetr.loss.targets import PackedTargets, pack_targets
 log = logging.getLogger(__name__)
 
 BUCKETS = 4
-"""`pad_buckets` where steps are recorded and nothing else is asked for."""
+"""Default of `pad_buckets` if steps are recorded."""
 
 Step = Callable[[Sequence[Batch], Sequence[PackedTargets], Tensor, Tensor], Tensor]
 
 
 def why_no_graphs(model: ModelConfig, backend: str, train: TrainConfig, device: torch.device) -> str | None:
-    """What forbids to record steps of a model on a backend here, in half a sentence; None: nothing.
+    """Why steps of a model cannot be recorded here, as part of a sentence; None: they can.
 
-    `auto` also leaves alone what was never tried together.
+    `auto` also excludes compiled models, which were never tested with graphs.
     """
     if device.type != "cuda":
         return f"graphs need an NVIDIA GPU, the device is {device}"
     if distributed.world_size() > 1:
-        return f"graphs are recorded in one process, there are {distributed.world_size()}"
+        return f"graphs are recorded in one process only, there are {distributed.world_size()}"
     facts = (device, torch.float32, model.num_queries)
     matching = OPERATIONS["linear_assignment"].prefer(loss_backend(backend), *facts)
     if matching.backend == "eager":
         why = next(iter(matching.refused.values()), "backend eager").removesuffix(".")
-        return f"predictions would be matched on the host, for which a graph cannot wait ({why})"
+        return f"predictions would be matched on the host, and a graph cannot wait for the host ({why})"
     if train.check_finite == "always":
-        return "check_finite `always` waits for the device, which a graph cannot"
+        return "check_finite `always` makes the host wait for the device, which a graph cannot do"
     if train.cuda_graphs == "auto" and train.compile:
         return "the model is compiled"
     return None
 
 
 def buckets(model: ModelConfig, backend: str, train: TrainConfig, device: torch.device) -> int:
-    """`pad_buckets` as asked for, or else so many that there are few graphs, and none where nothing is recorded."""
+    """The configured `pad_buckets`; if it is -1, `BUCKETS` if steps are recorded, else 0."""
     if train.pad_buckets >= 0:
         return train.pad_buckets
     return BUCKETS if train.cuda_graphs != "off" and why_no_graphs(model, backend, train, device) is None else 0
@@ -64,45 +64,44 @@ class _Recorded:
     inputs: "_Inputs"
     replay: Run
     results: list[Tensor]
-    """One: what the step returned, overwritten by every replay."""
+    """One tensor: the step's report, overwritten by every replay."""
 
 
 class StepGraphs:
-    """Call it with the batches of a step: does the step, and returns what it reports, which the next call overwrites.
+    """Runs a step on the given batches and returns its report, which the next call overwrites.
 
-    The step must change nothing where it is not finite: before recording it runs with a normalizer that is NaN.
+    The step must change nothing if its losses are not finite: before recording it runs with a NaN normalizer.
     """
 
     def __init__(self, model: nn.Module, step: Step, capture: Callable[[Run], Run], limits: "Limits") -> None:
         """
         Args:
-            model: to be trained; its parameters stay where they are in memory.
+            model: the model to train; its parameters keep their addresses.
             step: takes the batches of a step on the device, their packed targets, the normalizer and the numbers that
-                change from step to step; gives the model's parameters gradients, and returns a report.
-            capture: records what a function does, and returns what does it again: `CudaCapture`.
-            limits: of what is recorded.
+                change from step to step; computes gradients of the model's parameters, and returns a report.
+            capture: records a function and returns a function that replays it: `CudaCapture`.
+            limits: which steps are recorded.
         """
         self._model, self._step, self._capture, self._limits = model, step, capture, limits
         self._said: set[str] = set()
         self.recorded: dict[tuple, _Recorded] = {}
         self.refused = ""
-        """Why nothing more is recorded or replayed; empty: it is."""
+        """Why nothing is recorded or replayed any more; empty: graphs are in use."""
         self.bytes = 0
         """Memory that the graphs hold."""
 
     def __call__(self, window: Sequence[Batch], normalizer: Tensor, numbers: Tensor) -> Tensor | None:
-        """Batches, normalizer and numbers on the host; None, and nothing done: this step must run without a graph.
+        """Run one step; batches, normalizer and numbers are on the host. Returns None, and does nothing, if this step
+        must run without a graph.
 
         Raises:
-            ValueError: an image has more objects than fit, and `limits` are strict; names it.
+            ValueError: an image has more objects than fit, and `limits` are strict; names the image.
         """
         if self.refused or not self._fit(window):
             return None
         key = tuple((tuple(batch.images.shape), batch.padded) for batch in window)
         if key not in self.recorded and len(self.recorded) == MAX_GRAPHS:
-            self._say(
-                f"{MAX_GRAPHS} kinds of steps are recorded, further ones run without (--pad-buckets: fewer shapes)."
-            )
+            self._say(f"{MAX_GRAPHS} kinds of steps are recorded, others run without (--pad-buckets: fewer shapes).")
             return None
         packed = [pack_targets(batch.targets, self._limits.num_classes, self._limits.objects) for batch in window]
         tensors = _tensors(window, packed, normalizer, numbers)
@@ -110,30 +109,30 @@ class StepGraphs:
             self._record(key, window, packed, tensors)
             if self.refused:
                 return None
-        found = self.recorded[key]
-        found.inputs.fill(*tensors)
-        found.replay()
-        return found.results[0]
+        graph = self.recorded[key]
+        graph.inputs.fill(*tensors)
+        graph.replay()
+        return graph.results[0]
 
     def give_up(self, reason: str) -> None:
-        """Free all graphs; steps run without from now on."""
+        """Free all graphs; steps run without graphs from now on."""
         self.refused = reason
         self.clear()
 
     def clear(self) -> None:
-        """Free all graphs; what comes next is recorded anew."""
+        """Free all graphs; later steps are recorded again."""
         self.recorded.clear()
         self.bytes = 0
 
     def _fit(self, window: Sequence[Batch]) -> bool:
-        # What is recorded never looks at the counts on the host.
+        # Recorded steps never read the counts on the host.
         most = min(self._limits.objects, self._limits.queries)
         for batch in window:
             for image_id, count in zip(batch.image_ids, batch.counts, strict=True):
                 if count > most and self._limits.strict:
                     raise ValueError(
-                        f"Image id {image_id} has {count} objects, the model {self._limits.queries} queries, and "
-                        f"max_targets is {self._limits.objects}: with cuda_graphs `on` none may have more. Raise "
+                        f"Image id {image_id} has {count} objects, the model has {self._limits.queries} queries, and "
+                        f"max_targets is {self._limits.objects}: with cuda_graphs `on` no image may have more. Raise "
                         "num_queries and max_targets, or train with cuda_graphs `auto`."
                     )
                 if count > most:
@@ -142,10 +141,10 @@ class StepGraphs:
         return True
 
     def _say(self, line: str) -> None:
-        """Once, whatever the numbers in it."""
-        kind = "".join(letter for letter in line if not letter.isdigit())
-        if kind not in self._said:
-            self._said.add(kind)
+        """Log a warning once; lines that differ only in numbers count as the same."""
+        pattern = "".join(letter for letter in line if not letter.isdigit())
+        if pattern not in self._said:
+            self._said.add(pattern)
             log.warning("CUDA graphs: %s", line)
 
     def _record(self, key: tuple, window: Sequence[Batch], packed: Sequence[PackedTargets], tensors: tuple) -> None:
@@ -155,11 +154,11 @@ class StepGraphs:
             if self._limits.strict:
                 raise
         if key not in self.recorded:
-            # Here, where no exception holds what it was raised amid.
+            # Outside the except block, where no exception keeps the tensors of its frames alive.
             self._model.zero_grad(set_to_none=True)
             self.give_up("the memory does not suffice for recording")
             torch.cuda.empty_cache()
-            log.warning("CUDA graphs: %s; going on without.", self.refused)
+            log.warning("CUDA graphs: %s; training continues without.", self.refused)
 
     def _recorded(self, window: Sequence[Batch], packed: Sequence[PackedTargets], tensors: tuple) -> _Recorded:
         inputs = _Inputs(*tensors, self._limits.device)
@@ -173,7 +172,7 @@ class StepGraphs:
         with aside(self._limits.device):
             for _ in range(WARMUP):
                 run()
-        # Recorded gradients are made in the graph's memory, and left to the next graph: none may be there before.
+        # Recorded gradients are allocated in the graph's memory, which the next graph reuses: none may exist before.
         self._model.zero_grad(set_to_none=True)
         before = reserved(self._limits.device)
         replay = self._capture(run)
@@ -184,57 +183,57 @@ class StepGraphs:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is recorded, and what is done with the rest."""
+    """Which steps are recorded, and how others are handled."""
 
     device: torch.device
     num_classes: int
     queries: int
     objects: int
-    """Per image, to which targets are padded."""
+    """Objects per image to which targets are padded."""
     strict: bool
-    """Whether a step that cannot be recorded is an error; else it runs without a graph."""
+    """Whether a step that cannot be recorded is an error; otherwise it runs without a graph."""
 
 
 class _Inputs:
-    """What a graph reads: images and their sizes, and all else in one tensor, which one copy fills."""
+    """Inputs of a graph: images and their sizes, and everything else in one tensor that a single copy fills."""
 
-    def __init__(self, pictures: list[Tensor], others: list[Tensor], device: torch.device) -> None:
-        self._pictures = [torch.empty_like(tensor, device=device) for tensor in pictures]
+    def __init__(self, images: list[Tensor], others: list[Tensor], device: torch.device) -> None:
+        self._pictures = [torch.empty_like(tensor, device=device) for tensor in images]
         size = bytes_of(others)
         self._flat = torch.empty(size, dtype=torch.uint8, device=device)
         self._others = views(self._flat, others)
-        self.fill(pictures, others)
+        self.fill(images, others)
 
-    def fill(self, pictures: list[Tensor], others: list[Tensor]) -> None:
-        """Copy, without waiting where the pictures are pinned; `others` are on the host."""
+    def fill(self, images: list[Tensor], others: list[Tensor]) -> None:
+        """Copy new values; does not wait if the images are pinned. `others` are on the host."""
         host = torch.empty(self._flat.shape, dtype=torch.uint8, pin_memory=self._flat.is_cuda)
-        for own, value in zip(views(host, others), others, strict=True):
-            own.copy_(value)
+        for destination, value in zip(views(host, others), others, strict=True):
+            destination.copy_(value)
         self._flat.copy_(host, non_blocking=True)
-        for own, value in zip(self._pictures, pictures, strict=True):
-            own.copy_(value, non_blocking=True)
+        for destination, value in zip(self._pictures, images, strict=True):
+            destination.copy_(value, non_blocking=True)
 
     def of_step(
         self, window: Sequence[Batch], packed: Sequence[PackedTargets]
     ) -> tuple[list[Batch], list[PackedTargets], Tensor, Tensor]:
-        """The arguments of a step that reads them; the reverse of `_tensors`."""
-        *targets, normalizer, numbers = self._others
+        """The arguments of a step that reads these inputs; the inverse of `_tensors`."""
+        *flat, normalizer, numbers = self._others
         count = len(window)
         batches = [
             replace(batch, images=images, sizes=sizes)
             for batch, images, sizes in zip(window, self._pictures[:count], self._pictures[count:], strict=True)
         ]
-        # Counts of the host only decide whether the objects fit.
-        own = [
-            PackedTargets(*targets[3 * place : 3 * place + 3], (0,) * len(old.counts))
-            for place, old in enumerate(packed)
+        # Counts on the host only decide whether the objects fit; a recorded step does not read them.
+        targets = [
+            PackedTargets(*flat[3 * index : 3 * index + 3], (0,) * len(source.counts))
+            for index, source in enumerate(packed)
         ]
-        return batches, own, normalizer, numbers
+        return batches, targets, normalizer, numbers
 
 
 def _tensors(
     window: Sequence[Batch], packed: Sequence[PackedTargets], normalizer: Tensor, numbers: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    pictures = [batch.images for batch in window] + [batch.sizes for batch in window]
+    images = [batch.images for batch in window] + [batch.sizes for batch in window]
     targets = [tensor for part in packed for tensor in (part.labels, part.boxes, part.device_counts)]
-    return pictures, [*targets, normalizer, numbers]
+    return images, [*targets, normalizer, numbers]

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: the step is undone on the device, and its cause is found and named."""
+"""Handling of losses and gradients that are not finite: undo the step on the device, and name the cause."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from conddetr.model.detr import DETR
 
 
 class NormStatistics:
-    """The running statistics of trainable batch norms: a step that is skipped must not leave NaN in them."""
+    """Running statistics of trainable batch norms: a skipped step must not leave NaN in them."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
@@ -22,21 +22,21 @@ class NormStatistics:
         self.kept = [buffer.clone() for buffer in self.live]
 
     def keep(self) -> None:
-        """Remember the statistics as they are."""
+        """Save the current statistics."""
         if self.live:
             torch._foreach_copy_(self.kept, self.live)
 
     def restore(self, condition: Tensor | bool = True) -> None:
-        """Back to what `keep` remembered, where the scalar `condition` holds; does not wait for the device."""
+        """Restore the statistics that `keep` saved if the scalar `condition` is true; does not wait for the device."""
         for live, kept in zip(self.live, self.kept, strict=True):
             live.copy_(torch.where(torch.as_tensor(condition, device=live.device), kept, live))
 
 
 def poisoned_losses(criterion: Criterion, outputs: dict, targets: list[dict], normalizer: Tensor) -> dict[str, Tensor]:
-    """Losses and gradients that are all NaN, from predictions too broken to be matched.
+    """Losses and gradients that are all NaN, for predictions that cannot be matched because they are not finite.
 
-    With several processes every one must go through its backward pass, or the others wait for ever; and every one
-    then finds NaN in the averaged gradients and skips the step.
+    With several processes each must run its backward pass, or the others wait forever. All processes then get NaN in
+    the averaged gradients and skip the step.
     """
 
     def clean(value: Tensor | list | dict) -> Tensor | list | dict:
@@ -53,37 +53,38 @@ def poisoned_losses(criterion: Criterion, outputs: dict, targets: list[dict], no
 def find_cause(model: DETR, criterion: Criterion, window: Sequence[Batch], normalizer: Tensor, autocast: bool) -> str:
     """Run the batches of a failed step again and name the first tensor that is not finite.
 
-    Changes neither weights, gradients nor statistics, and writes to none of them: the graph of the next step may wait
-    for its backward pass. The caller seeds the random generators as for the step, and puts them back.
+    Does not write to weights, gradients or statistics, not even temporarily, because the autograd graph of the next
+    step may still need them for its backward pass. The caller seeds the random generators as for the step and restores
+    them.
 
     Args:
         model: not wrapped for several processes.
-        criterion: its losses are looked at in turn, and the matching cost before them.
+        criterion: the matching cost is checked first, then each of its losses.
         window: the batches of the step, on the device.
-        normalizer: of the step.
+        normalizer: the step's normalizer.
         autocast: whether the step ran in bfloat16.
 
     Returns:
-        What was found and the ids of the images in that batch, as the subject of a sentence; empty: nothing.
+        The tensor and the ids of the images in that batch, as the subject of a sentence; empty: all are finite.
     """
     strict = copy.copy(criterion)
     strict.check_finite = True
     with torch.compiler.set_stance("force_eager"):
         for batch in window:
-            found = _first_in_batch(model, strict, batch, normalizer, autocast)
-            if found:
-                return f"{found}, on image ids {list(batch.image_ids)}"
+            cause = _first_in_batch(model, strict, batch, normalizer, autocast)
+            if cause:
+                return f"{cause}, on image ids {list(batch.image_ids)}"
     return ""
 
 
 def _first_in_batch(model: DETR, criterion: Criterion, batch: Batch, normalizer: Tensor, autocast: bool) -> str:
     images = batch.model_input()
-    found = _first(("the input images", images), *((f"the weight {name}", p) for name, p in model.named_parameters()))
-    if found:
-        return found
-    seen: list[str] = []
+    cause = _first(("the input images", images), *((f"the weight {name}", p) for name, p in model.named_parameters()))
+    if cause:
+        return cause
+    causes: list[str] = []
     hooks = [
-        module.register_forward_hook(lambda module, args, output, name=name: seen.extend(_bad_output(name, output)))
+        module.register_forward_hook(lambda module, args, output, name=name: causes.extend(_bad_output(name, output)))
         for name, module in model.named_modules()
     ]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -93,25 +94,25 @@ def _first_in_batch(model: DETR, criterion: Criterion, batch: Batch, normalizer:
     finally:
         for hook in hooks:
             hook.remove()
-    if seen:
-        return seen[0]
+    if causes:
+        return causes[0]
     try:
         losses = criterion(outputs, batch.targets, normalizer)
     except NonFiniteCostError as error:
         return f"the matching cost ({error})"
-    # The total comes first in the dict, and is the consequence of the others.
-    found = _first(*((f"the loss term {name}", value) for name, value in reversed(losses.items())))
-    if found:
-        return found
+    # The total comes first in the dict, but is a consequence of the others.
+    cause = _first(*((f"the loss term {name}", value) for name, value in reversed(losses.items())))
+    if cause:
+        return cause
     names, parameters = zip(*[item for item in model.named_parameters() if item[1].requires_grad], strict=True)
-    # Not `backward`: that would touch the gradients, and wait for other processes.
+    # Not `backward`: it would change the gradients and wait for other processes.
     gradients = torch.autograd.grad(losses["loss"], parameters, allow_unused=True)
     pairs = [pair for pair in zip(names, gradients, strict=True) if pair[1] is not None]
     return _first(*((f"the gradient of {name}", gradient) for name, gradient in reversed(pairs)))
 
 
 def _first(*tensors: tuple[str, Tensor]) -> str:
-    """`name (how many of how many values)` of the first tensor with a value that is not finite, or nothing."""
+    """`name (n of m values)` for the first tensor with values that are not finite; empty: all are finite."""
     for name, tensor in tensors:
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
@@ -122,5 +123,5 @@ def _first(*tensors: tuple[str, Tensor]) -> str:
 def _bad_output(name: str, output: object) -> Iterable[str]:
     parts = output if isinstance(output, (list, tuple)) else [output]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
-    found = _first(*((f"the output of module {name}", tensor) for tensor in tensors))
-    return [found] if found else []
+    cause = _first(*((f"the output of module {name}", tensor) for tensor in tensors))
+    return [cause] if cause else []

@@ -1,4 +1,4 @@
-"""One training at a time in a folder: a second one would mix its files with those of the first."""
+"""A lock that allows one training at a time in a folder; a second one would mix its files with those of the first."""
 
 import contextlib
 import errno
@@ -22,12 +22,12 @@ else:
 log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
-"""File in the folder of a run; while it trains the file is locked, and says who trains."""
+"""File in the folder of a run. During training it is locked and names the process that trains."""
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What a file system without locks answers."""
+"""Errors of a file system without locks."""
 _HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _PLACE_ON_WINDOWS = 1 << 30
-"""The byte that is locked there, behind the text: nobody else could read what is locked."""
+"""Offset of the byte that is locked on Windows, behind the text: no other process can read locked bytes."""
 
 _held: set[tuple[int, int]] = set()
 """Folders in which this process trains, by device and inode."""
@@ -36,36 +36,36 @@ _guard = threading.Lock()
 
 @contextlib.contextmanager
 def sole_run(folder: str | Path) -> Iterator[None]:
-    """Keep a folder for this run until the end, or until the process is gone, however it goes.
+    """Reserve a folder for this run until the context or the process ends, even if the process is killed.
 
-    Under torchrun the first process holds it; every process must call this.
+    Under torchrun the first process holds the lock; every process must call this.
 
     Args:
-        folder: of the run, created if absent.
+        folder: the run's folder, created if absent.
 
     Raises:
-        FileExistsError: another run trains there; names it. The same on every rank.
+        FileExistsError: another run trains there; the message names it. The same on every rank.
         OSError: the folder cannot be written to. The same on every rank.
     """
-    with contextlib.ExitStack() as held:
-        problem = None
+    with contextlib.ExitStack() as stack:
+        failure = None
         if distributed.is_main():
             try:
-                held.enter_context(_locked(Path(folder)))
+                stack.enter_context(_locked(Path(folder)))
             except OSError as error:
-                # One that says all by itself has no file name in it.
-                unfit = f"{folder} cannot hold a run: {error.strerror}. Name another folder."
-                problem = error if error.filename is None else OSError(unfit)
-        # The others would go on, and wait for the first one.
-        problem = distributed.gather(problem)[0]
-        if problem is not None:
-            raise problem
+                # An error without a file name has a complete message already.
+                message = f"{folder} cannot hold a run: {error.strerror}. Name another folder."
+                failure = error if error.filename is None else OSError(message)
+        # Otherwise the other ranks would continue and wait for the first one.
+        failure = distributed.gather(failure)[0]
+        if failure is not None:
+            raise failure
         yield
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes, and other threads of this one."""
+    """Lock a folder against other processes and against other threads of this one."""
     is_new = not folder.exists()
     with _known(folder):
         descriptor = _open_locked(folder)
@@ -75,11 +75,11 @@ def _locked(folder: Path) -> Iterator[None]:
                 os.write(descriptor, _this_process().encode())
             yield
         finally:
-            # While it is locked. Windows removes no file that is open, and keeps it.
+            # Remove it while it is locked. Windows cannot remove an open file, so there it stays.
             with contextlib.suppress(OSError):
                 (folder / LOCK).unlink()
             os.close(descriptor)
-            # A run that was refused leaves nothing behind.
+            # A refused run leaves no new folder behind.
             with contextlib.suppress(OSError):
                 if is_new:
                     folder.rmdir()
@@ -87,9 +87,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _known(folder: Path) -> Iterator[None]:
-    """Note that this process trains in a folder.
+    """Register that this process trains in a folder.
 
-    The system's lock is one of processes, and lost when its holder closes the file, even if opened a second time.
+    The system's lock is per process, and it is lost as soon as the process closes any descriptor of the file.
     """
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,20 +106,20 @@ def _known(folder: Path) -> Iterator[None]:
 
 
 def _open_locked(folder: Path) -> int:
-    """The descriptor of the folder's file, locked."""
+    """Descriptor of the folder's lock file, locked."""
     while True:
         with write_errors(folder / LOCK):
             descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor)
-            # Its holder removes the file at the end: what was opened before that is nobody's any more.
+            # The holder removes the file at the end: a descriptor that was opened before that locks a deleted file.
             if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
                 return descriptor
         except FileNotFoundError:
             pass
         except OSError as error:
             if error.errno in _WITHOUT_LOCKS:
-                log.warning("%s: its file system has no locks, a second run in it would not be refused.", folder)
+                log.warning("%s: the file system has no locks, so a second run there would not be refused.", folder)
                 return descriptor
             holder = _text(descriptor)
             os.close(descriptor)
@@ -132,7 +132,7 @@ def _open_locked(folder: Path) -> int:
 def _lock(descriptor: int) -> None:
     """Lock the file until it is closed or the process ends, or raise an OSError at once.
 
-    Not `flock`, which processes that load images inherit: they live on for a while after their trainer was killed.
+    Not `flock`: data loader processes inherit it, and they outlive a killed trainer for a while.
     """
     if sys.platform == "win32":
         os.lseek(descriptor, _PLACE_ON_WINDOWS, os.SEEK_SET)
@@ -147,10 +147,10 @@ def _this_process() -> str:
 
 
 def _text(descriptor: int) -> str:
-    """Who holds the lock, by the text of the file; it is empty for a moment after the lock was taken."""
+    """The lock's holder, from the file's text, which is empty for a moment after the lock is taken."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     return os.read(descriptor, 1000).decode(errors="replace").strip() or "another run"
 
 
 def _in_use(folder: Path, by: str) -> str:
-    return f"{folder} is in use by {by}: wait for its end, or name another folder."
+    return f"{folder} is in use by {by}: wait until it ends, or name another folder."

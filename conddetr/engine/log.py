@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `log.jsonl`, `curves.png`, and TensorBoard's events where that is installed."""
+"""Logs of a run: `log.jsonl`, `curves.png`, and TensorBoard events if TensorBoard is installed."""
 
 import contextlib
 import importlib.util
@@ -13,14 +13,14 @@ from conddetr.files import write_errors, write_text
 BOARD = "tensorboard"
 """Folder of TensorBoard's events."""
 DRAWING_SHARE = 0.05
-"""Curves are drawn again only when that takes less than this part of the time since they were last drawn."""
+"""Largest share of the time that drawing curves may take: they are drawn again only after enough time has passed."""
 
 
 class RunLog:
     """The records of a run, one per epoch."""
 
     def __init__(self, folder: Path, epoch: int) -> None:
-        """Open the log of a run that goes on at `epoch`: later records, and what a kill left incomplete, go."""
+        """Open the log of a run that continues at `epoch`; drops later records and incomplete lines of a killed run."""
         self.folder, self.file = folder, folder / "log.jsonl"
         self.records = [record for record in read_log(self.file) if record["epoch"] < epoch]
         write_text(self.file, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -33,7 +33,7 @@ class RunLog:
         self._draw_after = 0.0
 
     def write(self, record: dict[str, float], is_last: bool) -> None:
-        """Add an epoch's record; it is on the disk when this returns. Curves are drawn if it is time."""
+        """Add an epoch's record and wait until it is on disk. Draws curves if they are due."""
         self.records.append(record)
         with write_errors(self.file), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -43,7 +43,7 @@ class RunLog:
             with write_errors(self.folder / BOARD):
                 for name, value in record.items():
                     if name in METRICS and value < 0:
-                        # It does not exist: in a curve -1 would be a fall.
+                        # An undefined metric: -1 would look like a drop in the curve.
                         continue
                     self._board.add_scalar(name, value, record["epoch"])
                 self._board.flush()
@@ -64,7 +64,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The records of a `log.jsonl`, without lines that were cut short; none where there is no file."""
+    """The records of a `log.jsonl`, without incomplete lines; an empty list if there is no file."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""What changes the weights: AdamW's parameter groups, the learning rates' course, and the moving average."""
+"""AdamW and its parameter groups, the learning rate schedule, and the moving average of the weights."""
 
 import contextlib
 import copy
@@ -28,9 +28,8 @@ def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
 
 @contextlib.contextmanager
 def rates_on_device(optimizer: torch.optim.AdamW, rates: Tensor) -> Iterator[None]:
-    """Let the optimizer read its learning rates there, [groups] float32, so that a recorded step follows them.
-
-    Afterwards they are numbers again, which is what checkpoints hold.
+    """Let the optimizer read its learning rates from a device tensor, [groups] float32, so that a recorded step uses
+    the current ones. Afterwards they are numbers again, as checkpoints store them.
     """
     is_captured = rates.is_cuda and torch.cuda.is_current_stream_capturing()
     before = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
@@ -44,9 +43,9 @@ def rates_on_device(optimizer: torch.optim.AdamW, rates: Tensor) -> Iterator[Non
 
 
 def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """What both learning rates are multiplied by in step `step`, counted from 0 over the whole run.
+    """Factor of both learning rates in step `step`, counted from 0 over the whole run.
 
-    A function of the step alone: there is no state to save.
+    It depends on the step alone, so there is no state to save.
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "step":
@@ -57,7 +56,7 @@ def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> flo
 
 
 def learning_rates(config: TrainConfig, step: int, steps_per_epoch: int) -> tuple[float, float]:
-    """Of the transformer and of the backbone, the groups of `make_optimizer`; arguments as `schedule_factor`."""
+    """Learning rates of transformer and backbone, the groups of `make_optimizer`; arguments as `schedule_factor`."""
     factor = schedule_factor(config, step, steps_per_epoch)
     return config.lr * factor, config.lr_backbone * factor
 
@@ -68,28 +67,28 @@ class MovingAverage:
     def __init__(self, model: DETR, decay: float, ramp: int) -> None:
         """
         Args:
-            model: the one that trains.
-            decay: of the average, per step, in [0, 1).
+            model: the model that is trained.
+            decay: decay of the average per step, in [0, 1).
             ramp: the decay of step t is decay · (1 - exp(-t / ramp)): at first the weights change fast.
         """
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp = decay, ramp
 
     def weight(self, step: int) -> float:
-        """What the weights after step `step`, counted from 0, have in the average: 1 - decay."""
+        """Weight of the model in the average after step `step`, counted from 0: 1 - decay."""
         return 1 - self.decay * (1 - math.exp(-(step + 1) / self.ramp))
 
     @torch.no_grad()
     def update(self, model: nn.Module, weight: float | Tensor, skipped: Tensor) -> None:
-        """Take over the weights after a step.
+        """Update the average after a step.
 
         Args:
-            model: the one that trains.
-            weight: of its weights in the average; a tensor is a scalar on the model's device.
-            skipped: scalar on the model's device, 1 if the step changed nothing, so that the average stays too; else 0.
+            model: the model that is trained.
+            weight: its weight in the average: a number, or a scalar on the model's device.
+            skipped: scalar on the model's device: 1 if the step was skipped, then the average does not change; else 0.
         """
         average = list(self.model.parameters())
-        # Not `_foreach_lerp_`: its weight is a number, and the host would have to wait for it.
+        # Not `_foreach_lerp_`: it takes its weight as a number, for which the host would wait.
         change = torch._foreach_sub(list(model.parameters()), average)
         torch._foreach_mul_(change, weight * (1 - skipped))
         torch._foreach_add_(average, change)

@@ -1,4 +1,4 @@
-"""What a model computes in: float32, or bfloat16 by autocast. Heads, losses and matching are float32 in both."""
+"""Precision of a model: float32, or bfloat16 by autocast. Heads, losses and matching are float32 in both."""
 
 import contextlib
 from typing import get_args
@@ -9,28 +9,28 @@ from conddetr.config import Precision, nearest
 from conddetr.kernels import registry
 from conddetr.model.detr import DETR
 
-WITHOUT_BFLOAT16 = "bfloat16 is taken by itself on NVIDIA GPUs of compute capability 8.0 and newer"
-"""Why `auto` is float32 elsewhere."""
+WITHOUT_BFLOAT16 = "`auto` means bfloat16 only on NVIDIA GPUs of compute capability 8.0 and newer"
+"""Why `auto` is float32 on other devices."""
 
 
 def check_precision(precision: str) -> None:
-    """Raise a ValueError for what is no `Precision`."""
+    """Raise a ValueError if `precision` is not a `Precision`."""
     if precision not in (known := get_args(Precision)):
         raise ValueError(f"precision: unknown value {precision!r}.{nearest(precision, list(known))}")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether `auto` means bfloat16 there: on NVIDIA GPUs of compute capability 8.0 and newer."""
+    """Whether `auto` means bfloat16 on a device: on NVIDIA GPUs of compute capability 8.0 and newer."""
     return device.type == "cuda" and torch.version.hip is None and registry.capability(device) >= (8, 0)
 
 
 def resolve_precision(precision: str, has_bfloat16: bool, trained: str | None = None) -> str:
-    """`float32` or `bfloat16`.
+    """The precision to use, `float32` or `bfloat16`.
 
     Args:
-        precision: one of `config.Precision`; all but `auto` are their own answer.
-        has_bfloat16: of the device, or of those of all processes.
-        trained: what the weights were trained in, which `auto` keeps; None: not known.
+        precision: one of `config.Precision`; anything but `auto` is returned as it is.
+        has_bfloat16: of the device, or of the devices of all processes together.
+        trained: precision in which the weights were trained, which `auto` keeps; None: not known.
     """
     if precision != "auto":
         return precision
@@ -38,8 +38,8 @@ def resolve_precision(precision: str, has_bfloat16: bool, trained: str | None = 
 
 
 def autocast(model: DETR, precision: str) -> contextlib.AbstractContextManager:
-    """For calls of a model in inference, in `float32` or `bfloat16`. A model that was cast computes in its own dtype,
-    and so does a frozen copy that was made for one.
+    """Autocast context for inference in `float32` or `bfloat16`. A cast model, and a frozen copy in another dtype,
+    computes in its own dtype.
     """
     if precision != "bfloat16":
         return contextlib.nullcontext()
@@ -48,10 +48,9 @@ def autocast(model: DETR, precision: str) -> contextlib.AbstractContextManager:
 
 
 def for_inference(model: DETR, precision: str) -> DETR:
-    """What to call for many images: a frozen copy (`DETR.fused`), in bfloat16 where that is the precision.
+    """The model to call for many images: a frozen copy (`DETR.fused`), in bfloat16 if that is the precision.
 
-    The model itself where it is such a copy already or was compiled, and with backend `eager`, of which nothing is
-    folded.
+    The model itself if it is such a copy or compiled, or if its backend is `eager`, which folds nothing.
     """
     if model.fusion is not None or model._compiled_call_impl is not None or model.backend == "eager":
         return model
@@ -60,10 +59,10 @@ def for_inference(model: DETR, precision: str) -> DETR:
 
 
 def float32_products(device: torch.device) -> str:
-    """What PyTorch's own switches make of float32 products and convolutions, in words; empty on a CPU, without TF32."""
+    """PyTorch's TF32 switches for float32 products and convolutions, in words; empty on a CPU, which has no TF32."""
     if device.type != "cuda":
         return ""
-    # The newer switches: once they were set, PyTorch refuses to read the older ones, `allow_tf32`.
+    # The newer switches: after they are set, PyTorch refuses to read the older ones, `allow_tf32`.
     switches = {"products": torch.backends.cuda.matmul, "convolutions": torch.backends.cudnn.conv}
-    states = (f"{of}: TF32 {'on' if switch.fp32_precision == 'tf32' else 'off'}" for of, switch in switches.items())
+    states = (f"{name}: TF32 {'on' if switch.fp32_precision == 'tf32' else 'off'}" for name, switch in switches.items())
     return f"float32 {', '.join(states)}"

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, tables, and the bar while work goes on."""
+"""Terminal output of a run: lines, tables and progress bars."""
 
 import contextlib
 import sys
@@ -20,45 +20,45 @@ from rich.table import Table
 from rich.text import Text
 
 STAND_INS = str.maketrans({"–": "-", "…": "...", "×": "x", "·": ".", "≥": ">=", "λ": "lambda"})
-"""What our own words use beyond ASCII, where the output cannot take it."""
+"""ASCII replacements of the other characters in our own texts, for outputs that cannot encode them."""
 
 
 class StandardOutput:
-    """`sys.stdout` as it is at the moment of each call, for a text that its encoding may not hold.
+    """The current `sys.stdout` at each call, for text that its encoding may not support.
 
-    A file in Latin-1 or ASCII must not end a training for the dash in its last table. What the encoding cannot take is
-    written as one of `STAND_INS`, else as Python escapes it: `\\u4fe1`.
+    A file in Latin-1 or ASCII must not end a training because of a dash in a table. Characters that the encoding lacks
+    are written as in `STAND_INS`, others as Python escapes: `\\u4fe1`.
     """
 
     @property
     def _stream(self) -> TextIO | None:
-        """None where there is no output: `pythonw`, or a closed one. While a bar is shown, rich stands before it."""
+        """None if there is no output: `pythonw`, or closed. While a bar is shown, rich replaces `sys.stdout`."""
         return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     @property
     def encoding(self) -> str:
-        """Of the stream; rich draws tables and bars by it."""
+        """Encoding of the stream; rich reads it for its tables and bars."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether a person looks on."""
+        """Whether the stream is a terminal."""
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Of the stream.
+        """Descriptor of the stream.
 
         Raises:
-            OSError: it has none.
+            OSError: there is no stream.
         """
         if self._stream is None:
             raise OSError("There is no standard output.")
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Write it, characters that do not fit replaced.
+        """Write text; characters that the encoding lacks are replaced.
 
         Raises:
-            OSError: it cannot be written, as on a full disk.
+            OSError: the stream cannot be written, as on a full disk.
         """
         if self._stream is None:
             return 0
@@ -79,7 +79,7 @@ class StandardOutput:
 
 @contextlib.contextmanager
 def _output_errors() -> Iterator[None]:
-    """An error of the system, as of a full disk, says what could not be written; a pipe that ended stays one."""
+    """Errors of the system, such as a full disk, say that standard output failed; a broken pipe stays as it is."""
     try:
         yield
     except BrokenPipeError:
@@ -100,21 +100,21 @@ console = Console(file=StandardOutput())
 
 
 def say(text: str) -> None:
-    """Print a line as it is, broken by nothing but the terminal.
+    """Print a line as it is; only the terminal wraps it.
 
-    Brackets, colons and numbers in it are neither markup nor coloured: paths and names hold anything.
+    Brackets, colons and numbers are neither markup nor coloured, because paths and names may contain anything.
     """
     console.print(Text(text), soft_wrap=True)
 
 
 def show(title: str, table: Table) -> None:
-    """Print a table below its title, which is a line as of `say`: a path in it stays whole."""
+    """Print a table below its title. The title is printed by `say`, so a path in it is not broken."""
     say(title)
     console.print(table)
 
 
 class _Shown:
-    """A bar that is there within a `with` block."""
+    """A bar that is shown within a `with` block."""
 
     _bar: RichProgress
 
@@ -129,14 +129,14 @@ class _Shown:
 
 
 class Progress(_Shown):
-    """A bar with images/s, a note (losses) and the time left. Silent where the output is no terminal.
+    """A bar with images/s, a note (losses) and the time left. Silent if the output is not a terminal.
 
-    `total` may be None, for work whose amount is not known yet.
+    `total` may be None if the amount of work is not known yet.
     """
 
     def __init__(self, title: str, total: int | None, disable: bool = False) -> None:
         self.is_shown = not disable and console.file.isatty()
-        """Whether anybody sees a note."""
+        """Whether the bar, and so a note, is visible."""
         self._bar = RichProgress(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
@@ -154,14 +154,14 @@ class Progress(_Shown):
         self._task = self._bar.add_task(title, total=total, rate="…", note="")
 
     def advance(self, images: int, note: str = "", total: int | None = None) -> None:
-        """Count `images` more as done, of `total` where that was not known before."""
+        """Count `images` more as done; `total` sets the total if it was not known before."""
         task = self._bar.tasks[self._task]
         rate = f"{task.speed:.1f}" if task.speed else "…"
         self._bar.update(self._task, advance=images, rate=rate, note=note, total=total)
 
 
 class Steps(_Shown):
-    """A bar of steps, of whose phases each has a number of its own. Silent where the output is no terminal."""
+    """A bar of steps; each phase may have its own total. Silent if the output is not a terminal."""
 
     def __init__(self, title: str) -> None:
         self._bar = RichProgress(
@@ -177,5 +177,5 @@ class Steps(_Shown):
         self._task = self._bar.add_task(title, total=None, note="")
 
     def tell(self, note: str, done: int, total: int) -> None:
-        """Show what is being done, and that `done` steps of `total` are."""
+        """Show the current work, and that `done` steps of `total` are finished."""
         self._bar.update(self._task, completed=done, total=total, note=note)

@@ -1,4 +1,4 @@
-"""A training run from its configuration: the same for the command line and for `Detector.train`."""
+"""A training run from its configuration, for the command line and for `Detector.train`."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -33,8 +33,8 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageS
     """Training and validation set.
 
     Raises:
-        ValueError: an option has no use beside the others; the two sets have other categories; nothing to train on; or
-            as `CocoDetection`.
+        ValueError: an option has no effect with the others; the two sets have different categories; there is nothing to
+            train on; or as `CocoDetection`.
         FileNotFoundError: as `CocoDetection`.
     """
     from conddetr.data.coco import coco_split, folder_sets, layout_sets
@@ -61,8 +61,8 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageS
             for split, transform in zip(("train", "val"), transforms, strict=True)
         )
     else:
-        own = (data.val_fraction, data.val_folder, data.val_annotations)
-        train_set, val_set = folder_sets(data.images, data.annotations, *transforms, *own)
+        validation = (data.val_fraction, data.val_folder, data.val_annotations)
+        train_set, val_set = folder_sets(data.images, data.annotations, *transforms, *validation)
     check_splits(train_set.classes, val_set.classes)
     _check_annotated(train_set, val_set)
     _note_shared_images(train_set, val_set)
@@ -70,47 +70,48 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageS
 
 
 def _check_divided(layout: "Layout") -> None:
-    """Refuse `val_fraction` where a data set has validation images of its own."""
+    """Refuse `val_fraction` if a data set has its own validation images."""
     if "val" in layout.splits:
         raise ValueError(
-            f"Data option val_fraction has no use beside the validation images that {layout.root} has: leave it out."
+            f"Data option val_fraction has no effect, because {layout.root} has validation images: leave it out."
         )
 
 
 def _check_annotated(train_set: "CocoDetection", val_set: "CocoDetection") -> None:
-    """Refuse to train where nothing can be learned, or measured."""
+    """Refuse to train without training objects or validation annotations; warn if validation has no objects."""
     if train_set.objects == 0:
         crowds, dropped = train_set.crowds, train_set.dropped_boxes
-        found = [f"{crowds} crowds (`iscrowd` 1, which are not trained on)"] if crowds else []
-        found += [f"{dropped} boxes without area inside their image"] if dropped else []
+        unusable = [f"{crowds} crowds (`iscrowd` 1, which are not trained on)"] if crowds else []
+        unusable += [f"{dropped} boxes without area inside their image"] if dropped else []
         advice = (
-            " Where every object is a crowd, a tool has exported masks so: write `iscrowd` 0 for single objects."
+            " Some tools export every mask as a crowd: write `iscrowd` 0 for single objects."
             if crowds
             else " conddetr validate-data shows them."
             if dropped
             else " Check that the export includes annotations."
         )
         raise ValueError(
-            f"There is nothing to learn. In {train_set.source}: {' and '.join(found) or 'no boxes at all'}, and no "
-            f"object besides.{advice}"
+            f"There is nothing to learn. In {train_set.source}: {' and '.join(unusable) or 'no boxes at all'}, and no "
+            f"other objects.{advice}"
         )
     if not val_set.is_annotated:
-        raise ValueError(f"Annotation file {val_set.annotation_file} has no list 'annotations': it cannot validate.")
+        raise ValueError(
+            f"Annotation file {val_set.annotation_file} has no list 'annotations': it cannot be used for validation."
+        )
     if val_set.objects == 0:
         log.warning(
-            "There is nothing to measure: %s has no objects (%d crowds), so no metric exists and no best.pt is kept.",
+            "There is nothing to measure: %s has no objects (%d crowds), so there are no metrics and no best.pt.",
             val_set.source,
             val_set.crowds,
         )
 
 
 def _note_shared_images(train_set: "CocoDetection", val_set: "CocoDetection") -> None:
-    """Warn where what is measured is not new to the model."""
+    """Warn if validation images are also training images."""
     shared = len(set(val_set.files()).intersection(train_set.files()))
     if shared:
         log.warning(
-            "%d of the %d validation images are training images too: what is measured on them says nothing about new "
-            "images.",
+            "%d of the %d validation images are training images too: metrics on them say nothing about new images.",
             shared,
             len(val_set),
         )
@@ -125,19 +126,19 @@ def evaluation_set(
 ) -> "ImageSet":
     """The data to evaluate a detector on.
 
-    All images of an annotation file that is named: as `annotations` and `images`, or `val_annotations` and
-    `val_folder`. With `val_fraction`, and of the detector's own training data, those that are set aside in training.
+    An annotation file that is named (`annotations` with `images`, or `val_annotations` with `val_folder`): all its
+    images. With `val_fraction`, or on the detector's own training data: the images that training holds out.
 
     Args:
-        chosen: fields of `DataConfig`; where they name no images they change those of `of_run`.
-        of_run: what the detector was trained on, if that is known.
-        classes: the detector's.
+        chosen: fields of `DataConfig`; if they name no images, they override fields of `of_run`.
+        of_run: the detector's training data, if known.
+        classes: the detector's classes.
         model: the detector's configuration.
         split: `val` or `test` of a `dataset`.
 
     Raises:
-        ValueError: unknown option (with the nearest name), or one without use beside the others; no images are named,
-            and the detector is not one of synthetic shapes; or as `CocoDetection`.
+        ValueError: unknown option (with the nearest name), or one that has no effect with the others; no images are
+            named, and the detector was not trained on synthetic shapes; or as `CocoDetection`.
         FileNotFoundError: as `CocoDetection`.
     """
     from conddetr.data.annotations import read_annotations
@@ -170,7 +171,7 @@ def evaluation_set(
 def _evaluation_data(
     chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]]
 ) -> DataConfig:
-    """What `evaluation_set` is to read; a file of which all images are meant is its `val_annotations`."""
+    """The data that `evaluation_set` reads; a file to be evaluated completely is its `val_annotations`."""
     from conddetr.data.synthetic import CLASSES
 
     known = [option.name for option in fields(DataConfig)]
@@ -195,9 +196,9 @@ def _evaluation_data(
         data, used = DataConfig(**chosen), _OF_SHAPES
         if data.kind == "synthetic" and names != list(CLASSES):
             raise ValueError(
-                f"No data to evaluate on: the detector does not say what it was trained on, and its {len(names)} "
-                f"classes, first {names[0]!r}, are not those of the synthetic shapes. Give dataset, coco_path, or "
-                "annotations and images."
+                f"No data to evaluate on: the detector's training data is not known, and its {len(names)} classes, "
+                f"first {names[0]!r}, are not those of the synthetic shapes. Give dataset, coco_path, or annotations "
+                "and images."
             )
     for name in chosen:
         if name not in used:
@@ -210,14 +211,14 @@ def _evaluation_data(
 
 
 def official_evaluation(data: DataConfig, chosen: Collection[str]) -> dict[str, Any]:
-    """What `evaluation_set` is to be given where a training's options come with `--eval`: those of its validation.
+    """Options for `evaluation_set` from the options of a training with `--eval`: those of its validation images.
 
     Args:
-        data: the options of the training.
-        chosen: the names of those that were given, by flags or a file; a file may name all.
+        data: the training's options.
+        chosen: names of the options that were given, by flags or a file; a file may name all.
 
     Raises:
-        ValueError: an option has no use beside the others.
+        ValueError: an option has no effect with the others.
     """
     data.check_used()
     of_training = {"train_images"} | ({"annotations", "val_fraction"} if data.val_annotations else set())
@@ -233,11 +234,11 @@ def official_evaluation(data: DataConfig, chosen: Collection[str]) -> dict[str, 
 
 
 _OF_SHAPES = {"train_images", "val_images"}
-"""What describes synthetic shapes; a script may give `evaluate` the options that it gave `train`."""
+"""Options of synthetic shapes; a script may pass the same options to `evaluate` as to `train`."""
 
 
 def _changeable(of_run: DataConfig) -> set[str]:
-    """The options that change on which images of a training's own data a detector is evaluated, or where they are."""
+    """Options that may override a training's data: which of its images are evaluated, or where they are."""
     if of_run.val_annotations:
         return {"val_folder"} if of_run.val_folder else {"val_folder", "images"}
     by_kind = {"synthetic": _OF_SHAPES, "annotations": {"images", "val_fraction"}, "dataset": {"val_fraction"}}
@@ -245,29 +246,29 @@ def _changeable(of_run: DataConfig) -> set[str]:
 
 
 def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:
-    """Train as configured; under torchrun, with the other processes.
+    """Train as configured; under torchrun, together with the other processes.
 
     Args:
         run: from `resolve_run`.
-        start: weights to start from, as the content of a checkpoint, instead of the file `run.weights`.
+        start: weights to start from, as a checkpoint's content, instead of the file `run.weights`.
         show_config: print the whole configuration at the start.
 
     Returns:
-        The trainer, its run done.
+        The trainer, after training.
 
     Raises:
-        FileExistsError: another run trains in the folder; names it.
+        FileExistsError: another run trains in the folder; the message names it.
         OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
     """
     with distributed.process_group(run.device) as device, sole_run(run.output_dir):
         train_set, val_set = data_sets(run.data, run.model)
         resume = _file_to_resume(run)
-        # A resumed run brings its own weights; so do named ones.
+        # A resumed run and named weights replace the pretrained backbone.
         weights = None if resume else start or (run.weights and locate(run.weights, run.preset))
         run = replace(run, pretrained_backbone=run.pretrained_backbone and not (resume or weights))
         torch.manual_seed(run.train.seed)
-        how = {"backend": run.backend, "pretrained_backbone": run.pretrained_backbone}
-        model = build(run.preset, **how, **{**run.model.to_dict(), "num_classes": len(train_set.classes)})
+        build_options = {"backend": run.backend, "pretrained_backbone": run.pretrained_backbone}
+        model = build(run.preset, **build_options, **{**run.model.to_dict(), "num_classes": len(train_set.classes)})
         if distributed.is_main():
             _print_start(run, model, train_set, val_set, show_config)
         if weights:
@@ -290,9 +291,9 @@ def _file_to_resume(run: RunConfig) -> Path | None:
 
 
 def _print_resumed(trainer: Trainer) -> None:
-    position, of_epoch = trainer.position, len(trainer.loader)
-    where = f"epoch {position.epoch + 1}, batch {position.batch} of {of_epoch}, step {position.step}"
-    say(f"going on from {trainer.resumed_from}: {where}")
+    position, batches = trainer.position, len(trainer.loader)
+    progress = f"epoch {position.epoch + 1}, batch {position.batch} of {batches}, step {position.step}"
+    say(f"resuming from {trainer.resumed_from}: {progress}")
     for change in trainer.changes:
         say(change)
 

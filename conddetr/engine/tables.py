@@ -1,4 +1,4 @@
-"""COCO's numbers as tables for the terminal, in percent."""
+"""COCO metrics as tables for the terminal, in percent."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -20,7 +20,7 @@ def class_table(classes: list[ClassMetrics]) -> Table:
 
 
 def metrics_table(metrics: dict[str, float]) -> Table:
-    """COCO's twelve numbers in percent, as a table for the terminal."""
+    """COCO's twelve metrics in percent, as a table for the terminal."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for name in metrics:
         table.add_column(name, justify="right")
@@ -29,5 +29,5 @@ def metrics_table(metrics: dict[str, float]) -> Table:
 
 
 def percent(value: float) -> str:
-    """A metric in [0, 1] for people: `61.1`; a dash where it does not exist, which is -1 in COCO's numbers."""
+    """A metric in [0, 1] as percent, e.g. `61.1`; a dash if it is undefined, which is -1 in COCO's metrics."""
     return f"{100 * value:.1f}" if value >= 0 else "–"

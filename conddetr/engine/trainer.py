@@ -1,4 +1,4 @@
-"""Training: epochs, evaluations and checkpoints, of a run that may be killed at any moment.
+"""Training: epochs, evaluations and checkpoints of a run that may be killed at any moment.
 
 Source of the recipe: Conditional DETR, section 4.1; `main.py` and `engine.py` of the official code.
 """
@@ -37,24 +37,24 @@ from conddetr.interrupt import InterruptedRunError
 from conddetr.model.detr import DETR
 
 STOP_TIME, STOP_SIGNAL = 1.0, 2.0
-"""Wishes to stop, by urgency: as if the epochs were over; at once, saving the state."""
+"""Requests to stop, by urgency: end as if all epochs were done; save the state and end at once."""
 
 
 @dataclass
 class Position:
-    """What of a run is to be done next."""
+    """Position in a run from which it continues."""
 
     epoch: int = 0
     batch: int = 0
-    """Batches of this epoch that are done; all of them: it remains to be evaluated."""
+    """Finished batches of this epoch; if all are finished, the evaluation is next."""
     step: int = 0
-    """Steps of the whole run that are done."""
+    """Finished steps of the whole run."""
 
 
 class Trainer:
-    """Trains a model, evaluates it, and leaves checkpoints, `log.jsonl` and curves in the run's folder.
+    """Trains and evaluates a model; writes checkpoints, `log.jsonl` and curves into the run's folder.
 
-    With several processes (`torchrun`) each has its own trainer; the first one writes.
+    With several processes (`torchrun`) each has its own trainer; the first process writes.
     """
 
     def __init__(
@@ -62,23 +62,23 @@ class Trainer:
     ) -> None:
         """
         Args:
-            model: with as many classes as the data set has.
+            model: with as many classes as the data set.
             train_set, val_set: `CocoDetection` or `SyntheticShapes`.
             run: how to train, and the folder to write to, created if absent.
             device: where to train.
 
         Raises:
-            ValueError: the model's number of classes is not the data set's, or fewer images than a batch.
+            ValueError: the model's number of classes is not the data set's, or there are fewer images than in a batch.
         """
         if model.config.num_classes != len(train_set.classes):
             raise ValueError(
-                f"num_classes: the data set has {len(train_set.classes)} classes, "
-                f"the model was built for {model.config.num_classes}."
+                f"num_classes: expected {len(train_set.classes)} as the data set has, "
+                f"got {model.config.num_classes} of the model."
             )
         self.model, self.device = model.to(device, non_blocking=True), device
-        self._asked_precision = run.train.precision
+        self._requested_precision = run.train.precision
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
-        """Whether all processes have it: they train in one precision."""
+        """Whether the devices of all processes have it: they train in one precision."""
         precision = resolve_precision(run.train.precision, self._has_bfloat16)
         prove(device, model.backend)
         pad_buckets = buckets(model.config, model.backend, run.train, device)
@@ -87,7 +87,7 @@ class Trainer:
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
         self.is_main = distributed.is_main()
-        """Whether this process writes."""
+        """Whether this process writes the run's files."""
         self.loader = make_loader(
             train_set,
             self.config.batch_size,
@@ -105,18 +105,18 @@ class Trainer:
         self.position = Position()
         self.resumed_from: Path | None = None
         self.changes: list[str] = []
-        """How a resumed run computes otherwise than before, a line each."""
+        """Differences between a resumed run and the saved one, one line each."""
         self.seconds = 0.0
-        """Time spent training so far."""
+        """Training time so far, without evaluation."""
         self.best_ap = -1.0
         self.metrics: dict[str, float] = {}
-        """Of the last evaluation."""
+        """Metrics of the last evaluation."""
         self.result: CocoResult | None = None
         """The last evaluation of this process."""
         self._speed = (0, 0.0)
 
     def _limit_graphs(self) -> None:
-        """Under `auto`, no graphs where nearly every step would have one of its own."""
+        """With `auto`, use no graphs if steps come in more than `MAX_GRAPHS` kinds."""
         graphs, size = self.stepper.graphs, self.config.accumulate
         kinds = len(self.loader.sampler.shapes) ** size
         if graphs is not None and self.config.cuda_graphs == "auto" and kinds > MAX_GRAPHS:
@@ -124,24 +124,24 @@ class Trainer:
 
     @property
     def trained(self) -> DETR:
-        """The model to use: the moving average of the weights where there is one."""
+        """The model to use: the moving average of the weights if there is one."""
         return self.stepper.average.model if self.stepper.average else self.model
 
     @property
     def chosen(self) -> Chosen:
-        """What it computes with."""
+        """The implementations and the precision of this run."""
         model, config = self.model, self.config
-        how = {"trains": True, "compiled": config.compile}
-        return chosen(model.config, model.backend, self.device, config.precision, **how)
+        options = {"trains": True, "compiled": config.compile}
+        return chosen(model.config, model.backend, self.device, config.precision, **options)
 
     def resume(self, path: str | Path) -> None:
-        """Go on exactly where the checkpoint of a run was saved, in the middle of an epoch too.
+        """Resume exactly where the checkpoint of a run was saved, even in the middle of an epoch.
 
-        A damaged `checkpoint.pt` is replaced by the one before it, with a warning.
+        If `checkpoint.pt` is damaged, the previous one is used, with a warning.
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint of a run; or of another model, class list, or (inside an
-                epoch) another order of the images; says what differs.
+            FileNotFoundError, ValueError: not a checkpoint of a run; or one of another model, another class list, or
+                (inside an epoch) another order of the images; the message says what differs.
         """
         path, content = read_latest(path)
         absent = [key for key in ("model", "optimizer", "position", "run") if key not in content]
@@ -155,75 +155,75 @@ class Trainer:
         if position.batch:
             self._check_same_batches(path, content)
         else:
-            # With other batches an epoch has another number of steps, and the schedule goes by epochs.
+            # With other batches an epoch has another number of steps, and the schedule counts epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
         self.stepper.load_state(content)
-        self._go_on_in(content["run"]["train"].get("precision", "float32"))
-        # Older checkpoints have it in the configuration of the model.
+        self._keep_precision(content["run"]["train"].get("precision", "float32"))
+        # Older checkpoints have the backend in the model's configuration.
         was, now = content["run"].get("backend", content["config"].get("backend")), self.model.backend
         if was != now:
-            self.changes.append(f"backend was {was}, is {now}: other roundings, and other random numbers of dropout")
+            self.changes.append(f"backend was {was}, is {now}: rounding and the random numbers of dropout differ")
         self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
 
-    def _go_on_in(self, saved: str) -> None:
-        """Take the precision of before, if `auto` may choose and the devices have it."""
-        precision = resolve_precision(self._asked_precision, self._has_bfloat16, trained=saved)
+    def _keep_precision(self, saved: str) -> None:
+        """Use the saved run's precision if `auto` allows it and the devices support it."""
+        precision = resolve_precision(self._requested_precision, self._has_bfloat16, trained=saved)
         self.config = replace(self.config, precision=precision)
         self.run = replace(self.run, train=self.config)
         self.stepper.config = self.config
         if precision != saved:
-            is_asked = self._asked_precision != "auto"
-            reason = "as asked for" if is_asked else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
+            is_requested = self._requested_precision != "auto"
+            reason = "as requested" if is_requested else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
             self.changes.append(f"precision was {saved}, is {precision}: {reason}")
 
     def _check_same_model(self, path: Path, content: dict) -> None:
-        advice = f"To keep everything that fits and start anew from it: --weights {path}."
-        saved, own = content["classes"], self.train_set.classes
-        if saved != own:
-            differing = [pair for pair in zip_longest(saved, own) if pair[0] != pair[1]]
+        advice = f"To start a new run from the weights that fit: --weights {path}."
+        saved, current = content["classes"], self.train_set.classes
+        if saved != current:
+            differing = [pair for pair in zip_longest(saved, current) if pair[0] != pair[1]]
             was, now = (f"id {c['id']} {c['name']!r}" if c else "none" for c in differing[0])
             raise ValueError(
-                f"Checkpoint {path} cannot be resumed: it knows {len(saved)} classes, the data set has {len(own)}; "
+                f"Checkpoint {path} cannot be resumed: it has {len(saved)} classes, the data set has {len(current)}; "
                 f"the first that differs was {was}, is {now}. {advice}"
             )
-        own = self.model.config.to_dict()
-        differing = _differences(content["config"], own)
+        current = self.model.config.to_dict()
+        differing = _differences(content["config"], current)
         if differing:
             raise ValueError(f"Checkpoint {path} is of another model: {differing}. {advice}")
 
     def _check_same_batches(self, path: Path, content: dict) -> None:
-        decisive = ("batch_size", "accumulate", "seed", "pad_buckets")
-        saved = {**{name: content["run"]["train"].get(name) for name in decisive}, **content["data"]}
-        own = {**{name: getattr(self.config, name) for name in decisive}, **self._data()}
-        differing = _differences(saved, own)
+        relevant = ("batch_size", "accumulate", "seed", "pad_buckets")
+        saved = {**{name: content["run"]["train"].get(name) for name in relevant}, **content["data"]}
+        current = {**{name: getattr(self.config, name) for name in relevant}, **self._data()}
+        differing = _differences(saved, current)
         if differing:
             raise ValueError(
-                f"Checkpoint {path} was saved inside an epoch, and its batches would now be others: {differing}. "
-                f"Resume it as it was, or from the end of an epoch."
+                f"Checkpoint {path} was saved inside an epoch, and its batches would now be different: {differing}. "
+                f"Resume it with the saved values, or from the end of an epoch."
             )
 
     def _data(self) -> dict[str, int]:
         return {"images": len(self.train_set), "processes": distributed.world_size()}
 
     def fit(self) -> dict[str, float]:
-        """Train to the end; returns the metrics of the last evaluation. A run that is complete stays as it is.
+        """Train to the end; returns the metrics of the last evaluation. A complete run stays as it is.
 
         Raises:
             FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
             FloatingPointError: more steps than may be skipped were not finite; names the first such tensor and images.
-            InterruptedRunError: SIGTERM or SIGINT came; the state is saved.
+            InterruptedRunError: SIGTERM or SIGINT was received; the state is saved.
             ModuleNotFoundError: no library for COCO's metrics is installed.
         """
-        # Every run ends with an evaluation: better refused now than after the last epoch.
+        # Every run ends with an evaluation, so a missing library is reported now, not after the last epoch.
         coco_library()
         if self.resumed_from is None and has_run(self.folder):
             raise FileExistsError(
                 f"{self.folder / LATEST} is from an earlier run: resume it, delete it or name another folder."
             )
         if self.position.epoch >= self.config.epochs:
-            # Killed after its last save, or restarted by a scheduler: that is no error.
+            # Killed after the last save, or restarted by a scheduler: not an error.
             if self.is_main:
                 done = f"{self.position.epoch} epochs of {self.config.epochs}"
                 say(f"{self.resumed_from} holds {done}: nothing to train.")
@@ -232,7 +232,7 @@ class Trainer:
             self._preflight()
         if self.is_main:
             say(self.chosen.line())
-            if line := self._graphs_in_words():
+            if line := self._graphs_line():
                 say(line)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
@@ -261,8 +261,8 @@ class Trainer:
         if self.is_main:
             say(line)
 
-    def _graphs_in_words(self) -> str:
-        """Whether steps are recorded, in one line; empty: nobody would expect it."""
+    def _graphs_line(self) -> str:
+        """One line that says whether steps are recorded; empty: graphs do not apply."""
         graphs = self.stepper.graphs
         reason = self.stepper.why_no_graphs if graphs is None else graphs.refused
         if reason:
@@ -271,14 +271,14 @@ class Trainer:
             return ""
         shapes = len(self.loader.sampler.shapes)
         known = f"batches come in {shapes} shape{'s' * (shapes > 1)}" if shapes else "batches come in any shape"
-        return f"CUDA graphs: {known}, at most {MAX_GRAPHS} graphs are recorded when they first come"
+        return f"CUDA graphs: {known}, each is recorded when it first occurs, at most {MAX_GRAPHS}"
 
     def _open_log(self) -> RunLog:
         write_text(self.folder / "config.json", json.dumps(self.run.to_dict(), indent=1) + "\n")
         return RunLog(self.folder, self.position.epoch)
 
     def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
-        """Train what remains of the epoch; returns the wish to stop that all processes agreed on."""
+        """Train the rest of the epoch; returns the request to stop that all processes agree on."""
         self.model.train()
         self.loader.sampler.set_epoch(self.position.epoch, self.position.batch)
         images, before, start = 0, self.seconds, time.perf_counter()
@@ -287,7 +287,7 @@ class Trainer:
             progress.advance(self.position.batch * self.config.batch_size * distributed.world_size())
             for window in _windows(self.loader, self.config.accumulate):
                 request.watch()
-                self.stepper(window, self.position.step, self._wish(request))
+                self.stepper(window, self.position.step, self._stop_request(request))
                 self.position.batch += len(window)
                 self.position.step += 1
                 count = sum(len(batch) for batch in window) * distributed.world_size()
@@ -303,7 +303,7 @@ class Trainer:
         self._speed = (images, self.seconds - before)
         return self.stepper.stop
 
-    def _wish(self, request: StopRequest) -> float:
+    def _stop_request(self, request: StopRequest) -> float:
         if request.name:
             return STOP_SIGNAL
         return STOP_TIME if 0 < self.config.time_limit <= self.seconds else 0.0
@@ -313,21 +313,21 @@ class Trainer:
         return every > 0 and self.position.step % every == 0 and self.position.batch < len(self.loader)
 
     def _interrupt(self, request: StopRequest, writer: CheckpointWriter) -> None:
-        """End the run, its state saved."""
+        """End the run after its state is written."""
         writer.wait()
-        raise InterruptedRunError(f"{request.name or 'A signal'} came: the state is in {self.folder / LATEST}.")
+        raise InterruptedRunError(f"{request.name or 'A signal'} received: the state is in {self.folder / LATEST}.")
 
     def _finish_epoch(
         self, log: RunLog | None, writer: CheckpointWriter, request: StopRequest, out_of_time: bool
     ) -> None:
-        """Evaluate if it is time, log, and save."""
+        """Evaluate if it is due, log, and save."""
         request.watch()
         epoch = self.position.epoch
         is_last = out_of_time or epoch + 1 == self.config.epochs
         is_best = False
         record = {"epoch": epoch, **self._record()}
         if is_last or (epoch + 1) % self.config.eval_every == 0:
-            # Whatever happens to the evaluation, the epoch is not lost.
+            # Save first, so that a failed evaluation does not lose the epoch.
             self.save(writer)
             self.metrics = self._evaluate(request, writer)
             record.update(self.metrics)
@@ -335,7 +335,7 @@ class Trainer:
             self.best_ap = max(self.best_ap, self.metrics.get("AP", -1.0))
         self.stepper.start_epoch()
         self.position = Position(epoch + 1, 0, self.position.step)
-        # The record first: killed in between, the resumed run evaluates again and replaces it.
+        # The record first: a run that is killed before the save evaluates again when it resumes, and replaces it.
         if log is not None:
             log.write(record, is_last)
             self._print(record)
@@ -362,9 +362,9 @@ class Trainer:
         return record
 
     def _evaluate(self, request: StopRequest, writer: CheckpointWriter) -> dict[str, float]:
-        """The twelve numbers; empty on every rank but the first. A signal to any ends the run after the batch."""
+        """The twelve metrics; empty on all ranks but 0. A signal to any process ends the run after the batch."""
 
-        def look_for_signals() -> None:
+        def check_signals() -> None:
             if distributed.any_of(bool(request.name), self.device):
                 self._interrupt(request, writer)
 
@@ -378,7 +378,7 @@ class Trainer:
             distributed.rank(),
             distributed.world_size(),
             self.config.pad_buckets,
-            look_for_signals,
+            check_signals,
             precision=self.config.precision,
         )
         self.result = result
@@ -405,7 +405,7 @@ class Trainer:
         writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
 
     def _note(self) -> str:
-        """For the progress bar: mean losses so far, and memory."""
+        """Note of the progress bar: mean losses so far, skipped steps and memory."""
         shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
         means = self.stepper.means
         parts = [f"{title} {means[name]:.3f}" for title, name in shown.items() if name in means]
@@ -426,7 +426,7 @@ class Trainer:
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """`size` batches at a time; at the end of the epoch what is left."""
+    """Groups of `size` batches; the last one of the epoch may be smaller."""
     window: list[Batch] = []
     for batch in batches:
         window.append(batch)
@@ -437,7 +437,7 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield window
 
 
-def _differences(saved: dict[str, Any], own: dict[str, Any]) -> str:
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
     """`name was …, is …` for every value that differs."""
-    names = [name for name in own if saved.get(name) != own[name]]
-    return ", ".join(f"{name} was {saved.get(name)!r}, is {own[name]!r}" for name in names)
+    names = [name for name in current if saved.get(name) != current[name]]
+    return ", ".join(f"{name} was {saved.get(name)!r}, is {current[name]!r}" for name in names)

@@ -1,4 +1,4 @@
-"""Reading `.pt` files of anybody without running the code that a pickle may hold."""
+"""Reading `.pt` files from any source without running the code that a pickle may hold."""
 
 import argparse
 import functools
@@ -16,19 +16,20 @@ _ATTRIBUTE_DICTS = (
     "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict",
 )
-"""Where Lightning's dict of hyperparameters has lived; it is read as a dict."""
+"""Names of Lightning's dict of hyperparameters in its versions; it is read as a dict."""
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'>")
-"""How PyTorch's messages name the object that it refuses."""
+"""Matches the refused object's name in PyTorch's messages."""
 
 
 def load(path: Path) -> Any:
-    """`torch.load` to the CPU of tensors, plain values, and a few objects that are only data.
+    """Load tensors, plain values, and a few objects that are only data to the CPU with `torch.load`.
 
-    Those are: NumPy's scalars, arrays and dtypes, paths, argparse's namespaces, Lightning's dict of hyperparameters.
+    These objects are NumPy's scalars, arrays and dtypes, paths, argparse's namespaces, and Lightning's dict of
+    hyperparameters.
 
     Raises:
-        ForbiddenObjectError: the file holds another object; names it.
-        Whatever `torch.load` raises for a damaged file.
+        ForbiddenObjectError: the file holds another object; the message is its name.
+        Other errors of `torch.load` for a damaged file.
     """
     with torch.serialization.safe_globals(_data_only()):
         try:
@@ -46,15 +47,15 @@ class ForbiddenObjectError(ValueError):
 
 @functools.cache
 def _data_only() -> list[Any]:
-    """Classes and functions that may be called while a pickle is read, some under names of other versions."""
+    """Classes and functions that may be called while a pickle is read, some under their names in other versions."""
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    of_numpy = [
+    numpy_functions = [
         (function, f"numpy.{core}.multiarray.{function.__name__}")
         for function in (scalar, array)
         for core in ("core", "_core")
     ]
-    # A path of another system cannot be made here; a pure one can.
+    # A path of another system cannot be created here, but a pure path can.
     paths = [
         (getattr(pathlib, f"Pure{kind}"), f"{module}.{prefix}{kind}")
         for module in ("pathlib", "pathlib._local")
@@ -62,4 +63,4 @@ def _data_only() -> list[Any]:
         for kind in ("PosixPath", "WindowsPath")
     ]
     dicts = [(dict, name) for name in _ATTRIBUTE_DICTS]
-    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *of_numpy, *paths, *dicts]
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *numpy_functions, *paths, *dicts]

@@ -211,7 +211,7 @@ def test_the_command_lists_its_changes(small_coco, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--coco-path", "/", "--fix", "/x.json"], "--fix: it cleans one annotation file"),
+        (["--coco-path", "/", "--fix", "/x.json"], "--fix cleans one annotation file"),
         (
             ["--images", "/", "--annotations", "/no.json", "--fix", "//no.json"],
             "--fix //no.json: this is also /no.json",

@@ -366,9 +366,9 @@ def test_the_command_accepts_any_layout_and_two_files(small_coco, tmp_path, caps
         assert clash["examples"] == ["id 7: 'lion' here, 'cat' in the training set"]
     assert "data: COCO 2017 layout" in capsys.readouterr().out
     for extra, message in (
-        (["--images", "x", "--coco-path", "y"], "images has no use beside `coco_path`"),
+        (["--images", "x", "--coco-path", "y"], "images has no effect with `coco_path`"),
         (["--val-folder", "x", *two_files[:4]], "val_annotations is missing"),
-        (["--fix", "x.json", *two_files], "--fix: it cleans one annotation file"),
+        (["--fix", "x.json", *two_files], "--fix cleans one annotation file"),
     ):
         assert main(["validate-data", *extra]) == 2
         assert message in capsys.readouterr().err

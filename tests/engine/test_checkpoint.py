@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and no code inside."""
+"""Checkpoints are written atomically and hold no code."""
 
 import argparse
 import os
@@ -29,13 +29,13 @@ from conddetr.engine.checkpoint import (
 def test_round_trip(tmp_path):
     content = {"model": {"weight": torch.randn(3)}, "epoch": 4, "classes": [{"id": 1, "name": "cat"}]}
     save_checkpoint(tmp_path / "new" / "a.pt", content)
-    found = read_checkpoint(tmp_path / "new" / "a.pt")
-    assert torch.equal(found["model"]["weight"], content["model"]["weight"])
-    assert (found["epoch"], found["classes"]) == (4, content["classes"])
+    loaded = read_checkpoint(tmp_path / "new" / "a.pt")
+    assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+    assert (loaded["epoch"], loaded["classes"]) == (4, content["classes"])
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.pt"]
 
 
-def test_every_kind_of_content_comes_back(tmp_path):
+def test_content_of_every_type_survives_a_round_trip(tmp_path):
     shared = torch.randn(4, 6)
     content = {
         "model": {"a.b": shared.t(), "empty": torch.zeros(0, 3), "half": torch.randn(5).bfloat16()},
@@ -51,30 +51,30 @@ def test_every_kind_of_content_comes_back(tmp_path):
         "nan": [torch.tensor(float("nan"))],
     }
     Packed(content).write(tmp_path / "a.pt")
-    found = read_checkpoint(tmp_path / "a.pt")
-    assert found.pop("nan")[0].isnan()
+    loaded = read_checkpoint(tmp_path / "a.pt")
+    assert loaded.pop("nan")[0].isnan()
     del content["nan"]
-    assert_equal(found, content)
-    assert found["model"]["half"].dtype == torch.bfloat16
-    assert found["sums"][0].dtype == torch.float64
+    assert_equal(loaded, content)
+    assert loaded["model"]["half"].dtype == torch.bfloat16
+    assert loaded["sums"][0].dtype == torch.float64
     # No tensor keeps the memory of the others.
-    assert found["flags"].untyped_storage().nbytes() == 2
+    assert loaded["flags"].untyped_storage().nbytes() == 2
 
 
-def test_a_file_of_few_tensors_is_read_by_torch_alone(tmp_path):
+def test_torch_alone_reads_a_packed_file(tmp_path):
     Packed({"model": {str(number): torch.zeros(2) for number in range(100)}}).write(tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["tensors"]["float32"].shape == (200,)
 
 
-def test_other_formats_are_named(tmp_path):
+def test_error_names_an_unknown_format(tmp_path):
     torch.save({"format": "conddetr checkpoint 9"}, tmp_path / "later.pt")
     with pytest.raises(
-        ValueError, match=r"later\.pt: its format is 'conddetr checkpoint 9', this version reads '.* 2'"
+        ValueError, match=r"later\.pt: expected format 'conddetr checkpoint 2', got 'conddetr checkpoint 9'"
     ):
         read_checkpoint(tmp_path / "later.pt")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.pt"
     save_checkpoint(path, {"epoch": 1})
     with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
@@ -92,7 +92,7 @@ def test_official_namespaces_are_read(tmp_path):
 def test_plain_data_of_libraries_is_read(tmp_path, is_zip, monkeypatch):
     module = types.ModuleType("lightning.fabric.utilities.data")
     module.AttributeDict = type("AttributeDict", (dict,), {"__module__": module.__name__})
-    # What pickle asks for; a file of Lightning is read without Lightning.
+    # Pickle needs the module for writing; a file of Lightning is read without Lightning.
     for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     content = {
@@ -107,14 +107,14 @@ def test_plain_data_of_libraries_is_read(tmp_path, is_zip, monkeypatch):
         "hyper_parameters": module.AttributeDict(lr=0.1),
     }
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=is_zip)
-    found = read_checkpoint(tmp_path / "a.ckpt")
-    assert all(type(found[key]) is type(content[key]) for key in ("ap", "best", "epoch", "done", "ids", "dtype"))
-    assert [found[key] for key in ("ap", "best", "epoch", "done")] == [0.4, 0.25, 7, True]
-    assert found["ids"].tolist() == [[3, 1], [2, 9]]
-    assert found["names"].tolist() == ["a", None]
-    assert found["dtype"] == np.float16
-    assert found["folder"].parts == ("runs", "a")
-    assert found["hyper_parameters"] == {"lr": 0.1}
+    loaded = read_checkpoint(tmp_path / "a.ckpt")
+    assert all(type(loaded[key]) is type(content[key]) for key in ("ap", "best", "epoch", "done", "ids", "dtype"))
+    assert [loaded[key] for key in ("ap", "best", "epoch", "done")] == [0.4, 0.25, 7, True]
+    assert loaded["ids"].tolist() == [[3, 1], [2, 9]]
+    assert loaded["names"].tolist() == ["a", None]
+    assert loaded["dtype"] == np.float16
+    assert loaded["folder"].parts == ("runs", "a")
+    assert loaded["hyper_parameters"] == {"lr": 0.1}
 
 
 class Code:
@@ -141,7 +141,7 @@ def test_code_is_refused_and_named(tmp_path, capfd, value, name, is_zip):
 
 @pytest.mark.parametrize("keep", [0, 10, 100, 400])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_damaged_files_are_named(tmp_path, keep, is_packed):
+def test_error_names_a_damaged_file(tmp_path, keep, is_packed):
     path, content = tmp_path / "cut.pt", {"model": {"weight": torch.randn(30)}}
     if is_packed:
         Packed(content).write(path)
@@ -153,15 +153,15 @@ def test_damaged_files_are_named(tmp_path, keep, is_packed):
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
-def test_a_flipped_bit_changes_nothing_or_is_named(tmp_path, flip):
+def test_flipped_bit_is_harmless_or_reported(tmp_path, flip):
     path = tmp_path / "a.pt"
     plain = {"position": {"epoch": 3}, "optimizer": {"param_groups": [{"params": [0], "lr": 0.1}]}}
     content = {"model": {"weight": torch.randn(200), "count": torch.arange(5)}, **plain}
     Packed(content).write(path)
     whole = path.read_bytes()
     start = whole.index(content["model"]["weight"].numpy().tobytes())
-    places = {"weights": range(start, start + 800, 7), "plain": range(whole.index(b"position"), start, 5)}
-    for place, offsets in places.items():
+    regions = {"weights": range(start, start + 800, 7), "plain": range(whole.index(b"position"), start, 5)}
+    for region, offsets in regions.items():
         errors = []
         for offset in offsets:
             path.write_bytes(whole[:offset] + bytes([whole[offset] ^ flip]) + whole[offset + 1 :])
@@ -170,11 +170,11 @@ def test_a_flipped_bit_changes_nothing_or_is_named(tmp_path, flip):
             except ValueError as error:
                 errors.append(str(error))
         assert all("a.pt cannot be read: damaged" in error for error in errors)
-        # Between the records of the file is padding that nobody reads.
-        assert len(errors) == len(offsets) if place == "weights" else len(errors) > len(offsets) / 4
+        # Between the file's records is padding that is never read.
+        assert len(errors) == len(offsets) if region == "weights" else len(errors) > len(offsets) / 4
 
 
-def test_a_checkpoint_without_a_part_is_named(tmp_path):
+def test_error_names_a_missing_part(tmp_path):
     Packed({"model": {"weight": torch.randn(3)}}).write(tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt")
     for absent in ("checksum", "plain", "layout", "tensors"):
@@ -183,13 +183,13 @@ def test_a_checkpoint_without_a_part_is_named(tmp_path):
             read_checkpoint(tmp_path / "a.pt")
 
 
-def test_missing_files_are_named(tmp_path):
+def test_error_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
         read_checkpoint(tmp_path / "none.pt")
 
 
-def test_the_writer_saves_what_was_true_when_asked(tmp_path):
-    """Weights change while the file is written, and again before the next one."""
+def test_writer_saves_the_state_at_the_time_of_the_call(tmp_path):
+    """Weights change while the file is written, and again before the next file."""
     weight, release = torch.zeros(1000), threading.Event()
 
     def slow(content):
@@ -209,17 +209,17 @@ def test_the_writer_saves_what_was_true_when_asked(tmp_path):
         assert torch.equal(content["nested"][1], torch.full((2,), value))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there has a thread a priority of its own")
-def test_the_writer_leaves_the_cores_to_training():
-    found = []
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority per thread")
+def test_writer_thread_has_lower_priority_than_training():
+    priorities = []
     with CheckpointWriter() as writer:
-        writer.submit(lambda packed: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())), {})
-    # Training waits for it: beside other programs the lowest, 19, would be starved, and training with it.
-    ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    assert ours < found[0] < ours + 10 or ours == 19
+        writer.submit(lambda packed: priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())), {})
+    # Not the lowest priority, 19: other programs would starve the thread, and training waits for it.
+    own_priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert own_priority < priorities[0] < own_priority + 10 or own_priority == 19
 
 
-def test_errors_of_the_writer_are_raised(tmp_path):
+def test_writer_raises_errors_of_its_jobs(tmp_path):
     def full(content):
         raise OSError("No space left on device")
 
@@ -234,10 +234,10 @@ def test_errors_of_the_writer_are_raised(tmp_path):
 def test_safetensors_hold_weights_configuration_and_classes(tmp_path):
     content = {"model": {"a.b": torch.randn(3, 2).t()}, "config": {"dropout": 0.1}, "classes": [{"id": 1, "name": "ö"}]}
     save_weights(tmp_path / "a.safetensors", content)
-    found = read_checkpoint(tmp_path / "a.safetensors")
-    assert torch.equal(found["model"]["a.b"], content["model"]["a.b"])
+    loaded = read_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["model"]["a.b"], content["model"]["a.b"])
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a.b"], content["model"]["a.b"])
-    assert (found["config"], found["classes"]) == (content["config"], content["classes"])
+    assert (loaded["config"], loaded["classes"]) == (content["config"], content["classes"])
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"a\.safetensors cannot be read: damaged"):
         read_checkpoint(tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""The fast step trains as the plain one: curves of the loss, each against one in float64."""
+"""The fast step trains like the plain one: their loss curves, each against one in float64."""
 
 import copy
 
@@ -15,7 +15,7 @@ STEPS = 50
 
 
 def padded_batches():
-    """Two batches of noise, in which one image is smaller than the other, to be seen in turn."""
+    """Two batches of noise images, used in turn; one image of each is smaller, so they have padding."""
     generator = torch.Generator().manual_seed(3)
     for first in (0, 2):
         samples = []
@@ -29,7 +29,7 @@ def padded_batches():
 
 
 def curve(model, batches):
-    """The total loss of every step."""
+    """Total loss of every step."""
     stepper = Stepper(model.train(), TrainConfig(lr=1e-4), torch.device("cpu"), steps_per_epoch=STEPS)
     dtype = model.class_embed.weight.dtype
     stepper._outputs = lambda forward, batch: forward(batch.model_input().to(dtype), valid_hw=batch.valid_hw)
@@ -42,10 +42,10 @@ def curve(model, batches):
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def test_fifty_steps_by_default_are_as_exact_as_the_reference():
+def test_fifty_default_steps_are_as_exact_as_the_reference():
     if native.NOT_LOADED is not None:
         pytest.skip(native.NOT_LOADED)
-    # With seed 0 a unit that is nearly zero changes sides early, and plain PyTorch itself misses 1e-4 on one thread.
+    # With seed 0 a unit near zero changes its sign early, and even plain PyTorch misses 1e-4 on one thread.
     torch.manual_seed(1)
     eager = conddetr.build("conditional-detr-tiny", num_classes=4, num_queries=12, backend="eager")
     fast = conddetr.build("conditional-detr-tiny", num_classes=4, num_queries=12)
@@ -55,10 +55,10 @@ def test_fifty_steps_by_default_are_as_exact_as_the_reference():
     assert all(batch.padded for batch in batches)
     truth, plain = (curve(model, batches) for model in (exact, eager))
     with conddetr.record_paths() as paths:
-        found = curve(fast, batches)
+        measured = curve(fast, batches)
     assert "native" in paths["conditional_attention"]
     assert truth[-1] < 0.9 * truth[0]
-    # Of the typical step: which curve a late rounding sends elsewhere (a unit that was zero and is not) is chance.
-    error, budget = ((x - truth).abs().median().item() for x in (found, plain))
+    # The median over steps, because a late rounding (a unit that leaves zero) may divert either curve by chance.
+    error, budget = ((x - truth).abs().median().item() for x in (measured, plain))
     assert 0 < error <= 2 * budget, f"error {error:.2e}, plain PyTorch's {budget:.2e}"
-    assert ((found - truth).abs() < 1e-4 * truth).all()
+    assert ((measured - truth).abs() < 1e-4 * truth).all()

@@ -1,4 +1,4 @@
-"""Several processes, and several batches per step, are one big batch; a signal to one rank stops them all."""
+"""Several processes, or several batches per step, equal one large batch; a signal to one rank stops all ranks."""
 
 import os
 import signal
@@ -23,21 +23,21 @@ from small_runs import (
 from conddetr.engine.checkpoint import read_checkpoint
 
 
-@pytest.mark.parametrize(("family", "ways"), [("conditional-detr", [(2, 1), (1, 2)]), ("detr", [(2, 2)])])
-def test_two_processes_and_two_batches_are_one_big_batch(tmp_path, family, ways):
-    ways = [(1, 1), *ways]
-    for ranks, batches in ways:
+@pytest.mark.parametrize(("family", "splits"), [("conditional-detr", [(2, 1), (1, 2)]), ("detr", [(2, 2)])])
+def test_two_processes_and_two_batches_equal_one_large_batch(tmp_path, family, splits):
+    splits = [(1, 1), *splits]
+    for ranks, batches in splits:
         finish(*start_ranks(ranks, steps_of_a_resnet, tmp_path / f"{ranks}{batches}", family, batches))
-    whole, *others = [torch.load(tmp_path / f"{ranks}{batches}") for ranks, batches in ways]
+    whole, *results = [torch.load(tmp_path / f"{ranks}{batches}") for ranks, batches in splits]
     largest = max(gradient.abs().max() for gradient in whole["gradients"].values())
     assert largest > 0.1
-    for found in others:
-        assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    for result in results:
+        assert result["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         for name, gradient in whole["gradients"].items():
-            torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-5 * float(largest), rtol=1e-5)
+            torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-5 * float(largest), rtol=1e-5)
 
 
-def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
+def test_signal_to_one_rank_stops_all_ranks_and_loses_nothing(tmp_path):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     options = {"images": 96, "epochs": 2, "model_options": {"dropout": 0.1}, "ema_decay": 0.9, "eval_every": 2}
     finish(*start_ranks(2, run_to_the_end, tmp_path / "whole", options, counter()))
@@ -55,8 +55,8 @@ def test_a_signal_to_one_rank_stops_all_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.slow
-def test_agents_of_several_machines_meet(tmp_path):
-    """The command of docs/training.md, its two machines being this one; which gets rank 0 is chance."""
+def test_agents_of_several_machines_form_one_run(tmp_path):
+    """The command of docs/training.md, with two agents on this machine; either may get rank 0."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "x"]
     agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
@@ -72,9 +72,9 @@ def test_agents_of_several_machines_meet(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_in_the_evaluation_stops_all_after_the_batch(tmp_path, ranks):
+def test_signal_during_evaluation_stops_all_ranks_after_the_batch(tmp_path, ranks):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
-    # Of four images to evaluate on, every rank has two batches or more.
+    # Four images to evaluate, so every rank has at least two batches.
     options = {"images": 4, "epochs": 2, "batch_size": 1}
     cut = start_ranks(ranks, stop_in_evaluation, tmp_path / "cut", options)
     for process in cut:

@@ -1,4 +1,4 @@
-"""Evaluation: perfect, empty, unknown; both libraries agree; ranks share a data set and add up."""
+"""Evaluation: perfect, empty and unknown detections; both libraries agree; ranks share a data set."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 class Oracle(torch.nn.Module):
-    """Answers with the ground truth of the images it is shown, in order."""
+    """Returns the ground truth of a data set's images, in order."""
 
     config = conddetr.config.resolve("conditional-detr-tiny", num_classes=3)
 
@@ -55,7 +55,7 @@ class Oracle(torch.nn.Module):
 
 
 def from_annotations(annotations, score=0.9):
-    """Detections that are those annotations."""
+    """Detections equal to the annotations."""
     return Detections(
         np.array([a["image_id"] for a in annotations], np.int64),
         np.array([a["category_id"] for a in annotations], np.int64),
@@ -65,7 +65,7 @@ def from_annotations(annotations, score=0.9):
 
 
 def noisy(images, per_image, classes, seed=0):
-    """Random annotations in COCO's format, crowds among them, and detections that find some of them."""
+    """Random annotations in COCO's format, some of them crowds, and detections that match some of them."""
     rng = np.random.default_rng(seed)
     count = images * 8
     boxes = np.concatenate([rng.uniform(0, 500, (count, 2)), np.exp(rng.uniform(1.5, 5.5, (count, 2)))], 1)
@@ -85,19 +85,19 @@ def noisy(images, per_image, classes, seed=0):
         "annotations": annotations,
         "categories": [{"id": index + 1, "name": f"class {index}"} for index in range(classes + 1)],
     }
-    of_image = rng.integers(0, 8, (images, per_image)) + 8 * np.arange(images)[:, None]
-    chosen = [annotations[index] for index in of_image.flatten().tolist()]
-    found = from_annotations(chosen)
-    size = found.boxes[:, 2:].copy()
-    found.boxes[:, :2] += rng.normal(0, 0.05, size.shape) * size
-    found.boxes[:, 2:] *= np.exp(rng.normal(0, 0.05, size.shape))
-    wrong = rng.random(len(found)) < 0.3
-    found.category_ids[wrong] = rng.integers(1, classes + 3, wrong.sum())
-    found.scores = (rng.random(len(found)) * np.where(wrong, 0.6, 1)).astype(np.float32)
-    return truth, found
+    indices = rng.integers(0, 8, (images, per_image)) + 8 * np.arange(images)[:, None]
+    chosen = [annotations[index] for index in indices.flatten().tolist()]
+    detections = from_annotations(chosen)
+    size = detections.boxes[:, 2:].copy()
+    detections.boxes[:, :2] += rng.normal(0, 0.05, size.shape) * size
+    detections.boxes[:, 2:] *= np.exp(rng.normal(0, 0.05, size.shape))
+    wrong = rng.random(len(detections)) < 0.3
+    detections.category_ids[wrong] = rng.integers(1, classes + 3, wrong.sum())
+    detections.scores = (rng.random(len(detections)) * np.where(wrong, 0.6, 1)).astype(np.float32)
+    return truth, detections
 
 
-def test_the_truth_scores_one_and_a_shift_less():
+def test_ground_truth_scores_one_and_shifted_boxes_less():
     dataset = SyntheticShapes(30, seed=3)
     perfect = evaluate(Oracle(dataset), dataset.classes, dataset, CPU, batch_size=4)
     assert list(perfect.metrics) == list(METRICS)
@@ -108,36 +108,36 @@ def test_the_truth_scores_one_and_a_shift_less():
 
 
 @pytest.mark.parametrize("count", [0, 1, 20_001])
-def test_results_are_written_in_little_memory(tmp_path, count):
+def test_writing_results_needs_little_memory(tmp_path, count):
     rng = np.random.default_rng(0)
     columns = rng.integers(0, 9, count), rng.integers(0, 9, count), rng.random((count, 4)), rng.random(count)
-    found = Detections(*columns[:2], *(column.astype(np.float32) for column in columns[2:]))
+    detections = Detections(*columns[:2], *(column.astype(np.float32) for column in columns[2:]))
     tracemalloc.start()
-    found.write(tmp_path / "results.json")
+    detections.write(tmp_path / "results.json")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert json.loads((tmp_path / "results.json").read_text()) == found.to_coco()
-    # Dicts and text take some 860 bytes per detection while they are made; of all at once it would be 14 MB.
+    assert json.loads((tmp_path / "results.json").read_text()) == detections.to_coco()
+    # Dicts and text take some 860 bytes per detection while they are written; all at once would be 14 MB.
     assert peak < 1000 * WRITTEN_AT_ONCE
 
 
-def test_padding_to_few_shapes_is_that_of_training(small_coco, tiny_model):
-    """A compiled model sees so many shapes."""
+def test_pad_buckets_limits_the_number_of_shapes(small_coco, tiny_model):
+    """A compiled model is called with `pad_buckets` shapes only."""
     dataset = coco_split(small_coco.root, "train", EvalTransform(tiny_model.config))
-    seen = []
-    tiny_model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
-    found = [detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1, pad_buckets=n) for n in (0, 1)]
-    assert len(set(seen[:4])) == 4
-    assert len(set(seen[4:])) == 1
-    assert np.array_equal(found[0].image_ids, found[1].image_ids)
+    shapes = []
+    tiny_model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[-2:])))
+    results = [detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1, pad_buckets=n) for n in (0, 1)]
+    assert len(set(shapes[:4])) == 4
+    assert len(set(shapes[4:])) == 1
+    assert np.array_equal(results[0].image_ids, results[1].image_ids)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_both_libraries_agree_on_every_number(seed):
+def test_both_libraries_agree_on_every_metric(seed):
     for library in LIBRARIES:
         pytest.importorskip(library, reason="compares both libraries")
-    truth, found = noisy(images=60, per_image=12, classes=6, seed=seed)
-    fast, slow = (coco_result(truth, found, library) for library in LIBRARIES)
+    truth, detections = noisy(images=60, per_image=12, classes=6, seed=seed)
+    fast, slow = (coco_result(truth, detections, library) for library in LIBRARIES)
     assert list(fast.metrics) == list(METRICS)
     assert fast.metrics == pytest.approx(slow.metrics, abs=1e-12)
     assert 0.05 < fast.metrics["AP"] < 0.95
@@ -146,24 +146,24 @@ def test_both_libraries_agree_on_every_number(seed):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_classes_average_to_the_whole(library):
-    pytest.importorskip(library, reason="asks for this library")
-    truth, found = noisy(images=40, per_image=20, classes=5)
-    result = coco_result(truth, found, library)
+def test_class_metrics_average_to_the_total(library):
+    pytest.importorskip(library, reason="needs this library")
+    truth, detections = noisy(images=40, per_image=20, classes=5)
+    result = coco_result(truth, detections, library)
     counted = [row for row in result.per_class if row.objects]
     assert np.mean([row.ap for row in counted]) == pytest.approx(result.metrics["AP"])
     assert np.mean([row.ap50 for row in counted]) == pytest.approx(result.metrics["AP50"])
     assert np.mean([row.ap75 for row in counted]) == pytest.approx(result.metrics["AP75"])
     assert np.mean([row.ar100 for row in counted]) == pytest.approx(result.metrics["AR100"])
-    # The last class has no object: nothing counts.
+    # The last class has no objects, so its metrics are undefined.
     assert dataclasses.astuple(result.per_class[-1])[1:] == (0, -1, -1, -1, -1)
     assert sum(row.objects for row in counted) == sum(not a["iscrowd"] for a in truth["annotations"])
 
 
-def test_images_without_a_detection_count_against_recall():
+def test_images_without_detections_lower_recall():
     truth = SyntheticShapes(10, seed=3).ground_truth()
-    found = from_annotations([a for a in truth["annotations"] if a["image_id"] < 5])
-    assert coco_result(truth, found).metrics["AR100"] < 0.9
+    detections = from_annotations([a for a in truth["annotations"] if a["image_id"] < 5])
+    assert coco_result(truth, detections).metrics["AR100"] < 0.9
 
 
 def test_annotations_without_area_and_crowd_flag(small_coco):
@@ -174,26 +174,24 @@ def test_annotations_without_area_and_crowd_flag(small_coco):
     assert coco_result(truth, from_annotations(truth["annotations"])).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_no_detection_at_all_is_zero_where_there_are_objects(small_coco):
+def test_metrics_without_detections_are_zero_if_there_are_objects(small_coco):
     small_coco.annotate(100, [0, 0, 40, 40], 7, area=1600.0)
     small_coco.write()
     truth = load_annotations(small_coco.file)
     none = Detections.join([])
-    # Four objects of 1 pixel and one of 1600: no large ones.
+    # Four objects of 1 pixel and one of 1600 pixels, no large ones.
     assert coco_result(truth, none).metrics == {name: -1.0 if name[-1] == "l" else 0.0 for name in METRICS}
     assert set(coco_result({**truth, "annotations": []}, none).metrics.values()) == {-1.0}
-    one_wrong = Detections(
-        np.array([100]), np.array([90]), np.array([[5, 5, 5, 5]], np.float32), np.ones(1, np.float32)
-    )
-    assert coco_result(truth, one_wrong).metrics == coco_result(truth, none).metrics
+    wrong = Detections(np.array([100]), np.array([90]), np.array([[5, 5, 5, 5]], np.float32), np.ones(1, np.float32))
+    assert coco_result(truth, wrong).metrics == coco_result(truth, none).metrics
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
     ("images", "first_annotation"), [((1, 2), 0), ((0, 1), 7), ((2**60, 2**60 + 1), 2**62), ((2**53, 2**53 + 1), 0)]
 )
-def test_ids_are_names_whatever_their_size(library, images, first_annotation):
-    """A detection on its object is right, and one on the other image's object is wrong, by the definition of AP."""
+def test_ids_of_any_size_are_kept_apart(library, images, first_annotation):
+    """By the definition of AP, a detection on its object is right, and one on the other image's object is wrong."""
     pytest.importorskip(library)
     boxes = [[0.0, 0.0, 20.0, 20.0], [50.0, 30.0, 20.0, 20.0]]
     category = 2**61
@@ -206,46 +204,46 @@ def test_ids_are_names_whatever_their_size(library, images, first_annotation):
         "categories": [{"id": category, "name": "x"}],
     }
     scores = np.array([0.9, 0.8], np.float32)
-    own = Detections(np.array(images), np.full(2, category), np.array(boxes, np.float32), scores)
-    assert coco_result(truth, own, library).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
-    others = Detections(np.array(images), np.full(2, category), np.array(boxes[::-1], np.float32), scores)
-    assert coco_result(truth, others, library).metrics["AP"] == 0.0
-    strange = Detections(np.array([3**30]), np.full(1, category), np.array(boxes[:1], np.float32), scores[:1])
+    correct = Detections(np.array(images), np.full(2, category), np.array(boxes, np.float32), scores)
+    assert coco_result(truth, correct, library).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
+    swapped = Detections(np.array(images), np.full(2, category), np.array(boxes[::-1], np.float32), scores)
+    assert coco_result(truth, swapped, library).metrics["AP"] == 0.0
+    unknown = Detections(np.array([3**30]), np.full(1, category), np.array(boxes[:1], np.float32), scores[:1])
     with pytest.raises(ValueError, match=f"image id {3**30}, which is not in annotations"):
-        coco_result(truth, strange, library)
+        coco_result(truth, unknown, library)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_libraries_get_what_old_versions_ask_for(library, monkeypatch):
-    """pycocotools 2.0.9 and 2.0.10 read `info` of the annotations when they take results."""
+def test_libraries_get_the_info_that_old_versions_read(library, monkeypatch):
+    """pycocotools 2.0.9 and 2.0.10 read `info` of the annotations when they load results."""
     package = pytest.importorskip(library)
     load_results = package.COCO.loadRes if hasattr(package, "COCO") else package.coco.COCO.loadRes
     monkeypatch.setattr(
         package.COCO if hasattr(package, "COCO") else package.coco.COCO,
         "loadRes",
-        lambda self, found: load_results(self, found) if "info" in self.dataset else pytest.fail("no info"),
+        lambda self, detections: load_results(self, detections) if "info" in self.dataset else pytest.fail("no info"),
     )
-    truth, found = noisy(images=3, per_image=4, classes=2)
-    assert 0 < coco_result(truth, found, library).metrics["AP"] < 1
+    truth, detections = noisy(images=3, per_image=4, classes=2)
+    assert 0 < coco_result(truth, detections, library).metrics["AP"] < 1
 
 
-def test_what_the_numbers_are_of_is_said():
-    truth, found = noisy(images=3, per_image=4, classes=2)
-    result = coco_result(truth, found, source="all.json")
+def test_description_names_data_and_counts():
+    truth, detections = noisy(images=3, per_image=4, classes=2)
+    result = coco_result(truth, detections, source="all.json")
     objects = sum(not a["iscrowd"] for a in truth["annotations"])
     assert result.describe().startswith(f"all.json: 3 images, {objects} objects; by ")
     with pytest.raises(ValueError, match=r"test\.json has no list 'annotations'"):
-        coco_result({"images": [], "categories": []}, found, source="test.json")
+        coco_result({"images": [], "categories": []}, detections, source="test.json")
 
 
-def test_unknown_categories_are_named(tiny_model):
+def test_error_names_an_unknown_category(tiny_model):
     dataset = SyntheticShapes(2, seed=3)
-    with pytest.raises(ValueError, match=r"category that the model does not know, id 3 \('triangle'\)"):
+    with pytest.raises(ValueError, match=r"category that the model lacks, id 3 \('triangle'\)"):
         evaluate(tiny_model, [*dataset.classes[:2], {"id": 9, "name": "star"}], dataset, CPU)
 
 
-def test_one_id_with_two_names_is_refused_or_matched_by_name_on_demand(caplog):
-    """With ids from 0, one more class and the first three in order: by id every detection would be off by one."""
+def test_id_with_two_names_is_refused_or_matched_by_name_on_request(caplog):
+    """The model's ids start at 0 and it has one more class: by id, detections would have the wrong class."""
     dataset = SyntheticShapes(30, seed=3)
     classes = [{"id": label, "name": name} for label, name in enumerate(["disk", "square", "triangle", "star"])]
     for category, number in zip(dataset.classes, (3, 1, 0), strict=True):
@@ -256,8 +254,8 @@ def test_one_id_with_two_names_is_refused_or_matched_by_name_on_demand(caplog):
     truth["categories"] = dataset.classes
     with pytest.raises(ValueError, match=r"id 3 is 'disk' in the data set and 'star' in the model \(2 such ids\)"):
         detect(Oracle(dataset), classes, dataset, CPU)
-    found = detect(Oracle(dataset), classes, dataset, CPU, batch_size=4, by_name=True)
-    assert coco_result(truth, found).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
+    detections = detect(Oracle(dataset), classes, dataset, CPU, batch_size=4, by_name=True)
+    assert coco_result(truth, detections).metrics["AP"] == pytest.approx(1.0, abs=1e-6)
     assert "matched by name, 'disk' is id 3" in caplog.text
 
 
@@ -265,21 +263,21 @@ def test_classes_are_compared_by_id_and_name(caplog):
     data = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
     assert category_ids_of(data, data[::-1]) == [7, 3]
     assert not caplog.text
-    # A model without names goes by ids, and says so.
+    # A model without class names is matched by ids, with a warning.
     assert category_ids_of([{"id": number, "name": f"LABEL_{number}"} for number in range(8)], data) == list(range(8))
     assert category_ids_of([{"id": number, "name": f"{number}"} for number in range(8)], data) == list(range(8))
-    assert "The model's classes have no names: ids decide, id 7 is 'cat'" in caplog.text
-    # Numbers as names are names where they are not the ids.
+    assert "The model's classes have no names: they are matched by id, id 7 is 'cat'" in caplog.text
+    # Numbers are real names if they are not the ids.
     digits = [{"id": digit + 1, "name": f"{digit}"} for digit in range(10)]
     with pytest.raises(ValueError, match="id 7 is 'cat' in the data set and '6' in the model"):
         category_ids_of(digits, data)
-    # Other ids, the same names: no id has two names.
+    # Different ids, the same names: no id has two names.
     assert category_ids_of([{"id": 10, "name": "dog"}, {"id": 11, "name": "cat"}], data) == [3, 7]
     with pytest.raises(ValueError, match="Two categories have the name 'cat'"):
         category_ids_of([{"id": 10, "name": "dog"}, {"id": 11, "name": "cat"}], [*data, {"id": 8, "name": "cat"}])
 
 
-def test_splits_need_one_list_of_categories():
+def test_splits_need_the_same_categories():
     train = [{"id": 1, "name": "disk"}, {"id": 2, "name": "square"}]
     check_splits(train, train[:1])
     with pytest.raises(ValueError, match="id 1 is 'disk' in the training set and 'square' in the validation set"):
@@ -289,16 +287,16 @@ def test_splits_need_one_list_of_categories():
 
 
 def test_results_file_is_cocos_format(tmp_path):
-    _, found = noisy(images=3, per_image=4, classes=2)
-    found.write(tmp_path / "new" / "results.json")
+    _, detections = noisy(images=3, per_image=4, classes=2)
+    detections.write(tmp_path / "new" / "results.json")
     results = json.loads((tmp_path / "new" / "results.json").read_text())
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["results.json"]
     assert len(results) == 12
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score"}
-    assert results[0]["bbox"] == found.boxes[0].tolist()
+    assert results[0]["bbox"] == detections.boxes[0].tolist()
 
 
-def test_a_library_that_is_missing_or_unknown_is_named(monkeypatch):
+def test_error_names_a_missing_or_unknown_library(monkeypatch):
     with pytest.raises(ValueError, match="expected one of faster_coco_eval, pycocotools, got 'coco'"):
         coco_library("coco")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -309,27 +307,27 @@ def test_a_library_that_is_missing_or_unknown_is_named(monkeypatch):
 
 
 def _detect_on_rank(rank, world, rendezvous, state, queue):
-    """One of two processes; the ranks' loads differ: 5 and 4 images."""
+    """One of two processes, with 5 or 4 images."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     model = conddetr.build("conditional-detr-tiny", num_classes=3)
     model.load_state_dict(state)
     dataset = SyntheticShapes(9, seed=3)
     calls = []
-    found = detect(
+    detections = detect(
         model, dataset.classes, dataset, CPU, batch_size=1, rank=rank, world=world, on_batch=lambda: calls.append(1)
     )
     assert len(calls) == 5
     if rank == 0:
-        queue.put(found)
+        queue.put(detections)
     else:
-        assert found is None
+        assert detections is None
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
 def _one_thread():
-    """As the ranks have: another number of threads rounds differently, and detections of nearly one score swap."""
+    """One thread, like the ranks: with another number, rounding differs and detections of nearly equal scores swap."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -337,7 +335,7 @@ def _one_thread():
 
 
 @pytest.mark.usefixtures("_one_thread")
-def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
+def test_two_ranks_detect_the_same_as_one(tiny_model, tmp_path):
     dataset = SyntheticShapes(9, seed=3)
     expected = detect(tiny_model, dataset.classes, dataset, CPU, batch_size=1)
     context = mp.get_context("fork")
@@ -348,16 +346,16 @@ def test_two_ranks_find_what_one_finds(tiny_model, tmp_path):
     ]
     for process in ranks:
         process.start()
-    found = queue.get(timeout=LIMIT)
+    detections = queue.get(timeout=LIMIT)
     for process in ranks:
         process.join(LIMIT)
         assert process.exitcode == 0
-    assert len(np.unique(found.image_ids)) == 9
-    for name, values in vars(found).items():
+    assert len(np.unique(detections.image_ids)) == 9
+    for name, values in vars(detections).items():
         np.testing.assert_array_equal(values, getattr(expected, name), err_msg=name)
 
 
-def test_memory_per_detection_is_flat():
-    _, found = noisy(images=10, per_image=10, classes=2)
-    joined = Detections.join([found] * 5)
+def test_memory_per_detection_is_constant():
+    _, detections = noisy(images=10, per_image=10, classes=2)
+    joined = Detections.join([detections] * 5)
     assert sum(array.nbytes for array in vars(joined).values()) == 36 * 500

@@ -1,4 +1,4 @@
-"""Recorded steps: the same losses and weights as steps that are not recorded."""
+"""Recorded steps give the same losses and weights as plain steps."""
 
 import copy
 from dataclasses import replace
@@ -20,36 +20,36 @@ CPU = torch.device("cpu")
 
 
 def shapes_of(batch):
-    """The batch, and the same padded to a larger shape."""
+    """The batch, and the same batch padded to a larger shape."""
     images = torch.nn.functional.pad(batch.images, (0, 32, 0, 32))
     return batch, replace(batch, images=images, padded=True)
 
 
 def recorded(run):
-    """Lets a trainer's steps be recorded: what is recorded is here run again, from the tensors it was recorded with;
-    all else is as on a GPU. Returns what was recorded."""
-    runs = []
+    """Let a trainer record its steps. A replay runs the recorded function again on its recorded tensors; everything
+    else is as on a GPU. Returns the list of recorded functions."""
+    functions = []
 
     def capture(record):
-        runs.append(record)
+        functions.append(record)
         return record
 
     run.stepper.record(capture)
-    return runs
+    return functions
 
 
 RATES = {"lr": 2**-10, "lr_backbone": 2**-11}
-"""Learning rates that float32 holds exactly, as a graph does."""
+"""Learning rates that are exact in float32, which graphs use."""
 
 
-# With one decoder layer some parameters get no gradient.
+# With one decoder layer some parameters have no gradient.
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"family": "detr"}, {"decoder_layers": 1}], ids=str)
-def test_steps_equal_those_that_are_not_recorded(tmp_path, options, accumulate):
-    """Bit for bit: losses, weights, moments, statistics, moving average, and all else that a checkpoint holds."""
+def test_recorded_steps_equal_plain_steps(tmp_path, options, accumulate):
+    """Bitwise: losses, weights, moments, statistics, moving average, and everything else in a checkpoint."""
     training = {**RATES, "accumulate": accumulate, "ema_decay": 0.9, "warmup_steps": 4}
     plain, graphed = (small_trainer(tmp_path / name, model_options=options, **training) for name in "ab")
-    runs = recorded(graphed)
+    functions = recorded(graphed)
     windows = [shapes_of(batch) for batch in batches(plain, 3)]
     for run in (plain, graphed):
         run.model.train()
@@ -57,14 +57,14 @@ def test_steps_equal_those_that_are_not_recorded(tmp_path, options, accumulate):
             for number, batches_of_step in enumerate([window] if accumulate == 2 else [window[:1], window[1:]]):
                 run.stepper(batches_of_step, 2 * step + number)
         run.stepper.flush()
-    assert len(runs) == len(graphed.stepper.graphs.recorded) == 3 - accumulate
+    assert len(functions) == len(graphed.stepper.graphs.recorded) == 3 - accumulate
     assert graphed.stepper.means == plain.stepper.means
     assert_equal(graphed.stepper.state(), plain.stepper.state())
     rates = [group["lr"] for group in graphed.stepper.state()["optimizer"]["param_groups"]]
     assert all(type(rate) is float for rate in rates)
 
 
-def test_a_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
+def test_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
     run = small_trainer(tmp_path, **RATES, ema_decay=0.9)
     recorded(run)
     run.model.train()
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
     run.stepper.flush()
     assert run.stepper.skipped == 1
     assert f"on image ids {list(second.image_ids)}" in caplog.text
-    assert "Step 1 is not finite: first the loss term" in caplog.text
+    assert "Step 1 is not finite, first in the loss term" in caplog.text
     after = run.stepper.state()
     del before["skipped"], after["skipped"]
     assert_equal(after, before)
@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
     assert run.stepper.means["loss"] > 0
 
 
-def test_gradients_begin_with_nothing_and_memory_stays_where_it_is(tmp_path):
+def test_gradients_start_empty_and_addresses_do_not_change(tmp_path):
     run = small_trainer(tmp_path)
     gradients, addresses = [], []
 
@@ -96,8 +96,8 @@ def test_gradients_begin_with_nothing_and_memory_stays_where_it_is(tmp_path):
         def replay():
             record()
             moments = run.stepper.optimizer.state.values()
-            own = [run.stepper._sums, *run.model.parameters(), *(values["exp_avg"] for values in moments)]
-            addresses.append([tensor.data_ptr() for tensor in own])
+            tensors = [run.stepper._sums, *run.model.parameters(), *(values["exp_avg"] for values in moments)]
+            addresses.append([tensor.data_ptr() for tensor in tensors])
 
         return replay
 
@@ -112,7 +112,7 @@ def test_gradients_begin_with_nothing_and_memory_stays_where_it_is(tmp_path):
     assert addresses[0] == addresses[1] == addresses[2]
 
 
-def test_going_on_from_a_state_records_anew(tmp_path):
+def test_loading_a_state_records_again(tmp_path):
     run = small_trainer(tmp_path, **RATES)
     runs = recorded(run)
     first, second = batches(run, 2)
@@ -129,25 +129,25 @@ def test_going_on_from_a_state_records_anew(tmp_path):
     assert_equal(*weights)
 
 
-def test_more_objects_than_the_capacity(tmp_path):
+def test_more_objects_than_max_targets_is_an_error(tmp_path):
     run = small_trainer(tmp_path, max_targets=1)
     with pytest.raises(ValueError, match=r"objects, max_targets is 1: build the criterion with.*--max-targets"):
         run.stepper(batches(run, 1), 0)
 
 
 def full_batch():
-    """The second image has an object more than the model has queries."""
+    """The second image has one object more than the model has queries."""
     full = {"labels": torch.zeros(9, dtype=torch.int64), "boxes": torch.full((9, 4), 0.5), "original_size": (64, 64)}
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    few = {**full, "labels": full["labels"][:8], "boxes": full["boxes"][:8]}
-    return collate([(images[0], {**few, "image_id": 5}), (images[1], {**full, "image_id": 7})])
+    fitting = {**full, "labels": full["labels"][:8], "boxes": full["boxes"][:8]}
+    return collate([(images[0], {**fitting, "image_id": 5}), (images[1], {**full, "image_id": 7})])
 
 
-def test_more_objects_than_queries(tmp_path, caplog):
+def test_step_with_more_objects_than_queries_runs_without_a_graph(tmp_path, caplog):
     strict = small_trainer(tmp_path / "on")
     strict.stepper.config = replace(strict.config, cuda_graphs="on")
     recorded(strict)
-    with pytest.raises(ValueError, match=r"Image id 7 has 9 objects, the model 8 queries, .* `on` none may have more"):
+    with pytest.raises(ValueError, match=r"Image id 7 has 9 objects, the model has 8 queries, .* `on` no image may"):
         strict.stepper([full_batch()], 0)
     run, plain = (small_trainer(tmp_path / name, **RATES) for name in "ab")
     recorded(run)
@@ -161,7 +161,7 @@ def test_more_objects_than_queries(tmp_path, caplog):
     assert_equal(run.stepper.state(), plain.stepper.state())
 
 
-def test_memory_that_does_not_suffice(tmp_path, caplog):
+def test_training_continues_without_graphs_if_memory_is_short(tmp_path, caplog):
     def capture(_):
         raise torch.OutOfMemoryError("planted")
 
@@ -172,7 +172,7 @@ def test_memory_that_does_not_suffice(tmp_path, caplog):
         for step, batch in enumerate(windows):
             trainer.stepper([batch], step)
         trainer.stepper.flush()
-    assert caplog.text.count("the memory does not suffice for recording; going on without.") == 1
+    assert caplog.text.count("the memory does not suffice for recording; training continues without.") == 1
     assert not run.stepper.graphs.recorded
     assert_equal(run.stepper.state(), plain.stepper.state())
     strict = small_trainer(tmp_path / "on")
@@ -182,7 +182,7 @@ def test_memory_that_does_not_suffice(tmp_path, caplog):
         strict.stepper(windows[:1], 0)
 
 
-def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
+def test_number_of_recorded_shapes_is_limited(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     run = small_trainer(tmp_path)
     runs = recorded(run)
@@ -192,40 +192,40 @@ def test_so_many_shapes_and_no_more_are_recorded(tmp_path, monkeypatch, caplog):
     run.stepper.flush()
     assert len(runs) == 1
     assert run.stepper.means["loss"] > 0
-    assert caplog.text.count("1 kinds of steps are recorded, further ones run without") == 1
+    assert caplog.text.count("1 kinds of steps are recorded, others run without") == 1
 
 
-def test_where_steps_cannot_be_recorded(tmp_path, monkeypatch):
+def test_reasons_why_steps_cannot_be_recorded(tmp_path, monkeypatch):
     config = conddetr.config.resolve("conditional-detr-tiny")
     model = conddetr.build("conditional-detr-tiny")
     with pytest.raises(ValueError, match=r"cuda_graphs: graphs need an NVIDIA GPU, the device is cpu. Train without"):
         Stepper(model, TrainConfig(cuda_graphs="on"), CPU, 1)
-    by_itself, cuda = TrainConfig(), torch.device("cuda")
-    assert Stepper(model, by_itself, CPU, 1).graphs is None
+    default, cuda = TrainConfig(), torch.device("cuda")
+    assert Stepper(model, default, CPU, 1).graphs is None
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     with records.pretend(None):
-        reason = why_no_graphs(config, "auto", by_itself, cuda)
+        reason = why_no_graphs(config, "auto", default, cuda)
     assert "matched on the host" in reason
     assert "conddetr check" in reason
     monkeypatch.setattr(records, "why_not", lambda *_: None)
-    assert why_no_graphs(config, "auto", by_itself, cuda) is None
-    assert "matched on the host" in why_no_graphs(config, "eager", by_itself, cuda)
+    assert why_no_graphs(config, "auto", default, cuda) is None
+    assert "matched on the host" in why_no_graphs(config, "eager", default, cuda)
     assert why_no_graphs(config, "auto", TrainConfig(compile=True), cuda) == "the model is compiled"
     assert why_no_graphs(config, "auto", TrainConfig(compile=True, cuda_graphs="on"), cuda) is None
     assert "check_finite" in why_no_graphs(config, "auto", TrainConfig(check_finite="always"), cuda)
-    assert buckets(config, "auto", by_itself, cuda) == 4
+    assert buckets(config, "auto", default, cuda) == 4
     assert buckets(config, "auto", TrainConfig(pad_buckets=0), cuda) == 0
     assert buckets(config, "auto", TrainConfig(pad_buckets=7), CPU) == 7
-    assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, "auto", by_itself, CPU) == 0
+    assert buckets(config, "auto", TrainConfig(cuda_graphs="off"), cuda) == buckets(config, "auto", default, CPU) == 0
     assert small_trainer(tmp_path).run.train.pad_buckets == 0
     monkeypatch.setattr(graphs.distributed, "world_size", lambda: 2)
-    assert "one process, there are 2" in why_no_graphs(config, "auto", by_itself, cuda)
+    assert "one process only, there are 2" in why_no_graphs(config, "auto", default, cuda)
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
-def test_losses_on_a_gpu_are_those_of_plain_steps():
+def test_losses_on_a_gpu_equal_those_of_plain_steps():
     device, curves = torch.device("cuda"), []
     for cuda_graphs in ("off", "on"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A folder is of one run at a time, and free again when its run is gone, however it went."""
+"""Only one run uses a folder at a time, and the folder is free again when the run ends, even if it is killed."""
 
 import errno
 import fcntl
@@ -14,8 +14,8 @@ from conddetr.cli import main
 from conddetr.engine.lock import LOCK, sole_run
 
 
-def held_by_another(folder):
-    """A process that holds the folder, and the number of the one beside it."""
+def start_holder(folder):
+    """A process that holds the folder, and the id of its worker process."""
     worker = counter()
     process = start(hold_folder, folder, worker)
     while process.is_alive() and worker.value == 0:
@@ -23,8 +23,8 @@ def held_by_another(folder):
     return process, worker.value
 
 
-def test_a_killed_holder_leaves_the_folder_free_while_its_worker_lives(tmp_path):
-    process, worker = held_by_another(tmp_path / "run")
+def test_folder_is_free_after_its_holder_is_killed_even_if_a_worker_lives(tmp_path):
+    process, worker = start_holder(tmp_path / "run")
     try:
         with pytest.raises(FileExistsError) as refused, sole_run(tmp_path / "run"):
             pass
@@ -40,8 +40,8 @@ def test_a_killed_holder_leaves_the_folder_free_while_its_worker_lives(tmp_path)
         os.kill(worker, signal.SIGKILL)
 
 
-def test_every_rank_is_refused(tmp_path):
-    process, worker = held_by_another(tmp_path / "run")
+def test_all_ranks_are_refused(tmp_path):
+    process, worker = start_holder(tmp_path / "run")
     command = ["train", "--device", "cpu", "--train-images", "8", "--workers", "0", "--out", str(tmp_path / "run")]
     try:
         for rank in start_ranks(2, command_line, tmp_path, command):
@@ -53,13 +53,13 @@ def test_every_rank_is_refused(tmp_path):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
 
 
-def test_a_second_run_of_this_process_is_refused_and_the_first_goes_on(tmp_path):
+def test_second_run_of_a_process_is_refused_and_the_first_keeps_the_lock(tmp_path):
     (tmp_path / "other").symlink_to(tmp_path / "run")
     with sole_run(tmp_path / "run"):
         for name in ("run", "other"):
             with pytest.raises(FileExistsError, match=f"in use by another run of this process \\({os.getpid()}\\)"):
                 sole_run(tmp_path / name).__enter__()
-        # Looked at from elsewhere it is still locked.
+        # For another process it is still locked.
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -73,13 +73,13 @@ def test_a_second_run_of_this_process_is_refused_and_the_first_goes_on(tmp_path)
                 os._exit(0)
         os.waitpid(child, 0)
         assert os.read(reader, 100).decode() == os.strerror(errno.EAGAIN)
-    # Nothing came of it, and nothing is left.
+    # No run started, and no folder is left.
     assert not (tmp_path / "run").exists()
     with sole_run(tmp_path / "run"):
         pass
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+def test_warning_for_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -87,11 +87,11 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
     with sole_run(tmp_path):
         assert (tmp_path / LOCK).exists()
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path}: its file system has no locks, a second run in it would not be refused."
+        f"{tmp_path}: the file system has no locks, so a second run there would not be refused."
     ]
 
 
-def test_a_folder_that_cannot_hold_a_run(tmp_path, capsys):
+def test_unusable_folder_is_a_one_line_error(tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder" / LOCK).mkdir(parents=True)
     for name, reason in (("file", "File exists"), ("folder", "Is a directory")):

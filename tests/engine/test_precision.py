@@ -1,4 +1,4 @@
-"""What `precision` means where, what a resumed run makes of it, and that runs by default are those of the reference."""
+"""The meaning of `precision` on each device and in a resumed run; default runs agree with the reference."""
 
 import json
 
@@ -23,18 +23,18 @@ CUDA = torch.device("cuda")
         ("cuda", (8, 0), None, True),
         ("cuda", (8, 6), None, True),
         ("cuda", (12, 0), None, True),
-        # An AMD GPU calls itself cuda, and has such a number too.
+        # An AMD GPU has the device type cuda and a capability, too.
         ("cuda", (9, 4), "6.4", False),
     ],
 )
-def test_bfloat16_is_taken_by_itself_on_nvidia_gpus_from_8_0_on(device, capability, hip, expected, monkeypatch):
+def test_auto_means_bfloat16_on_nvidia_gpus_from_8_0_on(device, capability, hip, expected, monkeypatch):
     monkeypatch.setattr(precisions.registry, "capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert has_bfloat16(torch.device(device)) is expected
     assert resolve_precision("auto", has_bfloat16(torch.device(device))) == ("bfloat16" if expected else "float32")
 
 
-def test_a_precision_that_was_named_is_taken_everywhere():
+def test_named_precision_is_used_on_every_device():
     assert [resolve_precision("bfloat16", False), resolve_precision("float32", True)] == ["bfloat16", "float32"]
     assert TrainConfig().precision == resolve_run({"coco_path": "coco"}).train.precision == "auto"
     with pytest.raises(ValueError, match="precision: unknown value 'half'"):
@@ -42,8 +42,8 @@ def test_a_precision_that_was_named_is_taken_everywhere():
 
 
 @pytest.fixture
-def _switches_stay():
-    """The older ones too: PyTorch refuses to read them where they do not agree with the newer."""
+def _restored_switches():
+    """Restore the older switches too: PyTorch refuses to read them if they disagree with the newer ones."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -54,11 +54,11 @@ def _switches_stay():
         switch.fp32_precision = value
 
 
-@pytest.mark.usefixtures("_switches_stay")
+@pytest.mark.usefixtures("_restored_switches")
 @pytest.mark.parametrize("products", ["tf32", "ieee"])
 @pytest.mark.parametrize("convolutions", ["tf32", "ieee"])
-def test_what_float32_means_is_said_in_words(products, convolutions):
-    """By PyTorch's newer switches, after which it refuses to read the older ones."""
+def test_tf32_switches_are_described_in_words(products, convolutions):
+    """With PyTorch's newer switches, after which it refuses to read the older ones."""
     torch.backends.cuda.matmul.fp32_precision = products
     torch.backends.cudnn.conv.fp32_precision = convolutions
     words = {"tf32": "on", "ieee": "off"}
@@ -67,15 +67,15 @@ def test_what_float32_means_is_said_in_words(products, convolutions):
     assert float32_products(torch.device("cpu")) == ""
 
 
-@pytest.mark.usefixtures("_switches_stay")
-def test_the_older_switches_count_too():
+@pytest.mark.usefixtures("_restored_switches")
+def test_older_tf32_switches_are_read_too():
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = False
     assert float32_products(CUDA) == "float32 products: TF32 on, convolutions: TF32 off"
 
 
 def trainer(folder, has, monkeypatch, **options):
-    """On a device of which `auto` says bfloat16, or float32."""
+    """A trainer on a device where `auto` means bfloat16 (`has`), or float32."""
     monkeypatch.setattr("conddetr.engine.trainer.has_bfloat16", lambda device: has)
     return small_trainer(folder, epochs=1, **options)
 
@@ -91,7 +91,7 @@ def save(run):
         run.save(writer)
 
 
-def test_a_resumed_run_keeps_its_precision_or_says_why_not(tmp_path, monkeypatch):
+def test_resumed_run_keeps_its_precision_or_reports_why_not(tmp_path, monkeypatch):
     save(trainer(tmp_path, True, monkeypatch))
     assert read_checkpoint(tmp_path / "checkpoint.pt")["run"]["train"]["precision"] == "bfloat16"
     same = resumed(tmp_path, True, monkeypatch)
@@ -99,16 +99,16 @@ def test_a_resumed_run_keeps_its_precision_or_says_why_not(tmp_path, monkeypatch
     elsewhere = resumed(tmp_path, False, monkeypatch)
     assert (elsewhere.stepper.config.precision, elsewhere.run.train.precision) == ("float32", "float32")
     [change] = elsewhere.changes
-    assert change.startswith("precision was bfloat16, is float32: bfloat16 is taken by itself on NVIDIA GPUs")
+    assert change.startswith("precision was bfloat16, is float32: `auto` means bfloat16 only on NVIDIA GPUs")
     assert change.endswith("--precision bfloat16 keeps it")
     named = resumed(tmp_path, False, monkeypatch, precision="bfloat16")
     assert (named.stepper.config.precision, named.changes) == ("bfloat16", [])
     other = resumed(tmp_path, True, monkeypatch, precision="float32")
-    assert other.changes == ["precision was bfloat16, is float32: as asked for"]
+    assert other.changes == ["precision was bfloat16, is float32: as requested"]
 
 
 @pytest.mark.parametrize("stored", ["float32", None])
-def test_checkpoints_of_before_go_on_in_float32(tmp_path, monkeypatch, stored):
+def test_older_checkpoints_resume_in_float32(tmp_path, monkeypatch, stored):
     save(trainer(tmp_path, True, monkeypatch, model_options={"backend": "eager"}))
     content = read_checkpoint(tmp_path / "checkpoint.pt")
     content["run"]["train"].pop("precision")
@@ -116,30 +116,30 @@ def test_checkpoints_of_before_go_on_in_float32(tmp_path, monkeypatch, stored):
     if stored:
         content["run"]["train"]["precision"] = stored
     else:
-        # Older still: these two were of the model's configuration.
-        of_build = {name: content["run"].pop(name) for name in ("backend", "pretrained_backbone")}
-        content["config"].update(of_build)
-        content["run"]["model"].update(of_build)
+        # Even older checkpoints have these two in the model's configuration.
+        build_options = {name: content["run"].pop(name) for name in ("backend", "pretrained_backbone")}
+        content["config"].update(build_options)
+        content["run"]["model"].update(build_options)
     save_checkpoint(tmp_path / "checkpoint.pt", content)
     run = resumed(tmp_path, True, monkeypatch)
     assert run.stepper.config.precision == "float32"
-    assert run.changes == ["backend was eager, is auto: other roundings, and other random numbers of dropout"]
+    assert run.changes == ["backend was eager, is auto: rounding and the random numbers of dropout differ"]
 
 
-def test_processes_train_in_one_precision(tmp_path, monkeypatch):
-    """One GPU that has no bfloat16 is enough."""
+def test_all_processes_train_in_one_precision(tmp_path, monkeypatch):
+    """One GPU without bfloat16 makes all processes use float32."""
     monkeypatch.setattr("conddetr.engine.distributed.any_of", lambda flag, device: True)
     assert trainer(tmp_path, True, monkeypatch).config.precision == "float32"
 
 
 @pytest.mark.parametrize("has", [False, True])
-def test_steps_and_evaluation_are_in_the_precision_of_the_run(tmp_path, has, monkeypatch):
+def test_steps_and_evaluation_use_the_precision_of_the_run(tmp_path, has, monkeypatch):
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     run, seen, forward = trainer(tmp_path, has, monkeypatch), set(), conddetr.DETR._detect
 
-    def watched(model, *given):
+    def watched(model, *args):
         seen.add((model.training, torch.is_autocast_enabled("cpu")))
-        return forward(model, *given)
+        return forward(model, *args)
 
     monkeypatch.setattr(conddetr.DETR, "_detect", watched)
     run.fit()
@@ -148,8 +148,8 @@ def test_steps_and_evaluation_are_in_the_precision_of_the_run(tmp_path, has, mon
     assert stored == ("bfloat16" if has else "float32")
 
 
-def test_a_checkpoint_of_a_default_run_is_one_of_the_reference(tmp_path):
-    """Its weights load strictly, and predict the same: within the budgets of the golden outputs."""
+def test_checkpoint_of_a_default_run_works_in_the_reference(tmp_path):
+    """Its weights load strictly, and outputs agree within the tolerances of the golden outputs."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     run = small_trainer(tmp_path)
     assert run.model.backend == "auto"
@@ -160,6 +160,6 @@ def test_a_checkpoint_of_a_default_run_is_one_of_the_reference(tmp_path):
     default = conddetr.Detector.from_checkpoint(path, device="cpu").model
     images = [torch.randn(3, 64, 64), torch.randn(3, 48, 64)]
     with torch.inference_mode():
-        expected, found = (model.eval()(images) for model in (reference, default))
-    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], atol=1e-5, rtol=0)
+        expected, outputs = (model.eval()(images) for model in (reference, default))
+    torch.testing.assert_close(outputs["pred_logits"], expected["pred_logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(outputs["pred_boxes"], expected["pred_boxes"], atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Preflight tries the largest batch and leaves everything as it was."""
+"""Preflight runs the largest batch and changes nothing."""
 
 import copy
 import importlib
@@ -28,7 +28,7 @@ def loss_with(model, seen):
     return loss_of
 
 
-def test_the_largest_batch_is_tried_and_nothing_changes():
+def test_largest_batch_runs_and_nothing_changes():
     model = conddetr.build("conditional-detr-tiny", num_classes=3, dropout=0.1).eval()
     before, state, seen = copy.deepcopy(model.state_dict()), torch.get_rng_state(), []
     loader = make_loader(SyntheticShapes(8, seed=1, image_size=100), 2, train=True, pad_buckets=2)
@@ -43,7 +43,7 @@ def test_the_largest_batch_is_tried_and_nothing_changes():
     assert not model.training
 
 
-def test_too_little_memory_says_what_to_lower(monkeypatch):
+def test_error_for_too_little_memory_says_what_to_lower(monkeypatch):
     model = conddetr.build("conditional-detr-tiny", num_classes=3)
 
     def exhausted(batch):
@@ -55,12 +55,12 @@ def test_too_little_memory_says_what_to_lower(monkeypatch):
         preflight(model, exhausted, optimizer, (800, 1333), 64, CPU)
 
 
-def test_capacity_for_objects_is_kept_to(tmp_path, capsys):
+def test_max_targets_limits_the_objects_of_the_batch(tmp_path, capsys):
     small_trainer(tmp_path, preflight=True, max_targets=5)._preflight()
     assert "4 images of 64×64 with 5 objects each take" in capsys.readouterr().out
 
 
-def test_moments_must_fit_in_too_unless_they_are_there(tmp_path, monkeypatch):
+def test_moments_must_fit_in_memory_unless_they_exist_already(tmp_path, monkeypatch):
     run = small_trainer(tmp_path, preflight=True)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     monkeypatch.setattr(module, "_peak_bytes", lambda: 1024 * 1000)
@@ -73,7 +73,7 @@ def test_moments_must_fit_in_too_unless_they_are_there(tmp_path, monkeypatch):
     run._preflight()
 
 
-def test_where_memory_is_not_told_the_figure_is_left_out(tmp_path, monkeypatch, capsys):
+def test_memory_use_is_omitted_if_the_system_does_not_report_it(tmp_path, monkeypatch, capsys):
     """Windows has no module `resource`."""
     monkeypatch.setitem(sys.modules, "resource", None)
     importlib.reload(module)
@@ -83,12 +83,12 @@ def test_where_memory_is_not_told_the_figure_is_left_out(tmp_path, monkeypatch, 
     finally:
         monkeypatch.undo()
         importlib.reload(module)
-    expected = "preflight: 4 images of 64×64 with 8 objects each fit in; how much memory they take, this system"
+    expected = "preflight: 4 images of 64×64 with 8 objects each fit in memory; this system does not report"
     assert expected in capsys.readouterr().out
 
 
-def test_units_of_the_systems(monkeypatch):
-    resource = pytest.importorskip("resource", reason="only POSIX tells the memory of a process")
+def test_units_of_peak_memory_on_linux_and_macos(monkeypatch):
+    resource = pytest.importorskip("resource", reason="only POSIX reports the memory of a process")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setattr(sys, "platform", "linux")
     assert module._peak_bytes() == 5 * 1024

@@ -1,4 +1,4 @@
-"""Lines and tables hold names, paths and metrics as they are, in any output."""
+"""Lines and tables print names, paths and metrics unchanged, in any output encoding."""
 
 import contextlib
 import io
@@ -15,12 +15,12 @@ from conddetr.engine.tables import metrics_table, percent
 AS_MARKUP = "photo [copy].png [/b] [bold]x[/bold] :smile: 'text' 3.5 https://a.b"
 
 
-def test_a_line_is_printed_as_it_is(capsys, monkeypatch):
+def test_line_is_printed_unchanged(capsys, monkeypatch):
     say(AS_MARKUP)
     show(AS_MARKUP, metrics_table({"AP": 0.5}))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [AS_MARKUP, AS_MARKUP]
-    # Nor does a narrow terminal see colours, or a path in parts.
+    # A narrow terminal gets no colours either, and no broken path.
     terminal = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True, width=20))
     say(AS_MARKUP)
@@ -36,10 +36,10 @@ def test_a_line_is_printed_as_it_is(capsys, monkeypatch):
         ("utf-8", r"3×4 – 信 é \udcff"),
     ],
 )
-def test_every_output_takes_every_text(monkeypatch, encoding, line):
+def test_any_text_is_printed_in_any_encoding(monkeypatch, encoding, line):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    # The last one is a byte of a file name that is not UTF-8.
+    # The last character stands for a byte of a file name that is not UTF-8.
     say("3×4 – 信 é \udcff")
     show("metrics", metrics_table({"AP": -1.0, "AP50": 0.25}))
     printed = stream.buffer.getvalue().decode(encoding).splitlines()
@@ -50,20 +50,20 @@ def test_every_output_takes_every_text(monkeypatch, encoding, line):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
-def test_a_full_disk_under_the_output_is_named(monkeypatch):
+def test_full_disk_of_the_output_is_reported(monkeypatch):
     with open("/dev/full", "w", buffering=1) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         with pytest.raises(OSError, match=r"The standard output could not be written: No space left"):
             say("x")
         monkeypatch.undo()
-        # What could not be written is not tried again by closing it.
+        # Closing the file would try to write the rest again.
         with contextlib.suppress(OSError):
             stream.close()
 
 
-def test_without_an_output_nothing_fails(monkeypatch):
+def test_no_output_stream_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    say("nobody reads this")
+    say("no reader")
     with progress.Progress("epoch 1/2", total=2) as bar:
         bar.advance(1)
 
@@ -71,5 +71,5 @@ def test_without_an_output_nothing_fails(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "text"), [(-1.0, "–"), (float("nan"), "–"), (0.0, "0.0"), (0.6113, "61.1"), (1.0, "100.0")]
 )
-def test_a_metric_that_does_not_exist_is_a_dash(value, text):
+def test_undefined_metric_is_a_dash(value, text):
     assert percent(value) == text

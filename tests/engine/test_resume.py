@@ -1,4 +1,4 @@
-"""Killed anywhere and resumed, a run ends as if nothing had happened, bit for bit."""
+"""A run that is killed anywhere and resumed ends bitwise as an uninterrupted run."""
 
 import random
 import signal
@@ -18,24 +18,24 @@ OPTIONS = {
     "warmup_steps": 3,
 }
 OFTEN, RARELY = {"save_every_steps": 1}, {"save_every_steps": 4}
-WAYS = [OFTEN, RARELY, OFTEN, RARELY, OFTEN, {**RARELY, "workers": 1}]
-"""How a run is saved and fed, in turn: what it ends with is the same. Workers take long to start, so few have them."""
+VARIANTS = [OFTEN, RARELY, OFTEN, RARELY, OFTEN, {**RARELY, "workers": 1}]
+"""Options for saving and loading, used in turn; the result is the same. Workers start slowly, so few runs use them."""
 STEPS = 6
 
 
 @pytest.mark.parametrize(("count", "seed"), [(3, 0), pytest.param(17, 1, marks=pytest.mark.slow)])
-def test_sigkill_at_random_points(tmp_path, count, seed):
+def test_run_killed_at_random_points_ends_like_the_whole_run(tmp_path, count, seed):
     steps = counter()
     finish(start(run_to_the_end, tmp_path / "whole", OPTIONS, steps))
     assert steps.value == STEPS
     chance = random.Random(seed)
     kills, run = [], 0
     while len(kills) < count:
-        # Each run is killed again and again until it gets to its end before it is killed.
+        # Each run is killed repeatedly until it ends before it can be killed.
         folder, steps, target = tmp_path / str(run), counter(), chance.randint(0, STEPS)
-        process = start(run_to_the_end, folder, {**OPTIONS, **WAYS[len(kills) % len(WAYS)]}, steps)
+        process = start(run_to_the_end, folder, {**OPTIONS, **VARIANTS[len(kills) % len(VARIANTS)]}, steps)
         wait_for_steps(process, steps, target)
-        # Between steps, in the next one, while a checkpoint is written, or in the evaluation of the epoch.
+        # Kill it between steps, in the next step, while a checkpoint is written, or in the epoch's evaluation.
         process.join(chance.uniform(0.0, 0.2))
         process.kill()
         process.join()
@@ -45,6 +45,6 @@ def test_sigkill_at_random_points(tmp_path, count, seed):
             assert process.exitcode == 0
             assert_same_run(folder, tmp_path / "whole")
             run += 1
-    finish(start(run_to_the_end, tmp_path / str(run), {**OPTIONS, **WAYS[0]}, counter()))
+    finish(start(run_to_the_end, tmp_path / str(run), {**OPTIONS, **VARIANTS[0]}, counter()))
     assert_same_run(tmp_path / str(run), tmp_path / "whole")
     assert sum(done > 0 for done in kills) >= count / 2

@@ -1,4 +1,4 @@
-"""Training: it learns, writes what it should, resumes, and names what is wrong."""
+"""Training lowers the loss, writes its files, resumes, and reports errors."""
 
 import json
 
@@ -42,33 +42,33 @@ def test_loss_falls_and_files_are_complete(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == content["run"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert read_checkpoint(tmp_path / "epoch-0003.pt")["position"]["epoch"] == 3
-    # What is evaluated is the moving average; it is the best so far, and what others load.
+    # The moving average is evaluated and written to the files for other programs.
     assert_equal(weights(tmp_path, "checkpoint.safetensors"), content["ema"])
     best = max((line for line in lines if "AP" in line), key=lambda line: line["AP"])
-    found = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert found["metrics"]["AP"] == best["AP"]
-    assert found["model"].keys() == content["model"].keys()
+    content_of_best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert content_of_best["metrics"]["AP"] == best["AP"]
+    assert content_of_best["model"].keys() == content["model"].keys()
     for name in ("best.pt", "best.safetensors", "checkpoint.safetensors"):
         assert read_checkpoint(tmp_path / name)["run"] == content["run"]
-    # Nothing but the weights of one model.
+    # It holds only the weights of one model.
     assert (tmp_path / "best.pt").stat().st_size < (tmp_path / "checkpoint.pt").stat().st_size / 3
     detector = conddetr.Detector.from_checkpoint(tmp_path / "checkpoint.pt", device="cpu")
     assert_equal(detector.model.state_dict(), content["ema"])
 
 
-def test_the_line_of_an_epoch_shows_a_dash_for_what_does_not_exist(tmp_path, capsys):
+def test_line_of_an_epoch_has_a_dash_for_undefined_metrics(tmp_path, capsys):
     record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "AP": -1.0, "AP50": 0.5}
     trainer(tmp_path)._print(record)
     assert capsys.readouterr().out.endswith("  AP –  AP50 50.0\n")
 
 
-def test_two_runs_are_equal(tmp_path):
+def test_two_equal_runs_give_equal_weights(tmp_path):
     for name in ("a", "b"):
         trainer(tmp_path / name).fit()
     assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_more_epochs_go_on_where_it_stopped(tmp_path):
+def test_resuming_with_more_epochs_equals_one_long_run(tmp_path):
     trainer(tmp_path / "whole", epochs=3).fit()
     trainer(tmp_path / "cut", epochs=1).fit()
     second = trainer(tmp_path / "cut", epochs=3)
@@ -78,7 +78,7 @@ def test_more_epochs_go_on_where_it_stopped(tmp_path):
     assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1, 2]
 
 
-def test_the_schedule_goes_by_epochs_when_the_batches_change(tmp_path):
+def test_schedule_counts_epochs_if_the_batch_size_changes(tmp_path):
     trainer(tmp_path, epochs=2, lr_drop=2).fit()
     run = trainer(tmp_path, epochs=3, lr_drop=2, batch_size=8)
     run.resume(tmp_path / "checkpoint.pt")
@@ -86,7 +86,7 @@ def test_the_schedule_goes_by_epochs_when_the_batches_change(tmp_path):
     assert [record["lr"] for record in records(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-4])
 
 
-def test_a_complete_run_stays_as_it_is(tmp_path):
+def test_resuming_a_complete_run_changes_nothing(tmp_path):
     metrics = trainer(tmp_path, epochs=1).fit()
     before = (tmp_path / "checkpoint.pt").read_bytes()
     again = trainer(tmp_path, epochs=1)
@@ -95,7 +95,7 @@ def test_a_complete_run_stays_as_it_is(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
+def test_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(tmp_path, caplog):
     trainer(tmp_path / "whole").fit()
     trainer(tmp_path / "cut", epochs=1).fit()
     latest, previous = (tmp_path / "cut" / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))
@@ -107,9 +107,9 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     again = trainer(tmp_path / "cut")
     again.resume(latest)
     assert "checkpoint.pt cannot be read" in caplog.text
-    assert "Going on from" in caplog.text
+    assert "Resuming from" in caplog.text
     assert "The damaged file is now" in caplog.text
-    # The next save leaves the file that was read where it is.
+    # The next save does not move the file that was read.
     with CheckpointWriter() as writer:
         again.save(writer)
     assert (tmp_path / "cut" / "checkpoint.pt.damaged").read_bytes() == damaged
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_falls_back_and_says_so(tmp_path, caplog):
     assert [record["epoch"] for record in records(tmp_path / "cut")] == [0, 1]
 
 
-def test_an_earlier_run_is_not_overwritten(tmp_path):
+def test_earlier_run_is_not_overwritten(tmp_path):
     trainer(tmp_path, epochs=1).fit()
     before = (tmp_path / "checkpoint.pt").read_bytes()
     with pytest.raises(FileExistsError, match=r"checkpoint\.pt is from an earlier run: resume it"):
@@ -127,14 +127,14 @@ def test_an_earlier_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_missing_metrics_are_said_before_training(tmp_path, monkeypatch):
+def test_missing_metrics_library_is_reported_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install pycocotools"):
         trainer(tmp_path).fit()
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_resumed_is_refused(tmp_path):
+def test_checkpoints_that_do_not_fit_are_not_resumed(tmp_path):
     torch.save({"model": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt cannot be resumed: it has no 'optimizer'.*--weights"):
         trainer(tmp_path).resume(tmp_path / "weights.pt")
@@ -146,7 +146,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     assert read_checkpoint(file)["position"] == {"epoch": 0, "batch": 3, "step": 3}
     with pytest.raises(ValueError, match="of another model: num_queries was 8, is 9"):
         trainer(tmp_path, model_options={"num_queries": 9}).resume(file)
-    with pytest.raises(ValueError, match="its batches would now be others: batch_size was 4, is 8"):
+    with pytest.raises(ValueError, match="its batches would now be different: batch_size was 4, is 8"):
         trainer(tmp_path, batch_size=8).resume(file)
     other = trainer(tmp_path)
     other.train_set.classes = [{"id": 5, "name": "star"}, *other.train_set.classes[1:]]
@@ -176,11 +176,11 @@ def test_gradients_are_clipped(tmp_path):
     ("option", "tolerance"),
     [pytest.param({"compile": True}, 1e-4, marks=pytest.mark.slow), ({"precision": "bfloat16"}, 0.02)],
 )
-def test_compiled_and_bfloat16_runs_are_near_the_plain_one(tmp_path, option, tolerance):
-    """Three steps: the losses of each, of which the later ones see the weights that the earlier ones changed."""
-    ways = {"plain": {}, "other": option}
+def test_losses_of_compiled_and_bfloat16_runs_are_close_to_plain_ones(tmp_path, option, tolerance):
+    """Losses of three steps; the later ones depend on the weights that the earlier ones changed."""
+    variants = {"plain": {}, "other": option}
     losses = {}
-    for name, options in ways.items():
+    for name, options in variants.items():
         run = trainer(tmp_path / name, images=12, epochs=1, eval_every=9, **options)
         losses[name] = []
         for step, batch in enumerate(run.loader):
@@ -188,21 +188,21 @@ def test_compiled_and_bfloat16_runs_are_near_the_plain_one(tmp_path, option, tol
             run.stepper([batch], step)
             run.stepper.flush()
             losses[name].append([run.stepper.means[key] for key in sorted(run.stepper.means) if "loss" in key])
-    plain, other = (torch.tensor(losses[name]) for name in ways)
+    plain, other = (torch.tensor(losses[name]) for name in variants)
     assert plain.shape[0] == 3
     assert torch.isfinite(other).all()
     torch.testing.assert_close(other, plain, rtol=tolerance, atol=tolerance)
-    # The option was in force: rounding differs.
+    # Rounding differs, so the option took effect.
     assert not torch.equal(other, plain)
 
 
-def test_time_limit_stops_and_still_evaluates(tmp_path):
+def test_time_limit_stops_training_and_still_evaluates(tmp_path):
     metrics = trainer(tmp_path, images=4000, epochs=50, time_limit=0.5).fit()
     assert len(metrics) == 12
     assert read_checkpoint(tmp_path / "checkpoint.pt")["position"]["epoch"] == 1
 
 
-def test_loss_that_is_not_finite_stops_after_so_many_steps(tmp_path, caplog):
+def test_training_stops_after_max_skipped_steps(tmp_path, caplog):
     run = trainer(tmp_path, max_skipped_steps=2, save_every_steps=1)
     whole = run.stepper._losses
 
@@ -213,21 +213,21 @@ def test_loss_that_is_not_finite_stops_after_so_many_steps(tmp_path, caplog):
 
     run.stepper._losses = spoiled
     message = (
-        r"first the loss term loss \(1 of 1 values\), on image ids \[\d+, \d+, \d+, \d+\]. It is step number 3 to be"
+        r"first in the loss term loss \(1 of 1 values\), on image ids \[\d+, \d+, \d+, \d+\]. 3 steps were not finite"
     )
     with pytest.raises(FloatingPointError, match=message):
         run.fit()
     assert "Step 3 is not finite" in caplog.text
     assert "Skipped, 1 of at most 2" in caplog.text
-    # The checkpoint is that of the last good step.
+    # The checkpoint is that of the last finite step.
     saved = read_checkpoint(tmp_path / "checkpoint.pt")
     assert all(torch.isfinite(value).all() for value in saved["model"].values())
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
 
 
-def test_wrong_class_count_and_too_large_batch_are_named(tmp_path):
+def test_wrong_number_of_classes_and_too_large_batch_are_errors(tmp_path):
     model = conddetr.build("conditional-detr-tiny")
-    with pytest.raises(ValueError, match="the data set has 3 classes, the model was built for 91"):
+    with pytest.raises(ValueError, match="num_classes: expected 3 as the data set has, got 91"):
         Trainer(model, SyntheticShapes(4, 1), SyntheticShapes(4, 2), RunConfig(), torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size: 100 is more than the 16 training images: lower it"):
         trainer(tmp_path, batch_size=100)
