@@ -45,9 +45,9 @@ class Criterion(nn.Module):
                 CPU `auto` is plain PyTorch with the native matching, if that is built.
             max_targets: objects per image to which every batch is padded, so that all have one shape, as CUDA graphs
                 require; None: those of the batch's fullest image.
-            check_finite: raise an error if a matching cost is NaN or infinite; that waits for the device. If False,
-                such a pair is matched only if nothing else is left, and the losses follow from the predictions: most
-                likely NaN. None: check if matching is on the host anyway.
+            check_finite: raise an error if a matching cost is NaN or infinite; that waits for the device. Without the
+                check, such a pair is matched only if nothing else is left, and the losses follow from the predictions:
+                most likely NaN. None: check if matching is on the host anyway.
         """
         super().__init__()
         self.config = config
