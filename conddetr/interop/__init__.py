@@ -1,6 +1,6 @@
-"""Weights and models of other implementations, by owner: `official` and `huggingface`.
+"""Weights and models of other implementations: `official` and `huggingface`.
 
-What is named here loads when it is used: reading weights needs the names of both owners and nothing else of them.
+Names load when they are first used: reading weights needs only the parameter names of both implementations.
 """
 
 from typing import TYPE_CHECKING, Any

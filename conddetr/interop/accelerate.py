@@ -1,4 +1,4 @@
-"""Our operations in a detector that somebody already has, in place."""
+"""Puts our operations into an existing detector, in place."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,37 +24,37 @@ from conddetr.model.layers import FeedForward
 def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) -> AccelerationReport:
     """Make a model run on our operations, in place. Weights, state dict, outputs and training interface stay.
 
-    Every module inside is called as before, so hooks fire, and adapters and other replaced submodules run; what gives
-    way to them is in the report. `decelerate` undoes it.
+    Every module inside is called as before, so hooks fire, and adapters and other replaced submodules run. The report
+    says which parts fall back because of them. `decelerate` undoes it.
 
     Args:
         model: transformers' `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`; the official
-            repository's model, and by itself its `SetCriterion`, which is a module beside the model there; ours; or a
-            module with one of them inside, as PEFT's `PeftModel` or `DistributedDataParallel`. Doing it again only
+            repository's model, and separately its `SetCriterion`, which is a module beside the model there; ours; or a
+            module with one of them inside, such as PEFT's `PeftModel` or `DistributedDataParallel`. A second call only
             changes the backend.
         backend: `auto` takes, in every call, the best that can run on the device of that call, so the model may move
-            after this; where no kernel can, transformers' own runs. Any other name of
-            `conddetr.kernels.registry.BACKENDS` is an error where it cannot run.
-        graphs: on a GPU, let forward and backward of transformers' `ConditionalDetrModel` in training be CUDA graphs,
-            one pair for each shape of a batch, so that the host launches some hundred kernels instead of a thousand.
-            Heads and loss are outside. Inside hooks would not fire: with one, and with gradient checkpointing, when
-            attention maps are asked for, or where the host has to wait, a call runs as without graphs, and a warning
-            says why, once. So do shapes beyond the first `conddetr.capture.MAX_GRAPHS`: pad images to few shapes
-            (`pad_size` of the image processor). Each shape takes memory of its own for its pixels and outputs.
+            after this; if no kernel can run, transformers' own code does. Any other name of
+            `conddetr.kernels.registry.BACKENDS` raises an error if it cannot run.
+        graphs: on a GPU, replay forward and backward of transformers' `ConditionalDetrModel` in training as CUDA
+            graphs, one pair per batch shape, so that the host launches some hundred kernels instead of a thousand.
+            Heads and loss are outside. Hooks inside a graph would not fire. With a hook inside, with gradient
+            checkpointing, with requested attention maps, or if the host has to wait, a call runs without graphs, and a
+            warning says why, once. So do shapes beyond the first `conddetr.capture.MAX_GRAPHS`: pad images to few
+            shapes (`pad_size` of the image processor). Each shape takes separate memory for its pixels and outputs.
 
     Returns:
-        What was replaced, what was left, and why.
+        Which parts were replaced, which were left, and why.
 
     Raises:
-        TypeError: another model, or several inside this one.
-        ValueError: no such backend; `graphs` of another model than `ConditionalDetrForObjectDetection`.
-        RuntimeError: the requested backend cannot run where the model is now; says why.
+        TypeError: an unsupported model, or several supported ones inside this one.
+        ValueError: no such backend; `graphs` for a model other than `ConditionalDetrForObjectDetection`.
+        RuntimeError: the requested backend cannot run on the model's current device; says why.
     """
     report = AccelerationReport()
     if graphs and not kinds.is_model(_find(model), kinds.CONDITIONAL_DETR):
         raise ValueError(
-            f"graphs: expected transformers' ConditionalDetrForObjectDetection, got {type(model).__qualname__}. Leave "
-            "graphs out; ours records whole steps where it trains by itself (cuda_graphs), and `fused(graphs=True)`."
+            f"graphs: expected transformers' ConditionalDetrForObjectDetection, got {type(model).__qualname__}. Omit "
+            "graphs; our own models record whole training steps (cuda_graphs) and inference (`fused(graphs=True)`)."
         )
     if official_criterion.is_criterion(model):
         official_criterion.accelerate_criterion(model, backend, report)
@@ -68,7 +68,7 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
     if official_model.is_model(model):
         official_model.accelerate_model(model, backend, choice, report)
         return report
-    # Here, not above: it imports transformers.
+    # Not at the top: this imports transformers.
     from conddetr.interop.huggingface.replace import accelerate_model
 
     accelerate_model(model, backend, choice, report, graphs)
@@ -76,17 +76,17 @@ def accelerate(model: nn.Module, backend: str = "auto", graphs: bool = False) ->
 
 
 def decelerate(model: nn.Module) -> None:
-    """Undo `accelerate`: classes and attributes are those from before its first call, and no trace of it is left.
+    """Undo `accelerate`: restore all classes and attributes from before its first call. No trace of it is left.
 
-    Weights, hooks, adapters and all else that happened to the model since then stay.
+    Weights, hooks, adapters and all other changes to the model since then stay.
 
     Args:
-        model: what was given to `accelerate`, a module around it or a copy of it, changed in place. Where nothing was
-            accelerated, nothing happens.
+        model: the model given to `accelerate`, a module around it or a copy of it, changed in place. A model that was
+            not accelerated stays as it is.
 
     Raises:
-        RuntimeError: the class of an accelerated module was changed since, by FSDP for example; names the module.
-            Nothing is undone then.
+        RuntimeError: the class of an accelerated module was changed since then, by FSDP for example; names the module.
+            Then nothing is undone.
     """
     for name, module in model.named_modules():
         reason = why_not_restore(module)
@@ -98,14 +98,13 @@ def decelerate(model: nn.Module) -> None:
 
 @contextmanager
 def accelerated(model: nn.Module, backend: str = "auto", graphs: bool = False) -> Iterator[AccelerationReport]:
-    """`accelerate` within a `with` block, whose variable is the report; `decelerate` at its end, whatever happens.
+    """`accelerate` for a `with` block, whose variable is the report; `decelerate` at its end, also after an error.
 
         with conddetr.accelerated(model) as report:
             model(**batch)
 
     Args:
-        model, backend, graphs: as for `accelerate`. A model that is accelerated already is decelerated at the end all
-            the same.
+        model, backend, graphs: as for `accelerate`. A model that was accelerated before is decelerated at the end too.
     """
     report = accelerate(model, backend, graphs)
     try:
@@ -115,19 +114,21 @@ def accelerated(model: nn.Module, backend: str = "auto", graphs: bool = False) -
 
 
 def _find(model: nn.Module) -> nn.Module:
-    """The model itself, or the one that is inside of it."""
+    """The supported model: the module itself, or the only one inside it."""
     if _is_known(model):
         return model
     inside = [name for name, module in model.named_modules() if _is_known(module)]
     if len(inside) == 1:
         return model.get_submodule(inside[0])
-    found = f"{type(model).__module__}.{type(model).__qualname__}"
+    class_name = f"{type(model).__module__}.{type(model).__qualname__}"
     if inside:
-        raise TypeError(f"model: expected one detector, got {found} with {', '.join(inside)} inside. Pass one of them.")
+        raise TypeError(
+            f"model: expected one detector, got {class_name} with {', '.join(inside)} inside. Pass one of them."
+        )
     raise TypeError(
         f"model: expected transformers' ConditionalDetrForObjectDetection or DabDetrForObjectDetection, the official "
         f"repository's ConditionalDETR or SetCriterion, a conddetr model, or a module with one of them inside, got "
-        f"{found}. Weights go into ours by conddetr.load_weights(conddetr.build(preset), state_dict)."
+        f"{class_name}. To load weights into ours: conddetr.load_weights(conddetr.build(preset), state_dict)."
     )
 
 
@@ -139,8 +140,8 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
     for module in (model, *model.parts_with_backend()):
         change(module, backend=backend)
     report, note = AccelerationReport(), describe(choice, parameter_of(model))
-    for name, kind in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
-        _report_parts(model, name, kind, f"backend {note}", report)
+    for name, module_type in (("decoder", ConditionalDecoder), ("cross-attention", ConditionalCrossAttention)):
+        _report_parts(model, name, module_type, f"backend {note}", report)
     if not report.replaced:
         report.left.append(Part("decoder", 1, "the original DETR has no conditional attention"))
     if attends_natively(backend, parameter_of(model)):
@@ -152,7 +153,7 @@ def _switch_backend(model: DETR, backend: str, choice: registry.Choice) -> Accel
     return report
 
 
-def _report_parts(model: DETR, name: str, kind: type | UnionType, note: str, report: AccelerationReport) -> None:
-    count = sum(isinstance(module, kind) for module in model.modules())
+def _report_parts(model: DETR, name: str, module_type: type | UnionType, note: str, report: AccelerationReport) -> None:
+    count = sum(isinstance(module, module_type) for module in model.modules())
     if count:
         report.replaced.append(Part(name, count, note))

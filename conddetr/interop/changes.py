@@ -1,6 +1,6 @@
-"""What `accelerate` changes in a module, so that `decelerate` can undo it.
+"""The changes that `accelerate` makes to a module, recorded so that `decelerate` can undo them.
 
-The former state lies in the module itself: copies and pickles of an accelerated model know theirs.
+The former state is stored in the module itself, so copies and pickles of an accelerated model contain it.
 """
 
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ class _Before:
     """The state of a module before its first change."""
 
     kind: type[nn.Module] | None = None
-    """Its class; None where that was not changed."""
+    """Its class; None if the class was not changed."""
     values: dict[str, object] = field(default_factory=dict)
-    """Attributes that had another value; those that were not there are absent here."""
+    """Former values of the attributes that were set; attributes that did not exist are absent."""
     ours: dict[str, object] = field(default_factory=dict)
-    """All attributes that were set, with the values since then."""
+    """All attributes that were set, with their new values."""
 
 
 def change(module: nn.Module, kind: type[nn.Module] | None = None, **attributes: object) -> None:
-    """Give a module another class and other plain attributes; the state before the first change is kept.
+    """Give a module another class and other plain attributes, and keep the state before the first change.
 
     Args:
         module: changed in place.
@@ -41,16 +41,16 @@ def change(module: nn.Module, kind: type[nn.Module] | None = None, **attributes:
 
 
 def why_not_restore(module: nn.Module) -> str | None:
-    """The reason why `restore` cannot give the module its class back; None where it can."""
+    """The reason why `restore` cannot give the module its class back; None if it can."""
     before = vars(module).get(_NAME)
     if before is None or before.kind is None or before.kind in type(module).__bases__:
         return None
-    found = f"{type(module).__module__}.{type(module).__qualname__}"
-    return f"its class became {found} after conddetr.accelerate: undo first what changed it (FSDP, a parametrization)"
+    class_name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"its class became {class_name} after conddetr.accelerate: undo that first (FSDP, a parametrization)"
 
 
 def restore(module: nn.Module) -> None:
-    """Undo every `change` of this module, but for attributes that somebody else has set since."""
+    """Undo every `change` of this module, except attributes that were set to another value since then."""
     before = vars(module).pop(_NAME, None)
     if before is None:
         return

@@ -1,4 +1,4 @@
-"""How far the outputs of two implementations of one model differ."""
+"""Differences between the outputs of two implementations of one model."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from conddetr.model.detr import DETR
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How far two models differ on the same images."""
+    """Differences between two models on the same images."""
 
     differences: dict[str, float]
     """Largest absolute difference of each output."""
     magnitudes: dict[str, float]
-    """Largest absolute value of each output, of either model."""
+    """Largest absolute value of each output in either model."""
 
     def __str__(self) -> str:
         return "\n".join(
@@ -27,7 +27,7 @@ class ParityReport:
 
 
 class _Nested(NamedTuple):
-    """What the official code's `NestedTensor` offers a model."""
+    """The part of the official code's `NestedTensor` that a model uses."""
 
     tensors: Tensor
     mask: Tensor
@@ -40,13 +40,13 @@ class _Nested(NamedTuple):
 def parity(
     model_a: nn.Module, model_b: nn.Module, images: Tensor | None = None, mask: Tensor | None = None
 ) -> ParityReport:
-    """Run two detectors in evaluation mode on the same images and compare what they predict.
+    """Run two detectors in evaluation mode on the same images and compare their predictions.
 
     Args:
         model_a, model_b: ours, the official repository's, or transformers' `ConditionalDetrForObjectDetection`, on
-            one device, of one dtype.
-        images: [B, 3, H, W], normalised; default: two of noise, 128×160, of which the second is padded.
-        mask: [B, H, W] bool, True = padding; None: nothing is, unless the images are the default ones.
+            the same device and of the same dtype.
+        images: [B, 3, H, W], normalised; default: two of noise, 128×160, the second one padded.
+        mask: [B, H, W] bool, True = padding; None: no padding, unless the images are the default ones.
     """
     if images is None:
         images = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(0))
@@ -57,9 +57,11 @@ def parity(
         mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
     parameter = next(model_a.parameters())
     images, mask = images.to(parameter), mask.to(parameter.device)
-    found_a, found_b = (_predict(model, images, mask) for model in (model_a, model_b))
-    differences = {name: (found_a[name] - found_b[name]).abs().max().item() for name in found_a}
-    magnitudes = {name: max(f[name].abs().max().item() for f in (found_a, found_b)) for name in found_a}
+    outputs_a, outputs_b = (_predict(model, images, mask) for model in (model_a, model_b))
+    differences = {name: (outputs_a[name] - outputs_b[name]).abs().max().item() for name in outputs_a}
+    magnitudes = {
+        name: max(outputs[name].abs().max().item() for outputs in (outputs_a, outputs_b)) for name in outputs_a
+    }
     return ParityReport(differences, magnitudes)
 
 

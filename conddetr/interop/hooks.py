@@ -1,4 +1,4 @@
-"""What users attach to modules, and what of an acceleration gives way to it, for the report."""
+"""Hooks, forwards and parametrizations that users attach to modules, for the report of an acceleration."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,35 +11,35 @@ from conddetr.model.plain import HOOKS
 
 
 def has_hooks_of_user(module: nn.Module) -> bool:
-    """Whether a hook is attached beside those by which transformers records attention maps and hidden states."""
+    """Whether a hook is attached besides transformers' own, which record attention maps and hidden states."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     return any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether `module.forward = function` was set, which runs in place of the method of the class."""
+    """Whether `module.forward = function` was set, which runs instead of the method of the class."""
     return "forward" in vars(module)
 
 
 def report_hooks(
-    model: nn.Module, report: AccelerationReport, gives_way: Callable[[str, nn.Module], str | None]
+    model: nn.Module, report: AccelerationReport, fallback: Callable[[str, nn.Module], str | None]
 ) -> None:
-    """List the modules that have something of their user, with what it does to the acceleration.
+    """List the modules to which a user attached something, with the parts that fall back because of it.
 
     Args:
-        gives_way: by name and module, what gives way to it; None: nothing does.
+        fallback: takes a module's name and the module, returns a note on the part that falls back; None: none does.
     """
-    found = defaultdict(list)
+    names_by_note = defaultdict(list)
     for name, module in model.named_modules():
-        kinds = {
+        attachments = {
             "hooks": has_hooks_of_user(module),
-            "a forward of its own": has_own_forward(module),
+            "its own forward": has_own_forward(module),
             "parametrizations": parametrize.is_parametrized(module),
         }
-        what = " and ".join(kind for kind, is_there in kinds.items() if is_there)
-        if what:
-            reason = gives_way(name, module) or "called as before, nothing gives way"
-            found[f"{what}: {reason}"].append(name or "the model")
-    for note, names in found.items():
+        attached = " and ".join(attachment for attachment, is_attached in attachments.items() if is_attached)
+        if attached:
+            reason = fallback(name, module) or "called as before, nothing falls back"
+            names_by_note[f"{attached}: {reason}"].append(name or "the model")
+    for note, names in names_by_note.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         report.hooks.append(Part(", ".join(names[:3]) + more, len(names), note))

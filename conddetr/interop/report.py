@@ -1,4 +1,4 @@
-"""What `accelerate` did to a model, for its user."""
+"""The report that `accelerate` returns."""
 
 from dataclasses import dataclass, field
 from io import StringIO
@@ -15,24 +15,24 @@ from conddetr.model import resnet
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of module of a model."""
+    """One kind of module in a model."""
 
     name: str
     count: int
-    """How many of them the model has."""
+    """Number of these modules in the model."""
     note: str
-    """What runs now, or why nothing else does."""
+    """The code that runs now, or why the modules stayed as they were."""
 
 
 @dataclass
 class AccelerationReport:
-    """What `accelerate` did; `print` shows it as a table."""
+    """Accelerated and other parts of a model; `print` shows them as a table."""
 
     replaced: list[Part] = field(default_factory=list)
     left: list[Part] = field(default_factory=list)
-    """As they were, with the reason."""
+    """Unchanged parts, with the reason."""
     hooks: list[Part] = field(default_factory=list)
-    """Modules with hooks, parametrizations or a `forward` of their own; the note says what gives way to them."""
+    """Modules with hooks, parametrizations or their own `forward`; the note says which part falls back."""
 
     def __rich__(self) -> Table:
         table = Table(box=None, header_style="bold")
@@ -41,7 +41,7 @@ class AccelerationReport:
         groups = {"accelerated": self.replaced, "left as it was": self.left, "has hooks": self.hooks}
         for title, parts in groups.items():
             for part in parts:
-                # As text: brackets in names would be read as markup.
+                # Plain text, because rich would read brackets in names as markup.
                 table.add_row(title, Text(part.name), str(part.count), Text(part.note))
         return table
 
@@ -52,13 +52,13 @@ class AccelerationReport:
 
 
 def report_backbone(body: nn.Module, report: AccelerationReport) -> None:
-    """Which parts of a ResNet are fused from now on, as far as they stay plain modules, and which are not, and why."""
+    """Report which parts of a ResNet are fused, as long as they stay plain modules, and why the others are not."""
     parts = resnet.survey(body)
     left = {name: reason for name, reason in parts.items() if reason is not None}
     fused = len(parts) - len(left)
     if fused:
-        some = f" of {fused} of {len(parts)} parts" if left else ""
-        report.replaced.append(Part("backbone", 1, f"batch norms folded into the convolutions{some}, channels-last"))
+        share = f" of {fused} of {len(parts)} parts" if left else ""
+        report.replaced.append(Part("backbone", 1, f"batch norms folded into the convolutions{share}, channels-last"))
     title = "part of the backbone" if fused else "backbone"
     for reason in dict.fromkeys(left.values()):
         names = [name for name in left if left[name] == reason]
@@ -66,11 +66,11 @@ def report_backbone(body: nn.Module, report: AccelerationReport) -> None:
 
 
 def parameter_of(model: nn.Module) -> torch.Tensor:
-    """Any floating parameter: it stands for the model's device and dtype, whichever layers are quantised."""
+    """A floating-point parameter: it has the model's device and dtype, whichever layers are quantised."""
     return next(parameter for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def describe(choice: registry.Choice, parameter: torch.Tensor) -> str:
-    """One phrase: which backend runs where, and what kept the others out."""
+    """One phrase: the backend, its device, and why the others were refused."""
     refused = "".join(f"; {name}: {reason}" for name, reason in choice.refused.items())
     return f"{choice.backend} on {parameter.device.type}{refused}"

@@ -18,15 +18,15 @@ from conddetr.model.families.table import PARTS
 
 
 def loss_backend(backend: str) -> str:
-    """The backend of matching and losses for a model's: `auto` for `native`, since losses have no native kernels."""
+    """The backend of matching and losses for a model's: `auto` for `native`, because losses have no native kernels."""
     return "auto" if backend == "native" else backend
 
 
 class Criterion(nn.Module):
     """Matches predictions and objects, then computes the losses of every decoder layer at once.
 
-    All arithmetic is float32 or wider, whatever the dtype of the predictions. On fused kernels everything stays on
-    the device, and the host waits for nothing.
+    All arithmetic is float32 or wider, for predictions of any dtype. On fused kernels everything stays on the device,
+    and the host never waits.
     """
 
     class_weight: Tensor
@@ -42,12 +42,12 @@ class Criterion(nn.Module):
         Args:
             config: of the model.
             backend: of matching and losses: `auto`, `triton`, or `eager` (plain PyTorch, and scipy on the host). On a
-                CPU `auto` is plain PyTorch with the native matching, where that is built.
-            max_targets: objects per image that every batch is padded to, so that all have one shape, as CUDA graphs
-                need it; None: those of the batch's fullest image.
-            check_finite: raise where a matching cost is NaN or infinite; that waits for the device. If not, such a
-                pair is matched only where nothing else is left, and the losses are what the predictions make them:
-                NaN, most likely. None: check where matching is on the host anyway.
+                CPU `auto` is plain PyTorch with the native matching, if that is built.
+            max_targets: objects per image to which every batch is padded, so that all have one shape, as CUDA graphs
+                require; None: those of the batch's fullest image.
+            check_finite: raise an error if a matching cost is NaN or infinite; that waits for the device. Without the
+                check, such a pair is matched only if nothing else is left, and the losses follow from the predictions:
+                most likely NaN. None: check if matching is on the host anyway.
         """
         super().__init__()
         self.config = config
@@ -63,7 +63,7 @@ class Criterion(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def pack(self, targets: list[dict], device: torch.device) -> PackedTargets:
-        """What `forward` makes of targets given as a list; beforehand, the step itself need not copy anything.
+        """Pack a list of targets, as `forward` does. If this is done beforehand, the step itself copies nothing.
 
         Raises:
             ValueError: targets do not fit; names the image, the expected and the actual value.
@@ -71,8 +71,8 @@ class Criterion(nn.Module):
         return pack_targets(targets, self.config.num_classes, self.max_targets).to(device)
 
     def normalizer(self, counts: Sequence[int], num_queries: int, device: torch.device) -> Tensor:
-        """What sums over images are divided by: averaged over the processes, so that averaging their gradients gives
-        the gradient of one big batch.
+        """The divisors of sums over images: averaged over the processes, so that averaging their gradients gives the
+        gradient of one big batch.
 
         Args:
             counts: objects of each image: of one batch, or of all batches whose gradients are added up.
@@ -102,8 +102,8 @@ class Criterion(nn.Module):
         Args:
             outputs: as the model returns them.
             targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh in [0, 1], best on
-                the CPU, where they are checked; or what `pack` made of them.
-            normalizer: from the method of that name, where more than this batch makes a step; default: this batch's.
+                the CPU, where they are checked; or the result of `pack`.
+            normalizer: from the method of that name, if a step has more than this batch; default: this batch's.
 
         Returns:
             Scalars on the device: `loss`, the weighted total; `loss_ce`, `loss_bbox`, `loss_giou`, unweighted, of the
@@ -135,21 +135,21 @@ class Criterion(nn.Module):
     def _losses(
         self, logits: Tensor, boxes: Tensor, assignment: Tensor, targets: PackedTargets, normalizer: Tensor
     ) -> Tensor:
-        """Unweighted, in the order of `self.weights`, of each layer: [3, L]. One tensor, so that what is done to all is
-        done once.
+        """Unweighted losses in the order of `self.weights`, for each layer: [3, L]. In one tensor, common operations
+        run once.
         """
-        of_boxes = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
+        box_losses = matched_box_loss(boxes, targets.boxes, assignment, self.backend)
         family = PARTS[self.config.family]
         options = (self.class_weight, self.config, self.backend)
-        of_classes = family.class_loss(logits, assignment, targets.labels, *options)
-        divisor = family.divisor(normalizer, of_classes.dtype)
-        return torch.cat([of_classes.unsqueeze(0), of_boxes]) / divisor
+        class_losses = family.class_loss(logits, assignment, targets.labels, *options)
+        divisor = family.divisor(normalizer, class_losses.dtype)
+        return torch.cat([class_losses.unsqueeze(0), box_losses]) / divisor
 
     def _total(self, losses: Tensor) -> Tensor:
         """[3, L] -> the weighted sum, a scalar."""
-        of_classes, l1, overlap = losses.sum(1)
+        class_loss, l1, overlap = losses.sum(1)
         weights = self.weights
-        total = of_classes.mul(weights["loss_ce"]).add(l1, alpha=weights["loss_bbox"])
+        total = class_loss.mul(weights["loss_ce"]).add(l1, alpha=weights["loss_bbox"])
         return total.add(overlap, alpha=weights["loss_giou"])
 
 

@@ -20,7 +20,7 @@ class NonFiniteCostError(ValueError):
 def matching_cost(
     logits: Tensor, boxes: Tensor, targets: PackedTargets, config: ModelConfig, backend: str = "auto"
 ) -> Tensor:
-    """Cost of every prediction for every object of its own image, as the configuration weighs it.
+    """Cost of every prediction for every object of its image, weighted as in the configuration.
 
     Args:
         logits: [L, B, Q, K]; boxes: [L, B, Q, 4] cxcywh; targets: on the same device.
@@ -64,7 +64,7 @@ def assign(
         [L, B, Q] int64: the object that each query gets, -1 for none.
 
     Raises:
-        ValueError: more objects than queries, and a backend that takes them not; names the image.
+        ValueError: more objects than queries, and the backend does not support that; names the image.
         NonFiniteCostError: a cost is not finite; names the layer and the image.
     """
     queries = logits.shape[2]
@@ -85,9 +85,9 @@ def assign(
 
 
 def _refuse_non_finite(cost: Tensor) -> None:
-    bad = (~torch.isfinite(cost)).flatten(2).any(2)
-    if bad.any():
-        layer, image = bad.nonzero()[0].tolist()
+    non_finite = (~torch.isfinite(cost)).flatten(2).any(2)
+    if non_finite.any():
+        layer, image = non_finite.nonzero()[0].tolist()
         raise NonFiniteCostError(
             f"Matching decoder layer {layer}, image {image} of the batch: the cost is not finite. "
             f"The predictions (or the boxes of the targets) hold NaN or infinity."
@@ -110,7 +110,7 @@ def match(logits: Tensor, boxes: Tensor, targets: list[dict], config: ModelConfi
     """
     packed = pack_targets(targets, config.num_classes).to(logits.device)
     assignment = assign(logits, boxes, packed, config, check_finite=True).cpu()
-    return [[_pairs(of_image) for of_image in of_layer] for of_layer in assignment]
+    return [[_pairs(image_assignment) for image_assignment in layer_assignment] for layer_assignment in assignment]
 
 
 def _pairs(assignment: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,36 +9,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """Objects of B images, padded to N each. What must be known of them on the host is kept there."""
+    """Objects of B images, padded to N each. The host keeps their counts."""
 
     labels: Tensor
     """[B, N] int64; padding is class 0."""
     boxes: Tensor
     """[B, N, 4] float32 or float64, (cx, cy, w, h) in [0, 1]; padding is an empty box."""
     device_counts: Tensor
-    """[B] int32, objects per image, beside the others."""
+    """[B] int32, objects per image, on the device of the other tensors."""
     counts: tuple[int, ...]
     """The same on the host."""
 
     def to(self, device: torch.device) -> "PackedTargets":
-        """On a device; the host does not wait for the copies."""
+        """Copy to a device; the host does not wait for the copies."""
         names = ("labels", "boxes", "device_counts")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | None = None) -> PackedTargets:
-    """Check the objects of a batch and pack them, where they are: best on the host, before they are copied.
+    """Check the objects of a batch and pack them on their device: best on the host, before they are copied.
 
-    Values on a GPU are looked at there, since the host would wait for them: wrong ones stop the device.
+    Values on a GPU are checked there, because the host would have to wait for them: wrong ones stop the device.
 
     Args:
         targets: per image `labels` [n] int64 in [0, num_classes) and `boxes` [n, 4] cxcywh, finite, sizes ≥ 0.
         num_classes: of the model.
-        max_targets: pad to this many objects, so that every batch has one shape, as CUDA graphs need it; None: to
+        max_targets: pad to this many objects, so that every batch has one shape, as CUDA graphs require; None: to
             those of the fullest image.
 
     Raises:
-        ValueError: a target is not as it should be; names the image, the expected and the actual value.
+        ValueError: a target is invalid; names the image, the expected and the actual value.
     """
     _check_shapes(targets)
     counts = tuple(len(target["labels"]) for target in targets)
@@ -53,12 +53,12 @@ def pack_targets(targets: Sequence[dict], num_classes: int, max_targets: int | N
     boxes = torch.cat([target["boxes"].reshape(-1, 4) for target in targets])
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     _check_values(labels, boxes, counts, num_classes)
-    place = torch.cat([torch.arange(count) + image * capacity for image, count in enumerate(counts)])
-    place = place.to(labels.device, non_blocking=True)
+    positions = torch.cat([torch.arange(count) + image * capacity for image, count in enumerate(counts)])
+    positions = positions.to(labels.device, non_blocking=True)
     size = len(counts) * capacity
     return PackedTargets(
-        labels.new_zeros(size).index_copy(0, place, labels).view(len(counts), capacity),
-        boxes.new_zeros(size, 4).index_copy(0, place, boxes).view(len(counts), capacity, 4),
+        labels.new_zeros(size).index_copy(0, positions, labels).view(len(counts), capacity),
+        boxes.new_zeros(size, 4).index_copy(0, positions, boxes).view(len(counts), capacity, 4),
         torch.tensor(counts, dtype=torch.int32).to(labels.device, non_blocking=True),
         counts,
     )
@@ -78,7 +78,7 @@ def _check_shapes(targets: Sequence[dict]) -> None:
 
 
 def _check_values(labels: Tensor, boxes: Tensor, counts: tuple[int, ...], num_classes: int) -> None:
-    """All at once; the images are only gone through to name the first that is wrong."""
+    """Check all values at once; the images are searched for the first wrong one only to name it."""
     is_label = (labels >= 0) & (labels < num_classes)
     is_box = torch.isfinite(boxes).all(1) & (boxes[:, 2:] >= 0).all(1)
     if labels.device.type != "cpu":
@@ -88,12 +88,12 @@ def _check_values(labels: Tensor, boxes: Tensor, counts: tuple[int, ...], num_cl
     if bool((is_label & is_box).all()):
         return
     split = [part.split(counts) for part in (labels, boxes, is_label, is_box)]
-    for image, (own_labels, own_boxes, own_is_label, own_is_box) in enumerate(zip(*split, strict=True)):
-        if not own_is_label.all():
+    for image, (image_labels, image_boxes, image_is_label, image_is_box) in enumerate(zip(*split, strict=True)):
+        if not image_is_label.all():
             raise ValueError(
                 f"targets[{image}]['labels']: expected values in [0, {num_classes}), got "
-                f"{int(own_labels.min())}…{int(own_labels.max())}. Build the model with a larger num_classes."
+                f"{int(image_labels.min())}…{int(image_labels.max())}. Build the model with a larger num_classes."
             )
-        if not own_is_box.all():
-            found = own_boxes.tolist()
-            raise ValueError(f"targets[{image}]['boxes']: expected finite cxcywh with sizes ≥ 0, got {found}.")
+        if not image_is_box.all():
+            values = image_boxes.tolist()
+            raise ValueError(f"targets[{image}]['boxes']: expected finite cxcywh with sizes ≥ 0, got {values}.")

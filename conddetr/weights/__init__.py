@@ -1,5 +1,5 @@
-"""Weights of anybody, ours too.
+"""Weights from any source: official, HuggingFace's or ours.
 
-`read` reads a checkpoint, in which `search` finds the model; `load` loads it into a model of ours; `public` knows the
-published ones by name.
+`read` reads a checkpoint, in which `search` finds the model; `load` loads it into our model; `public` lists published
+checkpoints by name.
 """

@@ -1,4 +1,4 @@
-"""Loading weights of anybody into a model; `conddetr.weights.read` reads them."""
+"""Loads weights from any source into a model; `conddetr.weights.read` reads them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ from conddetr.weights.search import plain_names
 
 @dataclass
 class LoadReport:
-    """What `load_weights` did. Every list holds parameter or buffer names."""
+    """The result of `load_weights`. Every list holds parameter or buffer names."""
 
     loaded: int = 0
-    """Number of tensors taken over."""
+    """Number of loaded tensors."""
     missing: list[str] = field(default_factory=list)
     """In the model, not in the weights."""
     unexpected: list[str] = field(default_factory=list)
@@ -27,13 +27,13 @@ class LoadReport:
     mismatched: list[str] = field(default_factory=list)
     """In both, with different shapes, or of integers: `name: expected shape, got shape`."""
     ignored: list[str] = field(default_factory=list)
-    """Known to be without use here: batch counters of batch norm, and modules beside the model."""
+    """Not needed: batch counters of batch norm, and modules beside the model."""
     notes: list[str] = field(default_factory=list)
-    """What else is to be known, e.g. that the moving average was taken."""
+    """Further information, e.g. that the moving average was taken."""
 
     @property
     def complete(self) -> bool:
-        """Everything in the model came from the weights, and nothing was left over."""
+        """Whether everything in the model came from the weights, and nothing was left over."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -52,44 +52,44 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any], stric
     Args:
         model: from `build`; it may be compiled or wrapped.
         source: a checkpoint or a state dict: ours, official, or of transformers' `ConditionalDetrForObjectDetection`
-            with timm's ResNet. A file, a folder of `save_pretrained`, or the content of a file. Prefixes are removed,
-            and where it holds a moving average, that is taken; the report says so.
-        strict: raise unless everything fits. False: take what fits; the report says what did not.
+            with timm's ResNet. A file, a folder of `save_pretrained`, or the content of a file. Prefixes are removed.
+            If it holds a moving average, that is taken; the report says so.
+        strict: raise an error unless everything fits. False: load the tensors that fit; the report lists the others.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: strict and something did not fit (the model is unchanged), or the file is no checkpoint.
+        ValueError: strict and something did not fit (the model is unchanged), or the file is not a checkpoint.
         FileNotFoundError: no such file.
     """
     return load(model, read_weights(source), strict)
 
 
 def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
-    """As `load_weights`, of weights that `read_weights` returned."""
-    own, state = model.state_dict(), weights.state
-    names = plain_names(own)
-    own = {name: own[wrapped] for name, wrapped in names.items()}
+    """Like `load_weights`, for weights that `read_weights` returned."""
+    model_state, state = model.state_dict(), weights.state
+    names = plain_names(model_state)
+    model_state = {name: model_state[wrapped] for name, wrapped in names.items()}
     report = LoadReport(ignored=list(weights.ignored), notes=list(weights.notes))
     accepted = {}
     for name, value in state.items():
-        if name.endswith("num_batches_tracked") and name not in own:
+        if name.endswith("num_batches_tracked") and name not in model_state:
             report.ignored.append(name)
-        elif name not in own:
+        elif name not in model_state:
             report.unexpected.append(name)
-        elif own[name].shape != value.shape:
-            report.mismatched.append(f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}")
-        elif own[name].is_floating_point() != value.is_floating_point():
-            report.mismatched.append(f"{name}: expected {own[name].dtype}, got {value.dtype}")
+        elif model_state[name].shape != value.shape:
+            report.mismatched.append(f"{name}: expected {tuple(model_state[name].shape)}, got {tuple(value.shape)}")
+        elif model_state[name].is_floating_point() != value.is_floating_point():
+            report.mismatched.append(f"{name}: expected {model_state[name].dtype}, got {value.dtype}")
         else:
             accepted[name] = value
-    report.missing = [name for name in own if name not in state]
+    report.missing = [name for name in model_state if name not in state]
     report.loaded = len(accepted)
     if strict and not report.complete:
         raise ValueError(
             f"The weights do not fit the model. They look like: {describe(state)}; "
-            f"the model is: {describe(own)}.\n{report}"
+            f"the model is: {describe(model_state)}.\n{report}"
         )
     _check_settings(model, weights, report, strict)
     model.load_state_dict({names[name]: value for name, value in accepted.items()}, strict=False)
@@ -97,28 +97,28 @@ def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
 
 
 def _check_settings(model: nn.Module, weights: Weights, report: LoadReport, strict: bool) -> None:
-    """Compare what leaves no trace in names and shapes, where the checkpoint states it."""
+    """Compare settings that leave no trace in names and shapes, if the checkpoint states them."""
     config = getattr(model, "config", None)
     if not isinstance(config, configs.ModelConfig):
         return
     stated = weights.config.to_dict() if weights.config else weights.options
     heads, dilation = stated.get("num_heads", config.num_heads), stated.get("dilation", config.dilation)
     if heads != config.num_heads:
-        difference = f"num_heads: the weights are of a model with {heads} heads, this one has {config.num_heads}"
+        difference = f"num_heads: the weights belong to a model with {heads} heads, this model has {config.num_heads}"
         if strict:
             raise ValueError(f"The weights do not fit the model. {difference}.")
         report.notes.append(difference)
     if dilation != config.dilation:
-        report.notes.append(f"they were trained with dilation {dilation}, this model has {config.dilation}")
+        report.notes.append(f"the weights were trained with dilation {dilation}, this model has {config.dilation}")
 
 
 def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Path | Mapping[str, Any]) -> LoadReport:
-    """Load everything but the class head where the weights were trained on other classes.
+    """Load weights, without the class head if they were trained on other classes.
 
     Args:
         model: from `build`; its class head stays as it is if it is not loaded.
-        classes: `id` and `name` of every label of the model. Classes are the same if their names are, in this order.
-        source: as `load_weights`. A checkpoint without a class list fits if the number of classes does.
+        classes: `id` and `name` of every label of the model. Class lists are equal if their names are, in this order.
+        source: as in `load_weights`. A checkpoint without a class list fits if the number of classes does.
 
     Returns:
         The report; the class head is in `mismatched` if it was left out.
@@ -136,8 +136,8 @@ def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Pa
     report = load(model, replace(weights, state={**state, **head}))
     report.loaded -= len(head)
     for name, value in head.items():
-        found = tuple(state[name].shape) if name in state else "nothing"
-        report.mismatched.append(f"{name}: expected {tuple(value.shape)} of other classes, got {found}; starts anew")
+        shape = tuple(state[name].shape) if name in state else "nothing"
+        report.mismatched.append(f"{name}: expected {tuple(value.shape)} for these classes, got {shape}; not loaded")
     return report
 
 
@@ -148,24 +148,24 @@ def _names(classes: list[dict[str, Any]]) -> list[str]:
 def load_model(
     source: str | Path, preset: str | None = None, *, backend: str = "auto", **overrides: Any
 ) -> tuple[DETR, Weights]:
-    """A model with the weights of a checkpoint of anybody, in training mode.
+    """A model with the weights of a checkpoint from any source, in training mode.
 
     Args:
-        source: as `read_weights`.
-        preset: what the checkpoint is of; it alone tells dilation where the checkpoint does not.
-        backend: as in `build`, whatever the weights were trained with.
+        source: as in `read_weights`.
+        preset: the checkpoint's; it determines dilation if the checkpoint does not state it.
+        backend: as in `build`, independent of the training's.
         overrides: fields of `ModelConfig`.
 
     Returns:
-        The model, and what the checkpoint holds; a class list that it does not state is COCO's for 91 classes, which
-        official models have, and numbers for others.
+        The model, and the content of the checkpoint. If it states no class list, 91 classes, as official models have,
+        are COCO's; others are numbered.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no checkpoint that is known here, it is of another preset, or the weights do not fit.
+        ValueError: not a supported checkpoint, another preset, or the weights do not fit.
     """
     weights = read_weights(source)
-    config = weights.config or _found_config(weights, preset)
+    config = weights.config or _config_of(weights, preset)
     name = configs.preset_name(config.family, config.backbone, config.dilation)
     if preset and preset != name:
         configs.resolve(preset)
@@ -176,27 +176,27 @@ def load_model(
     return model, weights
 
 
-def _found_config(weights: Weights, preset: str | None) -> configs.ModelConfig:
-    """The configuration of a checkpoint of others, from its weights and from what it states."""
-    found = identify(weights.state)
-    if not found:
+def _config_of(weights: Weights, preset: str | None) -> configs.ModelConfig:
+    """The configuration of a checkpoint that is not ours, from its weights and the options that it states."""
+    options = identify(weights.state)
+    if not options:
         first = next(iter(weights.state))
         raise ValueError(f"{weights.origin}: the weights are neither Conditional DETR's nor DETR's; first {first!r}.")
-    if "num_classes" not in found:
+    if "num_classes" not in options:
         raise ValueError(
-            f"{weights.origin} has no class head, 'class_embed.weight': train from it with --weights, or load it by "
+            f"{weights.origin} has no class head, 'class_embed.weight': train from it with --weights, or load it with "
             "load_weights(model, file, strict=False)."
         )
-    family, backbone = str(found.pop("family")), str(found.pop("backbone"))
+    family, backbone = str(options.pop("family")), str(options.pop("backbone"))
     if backbone not in (known := get_args(configs.Backbone)):
         raise ValueError(f"{weights.origin}: backbone: expected {', '.join(known)}, got {backbone}.")
     dilation = weights.options.get("dilation", configs.resolve(preset).dilation if preset else False)
     name = configs.preset_name(family, backbone, dilation)
-    return configs.resolve(name, **{**weights.options, **found})
+    return configs.resolve(name, **{**weights.options, **options})
 
 
 def _default_classes(num_classes: int) -> list[dict[str, Any]]:
-    """Official models use COCO's category ids themselves as labels; other class lists have no names."""
+    """Official models use COCO's category ids as labels; classes of other models are named by their numbers."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]

@@ -1,6 +1,6 @@
-"""Weights by name: the public checkpoints of each preset, where they lie, and what is known of them.
+"""Weights by name: the public checkpoints of each preset, with addresses and properties.
 
-None of them could be downloaded where this project is developed. What stands here is what their pages state.
+None of them could be downloaded where this project is developed. All entries come from their pages.
 """
 
 import hashlib
@@ -20,33 +20,33 @@ _DETR = "https://github.com/facebookresearch/detr#model-zoo"
 
 @dataclass(frozen=True)
 class PublicWeights:
-    """A checkpoint that others published."""
+    """A published checkpoint."""
 
     file: str
     """Name of the file on its page."""
     page: str
     """Address of the page that offers it."""
     megabytes: int | None
-    """Size as the page states it; None: not known."""
+    """Size that the page states; None: unknown."""
     repository: str = ""
-    """Of HuggingFace's hub; empty: it is downloaded by hand, from the page."""
+    """On HuggingFace's hub; empty: the file is downloaded by hand, from the page."""
     sha256: str = ""
-    """Of the file, or the beginning of it; empty: not known."""
+    """Of the file, in full or its first digits; empty: unknown."""
     license: str = "Apache-2.0"
     classes: str = "COCO's category ids, 91 with the unused ones"
     tried: bool = False
-    """Whether it was ever loaded by this project."""
+    """Whether this project ever loaded it."""
 
     @property
     def place(self) -> Path:
-        """Where a file that is downloaded by hand belongs: among those of `torch.hub`, under `TORCH_HOME`."""
+        """The path for a file that is downloaded by hand: among those of `torch.hub`, under `TORCH_HOME`."""
         name = f"{Path(self.repository).name}-{self.file}" if self.file == "model.safetensors" else self.file
         return Path(torch.hub.get_dir()) / "checkpoints" / name
 
     @property
     def by_hand(self) -> str:
-        """What to do without the hub."""
-        return f"put the file {self.file} that {self.page} offers at {self.place}"
+        """The instruction for a download without the hub."""
+        return f"put the file {self.file} from {self.page} at {self.place}"
 
 
 def _on_hub(repository: str, file: str, megabytes: int, sha256: str = "") -> PublicWeights:
@@ -80,32 +80,32 @@ PUBLIC: dict[str, dict[str, PublicWeights]] = {
     "detr-r101": {"official": PublicWeights("detr-r101-2c7b67e5.pth", _DETR, 232, sha256="2c7b67e5")},
     "detr-dc5-r101": {"official": PublicWeights("detr-r101-dc5-a2e86def.pth", _DETR, 232, sha256="a2e86def")},
 }
-"""By preset and name: `coco` from HuggingFace's hub, `official` from the authors."""
+"""Checkpoints by preset and name: `coco` from HuggingFace's hub, `official` from the authors."""
 NAMES = {name for by_name in PUBLIC.values() for name in by_name}
 
 
 def locate(source: str | Path, preset: str | None) -> Path:
     """The file of weights that are given by name or by path.
 
-    A file at its `place` is taken as it is; one of the hub is else downloaded, once, into `huggingface_hub`'s cache.
-    The log says what is taken. That its SHA-256 is another than the one known here is a warning, as files of the hub
-    may change.
+    A file at its `place` is used. Otherwise a file on the hub is downloaded, once, into `huggingface_hub`'s cache. The
+    log names the file. If its SHA-256 is not the known one, that is only a warning, because files on the hub may
+    change.
 
     Args:
         source: a name of `PUBLIC`, or a path; `./coco` is a path, and so is any `Path`.
-        preset: the model's; None: not known, a name is then an error unless there is such a file.
+        preset: the model's; None: unknown, then a name is an error unless there is such a file.
 
     Raises:
         ValueError: no such name for this preset; lists the known ones.
-        FileNotFoundError: neither a file nor a name; or a file that is downloaded by hand and not at its place.
+        FileNotFoundError: neither a file nor a name; or a file that is downloaded by hand is not at its `place`.
         ImportError: `huggingface_hub` is not installed.
-        OSError: no network, or another error of the hub; says what to do without.
+        OSError: no network, or another error of the hub; says what to do without it.
     """
     path = Path(source)
     if not isinstance(source, str) or source not in NAMES:
-        # What has neither folder nor ending is meant as a name.
+        # A source without folder and suffix is meant as a name.
         if path.name == source and not path.suffix and not path.exists():
-            raise FileNotFoundError(f"Weights {source!r}: there is no such file, nor such a name.{_known(preset)}")
+            raise FileNotFoundError(f"Weights {source!r}: neither a file nor a known name.{_known(preset)}")
         return path
     if preset is None:
         if path.exists():
@@ -119,7 +119,7 @@ def locate(source: str | Path, preset: str | None) -> Path:
 
 
 def _known(preset: str | None) -> str:
-    """The end of an error message: names for this preset, or for all."""
+    """The end of an error message: the names for this preset, or for all."""
     by_name = PUBLIC.get(preset or "", {})
     if by_name:
         return f" Known for {preset}: {', '.join(by_name)}."
@@ -127,24 +127,24 @@ def _known(preset: str | None) -> str:
     return f" Known: {'; '.join(presets)}."
 
 
-def _file_of(public: PublicWeights, what: str) -> Path:
+def _file_of(public: PublicWeights, title: str) -> Path:
     file = public.place
     if not file.is_file():
         if not public.repository:
-            raise FileNotFoundError(f"{what} are downloaded by hand: {public.by_hand}.")
+            raise FileNotFoundError(f"{title} have to be downloaded by hand: {public.by_hand}.")
         try:
             from conddetr import hub
 
             file = hub.download(public.repository, (public.file,))
         except ImportError as error:
-            raise ImportError(f"{what}: {error} Or {public.by_hand}.") from error
+            raise ImportError(f"{title}: {error} Or {public.by_hand}.") from error
         except OSError as error:
-            raise OSError(f"{what}: {error} Without a network {public.by_hand}.") from error
+            raise OSError(f"{title}: {error} Without a network, {public.by_hand}.") from error
     tried = "" if public.tried else "; this project never tried them"
-    log.warning("%s: %s of %s, %s, classes: %s%s.", what, file, public.page, public.license, public.classes, tried)
+    log.warning("%s: %s from %s, %s, classes: %s%s.", title, file, public.page, public.license, public.classes, tried)
     if public.sha256:
         with file.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        if not found.startswith(public.sha256):
-            log.warning("%s: the SHA-256 of %s is %s, that of the known file is %s.", what, file, found, public.sha256)
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if not digest.startswith(public.sha256):
+            log.warning("%s: the SHA-256 of %s is %s, expected %s.", title, file, digest, public.sha256)
     return file

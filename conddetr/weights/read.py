@@ -1,8 +1,8 @@
-"""Checkpoints of anybody: their weights under our names, with class list and configuration where these are known.
+"""Checkpoints from any source: their weights under our names, with class list and configuration if these are known.
 
-A checkpoint is a file, a folder of `save_pretrained`, or what `torch.load` returned. It may be ours, one of the
-official Conditional DETR or DETR, or one of transformers' `ConditionalDetrForObjectDetection`; written by a training
-script of any kind, with the model inside DistributedDataParallel, `torch.compile` or a LightningModule.
+A checkpoint is a file, a folder of `save_pretrained`, or the content that `torch.load` returned. It may be ours, of
+the official Conditional DETR or DETR, or of transformers' `ConditionalDetrForObjectDetection`. Any training script may
+have written it, with the model inside DistributedDataParallel, `torch.compile` or a LightningModule.
 """
 
 import json
@@ -29,45 +29,45 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""Where `save_pretrained` writes weights, in the order in which they are looked for."""
+"""Files in which `save_pretrained` writes weights, in search order."""
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-"""What `save_pretrained` of a model and of its image processor write beside them."""
+"""Files that `save_pretrained` of a model and of its image processor write beside them."""
 
 
 @dataclass
 class Weights:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     origin: str
-    """How messages name it."""
+    """Its name in messages."""
     state: dict[str, Tensor]
     """Under our names."""
     config: configs.ModelConfig | None = None
-    """Of a checkpoint of ours."""
+    """Of one of our checkpoints."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of `ModelConfig` that a checkpoint of others states."""
+    """Fields of `ModelConfig` that another checkpoint states."""
     classes: list[dict[str, Any]] | None = None
     """`id` and `name` of every label; None: not stated."""
     run: dict[str, Any] | None = None
-    """Configuration of the run that the weights are of."""
+    """Configuration of the training run."""
     metrics: dict[str, float] | None = None
     """Of the last evaluation in training."""
     notes: list[str] = field(default_factory=list)
-    """How the weights were found, where that is not plain."""
+    """How the weights were found, if it is not obvious."""
     ignored: list[str] = field(default_factory=list)
     """Tensors of other modules beside the model."""
 
 
 def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
-    """Read a checkpoint of anybody.
+    """Read a checkpoint from any source.
 
     Args:
-        source: file, folder of `save_pretrained`, or the content of a file. Of several state dicts in it the moving
+        source: file, folder of `save_pretrained`, or the content of a file. If it has several state dicts, the moving
             average is taken, else the one under the usual name.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, of another architecture, or several models and none is the usual one; says which.
+        ValueError: damaged, of another architecture, or several models, none under the usual name; says which.
     """
     path: Path | None = None
     content: Mapping[str, Any]
@@ -102,10 +102,10 @@ def read_weights(source: str | Path | Mapping[str, Any]) -> Weights:
 
 
 def weights_file(path: Path) -> Path:
-    """The file of a folder of `save_pretrained`; a file is itself.
+    """The file with the weights in a folder of `save_pretrained`; a file is returned as it is.
 
     Raises:
-        FileNotFoundError: a folder without such a file; names what there is to take.
+        FileNotFoundError: a folder without such a file; names other checkpoints in it.
     """
     if not path.is_dir():
         return path
@@ -114,10 +114,10 @@ def weights_file(path: Path) -> Path:
             return path / name
     if (path / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"Folder {path} holds PEFT's adapters alone: merge them (merge_and_unload()) and save the model."
+            f"Folder {path} holds only PEFT's adapters: merge them (merge_and_unload()) and save the model."
         )
-    own = [name for name in (LATEST, BEST) if (path / name).is_file()]
-    advice = f" It holds {' and '.join(own)}: name one of them." if own else ""
+    checkpoints = [name for name in (LATEST, BEST) if (path / name).is_file()]
+    advice = f" It holds {' and '.join(checkpoints)}: name one of them." if checkpoints else ""
     raise FileNotFoundError(f"Folder {path} holds none of {', '.join(WEIGHT_FILES)}.{advice}")
 
 
@@ -143,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, or no object; names the file.
+        ValueError: not JSON, or not an object; names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _listed(classes: Any) -> list[dict[str, Any]] | None:
-    """A class list as ours has it, also from one of names."""
+    """A class list in our format, also from a list of names."""
     if not isinstance(classes, (list, tuple)) or not classes:
         return None
     if all(isinstance(name, str) for name in classes):
@@ -165,7 +165,7 @@ def _listed(classes: Any) -> list[dict[str, Any]] | None:
 
 
 def _take_configuration(weights: Weights, path: Path) -> None:
-    """Class list and sizes from what `save_pretrained` wrote beside the weights."""
+    """Take class list and sizes from the files that `save_pretrained` wrote beside the weights."""
     if not path.with_name(CONFIG).is_file():
         return
     config = read_json(path.with_name(CONFIG))

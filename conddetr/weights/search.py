@@ -1,4 +1,4 @@
-"""Finding a model's state dict in what a training script of any kind saved."""
+"""Finds a model's state dict in the checkpoint of any training script."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,16 +20,16 @@ _KNOWN = (
     "model.backbone.conv_encoder.model.conv1.weight",
     "model.backbone.model.conv1.weight",
 )
-"""Names by which a model is found. What stands before them is a prefix."""
+"""Names that identify a model. The text before them is a prefix."""
 _PREFIX = re.compile(rf"(.*?\.)?(?:{'|'.join(map(re.escape, _KNOWN))})")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|(?<=\.)module\.")
-"""What `torch.compile`, FSDP, activation checkpointing and DistributedDataParallel put into the names of a part that
-they wrap. Around the whole model `module.` is a prefix as others are."""
+"""Names that `torch.compile`, FSDP, activation checkpointing and DistributedDataParallel insert for a part that they
+wrap. Around the whole model, `module.` is a prefix like others."""
 _AVERAGE = {"ema", "averaged", "average", "swa", "shadow"}
 _USUAL = {"model", "state", "dict", "module", "net", "network", "weights", "params", "detector", "online"}
 """Words in keys and prefixes: of a moving average of the weights, and of the one model of a checkpoint."""
 _DEPTH = 4
-"""How deep in a checkpoint a state dict is looked for."""
+"""Maximal depth at which a checkpoint is searched for a state dict."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Found:
     state: dict[str, Tensor]
     """Without prefixes and wrappers in its names."""
     notes: list[str] = field(default_factory=list)
-    """How it was found, where that is not plain."""
+    """How it was found, if it is not obvious."""
     ignored: list[str] = field(default_factory=list)
     """Tensors of other modules beside the model."""
 
@@ -49,9 +49,9 @@ class _Candidate:
     """A state dict in a checkpoint that may be the model's."""
 
     keys: tuple[str, ...]
-    """Where it is."""
+    """Keys that lead to it."""
     prefix: str
-    """Of its names; removed in `state`."""
+    """The prefix of its names; removed in `state`."""
     state: dict[str, Tensor]
     others: list[str]
     """Names without the prefix."""
@@ -61,8 +61,8 @@ class _Candidate:
         return _words(".".join([*self.keys, self.prefix]))
 
     def __str__(self) -> str:
-        place = "".join(f"[{key!r}]" for key in self.keys)
-        return " ".join(filter(None, (place, f"with prefix {self.prefix!r}" if self.prefix else "")))
+        path = "".join(f"[{key!r}]" for key in self.keys)
+        return " ".join(filter(None, (path, f"with prefix {self.prefix!r}" if self.prefix else "")))
 
 
 def _words(name: str) -> set[str]:
@@ -70,7 +70,7 @@ def _words(name: str) -> set[str]:
 
 
 def _candidates(content: Mapping, keys: tuple[str, ...] = ()) -> Iterator[_Candidate]:
-    """Every model that is known here by its names, under any key and any prefix."""
+    """Every model with known names, under any key and any prefix."""
     tensors = {
         _WRAPPERS.sub("", name): value
         for name, value in content.items()
@@ -86,20 +86,22 @@ def _candidates(content: Mapping, keys: tuple[str, ...] = ()) -> Iterator[_Candi
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """What stands before the names by which a model is known."""
-    found = (_PREFIX.fullmatch(name) for name in names)
-    return list(dict.fromkeys(match[1] or "" for match in found if match))
+    """The prefixes of the names that identify a model."""
+    matches = (_PREFIX.fullmatch(name) for name in names)
+    return list(dict.fromkeys(match[1] or "" for match in matches if match))
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The names of a model that may be wrapped, by those without wrappers and prefix."""
+    """The names of a model that may be wrapped, by the names without wrappers and prefix."""
     plain = {_WRAPPERS.sub("", name): name for name in names}
     prefixes = _prefixes(plain)
-    return {name.removeprefix(prefixes[0]): own for name, own in plain.items()} if len(prefixes) == 1 else plain
+    return (
+        {name.removeprefix(prefixes[0]): original for name, original in plain.items()} if len(prefixes) == 1 else plain
+    )
 
 
 def find_model(content: Mapping, origin: str) -> Found:
-    """The model of a checkpoint."""
+    """Find the model of a checkpoint."""
     candidates = list(_candidates(content))
     if not candidates:
         return _unknown(content, origin)
@@ -117,7 +119,7 @@ def find_model(content: Mapping, origin: str) -> Found:
         absent = [name for name in plain[0].state if name not in found.state] if len(plain) == 1 else []
         if absent and found.state.keys() <= plain[0].state.keys():
             found.state = {name: found.state.get(name, value) for name, value in plain[0].state.items()}
-            found.notes.append(f"{len(absent)} tensors that it lacks, first {absent[0]!r}, are of the other weights")
+            found.notes.append(f"{len(absent)} tensors that it lacks, first {absent[0]!r}, come from the other weights")
     elif str(chosen[0]):
         found.notes.append(f"the weights are {chosen[0]}")
     unnamed = [key for key, value in content.items() if isinstance(value, (Mapping, list)) and value]
@@ -125,12 +127,12 @@ def find_model(content: Mapping, origin: str) -> Found:
     if unnamed:
         found.notes.append(f"{unnamed[0]!r} has no names of this model's weights and is left out")
     if found.ignored:
-        found.notes.append(f"{len(found.ignored)} tensors of other modules, first {found.ignored[0]!r}")
+        found.notes.append(f"{len(found.ignored)} tensors of other modules are ignored, first {found.ignored[0]!r}")
     return found
 
 
 def _unknown(content: Mapping, origin: str) -> Found:
-    """The largest state dict of a checkpoint in which no model is known."""
+    """The largest state dict of a checkpoint without a known model."""
     states: list[dict[str, Tensor]] = []
 
     def look(value: Mapping, depth: int) -> None:
@@ -144,8 +146,8 @@ def _unknown(content: Mapping, origin: str) -> Found:
     look(content, 0)
     state = max(states, key=len)
     if not state:
-        found = ", ".join(repr(key) for key in list(content)[:8]) or "nothing"
+        keys = ", ".join(repr(key) for key in list(content)[:8]) or "nothing"
         raise ValueError(
-            f"Expected a state dict (name → tensor) or a checkpoint with one; {origin} has the keys {found}."
+            f"Expected a state dict (name → tensor) or a checkpoint with one; {origin} has the keys {keys}."
         )
     return Found(state)

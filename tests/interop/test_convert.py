@@ -1,4 +1,4 @@
-"""Names against the verified table of the golden set; weights and models there and back."""
+"""Names against the verified table of the golden set; weights and models converted there and back."""
 
 import pytest
 import torch
@@ -24,21 +24,21 @@ def small_resnet_model(**options):
     return model
 
 
-def test_names_and_thirds_are_those_of_the_verified_table():
+def test_names_and_split_projections_match_the_verified_table():
     mapping = read_json("hf_mapping")["mapping"]
     shapes = read_json("state_dict_cdetr_r101")["state_dict"]
     for name, expected in mapping.items():
         value = torch.randn(shapes[name])
-        found = interop.to_huggingface({name: value})
+        converted = interop.to_huggingface({name: value})
         if isinstance(expected, str):
             expected = [expected]
-        assert list(found) == expected
-        assert torch.equal(torch.cat(list(found.values())), value)
+        assert list(converted) == expected
+        assert torch.equal(torch.cat(list(converted.values())), value)
 
 
 @pytest.mark.parametrize("names", ["5", "4"])
 @pytest.mark.parametrize("backbone", ["r50", "r101"])
-def test_official_weights_come_back_bitwise(backbone, names):
+def test_official_weights_are_bitwise_equal_after_a_round_trip(backbone, names):
     state = official_state(f"cdetr_{backbone}")
     back = interop.from_huggingface(interop.to_huggingface(state, names))
     assert back.keys() == state.keys()
@@ -46,7 +46,7 @@ def test_official_weights_come_back_bitwise(backbone, names):
 
 
 def test_foreign_names_are_refused():
-    with pytest.raises(ValueError, match=r"transformer\.encoder\.layers\.0\.mystery\.weight is no name"):
+    with pytest.raises(ValueError, match=r"transformer\.encoder\.layers\.0\.mystery\.weight is not a name"):
         interop.to_huggingface({"transformer.encoder.layers.0.mystery.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"model.backbone.model.embedder.weight.*ResNet of timm"):
         interop.from_huggingface({"model.backbone.model.embedder.weight": torch.zeros(1)})
@@ -54,7 +54,7 @@ def test_foreign_names_are_refused():
         interop.to_huggingface({}, names="3")
 
 
-def test_models_there_and_back():
+def test_models_after_a_round_trip():
     pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     model = small_resnet_model()
@@ -81,7 +81,7 @@ def test_models_there_and_back():
     assert "pred_logits: largest difference 1.0e+00" in str(report)
 
 
-def test_official_models_there_and_back():
+def test_official_models_after_a_round_trip():
     model = ConditionalDETR(Transformer(layers=1, ffn=64), num_classes=6, num_queries=10)
     with_rule_weights(model)
     ours, report = interop.convert_from_official(model)
@@ -99,7 +99,7 @@ def test_official_models_there_and_back():
 
 
 @pytest.mark.parametrize(("name", "value"), [("activation_function", "gelu"), ("position_embedding_type", "learned")])
-def test_what_would_change_the_outputs_is_refused(name, value):
+def test_settings_that_change_the_outputs_are_refused(name, value):
     pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     peer, _ = interop.convert_to_huggingface(small_resnet_model())

@@ -1,4 +1,4 @@
-"""`decelerate` and `accelerated`: the model afterwards is the model before, to the last attribute."""
+"""`decelerate` and `accelerated` restore the model to the last attribute."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ def official_model():
     return ConditionalDETR(Transformer(layers=2, ffn=64), num_classes=5, num_queries=12).eval()
 
 
-def of_transformers(name):
+def transformers_model(name):
     pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
     import small_huggingface
 
@@ -31,8 +31,8 @@ MAKERS = {
     "ours": our_model,
     "official": official_model,
     "official criterion": partial(SetCriterion, num_classes=5),
-    "transformers": partial(of_transformers, "small_model"),
-    "transformers' DAB-DETR": partial(of_transformers, "small_dab"),
+    "transformers": partial(transformers_model, "small_model"),
+    "transformers' DAB-DETR": partial(transformers_model, "small_dab"),
 }
 each_model = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
@@ -43,16 +43,16 @@ def snapshot(model):
 
 
 def difference(before, after):
-    """Names of what is not the same."""
-    found = [name for name in before.keys() | after.keys() if before.get(name, (0,))[0] is not after.get(name, (1,))[0]]
+    """Names of modules and attributes that differ."""
+    names = [name for name in before.keys() | after.keys() if before.get(name, (0,))[0] is not after.get(name, (1,))[0]]
     for name in before.keys() & after.keys():
         old, new = before[name][1], after[name][1]
-        found += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key, old) is not new.get(key, new)]
-    return found
+        names += [f"{name}.{key}" for key in old.keys() | new.keys() if old.get(key, old) is not new.get(key, new)]
+    return names
 
 
 @each_model
-def test_undone_to_the_last_attribute(make):
+def test_decelerate_restores_every_attribute(make):
     model = make()
     before = snapshot(model)
     conddetr.decelerate(model)
@@ -65,7 +65,7 @@ def test_undone_to_the_last_attribute(make):
 
 
 @each_model
-def test_accelerated_within_a_block_only(make):
+def test_model_is_accelerated_within_the_block_only(make):
     model = make()
     before = snapshot(model)
     with conddetr.accelerated(model) as report:
@@ -78,7 +78,7 @@ def test_accelerated_within_a_block_only(make):
 
 
 @each_model
-def test_copies_and_pickles_are_decelerated(make):
+def test_copies_and_pickles_can_be_decelerated(make):
     model = make()
     before = [(type(module), sorted(vars(module))) for module in model.modules()]
     conddetr.accelerate(model)
@@ -88,7 +88,7 @@ def test_copies_and_pickles_are_decelerated(make):
         assert [(type(module), sorted(vars(module))) for module in twin.modules()] == before
 
 
-def test_backends_of_ours_are_those_from_before():
+def test_backends_of_our_model_are_restored():
     model = our_model()
     conddetr.accelerate(model, "auto")
     model.note = "stays"
@@ -98,7 +98,7 @@ def test_backends_of_ours_are_those_from_before():
     assert model.note == "stays"
 
 
-def test_outputs_are_those_from_before_bit_for_bit():
+def test_outputs_are_restored_bit_for_bit():
     model = official_model()
     images = [torch.randn(3, 64, 96)]
     with torch.no_grad():
@@ -108,20 +108,20 @@ def test_outputs_are_those_from_before_bit_for_bit():
         assert torch.equal(model(images)["pred_logits"], expected)
 
 
-def test_what_others_changed_since_stays():
-    model = of_transformers("small_model")
+def test_later_changes_by_the_user_stay():
+    model = transformers_model("small_model")
     conddetr.accelerate(model)
 
-    def own_loss(*args):
+    def user_loss(*args):
         return None
 
-    model.loss_function = own_loss
+    model.loss_function = user_loss
     conddetr.decelerate(model)
-    assert model.loss_function is own_loss
+    assert model.loss_function is user_loss
 
 
-def test_a_class_changed_since_is_named_and_nothing_is_undone():
-    model = of_transformers("small_model")
+def test_later_change_of_a_class_raises_and_nothing_is_undone():
+    model = transformers_model("small_model")
     conddetr.accelerate(model)
     decoder = model.model.decoder
     decoder.__class__ = type("ShardedDecoder", (type(decoder),), {})
@@ -131,9 +131,9 @@ def test_a_class_changed_since_is_named_and_nothing_is_undone():
     assert not difference(before, snapshot(model))
 
 
-def test_saved_from_an_accelerated_model_and_loaded_into_one(tmp_path):
-    """The files are those of the plain model; so are configuration, class and outputs after loading them."""
-    model = of_transformers("small_model")
+def test_accelerated_model_is_saved_and_loaded_like_the_plain_one(tmp_path):
+    """Files, and configuration, class and outputs after loading them, are the plain model's."""
+    model = transformers_model("small_model")
     from small_huggingface import batch
     from transformers import ConditionalDetrForObjectDetection
 
@@ -150,7 +150,7 @@ def test_saved_from_an_accelerated_model_and_loaded_into_one(tmp_path):
         assert torch.equal(loaded(**batch(True)).logits, expected.logits)
         report = conddetr.accelerate(loaded)
         assert "cross-attention" in str(report) or "decoder attention" in str(report)
-        found = loaded(**batch(True))
+        outputs = loaded(**batch(True))
     assert loaded.config._attn_implementation == model.config._attn_implementation
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.loss, expected.loss, atol=0, rtol=1e-4)
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(outputs.loss, expected.loss, atol=0, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""In an accelerated model every module is still a module: hooked, replaced, wrapped or patched ones run."""
+"""In an accelerated model every module is still called: hooked, replaced, wrapped and patched ones run."""
 
 import copy
 from collections import Counter
@@ -22,16 +22,16 @@ IS_OLD = hasattr(theirs, "DetrAttention")
 
 @pytest.fixture(params=["eager", "auto", "no kernel"])
 def accelerate(request, monkeypatch):
-    """With every backend of this machine; and as on one where no kernel runs, so that transformers' attention does."""
+    """With `eager`, `auto`, and as on a machine without kernels, where transformers' own attention runs."""
     if request.param == "no kernel":
         monkeypatch.setattr(registry, "why_not", lambda *_, **__: "not built")
     return lambda model: conddetr.accelerate(model, "eager" if request.param == "eager" else "auto")
 
 
 def count_calls(model):
-    """How often the hooks of each module fire, outside the backbone.
+    """Number of calls of each module's hooks, outside the backbone.
 
-    Boxes are changed in place by transformers: PyTorch refuses hooks of backward there.
+    transformers changes boxes in place, where PyTorch does not allow backward hooks.
     """
     counts, handles = Counter(), []
     for name, module in model.named_modules():
@@ -64,12 +64,12 @@ each_implementation = pytest.mark.parametrize("implementation", ["default", "eag
 
 
 def model_with(implementation):
-    """The default is PyTorch's fused attention, from transformers 5 on."""
+    """From transformers 5 on, the default is PyTorch's fused attention."""
     return small_model() if implementation == "default" else small_model(attn_implementation=implementation)
 
 
 @each_implementation
-def test_layers_get_the_mask_that_transformers_gives_them(implementation, accelerate):
+def test_layers_get_the_same_mask_as_in_transformers(implementation, accelerate):
     model = model_with(implementation)
     masks = []
 
@@ -82,18 +82,18 @@ def test_layers_get_the_mask_that_transformers_gives_them(implementation, accele
     run(model, small_batch())
     assert masks[1].dtype == masks[0].dtype
     assert torch.equal(masks[1], masks[0])
-    assert masks[0].unique().numel() == 2, "nothing is padding: this test would see nothing"
+    assert masks[0].unique().numel() == 2, "without padding this test proves nothing"
 
 
 @each_implementation
-def test_a_cross_attention_of_theirs_put_in_later_runs(implementation, accelerate):
+def test_original_cross_attention_inserted_later_runs(implementation, accelerate):
     model = model_with(implementation)
     expected = run(model, small_batch())
     shipped = copy.deepcopy(model.model.decoder.layers[1].encoder_attn)
     accelerate(model)
     model.model.decoder.layers[1].encoder_attn = shipped
-    found = run(model, small_batch())
-    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
+    outputs = run(model, small_batch())
+    torch.testing.assert_close(outputs["logits"], expected["logits"], atol=1e-4, rtol=0)
 
 
 def test_wrapped_and_subclassed_projections_run(accelerate):
@@ -125,13 +125,13 @@ def test_wrapped_and_subclassed_projections_run(accelerate):
     projection.__class__ = Scaled
     expected = run(model, small_batch())
     accelerate(model)
-    found = run(model, small_batch())
+    outputs = run(model, small_batch())
     for name in ("logits", "boxes", "loss"):
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(outputs[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_a_forward_set_on_a_module_runs(accelerate):
-    """Set before, it hides ours, and the report says so; set after, it may call the one that it found."""
+    """Set before, it hides ours, and the report says so; set after, it may call the previous one."""
     model = small_model()
     expected = run(model, small_batch())
     calls = Counter()
@@ -148,15 +148,15 @@ def test_a_forward_set_on_a_module_runs(accelerate):
     count(model.model.decoder.layers[0].encoder_attn, "before")
     report = accelerate(model)
     assert [(part.name, part.note) for part in report.hooks] == [
-        ("model.decoder.layers.0.encoder_attn", "a forward of its own: that runs in place of ours")
+        ("model.decoder.layers.0.encoder_attn", "its own forward: it runs instead of ours")
     ]
     name = "decoder attention" if IS_OLD else "cross-attention"
-    assert (name, 1, "a forward was set on them, which runs") in [(p.name, p.count, p.note) for p in report.left]
+    assert (name, 1, "their own forward runs") in [(p.name, p.count, p.note) for p in report.left]
     count(model.model.decoder, "decoder")
     count(model.model.decoder.layers[2].encoder_attn, "after")
     count(model.model.decoder.layers[1], "layer")
-    found = run(model, small_batch())
-    torch.testing.assert_close(found["logits"], expected["logits"], atol=1e-4, rtol=0)
+    outputs = run(model, small_batch())
+    torch.testing.assert_close(outputs["logits"], expected["logits"], atol=1e-4, rtol=0)
     assert calls == {"before": 1, "after": 1, "decoder": 1, "layer": 1}
     with torch.no_grad():
         assert len(model(**small_batch(), output_hidden_states=True).decoder_hidden_states) == 4
@@ -164,7 +164,7 @@ def test_a_forward_set_on_a_module_runs(accelerate):
 
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])
-def test_dropped_layers_are_those_that_transformers_drops(probability, accelerate):
+def test_the_same_layers_are_dropped_as_in_transformers(probability, accelerate):
     model = small_model(decoder_layerdrop=probability).train()
 
     def logits():
@@ -179,22 +179,22 @@ def test_dropped_layers_are_those_that_transformers_drops(probability, accelerat
     assert not torch.allclose(logits(), expected, atol=1e-2)
 
 
-def test_a_subclass_that_others_made_stays_and_is_listed():
+def test_subclass_by_a_user_stays_and_is_listed():
     model = small_model()
     attention = model.model.decoder.layers[1].encoder_attn
 
-    class Own(type(attention)):
+    class Custom(type(attention)):
         pass
 
-    attention.__class__ = Own
+    attention.__class__ = Custom
     report = conddetr.accelerate(model, "eager")
     name = "decoder attention" if IS_OLD else "cross-attention"
-    assert ("Own is another class, which stays", 1) in [(p.note, p.count) for p in report.left if p.name == name]
-    assert type(attention) is Own
+    assert ("Custom is another class and stays", 1) in [(p.note, p.count) for p in report.left if p.name == name]
+    assert type(attention) is Custom
     assert [part.count for part in report.replaced if part.name == name] == [5 if IS_OLD else 2]
 
 
-def test_the_report_lists_hooks_but_those_of_transformers():
+def test_report_lists_all_hooks_except_those_of_transformers():
     model = small_model(attn_implementation="eager")
     with torch.no_grad():
         model(**small_batch(), output_attentions=True)
@@ -203,15 +203,15 @@ def test_the_report_lists_hooks_but_those_of_transformers():
         layer.register_forward_hook(lambda *_: None)
     model.class_labels_classifier.register_full_backward_pre_hook(lambda *_: None)
     nn.utils.parametrizations.weight_norm(model.bbox_predictor.layers[0])
-    found = {part.name: (part.count, part.note) for part in conddetr.accelerate(model).hooks}
-    nothing = "called as before, nothing gives way"
+    hooks = {part.name: (part.count, part.note) for part in conddetr.accelerate(model).hooks}
+    note = "called as before, nothing falls back"
     layers = "model.decoder.layers.0, model.decoder.layers.1, model.decoder.layers.2 and 1 more"
-    assert found == {layers: (4, f"hooks: {nothing}"), "bbox_predictor.layers.0": (1, f"parametrizations: {nothing}")}
+    assert hooks == {layers: (4, f"hooks: {note}"), "bbox_predictor.layers.0": (1, f"parametrizations: {note}")}
     assert "has hooks" in str(conddetr.accelerate(model))
 
 
 def test_a_projection_in_float32_under_autocast():
-    """As adapters and quantised layers leave it: PyTorch's attention takes it, so ours does."""
+    """As with adapters and quantised layers: PyTorch's attention accepts it, so ours does too."""
 
     class InFloat32(nn.Linear):
         def forward(self, x):
@@ -228,12 +228,12 @@ def test_a_projection_in_float32_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(**small_batch()).logits
         conddetr.accelerate(model, "eager")
-        found = model(**small_batch()).logits
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
+        logits = model(**small_batch()).logits
+    assert logits.dtype == expected.dtype
+    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0)
 
 
-def test_official_code_runs_where_ours_would_not_call_a_module():
+def test_official_code_runs_if_ours_would_not_call_a_module():
     model = ConditionalDETR(Transformer(layers=2, ffn=64), num_classes=5, num_queries=12).eval()
     images, calls = [torch.randn(3, 64, 96)], []
     linear = model.transformer.decoder.layers[1].linear1
@@ -244,7 +244,7 @@ def test_official_code_runs_where_ours_would_not_call_a_module():
 
         handle = linear.register_full_backward_pre_hook(lambda *_: None)
         report = conddetr.accelerate(model)
-        note = "hooks: the official code of the transformer runs as long as they are there"
+        note = "hooks: the official code of the transformer runs while they are attached"
         assert [(p.name, p.note) for p in report.hooks] == [("transformer.decoder.layers.1.linear1", note)]
         handle.remove()
         assert conddetr.accelerate(model).hooks == []
@@ -259,13 +259,15 @@ def test_official_code_runs_where_ours_would_not_call_a_module():
     assert calls == [1, 2]
 
 
-def test_official_criterion_asks_a_matcher_of_its_user():
+def test_official_criterion_calls_a_matcher_with_hooks():
     criterion, calls = SetCriterion(num_classes=5), []
     conddetr.accelerate(criterion)
     outputs = {"pred_logits": torch.randn(1, 12, 5), "pred_boxes": torch.rand(1, 12, 4) * 0.4 + 0.2, "aux_outputs": []}
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
     expected = criterion(outputs, targets)
     criterion.matcher.register_forward_hook(lambda *_: calls.append(1))
-    found = criterion(outputs, targets)
+    losses = criterion(outputs, targets)
     assert calls == [1]
-    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in ("loss_ce", "loss_bbox", "loss_giou"))
+    assert all(
+        torch.allclose(losses[name], expected[name], atol=1e-5) for name in ("loss_ce", "loss_bbox", "loss_giou")
+    )

@@ -1,4 +1,4 @@
-"""What really ran in accelerated models, for each of them and each backend."""
+"""The code paths that accelerated models ran, for each model and backend."""
 
 import pytest
 import torch
@@ -28,28 +28,28 @@ each_backend = pytest.mark.parametrize(
 
 
 def record(model, **options):
-    """Name of each part and operation → what computed it; in inference, without a loss."""
+    """Name of each part and operation → the paths that computed it; in inference, without a loss."""
     inputs = {name: value for name, value in small_batch().items() if name != "labels"}
-    with torch.no_grad(), conddetr.record_paths() as found:
+    with torch.no_grad(), conddetr.record_paths() as paths:
         model(**inputs, **options)
-    return {name: set(counts) for name, counts in found.items()}
+    return {name: set(counts) for name, counts in paths.items()}
 
 
 @each_backend
 def test_conditional_detr(backend):
     model = small_model(**TIMM, attn_implementation="eager")
     conddetr.accelerate(model, backend)
-    found = record(model)
-    assert found.pop("convolution")
+    paths = record(model)
+    assert paths.pop("convolution")
     if IS_OLD:
         expected = {"self-attention": SDPA if backend == "eager" else OURS}
-    else:  # whose own attention runs where no kernel does
+    else:  # transformers' own attention runs if no kernel does
         expected = {"encoder": {"modules"}} | ({} if backend == "eager" else {"self-attention": OURS})
     expected |= {"backbone": BACKBONE, "decoder": {"sine embedding and λ ⊙ p_s once"}, "cross-attention": DENSE}
-    assert found == expected | {"conditional_attention": {backend}, "sine_embedding": {backend}}
+    assert paths == expected | {"conditional_attention": {backend}, "sine_embedding": {backend}}
 
-    found = record(model, output_attentions=True)
-    assert found["cross-attention"] == found["decoder"] == SHIPPED
+    paths = record(model, output_attentions=True)
+    assert paths["cross-attention"] == paths["decoder"] == SHIPPED
     model.model.backbone.register_forward_hook(lambda *_: None)
     assert record(model)["backbone"] == BACKBONE
     bodies = [m for m in model.modules() if type(m).__name__ == "FeatureListNet"]
@@ -62,16 +62,16 @@ def test_dab_detr(backend):
     model = small_dab(**TIMM)
     report = conddetr.accelerate(model, backend)
     assert "backbone" in [part.name for part in report.replaced]
-    found = record(model)
-    assert found.pop("convolution")
-    assert found == {
+    paths = record(model)
+    assert paths.pop("convolution")
+    assert paths == {
         "backbone": BACKBONE,
         "self-attention": SDPA if backend == "eager" else OURS,
         "cross-attention": DENSE,
         "conditional_attention": {backend},
     }
-    found = record(model, output_attentions=True)
-    assert found["cross-attention"] == found["self-attention"] == SHIPPED
+    paths = record(model, output_attentions=True)
+    assert paths["cross-attention"] == paths["self-attention"] == SHIPPED
     model.model.backbone.conv_encoder.model.register_forward_hook(lambda *_: None)
     report = conddetr.accelerate(model, backend)
     assert ("backbone", "it has hooks") in [(part.name, part.note) for part in report.left]
@@ -79,7 +79,7 @@ def test_dab_detr(backend):
 
 
 @each_backend
-@pytest.mark.skipif(IS_OLD, reason="transformers before 5 lets no attention in")
+@pytest.mark.skipif(IS_OLD, reason="transformers before 5 has no choice of attention")
 def test_attention_implementation(backend):
     conddetr.register_attention(backend)
     model = small_model()
@@ -102,16 +102,16 @@ def test_official_code(backend):
     conddetr.accelerate(criterion, "eager")
     targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
     images = [torch.randn(3, 64, 96)]
-    with torch.no_grad(), conddetr.record_paths() as found:
+    with torch.no_grad(), conddetr.record_paths() as paths:
         criterion(model(images), targets)
-    assert set(found["backbone"]) == BACKBONE
-    assert set(found["conditional_attention"]) == {backend}
-    assert set(found["matching_cost"]) == {"eager"}
-    assert set(found["transformer"]) == {"ours"}
+    assert set(paths["backbone"]) == BACKBONE
+    assert set(paths["conditional_attention"]) == {backend}
+    assert set(paths["matching_cost"]) == {"eager"}
+    assert set(paths["transformer"]) == {"ours"}
 
     model.transformer.encoder.layers[0].register_forward_hook(lambda *_: None)
     criterion.matcher.register_forward_hook(lambda *_: None)
-    with torch.no_grad(), conddetr.record_paths() as found:
+    with torch.no_grad(), conddetr.record_paths() as paths:
         criterion(model(images), targets)
-    assert set(found["transformer"]) == set(found["loss"]) == OFFICIAL
-    assert "conditional_attention" not in found
+    assert set(paths["transformer"]) == set(paths["loss"]) == OFFICIAL
+    assert "conditional_attention" not in paths

@@ -1,4 +1,4 @@
-"""Losses against the official numbers, against formulas, and on bad input."""
+"""Losses compared with the official numbers and with formulas, and errors for invalid input."""
 
 import math
 
@@ -42,14 +42,14 @@ def test_official_losses_and_gradients(case, unit, preset):
 
 
 def outputs(layers=2, batch=2, queries=6, classes=4, dtype=torch.float32):
-    made = [
+    predictions = [
         {
             "pred_logits": torch.randn(batch, queries, classes).to(dtype).requires_grad_(),
             "pred_boxes": torch.rand(batch, queries, 4).to(dtype).requires_grad_(),
         }
         for _ in range(layers)
     ]
-    return {**made[-1], "aux_outputs": made[:-1]}
+    return {**predictions[-1], "aux_outputs": predictions[:-1]}
 
 
 def target(*labels):
@@ -70,7 +70,7 @@ def test_total_is_the_weighted_sum():
     assert set(losses) == {"loss"} | logs | {name + suffix for name in weights for suffix in suffixes}
 
 
-def test_focal_loss_by_the_formula():
+def test_focal_loss_equals_the_formula():
     out = outputs(1, batch=1, queries=3)
     loss = criterion()(out, [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}])["loss_ce"]
     expected = 0.0
@@ -80,7 +80,7 @@ def test_focal_loss_by_the_formula():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_objects_at_all():
+def test_batch_without_objects():
     out = outputs()
     losses = criterion()(out, [target(), target()])
     assert losses["class_error"].item() == 100
@@ -133,7 +133,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype, preset):
         ([target(0), {**target(0), "boxes": torch.tensor([[0.5, 0.5, -0.2, 0.2]])}], r"targets\[1\]\['boxes'\]"),
     ],
 )
-def test_bad_targets_are_named(targets, message):
+def test_error_names_invalid_targets(targets, message):
     with pytest.raises(ValueError, match=message):
         criterion()(outputs(), targets)
 
@@ -142,20 +142,22 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = {"backend": "triton"}
 
 
-def on(device, made, dtype=None):
+def on(device, predictions, dtype=None):
     """A copy of predictions as leaves on a device, and the leaves."""
-    layers = [{k: v.detach().to(device, dtype).requires_grad_() for k, v in layer.items()} for layer in layers_of(made)]
+    layers = [
+        {k: v.detach().to(device, dtype).requires_grad_() for k, v in layer.items()} for layer in layers_of(predictions)
+    ]
     return {**layers[-1], "aux_outputs": layers[:-1]}, [leaf for layer in layers for leaf in layer.values()]
 
 
-def layers_of(made):
-    return [*made["aux_outputs"], {k: made[k] for k in ("pred_logits", "pred_boxes")}]
+def layers_of(predictions):
+    return [*predictions["aux_outputs"], {k: predictions[k] for k in ("pred_logits", "pred_boxes")}]
 
 
-def losses_and_gradients(options, made, targets, preset="conditional-detr-tiny", dtype=None, **build):
-    made, leaves = on(DEVICE, made, dtype)
+def losses_and_gradients(options, predictions, targets, preset="conditional-detr-tiny", dtype=None, **build):
+    predictions, leaves = on(DEVICE, predictions, dtype)
     config = conddetr.config.resolve(preset, num_classes=4)
-    losses = conddetr.build_criterion(config, **{**options, **build}).to(DEVICE)(made, targets)
+    losses = conddetr.build_criterion(config, **{**options, **build}).to(DEVICE)(predictions, targets)
     return losses, torch.autograd.grad(losses["loss"], leaves)
 
 
@@ -163,38 +165,38 @@ def losses_and_gradients(options, made, targets, preset="conditional-detr-tiny",
 @pytest.mark.compares_numbers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_fused_losses_and_gradients_are_the_eager_ones(preset, dtype):
-    made = outputs(3, batch=3, queries=9, classes=4 + preset.startswith("detr"), dtype=dtype)
+def test_fused_losses_and_gradients_equal_the_eager_ones(preset, dtype):
+    predictions = outputs(3, batch=3, queries=9, classes=4 + preset.startswith("detr"), dtype=dtype)
     targets = [target(0, 1, 1), target(), target(2)]
-    (exact, exact_grads), (plain, plain_grads), (found, found_grads) = (
-        losses_and_gradients(options, made, targets, preset, wide)
+    (exact, exact_grads), (plain, plain_grads), (fused, fused_grads) = (
+        losses_and_gradients(options, predictions, targets, preset, wide)
         for options, wide in (({}, torch.float64), ({"backend": "eager"}, None), (FUSED, None))
     )
-    assert set(found) == set(plain)
-    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in found.values())
-    pairs = [(found[name], plain[name], exact[name]) for name in plain]
-    for ours, theirs, truth in [*pairs, *zip(found_grads, plain_grads, exact_grads, strict=True)]:
+    assert set(fused) == set(plain)
+    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in fused.values())
+    pairs = [(fused[name], plain[name], exact[name]) for name in plain]
+    for ours, theirs, truth in [*pairs, *zip(fused_grads, plain_grads, exact_grads, strict=True)]:
         error, budget = ((x.detach().double() - truth.detach()).abs().max().item() for x in (ours, theirs))
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_fused_step_waits_for_nothing(preset):
-    """Forward and backward, on the machine's own device."""
-    made = outputs(batch=2, classes=4 + preset.startswith("detr"))
+def test_fused_step_does_not_wait_for_the_device(preset):
+    """Forward and backward, on the machine's device."""
+    predictions = outputs(batch=2, classes=4 + preset.startswith("detr"))
     fused, eager = (criterion(preset, backend=backend).to(DEVICE) for backend in ("triton", "eager"))
     packed = fused.pack([target(0, 1), target()], DEVICE)
-    made, _ = on(DEVICE, made)
+    predictions, _ = on(DEVICE, predictions)
     with RefusesToWait(), no_synchronisation():
-        fused(made, packed)["loss"].backward()
+        fused(predictions, packed)["loss"].backward()
     with pytest.raises(AssertionError, match="waits for the device"), RefusesToWait():
-        eager(made, packed)
+        eager(predictions, packed)
 
 
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_fused_forward_on_a_pretended_gpu_waits_for_nothing(preset, monkeypatch):
-    """Tensors without values that say that they are on a GPU: every look at a value and every copy back shows."""
+def test_fused_forward_on_a_simulated_gpu_does_not_wait(preset, monkeypatch):
+    """Tensors without values that report a GPU as their device: every read of a value and every copy back fails."""
     monkeypatch.setattr(registry, "why_not", lambda *_: None)
     fused = criterion(preset, backend="triton")
     classes = 4 + preset.startswith("detr")
@@ -213,56 +215,56 @@ def test_fused_forward_on_a_pretended_gpu_waits_for_nothing(preset, monkeypatch)
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 def test_padding_to_a_fixed_capacity_changes_nothing():
-    made, targets = outputs(), [target(0, 1), target(2)]
+    predictions, targets = outputs(), [target(0, 1), target(2)]
     for options in (FUSED, {"backend": "eager"}):
-        plain, padded = (losses_and_gradients(options, made, targets, max_targets=n) for n in (None, 6))
+        plain, padded = (losses_and_gradients(options, predictions, targets, max_targets=n) for n in (None, 6))
         assert plain[0] == padded[0]
         assert all(torch.equal(*pair) for pair in zip(plain[1], padded[1], strict=True))
     with pytest.raises(
         ValueError, match=r"targets\[1\]: 3 objects, max_targets is 2: build the criterion with a larger"
     ):
-        criterion(max_targets=2)(made, [target(0), target(1, 1, 1)])
+        criterion(max_targets=2)(predictions, [target(0), target(1, 1, 1)])
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_objects_beyond_the_queries():
-    made, targets = outputs(queries=3), [target(1), target(0, 1, 2, 3)]
+def test_more_objects_than_queries_with_fused_kernels():
+    predictions, targets = outputs(queries=3), [target(1), target(0, 1, 2, 3)]
     with pytest.raises(
         ValueError, match=r"targets\[1\]: 4 objects, the model has 3 queries: raise its num_queries, or"
     ):
-        losses_and_gradients(FUSED, made, targets)
-    assert torch.isfinite(losses_and_gradients({"backend": "auto"}, made, targets)[0]["loss"])
+        losses_and_gradients(FUSED, predictions, targets)
+    assert torch.isfinite(losses_and_gradients({"backend": "auto"}, predictions, targets)[0]["loss"])
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 @pytest.mark.parametrize("options", [FUSED, {"backend": "eager"}])
-def test_not_a_number_is_named_or_passed_on(options):
-    made, targets = outputs(3, batch=2), [target(0), target(1, 2)]
+def test_nan_raises_an_error_or_is_passed_on(options):
+    predictions, targets = outputs(3, batch=2), [target(0), target(1, 2)]
     with torch.no_grad():
-        made["aux_outputs"][1]["pred_logits"][1] = float("nan")
-    losses, _ = losses_and_gradients(options, made, targets, check_finite=False)
+        predictions["aux_outputs"][1]["pred_logits"][1] = float("nan")
+    losses, _ = losses_and_gradients(options, predictions, targets, check_finite=False)
     assert losses["loss_ce_1"].isnan()
     assert losses["loss_bbox_1"].isfinite()
     with pytest.raises(ValueError, match="decoder layer 1, image 1 of the batch: the cost is not finite"):
-        losses_and_gradients(options, made, targets, check_finite=True)
+        losses_and_gradients(options, predictions, targets, check_finite=True)
     if options == FUSED:
-        assert losses_and_gradients(options, made, targets)[0]["loss"].isnan()
+        assert losses_and_gradients(options, predictions, targets)[0]["loss"].isnan()
     else:
         with pytest.raises(NonFiniteCostError):
-            losses_and_gradients(options, made, targets)
+            losses_and_gradients(options, predictions, targets)
 
 
 def test_normalizer_of_more_than_one_batch():
     """Two halves, each divided by the objects of both, add up to the whole."""
-    made, targets = outputs(batch=4), [target(0), target(), target(1, 2), target(3)]
-    whole = criterion()(made, targets)
+    predictions, targets = outputs(batch=4), [target(0), target(), target(1, 2), target(3)]
+    whole = criterion()(predictions, targets)
     normalizer = criterion().normalizer([1, 0, 2, 1], 6, torch.device("cpu"))
     halves = [
         criterion()({**layers[-1], "aux_outputs": layers[:-1]}, targets[part], normalizer)["loss"]
         for part in (slice(2), slice(2, 4))
-        for layers in [[{k: v[part] for k, v in layer.items()} for layer in layers_of(made)]]
+        for layers in [[{k: v[part] for k, v in layer.items()} for layer in layers_of(predictions)]]
     ]
     torch.testing.assert_close(sum(halves), whole["loss"])
 
@@ -270,7 +272,7 @@ def test_normalizer_of_more_than_one_batch():
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 def test_thirty_steps_give_the_same_loss_curve():
-    """The tiny model trained with each criterion; it is the same model, so every difference is the criterion's."""
+    """The tiny model trained with each criterion; the model is the same, so differences come from the criterion."""
     images = torch.randn(1, 3, 32, 32, device=DEVICE)
     targets = [target(0, 2, 3)]
     curves = []

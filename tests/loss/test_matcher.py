@@ -38,9 +38,9 @@ def stored(case, unit):
 )
 def test_official_costs_and_assignments(case, unit, config):
     logits, boxes, targets, costs, indices = stored(case, unit)
-    found = matching_cost(logits[None], boxes[None], pack_targets(targets, config.num_classes), config)[0]
+    actual = matching_cost(logits[None], boxes[None], pack_targets(targets, config.num_classes), config)[0]
     for image, cost in enumerate(costs):
-        torch.testing.assert_close(found[image, : cost.shape[1]].T, cost, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(actual[image, : cost.shape[1]].T, cost, atol=2e-5, rtol=1e-5)
     for pair, expected in zip(match(logits[None], boxes[None], targets, config)[0], indices, strict=True):
         assert torch.equal(torch.stack(pair), expected)
 
@@ -50,12 +50,12 @@ def test_least_cost_by_brute_force():
     targets = [{"labels": torch.tensor([3, 8, 3]), "boxes": torch.rand(3, 4)}]
     costs = matching_cost(logits, boxes, pack_targets(targets, 91), CONDITIONAL)
     for layer, [(query, index)] in enumerate(match(logits, boxes, targets, CONDITIONAL)):
-        found = costs[layer, 0, index, query].sum().item()
+        total = costs[layer, 0, index, query].sum().item()
         best = min(
             sum(costs[layer, 0, t, q].item() for t, q in enumerate(queries))
             for queries in itertools.permutations(range(5), 3)
         )
-        assert found == pytest.approx(best, rel=1e-6)
+        assert total == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -69,31 +69,31 @@ def test_cost_is_finite_and_wide_for_extreme_logits(dtype):
     assert torch.isfinite(cost).all()
 
 
-def test_focal_cost_is_the_formula():
+def test_focal_cost_equals_the_formula():
     logits = torch.linspace(-12, 12, 49, dtype=torch.float64).view(1, -1, 1)
     p = logits.sigmoid()
     positive = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
     negative = 0.75 * p**2 * -(1 - p + 1e-8).log()
-    found = focal_cost(logits, 0.25, 2.0)
-    torch.testing.assert_close(found, positive - negative, atol=1e-9, rtol=1e-9)
+    actual = focal_cost(logits, 0.25, 2.0)
+    torch.testing.assert_close(actual, positive - negative, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_more_queries_than_the_kernel_takes(monkeypatch):
-    """Where `auto` would take the kernel, it falls back, as `linear_assignment` itself does."""
+def test_more_queries_than_the_kernel_supports(monkeypatch):
+    """`auto` falls back to `eager`, as `linear_assignment` itself does."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(registry, "why_not", lambda backend, *_, **__: None if backend != "native" else "no")
     logits, boxes = (torch.rand(1, 1, MAX_QUERIES + 1, size, device=device) for size in (91, 4))
     targets = pack_targets([{"labels": torch.tensor([1, 5]), "boxes": torch.rand(2, 4)}], 91).to(device)
-    found = assign(logits, boxes, targets, CONDITIONAL)
-    assert torch.equal(found, assign(logits, boxes, targets, CONDITIONAL, "eager"))
-    assert (found >= 0).sum() == 2
+    assignment = assign(logits, boxes, targets, CONDITIONAL)
+    assert torch.equal(assignment, assign(logits, boxes, targets, CONDITIONAL, "eager"))
+    assert (assignment >= 0).sum() == 2
     with pytest.raises(registry.BackendError, match=f"at most {MAX_QUERIES} queries, got {MAX_QUERIES + 1}"):
         assign(logits, boxes, targets, CONDITIONAL, "triton")
 
 
-def test_not_a_number_names_layer_and_image():
+def test_error_for_nan_names_layer_and_image():
     logits, boxes = torch.randn(2, 3, 5, 91), torch.rand(2, 3, 5, 4)
     logits[1, 2] = float("nan")
     targets = [{"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)} for _ in range(3)]

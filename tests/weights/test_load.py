@@ -39,7 +39,7 @@ def test_prefix_of_data_parallel_is_removed(tiny_model):
     assert torch.equal(model.class_embed.bias, tiny_model.class_embed.bias + 1)
 
 
-def test_another_preset_is_refused_and_nothing_changes():
+def test_weights_of_another_preset_are_refused_and_nothing_changes():
     model = conddetr.build("conditional-detr-r50")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="look like: family detr, backbone resnet50, num_classes 91, num_queries 100"):
@@ -50,7 +50,7 @@ def test_another_preset_is_refused_and_nothing_changes():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_not_strict_takes_what_fits_and_reports_the_rest():
+def test_not_strict_loads_fitting_tensors_and_reports_the_rest():
     source = conddetr.build("conditional-detr-tiny", num_classes=3)
     model = conddetr.build("conditional-detr-tiny", num_classes=5)
     state = {name: value for name, value in source.state_dict().items() if name != "query_embed.weight"}
@@ -65,26 +65,26 @@ def test_not_strict_takes_what_fits_and_reports_the_rest():
     assert torch.equal(model.input_proj.weight, source.input_proj.weight)
 
 
-def test_what_is_no_state_dict_is_refused(tiny_model):
+def test_content_without_a_supported_state_dict_is_refused(tiny_model):
     with pytest.raises(ValueError, match="Expected a state dict"):
         conddetr.load_weights(tiny_model, {"epoch": 3})
-    with pytest.raises(ValueError, match="no DETR or Conditional DETR that is known here"):
+    with pytest.raises(ValueError, match="no supported DETR or Conditional DETR"):
         conddetr.load_weights(tiny_model, {"fc.weight": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("classes", [CLASSES, [{**CLASSES[0], "name": "star"}, *CLASSES[1:]], CLASSES[:2]])
-def test_other_classes_keep_everything_but_the_class_head(tmp_path, tiny_model, classes):
-    """Weights of three classes into models of the same ones, of three others, and of two."""
+def test_weights_of_other_classes_are_loaded_without_the_class_head(tmp_path, tiny_model, classes):
+    """Weights of three classes into models with the same classes, with three others, and with two."""
     save_checkpoint(tmp_path / "a.pt", {"model": tiny_model.state_dict(), "classes": CLASSES})
     model = conddetr.build("conditional-detr-tiny", num_classes=len(classes))
-    own = {name: value.clone() for name, value in model.state_dict().items()}
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
     report = start_from(model, classes, tmp_path / "a.pt")
     is_same = classes == CLASSES
     for name, value in model.state_dict().items():
         is_head = name.startswith("class_embed.")
-        expected = own[name] if is_head and not is_same else tiny_model.state_dict()[name]
+        expected = initial[name] if is_head and not is_same else tiny_model.state_dict()[name]
         assert torch.equal(value, expected), name
-    assert report.loaded == len(own) - (0 if is_same else 2)
+    assert report.loaded == len(initial) - (0 if is_same else 2)
     assert ("class_embed.weight: expected" in str(report)) != is_same
     other = conddetr.build("conditional-detr-tiny", num_classes=2, num_queries=9)
     with pytest.raises(ValueError, match=r"query_embed\.weight: expected \(9, 64\), got \(25, 64\)"):

@@ -1,4 +1,4 @@
-"""Checkpoints as other people's programs write them: found under any key and prefix, or refused by name."""
+"""Checkpoints of other programs: found under any key and prefix, or refused with their names."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ CONFIG = {
     "num_queries": 10,
     "id2label": {str(label): name for label, name in enumerate(NAMES)},
 }
-"""As transformers writes `config.json`, without what makes no difference here."""
+"""Content of transformers' `config.json`, without fields that make no difference here."""
 
 
 def tiny(**options):
@@ -58,7 +58,7 @@ def optimizer_of(model):
 
 
 def load_into_new(content):
-    """A new model with what was found, and the report."""
+    """A new model with the loaded weights, and the report."""
     model = tiny()
     return model, conddetr.load_weights(model, content)
 
@@ -109,7 +109,7 @@ def test_wrapped_weights_are_found(tmp_path, tiny_model, form):
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
-def test_a_wrapped_model_takes_weights(tiny_model, wrap):
+def test_weights_are_loaded_into_a_wrapped_model(tiny_model, wrap):
     model = tiny()
     assert conddetr.load_weights(wrap(model), tiny_model.state_dict()).complete
     assert_same_weights(model, tiny_model.state_dict())
@@ -128,7 +128,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("form", AVERAGES)
-def test_the_moving_average_is_taken_and_the_report_says_so(tiny_model, form):
+def test_moving_average_is_taken_and_reported(tiny_model, form):
     state = tiny_model.state_dict()
     average = {name: value + 1 for name, value in state.items()}
     content = {"model": state, "optimizer": {"state": {}}, **AVERAGES[form](average)}
@@ -140,7 +140,7 @@ def test_the_moving_average_is_taken_and_the_report_says_so(tiny_model, form):
     assert "the moving average of the weights is taken" in str(report).splitlines()[0]
 
 
-def test_an_average_of_parameters_takes_the_statistics_of_the_weights(tiny_model):
+def test_average_of_parameters_is_completed_by_the_statistics_of_the_weights(tiny_model):
     for name, buffer in tiny_model.named_buffers():
         assert buffer.is_floating_point() or name.endswith("num_batches_tracked")
         buffer.fill_(3)
@@ -150,14 +150,14 @@ def test_an_average_of_parameters_takes_the_statistics_of_the_weights(tiny_model
     assert f"{len(list(tiny_model.buffers()))} tensors that it lacks, first 'backbone" in str(report).splitlines()[0]
 
 
-def test_an_average_without_names_is_left_out_and_the_report_says_so(tiny_model):
+def test_average_without_names_is_left_out_and_reported(tiny_model):
     average = {"decay": 0.99, "shadow_params": [torch.zeros(3)]}
     model, report = load_into_new({"model": tiny_model.state_dict(), "ema": average})
     assert_same_weights(model, tiny_model.state_dict())
     assert "'ema' has no names of this model's weights and is left out" in str(report).splitlines()[0]
 
 
-def test_several_models_are_named(tmp_path, tiny_model):
+def test_error_names_several_models(tmp_path, tiny_model):
     state = tiny_model.state_dict()
     with pytest.raises(
         ValueError, match=r"^The state dict holds 2 models: \['student'\]; \['teacher'\] with prefix 'm"
@@ -171,7 +171,7 @@ def test_several_models_are_named(tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_that_of_the_model(tmp_path, tiny_model, dtype):
+def test_weights_are_converted_to_the_precision_of_the_model(tmp_path, tiny_model, dtype):
     state = {
         name: value.to(dtype) if value.is_floating_point() else value for name, value in tiny_model.state_dict().items()
     }
@@ -182,7 +182,7 @@ def test_other_precisions_become_that_of_the_model(tmp_path, tiny_model, dtype):
     assert len(detector.predict(torch.rand(3, 60, 80), 0.0)[0]) == 75
 
 
-def test_integers_are_no_weights(tiny_model):
+def test_integer_weights_are_refused(tiny_model):
     """Quantised weights would be copied without their scale."""
     state = {
         **tiny_model.state_dict(),
@@ -192,9 +192,9 @@ def test_integers_are_no_weights(tiny_model):
         load_into_new(state)
 
 
-def test_what_leaves_no_trace_in_the_weights_is_compared(tmp_path, tiny_model):
+def test_settings_without_a_trace_in_the_weights_are_compared(tmp_path, tiny_model):
     content = {"model": tiny_model.state_dict(), "config": tiny_model.config.to_dict(), "classes": NAMES}
-    with pytest.raises(ValueError, match="num_heads: the weights are of a model with 4 heads, this one has 8"):
+    with pytest.raises(ValueError, match="num_heads: the weights belong to a model with 4 heads, this model has 8"):
         conddetr.load_weights(tiny(num_heads=8), content)
     content = {"model": tiny_model.state_dict(), "args": argparse.Namespace(nheads=2, dropout=0.25)}
     torch.save(content, tmp_path / "a.pth")
@@ -204,14 +204,14 @@ def test_what_leaves_no_trace_in_the_weights_is_compared(tmp_path, tiny_model):
         conddetr.Detector.from_checkpoint(tmp_path / "a.pth", preset="detr-tiny")
 
 
-def test_sizes_are_those_of_the_weights(tmp_path):
+def test_sizes_are_read_from_the_weights(tmp_path):
     model = tiny(encoder_layers=0, decoder_layers=3, ffn_dim=40, hidden_dim=32, num_queries=7)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     detector = conddetr.Detector.from_checkpoint(tmp_path / "a.pt", device="cpu")
     assert detector.config == model.config
 
 
-def test_class_lists_of_others_are_read(tmp_path, tiny_model):
+def test_class_lists_of_other_programs_are_read(tmp_path, tiny_model):
     torch.save({"model": tiny_model.state_dict(), "classes": NAMES}, tmp_path / "a.pt")
     detector = conddetr.Detector.from_checkpoint(tmp_path / "a.pt", device="cpu")
     assert detector.classes == [{"id": label, "name": name} for label, name in enumerate(NAMES)]
@@ -219,34 +219,32 @@ def test_class_lists_of_others_are_read(tmp_path, tiny_model):
     assert conddetr.Detector.from_checkpoint(tmp_path / "a.pt", device="cpu").classes[1] == {"id": 1, "name": "1"}
 
 
-def test_without_a_class_head_training_starts_and_prediction_does_not(tmp_path, tiny_model):
+def test_weights_without_a_class_head_are_for_training_only(tmp_path, tiny_model):
     state = {name: value for name, value in tiny_model.state_dict().items() if not name.startswith("class_embed")}
     torch.save({"model": prefixed("module.", state)}, tmp_path / "a.pth")
     model = tiny()
     report = start_from(model, [{"id": 1, "name": name} for name in NAMES], tmp_path / "a.pth")
-    assert "class_embed.weight: expected (3, 64) of other classes, got nothing; starts anew" in str(report)
+    assert "class_embed.weight: expected (3, 64) for these classes, got nothing; not loaded" in str(report)
     assert torch.equal(model.query_embed.weight, tiny_model.query_embed.weight)
     with pytest.raises(ValueError, match=r"a\.pth has no class head"):
         conddetr.Detector.from_checkpoint(tmp_path / "a.pth")
 
 
-def test_adapters_are_named(tiny_model):
+def test_error_names_adapters(tiny_model):
     state = {**tiny_model.state_dict(), "transformer.encoder.layers.0.linear1.lora_A.default.weight": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"^The state dict has adapters, transformer.*lora_A.*merge_and_unload"):
         load_into_new(state)
 
 
-def test_nothing_to_load_is_said_with_the_keys():
+def test_error_without_weights_names_the_keys():
     with pytest.raises(ValueError, match=r"Expected a state dict .* The state dict has the keys 'epoch', 'loss'\."):
         load_into_new({"epoch": 3, "loss": {"ce": 0.5}})
-    with pytest.raises(
-        ValueError, match=r"no DETR or Conditional DETR that is known here, with names as 'net\.0\.weight'"
-    ):
+    with pytest.raises(ValueError, match=r"no supported DETR or Conditional DETR, with names such as 'net\.0\.weight'"):
         load_into_new({"state_dict": {"net.0.weight": torch.zeros(3)}})
 
 
 class Folder:
-    """What `save_pretrained` of transformers writes, of a small model with random weights."""
+    """A folder of transformers' `save_pretrained` with a small model of random weights."""
 
     def __init__(self, root):
         torch.manual_seed(1)
@@ -270,7 +268,7 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture
 def hub_folder(shared_folder, tmp_path):
-    """A copy for a test to change; the weights are a link."""
+    """A copy that a test may change; the weights are a link."""
     root = tmp_path / "saved"
     root.mkdir()
     (root / "model.safetensors").hardlink_to(shared_folder.root / "model.safetensors")
@@ -290,10 +288,10 @@ def check_hub_detector(path, folder):
     return detector
 
 
-def test_a_folder_of_save_pretrained_is_a_checkpoint(hub_folder):
+def test_folder_of_save_pretrained_is_a_checkpoint(hub_folder):
     for path in (hub_folder.root, hub_folder.root / "model.safetensors"):
         assert check_hub_detector(path, hub_folder).config.image_size == 800
-    # transformers 5 describes the backbone in a configuration of its own, and names numbers as it finds them.
+    # transformers 5 describes the backbone in a separate configuration, and does not sort the labels.
     inner = {"backbone": "resnet50", "model_type": "timm_backbone", "output_stride": 16}
     labels = {"id2label": {"2": "toothbrush", "0": "cat", "1": "dog"}}
     hub_folder.write({**CONFIG, "backbone": None, "dilation": False, "backbone_config": inner, **labels})
@@ -303,19 +301,21 @@ def test_a_folder_of_save_pretrained_is_a_checkpoint(hub_folder):
     assert (config.image_size, config.max_image_size) == (480, 640)
 
 
-@pytest.mark.parametrize("kind", ["bin", "shards", "index", "shards of bin", "version 5", "data parallel", "no config"])
-def test_every_way_to_write_such_a_folder(hub_folder, tmp_path, kind):
+@pytest.mark.parametrize(
+    "layout", ["bin", "shards", "index", "shards of bin", "version 5", "data parallel", "no config"]
+)
+def test_every_layout_of_such_a_folder(hub_folder, tmp_path, layout):
     root, state, path = hub_folder.root, hub_folder.state, hub_folder.root
     (root / "model.safetensors").unlink()
     halves = [dict(list(state.items())[::2]), dict(list(state.items())[1::2])]
-    if kind == "bin":
+    if layout == "bin":
         torch.save(state, root / "pytorch_model.bin")
-    elif kind == "version 5":
+    elif layout == "version 5":
         save_file(to_huggingface(hub_folder.model.state_dict(), "5"), root / "model.safetensors")
-    elif kind == "data parallel":
+    elif layout == "data parallel":
         save_file(prefixed("module.", state), root / "model.safetensors")
-    elif kind == "no config":
-        # Another name, and nothing beside it.
+    elif layout == "no config":
+        # Another file name, and no other file in the folder.
         path = tmp_path / "elsewhere.pth"
         torch.save({"model_state_dict": prefixed("_orig_mod.", state)}, path)
         with pytest.raises(
@@ -327,17 +327,17 @@ def test_every_way_to_write_such_a_folder(hub_folder, tmp_path, kind):
         assert detector.config.dilation
         return
     else:
-        stem, write = ("pytorch_model", torch.save) if kind == "shards of bin" else ("model", save_file)
-        ending = "bin" if kind == "shards of bin" else "safetensors"
+        stem, write = ("pytorch_model", torch.save) if layout == "shards of bin" else ("model", save_file)
+        ending = "bin" if layout == "shards of bin" else "safetensors"
         files = [f"{stem}-{number}-of-00002.{ending}" for number in ("00001", "00002")]
         for file, half in zip(files, halves, strict=True):
             write(half, root / file)
-        places = {name: file for file, half in zip(files, halves, strict=True) for name in half}
-        hub_folder.write({"metadata": {}, "weight_map": places}, f"{stem}.{ending}.index.json")
-        path = root / f"{stem}.{ending}.index.json" if kind == "index" else root
+        files_by_name = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+        hub_folder.write({"metadata": {}, "weight_map": files_by_name}, f"{stem}.{ending}.index.json")
+        path = root / f"{stem}.{ending}.index.json" if layout == "index" else root
     check_hub_detector(path, hub_folder)
-    if kind == "shards":
-        hub_folder.write({"weight_map": {**places, "lost.weight": files[0]}}, "model.safetensors.index.json")
+    if layout == "shards":
+        hub_folder.write({"weight_map": {**files_by_name, "lost.weight": files[0]}}, "model.safetensors.index.json")
         with pytest.raises(ValueError, match=r"1 tensors are in none of its files, first 'lost\.weight'"):
             conddetr.Detector.from_checkpoint(root)
         (root / files[1]).unlink()
@@ -370,13 +370,13 @@ def test_every_way_to_write_such_a_folder(hub_folder, tmp_path, kind):
         ({"id2label": {"0": "cat"}}, "classes: expected 3 as the model has, got 1"),
     ],
 )
-def test_other_architectures_are_named(hub_folder, changes, message):
+def test_error_names_other_architectures(hub_folder, changes, message):
     hub_folder.write({**CONFIG, **changes})
     with pytest.raises(ValueError, match=message):
         conddetr.Detector.from_checkpoint(hub_folder.root, device="cpu")
 
 
-def test_names_of_another_architecture_are_explained_by_the_configuration(hub_folder):
+def test_error_names_the_architecture_of_the_configuration(hub_folder):
     (hub_folder.root / "model.safetensors").unlink()
     save_file({"model.decoder.query_scale.layers.0.weight": torch.zeros(1)}, hub_folder.root / "model.safetensors")
     hub_folder.write({"model_type": "dab-detr", "architectures": ["DabDetrForObjectDetection"]})
@@ -386,7 +386,7 @@ def test_names_of_another_architecture_are_explained_by_the_configuration(hub_fo
         conddetr.load_weights(hub_folder.model, hub_folder.root)
 
 
-def test_preprocessing_that_differs_is_said(hub_folder, caplog):
+def test_different_preprocessing_is_a_warning(hub_folder, caplog):
     content = {"size": {"height": 640, "width": 640}, "image_mean": [0.5, 0.5, 0.5]}
     hub_folder.write(content, "preprocessor_config.json")
     assert conddetr.Detector.from_checkpoint(hub_folder.root, device="cpu").config.image_size == 800
@@ -394,33 +394,33 @@ def test_preprocessing_that_differs_is_said(hub_folder, caplog):
     assert "size is {'height': 640, 'width': 640}; images are resized by their shorter side" in caplog.text
 
 
-def test_folders_without_weights_say_what_they_hold(tmp_path, tiny_model):
+def test_error_of_folders_without_weights_names_their_content(tmp_path, tiny_model):
     with pytest.raises(FileNotFoundError, match=r"holds none of model\.safetensors, .*index\.json\.$"):
         conddetr.Detector.from_checkpoint(tmp_path)
     save_checkpoint(tmp_path / "checkpoint.pt", {"model": tiny_model.state_dict()})
     with pytest.raises(FileNotFoundError, match=r"It holds checkpoint\.pt: name one of them\."):
         conddetr.load_weights(tiny_model, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="holds PEFT's adapters alone"):
+    with pytest.raises(FileNotFoundError, match="holds only PEFT's adapters"):
         conddetr.load_weights(tiny_model, tmp_path)
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES[::-1], NAMES[:2]])
 def test_training_starts_from_such_a_folder(hub_folder, names):
-    """Ids are the data set's own; classes are the same if their names are, in this order."""
+    """Ids are the data set's; class lists are equal if their names are, in this order."""
     model = conddetr.build("conditional-detr-dc5-r50", num_classes=len(names), **SMALL)
     head = model.class_embed.weight.detach().clone()
-    classes = [{"id": 10 + place, "name": name} for place, name in enumerate(names)]
+    classes = [{"id": 10 + position, "name": name} for position, name in enumerate(names)]
     report = start_from(model, classes, hub_folder.root)
     is_same = names == NAMES
     assert torch.equal(model.query_embed.weight, hub_folder.model.query_embed.weight)
     assert torch.equal(model.class_embed.weight, hub_folder.model.class_embed.weight if is_same else head)
     assert report.complete == is_same
-    assert ("of other classes, got (3, 32); starts anew" in str(report)) != is_same
+    assert ("for these classes, got (3, 32); not loaded" in str(report)) != is_same
 
 
-def test_transformers_writes_what_is_read_here(tmp_path):
-    """Its own outputs, of its own files, with dilation."""
+def test_model_saved_by_transformers_is_read_and_has_the_same_outputs(tmp_path):
+    """With dilation."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     config = transformers.ConditionalDetrConfig(
@@ -452,8 +452,8 @@ def test_commands_take_such_a_folder(hub_folder, small_coco, tmp_path, capsys):
     assert (
         main(["eval", *source, "--coco-path", str(small_coco.root), "--workers", "0", "--results", str(results)]) == 0
     )
-    # The data set's ids, of the classes of these names.
-    assert {found["category_id"] for found in json.loads(results.read_text())} == {7, 3, 90}
+    # The data set's ids for the classes with these names.
+    assert {detection["category_id"] for detection in json.loads(results.read_text())} == {7, 3, 90}
     assert "AP50" in capsys.readouterr().out
 
 

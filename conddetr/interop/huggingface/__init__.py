@@ -1,1 +1,1 @@
-"""transformers' Conditional DETR and DAB-DETR: their weights, and modules that take the place of theirs."""
+"""transformers' Conditional DETR and DAB-DETR: their weights, and our replacements for their modules."""

@@ -28,11 +28,11 @@ def cross_attention(
 
 
 def as_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as PyTorch's attention takes them: one projection of several may
-    be wrapped in something that computes in float32.
+    """The tensors in autocast's dtype if it is on, as PyTorch's attention takes them: one of several projections may be
+    wrapped in a module that computes in float32.
     """
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device_type)
     return tuple(tensor.to(dtype) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Our attention as one of those that transformers' models can be told to take (`attn_implementation`)."""
+"""Our attention as an implementation that transformers' models can select (`attn_implementation`)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,28 +14,29 @@ from conddetr.kernels.registry import BACKENDS
 from conddetr.model.attention import attends_natively
 
 NAME = "conddetr"
-"""What `attn_implementation` is called."""
+"""The value of `attn_implementation`."""
 
 _OTHER_ATTENTION = ("softcap", "sliding_window", "s_aux", "position_bias", "is_causal")
-"""Options of other models' attention, which ours does not compute."""
+"""Options of other models' attention that ours does not support."""
 
 
 def register_attention(backend: str = "auto") -> None:
-    """Let `attn_implementation="conddetr"` name our attention in transformers' Conditional DETR.
+    """Register our attention as `attn_implementation="conddetr"` for transformers' Conditional DETR.
 
     After it, `model.set_attn_implementation("conddetr")` and `from_pretrained(…, attn_implementation="conddetr")` run
-    self-attention and conditional cross-attention on our kernels; all else stays as shipped. `conddetr.accelerate`
-    needs no registration and does more: sine embedding, backbone, loss, and no concatenated queries and keys.
+    self-attention and conditional cross-attention on our kernels; everything else stays as shipped.
+    `conddetr.accelerate` needs no registration and replaces more: sine embedding, backbone, loss, and the
+    concatenation of queries and keys.
 
-    Attention maps (`output_attentions=True`) are computed in plain PyTorch. A model that is no detector with attention
-    in both directions is refused when it runs.
+    Attention maps (`output_attentions=True`) are computed in plain PyTorch. A model with another attention, such as a
+    causal one, raises an error when it runs.
 
     Args:
-        backend: as in `conddetr.accelerate`; the last registration of this process counts for all its models.
+        backend: as in `conddetr.accelerate`; the last registration of this process applies to all its models.
 
     Raises:
         ImportError: transformers is not installed.
-        RuntimeError: this version's Conditional DETR does not let attention be chosen (before 5).
+        RuntimeError: this version's Conditional DETR has no choice of attention (before 5).
         ValueError: no such backend.
     """
     if backend not in ("auto", *BACKENDS):
@@ -45,8 +46,8 @@ def register_attention(backend: str = "auto") -> None:
 
     if not hasattr(modeling_conditional_detr, "ALL_ATTENTION_FUNCTIONS"):
         raise RuntimeError(
-            f"transformers {transformers.__version__} does not let the attention of its Conditional DETR be chosen "
-            f"(attn_implementation), 5 does: update it, or use conddetr.accelerate(model), which needs no such choice."
+            f"transformers {transformers.__version__} has no choice of attention (attn_implementation) in its "
+            f"Conditional DETR: update to 5, or use conddetr.accelerate(model), which works without that choice."
         )
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
@@ -58,11 +59,11 @@ def register_attention(backend: str = "auto") -> None:
 def _mask(
     *, mask_function: Callable, attention_mask: Tensor | None, otherwise: Callable, usual: Callable, **options: object
 ) -> Tensor | None:
-    """transformers' protocol of mask functions -> [B, 1, 1, N] bool, True = valid, where only keys are masked.
+    """transformers' protocol of mask functions -> [B, 1, 1, N] bool, True = valid, if only keys are masked.
 
     Args:
-        mask_function: which pairs of query and key are allowed; `usual` allows all.
-        attention_mask: [B, N], nonzero = valid; None: nothing is padding.
+        mask_function: the allowed pairs of query and key; `usual` allows all.
+        attention_mask: [B, N], nonzero = valid; None: no padding.
         otherwise: makes the mask [B, 1, Q, N] of any other mask function.
     """
     if mask_function is not usual:
@@ -85,12 +86,12 @@ def _attend(
     """transformers' protocol of attention functions.
 
     Args:
-        module: the attention module that calls.
+        module: the calling attention module.
         query: [B, h, Q, d]; in conditional attention each head has its content half first, its spatial half after it.
         key: [B, h, N, d]; value: [B, h, N, dv].
-        attention_mask: as `_mask` makes it.
+        attention_mask: as `_mask` returns it.
         scaling: of the scores; default d ** -0.5.
-        options: those of the model's call.
+        options: further options of the model's call.
 
     Returns:
         [B, Q, h, dv]; and the weights [B, h, Q, N] with `output_attentions`, else None.
@@ -105,8 +106,8 @@ def _attend(
         return _attend_with_weights(query, key, value, attention_mask, dropout, scaling)
     # As in `accelerate`: self-attention has kernels on CPUs; elsewhere PyTorch's fused attention is as good.
     has_kernel = runs_ours(backend, query) if is_conditional else attends_natively(backend, query)
-    masks_keys_alone = attention_mask is None or attention_mask.shape[-2] == 1
-    if not (masks_keys_alone and has_kernel):
+    masks_only_keys = attention_mask is None or attention_mask.shape[-2] == 1
+    if not (masks_only_keys and has_kernel):
         paths.note(name, "PyTorch's scaled_dot_product_attention")
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
@@ -137,14 +138,14 @@ def _attend_with_weights(
 
 
 def _check(module: nn.Module, query: Tensor, key: Tensor, options: dict[str, object]) -> None:
-    """Refuse what other models' attention has and ours has not."""
-    found = [name for name in _OTHER_ATTENTION if options.get(name) is not None and options[name] is not False]
+    """Raise an error for features of other models' attention that ours does not support."""
+    unsupported = [name for name in _OTHER_ATTENTION if options.get(name) is not None and options[name] is not False]
     if getattr(module, "is_causal", True):
-        found.append("a causal mask")
+        unsupported.append("a causal mask")
     if query.shape[1] != key.shape[1]:
-        found.append(f"{query.shape[1]} heads of queries, {key.shape[1]} of keys")
-    if found:
+        unsupported.append(f"{query.shape[1]} heads of queries, {key.shape[1]} of keys")
+    if unsupported:
         raise ValueError(
             f"attn_implementation {NAME!r} is the attention of Conditional DETR, in both directions; "
-            f"{type(module).__name__} has {', '.join(found)}. Use another one, 'sdpa' for example."
+            f"{type(module).__name__} has {', '.join(unsupported)}. Use another implementation, for example 'sdpa'."
         )

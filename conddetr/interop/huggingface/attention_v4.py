@@ -1,4 +1,4 @@
-"""transformers 4.5x (tried: 4.57) and 5.0: the decoder layers hold the projections; attention is matrix products."""
+"""transformers 4.5x (tested: 4.57) and 5.0: the decoder layers hold the projections; attention is matrix products."""
 
 from torch import Tensor
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
@@ -12,7 +12,7 @@ from conddetr.model.attention import self_attention
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
-    """PyTorch's fused attention; on a CPU ours."""
+    """PyTorch's fused attention; ours on a CPU."""
 
     def forward(
         self,
@@ -24,8 +24,8 @@ class EncoderSelfAttention(theirs.DetrAttention):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; no attention weights."""
-        is_more = output_attentions or key_value_states is not None or spatial_position_embeddings is not None
-        if is_more or not is_floating_mask(attention_mask):
+        needs_original = output_attentions or key_value_states is not None or spatial_position_embeddings is not None
+        if needs_original or not is_floating_mask(attention_mask):
             paths.note("self-attention", "transformers' own")
             return super().forward(
                 hidden_states,
@@ -35,8 +35,8 @@ class EncoderSelfAttention(theirs.DetrAttention):
                 spatial_position_embeddings,
                 output_attentions,
             )
-        placed = hidden_states if object_queries is None else hidden_states + object_queries
-        projected = as_under_autocast(self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states))
+        positioned = hidden_states if object_queries is None else hidden_states + object_queries
+        projected = as_under_autocast(self.q_proj(positioned), self.k_proj(positioned), self.v_proj(hidden_states))
         dropout_p = self.dropout if self.training else 0.0
         attended = self_attention(*projected, self.num_heads, key_padding(attention_mask), dropout_p, self.backend)
         return self.out_proj(attended), None
@@ -57,8 +57,8 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the base class; no attention weights."""
         is_conditional = self.embed_dim == 2 * self.out_dim
-        is_left = is_conditional and not runs_ours(self.backend, hidden_states)
-        if output_attentions or is_left or not is_floating_mask(attention_mask):
+        lacks_kernel = is_conditional and not runs_ours(self.backend, hidden_states)
+        if output_attentions or lacks_kernel or not is_floating_mask(attention_mask):
             paths.note("cross-attention" if is_conditional else "self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, key_states, value_states, output_attentions)
         padding = key_padding(attention_mask)
@@ -75,7 +75,7 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
 
 
 class Decoder(theirs.ConditionalDetrDecoder):
-    """The sine embedding in one kernel; the mask of the keys is a view, about which the host is not asked."""
+    """The sine embedding runs in one kernel; the mask of the keys is a view, made without waiting for the device."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Late transformers 5 (tried: 5.23): the attention modules hold the projections of queries, keys and values."""
+"""Late transformers 5 (tested: 5.23): the attention modules hold the projections of queries, keys and values."""
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from conddetr.kernels import paths, registry
 from conddetr.model.attention import attends_natively, self_attention
 
 _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
-"""Implementations of attention that take masks as `mask_of_keys` makes them."""
+"""Attention implementations that take the masks of `mask_of_keys`."""
 
 
 class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
-    """Native kernels on a CPU; elsewhere the implementation that transformers was told to take."""
+    """Native kernels on a CPU; elsewhere the model's `attn_implementation`."""
 
     def forward(
         self,
@@ -33,12 +33,12 @@ class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
         if not _is_native(self, hidden_states, attention_mask, kwargs):
             paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
-        placed = hidden_states if position_embeddings is None else hidden_states + position_embeddings
-        return _attend(self, self.q_proj(placed), self.k_proj(placed), hidden_states, attention_mask), None
+        positioned = hidden_states if position_embeddings is None else hidden_states + position_embeddings
+        return _attend(self, self.q_proj(positioned), self.k_proj(positioned), hidden_states, attention_mask), None
 
 
 class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
-    """As `EncoderSelfAttention`, of the queries."""
+    """Like `EncoderSelfAttention`, for the queries."""
 
     def forward(
         self,
@@ -71,7 +71,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask:
 
 
 class EncoderLayer(theirs.ConditionalDetrEncoderLayer):
-    """On a GPU it does not ask whether all numbers are finite."""
+    """On a GPU it does not wait for the check that all values are finite."""
 
     def forward(
         self,
@@ -83,7 +83,7 @@ class EncoderLayer(theirs.ConditionalDetrEncoderLayer):
         """As the base class, which documents the arguments."""
         if not (self.training and asking_waits(hidden_states)):
             return super().forward(hidden_states, attention_mask, spatial_position_embeddings, **kwargs)
-        # As the base class, which calls its parts by these keywords.
+        # The base class uses the same keywords.
         attended, _ = self.self_attn(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -95,11 +95,11 @@ class EncoderLayer(theirs.ConditionalDetrEncoderLayer):
 
 
 def _finite(tokens: Tensor) -> Tensor:
-    """As transformers limits what an encoder layer gives where a number of it is not finite; the host asks nothing."""
+    """Clamp a layer's output if a value is not finite, as transformers does, but without waiting for the device."""
     limit = torch.finfo(tokens.dtype).max - 1000
     limited = tokens.clamp(-limit, limit)
     if tokens.dtype != torch.float16:
-        # Here the limit rounds to the largest number there is, and finite numbers stay in any case.
+        # The limit rounds to the dtype's largest number, so finite values stay in any case.
         return limited
     return torch.where(tokens.isfinite().all(), tokens, limited)
 
@@ -114,11 +114,11 @@ _ENCODER_KINDS = frozenset(
         nn.ReLU,
     )
 )
-"""Of the parts of encoder layers that fused operations know."""
+"""Classes of the parts of encoder layers that fused operations support."""
 
 
 class Encoder(theirs.ConditionalDetrEncoder):
-    """On a GPU from fused operations; or from its layers, whose mask is a view, about which the host is not asked."""
+    """Fused operations on a GPU; else its layers, whose mask is a view, made without waiting for the device."""
 
     backend: str
 
@@ -130,9 +130,9 @@ class Encoder(theirs.ConditionalDetrEncoder):
         **kwargs: object,
     ) -> BaseModelOutput:
         """As the base class, which documents the arguments."""
-        is_left = self.config._attn_implementation not in _KNOWN_MASKS or wants_more(self.config, kwargs)
-        is_left = is_left or attention_mask is None or attention_mask.dim() != 2
-        if not is_left:
+        needs_original = self.config._attn_implementation not in _KNOWN_MASKS or wants_more(self.config, kwargs)
+        needs_original = needs_original or attention_mask is None or attention_mask.dim() != 2
+        if not needs_original:
             with registry.demanded(self.backend):
                 memory = fast_encoder.encode(
                     self, inputs_embeds, attention_mask, spatial_position_embeddings, _ENCODER_KINDS
@@ -140,7 +140,7 @@ class Encoder(theirs.ConditionalDetrEncoder):
             if memory is not None:
                 return BaseModelOutput(last_hidden_state=memory)
         paths.note("encoder", "modules")
-        if is_left or not asking_waits(inputs_embeds):
+        if needs_original or not asking_waits(inputs_embeds):
             with as_shipped(self, theirs.ConditionalDetrEncoder):
                 return theirs.ConditionalDetrEncoder.forward(
                     self, inputs_embeds, attention_mask, spatial_position_embeddings, **kwargs
@@ -155,7 +155,7 @@ class Encoder(theirs.ConditionalDetrEncoder):
 
 
 class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
-    """Nothing is concatenated and no score is written. Attention maps, where wanted, come from transformers."""
+    """Concatenates nothing and writes no scores. Requested attention maps come from transformers."""
 
     def forward(
         self,
@@ -184,7 +184,7 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
         q_content = self.q_content_proj(hidden_states)
         q_spatial = self.q_pos_sine_proj(query_sine_embed)
         if query_position_embeddings is not None:
-            # (q + q_p)·(k + k_p) + q_s·k_p = (q + q_p)·k + (q + q_p + q_s)·k_p leaves the keys alone.
+            # (q + q_p)·(k + k_p) + q_s·k_p = (q + q_p)·k + (q + q_p + q_s)·k_p leaves the keys unchanged.
             q_content = q_content + self.q_pos_proj(query_position_embeddings)
             q_spatial = q_content + q_spatial
         attended = cross_attention(
@@ -220,11 +220,11 @@ _DECODER_KINDS = frozenset(
         nn.ReLU,
     )
 )
-"""As `_ENCODER_KINDS`, of the decoder."""
+"""Like `_ENCODER_KINDS`, for the decoder."""
 
 
 class Decoder(theirs.ConditionalDetrDecoder):
-    """The sine embedding in one kernel; the mask of the keys is a view, about which the host is not asked."""
+    """The sine embedding runs in one kernel; the mask of the keys is a view, made without waiting for the device."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""timm's plain ResNets with frozen batch norm: the norm is part of the convolution, in training as well."""
+"""timm's plain ResNets with frozen batch norm: the norm is folded into the convolution, also in training."""
 
 from torch import Tensor, nn
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs
@@ -10,11 +10,11 @@ from conddetr.model.fast.plan import can_run, folded_recipes, make_weights, step
 from conddetr.model.plain import why_not_plain
 
 Maps = list[tuple[Tensor, Tensor]]
-"""Of each stage, the feature map and its mask [B, h, w] bool."""
+"""For each stage, the feature map and its mask [B, h, w] bool."""
 
 
 class ConvEncoder(theirs.ConditionalDetrConvEncoder):
-    """In channels-last, its norms folded within the graph."""
+    """In channels-last, with norms folded within the graph."""
 
     backend: str
 
@@ -26,7 +26,7 @@ class ConvEncoder(theirs.ConditionalDetrConvEncoder):
 
 
 def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps | None:
-    """What `ConvEncoder` computes; None where the original has to."""
+    """The maps that `ConvEncoder` returns; None if transformers' own code has to compute them."""
     if misfit(encoder) is not None or resnet.is_unproven(encoder.backend, pixel_values):
         paths.note("backbone", "transformers' own")
         return None
@@ -36,25 +36,25 @@ def encode(encoder: nn.Module, pixel_values: Tensor, pixel_mask: Tensor) -> Maps
 
 
 def _folded(encoder: nn.Module, body: nn.Module, pixel_values: Tensor) -> resnet.Folded | None:
-    """The weights of plain convolutions, all of them made at once; None where they are folded one by one."""
+    """The folded weights of plain convolutions, prepared at once; None if they are folded one by one."""
     dtype = step_dtype(pixel_values.device, pixel_values.dtype)
     if not can_run(encoder.backend, pixel_values.device, dtype):
         return None
-    [made] = make_weights((folded_recipes(body),), dtype)
-    return lambda conv, _: made[id(conv)]
+    [weights] = make_weights((folded_recipes(body),), dtype)
+    return lambda conv, _: weights[id(conv)]
 
 
 def timm_model(encoder: nn.Module) -> nn.Module:
-    """timm's model, which some of transformers' encoders have in a wrapper."""
+    """timm's model, which some of transformers' encoders wrap."""
     return getattr(encoder.model, "_backbone", encoder.model)
 
 
 def misfit(encoder: nn.Module) -> str | None:
-    """The reason why `ConvEncoder` is not the same as this one; None where it is, part for part."""
+    """The reason why `ConvEncoder` is not equivalent to this encoder; None if it is, part for part."""
     body = timm_model(encoder)
     names = [name for name, _ in body.named_children()]
     if names != ["conv1", "bn1", "act1", "maxpool", *resnet.STAGES]:
-        return f"{type(body).__name__} is no ResNet of timm"
+        return f"{type(body).__name__} is not a ResNet of timm"
     if tuple(body.feature_info.out_indices) != (1, 2, 3, 4):
-        return f"out_indices {tuple(body.feature_info.out_indices)}, expected (1, 2, 3, 4)"
+        return f"out_indices: expected (1, 2, 3, 4), got {tuple(body.feature_info.out_indices)}"
     return why_not_plain(encoder.model) or why_not_plain(body)

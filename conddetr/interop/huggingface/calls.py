@@ -1,4 +1,4 @@
-"""What a call of a replaced module wants, and whether ours takes it."""
+"""Whether ours supports a call of a replaced module."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from conddetr.kernels.registry import OPERATIONS
 
 
 def runs_ours(backend: str, tensor: Tensor) -> bool:
-    """Whether our operation takes this call: the backend was asked for by name, or `auto` finds a kernel.
+    """Whether our operation runs this call: the backend was requested by name, or `auto` finds a kernel.
 
-    Where `auto` finds none, plain PyTorch is what transformers has too, and its own choice of it stays.
+    If `auto` finds none, ours would be plain PyTorch like transformers' own, whose choice stays.
     """
     dtype = tensor.dtype
     if torch.is_autocast_enabled(tensor.device.type):
@@ -22,15 +22,15 @@ def runs_ours(backend: str, tensor: Tensor) -> bool:
 
 
 def asking_waits(tensor: Tensor) -> bool:
-    """Whether the host would wait for the tensor's values, so that code of ours runs which does without."""
+    """Whether the host would wait for the tensor's values, so that our code runs, which does not read them."""
     return tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None, options: dict) -> bool:
-    """Whether `decode` says all that this call of a decoder wants.
+    """Whether `decode` returns everything that this call of a decoder requests.
 
-    Attention maps, hidden states, tuples, layer drop, and gradient checkpointing where the decoder itself does it
-    (early 4.5x) are left to transformers.
+    Attention maps, hidden states, tuples, layer drop, and gradient checkpointing by the decoder itself (early 4.5x)
+    are left to transformers.
     """
     is_checkpointed = getattr(decoder, "gradient_checkpointing", False)
     has_layer_drop = decoder.training and (decoder.layerdrop > 0 or is_checkpointed)
@@ -39,7 +39,7 @@ def is_plain_call(decoder: nn.Module, memory: Tensor | None, mask: Tensor | None
 
 
 def wants_more(config: object, options: dict) -> bool:
-    """Whether a call asks for attention maps, hidden states or a tuple, which transformers collects."""
+    """Whether a call requests attention maps, hidden states or a tuple, which transformers collects."""
     names = ("output_attentions", "output_hidden_states")
     is_tuple = options.get("return_dict", getattr(config, "return_dict", True)) is False
     return is_tuple or any(options.get(name, getattr(config, name, False)) for name in names)
@@ -47,11 +47,11 @@ def wants_more(config: object, options: dict) -> bool:
 
 @contextmanager
 def as_shipped(module: nn.Module, theirs: type[nn.Module]) -> Iterator[None]:
-    """The module is of transformers' own class meanwhile: what it records of its layers goes by the class's name."""
-    found = type(module)
+    """Give the module transformers' own class meanwhile: transformers records outputs of layers by the class's name."""
+    accelerated = type(module)
     module.__class__ = theirs
     try:
         yield
     finally:
-        if found is not theirs:  # else another thread is in here, which gives the class back
-            module.__class__ = found
+        if accelerated is not theirs:  # else another thread is inside, which restores the class
+            module.__class__ = accelerated

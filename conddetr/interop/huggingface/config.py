@@ -1,4 +1,4 @@
-"""What configurations of transformers' Conditional DETR, and of its image processor, mean for ours."""
+"""Our options from configurations of transformers' Conditional DETR and of its image processor."""
 
 import logging
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ MODEL_TYPE = "conditional_detr"
 
 
 def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that a configuration of transformers' Conditional DETR sets, but those of its loss.
+    """The fields of `ModelConfig` that a configuration of transformers' Conditional DETR sets, except its loss.
 
     Args:
-        config: as in `config.json`; what is absent has transformers' default.
+        config: as in `config.json`; absent fields have transformers' defaults.
 
     Raises:
         ValueError: another architecture, backbone, activation or position encoding, or encoder and decoder differ in
             heads or width; says which.
     """
     _check_architecture(config)
-    for name, usual in (("attention_heads", 8), ("ffn_dim", 2048)):
-        encoder, decoder = config.get(f"encoder_{name}", usual), config.get(f"decoder_{name}", usual)
+    for name, default in (("attention_heads", 8), ("ffn_dim", 2048)):
+        encoder, decoder = config.get(f"encoder_{name}", default), config.get(f"decoder_{name}", default)
         if encoder != decoder:
-            raise ValueError(f"encoder_{name} {encoder} and decoder_{name} {decoder}: expected equal ones.")
+            raise ValueError(f"encoder_{name} {encoder} and decoder_{name} {decoder}: expected equal values.")
     for name, expected in (("activation_function", "relu"), ("position_embedding_type", "sine")):
         if config.get(name, expected) != expected:
-            raise ValueError(f"{name}: expected {expected}, which ours has, got {config[name]}.")
-    # From transformers 5 on the backbone has a configuration of its own.
+            raise ValueError(f"{name}: expected {expected}, got {config[name]}.")
+    # From transformers 5 on, the backbone has its own configuration.
     inner = config.get("backbone_config") or {}
     backbone = inner.get("backbone") if inner else config.get("backbone", "resnet50")
     if backbone not in ("resnet50", "resnet101"):
@@ -52,11 +52,11 @@ def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:
-    kind = config.get("model_type", MODEL_TYPE)
-    architecture = ", ".join(config.get("architectures") or ()) or kind
-    if kind != MODEL_TYPE:
+    model_type = config.get("model_type", MODEL_TYPE)
+    architecture = ", ".join(config.get("architectures") or ()) or model_type
+    if model_type != MODEL_TYPE:
         raise ValueError(
-            f"{architecture} (model_type {kind}) is another architecture: expected transformers' "
+            f"{architecture} (model_type {model_type}) is another architecture: expected transformers' "
             "ConditionalDetrForObjectDetection."
         )
     if architecture == "ConditionalDetrModel":
@@ -69,7 +69,7 @@ def class_list(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the labels of `id2label` are not 0, 1, 2, ….
     """
-    # Two labels with these names are transformers' default, which is not written.
+    # transformers does not write its default, two labels with these names.
     names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     labels = sorted(int(label) for label in names)
     if labels != list(range(len(names))):
@@ -78,11 +78,11 @@ def class_list(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def image_size(config: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Fields of `ModelConfig` from the configuration of an image processor; warns of what ours does otherwise.
+    """Fields of `ModelConfig` from the configuration of an image processor; warns if our preprocessing differs.
 
     Args:
         config: as in `preprocessor_config.json`.
-        path: of that file, for warnings.
+        path: the path of that file, for warnings.
     """
     for name, ours in (("image_mean", [0.485, 0.456, 0.406]), ("image_std", [0.229, 0.224, 0.225])):
         if config.get(name, ours) != ours:

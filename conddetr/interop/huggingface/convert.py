@@ -1,4 +1,4 @@
-"""Whole models from transformers to ours and back, each with the parity of the two."""
+"""Conversion of whole models from transformers to ours and back, with the parity of the two."""
 
 from torch import nn
 
@@ -13,16 +13,16 @@ from conddetr.zoo import build
 def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
     """Our model with the weights of transformers' `ConditionalDetrForObjectDetection`.
 
-    The settings of its loss are not taken over: ours has those of the paper. In training, `dropout` is that of
-    attention and of the feed-forward's inside too, as in the official code; transformers has rates of their own there.
+    The settings of its loss are not taken over: ours has the paper's. In training, `dropout` also applies to attention
+    and inside the feed-forward network, as in the official code; transformers has separate rates there.
 
     Args:
         model: with timm's ResNet-50 or ResNet-101; not changed.
 
     Returns:
         Ours, on the same device, in evaluation mode; and the parity of the two. With `auxiliary_loss` in its
-        configuration transformers' forward pass is another (normalised tokens go to the next layer): the report then
-        shows a difference, and the official code's outputs are ours.
+        configuration transformers' forward pass differs (normalised tokens go to the next layer): the report then
+        shows a difference, and our outputs are the official code's.
 
     Raises:
         ValueError: it has another backbone, activation or position encoding, or encoder and decoder differ in heads
@@ -39,24 +39,22 @@ def convert_to_huggingface(model: DETR) -> tuple[nn.Module, ParityReport]:
     """transformers' `ConditionalDetrForObjectDetection` with the weights of ours; needs transformers and timm.
 
     Args:
-        model: of a `conditional-detr` preset with a ResNet, in the paper's form; not changed.
+        model: of a `conditional-detr` preset with a ResNet, without the paper's ablations; not changed.
 
     Returns:
-        Theirs, on the same device, in evaluation mode; and the parity of the two. In training theirs differs: dropout
-        sits elsewhere, the whole backbone may train, the classification loss has weight 1.
+        transformers' model, on the same device, in evaluation mode; and the parity of the two. In training it differs:
+        dropout is applied elsewhere, the whole backbone may train, the classification loss has weight 1.
 
     Raises:
-        ValueError: the model is one that transformers does not have; says why.
+        ValueError: transformers does not have such a model; says why.
     """
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
 
     config = model.config
-    form = {"family": "conditional-detr", "csq": "full", "reference_points": "generated"}
-    for name, expected in form.items():
+    required = {"family": "conditional-detr", "csq": "full", "reference_points": "generated"}
+    for name, expected in required.items():
         if getattr(config, name) != expected:
-            raise ValueError(
-                f"{name}: expected {expected}, the form that transformers has, got {getattr(config, name)}."
-            )
+            raise ValueError(f"{name}: expected {expected}, as in transformers, got {getattr(config, name)}.")
     if config.backbone == "tiny":
         raise ValueError("backbone: expected resnet50 or resnet101, which timm has, got tiny.")
     peer = ConditionalDetrForObjectDetection(

@@ -1,6 +1,6 @@
 """transformers' DAB-DETR: its cross-attention is conditional attention, with anchors of four numbers.
 
-Its sine embedding stays: it is one of boxes, made anew in every layer and scaled by their size.
+Its sine embedding stays: it embeds boxes, is recomputed in every layer and scaled by their size.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from conddetr.model.attention import self_attention
 
 
 class ConvEncoder(theirs.DabDetrConvEncoder):
-    """In channels-last, its norms folded within the graph."""
+    """In channels-last, with norms folded within the graph."""
 
     backend: str
 
@@ -27,7 +27,7 @@ class ConvEncoder(theirs.DabDetrConvEncoder):
 
 
 class EncoderSelfAttention(theirs.DetrAttention):
-    """PyTorch's fused attention; on a CPU ours."""
+    """PyTorch's fused attention; ours on a CPU."""
 
     def forward(
         self,
@@ -41,8 +41,8 @@ class EncoderSelfAttention(theirs.DetrAttention):
         if output_attentions or key_value_states is not None or not is_floating_mask(attention_mask):
             paths.note("self-attention", "transformers' own")
             return super().forward(hidden_states, attention_mask, object_queries, key_value_states, output_attentions)
-        placed = hidden_states if object_queries is None else hidden_states + object_queries
-        projected = as_under_autocast(self.q_proj(placed), self.k_proj(placed), self.v_proj(hidden_states))
+        positioned = hidden_states if object_queries is None else hidden_states + object_queries
+        projected = as_under_autocast(self.q_proj(positioned), self.k_proj(positioned), self.v_proj(hidden_states))
         dropout_p = self.attention_dropout if self.training else 0.0
         attended = self_attention(*projected, self.num_heads, key_padding(attention_mask), dropout_p, self.backend)
         return self.out_proj(attended), None
@@ -79,5 +79,5 @@ class CrossAttention(theirs.DabDetrAttention):
 
 
 def is_cross_attention(module: theirs.DabDetrAttention) -> bool:
-    """Whether this is the attention to the image; that among queries has the same class."""
+    """Whether this is the cross-attention to the image; the queries' self-attention has the same class."""
     return module.embed_dim == 2 * module.output_dim

@@ -17,15 +17,15 @@ def decode(
 ) -> dict[str, Tensor | None]:
     """The decoder's loop: reference points and their embedding once, then layer by layer with λ ⊙ p_s.
 
-    Everything in the decoder is called as a module, with what transformers hands to it.
+    Everything in the decoder is called as a module, with the arguments that transformers passes.
 
     Args:
         decoder: transformers' decoder.
-        tokens: [B, Q, C] decoder embedding at the start.
+        tokens: [B, Q, C] initial decoder embedding.
         memory, position: [B, N, C].
-        mask: for the layers: [B, 1, Q, N] as `mask_of_keys` makes it.
+        mask: for the layers: [B, 1, Q, N] as `mask_of_keys` returns it.
         object_query: [B, Q, C].
-        options: handed on to the layers.
+        options: passed on to the layers.
 
     Returns:
         The fields of transformers' decoder output: `last_hidden_state` [B, Q, C], `intermediate_hidden_states`
@@ -38,8 +38,8 @@ def decode(
     for index, layer in enumerate(decoder.layers):
         spatial_query = p_s if index == 0 else decoder.query_scale(tokens) * p_s
         is_first = index == 0
-        # By position, as transformers does it: checkpointing saves those.
-        found = layer(
+        # Positional as in transformers, because checkpointing saves positional arguments.
+        output = layer(
             tokens,
             None,
             position,
@@ -50,9 +50,9 @@ def decode(
             is_first=is_first,
             **options,
         )
-        tokens = found[0] if isinstance(found, tuple) else found
+        tokens = output[0] if isinstance(output, tuple) else output
         if decoder.config.auxiliary_loss:
-            # As transformers does it: the next layer, too, goes on from the normalised tokens.
+            # As in transformers, the next layer gets the normalised tokens too.
             tokens = decoder.layernorm(tokens)
             intermediate.append(tokens)
     return {

@@ -1,4 +1,4 @@
-"""The detectors of transformers that are known here, told by name, so that only those who use it import it."""
+"""The supported detectors of transformers, recognised by name, so that only users of transformers import it."""
 
 from torch import nn
 
@@ -7,6 +7,6 @@ DAB_DETR = "DabDetrForObjectDetection"
 
 
 def is_model(model: nn.Module, *kinds: str) -> bool:
-    """Whether it is one of these models of transformers; without kinds: any of the two above."""
+    """Whether it is one of these models of transformers; without kinds: either of the two above."""
     names = kinds or (CONDITIONAL_DETR, DAB_DETR)
     return any(base.__name__ in names and base.__module__.startswith("transformers.") for base in type(model).__mro__)

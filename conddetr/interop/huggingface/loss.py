@@ -14,7 +14,7 @@ from conddetr.loss.criterion import Criterion, loss_backend
 from conddetr.zoo import build_criterion
 
 MATCHING_ALPHA = 0.25
-"""transformers matches with this α whatever `config.focal_alpha` says; ours has one for both."""
+"""transformers matches with this α, independent of `config.focal_alpha`; ours has one α for both."""
 
 
 def detection_loss(
@@ -28,12 +28,11 @@ def detection_loss(
     backend: str = "auto",
     **kwargs: object,
 ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
-    """transformers' `DeformableDetrForObjectDetectionLoss`: the same interface and, up to rounding, values.
+    """transformers' `DeformableDetrForObjectDetectionLoss`: the same interface and, up to rounding, the same values.
 
-    Its habits are kept: the classification loss has weight 1 whatever the configuration says, with several processes
-    the losses are divided by the mean count of objects over the number of processes, and predictions that are not
-    finite are matched all the same. On a GPU the host waits for nothing. With another α than that of matching it is
-    the original.
+    Its peculiarities are kept: the classification loss always has weight 1, with several processes the losses are
+    divided by the mean count of objects over the number of processes, and predictions that are not finite are matched
+    as well. On a GPU the host never waits. If α differs from the matching's, the original runs.
 
     Args:
         logits: [B, Q, K].
@@ -43,7 +42,7 @@ def detection_loss(
         config: transformers' configuration.
         outputs_class, outputs_coord: [L, B, Q, K] and [L, B, Q, 4] of all layers, with `config.auxiliary_loss`.
         backend: as in `build_criterion`.
-        kwargs: of no meaning here, as in the original.
+        kwargs: ignored, as in the original.
 
     Returns:
         The total; the unweighted losses and the cardinality error, by name; the outputs of the earlier layers.
@@ -52,7 +51,7 @@ def detection_loss(
         ValueError: labels do not fit; names the image. Values on a GPU stop the device instead.
     """
     if config.focal_alpha != MATCHING_ALPHA:
-        # It was changed since.
+        # The configuration was changed after `accelerate`.
         paths.note("loss", "transformers' own")
         layers = (outputs_class, outputs_coord)
         return DeformableDetrForObjectDetectionLoss(logits, labels, device, pred_boxes, config, *layers, **kwargs)
@@ -65,19 +64,19 @@ def detection_loss(
     outputs = {"pred_logits": logits, "pred_boxes": pred_boxes}
     outputs["aux_outputs"] = [{"pred_logits": a["logits"], "pred_boxes": a["pred_boxes"]} for a in auxiliary]
     normalizer = _normalizer(sum(len(target["labels"]) for target in targets), logits.device)
-    found = _criterion(config, backend)(outputs, targets, normalizer)
+    result = _criterion(config, backend)(outputs, targets, normalizer)
 
     losses = {}
     errors = _cardinality_errors(torch.stack([logits, *(layer["logits"] for layer in auxiliary)]), labels)
     for suffix, error in zip(["", *(f"_{i}" for i in range(len(auxiliary)))], errors, strict=True):
-        losses |= {f"{name}{suffix}": found[f"{name}{suffix}"] for name in ("loss_ce", "loss_bbox", "loss_giou")}
+        losses |= {f"{name}{suffix}": result[f"{name}{suffix}"] for name in ("loss_ce", "loss_bbox", "loss_giou")}
         losses[f"cardinality_error{suffix}"] = error
-    return found["loss"], losses, auxiliary if config.auxiliary_loss else None
+    return result["loss"], losses, auxiliary if config.auxiliary_loss else None
 
 
 @torch.no_grad()
 def _cardinality_errors(logits: Tensor, labels: list[dict[str, Tensor]]) -> list[Tensor]:
-    """[L, B, Q, K] -> of each layer, by how many objects its predictions miss the count."""
+    """[L, B, Q, K] -> for each layer, the mean absolute error of the predicted number of objects."""
     counts = torch.tensor([len(label["class_labels"]) for label in labels], dtype=torch.float32)
     counts = counts.to(logits.device, non_blocking=True)
     is_object = logits.amax(-1).sigmoid() > 0.5 if _counts_scores() else logits.argmax(-1) != logits.shape[-1] - 1
@@ -86,9 +85,9 @@ def _cardinality_errors(logits: Tensor, labels: list[dict[str, Tensor]]) -> list
 
 @lru_cache
 def _counts_scores() -> bool:
-    """Whether this version of transformers counts scores above one half; others count best classes but the last.
+    """Whether this version of transformers counts scores above one half; others count best classes except the last.
 
-    It is asked, with one prediction that only the latter count: its own function makes the host wait in every layer.
+    One prediction that only the latter count shows it. transformers' own function makes the host wait in every layer.
     """
     unlikely = {"logits": torch.tensor([[[-1.0, -2.0]]])}
     nothing = [{"class_labels": torch.zeros(0, dtype=torch.int64)}]
@@ -112,15 +111,15 @@ def _criterion(config: object, backend: str) -> Criterion:
     )
 
 
-# transformers replaces costs that are not finite and goes on.
+# transformers replaces costs that are not finite and continues.
 _build_criterion = lru_cache(maxsize=8)(partial(build_criterion, check_finite=False))
 
 
 def _normalizer(count: int, device: torch.device) -> Tensor:
-    """transformers' divisor, as `Criterion.normalizer` gives ours; the focal loss has no use for its second number.
+    """transformers' divisor, in the form of `Criterion.normalizer`; the focal loss does not use its second number.
 
-    It is the count of this process, unless the package accelerate knows of several: then it is the mean over them,
-    divided by their number again.
+    It is the count of this process, unless the package accelerate has several: then it is the mean over them, divided
+    by their number again.
     """
     sums = torch.tensor([count, 1], dtype=torch.float64).to(device, non_blocking=True)
     processes = _accelerate_processes()
@@ -131,7 +130,7 @@ def _normalizer(count: int, device: torch.device) -> Tensor:
 
 
 def _accelerate_processes() -> int | None:
-    """The number of processes as the package accelerate knows it; None where it was not set up."""
+    """The number of processes that the package accelerate reports; None if it was not set up."""
     if importlib.util.find_spec("accelerate") is None:
         return None
     from accelerate import PartialState

@@ -1,11 +1,11 @@
-"""transformers' masks for attention, in the forms of its versions, and ours."""
+"""transformers' attention masks, in the layouts of its versions, and ours."""
 
 import torch
 from torch import Tensor
 
 
 def mask_of_keys(mask: Tensor, queries: int, dtype: torch.dtype | None = None) -> Tensor:
-    """transformers' mask for attention, as a view of one row per image.
+    """transformers' attention mask, as a view of one row per image.
 
     Args:
         mask: [B, N], nonzero = valid.
@@ -26,7 +26,7 @@ def key_padding(mask: Tensor | None) -> Tensor | None:
 
     Args:
         mask: [B, N], nonzero = valid; or [B, 1, Q or 1, N], the same for every query: bool, True = valid, or floating,
-            0 = valid and very negative = padding; None: nothing is padding.
+            0 = valid and very negative = padding; None: no padding.
     """
     if mask is None:
         return None
@@ -37,8 +37,8 @@ def key_padding(mask: Tensor | None) -> Tensor | None:
 
 
 def is_floating_mask(mask: Tensor | None) -> bool:
-    """Whether it is a mask as modules that add it to scores get it from transformers.
+    """Whether transformers passes such a mask to modules that add it to scores: floating-point or None.
 
-    A bool one never comes from there; some of these modules would read it the other way round than `key_padding`.
+    It never passes them a bool mask, and some of these modules would read one inverted, unlike `key_padding`.
     """
     return mask is None or mask.is_floating_point()

@@ -1,7 +1,7 @@
-"""Which modules of transformers' models have a replacement, and the replacing.
+"""Replaces modules of transformers' models.
 
-A module gets our subclass of its own class: parameters, hooks, copies, pickles and data parallelism go on as they were,
-and nothing of the package itself is touched.
+A module gets our subclass of its own class: parameters, hooks, copies, pickles and data parallelism work as before, and
+the package itself is not changed.
 """
 
 import inspect
@@ -26,43 +26,43 @@ from conddetr.kernels import registry
 from conddetr.model.attention import attends_natively
 from conddetr.model.fast.plan import can_run
 
-FUSED_ATTENTION = "PyTorch's fused attention; on a CPU ours"
-NO_WAIT = "on a GPU fused operations, and the host waits for nothing"
+FUSED_ATTENTION = "PyTorch's fused attention; ours on a CPU"
+NO_WAIT = "fused operations on a GPU, where the host never waits"
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """Our subclass of one of their classes."""
+    """Our subclass of one of transformers' classes."""
 
     name: str
     ours: type[nn.Module]
     note: str = ""
-    """What is faster, where that does not depend on a backend."""
+    """The faster code, if it does not depend on a backend."""
     is_meant: Callable[[nn.Module], bool] = lambda _: True
-    """Which modules of their class are replaced."""
+    """Selects the modules of that class to replace."""
 
     @property
     def needs_kernel(self) -> bool:
-        """Whether it gives way to the original where `auto` finds no kernel."""
+        """Whether the original runs if `auto` finds no kernel."""
         return not self.note
 
     @property
     def original(self) -> type[nn.Module]:
-        """Their class."""
+        """transformers' class."""
         return self.ours.__base__
 
     def find(self, model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-        """The modules that it is for, and those of subclasses that others made, which stay."""
-        found = [m for m in model.modules() if isinstance(m, self.original) and self.is_meant(m)]
-        own = [module for module in found if type(module) in (self.original, self.ours)]
-        return own, [module for module in found if type(module) not in (self.original, self.ours)]
+        """The modules to replace, and those of other subclasses, which stay."""
+        candidates = [m for m in model.modules() if isinstance(m, self.original) and self.is_meant(m)]
+        replaceable = [module for module in candidates if type(module) in (self.original, self.ours)]
+        return replaceable, [module for module in candidates if type(module) not in (self.original, self.ours)]
 
     def misfit(self) -> str | None:
-        """The reason against it: their `forward` takes other arguments than the one that ours was written for."""
-        found, expected = (_arguments(kind.forward) for kind in (self.original, self.ours))
-        if found == expected:
+        """The reason against it: the arguments of transformers' `forward` differ from ours; None if they are equal."""
+        actual, expected = (_arguments(kind.forward) for kind in (self.original, self.ours))
+        if actual == expected:
             return None
-        return f"forward of transformers {transformers.__version__} takes {found}, expected {expected}"
+        return f"forward of transformers {transformers.__version__}: expected {expected}, got {actual}"
 
 
 def _arguments(function: object) -> list[str]:
@@ -72,7 +72,7 @@ def _arguments(function: object) -> list[str]:
 
 
 def replacements(model: nn.Module) -> list[Replacement]:
-    """Those that the structure of the installed version has."""
+    """The replacements for the structure of the installed version."""
     if _is_dab(model):
         from conddetr.interop.huggingface import dab_detr
 
@@ -107,17 +107,17 @@ def _is_dab(model: nn.Module) -> bool:
 def accelerate_model(
     model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport, graphs: bool
 ) -> None:
-    """Replace what can be replaced, and say so in the report.
+    """Replace the supported parts, and list all parts in the report.
 
     Args:
         model: `ConditionalDetrForObjectDetection` or `DabDetrForObjectDetection`, changed in place.
-        backend: as asked for; `choice` is what it means where the model is now.
-        graphs: of the body in training; only of the former kind of model.
+        backend: as requested; `choice` is the backend that it selects on the model's current device.
+        graphs: replay the body in training; only for the former model.
     """
-    found = replacements(model)
-    for replacement in found:
+    applicable = replacements(model)
+    for replacement in applicable:
         _replace_modules(model, replacement, backend, choice, report)
-    if not found:
+    if not applicable:
         layers = len(model.model.decoder.layers)
         report.left.append(
             Part("decoder", layers, f"its structure in transformers {transformers.__version__} is unknown")
@@ -130,44 +130,44 @@ def accelerate_model(
         _report_dab(model, report)
     elif hasattr(theirs, "ConditionalDetrSelfAttention"):
         _replace_self_attention(model, backend, choice, report)
-    report_hooks(model, report, _what_gives_way(model, backend))
+    report_hooks(model, report, _fallback(model, backend))
 
 
-def _what_gives_way(model: nn.Module, backend: str) -> Callable[[str, nn.Module], str | None]:
-    """For `report_hooks`: what runs as shipped because of something attached to a module."""
-    kind = _conv_encoder(model)
-    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), kind)
-    encoders = [encoder for encoder in model.modules() if type(encoder) is kind]
+def _fallback(model: nn.Module, backend: str) -> Callable[[str, nn.Module], str | None]:
+    """For `report_hooks`: returns a note on the part that runs as shipped because something is attached to a module."""
+    encoder_class = _conv_encoder(model)
+    ours = (*(replacement.ours for replacement in (*replacements(model), *_self_attention())), encoder_class)
+    encoders = [encoder for encoder in model.modules() if type(encoder) is encoder_class]
     backbone = {module for encoder in encoders for module in encoder.model.modules()}
-    layers = _layers_that_give_way(model, backend)
+    layers = _layer_notes(model, backend)
 
-    def gives_way(name: str, module: nn.Module) -> str | None:
+    def fallback(name: str, module: nn.Module) -> str | None:
         if has_own_forward(module) and type(module) in ours:
-            return "that runs in place of ours"
+            return "it runs instead of ours"
         return "its part of the backbone runs as shipped" if module in backbone else layers.get(module)
 
-    return gives_way
+    return fallback
 
 
-def _layers_that_give_way(model: nn.Module, backend: str) -> dict[nn.Module, str]:
-    """What is called as a module only if something is attached to it, where the model is now → what that means."""
+def _layer_notes(model: nn.Module, backend: str) -> dict[nn.Module, str]:
+    """The modules that are called only if something is attached to them, on the model's current device → a note."""
     parameter = parameter_of(model)
     if not _self_attention() or not can_run(backend, parameter.device, parameter.dtype):
         return {}
-    found = {}
+    notes = {}
     for name in ("encoder", "decoder"):
         container = getattr(model.model, name)
         parts = [container.layers, *(getattr(container, part, None) for part in ("query_scale", "layernorm"))]
         note = f"the layers of the {name} are called as modules"
-        found |= {module: note for part in parts if part is not None for module in part.modules()}
-    return found
+        notes |= {module: note for part in parts if part is not None for module in part.modules()}
+    return notes
 
 
 def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
     layers = len(model.model.decoder.layers)
     report.left += [
-        Part("decoder self-attention", layers, "transformers asks it for its attention map in every call"),
-        Part("sine embedding", layers, "one of boxes, scaled by their size, anew in every layer"),
+        Part("decoder self-attention", layers, "transformers requests its attention map in every call"),
+        Part("sine embedding", layers, "embeds boxes, scaled by their size, in every layer"),
     ]
 
 
@@ -185,7 +185,7 @@ def _self_attention() -> list[Replacement]:
 def _replace_self_attention(
     model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport
 ) -> None:
-    """On a CPU, where PyTorch has no fused attention with dropout; elsewhere it stays what transformers was told."""
+    """On a CPU, where PyTorch has no fused attention with dropout; elsewhere `attn_implementation` stays."""
     for replacement in _self_attention():
         if attends_natively(backend, parameter_of(model)):
             _replace_modules(model, replacement, backend, choice, report)
@@ -199,10 +199,10 @@ def _replace_self_attention(
 
 
 def _replace_backbone(model: nn.Module, backend: str, report: AccelerationReport) -> None:
-    """The parts of each ResNet that are plain; whether they still are is asked in every call."""
+    """Replace the plain parts of each ResNet; every call checks that they are still plain."""
     replacement = Replacement("backbone", _conv_encoder(model))
-    kinds = (replacement.original, replacement.ours)
-    for encoder in (module for module in model.modules() if type(module) in kinds):
+    classes = (replacement.original, replacement.ours)
+    for encoder in (module for module in model.modules() if type(module) in classes):
         reason = replacement.misfit() or misfit(encoder)
         if reason is not None:
             report.left.append(Part("backbone", 1, reason))
@@ -223,8 +223,8 @@ def _replace_modules(
     model: nn.Module, replacement: Replacement, backend: str, choice: registry.Choice | None, report: AccelerationReport
 ) -> None:
     modules, others = replacement.find(model)
-    for kind, count in Counter(type(module).__name__ for module in others).items():
-        report.left.append(Part(replacement.name, count, f"{kind} is another class, which stays"))
+    for class_name, count in Counter(type(module).__name__ for module in others).items():
+        report.left.append(Part(replacement.name, count, f"{class_name} is another class and stays"))
     reason = replacement.misfit()
     if reason is None and not modules and not others:
         reason = f"no module is a {replacement.original.__name__}"
@@ -233,10 +233,10 @@ def _replace_modules(
         return
     for module in modules:
         change(module, replacement.ours, backend=backend)
-    hidden = [module for module in modules if has_own_forward(module)]
-    if hidden:
-        report.left.append(Part(replacement.name, len(hidden), "a forward was set on them, which runs"))
-    count = len(modules) - len(hidden)
+    overridden = [module for module in modules if has_own_forward(module)]
+    if overridden:
+        report.left.append(Part(replacement.name, len(overridden), "their own forward runs"))
+    count = len(modules) - len(overridden)
     if not count:
         return
     note = replacement.note
@@ -253,9 +253,9 @@ def _replace_loss(model: nn.Module, backend: str, report: AccelerationReport) ->
     name = "matcher and loss"
     is_ours = getattr(model.loss_function, "func", None) is detection_loss
     if not is_ours and model.loss_function is not DeformableDetrForObjectDetectionLoss:
-        report.left.append(Part(name, 1, "the model has a loss function of its own"))
+        report.left.append(Part(name, 1, "the model has its own loss function"))
     elif model.config.focal_alpha != MATCHING_ALPHA:
-        reason = f"focal_alpha {model.config.focal_alpha}: transformers uses {MATCHING_ALPHA} for matching all the same"
+        reason = f"focal_alpha {model.config.focal_alpha}: transformers always uses {MATCHING_ALPHA} for matching"
         report.left.append(Part(name, 1, reason))
     else:
         change(model, _loss_function=partial(detection_loss, backend=backend))

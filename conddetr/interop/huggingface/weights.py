@@ -1,4 +1,4 @@
-"""Names in state dicts of transformers' `ConditionalDetrForObjectDetection`, and ours for them."""
+"""Names in state dicts of transformers' `ConditionalDetrForObjectDetection`, and our names for them."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def _in(layer: tuple[str, str, str], ours: str, five: str, four: str) -> tuple[s
 _RESNET = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 _FEED_FORWARD = (("linear1.", "mlp.fc1.", "fc1."), ("linear2.", "mlp.fc2.", "fc2."))
 _NAMES = (
-    # Beginnings of names: official and ours; transformers 5.17; transformers 4.57. {} is a layer's number.
+    # Prefixes: official and ours; transformers 5.17; transformers 4.57. {} is a layer's number.
     *(
         (f"backbone.0.body.{x}.", f"model.backbone.model.{x}.", f"model.backbone.conv_encoder.model.{x}.")
         for x in _RESNET
@@ -54,13 +54,13 @@ def to_huggingface(state: Mapping[str, Tensor], names: str = "5") -> dict[str, T
 
     Args:
         state: ours, which has the official names; of a preset with a ResNet.
-        names: `5` as transformers 5.17 has them, `4` as 4.57 and 5.0 do, and the files on HuggingFace's hub.
+        names: `5` for those of transformers 5.17, `4` for those of 4.57, 5.0 and the files on HuggingFace's hub.
 
     Returns:
         The same tensors; packed query, key and value projections are split in three.
 
     Raises:
-        ValueError: a name is not of such a model; names it.
+        ValueError: a name does not belong to such a model; names it.
     """
     if names not in _COLUMNS:
         raise ValueError(f"names: expected '5' or '4', got {names!r}.")
@@ -79,14 +79,14 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of transformers' `ConditionalDetrForObjectDetection` under the official names, which are ours.
 
     Args:
-        state: of any version, `save_pretrained` of 5 writes names of 4 too; its backbone is timm's ResNet, as in the
+        state: of any version (`save_pretrained` of 5 writes names of 4 too), with timm's ResNet as backbone, as in the
             files on HuggingFace's hub.
 
     Returns:
         The same tensors; query, key and value projections of the encoder are packed into one.
 
     Raises:
-        ValueError: a name is not of such a model; names it.
+        ValueError: a name does not belong to such a model; names it.
     """
     converted = {}
     for name, value in _rename(state, (_FIVE, _FOUR), _OURS).items():
@@ -102,23 +102,23 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_huggingface(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of transformers."""
+    """Whether the names are transformers'."""
     return "class_labels_classifier.weight" in state or "model.query_position_embeddings.weight" in state
 
 
 def _rename(state: Mapping[str, Tensor], sources: tuple[int, ...], target: int) -> dict[str, Tensor]:
-    """From names of any of the columns `sources` of `_NAMES` to those of the column `target`."""
+    """Rename from any of the columns `sources` of `_NAMES` to the column `target`."""
     renamed = {}
     for name, value in state.items():
         number = re.search(r"(?<=layers\.)\d+", name)
         template = name if number is None else name[: number.start()] + "{}" + name[number.end() :]
-        beginnings = ((row[source], row[target]) for row in _NAMES for source in sources)
-        found = next((pair for pair in beginnings if template.startswith(pair[0])), None)
-        if found is None:
+        prefixes = ((row[source], row[target]) for row in _NAMES for source in sources)
+        match = next((pair for pair in prefixes if template.startswith(pair[0])), None)
+        if match is None:
             raise ValueError(
-                f"{name} is no name of a Conditional DETR for detection"
-                f"{' with a ResNet' if target else ' with a ResNet of timm'}: this state dict is of another model."
+                f"{name} is not a name of a Conditional DETR for detection"
+                f"{' with a ResNet' if target else ' with a ResNet of timm'}: this state dict belongs to another model."
             )
-        template = found[1] + template[len(found[0]) :]
+        template = match[1] + template[len(match[0]) :]
         renamed[template if number is None else template.replace("{}", number[0])] = value
     return renamed

@@ -1,4 +1,4 @@
-"""Whole models from the official code to ours and back, each with the parity of the two."""
+"""Conversion of whole models from the official code to ours and back, with the parity of the two."""
 
 from torch import nn
 
@@ -19,7 +19,7 @@ def convert_from_official(model: nn.Module) -> tuple[DETR, ParityReport]:
         Ours, on the same device, in evaluation mode; and the parity of the two.
 
     Raises:
-        ValueError: the weights are none of such a model; says what does not fit.
+        ValueError: the weights do not belong to such a model; says what does not fit.
     """
     state, transformer = model.state_dict(), model.transformer
     converted = build(
@@ -35,13 +35,13 @@ def convert_from_official(model: nn.Module) -> tuple[DETR, ParityReport]:
 
 
 def convert_to_official(model: DETR, official: nn.Module) -> ParityReport:
-    """Our weights into a model that the official repository's `build_model` made, in place.
+    """Load our weights into a model from the official repository's `build_model`, in place.
 
     Returns:
         The parity of the two.
 
     Raises:
-        ValueError: its names or shapes are others (it is unchanged); says which.
+        ValueError: its names or shapes differ (it is unchanged); says which.
     """
     load_weights(official, model.state_dict())
     return parity(model, official)

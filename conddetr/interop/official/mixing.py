@@ -1,6 +1,6 @@
 """Subclasses of the official code's classes, mixed with ours.
 
-Parameters, hooks, copies and pickles of a module go on as they were.
+Parameters, hooks, copies and pickles of a module work as before.
 """
 
 import inspect
@@ -13,21 +13,21 @@ from conddetr.model.plain import why_not_plain
 
 
 class Accelerated:
-    """Mixed into their class. What is pickled or copied names their class, and gets ours again."""
+    """Mixin for an official class. Pickles and copies store the official class and are mixed with ours again."""
 
     _known: tuple[nn.Module, ...] = ()
-    """Our code reads these modules' parameters; it was written for no others."""
+    """The modules whose parameters our code reads; it supports no others."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         ours, original = type(self).__bases__
-        return _blank, (ours, original), self.__dict__
+        return _new_instance, (ours, original), self.__dict__
 
-    def _is_as_known(self) -> bool:
-        """No module was exchanged, none has what ours would not call, and this is no copy of `DataParallel`."""
-        found = tuple(self.modules())[1:]
-        if len(found) != len(self._known) or getattr(self, "_is_replica", False):
+    def _is_unmodified(self) -> bool:
+        """No module was replaced or has hooks or a forward that ours would skip; not a replica of `DataParallel`."""
+        modules = tuple(self.modules())[1:]
+        if len(modules) != len(self._known) or getattr(self, "_is_replica", False):
             return False
-        pairs = zip(found, self._known, strict=True)
+        pairs = zip(modules, self._known, strict=True)
         return all(a is b and why_not_plain(a) is None for a, b in pairs)
 
 
@@ -36,15 +36,15 @@ def _subclass(ours: type, original: type) -> type:
     return type(f"Accelerated{original.__name__}", (ours, original), {"__module__": __name__})
 
 
-def _blank(ours: type, original: type) -> nn.Module:
-    kind = _subclass(ours, original)
-    return kind.__new__(kind)
+def _new_instance(ours: type, original: type) -> nn.Module:
+    subclass = _subclass(ours, original)
+    return subclass.__new__(subclass)
 
 
 def mix_in(module: nn.Module, ours: type, **attributes: object) -> None:
     """Give a module a subclass of its own class, mixed with `ours`, and these attributes."""
-    kind = type(module) if isinstance(module, ours) else _subclass(ours, type(module))
-    change(module, kind, _known=tuple(module.modules())[1:], **attributes)
+    subclass = type(module) if isinstance(module, ours) else _subclass(ours, type(module))
+    change(module, subclass, _known=tuple(module.modules())[1:], **attributes)
 
 
 def arguments(module: nn.Module) -> list[str]:

@@ -1,6 +1,6 @@
 """The official Conditional DETR (Atten4Vis/ConditionalDETR): its model on our operations.
 
-Parameter names are the same in both codes, so a transformer of ours stands beside theirs and has the very same
+Parameter names are the same in both codes, so our transformer is kept beside the official one and shares its
 parameters.
 """
 
@@ -22,13 +22,13 @@ from conddetr.model.grid import FeatureGrid
 from conddetr.model.transformer import Transformer as OurTransformer
 
 _SETTINGS = ("p", "dropout", "eps", "activation", "normalize_before", "return_intermediate", "num_heads")
-"""Attributes of the transformer's modules, beside parameters, that decide what they compute."""
+"""Attributes of the transformer's modules, besides parameters, that determine their outputs."""
 _EPS = 1e-5
-"""Of our layer norms."""
+"""The eps of our layer norms."""
 
 
 def is_model(model: nn.Module) -> bool:
-    """Whether this has the parts, the names and the inner interface of the official `ConditionalDETR`."""
+    """Whether the model has the parts, names and internal interface of the official `ConditionalDETR`."""
     parts = ("backbone", "transformer", "input_proj", "query_embed", "class_embed", "bbox_embed")
     if not all(isinstance(getattr(model, name, None), nn.Module) for name in parts):
         return False
@@ -37,20 +37,20 @@ def is_model(model: nn.Module) -> bool:
 
 
 class Transformer(Accelerated):
-    """Encoder and decoder by ours. Where `_is_as_known` says no, theirs runs, and where settings were changed."""
+    """Encoder and decoder by ours. The official code runs if a module or a setting was changed."""
 
     _twin: tuple[OurTransformer]
-    """In a tuple, so that it is no part of the module: it holds theirs' parameters."""
+    """Our transformer, which shares the official parameters; in a tuple, so that it is not a submodule."""
     _settings: list[object]
-    """Those that ours was made with."""
+    """The settings that ours was built with."""
 
     def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> list[Tensor]:
         """src and pos_embed [B, C, h, w], mask [B, h, w] bool, True = padding, query_embed [Q, C]
         -> normalised outputs of all layers [L, B, Q, C], and sigmoid reference points [B, Q, 2].
         """
-        # Of ours all parts are in one mode.
+        # All parts of ours are in the same mode.
         is_one_mode = all(module.training == self.training for module in self.modules())
-        if not (is_one_mode and self._is_as_known() and _settings(self) == self._settings):
+        if not (is_one_mode and self._is_unmodified() and _settings(self) == self._settings):
             paths.note("transformer", "the official code")
             return super().forward(src, mask, query_embed, pos_embed)
         paths.note("transformer", "ours")
@@ -64,12 +64,12 @@ class Transformer(Accelerated):
 
 
 class ResNetBody(Accelerated):
-    """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, its norms folded within the graph."""
+    """torchvision's `IntermediateLayerGetter` of a ResNet, in channels-last, with norms folded within the graph."""
 
     backend: str
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """[B, 3, H, W] -> the feature maps that are asked for, by name."""
+        """[B, 3, H, W] -> the requested feature maps, by name."""
         with registry.demanded(self.backend):
             if _body_misfit(self) is not None or resnet.is_unproven(self.backend, x):
                 paths.note("backbone", "the official code")
@@ -79,11 +79,11 @@ class ResNetBody(Accelerated):
 
 
 def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, report: AccelerationReport) -> None:
-    """Replace what can be replaced, and say so in the report.
+    """Replace the supported parts, and list all parts in the report.
 
     Args:
-        model: for which `is_model` holds, changed in place.
-        backend: as asked for; `choice` is what it means where the model is now.
+        model: the official `ConditionalDETR`, changed in place.
+        backend: as requested; `choice` is the backend that it selects on the model's current device.
     """
     reason = _transformer_misfit(model.transformer)
     if reason is None:
@@ -101,39 +101,39 @@ def accelerate_model(model: nn.Module, backend: str, choice: registry.Choice, re
         report.left.append(Part("backbone", 1, reason))
     report.left.append(Part("position encoding and heads", 1, "the model's own forward computes them"))
     report.left.append(Part("matcher and loss", 1, "not part of the model: conddetr.accelerate(criterion)"))
-    report_hooks(model, report, partial(_gives_way, model))
+    report_hooks(model, report, partial(_fallback, model))
 
 
-def _gives_way(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """What runs as the official code because of hooks of a module of this name."""
+def _fallback(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """A note on the part that runs the official code because of hooks of this module; None if no part does."""
     body = getattr(model.backbone[0], "body", model.backbone[0])
-    for accelerated, what in (
-        (model.transformer, "the official code of the transformer runs as long as they are there"),
+    for accelerated, note in (
+        (model.transformer, "the official code of the transformer runs while they are attached"),
         (body, "its part of the backbone runs as shipped"),
     ):
-        is_inside = module is not accelerated and any(module is found for found in accelerated.modules())
+        is_inside = module is not accelerated and any(module is inner for inner in accelerated.modules())
         if isinstance(accelerated, Accelerated) and is_inside:
-            return what
+            return note
     return None
 
 
 def _settings(transformer: nn.Module) -> list[object]:
     """The values of all `_SETTINGS`, in the order of the modules."""
     attributes = [vars(module) for module in transformer.modules()]
-    return [found[name] for found in attributes for name in _SETTINGS if name in found]
+    return [values[name] for values in attributes for name in _SETTINGS if name in values]
 
 
 def _twin(transformer: nn.Module, backend: str) -> OurTransformer:
-    """Ours, with the parameters of theirs: with their very dictionaries, so that it sees whatever happens to them."""
-    twin, theirs = _same_size(transformer, backend), dict(transformer.named_modules())
+    """Our transformer with the official one's parameter dictionaries, so that it sees every change to them."""
+    twin, originals = _same_size(transformer, backend), dict(transformer.named_modules())
     for name, module in twin.named_modules():
         if module._parameters:
-            module._parameters = theirs[name]._parameters
+            module._parameters = originals[name]._parameters
     return twin
 
 
 def _same_size(transformer: nn.Module, backend: str) -> OurTransformer:
-    """Ours, without memory."""
+    """Our transformer of the same size, on the meta device."""
     first = transformer.decoder.layers[0]
     config = configs.ModelConfig(
         hidden_dim=transformer.d_model,
@@ -148,7 +148,7 @@ def _same_size(transformer: nn.Module, backend: str) -> OurTransformer:
 
 
 def _transformer_misfit(transformer: nn.Module) -> str | None:
-    """The reason why ours is not the same as this one; None where it is."""
+    """The reason why ours is not equivalent to this transformer; None if it is."""
     layers = [*transformer.encoder.layers, *transformer.decoder.layers]
     if any(layer.normalize_before or layer.activation is not F.relu for layer in layers):
         return "expected layers that normalise last, with ReLU"
@@ -162,19 +162,21 @@ def _transformer_misfit(transformer: nn.Module) -> str | None:
     eps = {module.eps for module in transformer.modules() if isinstance(module, nn.LayerNorm)}
     if eps != {_EPS}:
         return f"expected layer norms with eps {_EPS}, got {sorted(eps)}"
-    found, ours = (
+    actual, expected = (
         {name: tuple(x.shape) for name, x in module.named_parameters()}
         for module in (transformer, _same_size(transformer, "eager"))
     )
-    different = sorted(name for name in found.keys() | ours.keys() if found.get(name) != ours.get(name))
-    return f"{different[0]}: expected {ours.get(different[0])}, got {found.get(different[0])}" if different else None
+    different = sorted(name for name in actual.keys() | expected.keys() if actual.get(name) != expected.get(name))
+    return (
+        f"{different[0]}: expected {expected.get(different[0])}, got {actual.get(different[0])}" if different else None
+    )
 
 
 def _body_misfit(body: nn.Module) -> str | None:
-    """The reason why `ResNetBody` is not the same as this one; None where it is, part for part."""
+    """The reason why `ResNetBody` is not equivalent to this backbone; None if it is, part for part."""
     names = [name for name, _ in body.named_children()]
     if names != ["conv1", "bn1", "relu", "maxpool", *resnet.STAGES]:
-        return f"{type(body).__name__} is no ResNet of torchvision up to {resnet.STAGES[-1]}"
+        return f"{type(body).__name__} is not a ResNet of torchvision up to {resnet.STAGES[-1]}"
     if not set(getattr(body, "return_layers", [None])) <= set(resnet.STAGES):
         return "expected torchvision's IntermediateLayerGetter that returns whole stages"
     return None

@@ -1,4 +1,4 @@
-"""Names and arguments in the official repositories' checkpoints, of Conditional DETR and DETR; the names are ours."""
+"""Names and arguments in the official checkpoints of Conditional DETR and DETR; our names are the same."""
 
 import argparse
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from conddetr.model.families import FAMILIES
 
 
 def identify(state: Mapping[str, Tensor]) -> dict[str, int | str]:
-    """The model options that a state dict determines; empty if it is none of ours. Dilation leaves no trace, nor does
-    the number of heads.
+    """The model options that a state dict determines; empty if it fits none of our models. Dilation and the number of
+    heads leave no trace in it.
     """
     decoder = "transformer.decoder.layers.0."
     family = next((name for name, family in FAMILIES.items() if decoder + family.known_by in state), None)
     if family is None or "query_embed.weight" not in state:
         return {}
     queries, dim = state["query_embed.weight"].shape
-    found = {"family": family, "backbone": _backbone(state)}
+    options = {"family": family, "backbone": _backbone(state)}
     if "class_embed.weight" in state:
-        found["num_classes"] = state["class_embed.weight"].shape[0] - FAMILIES[family].no_object_logits
-    found |= {"num_queries": queries, "hidden_dim": dim}
-    found |= {f"{part}_layers": _layers(state, part) for part in ("encoder", "decoder")}
+        options["num_classes"] = state["class_embed.weight"].shape[0] - FAMILIES[family].no_object_logits
+    options |= {"num_queries": queries, "hidden_dim": dim}
+    options |= {f"{part}_layers": _layers(state, part) for part in ("encoder", "decoder")}
     if decoder + "linear1.weight" in state:
-        found["ffn_dim"] = state[decoder + "linear1.weight"].shape[0]
-    return found
+        options["ffn_dim"] = state[decoder + "linear1.weight"].shape[0]
+    return options
 
 
 def _backbone(state: Mapping[str, Tensor]) -> str:
@@ -42,17 +42,17 @@ def _layers(state: Mapping[str, Tensor], part: str) -> int:
 
 def describe(state: Mapping[str, Tensor]) -> str:
     """One line that says which model a state dict belongs to."""
-    found = identify(state)
-    if not found:
-        return f"no DETR or Conditional DETR that is known here, with names as {next(iter(state), 'none')!r}"
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+    options = identify(state)
+    if not options:
+        return f"no supported DETR or Conditional DETR, with names such as {next(iter(state), 'none')!r}"
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def model_options(content: Mapping) -> dict[str, Any]:
-    """What the arguments in an official checkpoint say of the model and its weights do not."""
+    """The model options that the arguments in an official checkpoint state, but its weights do not."""
     arguments = content.get("args")
-    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    if not isinstance(given, Mapping):
+    values = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    if not isinstance(values, Mapping):
         return {}
     names = {"dilation": ("dilation", bool), "num_heads": ("nheads", int), "dropout": ("dropout", float)}
-    return {name: kind(given[theirs]) for name, (theirs, kind) in names.items() if theirs in given}
+    return {name: convert(values[argument]) for name, (argument, convert) in names.items() if argument in values}

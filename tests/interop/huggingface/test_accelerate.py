@@ -1,4 +1,4 @@
-"""An accelerated model against itself before: in float64, and within twice its own float32 error."""
+"""An accelerated model compared with itself before: in float64, and within twice its own float32 error."""
 
 import copy
 import pickle
@@ -28,14 +28,14 @@ BACKENDS = ("eager", "triton", "native")
 
 
 def device_of(backend):
-    """Where a backend runs models as narrow as these: Triton on a GPU, where there is one."""
+    """The device on which a backend runs models as narrow as these: a GPU for Triton if there is one."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("backend", BACKENDS)
-# transformers' own loss refuses boxes that are not in order.
+# transformers' own loss raises an error for boxes whose corners are not in order.
 @pytest.mark.gpu
 @pytest.mark.compares_numbers.with_args(ValueError)
 def test_outputs_losses_and_gradients_stay(backend, is_padded, training):
@@ -43,13 +43,13 @@ def test_outputs_losses_and_gradients_stay(backend, is_padded, training):
         pytest.skip(native.NOT_LOADED)
     model = small_model(auxiliary_loss=training).train(training)
     truth = run(copy.deepcopy(model).double(), batch(is_padded, torch.float64))
-    assert truth["logits"].std(1).min() > 0.02, "the queries are alike: this test would see nothing"
+    assert truth["logits"].std(1).min() > 0.02, "with equal queries this test proves nothing"
     model.to(device_of(backend))
     before = run(model, batch(is_padded))
     accelerate(model, backend)
     after = run(model, batch(is_padded))
     assert list(after) == list(before)
-    # Gradients that are zero in exact arithmetic (key biases) show the rounding of those that are not.
+    # Gradients that are zero in exact arithmetic (key biases) have the rounding errors of the others.
     largest = max(value.abs().max() for name, value in truth.items() if name.startswith("gradient"))
     for name, expected in truth.items():
         error = (after[name] - expected).abs().max()
@@ -85,7 +85,7 @@ def test_backbone_of_timm_is_exact_in_float64(name):
         assert torch.allclose(after[value_name], expected, rtol=1e-8, atol=1e-8), value_name
     assert not torch.equal(after["logits"], before["logits"]), "nothing was replaced"
 
-    # What is kept for inference follows the weights.
+    # The copy for inference follows the weights.
     with torch.no_grad():
         first = model(**inputs).logits
         assert torch.allclose(first, before["logits"], rtol=1e-8, atol=1e-8)
@@ -95,7 +95,7 @@ def test_backbone_of_timm_is_exact_in_float64(name):
     assert torch.allclose(second, run(model, inputs)["logits"], rtol=1e-8, atol=1e-8)
 
 
-def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
+def test_auto_leaves_attention_to_transformers_without_a_kernel(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("our attention ran")
 
@@ -116,13 +116,13 @@ def test_without_a_kernel_auto_leaves_attention_to_transformers(monkeypatch):
 
 OTHERS = {
     "resnet26d": ("part of the backbone", "its shortcut is more than convolution and frozen batch norm"),
-    "mobilenetv3_small_050": ("backbone", "is no ResNet of timm"),
+    "mobilenetv3_small_050": ("backbone", "is not a ResNet of timm"),
     "seresnet18": ("part of the backbone", "SEModule is no part of a plain ResNet"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_of_other_backbones_what_is_not_plain_is_left_and_listed(name):
+def test_unusual_parts_of_other_backbones_are_left_and_listed(name):
     part, reason = OTHERS[name]
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     model = ConditionalDetrForObjectDetection(small_config(use_timm_backbone=True, backbone=name, backbone_config=None))
@@ -153,7 +153,7 @@ def test_state_dict_class_copies_and_pickles_stay():
 
 
 @pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
-def test_self_attention_is_native_on_cpus_alone():
+def test_self_attention_is_native_on_cpus_only():
     model = small_model()
     names = {"encoder self-attention", "decoder self-attention"}
     if hasattr(theirs, "DetrAttention"):
@@ -164,7 +164,7 @@ def test_self_attention_is_native_on_cpus_alone():
         assert names <= {part.name for part in accelerate(model, "eager").left}
 
 
-def test_twice_is_once():
+def test_second_acceleration_changes_nothing():
     model = small_model()
     first = accelerate(model, "eager")
     classes = [type(module) for module in model.modules()]
@@ -177,11 +177,11 @@ def test_attention_maps_and_hidden_states_come_from_transformers(backend):
     if backend == "native" and native.NOT_LOADED is not None:
         pytest.skip(native.NOT_LOADED)
     model = small_model(attn_implementation="eager")
-    wanted = {"output_attentions": True, "output_hidden_states": True}
+    options = {"output_attentions": True, "output_hidden_states": True}
     with torch.no_grad():
-        before = model(**batch(True), **wanted)
+        before = model(**batch(True), **options)
         accelerate(model, backend)
-        after = model(**batch(True), **wanted)
+        after = model(**batch(True), **options)
     for name in ("cross_attentions", "decoder_attentions", "encoder_attentions", "decoder_hidden_states"):
         assert len(after[name]) == len(before[name]) > 0
         assert all(torch.equal(a, b) for a, b in zip(after[name], before[name], strict=True)), name
@@ -198,11 +198,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
 
 
-def test_dropout_is_transformers_own_and_in_training_only(monkeypatch):
-    seen = []
+def test_dropout_has_the_rate_of_transformers_in_training_only(monkeypatch):
+    rates = []
 
     def record(*args, dropout_p, **options):
-        seen.append(dropout_p)
+        rates.append(dropout_p)
         return conditional_attention(*args, dropout_p=dropout_p, **options)
 
     monkeypatch.setattr(attention, "conditional_attention", record)
@@ -211,12 +211,12 @@ def test_dropout_is_transformers_own_and_in_training_only(monkeypatch):
     with torch.no_grad():
         for training in (False, True):
             model.train(training)(**batch(False))
-    assert seen == [0.0] * 3 + [0.25] * 3
+    assert rates == [0.0] * 3 + [0.25] * 3
 
 
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0), (15, 1)], ids=str)
 @pytest.mark.parametrize("has_auxiliary", [False, True])
-def test_loss_is_the_one_of_transformers(counts, has_auxiliary):
+def test_loss_equals_the_loss_of_transformers(counts, has_auxiliary):
     config = small_config(auxiliary_loss=has_auxiliary, bbox_loss_coefficient=3, class_cost=1)
     shape = (config.decoder_layers, 2, config.num_queries)
     logits = (torch.randn(*shape, config.num_labels, dtype=torch.float64) * 2).requires_grad_()
@@ -232,18 +232,18 @@ def test_loss_is_the_one_of_transformers(counts, has_auxiliary):
         loss, parts, outputs = function(logits[-1], labels, logits.device, boxes[-1], config, *auxiliary)
         return loss, parts, outputs, torch.autograd.grad(loss, (logits, raw))
 
-    expected, found = evaluate(DeformableDetrForObjectDetectionLoss), evaluate(detection_loss)
-    assert torch.allclose(found[0], expected[0], rtol=1e-6)
-    assert set(found[1]) == set(expected[1])
-    assert all(torch.allclose(found[1][k].double(), expected[1][k].double(), rtol=1e-6) for k in expected[1])
-    assert (found[2] is None) == (expected[2] is None)
-    for a, b in zip(found[2] or [], expected[2] or [], strict=True):
+    expected, actual = evaluate(DeformableDetrForObjectDetectionLoss), evaluate(detection_loss)
+    assert torch.allclose(actual[0], expected[0], rtol=1e-6)
+    assert set(actual[1]) == set(expected[1])
+    assert all(torch.allclose(actual[1][k].double(), expected[1][k].double(), rtol=1e-6) for k in expected[1])
+    assert (actual[2] is None) == (expected[2] is None)
+    for a, b in zip(actual[2] or [], expected[2] or [], strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(found[3], expected[3], strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(actual[3], expected[3], strict=True))
 
 
-def test_what_cannot_be_accelerated_is_left_and_listed(monkeypatch):
+def test_unsupported_parts_are_left_and_listed(monkeypatch):
     model = small_model(focal_alpha=0.5)
     monkeypatch.setattr(theirs.ConditionalDetrDecoder, "forward", lambda self, something_new: something_new)
     report = accelerate(model, "eager")
@@ -258,7 +258,7 @@ def test_what_cannot_be_accelerated_is_left_and_listed(monkeypatch):
     model = small_model()
     assert f"its structure in transformers {transformers.__version__} is unknown" in str(accelerate(model))
     model.loss_function = lambda *args: None
-    assert "loss function of its own" in str(accelerate(model))
+    assert "its own loss function" in str(accelerate(model))
 
 
 def test_other_models_and_backends_are_refused():
@@ -289,11 +289,11 @@ def test_our_own_model_changes_its_backend(tiny_model):
     assert "original DETR" in str(accelerate(original, "eager"))
 
 
-def test_the_loss_has_the_backend_asked_for(monkeypatch):
-    asked = []
+def test_loss_has_the_requested_backend(monkeypatch):
+    backends = []
 
     def record(config, backend):
-        asked.append(backend)
+        backends.append(backend)
         return conddetr.build_criterion(config, backend)
 
     monkeypatch.setattr(loss, "_build_criterion", record)
@@ -301,7 +301,7 @@ def test_the_loss_has_the_backend_asked_for(monkeypatch):
     for backend in ("eager", "auto"):
         accelerate(model, backend)
         model(**batch(False))
-    assert asked == ["eager", "auto"]
+    assert backends == ["eager", "auto"]
 
 
 def loss_inputs(config, device="cpu"):
@@ -312,18 +312,18 @@ def loss_inputs(config, device="cpu"):
     return torch.randn(*shape, config.num_labels).to(device), torch.rand(*shape, 4).to(device), labels
 
 
-def test_another_alpha_is_for_the_original_loss():
-    """It still matches with its own: the configuration may change after the model was accelerated."""
+def test_original_loss_runs_with_another_alpha():
+    """The configuration may change after the model was accelerated; the original matches with its own α."""
     config = small_config(auxiliary_loss=True)
     logits, boxes, labels = loss_inputs(config)
     config.focal_alpha = 0.9
     inputs = (4 * logits[-1], labels, logits.device, boxes[-1], config, 4 * logits, boxes)
-    expected, found = DeformableDetrForObjectDetectionLoss(*inputs), detection_loss(*inputs)
-    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-6)
+    expected, actual = DeformableDetrForObjectDetectionLoss(*inputs), detection_loss(*inputs)
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=1e-5, atol=1e-6)
 
 
-def test_not_a_number_leaves_the_other_layers_alone():
-    """One image of one layer is not finite: the total neither; the other parts are transformers' without it."""
+def test_nan_in_one_layer_does_not_change_the_others():
+    """One image of one layer is not finite. The total is not either; the other parts equal transformers' without it."""
     config = small_config(auxiliary_loss=True)
     logits, boxes, labels = loss_inputs(config)
 
@@ -331,13 +331,13 @@ def test_not_a_number_leaves_the_other_layers_alone():
         logits[1, 0] = value
         return function(logits[-1], labels, logits.device, boxes[-1], config, logits, boxes)
 
-    expected, found = loss(DeformableDetrForObjectDetectionLoss, 0.0), loss(detection_loss, float("nan"))
-    assert found[0].isnan()
-    assert found[1]["loss_ce_1"].isnan()
+    expected, actual = loss(DeformableDetrForObjectDetectionLoss, 0.0), loss(detection_loss, float("nan"))
+    assert actual[0].isnan()
+    assert actual[1]["loss_ce_1"].isnan()
     others = [name for name in expected[1] if not name.endswith("_1")]
     assert len(others) > 3
     for name in others:
-        torch.testing.assert_close(found[1][name].float(), expected[1][name].float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual[1][name].float(), expected[1][name].float(), rtol=1e-5, atol=1e-6)
 
 
 def accelerated_loss(config, logits, boxes, labels):
@@ -346,8 +346,8 @@ def accelerated_loss(config, logits, boxes, labels):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_loss_waits_for_nothing():
-    """Forward and backward, with labels that are on the GPU already, as the Trainer has them."""
+def test_loss_does_not_wait_for_the_device():
+    """Forward and backward, with labels that are on the GPU already, as in the Trainer."""
     config = small_config(auxiliary_loss=True)
     logits, boxes, labels = loss_inputs(config, "cuda")
     logits.requires_grad_()
@@ -357,10 +357,10 @@ def test_loss_waits_for_nothing():
 
 
 @pytest.mark.gpu
-def test_loss_on_a_pretended_gpu_waits_for_nothing(monkeypatch):
+def test_loss_on_a_simulated_gpu_does_not_wait(monkeypatch):
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     config = small_config(auxiliary_loss=True)
-    accelerated_loss(config, *loss_inputs(config, device_of("triton")))  # builds what is kept
+    accelerated_loss(config, *loss_inputs(config, device_of("triton")))  # fills the caches
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = loss_inputs(config, "cuda")
         with RefusesToWait():

@@ -1,4 +1,4 @@
-"""Accelerated models under PEFT and transformers' Trainer: what the plain ones give."""
+"""Accelerated models under PEFT and transformers' Trainer give the results of plain ones."""
 
 import copy
 
@@ -32,7 +32,7 @@ def with_adapters(model, **options):
 @pytest.mark.parametrize("order", ["adapters first", "accelerated first"])
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_adapted_and_accelerated(backend, order, use_dora):
-    """Outputs, losses and gradients of the adapters, checkpointed too; merged; decelerated."""
+    """Outputs, losses and gradients of the adapters; also decelerated, and merged."""
     if backend == "native" and native.NOT_LOADED is not None:
         pytest.skip(native.NOT_LOADED)
     inputs = small_batch(torch.float64)
@@ -48,12 +48,12 @@ def test_adapted_and_accelerated(backend, order, use_dora):
     model = with_adapters(model, use_dora=use_dora)
     if order == "adapters first":
         assert "matcher and loss" in [part.name for part in conddetr.accelerate(model, backend).replaced]
-    found = run(model, inputs)
-    assert found.keys() == expected.keys()
+    values = run(model, inputs)
+    assert values.keys() == expected.keys()
     for name, value in expected.items():
-        # Sines of the native kernels are as exact as those of float32.
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
-    assert not torch.equal(found["logits"], expected["logits"]), "nothing was replaced"
+        # Sines of the native kernels have float32's accuracy.
+        torch.testing.assert_close(values[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    assert not torch.equal(values["logits"], expected["logits"]), "nothing was replaced"
 
     conddetr.decelerate(model)
     assert torch.equal(run(model, inputs)["logits"], expected["logits"])
@@ -66,17 +66,17 @@ def test_adapted_and_accelerated(backend, order, use_dora):
 
 def test_adapted_dab():
     model = small_dab().train()
-    # PEFT asks for them because DAB-DETR shares weights, and transformers has no answer.
+    # PEFT requests them because DAB-DETR shares weights, and transformers does not define them.
     model.model.get_input_embeddings = lambda: model.model.query_refpoint_embeddings
     model = with_adapters(model)
     expected = run(model, small_batch())
     conddetr.accelerate(model)
-    found = run(model, small_batch())
-    assert found.keys() == expected.keys()
-    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
+    values = run(model, small_batch())
+    assert values.keys() == expected.keys()
+    torch.testing.assert_close(values["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_are_saved_and_put_on_another_model(tmp_path):
+def test_adapters_are_saved_and_loaded_into_another_model(tmp_path):
     plain = small_model()
     model = copy.deepcopy(plain)
     conddetr.accelerate(model)
@@ -93,14 +93,14 @@ def test_gradient_checkpointing_under_adapters(use_reentrant):
     if not model.supports_gradient_checkpointing:
         pytest.skip("transformers before 5 has no gradient checkpointing for this model")
     conddetr.accelerate(model)
-    # Checkpoints of the reentrant kind need an input that has a gradient: the backbone is trained as well.
+    # Reentrant checkpoints need an input with a gradient: the projection of the backbone's output is trained as well.
     model = with_adapters(model, modules_to_save=["input_projection"])
     expected = run(model, small_batch())
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    found = run(model, small_batch())
-    assert found.keys() == expected.keys()
+    values = run(model, small_batch())
+    assert values.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_wrapper_around_several_models_is_refused():
@@ -111,14 +111,14 @@ def test_a_wrapper_around_several_models_is_refused():
 
 
 def test_trainer_in_bfloat16(tmp_path):
-    """Two steps: the losses of the plain model within bfloat16's rounding, the weights change, all of float32."""
+    """Two steps: losses equal the plain model's up to bfloat16's rounding, weights change and stay float32."""
     pytest.importorskip("accelerate", reason="accelerate is not installed; transformers' Trainer needs it")
     inputs = small_batch()
     data = [{name: value[index] for name, value in inputs.items()} for index in range(2)]
 
     def collate(items):
-        found = {name: torch.stack([item[name] for item in items]) for name in ("pixel_values", "pixel_mask")}
-        return found | {"labels": [item["labels"] for item in items]}
+        batch = {name: torch.stack([item[name] for item in items]) for name in ("pixel_values", "pixel_mask")}
+        return batch | {"labels": [item["labels"] for item in items]}
 
     def losses(model):
         settings = TrainingArguments(
@@ -143,9 +143,9 @@ def test_trainer_in_bfloat16(tmp_path):
     model = copy.deepcopy(plain)
     before = copy.deepcopy(model.state_dict())
     assert conddetr.accelerate(model).replaced
-    found = losses(model)
-    assert found == pytest.approx(losses(plain), rel=0.03)
-    assert len(found) == 2
+    accelerated = losses(model)
+    assert accelerated == pytest.approx(losses(plain), rel=0.03)
+    assert len(accelerated) == 2
     assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
     name = next(name for name in before if name.endswith("decoder.layers.1.encoder_attn_layer_norm.weight"))
     assert not torch.equal(model.state_dict()[name], before[name])

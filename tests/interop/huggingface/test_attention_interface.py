@@ -17,22 +17,22 @@ from small_huggingface import run, small_batch, small_model  # noqa: E402
 from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
 
 CAN_REGISTER = hasattr(theirs, "ALL_ATTENTION_FUNCTIONS")
-needs_choice = pytest.mark.skipif(not CAN_REGISTER, reason="transformers before 5 lets no attention in")
+needs_choice = pytest.mark.skipif(not CAN_REGISTER, reason="transformers before 5 has no choice of attention")
 needs_native = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Widths of queries and values in each call of our attention."""
-    found = []
+    widths = []
 
     def record(*tensors, **options):
-        found.append((tensors[0].shape[-1] + tensors[1].shape[-1], tensors[-1].shape[-1]))
+        widths.append((tensors[0].shape[-1] + tensors[1].shape[-1], tensors[-1].shape[-1]))
         return conditional_attention(*tensors, **options)
 
     conditional_attention = attention.conditional_attention
     monkeypatch.setattr(attention, "conditional_attention", record)
-    return found
+    return widths
 
 
 @needs_choice
@@ -46,7 +46,7 @@ def calls(monkeypatch):
 def test_outputs_losses_and_gradients_stay(backend, expected, calls):
     model = small_model(auxiliary_loss=True).double().train()
     before = run(model, small_batch(torch.float64))
-    assert before["logits"].std(1).min() > 0.02, "the queries are alike: this test would see nothing"
+    assert before["logits"].std(1).min() > 0.02, "with equal queries this test proves nothing"
     conddetr.register_attention(backend)
     model.set_attn_implementation("conddetr")
     after = run(model, small_batch(torch.float64))
@@ -57,7 +57,7 @@ def test_outputs_losses_and_gradients_stay(backend, expected, calls):
 
 
 @needs_choice
-def test_where_no_kernel_runs_pytorch_does(calls, monkeypatch):
+def test_pytorch_attention_runs_without_kernels(calls, monkeypatch):
     conddetr.register_attention()
     model = small_model()
     before = run(model, small_batch())
@@ -69,7 +69,7 @@ def test_where_no_kernel_runs_pytorch_does(calls, monkeypatch):
 
 
 @needs_choice
-def test_dropout_is_of_training_only(calls):
+def test_dropout_is_active_in_training_only(calls):
     conddetr.register_attention("eager")
     model = small_model(attention_dropout=0.5)
     model.set_attn_implementation("conddetr")
@@ -84,19 +84,19 @@ def test_dropout_is_of_training_only(calls):
 def test_attention_maps_are_those_of_transformers():
     conddetr.register_attention()
     model = small_model(attn_implementation="eager")
-    wanted = {"output_attentions": True, "output_hidden_states": True}
+    options = {"output_attentions": True, "output_hidden_states": True}
     with torch.no_grad():
-        before = model(**small_batch(), **wanted)
+        before = model(**small_batch(), **options)
         model.set_attn_implementation("conddetr")
-        after = model(**small_batch(), **wanted)
+        after = model(**small_batch(), **options)
     for name in ("cross_attentions", "decoder_attentions", "encoder_attentions", "decoder_hidden_states"):
         assert len(after[name]) == len(before[name]) > 0
-        for found, expected in zip(after[name], before[name], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, msg=name)
+        for actual, expected in zip(after[name], before[name], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @needs_choice
-def test_named_while_loading_and_not_saved(tmp_path, calls):
+def test_implementation_can_be_named_while_loading_and_is_not_saved(tmp_path, calls):
     conddetr.register_attention("eager")
     model = small_model()
     model.save_pretrained(tmp_path)
@@ -109,7 +109,7 @@ def test_named_while_loading_and_not_saved(tmp_path, calls):
 
 
 @needs_choice
-def test_together_with_accelerate():
+def test_registration_can_be_combined_with_accelerate():
     conddetr.register_attention()
     model = small_model()
     before = run(model, small_batch())
@@ -122,7 +122,7 @@ def test_together_with_accelerate():
 
 @needs_choice
 def test_a_mask_of_pairs_is_respected():
-    """Not of keys alone, so not for our kernels: PyTorch's attention takes it."""
+    """Our kernels mask keys only, so PyTorch's attention takes it."""
     conddetr.register_attention()
     ours, eager = transformers.AttentionInterface()["conddetr"], theirs.eager_attention_forward
     module = SimpleNamespace(is_causal=False, training=False)
@@ -160,12 +160,12 @@ def test_attention_of_other_models_is_refused(is_causal, heads, options, reason)
         transformers.AttentionInterface()["conddetr"](module, *tensors, None, **options)
 
 
-def test_an_old_transformers_and_an_unknown_backend_are_named(monkeypatch):
+def test_old_transformers_and_unknown_backend_raise_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"backend: expected one of auto, .* got 'fast'"):
         conddetr.register_attention("fast")
     monkeypatch.delattr(theirs, "ALL_ATTENTION_FUNCTIONS", raising=False)
     with pytest.raises(
-        RuntimeError, match=rf"transformers {transformers.__version__} does not let .*accelerate\(model"
+        RuntimeError, match=rf"transformers {transformers.__version__} has no choice of attention .*accelerate\(model"
     ):
         conddetr.register_attention()
 

@@ -1,4 +1,4 @@
-"""transformers' DAB-DETR, accelerated, against itself before."""
+"""transformers' DAB-DETR, accelerated, compared with itself before."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from conddetr.interop.huggingface import attention, dab_detr
 
 @pytest.fixture
 def float64(monkeypatch):
-    """transformers has float32 in two places: the queries at the start, and the softmax of all attention."""
+    """transformers fixes float32 for the initial queries and for the softmax of all attention."""
     monkeypatch.setattr(F, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim))
     torch.set_default_dtype(torch.float64)
     yield torch.float64
@@ -31,7 +31,7 @@ def test_outputs_losses_and_gradients_stay(backend, training, float64):
         pytest.skip(native.NOT_LOADED)
     model = small_dab(auxiliary_loss=training).train(training)
     before = run(model, small_batch(float64))
-    assert before["logits"].std(1).mean() > 0.02, "the queries are alike: this test would see nothing"
+    assert before["logits"].std(1).mean() > 0.02, "with equal queries this test proves nothing"
     conddetr.accelerate(model, backend)
     after = run(model, small_batch(float64))
     assert after.keys() == before.keys()
@@ -49,7 +49,7 @@ def test_outputs_and_losses_stay_in_float32():
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_the_report_tells_what_runs(monkeypatch):
+def test_report_lists_the_code_that_runs(monkeypatch):
     model = small_dab()
     report = conddetr.accelerate(model, "eager")
     assert [(part.name, part.count) for part in report.replaced] == [
@@ -73,7 +73,7 @@ def test_the_report_tells_what_runs(monkeypatch):
         monkeypatch.setattr(registry, "why_not", lambda *_, **__: "not built")
         report = conddetr.accelerate(model)
         model(**small_batch())
-    assert len(calls) == 3, "where no kernel runs, transformers' own attention does"
+    assert len(calls) == 3, "without a kernel, transformers' own attention runs"
     assert "transformers' own runs" in {part.name: part.note for part in report.left}["cross-attention"]
 
 
@@ -89,7 +89,7 @@ def test_attention_maps_come_from_transformers():
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_the_norms_of_timms_resnet_are_folded(train):
+def test_norms_of_timms_resnet_are_folded(train):
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     model = small_dab(use_timm_backbone=True, backbone="resnet18", backbone_config=None).train(train)
     before = run(model, small_batch())

@@ -1,4 +1,4 @@
-"""Accelerated models from fused operations: the numbers of transformers' modules, and modules where one is more."""
+"""Accelerated models on fused operations: same numbers as transformers' modules, which run if a part is not plain."""
 
 import copy
 from collections import Counter
@@ -43,7 +43,7 @@ def model_of(**options):
 
 
 def accelerate(model):
-    """Fused operations on any device; attention and loss, which have tests of their own, are quick on a CPU."""
+    """Fused operations on any device; on a CPU, attention and loss, which have separate tests, are eager to be fast."""
     report = conddetr.accelerate(model, "triton")
     if DEVICE == "cpu":
         for layer in model.model.decoder.layers:
@@ -59,34 +59,34 @@ def forward(model, autocast=False, **options):
         return model(**inputs, **options)
 
 
-def ways(model, **options):
-    """What computed encoder and decoder."""
-    with torch.no_grad(), conddetr.record_paths() as found:
+def paths_of(model, **options):
+    """The paths that computed encoder and decoder."""
+    with torch.no_grad(), conddetr.record_paths() as counts:
         forward(model, **options)
-    return {name: set(found[name]) for name in FUSED}
+    return {name: set(counts[name]) for name in FUSED}
 
 
-def assert_same(found, expected, tolerance=1e-4):
-    """Values by name, each to a share of its largest."""
-    assert list(found) == list(expected)
+def assert_same(values, expected, tolerance=1e-4):
+    """Compare values by name, each relative to its largest."""
+    assert list(values) == list(expected)
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1).item()
         label = f"{name}: {{}}".format
-        torch.testing.assert_close(found[name], value, atol=tolerance * scale, rtol=0, msg=label)
+        torch.testing.assert_close(values[name], value, atol=tolerance * scale, rtol=0, msg=label)
 
 
 @pytest.mark.parametrize("auxiliary_loss", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_numbers_are_those_of_transformers(training, auxiliary_loss):
+def test_numbers_are_equal_to_those_of_transformers(training, auxiliary_loss):
     model = model_of(auxiliary_loss=auxiliary_loss).train(training)
     expected = run(model, small_batch())
     accelerate(model)
-    assert ways(model) == FUSED
+    assert paths_of(model) == FUSED
     assert_same(run(model, small_batch()), expected)
 
 
 @pytest.mark.parametrize("family", ["autocast", "half model"])
-def test_half_precision_is_as_exact_and_has_the_dtypes_of_transformers(family):
+def test_half_precision_has_the_accuracy_and_dtypes_of_transformers(family):
     options = {"auxiliary_loss": True}
     model = model_of(**options)
     inputs = {name: value.to(DEVICE) for name, value in small_batch(torch.float64).items() if name != "labels"}
@@ -105,7 +105,7 @@ def test_half_precision_is_as_exact_and_has_the_dtypes_of_transformers(family):
             out = model(**inputs)
         dtypes.append({name: getattr(out, name).dtype for name in names})
         errors.append([(getattr(out, name).double() - getattr(exact, name)).norm().item() for name in names])
-    # On a CPU autocast leaves layer norms in half precision; the null GPU has this test for GPUs.
+    # On a CPU autocast leaves layer norms in half precision; the null GPU runs this test for GPUs.
     if DEVICE == "cuda" or family == "half model":
         assert dtypes[1] == dtypes[0]
     assert all(0 < after <= 1.5 * before for before, after in zip(*errors, strict=True)), errors
@@ -124,7 +124,7 @@ CALLED = {
 
 
 @pytest.mark.parametrize("name", CALLED)
-def test_hooks_fire_and_may_change_what_they_see(name):
+def test_hooks_fire_and_may_change_outputs(name):
     model = model_of(auxiliary_loss=True)
     calls = Counter()
 
@@ -135,43 +135,43 @@ def test_hooks_fire_and_may_change_what_they_see(name):
     model.get_submodule(name).register_forward_hook(hook)
     expected, fired = run(model, small_batch()), calls.total()
     report = accelerate(model)
-    gives_way = CALLED[name]
-    assert ways(model) != FUSED if gives_way else ways(model) == FUSED
+    fallback = CALLED[name]
+    assert paths_of(model) != FUSED if fallback else paths_of(model) == FUSED
     calls.clear()
     assert_same(run(model, small_batch()), expected)
     assert calls.total() == fired > 0
     [part] = report.hooks
     assert part.note == "hooks: " + (
-        f"the layers of the {gives_way} are called as modules" if gives_way else "called as before, nothing gives way"
+        f"the layers of the {fallback} are called as modules" if fallback else "called as before, nothing falls back"
     )
 
 
-def test_what_only_modules_can_give_comes_from_them():
+def test_modules_are_called_if_fused_operations_cannot_run():
     model = model_of(attn_implementation="eager")
     accelerate(model)
-    assert ways(model) != FUSED, "attention that was asked for by name"
+    assert paths_of(model) != FUSED, "this attention was requested by name"
     model.set_attn_implementation({"": "sdpa", "backbone_config": "eager"})
-    assert ways(model) == FUSED
+    assert paths_of(model) == FUSED
     model.train()
     before = run(model, small_batch())
     model.gradient_checkpointing_enable()
-    with conddetr.record_paths() as found:
+    with conddetr.record_paths() as paths:
         assert_same(run(model, small_batch()), before)
-    assert "fused operations" not in set(found["encoder"]) | set(found["decoder"])
+    assert "fused operations" not in set(paths["encoder"]) | set(paths["decoder"])
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_a_rate_of_dropout_that_differs_within_a_layer_is_for_modules(part):
+def test_modules_are_called_if_dropout_rates_differ_within_a_layer(part):
     model = model_of(dropout=0.1)
     accelerate(model)
     mlp = getattr(model.model, part).layers[-1].mlp
     mlp.dropout = 0.2
-    assert ways(model.eval()) == FUSED
-    assert "fused operations" not in ways(model.train())[part]
+    assert paths_of(model.eval()) == FUSED
+    assert "fused operations" not in paths_of(model.train())[part]
     mlp.dropout = 0.1
-    assert ways(model) == FUSED
+    assert paths_of(model) == FUSED
     mlp.eval()
-    assert "fused operations" not in ways(model)[part]
+    assert "fused operations" not in paths_of(model)[part]
 
 
 def test_trained_positions_get_their_gradients():
@@ -184,7 +184,7 @@ def test_trained_positions_get_their_gradients():
     assert any("row_embeddings" in name and value.any() for name, value in expected.items())
 
 
-def test_dropout_has_the_rates_of_transformers_in_training_only(monkeypatch):
+def test_dropout_has_the_rates_of_transformers_and_is_active_in_training_only(monkeypatch):
     rates = Counter()
     for name in ("add_norm", "relu_dropout"):
         inner = getattr(fast_layers, name)
@@ -197,7 +197,7 @@ def test_dropout_has_the_rates_of_transformers_in_training_only(monkeypatch):
     model = model_of(dropout=0.3, activation_dropout=0.2, attention_dropout=0.1)
     accelerate(model)
     forward(model.train())
-    # Two branches of two encoder layers, three of two decoder layers; behind the ReLU that predicts λ nothing drops.
+    # Two branches in each of two encoder layers, three in each of two decoder layers; no dropout after λ's ReLU.
     assert rates == {("add_norm", 0.3): 10, ("relu_dropout", 0.2): 4}
     outputs = []
     for seed, train in ((1, True), (1, True), (2, True), (1, False), (2, False)):
@@ -209,12 +209,12 @@ def test_dropout_has_the_rates_of_transformers_in_training_only(monkeypatch):
     assert not torch.equal(outputs[0], outputs[3])
 
 
-def test_weights_of_timms_resnet_are_made_at_once():
+def test_weights_of_timms_resnet_are_prepared_at_once():
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     model = model_of(use_timm_backbone=True, backbone="resnet18", backbone_config=None)
     expected = run(model, small_batch())
     accelerate(model)
-    with conddetr.record_paths() as found:
+    with conddetr.record_paths() as paths:
         assert_same(run(model, small_batch()), expected, 1e-3)
-    assert set(found["backbone"]) == {"norms folded before"}
-    assert found["prepare_weights"].total() == 3
+    assert set(paths["backbone"]) == {"norms folded before"}
+    assert paths["prepare_weights"].total() == 3

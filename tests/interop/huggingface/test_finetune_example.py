@@ -1,4 +1,4 @@
-"""The HuggingFace example: its training with the added line is its training without."""
+"""The HuggingFace example: training with the added line equals training without it."""
 
 import importlib.util
 from pathlib import Path
@@ -19,12 +19,12 @@ def example():
     return module
 
 
-def test_the_added_line_leaves_the_training_as_it_was(example, small_coco, tmp_path, capsys, monkeypatch):
-    made = example.tiny_model
+def test_added_line_does_not_change_the_training(example, small_coco, tmp_path, capsys, monkeypatch):
+    tiny_model = example.tiny_model
 
     def without_dropout(num_labels):
-        """transformers before 5 draws a random number per decoder layer that ours does not need."""
-        model = made(num_labels)
+        """transformers before 5 samples a random number per decoder layer that ours does not need."""
+        model = tiny_model(num_labels)
         for module in model.modules():
             if isinstance(getattr(module, "dropout", None), float):
                 module.dropout = 0.0

@@ -1,4 +1,4 @@
-"""`accelerate(model, graphs=True)`: the same training, its body replayed, and calls where somebody wants more of it."""
+"""`accelerate(model, graphs=True)`: the same training with its body replayed, and calls without graphs."""
 
 import copy
 
@@ -28,8 +28,8 @@ def models(**options):
     return plain, accelerated, graphed
 
 
-def ways(model, **options):
-    """How the body was computed."""
+def run_and_record(model, **options):
+    """The paths of the body, and the outputs."""
     inputs = {name: value.to(DEVICE) for name, value in small_batch().items() if name != "labels"}
     with conddetr.record_paths() as paths:
         outputs = model(**inputs, **options)
@@ -37,21 +37,21 @@ def ways(model, **options):
 
 
 @pytest.mark.parametrize("auxiliary_loss", [False, True])
-def test_outputs_losses_and_gradients_are_those_without(auxiliary_loss):
+def test_outputs_losses_and_gradients_are_those_without_graphs(auxiliary_loss):
     plain, accelerated, graphed = models(auxiliary_loss=auxiliary_loss)
     expected = run(plain, small_batch())
     for model in (accelerated, graphed, graphed):
-        found = run(model, small_batch())
-        assert list(found) == list(expected)
+        values = run(model, small_batch())
+        assert list(values) == list(expected)
         for name, value in expected.items():
             scale = value.abs().max().clamp(min=1).item()
-            torch.testing.assert_close(found[name], value, atol=1e-4 * scale, rtol=0, msg=name)
+            torch.testing.assert_close(values[name], value, atol=1e-4 * scale, rtol=0, msg=name)
         model.zero_grad()
-    assert ways(graphed)[0] == {"replayed": 1}
+    assert run_and_record(graphed)[0] == {"replayed": 1}
     assert len(graphed.model.graphs) == 1
 
 
-def test_weights_may_change_in_place_and_gradients_be_added_up():
+def test_weights_may_change_in_place_and_gradients_accumulate():
     _, accelerated, graphed = models(auxiliary_loss=True)
     for step in range(4):
         losses = []
@@ -78,38 +78,38 @@ def test_weights_may_change_in_place_and_gradients_be_added_up():
         ({"output_hidden_states": True}, "output_hidden_states"),
     ],
 )
-def test_a_call_that_wants_more_is_called(options, reason, caplog):
+def test_call_that_requests_more_runs_without_graphs(options, reason, caplog):
     *_, graphed = models()
-    way, outputs = ways(graphed, **options)
-    assert way == {"called without": 1}
+    paths, outputs = run_and_record(graphed, **options)
+    assert paths == {"called without": 1}
     assert reason in caplog.text
-    found = outputs.decoder_attentions if reason == "output_attentions" else outputs.decoder_hidden_states
-    assert found is not None
+    recorded = outputs.decoder_attentions if reason == "output_attentions" else outputs.decoder_hidden_states
+    assert recorded is not None
 
 
-def test_checkpointing_is_called(caplog):
+def test_gradient_checkpointing_runs_without_graphs(caplog):
     *_, graphed = models()
     graphed.gradient_checkpointing_enable()
-    assert ways(graphed)[0] == {"called without": 1}
+    assert run_and_record(graphed)[0] == {"called without": 1}
     assert "gradient checkpointing is on" in caplog.text
 
 
-def test_evaluation_is_called_as_before(caplog):
+def test_evaluation_runs_as_before(caplog):
     *_, graphed = models()
     with torch.no_grad():
-        assert ways(graphed)[0] == {}
+        assert run_and_record(graphed)[0] == {}
     graphed.eval()
-    assert ways(graphed)[0] == {}
+    assert run_and_record(graphed)[0] == {}
     assert not caplog.records
 
 
-def test_what_the_trainer_of_transformers_adds_does_not_matter():
+def test_additional_argument_of_the_trainer_is_irrelevant():
     *_, graphed = models()
-    ways(graphed)
-    assert ways(graphed, num_items_in_batch=torch.tensor(7))[0] == {"replayed": 1}
+    run_and_record(graphed)
+    assert run_and_record(graphed, num_items_in_batch=torch.tensor(7))[0] == {"replayed": 1}
 
 
-def test_it_can_be_given_up_and_undone():
+def test_graphs_can_be_switched_off_and_undone():
     model = small_model()
     report = conddetr.accelerate(model, graphs=True)
     assert "graphs of the body" in str(report)
@@ -122,6 +122,6 @@ def test_it_can_be_given_up_and_undone():
 
 
 @pytest.mark.parametrize("make", [small_dab, lambda: conddetr.build("conditional-detr-tiny", num_classes=3)])
-def test_other_models_have_none(make):
+def test_graphs_of_other_models_are_refused(make):
     with pytest.raises(ValueError, match="graphs: expected transformers' ConditionalDetrForObjectDetection, got "):
         conddetr.accelerate(make(), graphs=True)

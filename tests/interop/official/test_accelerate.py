@@ -1,4 +1,4 @@
-"""A model with the official interface, before and after: the golden numbers, and itself in float64."""
+"""A model with the official interface before and after: against the golden numbers, and itself in float64."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from conddetr.kernels import native
 
 
 def small_model(dropout=0.0):
-    """Two layers of each kind, with the golden rule's weights, under which queries differ and attention is sharp."""
+    """Two layers of each kind, with the golden rule's weights, so that queries differ and attention is sharp."""
     model = ConditionalDETR(Transformer(layers=2, ffn=64, dropout=dropout), num_classes=5, num_queries=12)
     return with_rule_weights(model)
 
@@ -33,13 +33,13 @@ def run(model, criterion, inputs, targets):
     out = model(inputs)
     losses = criterion(out, targets)
     sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses).backward()
-    found = {name: out[name] for name in ("pred_logits", "pred_boxes")} | losses
-    found |= {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().double() for name, value in found.items()}
+    values = {name: out[name] for name in ("pred_logits", "pred_boxes")} | losses
+    values |= {f"grad/{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double() for name, value in values.items()}
 
 
 def test_golden_outputs_losses_and_gradients():
-    """Before and after, as section 7 of the golden set's rules has it."""
+    """Before and after, as in section 7 of the golden set's rules."""
     info, golden = read_json("p1"), read_arrays("p1")
     model, criterion = with_rule_weights(ConditionalDETR(Transformer())), SetCriterion()
     inputs, targets = rule_inputs("p1")
@@ -50,23 +50,23 @@ def test_golden_outputs_losses_and_gradients():
     ]  # fmt: skip
     after = run(model, criterion, inputs, targets)
     assert after.keys() == before.keys()
-    for found in (before, after):
-        torch.testing.assert_close(found["pred_logits"].float(), golden["pred_logits"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(found["pred_boxes"].float(), golden["pred_boxes_all"][-1], atol=1e-5, rtol=0)
-        losses = {name: found[name].item() for name in info["losses_f32"]}
+    for values in (before, after):
+        torch.testing.assert_close(values["pred_logits"].float(), golden["pred_logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(values["pred_boxes"].float(), golden["pred_boxes_all"][-1], atol=1e-5, rtol=0)
+        losses = {name: values[name].item() for name in info["losses_f32"]}
         assert losses == pytest.approx(info["losses_f32"], rel=1e-5)
     for name, expected in info["grad_norms_f64"].items():
         norm = before[f"grad/{name}"].norm().item()
         assert norm == pytest.approx(expected, rel=2e-3) if expected > 1e-5 else norm < 1e-4, name
     assert not torch.equal(after["pred_logits"], before["pred_logits"]), "nothing was replaced"
-    # Gradients in float64: two outputs of the box head's first layer are within 1e-6 or so of ReLU's kink, so that in
-    # float32 their signs, and 3 % of the last layer's gradients, go with any rounding.
+    # Gradients in float64: two outputs of the box head's first layer are within about 1e-6 of ReLU's kink, so that in
+    # float32 their signs, and 3 % of the last layer's gradients, depend on rounding.
     model.double()
     conddetr.accelerate(model, "native" if native.NOT_LOADED is None else "eager")
     accelerated = run(model, criterion, [image.double() for image in inputs], targets)
     for name, expected in info["grad_norms_f64"].items():
-        found = accelerated[f"grad/{name}"].norm().item()
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-9), name
+        norm = accelerated[f"grad/{name}"].norm().item()
+        assert norm == pytest.approx(expected, rel=1e-5, abs=1e-9), name
 
 
 @pytest.mark.parametrize(("counts", "training"), [((3, 1), True), ((0, 2), False), ((0, 0), True)], ids=str)
@@ -77,12 +77,12 @@ def test_exact_in_float64(counts, training):
         {"labels": torch.randint(5, (n,)), "boxes": torch.rand(n, 4, dtype=torch.float64) * 0.4 + 0.2} for n in counts
     ]
     before = run(model, criterion, inputs, targets)
-    assert before["pred_logits"].std(1).min() > 0.02, "the queries are alike: this test would see nothing"
+    assert before["pred_logits"].std(1).min() > 0.02, "with equal queries this test proves nothing"
     conddetr.accelerate(model, "eager")
     conddetr.accelerate(criterion, "eager")
     after = run(model, criterion, inputs, targets)
     if not any(counts):
-        # The official code has no objects to be wrong about; there it says 100.
+        # Without objects the official code reports 100, the model of it in these tests NaN.
         before["class_error"] = torch.tensor(100.0).double()
     assert after.keys() == before.keys()
     for name, expected in before.items():
@@ -104,7 +104,7 @@ def test_state_dict_class_copies_and_pickles_stay():
         for twin in (copy.deepcopy(model), pickle.load(buffer)[0]):
             assert isinstance(twin.transformer, official.Transformer)
             assert torch.equal(twin(images())["pred_logits"], expected)
-            # A copy has weights of its own, and runs on them.
+            # A copy has separate weights, and runs on them.
             twin.transformer.decoder.norm.weight.mul_(2)
             assert not torch.equal(twin(images())["pred_logits"], expected)
         assert torch.equal(model(images())["pred_logits"], expected)
@@ -114,7 +114,7 @@ def test_state_dict_class_copies_and_pickles_stay():
     assert [type(module) for module in model.modules()] == kinds
 
 
-def test_hooks_and_exchanged_modules_are_theirs_to_run():
+def test_official_code_runs_with_hooks_and_replaced_modules():
     model = small_model().eval()
     with torch.no_grad():
         expected = model(images())["pred_logits"]
@@ -132,7 +132,7 @@ def test_hooks_and_exchanged_modules_are_theirs_to_run():
     assert not torch.allclose(exchanged, expected, atol=1e-3)
 
 
-def test_dropout_is_theirs_and_in_training_only():
+def test_dropout_is_active_in_training_only():
     model = small_model(dropout=0.3)
     conddetr.accelerate(model, "eager")
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_dropout_is_theirs_and_in_training_only():
         assert torch.equal(first, second)
 
 
-def test_settings_that_change_later_are_theirs_to_follow(monkeypatch):
+def test_official_code_runs_after_a_setting_changed(monkeypatch):
     model = ConditionalDETR(Transformer(layers=2, ffn=64, dropout=0.1), num_queries=12)
     conddetr.accelerate(model, "eager")
     tokens = torch.randn(2, 2, 256, 2, 3).unbind()
@@ -160,29 +160,29 @@ def test_settings_that_change_later_are_theirs_to_follow(monkeypatch):
                 if name in vars(module):
                     changed.setattr(module, name, value)
             torch.manual_seed(0)
-            found = model.transformer(*inputs)[0]
+            hidden = model.transformer(*inputs)[0]
             torch.manual_seed(0)
-            torch.testing.assert_close(found, Transformer.forward(model.transformer, *inputs)[0])
+            torch.testing.assert_close(hidden, Transformer.forward(model.transformer, *inputs)[0])
         assert paths["transformer"] == {"the official code": 1}, (part, name)
     with conddetr.record_paths() as paths:
         model.transformer(*inputs)
     assert paths["transformer"] == {"ours": 1}
 
 
-def test_another_alpha_is_for_their_matcher():
+def test_official_criterion_runs_with_another_alpha():
     criterion = SetCriterion(num_classes=5)
     out = {"pred_logits": torch.randn(2, 12, 5), "pred_boxes": torch.rand(2, 12, 4) * 0.4 + 0.2, "aux_outputs": []}
     targets = [{"labels": torch.randint(5, (3,)), "boxes": torch.rand(3, 4) * 0.4 + 0.2} for _ in range(2)]
     accelerated = copy.deepcopy(criterion)
     conddetr.accelerate(accelerated, "eager")
-    for one in (criterion, accelerated):
-        one.focal_alpha = 0.6
+    for module in (criterion, accelerated):
+        module.focal_alpha = 0.6
     with conddetr.record_paths() as paths:
         assert accelerated(out, targets) == criterion(out, targets)
     assert paths["loss"] == {"the official code": 1}
 
 
-def test_what_cannot_be_accelerated_is_left_and_listed():
+def test_unsupported_parts_are_left_and_listed():
     model = small_model()
     model.transformer.encoder.layers[0].normalize_before = True
     model.backbone[0].body["bn1"] = nn.BatchNorm2d(64)

@@ -1,5 +1,5 @@
 """Encoder and decoder of transformers 5 from fused operations, as `conddetr.model.fast` computes ours.
 
-Where all parts of one are plain, on a GPU. transformers' arithmetic stays: with auxiliary losses the next decoder layer
-goes on from the normalised tokens, spatial keys are dense, and positions and queries may differ from image to image.
+They run on a GPU, each if all its parts are plain. transformers' arithmetic stays: with auxiliary losses the next
+decoder layer gets the normalised tokens, spatial keys are dense, and positions and queries may differ between images.
 """

@@ -15,37 +15,39 @@ from conddetr.model.fast.plan import SEEDS_PER_LAYER, make_weights
 def encode(
     encoder: nn.Module, tokens: Tensor, mask: Tensor, position: Tensor | None, kinds: frozenset[type]
 ) -> Tensor | None:
-    """The encoder.
+    """Run the encoder on fused operations.
 
     Args:
-        encoder: transformers'.
+        encoder: transformers' encoder.
         tokens: [B, N, C].
         mask: [B, N], nonzero = valid.
         position: [B, N, C].
-        kinds: the classes that plain layers consist of.
+        kinds: the classes of the parts of plain layers.
 
     Returns:
-        Memory [B, N, C]; None where the layers have to be called as modules.
+        Memory [B, N, C]; None if the layers have to be called as modules.
     """
     layers = list(encoder.layers)
-    # Its sum with tokens is one of the fused outputs, which gives positions no gradient.
+    # A fused operation adds it to the tokens and gives it no gradient.
     is_position = position is not None and not position.requires_grad
     dtype = dtype_of_step(encoder, layers, tokens, kinds) if is_position else None
-    # The largest number of float16 is one that transformers looks at.
+    # float16 may overflow: in training transformers clamps such outputs, fused operations do not.
     if dtype is None or (encoder.training and tokens.dtype == torch.float16):
         return None
     paths.note("encoder", "fused operations")
     [weights] = make_weights(([_recipes(layer, tokens.shape[:-1].numel()) for layer in layers],), dtype)
-    drawn = seeds(tokens.device, SEEDS_PER_LAYER * len(layers))
+    step_seeds = seeds(tokens.device, SEEDS_PER_LAYER * len(layers))
     tokens = F.dropout(tokens, encoder.dropout, encoder.training)
     position = position.to(dtype)
     padding = fast_encoder.attention_mask(~mask.to(torch.bool), dtype)
     stream = fast_encoder.begin(tokens.to(dtype), position)
     is_autocast = torch.is_autocast_enabled(tokens.device.type)
-    for index, (layer, own) in enumerate(zip(layers, weights, strict=True)):
-        settings = layer_settings(layer, encoder.config.encoder_attention_heads, Dropout(0.0, drawn))
-        where = position if index < len(layers) - 1 else None
-        stream = fast_encoder.run_layer(own, settings, stream, padding, where, wants_trunk=is_autocast)
+    for index, (layer, layer_weights) in enumerate(zip(layers, weights, strict=True)):
+        settings = layer_settings(layer, encoder.config.encoder_attention_heads, Dropout(0.0, step_seeds))
+        next_position = position if index < len(layers) - 1 else None
+        stream = fast_encoder.run_layer(
+            layer_weights, settings, stream, padding, next_position, wants_trunk=is_autocast
+        )
     return for_a_module(stream.trunk, stream.out)
 
 

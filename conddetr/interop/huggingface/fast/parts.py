@@ -1,4 +1,4 @@
-"""What fused encoder and decoder share: when they can run, and what their layers are made with."""
+"""Shared by fused encoder and decoder: whether they can run, settings and weights of their layers."""
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,11 @@ from conddetr.model.fast.plan import can_run, step_dtype
 def dtype_of_step(
     container: nn.Module, known: list[nn.Module], tokens: Tensor, kinds: frozenset[type]
 ) -> torch.dtype | None:
-    """What a step computes in; None where the layers of an encoder or decoder have to be called as modules.
+    """The dtype of a step; None if the layers of an encoder or decoder have to be called as modules.
 
     Args:
         known: the parts whose parameters are read.
-        kinds: the classes that they may be.
+        kinds: their supported classes.
     """
     dtype = step_dtype(tokens.device, tokens.dtype)
     if container.config._attn_implementation not in ("sdpa", "conddetr"):
@@ -26,7 +26,7 @@ def dtype_of_step(
     is_checkpointed = any(getattr(part, "gradient_checkpointing", False) and part.training for part in known)
     if is_checkpointed or any(parts.misfit(part, kinds) is not None for part in known):
         return None
-    # Fused, all branches of a layer end with one rate.
+    # Fused operations have one dropout rate for all branches of a layer.
     if any(_dropout_p(layer) != _dropout_p(layer.mlp) for layer in container.layers):
         return None
     if torch.is_autocast_enabled(tokens.device.type):
@@ -35,7 +35,7 @@ def dtype_of_step(
 
 
 def layer_settings(layer: nn.Module, heads: int, dropout: Dropout) -> fast_encoder.Settings:
-    """Of a layer of transformers, as it is now; `dropout` has the seeds."""
+    """The current settings of a layer of transformers; `dropout` has the seeds."""
     attention = layer.self_attn
     return fast_encoder.Settings(
         heads,
@@ -46,10 +46,10 @@ def layer_settings(layer: nn.Module, heads: int, dropout: Dropout) -> fast_encod
 
 
 def _dropout_p(module: nn.Module) -> float:
-    """The rate that a module drops with now."""
+    """The module's current dropout rate."""
     return module.dropout if module.training else 0.0
 
 
 def feed_forward_recipes(layer: nn.Module) -> FeedForwardWeights:
-    """Of a layer's feed-forward network and the norm behind it."""
+    """Weights of a layer's feed-forward network and of the norm after it."""
     return FeedForwardWeights(hidden_weights(layer.mlp.fc1), branch_weights(layer.mlp.fc2, layer.final_layer_norm))
