@@ -190,7 +190,7 @@ def test_one_pixel_images(tiny_model):
         (torch.randn(3, 8, 8), None, r"expected a non-empty batch \[B, 3, H, W\], got shape \(3, 8, 8\)"),
         (torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 9, dtype=torch.bool), r"mask: expected .*2, 8, 8\).*\(2, 8, 9\)"),
         (torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8), "mask: .*dtype torch.bool, got .*torch.float32"),
-        ([torch.randn(3, 8, 8)], torch.zeros(1, 8, 8, dtype=torch.bool), "mask: give it with a batch tensor only"),
+        ([torch.randn(3, 8, 8)], torch.zeros(1, 8, 8, dtype=torch.bool), "mask: pass it with a batch tensor only"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(tiny_model, images, mask, message):
@@ -204,9 +204,9 @@ def test_bad_valid_sizes_are_named(tiny_model):
         tiny_model(batch, valid_hw=sizes[:1])
     with pytest.raises(ValueError, match=r"valid_hw: .*dtype torch.int32, got \(2, 2\) and torch.int64"):
         tiny_model(batch, valid_hw=sizes.long())
-    with pytest.raises(ValueError, match="mask and valid_hw: expected one of them at most, got both"):
+    with pytest.raises(ValueError, match="mask and valid_hw: expected at most one of them, got both"):
         tiny_model(batch, torch.zeros(2, 8, 8, dtype=torch.bool), valid_hw=sizes)
-    with pytest.raises(ValueError, match="valid_hw: give it with a batch tensor only"):
+    with pytest.raises(ValueError, match="valid_hw: pass it with a batch tensor only"):
         tiny_model(list(batch), valid_hw=sizes)
 
 
@@ -217,5 +217,5 @@ def test_missing_download_says_what_to_do(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(ResNet50_Weights, "get_state_dict", refuse)
-    with pytest.raises(OSError, match=r"could not be downloaded \(no route to host\): download the file elsewhere"):
+    with pytest.raises(OSError, match=r"could not be downloaded \(no route to host\): download the file on another"):
         conddetr.build("conditional-detr-r50", pretrained_backbone=True)

@@ -128,4 +128,4 @@ def test_letters_without_a_font_are_said_once(own_fonts, caplog):
     # A mark goes with its letter.
     assert shown(axes) == ["cat", "?? café", "?"]
     [record] = [record for record in caplog.records if record.name == fonts.log.name]
-    assert "No installed font has all letters of '灯' (first: '灯', U+706F)" in record.getMessage()
+    assert "No installed font has all letters of '灯' (first missing: '灯', U+706F)" in record.getMessage()
