@@ -19,7 +19,7 @@ from conddetr.kernels.records import Record, Verdict, machine, memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 R50 = PRESETS["conditional-detr-r50"]
-UNCHECKED = "it is not checked on this GPU: `conddetr check` does that"
+UNCHECKED = "it is not checked on this GPU: run `conddetr check`"
 
 
 def record(**speedups: float | str) -> Record:
@@ -113,7 +113,9 @@ def test_on_a_cpu_the_reason_is_that_of_the_native_kernels(monkeypatch):
             "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
         )
     said = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
-    assert said.startswith("attention: PyTorch (this operation has no such kernels), matching: PyTorch (its kernels ru")
+    assert said.startswith(
+        "attention: PyTorch (this operation has no kernels of this backend), matching: PyTorch (its kernels ru"
+    )
 
 
 def test_what_has_no_kernels_on_a_gpu_needs_no_reason(on_gpu):
