@@ -49,8 +49,8 @@ class Shift(NamedTuple):
 
 
 class Replicas(NamedTuple):
-    """A vector [C] as [`REPLICAS`, C], all rows equal, in its own dtype: a kernel with at most this many programs stores
-    the sums of program i as the gradient of row i, and needs no second kernel to add them.
+    """A vector [C] as [`REPLICAS`, C], all rows equal, in its own dtype: a kernel with at most this many programs
+    stores the sums of program i as the gradient of row i, and needs no second kernel to add them.
     """
 
     vector: Tensor

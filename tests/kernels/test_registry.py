@@ -85,7 +85,7 @@ def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
     assert reason() == "auto: None"
     assert reason(devices=("cuda",)) == "demand: its kernels run on GPUs, but the tensors are on cpu."
     assert reason(dtypes=(torch.bfloat16,)) == "demand: its kernels take bfloat16, not float32."
-    assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` takes plain PyTorch")
+    assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` uses plain PyTorch")
     assert reason(why_not=lambda width: f"width {width}") == "demand: width 7"
     assert reason(why_not_auto=lambda width: f"width {width}") == "auto: width 7"
 
