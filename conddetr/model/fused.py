@@ -1,7 +1,7 @@
 """A frozen copy of a model for inference: values that depend on weights alone are computed once.
 
-The copy has its own weights, so later changes of the model do not affect it and it never reads freed weights. Parts
-that are hooked, wrapped, parametrised or replaced are copied unchanged.
+The copy has its own weights: later changes of the model do not affect it, and the model itself never runs on outdated
+folded weights. Parts that are hooked, wrapped, parametrised or replaced are copied unchanged.
 """
 
 import copy
@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class FusionReport:
-    """Which parts `DETR.fused` fused, and which it left."""
+    """Report of the parts that `DETR.fused` fused or left unchanged."""
 
     fused: list[str] = field(default_factory=list)
     """Names of the modules that were replaced by fused ones."""

@@ -20,11 +20,11 @@ def why_not_plain(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     if torch_module._has_any_global_hook() and _are_global_hooks_of_users():
-        return "there are hooks for all modules"
+        return "global hooks are registered"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if module._compiled_call_impl is not None:
-        return "it was compiled by itself"
+        return "it was compiled separately"
     return None
 
 

@@ -27,7 +27,7 @@ from conddetr.model.plain import why_not_plain
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
 """Class name of a residual block → number of its convolutions, without the shortcut's."""
-_NAMES = {kind: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for kind, count in CONVOLUTIONS.items()}
+_NAMES = {block: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for block, count in CONVOLUTIONS.items()}
 _KNOWN = {"downsample", *(name for pair in _NAMES["Bottleneck"] for name in pair)}
 POINTWISE = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 """The window of a pointwise convolution, together with a 1×1 kernel."""
@@ -167,7 +167,7 @@ def block_misfit(block: nn.Module) -> str | None:
     """The reason why a residual block has to be called as a module; None if it can be fused."""
     block_class = type(block)
     if block_class.__name__ not in CONVOLUTIONS or block_class.__module__ not in _PACKAGES:
-        return f"{block_class.__name__} is no residual block of torchvision or timm"
+        return f"{block_class.__name__} is not a residual block of torchvision or timm"
     reason = why_not_plain(block)
     if reason is not None:
         return reason
@@ -180,7 +180,7 @@ def block_misfit(block: nn.Module) -> str | None:
     shortcut = parts.get("downsample")
     if shortcut is not None and type(shortcut) is not nn.Identity:
         if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
-            return "its shortcut is more than convolution and frozen batch norm"
+            return "its shortcut is more than a convolution and a frozen batch norm"
         reason = _first_reason(shortcut._modules, "downsample.")
         if reason is not None:
             return reason
@@ -192,7 +192,7 @@ def block_misfit(block: nn.Module) -> str | None:
     for name, part in parts.items():
         # timm sets unused parts to the identity: dropped blocks, anti-aliasing, attention.
         if name not in _KNOWN and type(part) not in (nn.ReLU, nn.Identity, type(None)):
-            return f"{type(part).__name__} is no part of a plain ResNet"
+            return f"{type(part).__name__} is not part of a plain ResNet"
     return None
 
 
@@ -227,7 +227,7 @@ def survey(body: nn.Module) -> dict[str, str | None]:
         stage = getattr(body, name)
         reason = why_not_plain(stage)
         if reason is None and type(stage) is not nn.Sequential:
-            reason = f"it is a {type(stage).__name__}, expected Sequential"
+            reason = f"expected Sequential, got {type(stage).__name__}"
         if reason is not None:
             reasons[name] = reason
         else:

@@ -30,7 +30,7 @@ class AttentionMaps:
 
     weights: Tensor
     """[3, Q, heads, h, w] float32 on the CPU, over the feature map: softmax of the spatial product alone, of the
-    content product alone, and of their sum, which is what the model uses. Each map sums to 1."""
+    content product alone, and of their sum, as in the model. Each map sums to 1."""
     formulas: tuple[str, str]
     """The spatial and the content product in the paper's notation, in matplotlib's math text."""
     layer: int

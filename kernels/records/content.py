@@ -137,27 +137,27 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON")
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
+def _parse(expected: Any, value: Any, path: str) -> Any:
     """Convert a JSON value to the type with which a field is annotated.
 
     Raises:
         ValueError: the value does not have that type; names the field.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        known = {field.name: field.type for field in fields(kind)}
+    origin, arguments = get_origin(expected), get_args(expected)
+    if is_dataclass(expected):
+        known = {field.name: field.type for field in fields(expected)}
         if isinstance(value, dict) and value.keys() == known.keys():
-            return kind(**{name: _parse(known[name], item, f"{where}.{name}") for name, item in value.items()})
+            return expected(**{name: _parse(known[name], item, f"{path}.{name}") for name, item in value.items()})
     elif origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+        return tuple(_parse(arguments[0], item, f"{path}[{number}]") for number, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
-        return {name: _parse(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {name: _parse(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     elif origin is Literal:
         if value in arguments:
             return value
-    elif kind is Any or (origin in (None, UnionType) and isinstance(value, kind)):
+    elif expected is Any or (origin in (None, UnionType) and isinstance(value, expected)):
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
+    raise ValueError(f"{path}: expected {getattr(expected, '__name__', expected)}, got {str(value)[:60]!r}")
 
 
 def _refuse_doubles(verdicts: Sequence[Verdict]) -> None:

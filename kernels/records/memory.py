@@ -46,7 +46,7 @@ def restricted(record: Record, others: Sequence[Record]) -> Record:
         for other in others:
             refusal = next((x.refused for x in other.verdicts if x.key == verdict.key), "it is not checked.")
             if refusal:
-                return f"on {other.identity['device']}, which another process has: {refusal}"
+                return f"on {other.identity['device']}, used by another process: {refusal}"
         return ""
 
     verdicts = (replace(verdict, refused=verdict.refused or reason(verdict)) for verdict in record.verdicts)

@@ -230,9 +230,9 @@ def test_a_record_of_several_kinds_lets_run_what_all_let_run():
     other = replace(other, identity={"device": "NVIDIA A10"}, verdicts=other.verdicts[2:])
     found = {x.operation: x.refused for x in records.restricted(one, [other]).verdicts}
     assert found == {
-        "conditional_attention": "on NVIDIA A10, which another process has: it is not checked.",
+        "conditional_attention": "on NVIDIA A10, used by another process: it is not checked.",
         "linear_assignment": "",
-        "focal_loss": "on NVIDIA A10, which another process has: wrong.",
+        "focal_loss": "on NVIDIA A10, used by another process: wrong.",
         "convolution": "",
     }
     assert records.restricted(one, []) == one

@@ -41,7 +41,7 @@ def assert_models_agree(models, images, adapted):
 
 
 class Halved(nn.Module):
-    """A wrapper without own weights, and without the wrapped module's weights as attributes."""
+    """A wrapper that has no weights itself and does not expose the wrapped module's weights as attributes."""
 
     def __init__(self, inner):
         super().__init__()

@@ -25,7 +25,7 @@ class Parts:
     """Builds the decoder from a configuration and a backend. It has the call of `ConditionalDecoder`; attention maps
     are read from its `layers`."""
     initialize_heads: Callable[[nn.Linear, MLP], None]
-    """Initializes the class and box heads in place, after everything else is built."""
+    """Initialises the class and box heads in place, after everything else is built."""
     class_loss: Callable[[Tensor, Tensor, Tensor, Tensor, ModelConfig, str], Tensor]
     """Logits [L, B, Q, K], assignment [L, B, Q] (-1 for none), labels [B, N], weights of the classes [K], the
     configuration and the backend of losses -> the sum over each layer, [L]."""

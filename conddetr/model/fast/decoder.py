@@ -58,7 +58,7 @@ class DecoderWeights(NamedTuple):
     self_position: tuple[Made, Made]
     """Queries and keys of all layers."""
     cross_position: tuple[Made, Made]
-    """Object query of the first layer."""
+    """Queries of the first layer."""
     memory: tuple[Made, Made]
     """Content keys and values of all layers."""
     cell_position: tuple[Made, Made]

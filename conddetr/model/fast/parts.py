@@ -42,7 +42,7 @@ def _unusual(module: nn.Module) -> str | None:
         return "it is a replica of DataParallel, which has no parameters"
     for parameter in parameters.values():
         if parameter is not None and type(parameter) not in (Tensor, nn.Parameter):
-            return "its weights are a class of their own"
+            return "its weights have a custom class"
     if isinstance(module, (nn.Linear, nn.LayerNorm)) and (parameters["weight"] is None or parameters["bias"] is None):
         return "it has no weight or no bias"
     return None

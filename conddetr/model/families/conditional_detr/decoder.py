@@ -134,7 +134,7 @@ class ConditionalDecoder(nn.Module):
         """Decode the object queries against the memory.
 
         Args:
-            memory: [B, N, C]; grid: where its tokens lie; position: [B or 1, N, C]; object_query: [Q, C].
+            memory: [B, N, C]; grid: of its tokens; position: [B or 1, N, C]; object_query: [Q, C].
 
         Returns:
             Normalised outputs of all layers, [L, B, Q, C], and sigmoid reference points, [Q, 2].

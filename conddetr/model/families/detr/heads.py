@@ -13,7 +13,7 @@ from conddetr.model.layers import MLP
 
 
 def initialize_heads(class_embed: nn.Linear, bbox_embed: MLP) -> None:
-    """Keep PyTorch's initialization."""
+    """Keep PyTorch's initial values."""
 
 
 def class_loss(
