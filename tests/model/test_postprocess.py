@@ -42,7 +42,7 @@ def test_half_precision_is_scored_in_float32():
         ({"activation": "relu"}, "activation: expected 'sigmoid' or 'softmax', got 'relu'"),
     ],
 )
-def test_errors(change, message):
+def test_errors_name_the_argument(change, message):
     outputs = {"pred_logits": torch.randn(1, 2, 3), "pred_boxes": torch.rand(1, 2, 4)}
     with pytest.raises(ValueError, match=message):
         conddetr.postprocess(outputs, **{"sizes": [(1, 1)], **change})
