@@ -1,4 +1,4 @@
-"""The operations of Conditional DETR, one folder each. This package knows nothing of models, images or training."""
+"""The operations of Conditional DETR, one folder each. This package depends on no model, image or training code."""
 
 from conddetr.kernels.add_norm import add_norm
 from conddetr.kernels.attn import conditional_attention

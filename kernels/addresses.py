@@ -1,4 +1,4 @@
-"""Tables on a device, of memory addresses above all, for kernels that walk over many tensors in one launch."""
+"""Tables on a device, mostly of memory addresses, for kernels that process many tensors in one launch."""
 
 import functools
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _collectors: list[list[tuple[Tensor, Tensor]]] = []
-"""Of every `collected` that is going on, tables that a capture reads, and on the host what belongs in them."""
+"""For each active `collected`: tables that a capture reads, and their contents on the host."""
 
 
 def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
@@ -18,26 +18,26 @@ def table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return _copied(addresses, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-# The same tensors lie at the same addresses in most steps. By stream, since only there the copy is known to be done.
+# In most steps the same tensors have the same addresses. Cached per stream, where the copy is known to be complete.
 @functools.lru_cache(maxsize=64)
 def _copied(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return place(torch.tensor(addresses, dtype=torch.int64), device)
 
 
 def place(table: Tensor, device: torch.device) -> Tensor:
-    """A copy of a table of the host; the host does not wait for it.
+    """Copy a table from the host; the host does not wait.
 
-    In a capture of a CUDA graph no copy is recorded, for then the host's memory would have to stay as long as the graph
-    does: the table is empty until the capture has ended (`collected`).
+    In a capture of a CUDA graph no copy is recorded, because then the host's memory would have to live as long as the
+    graph: the table is empty until the capture has ended (`collected`).
 
     Raises:
-        RuntimeError: a capture that nobody collects tables of (`can_place`).
+        RuntimeError: a capture outside `collected` (see `can_place`).
     """
     if device.type != "cuda":
         return table.to(device)
     if is_capturing(device):
         if not _collectors:
-            raise RuntimeError("A table of addresses in a capture of a CUDA graph: capture within `collected`.")
+            raise RuntimeError("A table of addresses is needed in a capture of a CUDA graph: capture in `collected`.")
         empty = torch.empty_like(table, device=device)
         _collectors[-1].append((empty, table))
         return empty
@@ -45,7 +45,7 @@ def place(table: Tensor, device: torch.device) -> Tensor:
 
 
 def can_place(device: torch.device) -> bool:
-    """Whether there can be new tables now: not in a capture whose tables nobody fills afterwards."""
+    """Whether tables can be made now: not in a capture outside `collected`, which would never fill them."""
     return bool(_collectors) or not is_capturing(device)
 
 
@@ -56,9 +56,9 @@ def is_capturing(device: torch.device) -> bool:
 
 @contextmanager
 def collected() -> Iterator[list[Tensor]]:
-    """Around a capture of a CUDA graph: fills its tables at the end, on the then current stream, without a wait.
+    """Fill the tables of a CUDA graph's capture at its end, on the stream that is then current, without a wait.
 
-    Gives the tables, which must live as long as the graph.
+    Yields the tables, which must live as long as the graph.
     """
     tables: list[Tensor] = []
     _collectors.append([])

@@ -1,4 +1,4 @@
-"""The compiled kernels of `csrc/`: loads them, and says why they are not there. How to build: docs/building.md."""
+"""Loads the compiled kernels of `csrc/`, or reports why they are missing. How to build: docs/building.md."""
 
 import importlib
 import os
@@ -7,13 +7,13 @@ import re
 import torch
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""What the CPU kernels take; float64 is there for tests of gradients."""
+"""Dtypes of the CPU kernels; float64 is for tests of gradients."""
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HOW_TO_BUILD = "python -m pip install --no-build-isolation --editable . in the source folder builds them"
 
 
 def _load() -> str | None:
-    """Import `conddetr._C`, which registers `torch.ops.conddetr_native`; the reason if that fails."""
+    """Import `conddetr._C`, which registers `torch.ops.conddetr_native`; returns the reason if that fails."""
     if os.environ.get("CONDDETR_NATIVE") == "0":
         return "the environment variable CONDDETR_NATIVE is 0."
     try:
@@ -21,22 +21,22 @@ def _load() -> str | None:
     except ModuleNotFoundError:
         return f"the native kernels are not built ({HOW_TO_BUILD}; see docs/building.md)."
     except ImportError as error:
-        return f"the native kernels do not load here: {error} ({HOW_TO_BUILD} again)."
+        return f"the native kernels cannot be loaded: {error} ({HOW_TO_BUILD} again)."
     return None
 
 
 NOT_LOADED = _load()
-"""Why there are no native kernels; None if there are."""
+"""The reason why native kernels are missing; None if they are loaded."""
 # Read once: torch.compile traces `why_not`, and cannot trace a call of the library.
 _INFO = importlib.import_module("conddetr._C").build_info() if NOT_LOADED is None else {}
 _ARCHITECTURE = re.compile(r"(\d+)(\d)([af]?)(\+PTX)?")
 _BUILT = [_ARCHITECTURE.fullmatch(name).groups() for name in _INFO.get("architectures", [])]
 _BUILT = [((int(major), int(minor)), suffix, ptx is not None) for major, minor, suffix, ptx in _BUILT]
-"""Compute capability, suffix and whether there is PTX, of every architecture that was built."""
+"""Compute capability, suffix, and whether PTX exists, for every architecture of the build."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason against native kernels for such tensors, or None if they can run."""
+    """The reason why native kernels cannot run on such tensors, or None if they can."""
     if NOT_LOADED is not None:
         return NOT_LOADED
     if device.type == "cpu":
@@ -47,12 +47,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if machine_code(capability) is None:
             return (
-                f"they were built for {', '.join(_INFO['architectures'])}, this GPU has compute capability "
+                f"they were built for {', '.join(_INFO['architectures'])}, but this GPU has compute capability "
                 f"{capability[0]}.{capability[1]}: build with CONDDETR_CUDA_ARCHS (docs/building.md)."
             )
         dtypes = CUDA_DTYPES
     else:
-        return f"native kernels run on CPUs and NVIDIA GPUs, the tensors are on {device.type}."
+        return f"native kernels run on CPUs and NVIDIA GPUs, but the tensors are on {device.type}."
     if dtype not in dtypes:
         names = ", ".join(str(known).removeprefix("torch.") for known in dtypes)
         return f"on {device.type} its kernels take {names}, not {str(dtype).removeprefix('torch.')}."
@@ -60,17 +60,17 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def machine_code(capability: tuple[int, int]) -> str | None:
-    """What a GPU runs of what was built, as CUDA chooses: its own code, that of an older one of its family, or PTX.
+    """The built code that CUDA chooses for a GPU: for its own capability, an older one of the same family, or PTX.
 
     Args:
         capability: compute capability, e.g. (9, 0).
 
     Returns:
-        `sm_90a`, say, or `PTX of compute_80`; None if there is nothing for it.
+        For example `sm_90a` or `PTX of compute_80`; None if no code fits.
     """
     best = None
     for code, suffix, _ in _BUILT:
-        # sm_90a and its like run on that one alone, the others on all later ones of their family.
+        # Code such as sm_90a runs on that capability alone, other code also on later ones of the same family.
         fits = code == capability if suffix == "a" else code[0] == capability[0] and code <= capability
         if fits and (best is None or (code, suffix) > best):
             best = (code, suffix)
@@ -87,7 +87,7 @@ def build_info() -> dict[str, object]:
     """Compiler, CUDA version or None, GPU architectures, flags, and the instruction sets of the CPU kernels.
 
     Raises:
-        RuntimeError: there are no native kernels; says why.
+        RuntimeError: the native kernels are missing; gives the reason.
     """
     if NOT_LOADED is not None:
         raise RuntimeError(NOT_LOADED)
@@ -95,7 +95,7 @@ def build_info() -> dict[str, object]:
 
 
 def describe(device: torch.device) -> str:
-    """One line: what was built, with what, and what of it runs on this CPU and, if it is one, on a GPU."""
+    """One line: the kernels that were built, the compiler, and the code that runs on this CPU and GPU."""
     info, level = build_info(), importlib.import_module("conddetr._C").cpu_level()
     cuda = "no CUDA" if info["cuda"] is None else f"CUDA {info['cuda']} for {', '.join(info['architectures'])}"
     if info["cuda"] is not None and device.type == "cuda":
@@ -104,10 +104,12 @@ def describe(device: torch.device) -> str:
 
 
 def peak_flops() -> float:
-    """Float32 multiplications and additions per second of this CPU in registers, on torch's threads; takes 0.1 s.
+    """Measured peak of this CPU in float32 operations per second, in registers, on torch's threads; takes 0.1 s.
+
+    A multiplication and an addition count as two.
 
     Raises:
-        RuntimeError: there are no native kernels; says why.
+        RuntimeError: the native kernels are missing; gives the reason.
     """
     if NOT_LOADED is not None:
         raise RuntimeError(NOT_LOADED)

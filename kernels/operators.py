@@ -1,10 +1,10 @@
-"""The operators behind the kernels, as PyTorch knows them: how they are registered, differentiated and called.
+"""PyTorch operators behind the kernels: how they are registered, differentiated and called.
 
-Triton's are `torch.ops.conddetr.…`, the native ones `torch.ops.conddetr_native.…`, under one schema each.
+Triton's operators are `torch.ops.conddetr.…`, the native ones `torch.ops.conddetr_native.…`, with one schema for both.
 
-Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, to know it while compiling. For strides
-something is won by it: wide loads. For sizes nothing is, and a training would stand still for seconds at the first
-image whose width happens to be one: each kernel names its sizes in `SIZES`, which are not specialised.
+Triton recompiles a kernel for an integer argument that is 1 or a multiple of 16. For strides this specialisation allows
+wide loads. For sizes it gains nothing, and a training run would pause for seconds at the first image of such a width.
+Each kernel therefore lists its sizes in `SIZES`, which are not specialised.
 """
 
 import functools
@@ -23,18 +23,18 @@ FIRST_DERIVATIVES = '{} has first derivatives only: for second ones use backend=
 
 
 class Description(NamedTuple):
-    """What PyTorch is told of an operator, whatever computes it."""
+    """The registrations of an operator that are the same for all its implementations."""
 
     fake: Callable | None
-    """Gives results of the same shapes and dtypes, from tensors without values. None: nobody traces it."""
+    """Returns results of the same shapes and dtypes, from tensors without values. None: it is never traced."""
     backward: Callable | None
-    """Takes the namespace's operators, `ctx` and the gradients of the results; gives those of the arguments."""
+    """Takes the namespace's operators, `ctx` and the gradients of the results; returns those of the arguments."""
     setup: Callable | None
-    """Saves in `ctx` what that needs, as `torch.library.register_autograd` has it."""
+    """Saves in `ctx` the inputs of `backward`, see `torch.library.register_autograd`."""
     flops: Callable[..., int] | None
-    """As for `count_flops`."""
+    """See `count_flops`."""
     is_gradient: bool
-    """It computes gradients and has none itself: that is an error, where PyTorch would go on without."""
+    """It computes gradients and has none itself. Differentiating it raises an error; PyTorch would return none."""
 
 
 _DESCRIPTIONS: dict[str, Description] = {}
@@ -52,16 +52,16 @@ def register(
     flops: Callable[..., int] | None = None,
     is_gradient: bool = False,
 ) -> None:
-    """Make an operator known to PyTorch, so that whoever counts, traces or differentiates sees it: Triton's, and the
-    native one where the compiled library has it too.
+    """Register an operator with PyTorch, so that it can be counted, traced and differentiated.
 
-    As `torch.library.custom_op`, without its checks in every call, which cost the host time.
+    This registers Triton's operator, and the native one if the compiled library has it. It is like
+    `torch.library.custom_op`, without the checks in every call that cost the host time.
 
     Args:
         name: without a namespace, e.g. `focal_loss`.
-        schema: arguments and results; what is changed in place is marked there. None: there are native kernels alone,
-            and csrc/schemas.h has the schema.
-        launch: computes it by Triton, from tensors on a GPU or, interpreted, on a CPU; the results share no memory with
+        schema: arguments and results, with marks on tensors that are changed in place. None: only native kernels exist,
+            with the schema in csrc/schemas.h.
+        launch: runs the Triton kernels on tensors on a GPU or, interpreted, on a CPU; the results share no memory with
             the arguments.
         fake, backward, setup, flops, is_gradient: see `Description`.
     """
@@ -75,24 +75,24 @@ def register(
 
 
 def describe(namespace: str, name: str) -> None:
-    """Tell PyTorch of an operator that is there in a namespace what `register` was told."""
-    found, operator = _DESCRIPTIONS[name], f"{namespace}::{name}"
-    if found.fake is not None:
-        torch.library.register_fake(operator, found.fake)
-    if found.backward is not None:
-        differentiate = functools.partial(found.backward, getattr(torch.ops, namespace))
-        torch.library.register_autograd(operator, differentiate, setup_context=found.setup)
-    elif found.is_gradient:
+    """Apply the description from `register` to an operator that a namespace defines."""
+    description, operator = _DESCRIPTIONS[name], f"{namespace}::{name}"
+    if description.fake is not None:
+        torch.library.register_fake(operator, description.fake)
+    if description.backward is not None:
+        differentiate = functools.partial(description.backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(operator, differentiate, setup_context=description.setup)
+    elif description.is_gradient:
         torch.library.register_autograd(operator, functools.partial(_refuse, operator))
-    if found.flops is not None:
-        count_flops(operator, found.flops)
+    if description.flops is not None:
+        count_flops(operator, description.flops)
 
 
 def launcher(package: str, function: str) -> Callable:
-    """A function of an operation's Triton kernels, which are imported when it is called first.
+    """A function that runs an operation's Triton code, which is imported on the first call.
 
     Args:
-        package: of the operation, whose module `triton` has it.
+        package: of the operation; the function is in its module `triton`.
         function: its name there.
     """
 
@@ -104,12 +104,12 @@ def launcher(package: str, function: str) -> Callable:
 
 
 def of(backend: str) -> object:
-    """`torch.ops.…` of a backend that is not eager."""
+    """The namespace `torch.ops.…` of a backend other than eager."""
     return torch.ops.conddetr_native if backend == "native" else torch.ops.conddetr
 
 
 def call(operator: Callable, *arguments: object) -> object:
-    """An operator's result. Where no gradient is recorded, PyTorch does not look in Python who would want one."""
+    """Call an operator. Without recording of gradients, PyTorch's autograd layer in Python is skipped."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
@@ -117,9 +117,9 @@ def call(operator: Callable, *arguments: object) -> object:
 
 
 def on_their_device(launch: Callable) -> Callable:
-    """A function that launches Triton kernels, run with the device of its first tensor as the current one.
+    """Wrap a function that launches Triton kernels: the device of its first tensor becomes the current device.
 
-    Triton launches on the current device, wherever the tensors are; native and PyTorch's operators look at them.
+    Triton launches on the current device, wherever the tensors are; native and PyTorch operators use their device.
     """
 
     @functools.wraps(launch)
@@ -135,19 +135,19 @@ def _refuse(operator: str, *_: object) -> None:
 
 
 def first_derivatives(name: str) -> Callable[[Callable], Callable]:
-    """Decorates the `backward` of what is no operator, as `torch.autograd.function.once_differentiable`: its own
-    derivatives are an error that says what to do.
+    """Decorator for the `backward` of an autograd function, like `torch.autograd.function.once_differentiable`: its
+    derivatives raise an error that names a backend which has them.
     """
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def run(ctx: FunctionCtx, *grads: torch.Tensor | None) -> tuple:
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                gradients = backward(ctx, *grads)
             differentiated = [grad for grad in grads if grad is not None and grad.requires_grad]
             if not (torch.is_grad_enabled() and differentiated):
-                return found
-            return _Refusal.apply(name, differentiated[0], *found)
+                return gradients
+            return _Refusal.apply(name, differentiated[0], *gradients)
 
         return run
 
@@ -155,12 +155,12 @@ def first_derivatives(name: str) -> Callable[[Callable], Callable]:
 
 
 class _Refusal(torch.autograd.Function):
-    """Gradients as they are; their own derivatives are an error."""
+    """Returns gradients unchanged; differentiating them raises an error."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, differentiated: torch.Tensor, *found: torch.Tensor | None) -> tuple:
+    def forward(ctx: FunctionCtx, name: str, differentiated: torch.Tensor, *gradients: torch.Tensor | None) -> tuple:
         ctx.name = name
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in found)
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *_: object) -> None:
@@ -168,20 +168,20 @@ class _Refusal(torch.autograd.Function):
 
 
 def count_flops(operator: str, formula: Callable[..., int]) -> None:
-    """Tell `torch.utils.flop_counter.FlopCounterMode` what an operator computes, which it takes for nothing else.
+    """Register an operator's FLOPs with `torch.utils.flop_counter.FlopCounterMode`, which otherwise counts none.
 
     Args:
         operator: its name with the namespace, e.g. `conddetr::conditional_attention`.
-        formula: takes the operator's arguments, shapes in place of tensors, and `out_shape`; returns multiplications
-            plus additions of what plain PyTorch would compute, however the kernel saves some.
+        formula: takes the operator's arguments, with shapes instead of tensors, and `out_shape`; returns the
+            multiplications plus additions of plain PyTorch, even if the kernel needs fewer.
     """
     if not HAS_TRITON:
-        # The import says so, to all who never count.
+        # The import logs a warning about missing Triton, even if nothing is counted.
         logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     namespace, name = operator.split("::")
     target = getattr(getattr(torch.ops, namespace), name)
-    # Of PyTorch's own operators it may know some by now.
+    # A PyTorch operator may be registered already.
     if target not in flop_registry:
         register_flop_formula(target)(formula)

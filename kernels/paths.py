@@ -1,4 +1,4 @@
-"""Which implementation really ran: recorded on demand, for fast paths that silently never run are found by nobody."""
+"""Records on demand which implementation ran, because a fast path that never runs is otherwise not noticed."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,16 @@ _recorders: list["Paths"] = []
 
 
 class Paths(dict[str, Counter[str]]):
-    """Name of an operation or of a part of a model → what computed it → how often.
+    """Name of an operation or of a part of a model → implementation → number of calls.
 
-    Operations have the names of their functions, and what computed them is a backend, or the library that took it:
-    `paths["conditional_attention"] == {"native": 6}`. Parts of models say which function or module they called.
+    Operations have the names of their functions; their implementation is a backend or a library:
+    `paths["conditional_attention"] == {"native": 6}`. The implementation of a model's part is a function or module.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.reasons: dict[str, dict[str, str]] = {}
-        """Name of an operation → backend that was not taken → why not; as of the last call."""
+        """Name of an operation → backend that was not used → reason; from the last call."""
 
     def note(self, name: str, path: str, refused: Mapping[str, str]) -> None:
         """Count a call."""
@@ -29,7 +29,7 @@ class Paths(dict[str, Counter[str]]):
             self.reasons[name] = dict(refused)
 
     def __str__(self) -> str:
-        # Here, not above: rich takes longer to import than all kernels' functions.
+        # Imported here, because importing rich takes longer than importing all kernels.
         from rich.console import Console
         from rich.table import Table
 
@@ -49,26 +49,26 @@ class Paths(dict[str, Counter[str]]):
 
 @contextmanager
 def record_paths() -> Iterator[Paths]:
-    """Record what computes each operation of ours, and each part of our models and of accelerated ones.
+    """Record the implementation of each of our operations and of each part of our models and accelerated ones.
 
         with conddetr.record_paths() as paths:
             model(images)
         print(paths)
 
-    Gradients are computed by what computed the operation, and are not listed. Compiled code records nothing, so that a
-    record never breaks a graph. Outside of this nothing is recorded.
+    Gradients run on the implementation of their operation and are not listed. Compiled code records nothing, so that
+    recording never breaks a graph. Nothing is recorded outside of this context.
     """
     paths = Paths()
     _recorders.append(paths)
     try:
         yield paths
     finally:
-        # Not `remove`, which would take an equal one.
+        # Not `remove`, which would remove an equal one.
         _recorders[:] = [other for other in _recorders if other is not paths]
 
 
 def note(name: str, path: str, refused: Mapping[str, str] | None = None) -> None:
-    """Tell whoever records: `name` is computed by `path` now, for it is not by those that were refused."""
+    """Report to all recorders that `path` computes `name` now, and why the refused backends do not."""
     if torch.compiler.is_compiling():
         return
     for paths in _recorders:

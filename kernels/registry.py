@@ -1,9 +1,8 @@
-"""Which implementation of an operation runs, and why the others do not: one table of all operations.
+"""The table of all operations: which implementation runs, and why the others do not.
 
-Each operation declares in its `op.py` what its kernels can take (`declare`). Who calls it either demands a backend by
-name, which is an error where it cannot run, or prefers: `auto`, which falls back to plain PyTorch, and the backend of a
-whole model or training (`Operation.prefer`), which operations without such kernels do not know. On a GPU `auto` takes
-what is proven there (`records`).
+Each operation declares in its `op.py` which inputs its kernels support (`declare`). A backend requested by name raises
+an error if it cannot run. A preference falls back to plain PyTorch: `auto`, or the backend of a whole model or training
+(`Operation.prefer`), which some operations may lack. On a GPU `auto` uses kernels that are proven there (`records`).
 """
 
 import functools
@@ -22,10 +21,10 @@ from conddetr.kernels import native, records
 from conddetr.kernels.records import memory
 
 BACKENDS = ("triton", "native", "eager")
-"""In the order in which `auto` tries them. Triton runs on GPUs alone, so that on a CPU it is the native kernels."""
+"""In the order in which `auto` tries them. Triton runs on GPUs only, so on CPUs the first are the native kernels."""
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Whether the package is there; it is not imported for this."""
+"""Whether the package is installed; it is not imported for this."""
 
 
 TRANSFORMS = {
@@ -33,23 +32,23 @@ TRANSFORMS = {
     "Jvp": "torch.func.jvp (or jacfwd)",
     "Vmap": "torch.func.vmap",
 }
-"""PyTorch's own names of function transforms → their public ones."""
+"""PyTorch's internal names of function transforms → their public names."""
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name cannot run here; the message says why."""
+    """A backend requested by name cannot run here; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The answer to: what runs here?"""
+    """The implementation that runs, and the ones refused before it."""
 
     backend: str
     """The implementation chosen."""
     refused: dict[str, str]
-    """Every implementation that `auto` would have preferred, with the reason against it."""
+    """Every implementation that `auto` would have preferred → the reason against it."""
 
 
 EAGER = Choice("eager", {})
@@ -57,30 +56,30 @@ EAGER = Choice("eager", {})
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the kernels of one backend can take in an operation, of what the backend can on this machine."""
+    """Inputs that the kernels of one backend support in an operation, besides the limits of the backend itself."""
 
     devices: tuple[str, ...] = ("cpu", "cuda")
-    """Types of devices. A CPU stands for Triton's interpreter too."""
+    """Types of devices. "cpu" includes Triton's interpreter."""
     dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.float64)
     auto_dtypes: tuple[torch.dtype, ...] = FLOATS
-    """Those that `auto` takes. In float64 native kernels are there for tests of gradients."""
+    """Dtypes in which `auto` uses the kernels. Native float64 kernels are for tests of gradients."""
     why_not: Callable[..., str | None] | None = None
-    """Takes what the operation knows of its inputs, widths for example; the reason against them, or None."""
+    """Takes the operation's facts about its inputs, for example widths; returns the reason against them, or None."""
     why_not_auto: Callable[..., str | None] | None = None
-    """Likewise; what keeps `auto` alone from them."""
+    """Likewise, for reasons that apply to `auto` alone."""
 
     def misfit(self, device: torch.device, dtype: torch.dtype, is_auto: bool) -> str | None:
-        """The reason against them on a device and in a dtype, or None."""
+        """The reason against these kernels on a device and in a dtype, or None."""
         if device.type not in self.devices:
-            return f"its kernels run on {_names(self.devices)}, the tensors are on {device.type}."
+            return f"its kernels run on {_names(self.devices)}, but the tensors are on {device.type}."
         if dtype not in self.dtypes:
             return f"its kernels take {_names(self.dtypes)}, not {_names((dtype,))}."
         if is_auto and dtype not in self.auto_dtypes:
-            return f"in {_names((dtype,))} `auto` takes plain PyTorch: ask for it by name."
+            return f"in {_names((dtype,))} `auto` uses plain PyTorch: request this backend by name."
         return None
 
     def refuse(self, is_auto: bool, facts: tuple) -> str | None:
-        """The reason against them that the inputs give, or None; there is none without facts."""
+        """The reason against these kernels for inputs with these facts, or None; None without facts."""
         reason = self.why_not(*facts) if facts and self.why_not is not None else None
         if reason is None and is_auto and facts and self.why_not_auto is not None:
             reason = self.why_not_auto(*facts)
@@ -93,30 +92,30 @@ def _names(values: tuple) -> str:
 
 @dataclass(frozen=True)
 class Operation:
-    """A row of the table. Plain PyTorch computes every operation."""
+    """A row of the table. Plain PyTorch can compute every operation."""
 
     name: str
-    """Of the public function."""
+    """Name of the public function."""
     kernels: dict[str, Kernels]
-    """Backend → what it can take, in the order in which `auto` tries them."""
+    """Backend → its kernels, in the order in which `auto` tries them."""
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Those that it has, `eager` last."""
+        """The backends of this operation, `eager` last."""
         return (*self.kernels, "eager")
 
     def choose(self, requested: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Choice:
-        """Pick an implementation.
+        """Choose an implementation.
 
         Args:
-            requested: `auto`, a preference; or one of `BACKENDS`, a demand.
+            requested: `auto`, a preference; or one of `BACKENDS`, a requirement.
             device, dtype: of the tensors.
-            facts: what else kernels may not take, as the operation declared it. Without any, what is found is right
-                for ordinary inputs.
+            facts: further properties of the inputs, as the operation declared them. Without any, the choice holds for
+                ordinary inputs.
 
         Raises:
-            ValueError: no such backend.
-            BackendError: the requested backend cannot run here; says why.
+            ValueError: the backend is unknown.
+            BackendError: the requested backend cannot run here; gives the reason.
         """
         if requested == "eager":
             return EAGER
@@ -134,66 +133,66 @@ class Operation:
         return Choice("eager", refused)
 
     def _answers(self, device: torch.device, dtype: torch.dtype) -> "list[_Answer]":
-        """What is known of all kernels without the inputs. On a GPU every call asks, so that it is looked up there."""
+        """The checks of all kernels that do not depend on the facts; cached on GPUs, where every call needs them."""
         if device.index is None or torch.compiler.is_compiling() or transforms():
-            return self._ask(device, dtype)
-        # These, whatever another thread makes of records meanwhile.
+            return self._check_all(device, dtype)
+        # One reference to the cache: another thread may replace it when records change.
         answers, key = memory.answers, (self.name, device, dtype, _is_demanded.get())
         if key not in answers:
-            answers[key] = self._ask(device, dtype)
+            answers[key] = self._check_all(device, dtype)
         return answers[key]
 
-    def _ask(self, device: torch.device, dtype: torch.dtype) -> "list[_Answer]":
-        found = []
+    def _check_all(self, device: torch.device, dtype: torch.dtype) -> "list[_Answer]":
+        answers = []
         for backend, kernels in self.kernels.items():
             misfit = why_not(backend, device, dtype, is_auto=True) or kernels.misfit(device, dtype, is_auto=True)
             unproven = None if misfit else _why_unproven(self.name, backend, device, dtype)
-            found.append(_Answer(backend, kernels, misfit, unproven))
-        return found
+            answers.append(_Answer(backend, kernels, misfit, unproven))
+        return answers
 
     def prefer(self, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> Choice:
-        """As `choose`, for the backend of a whole model or training: where it cannot run here, plain PyTorch does."""
+        """Same as `choose`, for the backend of a whole model or training: plain PyTorch runs if it cannot."""
         if backend == "auto":
             return self.choose("auto", device, dtype, *facts)
         reason = self.why_not(backend, device, dtype, *facts)
         return Choice(backend, {}) if reason is None else Choice("eager", {backend: reason})
 
     def why_not(self, backend: str, device: torch.device, dtype: torch.dtype, *facts: object) -> str | None:
-        """The reason why a demand for this backend is an error, or None.
+        """The reason why a request for this backend would be an error, or None.
 
         Raises:
-            ValueError: no such backend.
+            ValueError: the backend is unknown.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}.")
         if backend == "eager":
             return None
         if backend not in self.kernels:
-            return "this operation has no such kernels."
+            return "this operation has no kernels of this backend."
         reason = why_not(backend, device, dtype)
         kernels = self.kernels[backend]
         return reason or kernels.misfit(device, dtype, False) or kernels.refuse(False, facts)
 
 
 class _Answer(NamedTuple):
-    """What is known of the kernels of a backend without the inputs."""
+    """The checks of one backend's kernels that do not depend on the facts of the inputs."""
 
     backend: str
     kernels: Kernels
     misfit: str | None
-    """Why they cannot run here, or not for `auto`."""
+    """The reason why `auto` cannot run them here."""
     unproven: str | None
-    """Why `auto` does not take them all the same."""
+    """The reason why they are not proven here, so that `auto` does not use them."""
 
 
 _is_demanded: ContextVar[bool] = ContextVar("is_demanded", default=False)
 
 
 def demanded(backend: str) -> AbstractContextManager[None]:
-    """Within, `auto` takes kernels that are not proven on this GPU, if a model's backend is given by name: many of its
+    """Let `auto` use kernels that are not proven on this GPU, if a model's backend is requested by name: many of its
     operations are called with `auto`.
     """
-    # Compiled, those are PyTorch's.
+    # In compiled code these operations are plain PyTorch.
     return nullcontext() if backend in ("auto", "eager") or torch.compiler.is_compiling() else _demanded()
 
 
@@ -221,10 +220,10 @@ def declare(name: str, *, triton: Kernels | None = None, native: Kernels | None 
 
     Args:
         name: of its public function.
-        triton, native: what these kernels can take; None: there are none.
+        triton, native: the kernels of these backends; None: no kernels.
     """
     kernels = {"triton": triton, "native": native}
-    OPERATIONS[name] = Operation(name, {backend: found for backend, found in kernels.items() if found is not None})
+    OPERATIONS[name] = Operation(name, {backend: entry for backend, entry in kernels.items() if entry is not None})
     return OPERATIONS[name]
 
 
@@ -245,31 +244,32 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, is_auto: boo
         major, minor = capability(device)
         return None if major >= 8 else f"its kernels need compute capability 8.0, this GPU has {major}.{minor}."
     if not is_interpreting():
-        return f"its kernels run on NVIDIA GPUs, the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
-    return "the interpreter is for tests: ask for it by name." if is_auto else None
+        return f"its kernels run on NVIDIA GPUs, but the tensors are on {device.type} (TRITON_INTERPRET=1 emulates)."
+    return "the interpreter is for tests: request it by name." if is_auto else None
 
 
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU, which PyTorch takes longer to tell than to add two tensors."""
-    # torch.compile warns of caches, and asks once. Without an index it is the current device, which changes.
-    is_asked = device.index is None or torch.compiler.is_compiling()
-    return (torch.cuda.get_device_capability if is_asked else _capability)(device)
+    """The compute capability of a GPU; cached, because PyTorch needs longer to return it than to add two tensors."""
+    # torch.compile warns about caches and calls this once. A device without index is the current one, which changes.
+    is_uncached = device.index is None or torch.compiler.is_compiling()
+    return (torch.cuda.get_device_capability if is_uncached else _capability)(device)
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
+    """Number of streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def transforms() -> list[str]:
-    """The function transforms and forward-mode differentiation that are going on, innermost first, by their public
-    names. Operators that have a gradient alone fail there, or give no tangents.
+    """Public names of the active function transforms and forward-mode differentiation, innermost first.
+
+    Operators that define a gradient only fail there, or return no tangents.
     """
-    # PyTorch has no public way to ask. Functionalisation is a transform too, which our operators are fit for.
+    # PyTorch has no public function for this. Functionalisation is a transform too, which our operators support.
     if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return []
     active = []
@@ -284,11 +284,11 @@ def transforms() -> list[str]:
 
 
 def refuse_vmap(what: str) -> None:
-    """Raise a BackendError inside `torch.func.vmap`, for what sizes or the host's work depend on values."""
+    """Raise a BackendError inside `torch.func.vmap`, for functions whose sizes or host work depend on values."""
     if TRANSFORMS["Vmap"] in transforms():
         raise BackendError(f'{what} does not run inside torch.func.vmap, not even with backend="eager".')
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's interpreter was asked for, by its own environment variable."""
+    """Whether Triton's environment variable requests its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,7 +1,7 @@
-"""Stacking and its inverse without a copy, where the parts lie one behind the other in one memory.
+"""Stacking and its inverse without a copy, for parts that are adjacent in one memory.
 
-A model gives the predictions of its layers one by one, views of one tensor; the loss wants them in one tensor again.
-It computes nothing, so it is no operation: it has neither backends nor a benchmark.
+A model returns the predictions of its layers one by one, as views of one tensor; the loss needs them in one tensor
+again. Stacking computes nothing, so it is no operation: it has neither backends nor a benchmark.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from conddetr.kernels import registry
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """As `torch.stack(parts)`, but of parts that `unstacked` made the tensor that they are views of, in one memory."""
+    """Same as `torch.stack(parts)`, but parts from `unstacked` give a view of their common tensor, without a copy."""
     if not _is_ordinary(parts):
         return torch.stack(list(parts))
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
@@ -23,7 +23,7 @@ def stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def unstacked(x: Tensor) -> tuple[Tensor, ...]:
-    """As `x.unbind()`, but gradients of the parts that lie one behind the other are not copied."""
+    """Same as `x.unbind()`, but gradients of the parts that are adjacent in memory are not copied."""
     if not _is_ordinary([x]) or not x.requires_grad or not torch.is_grad_enabled():
         return x.unbind()
     return _Unstack.apply(x)
@@ -50,16 +50,16 @@ class _Unstack(torch.autograd.Function):
 
 
 def _is_ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether these have a memory, which nothing traces or transforms."""
+    """Whether these are strided tensors with a memory, outside of tracing and function transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or registry.transforms():
         return False
-    # Those of `torch.autograd.grad(is_grads_batched=True)` are no transform of torch.func.
+    # Tensors of `torch.autograd.grad(is_grads_batched=True)` are batched without a transform of torch.func.
     is_batched = torch._C._functorch.is_legacy_batchedtensor
     return all(type(x) is Tensor and x.layout == torch.strided and not is_batched(x) for x in tensors)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    """One memory with the parts where they have it, else a copy."""
+    """A view of the parts if they are adjacent in one memory, else a copy."""
     first = parts[0]
     size, begin, memory = first.numel(), first.storage_offset(), first.untyped_storage().data_ptr()
     is_joined = all(
@@ -70,7 +70,7 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
         and part.is_contiguous()
         for index, part in enumerate(parts)
     )
-    # Nothing has no place in memory.
+    # Empty tensors and meta tensors have no address.
     if not is_joined or size == 0 or first.device.type == "meta":
         return torch.stack(list(parts))
     return first.as_strided((len(parts), *first.shape), (size, *first.stride()))

@@ -1,4 +1,4 @@
-"""Weights, inputs and stored numbers of the golden cases, rebuilt as `golden/RULE.md` says."""
+"""Weights, inputs and stored numbers of the golden cases, rebuilt by the rule of `golden/RULE.md`."""
 
 import copy
 import json
@@ -22,18 +22,18 @@ CASES = {
     "p3": "detr-r50",
     "p6": "conditional-detr-r50",
 }
-"""The cases that hold a whole model, and their presets."""
+"""The cases of a whole model → their presets."""
 
 
 @cache
 def read_json(name: str) -> dict:
-    """One JSON file of the golden set."""
+    """Read one JSON file of the golden set."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 @cache
 def read_arrays(name: str) -> dict[str, Tensor]:
-    """All arrays of one case, as tensors."""
+    """Read all arrays of one case, as tensors."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
@@ -74,7 +74,7 @@ def _scaled_matrix(name: str, weight: Tensor) -> Tensor:
 
 def rule_model(preset: str, dtype: torch.dtype = torch.float32, backend: str = "eager") -> DETR:
     """A model with the rule's weights, without dropout, in eval mode."""
-    # To draw 40 million numbers twice takes longer than to copy them.
+    # Copying 40 million numbers is faster than sampling them again.
     model = copy.deepcopy(_rule_model(preset)).to(dtype)
     model.set_backend(backend)
     return model

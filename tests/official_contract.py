@@ -1,5 +1,5 @@
-"""A model and a criterion with the interface of the official repository's: parameter names, call signatures, and
-sequence-first tensors inside. The code is this project's own, in the plainest PyTorch.
+"""A model and a criterion with the interface of the official repository: parameter names, call signatures, and
+sequence-first tensors inside. The code is written for this project, in plain PyTorch.
 """
 
 from typing import NamedTuple
@@ -66,7 +66,7 @@ class Joiner(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Of projected tokens [n, B, C·k], sequence first, with every score written out."""
+    """Attention of projected tokens [n, B, C·k], sequence first; all scores are stored."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
 
 def sine(points):
-    """[Q, B, 2] as (x, y) -> [Q, B, 256]: y's half first, sines and cosines in turn."""
+    """[Q, B, 2] as (x, y) -> [Q, B, 256]: the half of y first, with alternating sines and cosines."""
     divisors = 10000 ** (torch.arange(0, 128, 2).float() / 128)
     angles = points.flip(-1).unsqueeze(-1) * (2 * torch.pi) / divisors
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(2)
@@ -239,10 +239,10 @@ class SetCriterion(nn.Module):
         losses = {}
         for index, layer in enumerate([*outputs["aux_outputs"], outputs]):
             suffix = f"_{index}" if index < len(outputs["aux_outputs"]) else ""
-            found = self._losses_of(layer, targets, num_boxes)
+            layer_losses = self._losses_of(layer, targets, num_boxes)
             if suffix:
-                del found["class_error"]
-            losses |= {name + suffix: value for name, value in found.items()}
+                del layer_losses["class_error"]
+            losses |= {name + suffix: value for name, value in layer_losses.items()}
         return losses
 
     def _losses_of(self, layer, targets, num_boxes):
@@ -250,15 +250,15 @@ class SetCriterion(nn.Module):
         pairs = self.matcher(layer, targets)
         image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)])
         query = torch.cat([q for q, _ in pairs])
-        wanted = {k: torch.cat([t[k][n] for t, (_, n) in zip(targets, pairs, strict=True)]) for k in targets[0]}
+        matched = {k: torch.cat([t[k][n] for t, (_, n) in zip(targets, pairs, strict=True)]) for k in targets[0]}
         one_hot = torch.zeros_like(logits)
-        one_hot[image, query, wanted["labels"]] = 1
+        one_hot[image, query, matched["labels"]] = 1
         count = torch.tensor([len(target["labels"]) for target in targets]).float()
-        is_right = logits[image, query].argmax(-1) == wanted["labels"]
-        corners = [ops.box_convert(x, "cxcywh", "xyxy") for x in (boxes[image, query], wanted["boxes"])]
+        is_right = logits[image, query].argmax(-1) == matched["labels"]
+        corners = [ops.box_convert(x, "cxcywh", "xyxy") for x in (boxes[image, query], matched["boxes"])]
         return {
             "loss_ce": ops.sigmoid_focal_loss(logits, one_hot, self.focal_alpha, 2, "sum") / num_boxes,
-            "loss_bbox": (boxes[image, query] - wanted["boxes"]).abs().sum() / num_boxes,
+            "loss_bbox": (boxes[image, query] - matched["boxes"]).abs().sum() / num_boxes,
             "loss_giou": (1 - ops.generalized_box_iou(*corners).diagonal()).sum() / num_boxes,
             "class_error": 100 - 100 * is_right.float().mean(),
             "cardinality_error": ((logits.argmax(-1) != logits.shape[-1] - 1).sum(1) - count).abs().mean(),
@@ -266,6 +266,6 @@ class SetCriterion(nn.Module):
 
 
 def with_rule_weights(model):
-    """The golden set's weights."""
+    """Load the weights of the golden set."""
     model.load_state_dict({name: rule_weight(name, tuple(x.shape)) for name, x in model.state_dict().items()})
     return model

@@ -1,4 +1,4 @@
-"""Small detectors of transformers with random weights, and a batch for them."""
+"""Small detectors from transformers with random weights, and a batch for them."""
 
 import re
 
@@ -14,7 +14,7 @@ from transformers import (
 
 
 def _options():
-    """What both kinds of model have."""
+    """Configuration options that both models share."""
     backbone = ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
     )
@@ -30,7 +30,7 @@ def small_config(**options):
 
 
 def _with_sharp_attention(model):
-    """Random weights under which queries differ and attention is sharp: fresh ones hide mistakes."""
+    """Set random weights under which queries differ and attention is sharp: initial weights would hide errors."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             gain = 3.0 if re.search(r"(content|pos|sine)_proj", name) else 1.0
@@ -71,7 +71,7 @@ def batch(is_padded, dtype=torch.float32, size=(160, 224), valid=(100, 130)):
 
 
 def small_batch(dtype=torch.float32):
-    """Padded, and as small as a backbone of stride 32 takes them to see something."""
+    """A padded batch, about as small as a backbone of stride 32 allows."""
     return batch(True, dtype, size=(96, 128), valid=(64, 96))
 
 
@@ -82,7 +82,7 @@ def run(model, inputs):
     out = model(inputs["pixel_values"].to(device), inputs["pixel_mask"].to(device), labels=labels)
     model.zero_grad()
     out.loss.backward()
-    found = {"logits": out.logits, "boxes": out.pred_boxes, "loss": out.loss, "state": out.last_hidden_state}
-    found |= {f"loss {name}": value for name, value in out.loss_dict.items()}
-    found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().double().cpu() for name, value in found.items()}
+    results = {"logits": out.logits, "boxes": out.pred_boxes, "loss": out.loss, "state": out.last_hidden_state}
+    results |= {f"loss {name}": value for name, value in out.loss_dict.items()}
+    results |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double().cpu() for name, value in results.items()}

@@ -214,12 +214,12 @@ def test_predict_on_a_folder_draws_its_images(predict, tmp_path):
     # Pictures that `predict` drew are not input images.
     before = sorted(path.name for path in (tmp_path / "photos").iterdir())
     status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
-    assert printed.splitlines()[0] == "photos: left out of 4 images: 2 that predict drew"
+    assert printed.splitlines()[0] == "photos: of 4 images, 2 drawn by predict are skipped"
     assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == before
     (tmp_path / "empty").mkdir()
     status, _, errors = predict("empty", "--out", "drawn")
     assert status == 2
-    assert "Folder empty holds no image: 0 files. Folders inside it are not looked at." in errors
+    assert "Folder empty contains no image: 0 files. Subfolders are not searched." in errors
 
 
 def test_images_are_drawn_despite_a_damaged_one(predict, tmp_path):

@@ -1,4 +1,4 @@
-"""Self-attention of projected tokens, which are [B, N, C]."""
+"""Self-attention of projected tokens [B, N, C]."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +8,7 @@ from conddetr.kernels.registry import OPERATIONS
 
 
 def attends_natively(backend: str, tokens: Tensor) -> bool:
-    """Whether self-attention of such tokens is for our kernels, as it is on CPUs."""
+    """Whether our native kernels compute the self-attention of these tokens, as they do on CPUs."""
     return OPERATIONS["self_attention"].prefer(backend, tokens.device, tokens.dtype).backend == "native"
 
 
@@ -23,8 +23,8 @@ def self_attention(
 ) -> Tensor:
     """Scaled dot-product attention of projected tokens [B, N, C]; padding [B, N] bool -> [B, N, C].
 
-    By PyTorch, which has no fused kernel with dropout on a CPU: there, native kernels of the backend take it as
-    conditional attention, whose content and spatial part are the two halves of each head's channels.
+    PyTorch computes it, but has no fused attention with dropout on CPUs. There the native kernels, if the backend
+    allows them, compute it as conditional attention: the content and spatial part are the two halves of each head.
     """
     heads = [x.unflatten(-1, (num_heads, -1)) for x in (query, key, value)]
     if attends_natively(backend, query):
@@ -36,7 +36,7 @@ def self_attention(
         )
         return attended.flatten(-2)
     paths.note("self-attention", "PyTorch's scaled_dot_product_attention")
-    # One row per image that all heads and queries share: fused kernels take that form, without a copy of N × N numbers.
+    # All heads and queries share one row per image: fused kernels accept this shape, without a copy of N × N numbers.
     visible = None if padding is None else ~padding[:, None, None, :]
     attended = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in heads), attn_mask=visible, dropout_p=dropout_p

@@ -1,4 +1,4 @@
-"""Feature extractors: torchvision's ResNets with frozen batch norm, and a small one for CPUs."""
+"""Backbones: torchvision's ResNets with frozen batch norm, and a small one for CPUs."""
 
 import logging
 
@@ -24,9 +24,9 @@ _RESNETS = {
 class ResNetBody(ResNet):
     """torchvision's ResNet up to its last stage.
 
-    With backend `eager` every module is called: the official form. With the others frozen batch norms are folded into
-    the convolutions within the graph, except for parts that are more than plain modules (`conddetr.model.resnet`). The
-    results are the same but for rounding.
+    Backend `eager` calls every module, as the official code does. The other backends fold frozen batch norms into the
+    convolutions within the graph, except in parts that are not plain modules (`conddetr.model.resnet`). The results
+    are equal up to rounding.
     """
 
     def __init__(self, blocks: list[int], dilation: bool, backend: str) -> None:
@@ -41,7 +41,7 @@ class ResNetBody(ResNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
-        # As in the model, where this is called without it: by itself, or when a checkpoint computes it again.
+        # The model sets this too, but the body may also run alone, or again under activation checkpointing.
         with registry.demanded(self.backend):
             if self.backend != "eager" and not resnet.is_unproven(self.backend, images):
                 *_, features = resnet.stages(self, images, self.backend)
@@ -71,7 +71,7 @@ class ResNetBackbone(nn.Module):
             parameter.requires_grad_(trainable)
 
     def forward(self, images: Tensor) -> Tensor:
-        """As `ResNetBody`."""
+        """Same as `ResNetBody.forward`."""
         return self.body(images)
 
 
@@ -80,18 +80,18 @@ def _load_imagenet(body: nn.Module, weights: ResNet50_Weights | ResNet101_Weight
         state = weights.get_state_dict(progress=False, check_hash=True)
     except OSError as error:
         raise OSError(
-            f"ImageNet weights {weights.url} could not be downloaded ({error}): download the file elsewhere "
-            f"into {torch.hub.get_dir()}/checkpoints/, or do without: pretrained_backbone=False, on the command line "
-            f"--no-pretrained-backbone."
+            f"ImageNet weights {weights.url} could not be downloaded ({error}): download the file on another machine "
+            f"and put it into {torch.hub.get_dir()}/checkpoints/, or start without it: pretrained_backbone=False, on "
+            f"the command line --no-pretrained-backbone."
         ) from error
-    of_body = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    body.load_state_dict({name: value for name, value in of_body.items() if "num_batches_tracked" not in name})
+    body_state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    body.load_state_dict({name: value for name, value in body_state.items() if "num_batches_tracked" not in name})
 
 
 class TinyBackbone(nn.Module):
-    """Five convolutions, four of them strided: stride 16, trained from scratch on a CPU.
+    """Five convolutions, four of them strided: total stride 16, trained from scratch on a CPU.
 
-    Batch norm, which trains: with group norm, or none, the same recipe learned several times slower.
+    Its batch norms are trained: with group norm or no norm, the same recipe learned several times slower.
     """
 
     num_channels = 128
@@ -110,7 +110,7 @@ class TinyBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""
         if images.device.type == "cpu":
-            # There convolutions of few channels are faster where the channels of a pixel lie side by side.
+            # On CPUs convolutions of few channels are faster in channels-last.
             images = channels_last(images)
         paths.note("backbone", "modules")
         return self.stages(images)
@@ -125,11 +125,13 @@ def _conv_norm_relu(channels_in: int, channels: int, stride: int) -> nn.Sequenti
 
 
 def build_backbone(config: ModelConfig, backend: str, pretrained: bool) -> nn.Module:
-    """The backbone that `config` names; `num_channels` is the width of its output, `stride` its cells' in pixels.
+    """Build the backbone that `config` names.
+
+    Its attribute `num_channels` is the width of its output, `stride` the size of a cell in pixels.
 
     Args:
         config: of the model.
-        backend: of a ResNet.
+        backend: used by ResNets alone.
         pretrained: start a ResNet from torchvision's ImageNet weights, downloaded on first use.
     """
     if config.backbone == "tiny":

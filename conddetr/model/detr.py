@@ -38,14 +38,14 @@ def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         batch [B, 3, H, W] and valid_hw [B, 2] int32, each image's own height and width; None if all sizes are equal.
 
     Raises:
-        ValueError: no image, or one that is not a floating [3, H, W] tensor; names its index.
+        ValueError: the list is empty, or an image is not a floating [3, H, W] tensor; names its index.
     """
     if not images:
         raise ValueError("images: expected at least one image, got an empty list.")
     for index, image in enumerate(images):
         if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or image.numel() == 0:
-            found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"images[{index}]: expected a non-empty [3, H, W] tensor, got {found}.")
+            actual = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"images[{index}]: expected a non-empty [3, H, W] tensor, got {actual}.")
         if not image.is_floating_point():
             raise ValueError(f"images[{index}]: expected a floating dtype, got {image.dtype}.")
     height = max(image.shape[1] for image in images)
@@ -65,30 +65,30 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DETR(nn.Module):
-    """Conditional DETR or the original DETR, as `config.family` says."""
+    """Conditional DETR or the original DETR, chosen by `config.family`."""
 
     def __init__(self, config: ModelConfig, *, backend: str = "auto", pretrained_backbone: bool = False) -> None:
         """
         Args:
-            config: what it computes.
+            config: the architecture.
             backend: implementation of the operations, see `RunConfig.backend`.
             pretrained_backbone: start the ResNet from torchvision's ImageNet weights (downloaded on first use).
 
         Raises:
-            ValueError: no such backend; the backbone has no weights to start from.
+            ValueError: the backend is unknown, or the backbone has no pretrained weights.
             OSError: the weights cannot be downloaded.
         """
         super().__init__()
         check_build(config.backbone, backend, pretrained_backbone)
         self.config = config
         self.backend = backend
-        """What it runs on; `set_backend` changes it, in all parts."""
+        """Implementation of the operations; `set_backend` changes it in all parts."""
         self.fusion: FusionReport | None = None
-        """What was fused, of a copy that `fused` made; None: this is no such copy."""
+        """Report of a frozen copy that `fused` made; None: this is an ordinary model."""
         self.autocast: torch.dtype | None = None
-        """Of a frozen copy the dtype whose autocast it turns on by itself; None: it leaves that to the caller."""
+        """The dtype of the autocast that a frozen copy turns on itself; None: autocast is the caller's choice."""
         self.graphs: Graphs | None = None
-        """Of a frozen copy that is replayed, one for each kind of inputs; None: it is called."""
+        """The CUDA graphs of a frozen copy, one for each signature of the inputs; None: its modules are called."""
         dim = config.hidden_dim
         self.transformer = Transformer(config, backend)
         self.class_embed = nn.Linear(dim, config.num_logits)
@@ -96,7 +96,7 @@ class DETR(nn.Module):
         self.query_embed = nn.Embedding(config.num_queries, dim)
         backbone = build_backbone(config, backend, pretrained_backbone)
         self.input_proj = nn.Conv2d(backbone.num_channels, dim, kernel_size=1)
-        # A Sequential of one: official checkpoints name it `backbone.0`.
+        # A Sequential with one module: official checkpoints name it `backbone.0`.
         self.backbone = nn.Sequential(backbone)
         PARTS[config.family].initialize_heads(self.class_embed, self.bbox_embed)
 
@@ -108,28 +108,28 @@ class DETR(nn.Module):
         Args:
             images: list of [3, H, W], or a batch [B, 3, H, W]; floating, normalised with ImageNet's mean
                 and standard deviation.
-            mask: [B, H, W] bool, True = padding; only with a batch. None: nothing is padded, or `valid_hw` says it.
-            valid_hw: [B, 2] int32, valid height and width in pixels of a batch padded at the bottom and right; what
-                the fused kernels take, so that padding costs nothing. Instead of `mask`.
+            mask: [B, H, W] bool, True = padding; only with a batch. None: no padding, or `valid_hw` describes it.
+            valid_hw: [B, 2] int32, valid height and width in pixels of a batch padded at the bottom and right.
+                Replaces `mask`: the fused kernels read it, so that padding costs nothing.
 
         Returns:
             `pred_logits` [B, Q, K], `pred_boxes` [B, Q, 4] as (cx, cy, w, h) in [0, 1] of the valid image,
             and, with `aux_loss`, `aux_outputs`: one such dict per earlier decoder layer.
 
         Raises:
-            ValueError: shapes or dtypes do not fit; names the tensor, the expected and the actual value.
+            ValueError: shapes or dtypes do not match; names the tensor, the expected and the actual value.
         """
         inputs = _check_input(images, mask, valid_hw)
-        found = None if self.graphs is None else self.graphs(self, self._detect_in_own_dtype, inputs)
-        return self._detect_in_own_dtype(*inputs) if found is None else found
+        outputs = None if self.graphs is None else self.graphs(self, self._detect_under_autocast, inputs)
+        return self._detect_under_autocast(*inputs) if outputs is None else outputs
 
-    def _detect_in_own_dtype(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
-        own = nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
-        with registry.demanded(self.backend), own:
+    def _detect_under_autocast(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
+        autocast = nullcontext() if self.autocast is None else torch.autocast(images.device.type, self.autocast)
+        with registry.demanded(self.backend), autocast:
             return self._detect(images, mask, valid_hw)
 
     def _detect(self, images: Tensor, mask: Tensor | None, valid_hw: Tensor | None) -> dict:
-        """As `forward`, of arguments that were checked."""
+        """Same as `forward`, for checked arguments."""
         object_query = table(self.query_embed, self.config.num_queries, images.device)
         plan = make_plan(self, images, object_query)
         features = self.backbone(images) if plan is None else plan.backbone(images)
@@ -140,27 +140,27 @@ class DETR(nn.Module):
             tokens, transformer = plan.tokens(features), plan.transformer
         with _attention_kernels(tokens):
             hidden, reference = transformer(tokens, grid, position, object_query)
-        # The heads are small and boxes need the precision: float32 also under autocast.
+        # The heads are small and boxes need the precision: float32 even under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return self._predict(hidden, reference)
 
     def fused(self, backend: str | None = None, dtype: torch.dtype | None = None, graphs: bool = False) -> "DETR":
-        """A frozen copy for inference at full speed; the model stays as it is.
+        """Make a frozen copy for inference at full speed; the model does not change.
 
-        In the copy batch norms are part of the convolutions, once and for all. It has weights of its own: make a new
-        one when the model's weights have changed. Parts that are hooked, wrapped, parametrised or replaced stay as
-        they are; the copy's `fusion` says which. It is in evaluation mode, and cannot be trained.
+        The copy's batch norms are folded into its convolutions permanently. The copy has its own weights: make a new
+        one after the model's weights have changed. Parts that are hooked, wrapped, parametrised or replaced are not
+        fused; the copy's `fusion` lists them. The copy is in evaluation mode and cannot be trained.
 
         Making it takes about as long as copying all weights: 0.1 s for ResNet-50 on two CPU cores.
 
         Args:
-            backend: of the copy; default: the model's own.
-            dtype: float16 or bfloat16: the copy computes as under autocast of this dtype, and keeps the weights of
-                its convolutions in it; norms, reference points and heads stay as they are. Default: as the model.
-            graphs: on a GPU, let calls be CUDA graphs, one for each shape of the first
-                `conddetr.capture.MAX_GRAPHS`, so that the host launches one thing. Where a graph would leave something
-                out, as hooks inside, or where it cannot be recorded, the copy is called, and a warning says why, once.
-                The first call of each shape takes several times as long, and each shape has memory of its own.
+            backend: of the copy; default: the model's backend.
+            dtype: float16 or bfloat16: the copy computes as under autocast of this dtype and stores the weights of
+                its convolutions in it; norms, reference points and heads keep their dtype. Default: the model's dtype.
+            graphs: on a GPU, replay CUDA graphs, one for each of the first `conddetr.capture.MAX_GRAPHS` shapes, so
+                that the host launches one graph per call. If a graph cannot be recorded or would leave something out,
+                such as hooks inside, the copy's modules are called, and a warning reports the reason once. The first
+                call of each shape takes several times as long, and each shape has its own memory.
         """
         copy, report = fused_copy(self, dtype)
         copy.graphs = Graphs() if graphs else None
@@ -172,31 +172,31 @@ class DETR(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pixels that it takes: of the first floating weight of its backbone, unless it casts them itself."""
+        """The dtype of the input pixels: that of the backbone's first floating weight, unless the model casts them."""
         if self.autocast is not None:
             return torch.float32
         return next(weight.dtype for weight in self.backbone.parameters() if weight.is_floating_point())
 
     def set_backend(self, backend: str) -> None:
-        """Let all parts run on another backend; `conddetr.accelerate` does so after a check that it can run."""
+        """Switch all parts to another backend; `conddetr.accelerate` checks first that the backend can run."""
         for module in (self, *self.parts_with_backend()):
             module.backend = backend
 
     def parts_with_backend(self) -> Iterator[nn.Module]:
-        """The modules within whose attribute `backend` says what they run on; not any that happens to have one."""
+        """Our submodules that have a `backend`; foreign modules with an attribute of that name are not included."""
         for module in self.modules():
-            is_ours = any(kind.__module__.startswith(_HERE) for kind in type(module).__mro__)
+            is_ours = any(base.__module__.startswith(_HERE) for base in type(module).__mro__)
             if is_ours and module is not self and hasattr(module, "backend"):
                 yield module
 
     def train(self, mode: bool = True) -> "DETR":
-        """As `nn.Module.train`.
+        """Same as `nn.Module.train`.
 
         Raises:
             RuntimeError: this is a frozen copy that `fused` made.
         """
         if mode and self.fusion is not None:
-            raise RuntimeError("This is a frozen copy for inference (DETR.fused): train the model that it was made of.")
+            raise RuntimeError("This is a frozen copy for inference (DETR.fused): train the original model instead.")
         return super().train(mode)
 
     def _grid(
@@ -205,7 +205,7 @@ class DETR(nn.Module):
         """The grid of a feature map [B, C, h, w], and its position encoding [B or 1, h·w, dim] in the same dtype."""
         size, dim = tuple(features.shape[-2:]), self.config.hidden_dim
         if mask is None:
-            # Without padding one encoding serves the whole batch.
+            # Without padding the whole batch shares one encoding.
             backend = "eager" if self.backend == "eager" else "auto"
             position, padding, cells = grid_positions(features, image_size, dim, valid_hw, backend=backend)
             return FeatureGrid(size, padding, cells), position
@@ -213,7 +213,7 @@ class DETR(nn.Module):
         return FeatureGrid(size, padding.flatten(1), None), sine_position_encoding(padding, dim).to(features.dtype)
 
     def _predict(self, hidden: Tensor, reference: Tensor | None) -> dict:
-        """Heads, shared by all layers: hidden [L, B, Q, C], reference [Q, 2] or None -> the output dict."""
+        """Apply the heads, which all layers share: hidden [L, B, Q, C], reference [Q, 2] or None -> the output dict."""
         if not self.config.aux_loss:
             hidden = hidden[-1:]
         logits = self.class_embed(hidden)
@@ -230,8 +230,9 @@ class DETR(nn.Module):
 
 
 def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
-    """Which kernels PyTorch's attention may take. Its fused ones have no tangents, and on a CPU no second derivatives;
-    with dropout none of them runs there anyway.
+    """Restrict PyTorch's attention to its math kernel where its fused kernels lack derivatives.
+
+    They have no tangents, and on CPUs no second derivatives; with dropout no fused kernel runs on CPUs anyway.
     """
     is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
@@ -243,7 +244,7 @@ def _check_input(
     if not isinstance(images, Tensor):
         if mask is not None or valid_hw is not None:
             name = "valid_hw" if mask is None else "mask"
-            raise ValueError(f"{name}: give it with a batch tensor only; a list of images makes its own.")
+            raise ValueError(f"{name}: pass it with a batch tensor only; a list of images defines its own padding.")
         images, valid_hw = pad_images(list(images))
         return images, None, valid_hw
     if images.dim() != 4 or images.shape[1] != 3 or images.numel() == 0:
@@ -251,13 +252,13 @@ def _check_input(
     if not images.is_floating_point():
         raise ValueError(f"images: expected a floating dtype, got {images.dtype}.")
     if mask is not None and valid_hw is not None:
-        raise ValueError("mask and valid_hw: expected one of them at most, got both.")
+        raise ValueError("mask and valid_hw: expected at most one of them, got both.")
     expected = (images.shape[0], *images.shape[2:])
     if mask is not None and (tuple(mask.shape) != expected or mask.dtype != torch.bool):
         raise ValueError(
             f"mask: expected shape {expected} and dtype torch.bool, got {tuple(mask.shape)} and {mask.dtype}."
         )
     if valid_hw is not None and (tuple(valid_hw.shape) != (len(images), 2) or valid_hw.dtype != torch.int32):
-        found = f"{tuple(valid_hw.shape)} and {valid_hw.dtype}"
-        raise ValueError(f"valid_hw: expected shape {(len(images), 2)} and dtype torch.int32, got {found}.")
+        actual = f"{tuple(valid_hw.shape)} and {valid_hw.dtype}"
+        raise ValueError(f"valid_hw: expected shape {(len(images), 2)} and dtype torch.int32, got {actual}.")
     return images, mask, valid_hw

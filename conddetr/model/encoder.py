@@ -1,4 +1,4 @@
-"""The encoder, the same in all families. Tokens are [B, N, C].
+"""The encoder, which all families share. Tokens are [B, N, C].
 
 Source: DETR section 3.2; parameter names are those of the official code.
 """
@@ -12,7 +12,7 @@ from conddetr.model.layers import FeedForward, initialize_xavier
 
 
 class EncoderSelfAttention(nn.MultiheadAttention):
-    """Self-attention whose queries and keys come from one projection; its base class has the official names."""
+    """Self-attention whose queries and keys come from one projection; the base class has the official names."""
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__(config.hidden_dim, config.num_heads, config.dropout)

@@ -1,7 +1,7 @@
-"""A frozen copy of a model for inference: what depends on weights alone is computed once.
+"""A frozen copy of a model for inference: values that depend on weights alone are computed once.
 
-The copy has weights of its own, so nothing that happens to the model changes it, and nobody is served weights that are
-no longer there. Parts that are hooked, wrapped, parametrised or replaced are copied as they are.
+The copy has its own weights: later changes of the model do not affect it, and the model itself never runs on outdated
+folded weights. Parts that are hooked, wrapped, parametrised or replaced are copied unchanged.
 """
 
 import copy
@@ -22,22 +22,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class FusionReport:
-    """What `DETR.fused` did."""
+    """Report of the parts that `DETR.fused` fused or left unchanged."""
 
     fused: list[str] = field(default_factory=list)
     """Names of the modules that were replaced by fused ones."""
     left: dict[str, str] = field(default_factory=dict)
-    """Names of those that could have been, with the reason why they stay as they were."""
+    """Names of parts that could not be fused, with the reason."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} parts fused, {len(self.left)} left as they were"]
+        lines = [f"{len(self.fused)} parts fused, {len(self.left)} left unchanged"]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left.items()])
 
 
 class FusedConvolution(nn.Module):
-    """A convolution together with the frozen batch norm behind it, and the ReLU and residual sum after that.
+    """A convolution fused with the frozen batch norm behind it, the residual add and the ReLU.
 
-    With a `dtype` its weights are of that one, and its input is cast to it, also without autocast.
+    With a `dtype`, its weights have that dtype and its input is cast to it, even without autocast.
     """
 
     is_fused = True
@@ -53,7 +53,7 @@ class FusedConvolution(nn.Module):
         self.relu, self.backend, self.casts = relu, backend, dtype is not None
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite: bool = False) -> Tensor:
-        """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last; `overwrite`: the residual is not needed any more."""
+        """[B, Cin, H, W] -> [B, Cout, h, w], in channels-last; `overwrite`: the residual may be overwritten."""
         x = channels_last(x, self.weight.dtype if self.casts else None)
         if self.casts and residual is not None:
             residual = residual.to(self.weight.dtype)
@@ -69,7 +69,7 @@ class FusedConvolution(nn.Module):
 class FusedBlock(nn.Module):
     """A residual block of fused convolutions.
 
-    The bias of a shortcut's convolution is part of the last one's: on GPUs nothing would take it along.
+    The bias of the shortcut's convolution is added to the last convolution's: on GPUs no kernel would add it otherwise.
     """
 
     is_fused = True
@@ -85,7 +85,7 @@ class FusedBlock(nn.Module):
             self.downsample.bias = None
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """As the block that it stands for; `overwrite`: nobody else needs x."""
+        """Same as the original block; `overwrite`: nothing else needs x."""
         paths.note("backbone", "frozen copy")
         shortcut = x
         if self.downsample is not None:
@@ -97,12 +97,12 @@ class FusedBlock(nn.Module):
 
 
 class FusedStage(nn.Sequential):
-    """Residual blocks, of which one may write over what the one before it made, if no hook has seen that."""
+    """Residual blocks; each may overwrite the previous block's output, unless a hook has seen that output."""
 
     is_fused = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the blocks, one after the other."""
+        """Run the blocks in order."""
         overwrite = False
         for block in self:
             if not isinstance(block, FusedBlock):
@@ -115,22 +115,22 @@ class FusedStage(nn.Sequential):
 
 @torch.no_grad()
 def fused_copy(model: Model, dtype: torch.dtype | None = None) -> tuple[Model, FusionReport]:
-    """A frozen copy in evaluation mode, fused where it can be, and what was done.
+    """Make a frozen copy in evaluation mode, fused where possible, and a report.
 
     Args:
-        model: stays as it is.
-        dtype: of the fused parts' weights; default: of the model's. What comes out of fused parts has this dtype, so
-            that other ones want autocast, if theirs is another.
+        model: does not change.
+        dtype: of the fused parts' weights; default: the model's dtype. Outputs of fused parts have this dtype, so other
+            parts need autocast if their dtype differs.
     """
-    # What `copy.deepcopy` finds here it takes as the copy: of what is fused the weights are not copied first.
+    # `copy.deepcopy` takes entries of the memo as copies, so weights of fused parts are not copied first.
     memo: dict[int, object] = {}
     report = FusionReport()
     for name, module in model.named_modules():
         if isinstance(module, ResNetBody):
             memo |= _fused_parts(module, f"{name}." if name else "", report, dtype)
-        # A hook that is a method would be copied together with its object, which then nobody looks at.
+        # A hook that is a method would be copied with its object, and the user's object would see no calls.
         memo |= {id(hooks): hooks for hooks in (getattr(module, name) for name in HOOKS)}
-        # Tensors that a hook left there, as old weight norm does: those cannot be copied with their graph.
+        # Tensors that a hook has left on the module, as old weight norm does, cannot be copied with their graph.
         tensors = [x for x in module.__dict__.values() if isinstance(x, Tensor) and not x.is_leaf]
         memo |= {id(x): x.detach().clone() for x in tensors}
     copied = copy.deepcopy(model, memo)
@@ -144,7 +144,7 @@ def fused_copy(model: Model, dtype: torch.dtype | None = None) -> tuple[Model, F
 def _fused_parts(
     body: ResNetBody, prefix: str, report: FusionReport, dtype: torch.dtype | None
 ) -> dict[int, nn.Module]:
-    """`id` of each module that can be fused → what takes its place."""
+    """`id` of each module that can be fused → its replacement."""
     parts: dict[int, nn.Module] = {}
     for name, reason in resnet.survey(body).items():
         if reason is not None:

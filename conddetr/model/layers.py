@@ -26,9 +26,9 @@ class MLP(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Base of the transformer layers: residual branches with dropout and norm after, and the FFN.
+    """Base of the transformer layers: residual branches with dropout and post-norm, and the FFN.
 
-    The attributes carry the official names, hence this is inherited and not a submodule.
+    It is a base class, not a submodule, because its attributes have the official names.
     """
 
     def __init__(self, config: ModelConfig, backend: str, num_norms: int) -> None:
@@ -41,25 +41,25 @@ class FeedForward(nn.Module):
             self.add_module(f"norm{index}", nn.LayerNorm(config.hidden_dim))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim], the branch alone, without residual and norm."""
+        """[..., dim] -> [..., dim]: the branch alone, without residual and norm."""
         return self.linear2(relu_dropout(self.linear1(x), *self._dropout(x)))
 
     def add(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        """Both [..., dim]: the sum, of the branch what dropout leaves."""
+        """The residual add tokens + dropout(branch); both [..., dim]."""
         return dropout_add(branch, tokens, *self._dropout(tokens))
 
     def _dropout(self, tokens: Tensor) -> tuple[float, str]:
-        """Probability and implementation: on GPUs PyTorch's own is one kernel already."""
+        """Probability and backend: on GPUs PyTorch's dropout is already one kernel."""
         choice = OPERATIONS["dropout_add"].prefer(self.backend, tokens.device, tokens.dtype)
         return self.dropout if self.training else 0.0, choice.backend
 
 
 def channels_last(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[B, C, H, W] in memory as [B, H, W, C], but inside `torch.func.vmap`, which has no such layout.
+    """[B, C, H, W] stored as [B, H, W, C], except inside `torch.func.vmap`, which has no such layout.
 
     Args:
-        x: of any layout.
-        dtype: of the result; default: of x. One copy brings both.
+        x: any layout.
+        dtype: of the result; default: of x. One copy changes both.
     """
     if registry.transforms():
         return x if dtype is None else x.to(dtype)

@@ -1,4 +1,4 @@
-"""Two-dimensional sine position encoding of the feature map; where nothing but a mask is known of its padding."""
+"""Two-dimensional sine position encoding of a feature map whose padding is given by a mask."""
 
 from conddetr.kernels.position.reference import sine_position_encoding
 

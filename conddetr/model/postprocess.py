@@ -1,4 +1,4 @@
-"""From the network's output to detections in pixels.
+"""Post-processing: from the network's output to detections in pixels.
 
 Source: `PostProcess` of the official Conditional DETR (sigmoid) and DETR (softmax) code.
 """
@@ -11,21 +11,21 @@ from torchvision.ops import box_convert
 def postprocess(
     outputs: dict, sizes: Tensor | list[tuple[int, int]], top_k: int = 100, activation: str = "sigmoid"
 ) -> list[dict[str, Tensor]]:
-    """The best `top_k` detections of every image, best first.
+    """Select the best `top_k` detections of every image, best first.
 
     Args:
         outputs: `pred_logits` [B, Q, K] and `pred_boxes` [B, Q, 4] cxcywh in [0, 1], as the model returns.
         sizes: [B, 2] or list of (height, width) in pixels to which boxes are scaled: the original image.
         top_k: at most this many detections per image.
         activation: `sigmoid` (Conditional DETR: every query × class is a candidate) or `softmax` (DETR: the
-            best class of every query, the last logit being no-object).
+            best class of every query is a candidate; the last logit is no-object).
 
     Returns:
         Per image: `scores` [n] in [0, 1], `labels` [n] int64, `boxes` [n, 4] xyxy in pixels, `queries` [n] int64, the
         object query of each; floats have the dtype of the outputs, at least float32.
 
     Raises:
-        ValueError: batch sizes differ, `top_k` below 1, or an unknown activation.
+        ValueError: batch sizes differ, `top_k` is below 1, or the activation is unknown.
     """
     logits, boxes = (outputs[name].detach() for name in ("pred_logits", "pred_boxes"))
     dtype = torch.promote_types(logits.dtype, torch.float32)

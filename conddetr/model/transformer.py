@@ -22,6 +22,6 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """tokens [B, N, C]; grid: where they lie; position [B or 1, N, C]; object_query [Q, C] -> as the decoder."""
+        """tokens [B, N, C], their grid, position [B or 1, N, C], object_query [Q, C] -> the decoder's outputs."""
         memory = self.encoder(tokens, grid.padding, position)
         return self.decoder(memory, grid, position, object_query)

@@ -1,4 +1,4 @@
-"""Attention maps of the decoder, taken from any model while it runs.
+"""Attention maps of the decoder, recorded from any model while it runs.
 
 Source: figures 1 and 3 of the Conditional DETR paper.
 """
@@ -21,7 +21,7 @@ from conddetr.viz.boxes import draw_boxes
 from conddetr.viz.fonts import lettering
 
 KINDS = ("spatial", "content", "combined")
-"""The three maps of a head, in the order in which they are stored and drawn."""
+"""The three maps of a head, in storage and drawing order."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,24 @@ class AttentionMaps:
 
     weights: Tensor
     """[3, Q, heads, h, w] float32 on the CPU, over the feature map: softmax of the spatial product alone, of the
-    content product alone, and of their sum, which is what the model uses. Each map sums to 1."""
+    content product alone, and of their sum, as in the model. Each map sums to 1."""
     formulas: tuple[str, str]
-    """The spatial and the content product in the paper's letters, as matplotlib writes them."""
+    """The spatial and the content product in the paper's notation, in matplotlib's math text."""
     layer: int
     """Index of the decoder layer, from 0."""
     cell: tuple[float, float]
-    """Height and width of a cell of the feature map as parts of the image."""
+    """Height and width of a cell of the feature map as fractions of the image."""
 
 
 @torch.no_grad()
 def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, AttentionMaps]:
-    """Run a model on one image and see where one decoder layer looks.
+    """Run a model on one image and return where one decoder layer looks.
 
-    The products are made from what goes into the cross-attention, so they do not depend on the kernels that run it; of
-    each family they stand in its folder of `conddetr.model.families`.
+    The products are computed from the inputs of the cross-attention, so they do not depend on its kernels. Each
+    family's products are in its folder of `conddetr.model.families`.
 
     Args:
-        model: either family; put into eval mode.
+        model: of either family; is set to eval mode.
         image: [3, H, W] normalised, on the model's device.
         layer: decoder layer, from 0; negative: from the end.
 
@@ -55,7 +55,7 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
         The model's output, and the maps of all queries.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: the layer does not exist.
     """
     layers = model.transformer.decoder.layers
     if not -len(layers) <= layer < len(layers):
@@ -84,7 +84,7 @@ def attention_maps(model: DETR, image: Tensor, layer: int = -1) -> tuple[dict, A
 
 
 def _weights(products: Products, num_heads: int) -> Tensor:
-    """-> [3, Q, heads, N]."""
+    """The three maps of all queries, [3, Q, heads, N]."""
     q_spatial, k_spatial, q_content, k_content = (part.float().unflatten(-1, (num_heads, -1)) for part in products[:4])
     both = torch.cat([q_spatial, q_content], dim=-1), torch.cat([k_spatial, k_content], dim=-1)
     pairs = ((q_spatial, k_spatial), (q_content, k_content), both)
@@ -92,15 +92,15 @@ def _weights(products: Products, num_heads: int) -> Tensor:
 
 
 def attention_figure(image: Tensor, found: Detection, index: int, maps: AttentionMaps) -> Figure:
-    """The paper's figure for one detection: spatial, content and combined maps below each other, a column per head.
+    """The paper's figure for one detection: rows of spatial, content and combined maps, one column per head.
 
-    A map's colours end at its own peak, or at four times the uniform weight if the peak is below that, so that a flat
-    map looks flat; the number in its corner is the peak as a multiple of the uniform weight.
+    A map's colour scale ends at its own peak, or at four times the uniform weight if the peak is lower, so that a flat
+    map looks flat. The number in its corner is the peak as a multiple of the uniform weight.
 
     Args:
         image: [3, H, W] uint8 or float in [0, 1].
-        found: objects in that image.
-        index: which of them is shown.
+        found: detections in that image.
+        index: of the detection to show.
         maps: from `attention_maps`, of the same image.
     """
     query, box, caption = int(found.queries[index]), found.boxes[index], found.captions[index]
@@ -126,18 +126,19 @@ def attention_figure(image: Tensor, found: Detection, index: int, maps: Attentio
 
 
 def draw_map(axes: Axes, image: Tensor, box: Tensor, weights: Tensor, cell: tuple[float, float]) -> None:
-    """One map [h, w] over the grey image, with the box.
+    """Draw one map [h, w] over the grey image, with the box.
 
-    Strided convolutions with symmetric padding look at pixel stride · j for cell j, so that is where its centre goes.
+    The receptive field of cell j is centred at pixel stride · j, because strided convolutions pad symmetrically. The
+    cell is drawn there.
     """
     height, width = image.shape[-2:]
     gray = image.float().mean(0)
-    # Dark, so that the map stands out; an image may be black.
+    # The image is darkened, so that the map stands out. Its maximum is 0 if it is black.
     axes.imshow(gray.numpy(), cmap="gray", vmin=0, vmax=2.2 * max(float(gray.max()), 1e-6))
     peak, uniform = float(weights.max()), 1 / weights.numel()
     end = max(peak, 4 * uniform)
-    # One cell more at the bottom and right, where the last one ends before the image does. Not matplotlib's
-    # interpolation: its smooth filters lower a peak of one cell.
+    # One more cell at the bottom and right, where the last cell ends before the image. matplotlib's smooth
+    # interpolation is not used, because it lowers a peak of one cell.
     shade = F.pad(weights[None, None] / end, (0, 1, 0, 1), mode="replicate")
     shade = F.interpolate(shade, scale_factor=8, mode="bicubic")[0, 0].clamp(0, 1)
     (rows, columns), cell_height, cell_width = weights.shape, cell[0] * height, cell[1] * width

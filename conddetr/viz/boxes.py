@@ -29,7 +29,7 @@ def draw_boxes(
         image: [3, H, W], uint8 or float in [0, 1].
         boxes: [n, 4] xyxy in pixels.
         labels: one class index per box; it sets the colour.
-        captions: one text per box, drawn as it is; empty: none.
+        captions: one text per box, drawn literally; empty: no caption.
         title: above the image.
     """
     axes.imshow(image.permute(1, 2, 0).numpy())
@@ -43,7 +43,7 @@ def draw_boxes(
         x0, y0, x1, y1 = box
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5))
         if caption:
-            # Above the box, or inside it where there is no room above.
+            # Above the box, or inside it if there is no room above.
             side = "bottom" if y0 > 0.08 * image.shape[1] else "top"
             axes.text(
                 max(x0, 0), y0, caption, fontsize=7, family=families, parse_math=False, color="white",
@@ -53,16 +53,16 @@ def draw_boxes(
 
 
 def denormalize(image: Tensor) -> Tensor:
-    """[3, H, W] model input back to RGB in [0, 1]."""
+    """Convert the model's input [3, H, W] back to RGB in [0, 1]."""
     mean, std = image.new_tensor(MEAN)[:, None, None], image.new_tensor(STD)[:, None, None]
     return (image * std + mean).clamp(0, 1)
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 110, marks: Mapping[str, str] | None = None) -> Path:
-    """Write a figure as PNG, creating the folder; returns the path. The file is whole or not there.
+    """Write a figure as PNG and create its folder; returns the path. The file is complete or does not exist.
 
     Args:
-        marks: texts in the file, by the names of PNG's keywords.
+        marks: texts to store in the file, by PNG keyword.
     """
     with atomic_file(path) as partial:
         FigureCanvasAgg(figure).print_figure(partial, dpi=dpi, format="png", metadata=marks)
@@ -70,7 +70,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 110, marks: Mapping
 
 
 def detections_figure(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> Figure:
-    """One image with its boxes, as large as the image or somewhat larger; arguments as `draw_boxes`."""
+    """One image with its boxes, at the size of the image or larger; arguments as in `draw_boxes`."""
     height, width = image.shape[-2:]
     scale = max(width, height, 480) / 110
     figure = Figure(figsize=(scale * width / max(width, height), scale * height / max(width, height)))

@@ -1,4 +1,4 @@
-"""The course of a training run as a picture."""
+"""Learning curves of a training run as a picture."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def draw_curves(records: Sequence[dict[str, float]], path: str | Path) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 2.8))
-    # Set by hand: finding a layout would take several times as long as drawing.
+    # Fixed margins: an automatic layout would take several times as long as drawing.
     figure.subplots_adjust(left=0.04, right=0.99, bottom=0.17, top=0.9, wspace=0.24)
     total, parts, metrics, rate = figure.subplots(1, 4)
     epochs = [record["epoch"] + 1 for record in records]
@@ -32,7 +32,7 @@ def draw_curves(records: Sequence[dict[str, float]], path: str | Path) -> Path:
     parts.set_title("losses of the last layer")
     evaluated = [record for record in records if "AP" in record]
     for name in _METRICS:
-        # A metric that does not exist leaves a gap.
+        # An undefined metric (-1) leaves a gap.
         values = [100 * record[name] if record[name] >= 0 else math.nan for record in evaluated]
         metrics.plot([record["epoch"] + 1 for record in evaluated], values, marker=".", label=name)
     metrics.set_title("percent")

@@ -1,4 +1,4 @@
-"""Letters for names in any script: matplotlib's own font has Latin, Greek, Cyrillic and Arabic ones, and no others."""
+"""Fonts for names in any script: matplotlib's default font has Latin, Greek, Cyrillic and Arabic letters only."""
 
 import logging
 import unicodedata
@@ -10,22 +10,22 @@ from matplotlib.font_manager import FontProperties, fontManager, get_font, weigh
 log = logging.getLogger(__name__)
 
 NO_LETTERS = ("lastresort", "adobeblank")
-"""Fonts that hold every character and draw none of them, by the beginning of their names."""
+"""Prefixes of the names of fonts that map every character but draw no real letters."""
 MISSING = "?"
-"""Is drawn for a character that no font has."""
+"""Replacement for a character that no font has."""
 
 _family_of: dict[str, str] = {}
-"""Family that draws each character beyond ASCII, of all that were looked for; empty: none does."""
+"""Non-ASCII character, of those searched so far → family of the font that draws it; empty: no font does."""
 
 
 def lettering(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts as they can be drawn, and the font families to draw them in.
+    """Drawable texts, and the font families to draw them in.
 
-    Installed fonts are searched only for what the default font does not have. Where none has a character, it is drawn
-    as `MISSING`, and a warning says so, once in a process.
+    Installed fonts are searched only for characters that the default font lacks. A character that no font has is drawn
+    as `MISSING`, and a warning reports it once per process.
 
     Args:
-        texts: names and captions. What has no shape, such as a tab, is left out; line breaks stay.
+        texts: names and captions. Characters without a shape, such as tabs, are removed; line breaks stay.
 
     Returns:
         The texts, and families for matplotlib's `family`, the default first.
@@ -40,12 +40,12 @@ def lettering(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_letter(character: str) -> bool:
-    """Whether a font has to be asked for it: it is not of ASCII, and no control character or half of a pair."""
+    """Whether a character needs a font lookup: it is not ASCII, no control character and no surrogate."""
     return not character.isascii() and unicodedata.category(character) not in ("Cc", "Cs")
 
 
 def _drawable(text: str) -> str:
-    # Marks change a letter that is absent too.
+    # A combining mark is removed, because the letter that it changes is missing too.
     absent = {
         letter: "" if unicodedata.category(letter)[0] in "CM" else MISSING
         for letter in set(text)
@@ -59,28 +59,28 @@ def _drawable(text: str) -> str:
 
 
 def _look_for(letters: Set[str], default: Sequence[str]) -> None:
-    """Fill `_family_of` for these letters, from few families: the default, those in use, then all that are there."""
+    """Fill `_family_of` for these letters from few families: the default, those in use, then all installed ones."""
     in_use = dict.fromkeys(family for family in _family_of.values() if family)
-    left = set(letters)
+    missing = set(letters)
     for family in (*default, *in_use):
-        found = _having(FontProperties(family=[family]), left)
-        _family_of.update(dict.fromkeys(found, family))
-        left -= found
-    if left:
-        having = {family: _having(face, left) for family, face in _faces().items()}
-        while left and any(having.values()):
-            # The first of those that have most of the letters.
-            best = max(having, key=lambda family: len(having[family]))
-            _family_of.update(dict.fromkeys(having[best], best))
-            left -= having[best]
-            having = {family: found & left for family, found in having.items()}
-    _family_of.update(dict.fromkeys(left, ""))
+        covered = _having(FontProperties(family=[family]), missing)
+        _family_of.update(dict.fromkeys(covered, family))
+        missing -= covered
+    if missing:
+        coverage = {family: _having(face, missing) for family, face in _faces().items()}
+        while missing and any(coverage.values()):
+            # The first family among those with most of the letters.
+            best = max(coverage, key=lambda family: len(coverage[family]))
+            _family_of.update(dict.fromkeys(coverage[best], best))
+            missing -= coverage[best]
+            coverage = {family: covered & missing for family, covered in coverage.items()}
+    _family_of.update(dict.fromkeys(missing, ""))
 
 
 def _faces() -> dict[str, FontProperties]:
-    """The upright face of usual weight, or what is next to it, of every installed family.
+    """Every installed family → its upright face of normal weight, or the closest face.
 
-    Usual weights come first, and those without serifs among them, as the default font is.
+    Families with such a face come first, and sans-serif ones among them, because the default font is sans-serif.
     """
     ranked = []
     for entry in fontManager.ttflist:
@@ -89,34 +89,34 @@ def _faces() -> dict[str, FontProperties]:
             ranked.append((entry.style != "normal", distance, "sans" not in entry.name.lower(), entry.name, entry))
     faces: dict[str, FontProperties] = {}
     for *_, name, entry in sorted(ranked, key=lambda item: item[:-1]):
-        # Asked for by its own weight: matplotlib warns where it finds another one.
+        # Requested with the face's own weight: matplotlib warns if it returns another one.
         face = FontProperties(family=[name], style=entry.style, weight=entry.weight, stretch=entry.stretch)
         faces.setdefault(name, face)
     return faces
 
 
 def _having(face: FontProperties, letters: Set[str]) -> set[str]:
-    """Which of the letters a face has."""
+    """The letters that a face has, among the given ones."""
     if not letters:
         return set()
     try:
         font = get_font(fontManager.findfont(face))
-    # A file that was removed since matplotlib listed it, or that FreeType cannot read.
+    # The file was removed after matplotlib had listed it, or FreeType cannot read it.
     except (OSError, RuntimeError):
         return set()
     return {letter for letter in letters if font.get_char_index(ord(letter))}
 
 
 def _report(texts: Sequence[str], unknown: Set[str]) -> None:
-    """Warn of the first letter without a font, unless one was before."""
+    """Warn about the first letter without a font, unless an earlier call did."""
     absent = {letter for letter in unknown if not _family_of[letter]}
     earlier = any(not family for letter, family in _family_of.items() if letter not in absent)
     if absent and not earlier:
         text = next(text for text in texts if absent & set(text))
         letter = next(letter for letter in text if letter in absent)
         log.warning(
-            "No installed font has all letters of %r (first: %r, U+%04X): such are drawn as %s. Install a font of that "
-            "script, for instance one of Noto Sans.",
+            "No installed font has all letters of %r (first missing: %r, U+%04X): missing letters are drawn as %s. "
+            "Install a font of that script, for instance one of Noto Sans.",
             text,
             letter,
             ord(letter),

@@ -1,4 +1,4 @@
-"""Which images a command draws, and where their pictures go without overwriting anything else."""
+"""The images that a command draws, and paths for their pictures that overwrite nothing else."""
 
 import hashlib
 import itertools
@@ -13,14 +13,15 @@ from conddetr.engine.progress import say
 from conddetr.viz.boxes import save_figure
 
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
-"""Formats that Pillow knows by name, and does not read."""
+"""Formats that Pillow registers but cannot read."""
 
 
 def image_file(name: str | Path) -> Path:
-    """The file of an image.
+    """The path of an image file.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: there is none.
+        FileNotFoundError: the file does not exist.
+        IsADirectoryError: the path is a folder.
     """
     path = Path(name)
     if path.is_dir():
@@ -31,14 +32,14 @@ def image_file(name: str | Path) -> Path:
 
 
 def find_images(names: Sequence[str | Path]) -> list[Path]:
-    """Files of images, in the order of the names.
+    """Image files, in the order of the names.
 
     Args:
-        names: files, of any suffix; or folders, whose images are taken in the order of their names, without those in
-            folders inside and without pictures of `predict` itself.
+        names: files with any suffix, or folders. A folder's images are sorted by name; subfolders and pictures that
+            `predict` drew are skipped.
 
     Raises:
-        FileNotFoundError: a name is absent, or a folder holds no image.
+        FileNotFoundError: a file does not exist, or a folder contains no image.
     """
     return [
         image for name in names for image in (_images_in(Path(name)) if Path(name).is_dir() else [image_file(name)])
@@ -47,31 +48,31 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
 
 def _images_in(folder: Path) -> list[Path]:
     Image.init()
-    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - NOT_DECODED}
-    # Names that begin with a dot are other systems' notes on a file, not images.
+    known = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN.keys() - NOT_DECODED}
+    # Files whose names begin with a dot hold metadata of other systems, not images.
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     images = [path for path in files if path.suffix.lower() in known]
-    own = {path for path in images if _has_marks(path, {"Software": _software("predict")})}
-    if len(own) == len(images):
-        held = f"{len(files)} files" + (f", {len(own)} of them pictures that predict drew" if own else "")
-        raise FileNotFoundError(f"Folder {folder} holds no image: {held}. Folders inside it are not looked at.")
-    if own:
-        say(f"{folder}: left out of {len(images)} images: {len(own)} that predict drew")
-    return [path for path in images if path not in own]
+    drawn = {path for path in images if _has_marks(path, {"Software": _software("predict")})}
+    if len(drawn) == len(images):
+        content = f"{len(files)} files" + (f", {len(drawn)} of them drawn by predict" if drawn else "")
+        raise FileNotFoundError(f"Folder {folder} contains no image: {content}. Subfolders are not searched.")
+    if drawn:
+        say(f"{folder}: of {len(images)} images, {len(drawn)} drawn by predict are skipped")
+    return [path for path in images if path not in drawn]
 
 
 class PictureFolder:
-    """A folder for pictures of images, in which only an earlier picture of the same image is replaced.
+    """A folder for pictures of images; saving replaces only an earlier picture of the same image.
 
-    Pictures say what drew them and, as a hash of its path, of which image.
+    The metadata of a picture names the command and, as a hash of its path, the image.
     """
 
     def __init__(self, folder: str | Path, command: str, images: Sequence[Path]) -> None:
         """
         Args:
             folder: created if absent.
-            command: that draws.
-            images: all that will be read; none of them is replaced.
+            command: name of the command that draws.
+            images: all images that will be read; none of them is replaced.
 
         Raises:
             NotADirectoryError: the folder is a file.
@@ -84,7 +85,7 @@ class PictureFolder:
     def save(self, figure: Figure, image: Path, ending: str = "") -> Path:
         """Write the picture of an image, as PNG; returns its path.
 
-        Its name is that of the image without suffix, then the ending; then `-2`, `-3`, … where such a name is taken.
+        Its name is the image's name without suffix, then the ending; then `-2`, `-3`, … if the name is taken.
         """
         source = hashlib.blake2b(os.fsencode(image.resolve()), digest_size=16).hexdigest()
         marks = {"Software": _software(self._command), "Source": source}
@@ -105,18 +106,18 @@ def _software(command: str) -> str:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """The same for all names of a file."""
+    """Identity of a file, equal for all of its names."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 def _has_marks(path: Path, marks: dict[str, str]) -> bool:
-    """Whether a file is a picture with these texts."""
+    """Whether a file is a PNG with these texts."""
     if path.suffix.lower() != ".png":
         return False
     try:
         with Image.open(path) as picture:
             return all(picture.info.get(key) == text for key, text in marks.items())
-    # No picture, or one larger than Pillow's limit.
+    # The file is no picture, or larger than Pillow's limit.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False

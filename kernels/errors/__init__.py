@@ -1,4 +1,4 @@
-"""What of a batch's predictions is wrong, for the log."""
+"""Errors of a batch's predictions, for the log."""
 
 from conddetr.kernels.errors.op import prediction_errors
 

@@ -13,26 +13,26 @@ OPERATION = registry.declare("prediction_errors", triton=registry.Kernels())
 def prediction_errors(
     logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """How many matched classes are wrong, and by how many objects their number is off.
+    """Percentage of wrong classes among matched predictions, and the error of the number of objects.
 
-    As in the official code, predictions count as objects whose best class is not the last logit; that counts objects
-    in DETR, where the last is no-object, and says little in Conditional DETR.
+    As in the official code, a prediction counts as an object if its best class is not the last logit. This counts
+    objects in DETR, whose last logit is no-object; in Conditional DETR the number has little meaning.
 
     Args:
         logits: [L, B, Q, K], floating.
-        assignment: [L, B, Q] int64, which object of its image each prediction is matched with, -1 for none.
+        assignment: [L, B, Q] int64, index of the object that each prediction is matched with, -1 for none.
         labels: [B, N] int64, the classes of the objects.
-        counts: [B] int32, how many of the N are objects of that image.
+        counts: [B] int32, number of objects of each image, at most N.
         backend: `auto`, `triton` (two launches) or `eager`.
 
     Returns:
-        Of the last layer the matched predictions whose best class is another than their object's, in percent, 100 if
-        none is matched: a scalar; and per layer the mean over images of |predicted - actual| objects, [L]. Both
-        float32 (float64 if `logits` is).
+        The percentage of the last layer's matched predictions whose best class is not their object's, a scalar, 100 if
+        none is matched; and for each layer the mean over images of |predicted - actual| objects, [L]. Both are float32
+        (float64 if `logits` is).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
-        RuntimeError: the requested backend cannot run here; says why.
+        ValueError: shapes, dtypes or devices do not match; names the tensor, the expected and the actual value.
+        RuntimeError: the requested backend cannot run here; gives the reason.
     """
     _check(logits, assignment, labels, counts)
     choice = OPERATION.choose(backend, logits.device, logits.dtype)
@@ -41,8 +41,8 @@ def prediction_errors(
         return reference.prediction_errors(logits, assignment, labels, counts)
     paths.note("prediction_errors", choice.backend)
     tensors = [x.contiguous() for x in (logits, assignment, labels, counts)]
-    found = torch.ops.conddetr.prediction_errors(*tensors)
-    return found[-1], found[:-1]
+    errors = torch.ops.conddetr.prediction_errors(*tensors)
+    return errors[-1], errors[:-1]
 
 
 def _check(logits: Tensor, assignment: Tensor, labels: Tensor, counts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Errors of predictions in plain PyTorch: the truth that the kernel is held to.
+"""Errors of predictions in plain PyTorch: the reference for the kernel.
 
 Source: `SetCriterion.loss_labels` and `loss_cardinality` of the official code.
 """
@@ -15,7 +15,7 @@ def prediction_errors(logits: Tensor, assignment: Tensor, labels: Tensor, counts
     classes = matched_classes(assignment[-1:], labels)[0]
     is_matched = classes >= 0
     correct = (is_matched & (logits[-1].argmax(-1) == classes)).sum()
-    # Of equal logits the first counts as the best. `amax` takes a quarter of the time of `argmax` on a CPU.
+    # Among equal logits the first is the best. On a CPU `amax` takes a quarter of the time of `argmax`.
     is_object = torch.zeros_like(assignment, dtype=torch.bool)
     if logits.shape[-1] > 1:
         is_object = logits[..., :-1].amax(-1) >= logits[..., -1]

@@ -1,4 +1,4 @@
-"""Errors of predictions: one program counts in one image of one layer, then one per layer sums up.
+"""Errors of predictions: one program counts for each image and layer, then one program per layer sums.
 
 Counts are exact in float32: there are fewer than 2²⁴ queries in a batch.
 """
@@ -13,9 +13,9 @@ from conddetr.kernels.focal.triton import class_of_object
 from conddetr.kernels.focal.triton import launch as tiles
 
 SIZES = ("queries", "capacity", "batch", "layers")
-"""Not specialised (`operators.py` says why)."""
+"""Not specialised (see `operators.py`)."""
 BLOCK = 64
-"""Images that are summed up at a time."""
+"""Images that are summed at a time."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -23,7 +23,7 @@ def count_errors_kernel(
     logits, assignment, labels, counts, partial, queries, capacity, batch, layers,
     CLASSES: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial[layer, image] = (|predicted - actual| objects, matched queries, those of a wrong class)."""
+    """partial[layer, image] = (|predicted - actual| objects, matched queries, matched queries of a wrong class)."""
     image, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     first = (layer * batch + image) * queries
     column = tl.arange(0, PADDED)
@@ -35,15 +35,15 @@ def count_errors_kernel(
         inside = row < queries
         offset, mask = tile(first + row, inside, column, column < CLASSES, CLASSES)
         x = tl.load(logits + offset, mask=mask, other=float("-inf")).to(tl.float32)
-        # NaN is the largest, as PyTorch has it; of equal ones the first is the best.
+        # As in PyTorch, NaN is the largest, and among equal logits the first is the best.
         x = tl.where(x == x, x, float("inf"))
         best = tl.max(x, axis=1)
         choice = tl.min(tl.where((x == best[:, None]) & (column < CLASSES)[None, :], column[None, :], PADDED), axis=1)
         objects += (inside & (choice < CLASSES - 1)).to(tl.int32)
-        found = tl.load(assignment + first + row, mask=inside, other=-1)
-        wanted = class_of_object(labels, found, image, capacity, inside)
-        matched += (wanted >= 0).to(tl.int32)
-        wrong += ((wanted >= 0) & (wanted != choice)).to(tl.int32)
+        matches = tl.load(assignment + first + row, mask=inside, other=-1)
+        label = class_of_object(labels, matches, image, capacity, inside)
+        matched += (label >= 0).to(tl.int32)
+        wrong += ((label >= 0) & (label != choice)).to(tl.int32)
     slot = partial + 3 * (layer * batch + image)
     difference = tl.sum(objects, axis=0) - tl.load(counts + image)
     tl.store(slot, tl.abs(difference).to(tl.float32))
@@ -53,7 +53,7 @@ def count_errors_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def sum_errors_kernel(partial, errors, batch, layers, BLOCK: tl.constexpr):
-    """errors[layer] = mean difference of an image; errors[layers] = percentage of wrong classes in the last layer."""
+    """errors[layer] = mean difference per image; errors[layers] = percentage of wrong classes in the last layer."""
     layer = tl.program_id(0)
     differences = tl.zeros((BLOCK,), tl.float32)
     matched = tl.zeros((BLOCK,), tl.float32)

@@ -1,20 +1,20 @@
-"""Which kernels are proven, and where: what `backend="auto"` may take on a GPU.
+"""Records of proven kernels, which decide the kernels that `backend="auto"` may use on a GPU.
 
-A kernel is proven on a GPU by a check that ran there (`conddetr check`), whose record lies in the user's cache folder,
-or by measurements of its architecture that this package ships in `measured/`. The record comes first. On CPUs the test
-suite proves the kernels: a record is only for reading there.
+A kernel is proven on a GPU by a check that ran there (`conddetr check`), whose record is in the user's cache folder,
+or by measurements of its architecture that this package ships in `measured/`. The record takes precedence. On CPUs the
+test suite proves the kernels: a record is only for reading there.
 
-A record counts as long as its `identity` is the present one. It is read once per process and GPU model; after another
-process has written one, or CONDDETR_CACHE has changed, `forget` lets it be read again. Code that torch.compile has
-compiled keeps what held when it was compiled.
+A record is valid while its `identity` equals the current one. It is read once per process and GPU model. After another
+process has written a record, or CONDDETR_CACHE has changed, call `forget` to read it again. Code compiled by
+torch.compile keeps the decisions of its compilation.
 
-| file | what it is |
+| file | content |
 |---|---|
 | `content.py` | verdicts, records and tables, and the text of their files |
-| `machine.py` | what a record depends on |
-| `files.py` | where records lie, reading and writing |
-| `memory.py` | what this process knows |
-| `proof.py` | what `auto` may take |
+| `machine.py` | the identity on which a record depends |
+| `files.py` | paths of records, reading and writing |
+| `memory.py` | the records of this process |
+| `proof.py` | the kernels that `auto` may use |
 """
 
 from conddetr.kernels.records.content import Record, Table, Verdict

@@ -1,4 +1,4 @@
-"""What a check or a measurement says of kernels, and the text of its file."""
+"""Results of checks and measurements of kernels, and the text of their files."""
 
 import json
 import math
@@ -10,15 +10,15 @@ from types import UnionType
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 VERSION = 1
-"""Of the files' format."""
+"""Version of the files' format."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about one implementation of an operation in one dtype, of all its problems.
+    """The result for one implementation of an operation in one dtype, over all its problems.
 
     Raises:
-        ValueError: an error above the budget, or one that is no number, and no reason in `refused`.
+        ValueError: the error is above the budget or not a number, and `refused` gives no reason.
     """
 
     operation: str
@@ -26,11 +26,11 @@ class Verdict:
     backend: Literal["triton", "native"]
     dtype: Literal["float32", "bfloat16", "float16"]
     refused: str
-    """A sentence: why `auto` must not take it, as wrong numbers or more time than PyTorch needs; empty if it may."""
+    """A sentence with the reason why `auto` must not use it: wrong numbers, or slower than PyTorch. Empty if it may."""
     error: float | None
-    """The largest error as a multiple of its budget; None: not known, or not finite."""
+    """The largest error as a multiple of its budget; None: unknown or not finite."""
     speedup: float | None
-    """Time of the best that PyTorch has, divided by ours; None: not timed."""
+    """Time of PyTorch's fastest implementation divided by ours; None: not timed."""
 
     def __post_init__(self) -> None:
         if not self.refused and self.error is not None and not self.error <= 1:
@@ -46,27 +46,27 @@ class Verdict:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What it is about."""
+        """Operation, backend and dtype."""
         return self.operation, self.backend, self.dtype
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a check of one device found.
+    """The result of a check of one device.
 
     Raises:
-        ValueError: the date is no ISO date, or two verdicts are about the same.
+        ValueError: the date is no ISO date, or two verdicts have the same key.
     """
 
     identity: dict[str, str]
-    """`identity` of the device at that time."""
+    """`identity` of the device during the check."""
     verdicts: tuple[Verdict, ...]
     is_short: bool
     """Whether only the shapes of the model were checked."""
     date: str
-    """When, as ISO 8601."""
+    """Date of the check, as ISO 8601."""
     tuned: dict[str, Any]
-    """The fastest launch settings, by what they are of (`attn/triton/launch.py`); empty: none were tried."""
+    """The fastest launch settings, with the keys of `attn/triton/launch.py`; empty: none were tried."""
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.date)
@@ -78,20 +78,20 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The record of a file's text.
+        """Parse a record from a file's text.
 
         Raises:
-            ValueError: it is none, or one of another version of the format; says where.
+            ValueError: the text is no record, or has another version of the format; names the field.
         """
         return _from_json(cls, text)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured on GPUs of one architecture, as `benchmarks/results` has it.
+    """Measurements on GPUs of one architecture, from `benchmarks/results`.
 
     Raises:
-        ValueError: two verdicts are about the same.
+        ValueError: two verdicts have the same key.
     """
 
     architecture: str
@@ -99,7 +99,7 @@ class Table:
     gpus: dict[str, str]
     """GPU model → versions and dates of its measurements."""
     verdicts: tuple[Verdict, ...]
-    """Of the GPU that comes off worst; errors are None, as the benchmarks only tell whether they are in the budget."""
+    """Results on the GPU that performs worst; errors are None, because benchmarks only compare them with the budget."""
 
     def __post_init__(self) -> None:
         _refuse_doubles(self.verdicts)
@@ -123,44 +123,44 @@ def _to_json(content: Record | Table) -> str:
 
 def _from_json(kind: type[Content], text: str | bytes) -> Content:
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
-        if not isinstance(found, dict) or found.keys() != {"version", "content"}:
-            raise ValueError("expected a version and a content")
-        if type(found["version"]) is not int or found["version"] != VERSION:
-            raise ValueError(f"version: expected {VERSION}, got {found['version']!r}")
-        return _parse(kind, found["content"], "content")
+        parsed = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(parsed, dict) or parsed.keys() != {"version", "content"}:
+            raise ValueError("expected an object with the keys version and content")
+        if type(parsed["version"]) is not int or parsed["version"] != VERSION:
+            raise ValueError(f"version: expected {VERSION}, got {parsed['version']!r}")
+        return _parse(kind, parsed["content"], "content")
     except RecursionError as error:
         raise ValueError(str(error)) from error
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not valid JSON")
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON as what a field is annotated with.
+def _parse(expected: Any, value: Any, path: str) -> Any:
+    """Convert a JSON value to the type with which a field is annotated.
 
     Raises:
-        ValueError: it is none; says where.
+        ValueError: the value does not have that type; names the field.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        known = {field.name: field.type for field in fields(kind)}
+    origin, arguments = get_origin(expected), get_args(expected)
+    if is_dataclass(expected):
+        known = {field.name: field.type for field in fields(expected)}
         if isinstance(value, dict) and value.keys() == known.keys():
-            return kind(**{name: _parse(known[name], item, f"{where}.{name}") for name, item in value.items()})
+            return expected(**{name: _parse(known[name], item, f"{path}.{name}") for name, item in value.items()})
     elif origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{number}]") for number, item in enumerate(value))
+        return tuple(_parse(arguments[0], item, f"{path}[{number}]") for number, item in enumerate(value))
     elif origin is dict and isinstance(value, dict):
-        return {name: _parse(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {name: _parse(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     elif origin is Literal:
         if value in arguments:
             return value
-    elif kind is Any or (origin in (None, UnionType) and isinstance(value, kind)):
+    elif expected is Any or (origin in (None, UnionType) and isinstance(value, expected)):
         return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {str(value)[:60]!r}")
+    raise ValueError(f"{path}: expected {getattr(expected, '__name__', expected)}, got {str(value)[:60]!r}")
 
 
 def _refuse_doubles(verdicts: Sequence[Verdict]) -> None:
     for key, count in Counter(verdict.key for verdict in verdicts).items():
         if count > 1:
-            raise ValueError(f"expected one verdict about {', '.join(key)}, got {count}")
+            raise ValueError(f"expected one verdict for {', '.join(key)}, got {count}")

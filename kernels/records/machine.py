@@ -1,4 +1,4 @@
-"""What a record depends on: the device and its driver, the libraries, and our kernels."""
+"""The identity on which a record depends: the device and its driver, the libraries, and our kernels."""
 
 import contextlib
 import ctypes
@@ -20,7 +20,7 @@ _DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """All that a record depends on, by its name: hardware, driver, PyTorch, Triton, and our kernels."""
+    """Everything a record depends on, by name: hardware, driver, PyTorch, Triton, and our kernels."""
     return {
         "device": device_name(device),
         "compute capability": compute_capability(device),
@@ -33,26 +33,26 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU, or of the processor."""
+    """The model name of a GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def compute_capability(device: torch.device) -> str:
-    """Of a GPU, e.g. 9.0; "none" on a CPU."""
+    """Compute capability of a GPU, e.g. "9.0"; "none" on a CPU."""
     return "{}.{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "none"
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver; where the system does not tell it, of CUDA as the driver has it."""
+    """The version of NVIDIA's driver; if the system does not report it, the driver's CUDA version."""
     for file in _DRIVER_FILES:
         with contextlib.suppress(OSError):
-            # NVIDIA's own file has the compiler's version below.
-            if found := re.search(r"\d+\.\d+(\.\d+)?", Path(file).read_text()):
-                return found[0]
+            # NVIDIA's file gives the compiler's version below the driver's.
+            if match := re.search(r"\d+\.\d+(\.\d+)?", Path(file).read_text()):
+                return match[0]
     version = ctypes.c_int()
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -62,7 +62,7 @@ def _driver() -> str:
 
 
 def _triton_version() -> str:
-    # Nightly builds of PyTorch bring it under other names of packages: the module tells its version always.
+    # Nightly builds of PyTorch install it under other package names, but the module always has its version.
     if importlib.util.find_spec("triton") is None:
         return "none"
     try:
@@ -78,13 +78,13 @@ def _sources() -> str:
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         content = file.read_bytes()
-        # With its length, so that no two lists of files read alike.
+        # The length makes the hashed text of each list of files unique.
         digest.update(f"{file.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
 def _library() -> str:
-    """A hash of how the native library was built, and from which sources: builds of two folders differ in bytes."""
+    """A hash of the native library's build info, with its sources: the bytes of two builds differ between folders."""
     if native.NOT_LOADED is not None:
         return "none"
     return hashlib.sha256(json.dumps(native.build_info(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What this process knows of its devices, and what it made of that."""
+"""Records of this process's devices, and values derived from them."""
 
 import contextlib
 import functools
@@ -16,23 +16,23 @@ from conddetr.kernels.records.content import Record, Table, Verdict
 Answer = TypeVar("Answer", bound=Callable[..., Any])
 
 _lookups: dict[str, files.Lookup] = {}
-"""By file name, one for each GPU model."""
+"""File name, one for each GPU model → its record."""
 _tables: dict[str, Table | None] = {}
-"""By architecture."""
+"""Architecture → its table."""
 answers: dict[tuple, Any] = {}
-"""What others keep that depends on records: another, empty one whenever these change."""
+"""Cache for values that depend on records; replaced by an empty one whenever records change."""
 _pretended: list[tuple[Record | None, Table | None]] = []
 _remembering: list[Callable[[], None]] = []
-"""Each forgets the answers of a function that `remembered` made."""
+"""Each clears the cache of a function that `remembered` made."""
 
 
 def load(device: torch.device) -> Record | None:
-    """The record of this device, if there is one and it holds; `why_ignored` says why one does not."""
+    """The record of this device, if it exists and is valid; `why_ignored` gives the reason if it is not."""
     return _look(device).record
 
 
 def known(device: torch.device) -> Record | None:
-    """The record of this device, or as a record the table of its architecture; None: nothing is known of it."""
+    """The record of this device, or the table of its architecture as a record; None: neither exists."""
     record, measured = load(device), table(device)
     if record is not None or measured is None:
         return record
@@ -40,13 +40,13 @@ def known(device: torch.device) -> Record | None:
 
 
 def restricted(record: Record, others: Sequence[Record]) -> Record:
-    """A record that also refuses what those of other devices refuse, or do not know."""
+    """A record that also refuses kernels that other devices' records refuse or do not contain."""
 
     def reason(verdict: Verdict) -> str:
         for other in others:
-            found = next((x.refused for x in other.verdicts if x.key == verdict.key), "it is not checked.")
-            if found:
-                return f"on {other.identity['device']}, which another process has: {found}"
+            refusal = next((x.refused for x in other.verdicts if x.key == verdict.key), "it is not checked.")
+            if refusal:
+                return f"on {other.identity['device']}, used by another process: {refusal}"
         return ""
 
     verdicts = (replace(verdict, refused=verdict.refused or reason(verdict)) for verdict in record.verdicts)
@@ -54,7 +54,7 @@ def restricted(record: Record, others: Sequence[Record]) -> Record:
 
 
 def why_ignored(device: torch.device) -> str | None:
-    """Why the record of this device does not count, though there is a file; None: it does, or there is none."""
+    """The reason why this device's record file is ignored; None: the record is valid, or no file exists."""
     return _look(device).ignored
 
 
@@ -62,9 +62,9 @@ def _look(device: torch.device) -> files.Lookup:
     if _pretended:
         return files.Lookup(_pretended[-1][0])
     name = files.file_name(device)
-    # Another thread may make this process forget meanwhile.
-    found = _lookups.get(name)
-    return found or _lookups.setdefault(name, files.read(device))
+    # Another thread may clear the lookups in between.
+    lookup = _lookups.get(name)
+    return lookup or _lookups.setdefault(name, files.read(device))
 
 
 def table(device: torch.device) -> Table | None:
@@ -80,9 +80,9 @@ def table(device: torch.device) -> Table | None:
 
 
 def save(device: torch.device, record: Record) -> Path | None:
-    """Write a record, and make it the one of this process.
+    """Write a record and use it in this process.
 
-    Where the folder cannot be written to, this is logged once; the record then holds for this process.
+    A folder that cannot be written to is logged once; the record is then valid for this process only.
 
     Returns:
         The file; None: it could not be written.
@@ -92,27 +92,27 @@ def save(device: torch.device, record: Record) -> Path | None:
 
 
 def adopt(device: torch.device, record: Record) -> None:
-    """Make a record the one of this process, for all GPUs of the device's model; no file is read or written."""
+    """Use a record in this process for all GPUs of the device's model; no file is read or written."""
     _lookups[files.file_name(device)] = files.Lookup(record)
     _drop_answers()
 
 
 def forget() -> None:
-    """Let records and tables be read again when they are next asked for."""
+    """Clear all records and tables; they are read again when next needed."""
     _lookups.clear()
     _tables.clear()
     _drop_answers()
 
 
 def remembered(function: Answer) -> Answer:
-    """`functools.cache` for what depends on records: it forgets when another record may hold."""
+    """`functools.cache` for functions that depend on records: the cache is cleared whenever records change."""
     cached = functools.cache(function)
     _remembering.append(cached.cache_clear)
     return cached
 
 
 def _drop_answers() -> None:
-    # Not emptied: a thread that is about to keep an answer has one of before.
+    # Replaced, not cleared: another thread may still write an old answer into the old dictionary.
     global answers
     answers = {}
     for forget_all in _remembering:
@@ -121,9 +121,9 @@ def _drop_answers() -> None:
 
 @contextlib.contextmanager
 def pretend(record: Record | None, table: Table | None = None) -> Iterator[None]:
-    """Within, every device has this record, or none, and every architecture this table, or none; no file is read.
+    """Give every device this record or none, and every architecture this table or none; no file is read.
 
-    For tests, and for programs that count launches on a GPU that computes nothing.
+    For tests, and for programs that count launches on a simulated GPU.
     """
     _pretended.append((record, table))
     _drop_answers()
@@ -135,5 +135,5 @@ def pretend(record: Record | None, table: Table | None = None) -> Iterator[None]
 
 
 def is_pretending() -> bool:
-    """Whether the devices are those of `pretend`."""
+    """Whether `pretend` is active."""
     return bool(_pretended)

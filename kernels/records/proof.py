@@ -1,4 +1,4 @@
-"""What `auto` may take on a device, and by what that is proven."""
+"""The kernels that `auto` may use on a device, and the source of their proof."""
 
 import logging
 
@@ -9,15 +9,15 @@ from conddetr.kernels.records.content import Verdict
 
 log = logging.getLogger(__name__)
 
-_NOT_CHECKED = "it is not checked on this GPU: `conddetr check` does that."
+_NOT_CHECKED = "it is not checked on this GPU: run `conddetr check`."
 _unchecked: set[str] = set()
-"""GPU models of which it was said that nothing is known."""
+"""GPU models without records that were reported."""
 
 
-# torch.compile calls it while it traces, and does not trace that files are read.
+# torch.compile calls this during tracing, and does not trace the reading of files.
 @torch.compiler.assume_constant_result
 def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why `auto` must not take an implementation on a device, or None if it may. None on CPUs.
+    """The reason why `auto` must not use an implementation on a device, or None if it may. None on CPUs.
 
     Args:
         operation: name of its public function.
@@ -29,55 +29,55 @@ def why_not(operation: str, backend: str, device: torch.device, dtype: torch.dty
         return None
     if device.index is None and not memory.is_pretending():
         device = torch.device("cuda", torch.cuda.current_device())
-    found = verdict(operation, backend, device, dtype)
-    if found is not None:
-        return found.refused or None
+    result = verdict(operation, backend, device, dtype)
+    if result is not None:
+        return result.refused or None
     record = memory.load(device)
     if record is None:
-        _tell_unchecked(device)
+        _report_unchecked(device)
         return _NOT_CHECKED
     if record.is_short:
-        return "the short check of this GPU leaves it out: `conddetr check` includes it."
+        return "the short check of this GPU does not include it: run `conddetr check`."
     return f"`conddetr check` does not check it in {_name(dtype)}."
 
 
-def _tell_unchecked(device: torch.device) -> None:
-    """Once for each GPU model: nobody would look for the reason of what is only slow."""
+def _report_unchecked(device: torch.device) -> None:
+    """Warn once for each GPU model, because slow runs alone would not be noticed."""
     name = "the GPU" if memory.is_pretending() else machine.device_name(device)
     if name not in _unchecked:
         _unchecked.add(name)
-        log.warning("Plain PyTorch runs on %s, as our kernels are not checked there: `conddetr check` does that.", name)
+        log.warning("Plain PyTorch runs on %s, because our kernels are not checked there: run `conddetr check`.", name)
 
 
 def verdict(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> Verdict | None:
-    """What the record of a device says of an implementation, else the table of its architecture; None: neither does.
+    """The verdict on an implementation in the device's record, else in its architecture's table; None: in neither.
 
     The arguments are those of `why_not`.
     """
-    found = _proof(operation, backend, device, dtype)
-    return found and found[1]
+    proof = _proof(operation, backend, device, dtype)
+    return proof and proof[1]
 
 
 def source(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """By what an implementation is proven, for people: "checked on NVIDIA H100", "measured on sm_90".
+    """The proof of an implementation, for display: "checked on NVIDIA H100", "measured on sm_90".
 
-    Empty on CPUs, and for what is not proven or refused. The arguments are those of `why_not`.
+    Empty on CPUs, and for implementations that are not proven or refused. The arguments are those of `why_not`.
     """
-    found = _proof(operation, backend, device, dtype) if device.type == "cuda" else None
-    return "" if found is None or found[1].refused else found[0]
+    proof = _proof(operation, backend, device, dtype) if device.type == "cuda" else None
+    return "" if proof is None or proof[1].refused else proof[0]
 
 
 def _proof(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Verdict] | None:
-    """Where a verdict is from, and the verdict."""
+    """The source of a verdict, and the verdict."""
     key = (operation, backend, _name(dtype))
     record = memory.load(device)
-    for found in record.verdicts if record else ():
-        if found.key == key:
-            return f"checked on {record.identity.get('device', 'this device')}", found
+    for candidate in record.verdicts if record else ():
+        if candidate.key == key:
+            return f"checked on {record.identity.get('device', 'this device')}", candidate
     table = memory.table(device)
-    for found in table.verdicts if table else ():
-        if found.key == key:
-            return f"measured on {table.architecture}", found
+    for candidate in table.verdicts if table else ():
+        if candidate.key == key:
+            return f"measured on {table.architecture}", candidate
     return None
 
 

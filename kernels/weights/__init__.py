@@ -1,4 +1,4 @@
-"""The weights of a step: cast, folded and stacked, all of them in one pass."""
+"""The weights of a step: cast, folded and stacked, all in one pass."""
 
 from conddetr.kernels.weights.op import prepare_weights
 from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift, Weight

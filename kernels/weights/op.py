@@ -1,7 +1,7 @@
 """All weights of a step in one pass, and all their gradients in another: the public function and its gradient.
 
-Under autocast every weight is cast by a kernel of its own, and every gradient by another: hundreds of launches, each
-for less than a microsecond of work.
+PyTorch's autocast casts each weight and each gradient with a separate kernel: hundreds of launches, each for less than
+a microsecond of work.
 """
 
 import torch
@@ -14,22 +14,22 @@ from conddetr.kernels.weights.reference import Recipe, Replicas, Shift, Weight
 
 
 def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "auto") -> list[Tensor]:
-    """Make what a step computes with of its parameters: cast, stacked, with frozen norms folded in.
+    """Prepare the parameters of a step: cast, stacked, with frozen norms folded in.
 
     Args:
-        recipes: what is wanted: `Weight`, `Shift` or `Replicas`. Parameters share a device. For what is used several
-            times the recipe is there several times, one and the same: the kernels make it once, and their backward
-            adds the gradients up.
-        dtype: of the step, e.g. bfloat16; that of the parameters is float32 then.
-        backend: `auto`, `triton` (one launch each way, however many parameters; they share one dtype) or `eager`.
+        recipes: `Weight`, `Shift` or `Replicas`, whose parameters share a device. For a result with several uses, list
+            the same recipe object several times: the kernels make it once, and their backward pass sums the gradients.
+        dtype: of the step, e.g. bfloat16, with float32 parameters.
+        backend: `auto`, `triton` (one launch forward and one backward for any number of parameters of one dtype) or
+            `eager`.
 
     Returns:
-        One tensor per recipe: of `Weight` [ΣO, ...] or [copies, ΣO] and of `Shift` [C] in `dtype`, of `Replicas`
-        [`REPLICAS`, C] in the vector's own. They are new ones, except where a parameter is as it is wanted. Gradients
-        flow to the parameters that require them, not to norms.
+        One tensor per recipe: `Weight` gives [ΣO, ...] or [copies, ΣO] and `Shift` [C] in `dtype`, `Replicas` gives
+        [`REPLICAS`, C] in the vector's dtype. Results are new tensors, unless a parameter can be used unchanged.
+        Gradients flow to the parameters that require them, not to norms.
 
     Raises:
-        RuntimeError: the requested backend cannot run here; says why.
+        RuntimeError: the requested backend cannot run here; gives the reason.
     """
     if not recipes:
         return []
@@ -46,10 +46,10 @@ def prepare_weights(recipes: list[Recipe], dtype: torch.dtype, backend: str = "a
 
 
 def _made(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
-    """By the kernels."""
+    """Prepare weights with the kernels."""
     if not recipes:
         return []
-    # What is used several times is made once.
+    # A recipe with several uses is prepared once.
     once = {id(recipe): recipe for recipe in recipes}
     numbers = {key: number for number, key in enumerate(once)}
     which = [numbers[id(recipe)] for recipe in recipes]
@@ -63,29 +63,29 @@ def _made(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _apart(recipes: list[Recipe]) -> list[Recipe]:
-    """The recipes, with a view of a parameter wherever something wants the same of it as another before.
+    """The recipes, with a view of a parameter wherever an earlier recipe uses the same rows of it.
 
-    The kernel writes one gradient of every number; those of tied weights autograd adds up.
+    The kernel writes one gradient for every element; autograd sums the gradients of tied weights.
     """
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    found = []
+    used: dict[int, list[tuple[int, int]]] = {}
+    results = []
     for recipe in recipes:
         parts = []
         for part in _parts(recipe):
             first, last = getattr(recipe, "rows", None) or (0, len(part))
-            others = wanted.setdefault(id(part), [])
-            is_repeated = any(first < end and begin < last for begin, end in others)
-            others.append((first, last))
+            ranges = used.setdefault(id(part), [])
+            is_repeated = any(first < end and begin < last for begin, end in ranges)
+            ranges.append((first, last))
             parts.append(part.view_as(part) if is_repeated else part)
-        kind = type(recipe)
-        if kind is Weight:
+        recipe_class = type(recipe)
+        if recipe_class is Weight:
             recipe = recipe._replace(parts=tuple(parts))
-        found.append(Replicas(*parts) if kind is Replicas else recipe)
-    return found
+        results.append(Replicas(*parts) if recipe_class is Replicas else recipe)
+    return results
 
 
 def _parts(recipe: Recipe) -> tuple[Tensor, ...]:
-    """What may have a gradient."""
+    """The tensors of a recipe that may have a gradient."""
     kind = type(recipe)
     if kind is Weight:
         return recipe.parts
@@ -98,11 +98,11 @@ def _sources(recipe: Recipe) -> tuple[Tensor, ...]:
 
 
 def _misfit(sources: list[Tensor]) -> str | None:
-    """What the kernels cannot take of these parameters, or None."""
+    """The reason why the kernels do not support these parameters, or None."""
     if not addresses.can_place(sources[0].device):
         return "its tables of addresses would have to outlive this capture of a CUDA graph."
     if any(source.device != sources[0].device for source in sources):
-        return "its kernel takes parameters of one device."
+        return "its kernel takes parameters on one device."
     dtypes = {source.dtype for source in sources}
     if len(dtypes) > 1:
         return f"its kernel takes parameters of one dtype, not {', '.join(sorted(map(str, dtypes)))}."
@@ -116,7 +116,7 @@ OPERATION = registry.declare("prepare_weights", triton=registry.Kernels(why_not=
 
 
 def _as_it_is(recipe: Recipe) -> Tensor | None:
-    """The parameter, if it is what was asked for but for the dtype."""
+    """The parameter, if it equals the recipe's result except for the dtype."""
     if not isinstance(recipe, Weight) or len(recipe.parts) > 1 or recipe[1:] != (None, None, None):
         return None
     [part] = recipe.parts
@@ -124,7 +124,7 @@ def _as_it_is(recipe: Recipe) -> Tensor | None:
 
 
 class _Prepare(torch.autograd.Function):
-    """One kernel each way."""
+    """One kernel forward and one backward."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ class _Prepare(torch.autograd.Function):
         """`which`: for each result the number of its recipe."""
         from conddetr.kernels.weights import triton
 
-        # The parts are asked for nothing but shape, strides and dtype, so that they need not be saved.
+        # Backward reads only shape, strides and dtype of the parts, so they need not be saved.
         ctx.recipes, ctx.which, ctx.parts, ctx.forms = recipes, which, parts, layout.forms(recipes, parts)
         ctx.set_materialize_grads(False)
         made = triton.forward(recipes, which, parts, ctx.forms, dtype)
@@ -145,13 +145,13 @@ class _Prepare(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
         from conddetr.kernels.weights import triton
 
-        # Those of what is not trained are None.
-        of_recipes: list[list[Tensor]] = [[] for _ in ctx.recipes]
+        # Gradients of results that are not trained are None.
+        recipe_grads: list[list[Tensor]] = [[] for _ in ctx.recipes]
         for number, grad in zip(ctx.which, grads, strict=True):
             if grad is not None:
-                of_recipes[number].append(grad)
-        found = triton.backward(ctx.recipes, ctx.parts, ctx.forms, of_recipes)
-        return None, None, None, *(x if part.requires_grad else None for x, part in zip(found, ctx.parts, strict=True))
+                recipe_grads[number].append(grad)
+        made = triton.backward(ctx.recipes, ctx.parts, ctx.forms, recipe_grads)
+        return None, None, None, *(x if part.requires_grad else None for x, part in zip(made, ctx.parts, strict=True))
 
 
 def _is_trained(recipe: Recipe) -> bool:

@@ -1,4 +1,4 @@
-"""What a step computes with, made of the parameters one after the other in plain PyTorch."""
+"""Recipes of a step's weights, and their preparation one by one in plain PyTorch."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from conddetr.kernels.common.launch import REPLICAS
 
 
 class FrozenNorm(NamedTuple):
-    """A batch norm with fixed statistics: x · scale + shift per channel; four [C] tensors and a number."""
+    """A batch norm with fixed statistics, x · scale + shift per channel: four [C] tensors and epsilon."""
 
     weight: Tensor
     bias: Tensor
@@ -29,28 +29,28 @@ class FrozenNorm(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """Parameters, one below the other along the first dimension; convolutions come out in channels-last."""
+    """Parameters concatenated along the first dimension; convolutions are returned in channels-last."""
 
     parts: tuple[Tensor, ...]
-    """Of one shape but for the first dimension: [O, I], [O], or one convolution [O, I, kh, kw]."""
+    """[O, I] or [O], equal except for the first dimension, or one convolution [O, I, kh, kw]."""
     norm: FrozenNorm | None = None
-    """Of a convolution: the frozen norm behind it, whose scale the weight takes along."""
+    """For a convolution: the frozen norm behind it, whose scale is folded into the weight."""
     rows: tuple[int, int] | None = None
-    """Only these rows of one part, from the first up to the second; others may take the rest."""
+    """Only these rows of one part, from the first up to the second; other recipes may use the rest."""
     copies: int | None = None
-    """Of vectors: so many of [ΣO] as [copies, ΣO], all equal: whoever adds row i to row i of a matrix hands on the
-    matrix's gradient as it is, and needs no kernel that adds its rows up."""
+    """For vectors: this many equal rows of [ΣO], as [copies, ΣO]. If row i is added to row i of a matrix, its gradient
+    is the matrix's gradient, and no kernel has to sum the rows."""
 
 
 class Shift(NamedTuple):
-    """What a frozen norm adds: the bias of the convolution that took its scale."""
+    """The shift of a frozen norm: the bias of the convolution into which its scale is folded."""
 
     norm: FrozenNorm
 
 
 class Replicas(NamedTuple):
-    """A vector [C] as [`REPLICAS`, C], all rows equal, in its own dtype: a kernel of at most so many programs gives
-    the gradient of row i as the sums of program i, and needs no second kernel that adds them up.
+    """A vector [C] as [`REPLICAS`, C], all rows equal, in its own dtype: a kernel with at most this many programs
+    stores the sums of program i as the gradient of row i, and needs no second kernel to add them.
     """
 
     vector: Tensor
@@ -60,7 +60,7 @@ Recipe = Weight | Shift | Replicas
 
 
 def prepare_weights(recipes: list[Recipe], dtype: torch.dtype) -> list[Tensor]:
-    """As `op.prepare_weights`."""
+    """See `op.prepare_weights`."""
     return [_prepare(recipe, dtype) for recipe in recipes]
 
 

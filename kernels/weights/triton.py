@@ -1,7 +1,7 @@
-"""One launch over many tensors: where they lie is in a table of addresses, what is done with each in a table of parts.
+"""One launch over many tensors, with a table of their addresses and a table of parts that describes their processing.
 
-A program handles a block of one part. Where a convolution's weight [O, I, kh, kw] lies in its own order, it is turned
-into channels-last on the way, and its gradient back.
+A program processes a block of one part. A convolution's weight [O, I, kh, kw] in contiguous order is converted to
+channels-last, and its gradient is converted back.
 """
 
 import torch
@@ -17,17 +17,17 @@ from conddetr.kernels.weights.layout import BLOCK, SUM_COLUMNS, SUM_ROWS, Forms,
 from conddetr.kernels.weights.reference import FrozenNorm, Recipe, Replicas, Shift
 
 BACKWARD_SIZES = {"BLOCK": BLOCK, "SUM_ROWS": SUM_ROWS, "SUM_COLUMNS": SUM_COLUMNS}
-"""Of the gradient's kernel."""
+"""Sizes of the gradient's kernel."""
 PER_PART, PER_RECORD = tl.constexpr(layout.ADDRESSES), tl.constexpr(layout.FIELDS)
 IS_SHIFT, HAS_FLOAT_ROWS = tl.constexpr(layout.SHIFT), tl.constexpr(layout.PARTIALS)
-"""The kind of a shift; and the first of the kinds whose gradient has rows, which are float32."""
+"""The kind of a shift, and the first kind whose gradient has rows, which are float32."""
 
 
 @triton.jit
 def load_part(parts, blocks):
     """Number of this program's part, its first element, and its fields."""
     part = tl.load(blocks + 2 * tl.program_id(0))
-    # No parameter has 2³¹ elements; all of them together may.
+    # No parameter has 2³¹ elements, but all together may.
     first = tl.load(blocks + 2 * tl.program_id(0) + 1).to(tl.int32)
     record = parts + PER_RECORD * part
     kind, offset, size = tl.load(record), tl.load(record + 1), tl.load(record + 2).to(tl.int32)
@@ -45,7 +45,7 @@ def vector_at(addresses, entry, row, inside):
 
 @triton.jit
 def scale_at(addresses, part, row, inside, eps):
-    """[BLOCK] scale of the frozen norm, 1 where there is none."""
+    """[BLOCK] scale of the frozen norm, 1 without a norm."""
     scale = tl.full(row.shape, 1.0, tl.float32)
     if tl.load(addresses + PER_PART * part + 1) != 0:
         weight = vector_at(addresses, PER_PART * part + 1, row, inside)
@@ -56,14 +56,14 @@ def scale_at(addresses, part, row, inside, eps):
 
 @triton.jit
 def turned(element, inner, outer):
-    """Of elements in an order [row, outer, inner]: the row, and the place in the order [row, inner, outer]."""
+    """For elements in the order [row, outer, inner]: the row, and the index in the order [row, inner, outer]."""
     row = element // (inner * outer)
-    place = element
+    index = element
     if (inner > 1) & (outer > 1):
-        rest = element - row * (inner * outer)
-        i = rest // inner
-        place = row * (inner * outer) + (rest - i * inner) * outer + i
-    return row, place
+        offset = element - row * (inner * outer)
+        i = offset // inner
+        index = row * (inner * outer) + (offset - i * inner) * outer + i
+    return row, index
 
 
 @triton.jit
@@ -77,21 +77,21 @@ def prepare_kernel(addresses, parts, blocks, source_type, out, BLOCK: tl.constex
         mean = vector_at(addresses, PER_PART * part + 3, element, inside)
         value = vector_at(addresses, PER_PART * part + 2, element, inside) - mean * scale
     else:
-        row, place = turned(element, channels, positions)
+        row, index = turned(element, channels, positions)
         source = tl.load(addresses + PER_PART * part).to(tl.pointer_type(source_type.dtype.element_ty))
-        value = load_float(source + place, inside)
+        value = load_float(source + index, inside)
         value *= scale_at(addresses, part, row, inside, eps)
     store_cast(out + offset + element, value, inside)
 
 
 @triton.jit
 def column_sums(source, column, is_column, rows, stride, ROWS: tl.constexpr):
-    """[ROWS, columns] float32, whose sums over rows are those of all rows."""
+    """[ROWS, columns] float32 partial sums; their sum over rows is the sum over all rows."""
     total = tl.zeros((ROWS, column.shape[0]), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
-        place, mask = tile(row, row < rows, column, is_column, stride)
-        total += load_float(source + place, mask)
+        index, mask = tile(row, row < rows, column, is_column, stride)
+        total += load_float(source + index, mask)
     return total
 
 
@@ -106,8 +106,8 @@ def prepare_backward_kernel(
     SUM_ROWS: tl.constexpr,
     SUM_COLUMNS: tl.constexpr,
 ):
-    """grad[offset + …] = the gradient of the part, in its own order: summed over uses, and over rows where there are
-    any, in fixed order.
+    """grad[offset + …] = the gradient of the part, in the parameter's memory order: summed over uses, and over rows if
+    it has any, in a fixed order.
     """
     part, first, kind, offset, size, channels, positions, eps = load_part(parts, blocks)
     record = parts + PER_RECORD * part
@@ -129,50 +129,51 @@ def prepare_backward_kernel(
     else:
         element = first + tl.arange(0, BLOCK)
         inside = element < size
-        row, place = turned(element, positions, channels)
+        row, index = turned(element, positions, channels)
         value = tl.zeros((BLOCK,), tl.float32)
         for use in range(part, end):
             source = tl.load(addresses + PER_PART * use).to(tl.pointer_type(gradient_type.dtype.element_ty))
-            value += load_float(source + place, inside)
+            value += load_float(source + index, inside)
         value *= scale_at(addresses, part, row, inside, eps)
         store_cast(grad + offset + element, value, inside)
 
 
-def _addresses_of(norm: FrozenNorm | None) -> tuple[int, int, int, int]:
+def _norm_addresses(norm: FrozenNorm | None) -> tuple[int, int, int, int]:
     if norm is None:
         return 0, 0, 0, 0
     return norm.weight.data_ptr(), norm.bias.data_ptr(), norm.mean.data_ptr(), norm.variance.data_ptr()
 
 
 def forward(
-    recipes: list[Recipe], which: list[int], parameters: tuple[Tensor, ...], of: Forms, dtype: torch.dtype
+    recipes: list[Recipe], which: list[int], parameters: tuple[Tensor, ...], key: Forms, dtype: torch.dtype
 ) -> list[Tensor]:
-    """What `op.prepare_weights` returns, as views of one new tensor: `recipes` are there once, `which` are the numbers
-    of those that are wanted; see there and at `forms`.
+    """The results of `op.prepare_weights`, as views of one new tensor.
+
+    `recipes` has each recipe once; `which` has the number of the recipe for each result; `key` is from `forms`.
     """
-    made = forward_layout(of)
+    plan = forward_layout(key)
     first = parameters[0] if parameters else recipes[0].norm.bias
     width = first.element_size()
-    starts = iter(made.starts)
+    starts = iter(plan.starts)
     read: list[Tensor] = []
-    lie: list[int] = []
+    entries: list[int] = []
     for recipe in recipes:
         if type(recipe) is Replicas:
             continue
-        vectors = _addresses_of(recipe.norm)
+        vectors = _norm_addresses(recipe.norm)
         if type(recipe) is Shift:
-            lie += (next(starts), *vectors)
+            entries += (next(starts), *vectors)
         else:
             for part in recipe.parts:
-                lie += (part.data_ptr() + width * next(starts), *vectors)
+                entries += (part.data_ptr() + width * next(starts), *vectors)
             read += recipe.parts
         if recipe.norm is not None:
             read += recipe.norm[:4]
-    out = torch.empty(made.size, dtype=dtype, device=first.device)
+    out = torch.empty(plan.size, dtype=dtype, device=first.device)
     if read:
-        table = addresses.table(tuple(lie), first.device)
-        torch.ops.conddetr.prepare_weights(out, read, table, *made.on(first.device))
-    return [_result(recipes[number], out, made.places[number]) for number in which]
+        table = addresses.table(tuple(entries), first.device)
+        torch.ops.conddetr.prepare_weights(out, read, table, *plan.on(first.device))
+    return [_result(recipes[number], out, plan.places[number]) for number in which]
 
 
 def _result(recipe: Recipe, out: Tensor, place: tuple | None) -> Tensor:
@@ -180,49 +181,51 @@ def _result(recipe: Recipe, out: Tensor, place: tuple | None) -> Tensor:
 
 
 def backward(
-    recipes: list[Recipe], parameters: tuple[Tensor, ...], of: Forms, grads: list[list[Tensor]]
+    recipes: list[Recipe], parameters: tuple[Tensor, ...], key: Forms, grads: list[list[Tensor]]
 ) -> list[Tensor | None]:
-    """Gradients of the parameters, as views of one new tensor; None of those whose recipes have none.
+    """Gradients of the parameters, as views of one new tensor; None for parameters whose recipes have no gradient.
 
-    `grads`: of each recipe those that there are.
+    `grads`: the gradients of each recipe's uses, without None.
     """
-    made = backward_layout(of, tuple([len(uses) for uses in grads]))
-    starts = iter(made.starts)
+    plan = backward_layout(key, tuple([len(uses) for uses in grads]))
+    starts = iter(plan.starts)
     # They must outlive the launch.
     kept: list[Tensor] = []
-    lie: list[int] = []
+    entries: list[int] = []
     for recipe, uses in zip(recipes, grads, strict=True):
         if not uses:
             continue
         is_replicas = type(recipe) is Replicas
         dense = [_dense(grad, is_replicas) for grad in uses]
         kept += dense
-        vectors = _addresses_of(None if is_replicas else recipe.norm)
+        vectors = _norm_addresses(None if is_replicas else recipe.norm)
         for _ in (None,) if is_replicas else recipe.parts:
             for grad in dense:
-                lie += (grad.data_ptr() + grad.element_size() * next(starts), *vectors)
+                entries += (grad.data_ptr() + grad.element_size() * next(starts), *vectors)
     if not kept:
-        return made.places
+        return plan.places
     first = parameters[0]
-    # Rows that nobody wrote have no influence.
-    flat = (torch.empty if made.is_whole else torch.zeros)(made.size, dtype=first.dtype, device=first.device)
-    table = addresses.table(tuple(lie), first.device)
-    torch.ops.conddetr.prepare_weights_backward(flat, kept, table, *made.on(first.device))
-    return [None if place is None else torch.as_strided(flat, *place) for place in made.places]
+    # Elements that the kernel does not write have gradient 0.
+    flat = (torch.empty if plan.is_whole else torch.zeros)(plan.size, dtype=first.dtype, device=first.device)
+    table = addresses.table(tuple(entries), first.device)
+    torch.ops.conddetr.prepare_weights_backward(flat, kept, table, *plan.on(first.device))
+    return [None if place is None else torch.as_strided(flat, *place) for place in plan.places]
 
 
 def _launch(out: Tensor, sources: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
-    """Fill `out` by the tables; `sources` is all that they point to, of one dtype."""
+    """Fill `out` according to the tables; `sources`: all tensors that they point to, of one dtype."""
     prepare_kernel[(len(blocks),)](addresses, parts, blocks, sources[0], out, BLOCK=BLOCK)
 
 
 def _launch_backward(out: Tensor, grads: list[Tensor], addresses: Tensor, parts: Tensor, blocks: Tensor) -> None:
-    """Fill `out` by the tables; `grads` is all that they point to: of replicas float32, else of the step's dtype."""
-    kind = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
-    prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, kind, out, **BACKWARD_SIZES)
+    """Fill `out` according to the tables; `grads`: all tensors that they point to, float32 for replicas, else of the
+    step's dtype.
+    """
+    typed = next((grad for grad in grads if grad.dtype != torch.float32), grads[0])
+    prepare_backward_kernel[(len(blocks),)](addresses, parts, blocks, typed, out, **BACKWARD_SIZES)
 
 
-# What the tables point to is an argument all the same, so that counters of memory see what is read.
+# Tensors that the tables point to are arguments too, so that memory counters see every read.
 _TABLES = "Tensor addresses, Tensor parts, Tensor blocks"
 operators.register("prepare_weights", f"(Tensor(a!) out, Tensor[] sources, {_TABLES}) -> ()", launch=_launch)
 operators.register(
@@ -231,7 +234,7 @@ operators.register(
 
 
 def _dense(grad: Tensor, is_replicas: bool) -> Tensor:
-    """A gradient in the order in which the result was made."""
+    """A gradient in the memory order of its result."""
     if is_replicas:
         return grad.to(torch.float32).contiguous()
     return grad.contiguous(memory_format=torch.channels_last) if grad.dim() == 4 else grad.contiguous()

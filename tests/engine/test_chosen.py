@@ -19,7 +19,7 @@ from conddetr.kernels.records import Record, Verdict, machine, memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 R50 = PRESETS["conditional-detr-r50"]
-UNCHECKED = "it is not checked on this GPU: `conddetr check` does that"
+UNCHECKED = "it is not checked on this GPU: run `conddetr check`"
 
 
 def record(**speedups: float | str) -> Record:
@@ -112,8 +112,10 @@ def test_reason_on_a_cpu_is_that_of_the_native_kernels(monkeypatch):
         assert chosen(R50, "auto", CPU, "bfloat16", trains=False).line() == (
             "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
         )
-    text = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
-    assert text.startswith("attention: PyTorch (this operation has no such kernels), matching: PyTorch (its kernels ru")
+    said = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
+    assert said.startswith(
+        "attention: PyTorch (this operation has no kernels of this backend), matching: PyTorch (its kernels ru"
+    )
 
 
 def test_operation_without_gpu_kernels_needs_no_reason(on_gpu):
@@ -230,9 +232,9 @@ def test_restricted_record_allows_only_kernels_that_all_records_allow():
     second = replace(second, identity={"device": "NVIDIA A10"}, verdicts=second.verdicts[2:])
     refusals = {x.operation: x.refused for x in records.restricted(first, [second]).verdicts}
     assert refusals == {
-        "conditional_attention": "on NVIDIA A10, which another process has: it is not checked.",
+        "conditional_attention": "on NVIDIA A10, used by another process: it is not checked.",
         "linear_assignment": "",
-        "focal_loss": "on NVIDIA A10, which another process has: wrong.",
+        "focal_loss": "on NVIDIA A10, used by another process: wrong.",
         "convolution": "",
     }
     assert records.restricted(first, []) == first

@@ -20,7 +20,7 @@ GOOD = Verdict("conditional_attention", "triton", "bfloat16", refused="", error=
 WRONG = Verdict("focal_loss", "triton", "float32", refused="its loss is wrong.", error=7.0, speedup=3.0)
 UNTIMED = Verdict("max_pool", "triton", "float32", refused="", error=0.25, speedup=None)
 ATTENTION = ("conditional_attention", "triton")
-NOT_CHECKED = "it is not checked on this GPU: `conddetr check` does that."
+NOT_CHECKED = "it is not checked on this GPU: run `conddetr check`."
 
 
 def record_of(identity: dict[str, str], *verdicts: Verdict, is_short: bool = False) -> Record:
@@ -150,7 +150,7 @@ def test_what_is_no_record_is_ignored_and_made_again(kind):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     records.forget()
     assert records.load(CPU) is None
-    assert records.why_ignored(CPU).startswith(f"{file} is damaged, or of another version: ")
+    assert records.why_ignored(CPU).startswith(f"{file} is damaged, or has another version: ")
     records.save(CPU, record)
     records.forget()
     assert records.load(CPU) == record
@@ -172,7 +172,7 @@ def test_a_device_in_place_of_the_file_is_not_read_and_is_replaced(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
         assert records.load(CPU) is None
-    assert "is no file" in records.why_ignored(CPU)
+    assert "is no regular file" in records.why_ignored(CPU)
     assert records.save(CPU, record_of(records.identity(CPU))) == file
     assert file.is_file()
     assert not file.is_symlink()
@@ -330,7 +330,7 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_and_the_record_still_co
         for _ in range(2):
             assert records.save(CPU, record) is None
     [said] = [entry.getMessage() for entry in caplog.records]
-    assert f"as {blocked} cannot be written to: " in said
+    assert f"because {blocked} cannot be written to: " in said
     assert "CONDDETR_CACHE" in said
     assert records.load(CPU) == record
     assert blocked.read_text() == "not a folder"
@@ -345,13 +345,13 @@ def test_without_a_home_there_is_no_record_and_no_error(monkeypatch, caplog):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(files, "_reported", set())
     assert records.load(CPU) is None
     record = record_of(records.identity(CPU))
     assert records.save(CPU, record) is None
     assert records.load(CPU) == record
     [said] = [entry.getMessage() for entry in caplog.records]
-    assert "the cache folder cannot be written to: there is no home folder. CONDDETR_CACHE names another" in said
+    assert "the cache folder cannot be written to: there is no home folder. Set CONDDETR_CACHE to another" in said
 
 
 def test_an_interrupted_save_leaves_what_was_there(monkeypatch):
@@ -424,7 +424,7 @@ def test_what_auto_may_take_on_a_gpu():
         assert records.source(*ATTENTION, GPU, torch.float16) == ""
         assert records.verdict(*ATTENTION, GPU, torch.bfloat16) == GOOD
     with records.pretend(record_of({}, is_short=True)):
-        said = "the short check of this GPU leaves it out: `conddetr check` includes it."
+        said = "the short check of this GPU does not include it: run `conddetr check`."
         assert records.why_not("dropout_bits", "triton", GPU, torch.float32) == said
     with records.pretend(None):
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) == NOT_CHECKED

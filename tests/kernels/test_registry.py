@@ -23,13 +23,13 @@ def test_auto_on_a_cpu_is_native_where_built_and_says_why(operation, monkeypatch
     if native.NOT_LOADED is None:
         choice = operation.choose("auto", CPU, torch.float32)
         assert choice.backend == "native"
-        assert "run on NVIDIA GPUs, the tensors are on cpu" in choice.refused["triton"]
+        assert "run on NVIDIA GPUs, but the tensors are on cpu" in choice.refused["triton"]
         choice = operation.choose("auto", CPU, torch.float16)
         assert choice.backend == "eager"
         assert "on cpu its kernels take float32, bfloat16, float64, not float16" in choice.refused["native"]
         choice = operation.choose("auto", CPU, torch.float64)
         assert choice.backend == "eager"
-        assert "ask for it by name" in choice.refused["native"]
+        assert "request this backend by name" in choice.refused["native"]
         assert operation.choose("native", CPU, torch.float64).backend == "native"
     monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
     choice = operation.choose("auto", CPU, torch.float32)
@@ -39,7 +39,7 @@ def test_auto_on_a_cpu_is_native_where_built_and_says_why(operation, monkeypatch
 
 def test_the_interpreter_must_be_asked_for(operation, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "ask for it by name" in operation.choose("auto", CPU, torch.float32).refused["triton"]
+    assert "request it by name" in operation.choose("auto", CPU, torch.float32).refused["triton"]
     assert operation.choose("triton", CPU, torch.float32).backend == "triton"
 
 
@@ -58,7 +58,7 @@ def test_a_backend_that_the_operation_has_not(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     plain = registry.Operation("plain", {})
     assert plain.choose("auto", CPU, torch.float32) == registry.Choice("eager", {})
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: this operation has no such kernels"):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: this operation has no kernels of"):
         plain.choose("triton", CPU, torch.float32)
     assert plain.prefer("triton", CPU, torch.float32).backend == "eager"
     with pytest.raises(ValueError, match="backend: expected one of auto"):
@@ -83,9 +83,9 @@ def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
         return f"{'demand' if demand else 'auto'}: {choice.refused.get('native')}"
 
     assert reason() == "auto: None"
-    assert reason(devices=("cuda",)) == "demand: its kernels run on GPUs, the tensors are on cpu."
+    assert reason(devices=("cuda",)) == "demand: its kernels run on GPUs, but the tensors are on cpu."
     assert reason(dtypes=(torch.bfloat16,)) == "demand: its kernels take bfloat16, not float32."
-    assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` takes plain PyTorch")
+    assert reason(auto_dtypes=(torch.bfloat16,)).startswith("auto: in float32 `auto` uses plain PyTorch")
     assert reason(why_not=lambda width: f"width {width}") == "demand: width 7"
     assert reason(why_not_auto=lambda width: f"width {width}") == "auto: width 7"
 

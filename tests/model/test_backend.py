@@ -1,4 +1,4 @@
-"""The model on fused kernels against the model on plain PyTorch."""
+"""The model on fused kernels, compared with the model in plain PyTorch."""
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def test_outputs_and_gradients_agree(csq, padding):
     torch.testing.assert_close(fused_logits, logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fused_boxes, boxes, atol=1e-6, rtol=1e-5)
     for name, grad in grads.items():
-        # Key biases have no gradient but rounding noise.
+        # Gradients of key biases are rounding noise.
         torch.testing.assert_close(fused_grads[name], grad, atol=1e-5 * max(1.0, grad.abs().max().item()), rtol=1e-3)
 
 
 def test_ten_steps_give_the_same_loss_curve():
     curves = []
-    # Fewer heads: the interpreter takes its time for each.
+    # One head, because the interpreter's time grows with the heads.
     for model in models(num_heads=1):
         torch.manual_seed(1)
         criterion = conddetr.build_criterion(model, backend="eager")
@@ -73,8 +73,8 @@ def test_ten_steps_give_the_same_loss_curve():
 
 @pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 @pytest.mark.parametrize("padding", ["valid_hw", "mask"])
-def test_flops_of_a_training_step_are_those_of_plain_pytorch(padding):
-    # On a CPU wherever the tests run: native kernels take the tiny preset's widths there alone.
+def test_flops_of_a_training_step_equal_plain_pytorchs(padding):
+    # Always on the CPU, because only CPU kernels support the tiny preset's widths.
     images, valid_hw = (tensor.cpu() for tensor in pad_images(batch(2)[0]))
     size = images.shape[-2:]
     options = {"valid_hw": valid_hw}
@@ -83,13 +83,13 @@ def test_flops_of_a_training_step_are_those_of_plain_pytorch(padding):
     counts = []
     for backend in ("eager", "native"):
         model = conddetr.build("conditional-detr-tiny", num_classes=3, backend=backend)
-        # PyTorch counts what its fused attention computes again in backward, too.
+        # Without the math kernel, PyTorch would also count the recomputation of fused attention in backward.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(images, **options)["pred_logits"].sum().backward()
         counts.append(counter.get_total_flops())
     saved = 0
     if padding == "valid_hw":
-        # Keys of rows and columns, of half the channels each, in place of all cells' keys; and the weights' gradients.
+        # Keys and weight gradients are of rows and columns, with half the channels each, instead of all cells.
         height, width, dim = size[0] // 16, size[1] // 16, model.config.hidden_dim
         dense, separable = height * width * dim * dim, (height + width) * dim * dim // 2
         saved = 2 * 2 * len(images) * model.config.decoder_layers * (dense - separable)
@@ -97,28 +97,28 @@ def test_flops_of_a_training_step_are_those_of_plain_pytorch(padding):
 
 
 @pytest.mark.slow
-def test_compiles_without_a_graph_break():
+def test_model_compiles_without_a_graph_break():
     _, fused = models(dropout=0.0)
     images, valid_hw = pad_images(batch(2)[0])
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, valid_hw=valid_hw), fused(images, valid_hw=valid_hw))
 
 
-def test_half_precision_keeps_references_and_boxes_in_float32():
-    """bfloat16 has eight bits: as a coordinate that is one part in 256 of the image."""
+def test_half_precision_keeps_reference_points_and_boxes_in_float32():
+    """bfloat16 has eight bits: a coordinate would have a resolution of 1/256 of the image."""
     plain, fused = models(dropout=0.0)
     images, _ = batch(2)
     for model in (plain.eval(), fused.eval()):
         exact = model(images)
         with torch.autocast(DEVICE, torch.bfloat16):
-            found = model(images)
-        assert found["pred_boxes"].dtype == found["pred_logits"].dtype == torch.float32
-        torch.testing.assert_close(found["pred_logits"], exact["pred_logits"], atol=0.05, rtol=0)
-        # The last layer of the box head is zero at first: boxes are at the reference points.
-        torch.testing.assert_close(found["pred_boxes"], exact["pred_boxes"], atol=1e-6, rtol=0)
+            outputs = model(images)
+        assert outputs["pred_boxes"].dtype == outputs["pred_logits"].dtype == torch.float32
+        torch.testing.assert_close(outputs["pred_logits"], exact["pred_logits"], atol=0.05, rtol=0)
+        # The last layer of the box head starts at zero: boxes are at the reference points.
+        torch.testing.assert_close(outputs["pred_boxes"], exact["pred_boxes"], atol=1e-6, rtol=0)
 
 
-def test_an_explicit_backend_that_cannot_run_is_an_error(monkeypatch):
+def test_unavailable_backend_requested_by_name_is_an_error(monkeypatch):
     if DEVICE == "cuda":
         pytest.skip("Triton runs on this GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,4 +1,4 @@
-"""The whole model under `torch.compile`: equal to the plain one, in one piece, and compiled a few times only."""
+"""The whole model under `torch.compile`: equal to plain PyTorch, one graph, few compilations."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from torch._dynamo.utils import counters
 import conddetr
 
 GRAPHS = 3
-"""Of a training with images of all sizes (docs/models.md): batches of one image, batches of several, and one more
-where the first batch is special. With `dynamic=None` that is compiled for its own size; with `dynamic=True` PyTorch
-takes sizes that are equal there for the same, and on a CPU it chooses how to convolve by the size of a single image."""
+"""Largest number of graphs for a training run with images of all sizes (docs/models.md): batches of one image, batches
+of several images, and one more for a special first batch. With `dynamic=None` the first batch is compiled for its own
+size. With `dynamic=True` PyTorch assumes that sizes which are equal in it stay equal, and on a CPU the size of a single
+image determines the convolution's algorithm."""
 SIZES = [(224, 192), (208, 240), (272, 224), (250, 213), (216, 264), (260, 197)]
 
 
@@ -22,7 +23,7 @@ def _nothing_compiled():
 
 
 def small_models(backend, preset="conditional-detr-tiny", **options):
-    """The model to compile, and the same in plain PyTorch."""
+    """The model to compile, and an equal model in plain PyTorch."""
     torch.manual_seed(0)
     sizes = {"num_classes": 3, "num_queries": 5, "encoder_layers": 1, "decoder_layers": 1, **options}
     model, plain = (conddetr.build(preset, backend=name, **sizes) for name in (backend, "eager"))
@@ -32,7 +33,7 @@ def small_models(backend, preset="conditional-detr-tiny", **options):
 
 
 def batch(size, count):
-    """Images and their valid sizes, the first of which is the whole batch's."""
+    """Images and their valid sizes; the first image has the size of the batch."""
     valid = torch.stack([torch.randint(size[axis] // 2, size[axis] + 1, (count,)) for axis in range(2)], dim=1)
     valid[0] = torch.tensor(size)
     return torch.randn(count, 3, *size), valid.to(torch.int32)
@@ -48,24 +49,24 @@ def step(model, called, images, valid_hw):
     return {name: out[name].detach() for name in ("pred_logits", "pred_boxes")} | gradients
 
 
-def assert_close(found, expected):
-    assert found.keys() == expected.keys()
-    # The biases of keys have no gradient but rounding noise: the measure is the largest of all gradients.
+def assert_close(outputs, expected):
+    assert outputs.keys() == expected.keys()
+    # Gradients of key biases are rounding noise, so the tolerance is relative to the largest gradient.
     largest = max(x.abs().max().item() for name, x in expected.items() if name.startswith("gradient"))
-    for name, theirs in expected.items():
+    for name, value in expected.items():
         atol = 1e-4 * largest if name.startswith("gradient") else 1e-5
-        torch.testing.assert_close(found[name], theirs, atol=atol, rtol=1e-3, msg=name)
+        torch.testing.assert_close(outputs[name], value, atol=atol, rtol=1e-3, msg=name)
 
 
 def epoch(model, plain, compiled, counts, sizes):
-    """Steps over all sizes with batch sizes in turn, each compared; the number of graphs that PyTorch compiled."""
+    """Run and compare a step for each size, with alternating batch sizes; returns the number of compiled graphs."""
     for number, size in enumerate(sizes):
         inputs = batch(size, counts[number % len(counts)])
         assert_close(step(model, compiled, *inputs), step(plain, plain, *inputs))
     return counters["stats"]["unique_graphs"]
 
 
-# PyTorch would try the many small floats of a model as inputs first, and compile again without.
+# Otherwise PyTorch would first treat the model's float constants as inputs, and then recompile.
 @torch._dynamo.config.patch(specialize_float=True)
 def test_batches_of_several_images_are_one_graph():
     model, plain = small_models("auto", dropout=0.0)
@@ -83,17 +84,17 @@ def test_batches_of_several_images_are_one_graph():
         ("auto", "detr-tiny", None),
     ],
 )
-def test_an_epoch_of_mixed_sizes(backend, preset, dynamic):
+def test_an_epoch_of_mixed_sizes_compiles_few_graphs(backend, preset, dynamic):
     model, plain = small_models(backend, preset, dropout=0.0)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     assert epoch(model, plain, compiled, (1, 2, 3, 4), 2 * SIZES) <= GRAPHS
 
 
 @pytest.mark.slow
-def test_inductor():
-    """A minute and more: Inductor compiles about sixty C++ files for this smallest of models.
+def test_inductor_equals_plain_pytorch():
+    """Takes more than a minute: Inductor compiles about sixty C++ files for this smallest model.
 
-    In evaluation mode: gradients through batch norm's own statistics are differences of large sums.
+    In evaluation mode, because gradients through the statistics of batch norm are differences of large sums.
     """
     model, plain = (model.eval() for model in small_models("auto"))
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

@@ -1,4 +1,4 @@
-"""The forward pass from fused operations: the numbers of the modules, and modules where a part is more than plain."""
+"""The forward pass from fused operations: the numbers of the modules, and calls of parts that are not plain."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ CSQ = ("full", "P", "C", "T", "I")
 
 
 def model_on(path, preset="conditional-detr-tiny", **options):
-    """A model that takes the fast path, or calls its modules; attention is plain PyTorch's arithmetic in both."""
+    """A model that uses the fast path or calls its modules; both compute attention in plain PyTorch."""
     torch.manual_seed(0)
     model = conddetr.build(preset, backend="triton" if path == "fast" else "eager", **{**SMALL, **options})
     for part in model.parts_with_backend():
@@ -38,7 +38,7 @@ def images_of(*sizes):
 
 
 def run(model, images, dtype=torch.float32, autocast=None):
-    """Outputs of all layers and gradients by name; dropout is off."""
+    """Returns the outputs of all layers, and gradients by name; dropout is off."""
     model.eval()
     with torch.autocast(DEVICE, autocast or torch.bfloat16, enabled=autocast is not None):
         out = model([image.to(dtype) for image in images])
@@ -49,72 +49,72 @@ def run(model, images, dtype=torch.float32, autocast=None):
     return outputs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close(found, expected, tolerance):
-    """Outputs and gradients, each to a share of its largest value."""
-    outputs, grads = found
+def assert_close(result, expected, tolerance):
+    """Compare outputs and gradients with a tolerance relative to the largest value of each."""
+    outputs, grads = result
     assert set(grads) == set(expected[1])
-    for one, other in [(outputs, expected[0]), *((grads[name], expected[1][name]) for name in grads)]:
-        scale = max(1.0, other.abs().max().item())
-        torch.testing.assert_close(one.double(), other.double(), atol=tolerance * scale, rtol=0)
+    for actual, exact in [(outputs, expected[0]), *((grads[name], expected[1][name]) for name in grads)]:
+        scale = max(1.0, exact.abs().max().item())
+        torch.testing.assert_close(actual.double(), exact.double(), atol=tolerance * scale, rtol=0)
 
 
-def distances(found, exact):
-    """Of the outputs and of each gradient: root mean square of the difference, as a share of its size."""
-    pairs = [(found[0], exact[0]), *((found[1][name], exact[1][name]) for name in exact[1])]
-    return [((one.double() - other).norm() / other.norm().clamp(min=1)).item() for one, other in pairs]
+def distances(result, exact):
+    """Relative root mean square error of the outputs and of each gradient."""
+    pairs = [(result[0], exact[0]), *((result[1][name], exact[1][name]) for name in exact[1])]
+    return [((actual.double() - truth).norm() / truth.norm().clamp(min=1)).item() for actual, truth in pairs]
 
 
 @pytest.mark.parametrize("csq", CSQ)
 @pytest.mark.parametrize("sizes", [((64, 64), (48, 64)), ((64, 48), (64, 48))], ids=["padded", "equal"])
-def test_numbers_are_those_of_the_modules(csq, sizes):
+def test_fast_path_equals_the_modules(csq, sizes):
     images = images_of(*sizes)
-    found = run(model_on("fast", csq=csq), images)
-    assert_close(found, run(model_on("modules", csq=csq), images), 2e-5)
+    result = run(model_on("fast", csq=csq), images)
+    assert_close(result, run(model_on("modules", csq=csq), images), 2e-5)
 
 
 @pytest.mark.parametrize("csq", ["full", "I"])
-def test_every_layer_with_a_scale_projects_its_spatial_query_by_the_kernel(csq, monkeypatch):
-    """Where `auto` means the kernel, which it does not in the interpreter."""
+def test_kernel_projects_the_spatial_query_of_every_layer_with_a_scale(csq, monkeypatch):
+    """With `auto` replaced by `triton`, because `auto` does not choose the interpreter."""
     monkeypatch.setattr(fast_decoder, "spatial_query", partial(spatial_query, backend="triton"))
     images = images_of((64, 64), (48, 64))
     with conddetr.record_paths() as paths:
-        found = run(model_on("fast", csq=csq), images)
+        result = run(model_on("fast", csq=csq), images)
     assert paths["spatial_query"] == {"triton": SMALL["decoder_layers"] - 1}
-    assert_close(found, run(model_on("modules", csq=csq), images), 2e-5)
+    assert_close(result, run(model_on("modules", csq=csq), images), 2e-5)
 
 
-def test_a_resnet_computes_what_its_modules_do():
+def test_fast_resnet_equals_its_modules():
     images = images_of((64, 96), (64, 64))
     options = {"preset": "conditional-detr-r50", "encoder_layers": 1, "decoder_layers": 1}
     with conddetr.record_paths() as paths:
-        found = run(model_on("fast", **options), images)
+        result = run(model_on("fast", **options), images)
     assert paths["backbone"] == {"norms folded before": 17}
     assert paths["prepare_weights"].total() == 1
-    # Float32 through 53 convolutions, whose folded weights round once more than the norms behind them.
+    # Float32 through 53 convolutions; folded weights are rounded once more than weights and norms apart.
     exact = run(model_on("modules", **options).double(), images, torch.float64)
-    assert set(found[1]) == set(exact[1])
-    assert max(distances(found, exact)) < 2e-4
+    assert set(result[1]) == set(exact[1])
+    assert max(distances(result, exact)) < 2e-4
 
 
 @pytest.mark.parametrize("family", ["autocast", "half model"])
-def test_half_precision_is_as_exact_as_that_of_the_modules(family):
+def test_half_precision_is_as_exact_as_with_modules(family):
     images = images_of((64, 64), (48, 64))
     exact, _ = run(model_on("modules").double(), images, torch.float64)
     errors = []
     for path in ("modules", "fast"):
         model = model_on(path)
         if family == "autocast":
-            found, _ = run(model, images, autocast=torch.bfloat16)
+            outputs, _ = run(model, images, autocast=torch.bfloat16)
         else:
-            found, _ = run(model.bfloat16(), images, torch.bfloat16)
-        errors.append((found.double() - exact).abs().mean().item())
+            outputs, _ = run(model.bfloat16(), images, torch.bfloat16)
+        errors.append((outputs.double() - exact).abs().mean().item())
     assert 0 < errors[1] <= 1.5 * errors[0]
 
 
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
 @pytest.mark.parametrize("path", ["modules", "fast"])
 def test_heads_are_float32_under_autocast(path, preset):
-    """What reaches them, what they give, and how: rounding to bfloat16 on the way would show."""
+    """Their inputs, outputs and computation are float32: rounding to bfloat16 in between would be detected."""
     model, predictions = model_on(path, preset), []
     predict = model._predict
     model._predict = lambda *arguments: predictions.append((arguments, predict(*arguments))) or predictions[-1][1]
@@ -126,17 +126,17 @@ def test_heads_are_float32_under_autocast(path, preset):
     assert hidden_states.dtype == torch.float32
     assert reference is None or reference.dtype == torch.float32
     expected = predict(hidden_states, reference)
-    for found, layer in zip([*out["aux_outputs"], out], [*expected["aux_outputs"], expected], strict=True):
+    for outputs, layer in zip([*out["aux_outputs"], out], [*expected["aux_outputs"], expected], strict=True):
         for name, values in layer.items():
             if name != "aux_outputs":
-                assert found[name].dtype == torch.float32
-                assert torch.equal(found[name], values)
+                assert outputs[name].dtype == torch.float32
+                assert torch.equal(outputs[name], values)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert not torch.equal(predict(hidden_states, reference)["pred_logits"].float(), out["pred_logits"])
 
 
-def test_the_step_trains_as_that_of_the_modules():
-    """With dropout the bits differ; without, five steps of AdamW take the same course."""
+def test_training_steps_equal_those_of_the_modules():
+    """Five steps of AdamW without dropout give the same losses; with dropout the random bits would differ."""
     images = images_of((64, 64), (48, 64))
     targets = [{"labels": torch.tensor([index]), "boxes": torch.rand(1, 4) * 0.3 + 0.3} for index in range(2)]
     curves = []
@@ -186,8 +186,8 @@ CALLED = [
 
 
 @pytest.mark.parametrize("name", CALLED)
-def test_hooks_fire_and_may_change_what_they_see(name):
-    """A part with a hook is called, on whichever path the rest runs."""
+def test_hooks_fire_and_may_change_outputs(name):
+    """A part with a hook is called, whether the other parts run on the fast path or not."""
     images = images_of((64, 64))
     results = []
     for path in ("fast", "modules"):
@@ -204,7 +204,7 @@ def test_hooks_fire_and_may_change_what_they_see(name):
     assert_close(results[0][:2], results[1][:2], 2e-5)
 
 
-def test_a_layer_gives_way_alone():
+def test_only_the_hooked_layer_falls_back_to_modules():
     model = model_on("fast")
     model.transformer.encoder.layers[1].linear1.register_forward_hook(lambda *_: None)
     with conddetr.record_paths() as paths:
@@ -213,7 +213,7 @@ def test_a_layer_gives_way_alone():
     assert paths["decoder layer"] == {"fused operations": 3}
 
 
-@pytest.mark.parametrize("rows", [6, 5], ids=["as guessed", "guessed wrong"])
+@pytest.mark.parametrize("rows", [6, 5], ids=["right guess", "wrong guess"])
 @pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
 def test_a_bias_for_every_row_has_the_gradient_of_the_output(has_relu, rows):
     torch.manual_seed(0)
@@ -224,30 +224,30 @@ def test_a_bias_for_every_row_has_the_gradient_of_the_output(has_relu, rows):
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     exact = exact.relu() if has_relu else exact
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(out, (x, weight, bias, copies), upstream)
+    grads = torch.autograd.grad(out, (x, weight, bias, copies), upstream)
     expected = torch.autograd.grad(exact, (x, weight, bias), upstream.double())
-    for one, other in zip(found, expected, strict=False):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for gradient, reference in zip(grads, expected, strict=False):
+        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
     if rows == 6:
-        torch.testing.assert_close(found[3], (upstream * (exact > 0 if has_relu else 1)).flatten(0, 1), rtol=0, atol=0)
+        torch.testing.assert_close(grads[3], (upstream * (exact > 0 if has_relu else 1)).flatten(0, 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("has_relu", [False, True], ids=["", "ReLU"])
-def test_a_bias_for_every_row_leaves_second_derivatives_right(has_relu):
+def test_a_bias_for_every_row_has_correct_second_derivatives(has_relu):
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5,)))
     copies = bias.expand(6, -1)
-    found = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
+    actual = hidden(x, (weight, copies)) if has_relu else linear(x, weight, copies)
     expected = torch.nn.functional.linear(x, weight, bias)
     results = []
-    for out in (found, expected.relu() if has_relu else expected):
+    for out in (actual, expected.relu() if has_relu else expected):
         gradients = torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True)
         results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, weight, bias)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_the_number_of_tokens_is_known_before_the_backbone_runs():
-    """And where another backbone gives more or fewer, gradients stay right."""
+    """If another backbone returns more or fewer tokens, gradients are still correct."""
     images = images_of((64, 96), (64, 96))
     model = model_on("fast")
     plan = make_plan(model, torch.stack(images), model.query_embed.weight)
@@ -269,7 +269,7 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_why_a_part_has_to_be_called_is_said():
+def test_misfit_gives_the_reason_to_call_a_part():
     kinds = frozenset((nn.Sequential,))
     part = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     assert parts.misfit(part, kinds) is None
@@ -281,8 +281,8 @@ def test_why_a_part_has_to_be_called_is_said():
     assert "replica of DataParallel" in parts.misfit(replica, kinds)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU `auto` takes this path")
-def test_it_stays_away_from_cpus_and_from_the_eager_backend():
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU `auto` uses this path")
+def test_no_plan_on_cpus_or_with_the_eager_backend():
     model = model_on("fast")
     image = torch.zeros(1, 3, 64, 64)
     query = model.query_embed.weight
@@ -292,7 +292,7 @@ def test_it_stays_away_from_cpus_and_from_the_eager_backend():
         assert make_plan(model, image, query) is None
 
 
-def test_masks_of_attention_are_aligned():
+def test_attention_masks_are_aligned():
     padding = torch.tensor([[False, True, False], [True, True, False]], device=DEVICE)
     mask = attention_mask(padding, torch.bfloat16)
     assert mask.shape == (2, 1, 1, 3)
@@ -300,11 +300,11 @@ def test_masks_of_attention_are_aligned():
     assert (mask == 0).squeeze().tolist() == (~padding).tolist()
 
 
-def test_second_derivatives_are_an_error_that_names_the_way_out():
+def test_second_derivatives_are_an_error_that_names_a_backend():
     model = model_on("fast")
     loss = model(images_of((64, 64)))["pred_boxes"].square().sum()
     if registry.why_not("triton", torch.device(DEVICE), torch.float32, is_auto=True) is not None:
-        pytest.skip("the kernels' gradients are plain PyTorch's here, which have second derivatives")
+        pytest.skip("plain PyTorch computes the gradients here, which has second derivatives")
     gradients = torch.autograd.grad(loss, list(model.transformer.parameters()), create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="backend"):
         sum(g.square().sum() for g in gradients if g is not None).backward()

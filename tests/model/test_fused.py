@@ -1,4 +1,4 @@
-"""The frozen copy for inference: the model's numbers, weights of its own, and parts that stay modules."""
+"""The frozen copy for inference: the model's numbers, separate weights, and parts that stay modules."""
 
 import copy
 
@@ -28,7 +28,7 @@ def image():
 
 
 @pytest.mark.parametrize("preset", ["conditional-detr-r50", "conditional-detr-dc5-r50", "detr-r50"])
-def test_outputs_are_the_models_in_float64(preset, image):
+def test_outputs_equal_the_models_in_float64(preset, image):
     model = make_model(preset=preset).double()
     fused = model.fused()
     assert len(fused.fusion.fused) == 17
@@ -40,30 +40,30 @@ def test_outputs_are_the_models_in_float64(preset, image):
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_outputs_of_each_backend(backend, image):
+def test_outputs_of_each_backend_equal_the_models(backend, image):
     model = make_model(backend)
     with torch.inference_mode():
         expected = make_model().double()(image.double())
-        found = model.fused()(image)
+        outputs = model.fused()(image)
     for name in ("pred_logits", "pred_boxes"):
-        torch.testing.assert_close(found[name].double(), expected[name], rtol=0, atol=1e-4)
+        torch.testing.assert_close(outputs[name].double(), expected[name], rtol=0, atol=1e-4)
     chosen = model.fused("auto")
     assert {module.backend for module in chosen.modules() if hasattr(module, "backend")} == {"auto"}
     assert (chosen.backend, model.backend) == ("auto", backend)
 
 
-def test_the_copy_is_frozen_and_has_weights_of_its_own(image):
+def test_the_copy_is_frozen_and_has_separate_weights(image):
     model = make_model()
     with torch.no_grad():
         fused, before = model.fused(), model(image)["pred_logits"]
         for weight in model.parameters():
             weight.data.mul_(1.1)
         torch.testing.assert_close(fused(image)["pred_logits"], before, rtol=0, atol=1e-4)
-        moved = model(image)["pred_logits"]
-        assert not torch.allclose(moved, before, rtol=0, atol=1e-2)
-        torch.testing.assert_close(model.fused()(image)["pred_logits"], moved, rtol=0, atol=1e-4)
-    mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    assert mine.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in fused.state_dict().values())
+        changed = model(image)["pred_logits"]
+        assert not torch.allclose(changed, before, rtol=0, atol=1e-2)
+        torch.testing.assert_close(model.fused()(image)["pred_logits"], changed, rtol=0, atol=1e-4)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert storages.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in fused.state_dict().values())
     assert not any(weight.requires_grad for weight in fused.parameters())
     assert not fused.training
     with pytest.raises(RuntimeError, match="frozen copy for inference"):
@@ -74,7 +74,7 @@ def test_the_copy_is_frozen_and_has_weights_of_its_own(image):
 
 
 class Recorder:
-    """Its method is a hook that must not be copied together with it."""
+    """Counts calls. Its method serves as a hook, which must not be copied with the object."""
 
     def __init__(self):
         self.calls = 0
@@ -115,7 +115,7 @@ def test_hooks_of_the_copy_fire(image):
 
 
 @pytest.mark.parametrize("name", ["layer1.0", "layer1.1.convolutions.2", "layer2.0.downsample", "layer3"])
-def test_what_a_hook_of_the_copy_has_seen_is_not_written_over(name, image):
+def test_outputs_seen_by_a_hook_of_the_copy_are_not_overwritten(name, image):
     fused, outputs = make_model().fused(), []
     fused.backbone[0].body.get_submodule(name).register_forward_hook(
         lambda module, inputs, output: outputs.append((output, output.clone()))
@@ -139,12 +139,12 @@ class Wrapped(nn.Module):
         return 1.5 * self.inner(x)
 
 
-def test_parametrised_wrapped_and_normalised_parts_stay(image):
+def test_parametrised_wrapped_and_normalised_parts_are_not_fused(image):
     model = make_model()
     body = model.backbone[0].body
     parametrize.register_parametrization(body.layer1[1].conv1, "weight", Scaled())
     body.layer3[2] = Wrapped(body.layer3[2])
-    # Old weight norm leaves a weight with a graph behind, which cannot be copied as it is.
+    # The old weight norm leaves a weight with a graph, which cannot be copied directly.
     weight_norm(body.layer2[0].conv2)
     weight_norm(model.class_embed)
     expected = model(image)
@@ -154,7 +154,7 @@ def test_parametrised_wrapped_and_normalised_parts_stay(image):
         torch.testing.assert_close(fused(image)[name], expected[name].detach(), rtol=0, atol=1e-4)
 
 
-def test_a_backbone_without_frozen_norms_is_copied(image):
+def test_a_backbone_without_frozen_norms_is_only_copied(image):
     model = conddetr.build("conditional-detr-tiny").eval()
     fused = model.fused()
     assert (fused.fusion.fused, fused.fusion.left) == ([], {})
@@ -170,8 +170,8 @@ def test_a_wrapped_backbone_is_fused_inside(image):
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_counters_of_flops_see_the_copys_work(backend, image):
-    """As many as of the plain form, of the same backend."""
+def test_flops_of_the_copy_equal_the_models(backend, image):
+    """With the same backend."""
     counts = {}
     with torch.no_grad():
         for name, model in (("plain", make_model(backend)), ("fused", make_model(backend).fused())):
@@ -182,8 +182,8 @@ def test_counters_of_flops_see_the_copys_work(backend, image):
 
 
 @pytest.mark.parametrize("hooked", [None, "layer2.1"])
-def test_a_copy_in_half_precision_casts_what_it_is_given(image, hooked):
-    """Its weights are stored in that dtype; a part that is left as it was has its own, for which there is autocast."""
+def test_a_copy_in_half_precision_casts_its_inputs(image, hooked):
+    """Fused weights are stored in that dtype; parts that are not fused keep their dtype and need autocast."""
     body, image = make_model("auto").backbone[0].body, image[..., ::2, ::2]
     if hooked is not None:
         body.get_submodule(hooked).register_forward_hook(lambda *_: None)
@@ -197,14 +197,14 @@ def test_a_copy_in_half_precision_casts_what_it_is_given(image, hooked):
         if hooked is None:
             assert torch.equal(copied(image), copied(image.bfloat16()))
         with torch.autocast("cpu", torch.bfloat16):
-            found = copied(image)
-    assert found.dtype == torch.bfloat16
-    error, allowed = ((x.double() - exact).abs().max() for x in (found, in_half))
+            features = copied(image)
+    assert features.dtype == torch.bfloat16
+    error, allowed = ((x.double() - exact).abs().max() for x in (features, in_half))
     assert error <= 2 * allowed
 
 
-def test_a_copy_in_half_precision_turns_autocast_on_by_itself():
-    """It takes float32 pixels, and gives what autocast gives, but that its norms are folded before they are rounded."""
+def test_a_copy_in_half_precision_enables_autocast_itself():
+    """It takes float32 pixels and returns the values of autocast, except that its norms are folded before rounding."""
     torch.manual_seed(0)
     model = conddetr.build("conditional-detr-r50", num_classes=3, encoder_layers=1, decoder_layers=1).eval()
     nn.init.normal_(model.bbox_embed.layers[-1].weight, std=0.1)
@@ -215,7 +215,7 @@ def test_a_copy_in_half_precision_turns_autocast_on_by_itself():
         exact = model(image)["pred_boxes"]
         with torch.autocast("cpu", torch.bfloat16):
             plain = model(image)["pred_boxes"]
-        found = copy(image)["pred_boxes"]
-    assert found.dtype == torch.float32
+        boxes = copy(image)["pred_boxes"]
+    assert boxes.dtype == torch.float32
     assert copy.fused().autocast == torch.bfloat16
-    assert 0 < (found - exact).norm() <= 2 * (plain - exact).norm()
+    assert 0 < (boxes - exact).norm() <= 2 * (plain - exact).norm()

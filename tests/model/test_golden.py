@@ -1,4 +1,4 @@
-"""The model against the numbers of the official implementations (tests/golden/RULE.md)."""
+"""The model, compared with the numbers of the official implementations (tests/golden/RULE.md)."""
 
 from collections import defaultdict
 
@@ -28,7 +28,7 @@ def close(actual, expected, atol, rtol=0.0):
 
 
 def keep(inputs, outputs):
-    """A hook that knows no model: one that does would leave gigabytes in a circle of references."""
+    """A hook without a reference to the model, which would keep gigabytes in a reference cycle."""
 
     def hook(module, args, output):
         inputs.append(args)
@@ -77,13 +77,13 @@ def test_rule_weights_match_their_checksums(name):
     shapes = read_json(f"state_dict_{name}")["state_dict"]
     for entry, (total, norm, first, last) in read_json(f"weights_check_{name}")["tensors"].items():
         value = rule_weight(entry, tuple(shapes[entry])).double()
-        found = [value.norm().item(), value.flatten()[0].item(), value.flatten()[-1].item()]
-        assert found == pytest.approx([norm, first, last], rel=1e-6, abs=1e-9), entry
+        actual = [value.norm().item(), value.flatten()[0].item(), value.flatten()[-1].item()]
+        assert actual == pytest.approx([norm, first, last], rel=1e-6, abs=1e-9), entry
         assert value.sum().item() == pytest.approx(total, rel=1e-6, abs=1e-5 * norm), entry
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_state_dict_and_frozen_parameters_are_the_official_ones(name):
+def test_state_dict_and_frozen_parameters_equal_the_official_ones(name):
     info = read_json(f"state_dict_{name}")
     model = conddetr.build(OFFICIAL[name])
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == info["state_dict"]
@@ -92,7 +92,7 @@ def test_state_dict_and_frozen_parameters_are_the_official_ones(name):
 
 
 @pytest.mark.parametrize("name", read_json("param_counts"))
-def test_parameter_counts_are_the_official_ones(name):
+def test_parameter_counts_equal_the_official_ones(name):
     preset = name.replace("cdetr", "conditional-detr").replace("_", "-")
     expected = read_json("param_counts")[name]
     model = conddetr.build(preset)
@@ -103,13 +103,13 @@ def test_parameter_counts_are_the_official_ones(name):
     assert (row.parameters, row.trainable_parameters) == (total, trainable)
 
 
-def test_images_are_those_of_the_rule(case, run):
+def test_images_match_their_checksums(case, run):
     for image, check in zip(run.images, read_json(case)["image_check"], strict=True):
         assert image.double().sum().item() == pytest.approx(check["sum"], rel=1e-6)
         assert image.flatten()[:4].tolist() == pytest.approx(check["first4"], rel=1e-6)
 
 
-def test_outputs_of_all_layers(run, golden):
+def test_outputs_of_all_layers_equal_the_official_ones(run, golden):
     close(run.out["pred_logits"], golden["pred_logits"], 1e-4)
     close(run.logits[:, :, :20], golden["pred_logits_all_q20"], 1e-4)
     close(run.boxes, golden["pred_boxes_all"], 1e-5)
@@ -151,8 +151,8 @@ def test_reference_points_and_their_embedding(run, golden):
 
 
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["model", "frozen copy"])
-def test_what_runs_by_default_gives_the_official_numbers(case, golden, is_frozen):
-    """As a user builds and calls it: outputs of all layers, losses and matching, within the reference's budgets."""
+def test_the_default_backend_gives_the_official_numbers(case, golden, is_frozen):
+    """Outputs of all layers, losses and matching of the model as a user builds it, within the tolerances of `eager`."""
     model = rule_model(CASES[case], backend="auto")
     images, targets = rule_inputs(case)
     with torch.inference_mode(), conddetr.record_paths() as paths:
@@ -169,14 +169,14 @@ def test_what_runs_by_default_gives_the_official_numbers(case, golden, is_frozen
     assert losses.pop("loss").item() == pytest.approx(info["total_weighted_f32"], rel=1e-5)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(info["losses_f32"], rel=1e-5)
     indices = match(logits, boxes, targets, model.config)
-    found = [[[q.tolist(), t.tolist()] for q, t in layer] for layer in indices]
-    assert found == info["matching_by_decoder_layer"]
+    pairs = [[[q.tolist(), t.tolist()] for q, t in layer] for layer in indices]
+    assert pairs == info["matching_by_decoder_layer"]
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 def test_fused_kernels_give_the_official_outputs():
-    """The whole model on Triton's kernels: on the GPU, or under the interpreter where there is none."""
+    """The whole model on Triton kernels, on a GPU or else under the interpreter."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     golden = read_arrays("p1")
     model = rule_model(CASES["p1"], backend="triton").to(device)
@@ -188,11 +188,11 @@ def test_fused_kernels_give_the_official_outputs():
 
 
 def test_tf32_convolutions_would_miss_the_golden_outputs(monkeypatch):
-    """cuDNN's rounding, planted, with its switch on; tests that hold float32 need it off, as it is in all of them."""
+    """With cuDNN's rounding simulated and its switch on, outputs differ. All float32 tests run with the switch off."""
     assert not torch.backends.cudnn.allow_tf32
     tf32.plant(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    # With gradients, for which batch norms and convolutions stay PyTorch's own.
+    # With gradients, so that PyTorch's own batch norms and convolutions run.
     logits = rule_model(CASES["p1"])(rule_inputs("p1")[0])["pred_logits"]
     assert (logits - read_arrays("p1")["pred_logits"]).abs().max() > 1e-3
 
@@ -203,16 +203,17 @@ def test_losses_and_matching(case, run):
     assert losses.pop("loss").item() == pytest.approx(info["total_weighted_f32"], rel=1e-5)
     assert {k: v.item() for k, v in losses.items()} == pytest.approx(info["losses_f32"], rel=1e-5)
     indices = match(run.logits.detach(), run.boxes.detach(), run.targets, run.model.config)
-    found = [[[q.tolist(), t.tolist()] for q, t in layer] for layer in indices]
-    assert found == info["matching_by_decoder_layer"]
+    pairs = [[[q.tolist(), t.tolist()] for q, t in layer] for layer in indices]
+    assert pairs == info["matching_by_decoder_layer"]
 
 
-def on_its_side(case, model):
-    """Keep a unit of p1 on its side of ReLU: the first of the box head, of the last layer, for the first image.
+def keep_positive(case, model):
+    """Keep a unit of p1 on the positive side of ReLU: in the box head's first layer, last decoder layer, first image.
 
-    In float64 it is 2.5e-6, and float32 rounds by as much (2e-6, root mean square). On the other side, where native
-    convolutions take it, it alone moves all gradients together by 0.7 %, those of one parameter by 4.7 %. With every
-    unit held on the side that native kernels take, their gradients are 7e-6 from float64, and 1e-5 in p3.
+    In float64 it is 2.5e-6, and the rounding error of float32 is as large (2e-6, root mean square). With native
+    convolutions it becomes negative, which alone changes the total gradient by 0.7 % and that of one parameter by
+    4.7 %. With the signs of all units fixed to those of the native kernels, their gradients differ from float64 by
+    7e-6, and by 1e-5 in p3.
     """
     if case == "p1":
         model.bbox_embed.layers[0].register_forward_hook(_positive)
@@ -228,15 +229,15 @@ def _positive(module, args, output):
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("case", ["p1", "p3"])
-def test_gradients_of_every_parameter(case, backend):
-    """The norm of each, and of all together; of some the numbers.
+def test_gradient_of_every_parameter_equals_the_official_one(case, backend):
+    """Compare the norm of each gradient, the total norm, and all numbers of some gradients.
 
-    These are the official code's in float32. In p3 units near zero put them 0.3 % from float64, so that they bind only
-    what rounds alike: eager.
+    The numbers are the official code's in float32. In p3, units near zero make them differ from float64 by 0.3 %, so
+    they are compared only with the backend that rounds alike: eager.
     """
     info, golden = read_json(case), read_arrays(case)
     model = rule_model(CASES[case], backend=backend).train()
-    on_its_side(case, model)
+    keep_positive(case, model)
     images, targets = rule_inputs(case)
     criterion = conddetr.build_criterion(model).train()
     criterion(model(images), targets)["loss"].backward()
@@ -252,8 +253,8 @@ def test_gradients_of_every_parameter(case, backend):
     assert total == pytest.approx(info["total_grad_norm_f64"], rel=2e-3)
     for key in (key for key in golden if key.startswith("grad/") and (case == "p1" or backend == "eager")):
         name, _, rows = key.removeprefix("grad/").partition("[:")
-        found = gradients[name][: int(rows[:-1])] if rows else gradients[name]
-        error = (found - golden[key]).norm() / golden[key].norm().clamp(min=1e-5)
+        gradient = gradients[name][: int(rows[:-1])] if rows else gradients[name]
+        error = (gradient - golden[key]).norm() / golden[key].norm().clamp(min=1e-5)
         assert error < 2e-3, key
 
 
@@ -287,7 +288,7 @@ def test_spatial_queries(p1):
     close(torch.stack(p1.outputs[f"{decoder}.query_scale"])[:, :, :20], golden["query_scale_q20"], 1e-4)
     for layer in (0, 3):
         name = f"{decoder}.layers.{layer}.ca_qpos_sine_proj"
-        # In the first layer they are the same for every image, and computed once.
+        # In the first layer they are equal for all images and computed once.
         before, after = p1.inputs[name][0][0], p1.outputs[name][0]
         close(before.expand(2, -1, -1)[:, :20], golden[f"sine_scaled_l{layer}_q20"], 1e-4)
         close(after.expand(2, -1, -1)[:, :20], golden[f"sine_proj_l{layer}_q20"], 1e-4)
@@ -303,7 +304,7 @@ def test_decoder_layer_internals(p1):
     close(q_content[:, :20], golden["ca3_q_content_q20"], 1e-4)
     close(q_spatial[:, :20], golden["sine_proj_l3_q20"], 1e-4)
     close(k_content, golden["ca3_k_content"], 1e-4)
-    # Padded keys differ where rounding moves the division by the 1e-6 of the position encoding: none here.
+    # Padded keys may differ if rounding affects the position encoding's division with its epsilon 1e-6: not here.
     close(k_spatial, golden["ca3_k_pos"], 1e-4)
     close(value, golden["ca3_v"], 1e-4)
     close(p1.inputs[f"{layer}.cross_attn.out_proj"][0][0][:, :20], golden["ca3_pre_out_proj_q20"], 1e-4)
@@ -311,7 +312,7 @@ def test_decoder_layer_internals(p1):
 
 
 def test_cross_attention_on_stored_tensors():
-    """The operation alone: forward, weights and gradients from the official code's own inputs."""
+    """The operation alone: forward, weights and gradients from the official code's inputs."""
     golden = read_arrays("p1")
     names = ("ca3_q_content_q20", "sine_proj_l3_q20", "ca3_k_content", "ca3_k_pos", "ca3_v")
     parts = [golden[name].unflatten(-1, (8, 32)).clone().requires_grad_() for name in names]

@@ -1,4 +1,4 @@
-"""Position encoding, mask resize and inverse sigmoid against the official numbers."""
+"""Position encoding, mask resize and inverse sigmoid, compared with the official numbers."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ from conddetr.model.position import sine_position_encoding
 )
 def test_official_position_encoding(key, dim, normalize):
     golden = read_arrays("p5_cdetr")
-    found = sine_position_encoding(golden["pos/mask"], dim, normalize=normalize)
+    encoding = sine_position_encoding(golden["pos/mask"], dim, normalize=normalize)
     expected = golden[f"pos/{key}"].flatten(2).transpose(1, 2)
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(encoding, expected, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("stride", [16, 32])
@@ -35,13 +35,13 @@ def test_official_mask_resize(stride):
 
 
 @pytest.mark.parametrize("stride", [16, 32])
-def test_valid_cells_count_what_the_resized_mask_leaves(stride):
+def test_valid_cells_are_the_unmasked_cells_of_the_resized_mask(stride):
     for height, width in ((800, 1066), (333, 500), (31, 33), (480, 641)):
         size = (-(-height // stride), -(-width // stride))
         valid_hw = torch.stack([torch.arange(1, 31) * height // 30, torch.arange(30, 0, -1) * width // 30], 1)
         mask = rectangle_padding(valid_hw, height, width).unflatten(1, (height, width))
-        left = ~resize_mask(mask, size)
-        expected = torch.stack([left.any(2).sum(1), left.any(1).sum(1)], 1)
+        visible = ~resize_mask(mask, size)
+        expected = torch.stack([visible.any(2).sum(1), visible.any(1).sum(1)], 1)
         assert torch.equal(valid_cells(valid_hw, (height, width), size).long(), expected)
 
 

@@ -1,4 +1,4 @@
-"""From logits to detections, against the official post-processing and by property."""
+"""Post-processing from logits to detections, compared with the official code and by property."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ def test_official_detections(case, activation):
     source = read_arrays(info["source_case"])
     outputs = {"pred_logits": source["pred_logits"], "pred_boxes": source["pred_boxes_all"][-1]}
     sizes = info["orig_sizes_hw"]
-    for index, found in enumerate(conddetr.postprocess(outputs, sizes, 100, activation)):
+    for index, detections in enumerate(conddetr.postprocess(outputs, sizes, 100, activation)):
         scores, order = golden[f"img{index}/scores"].sort(descending=True, stable=True)
-        torch.testing.assert_close(found["scores"], scores, atol=1e-6, rtol=0)
-        assert torch.equal(found["labels"], golden[f"img{index}/labels"][order])
-        torch.testing.assert_close(found["boxes"], golden[f"img{index}/boxes"][order], atol=1e-3, rtol=1e-6)
-        centers = outputs["pred_boxes"][index, found["queries"], :2] * torch.tensor(sizes[index][::-1])
-        torch.testing.assert_close((found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2, centers)
+        torch.testing.assert_close(detections["scores"], scores, atol=1e-6, rtol=0)
+        assert torch.equal(detections["labels"], golden[f"img{index}/labels"][order])
+        torch.testing.assert_close(detections["boxes"], golden[f"img{index}/boxes"][order], atol=1e-3, rtol=1e-6)
+        centers = outputs["pred_boxes"][index, detections["queries"], :2] * torch.tensor(sizes[index][::-1])
+        torch.testing.assert_close((detections["boxes"][:, :2] + detections["boxes"][:, 2:]) / 2, centers)
 
 
 def test_fewer_candidates_than_top_k():
@@ -30,8 +30,8 @@ def test_fewer_candidates_than_top_k():
 
 def test_half_precision_is_scored_in_float32():
     outputs = {"pred_logits": torch.randn(1, 4, 3).half(), "pred_boxes": torch.rand(1, 4, 4).half()}
-    found = conddetr.postprocess(outputs, torch.tensor([[100, 200]]))[0]
-    assert found["scores"].dtype == found["boxes"].dtype == torch.float32
+    detections = conddetr.postprocess(outputs, torch.tensor([[100, 200]]))[0]
+    assert detections["scores"].dtype == detections["boxes"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_half_precision_is_scored_in_float32():
         ({"activation": "relu"}, "activation: expected 'sigmoid' or 'softmax', got 'relu'"),
     ],
 )
-def test_errors(change, message):
+def test_errors_name_the_argument(change, message):
     outputs = {"pred_logits": torch.randn(1, 2, 3), "pred_boxes": torch.rand(1, 2, 4)}
     with pytest.raises(ValueError, match=message):
         conddetr.postprocess(outputs, **{"sizes": [(1, 1)], **change})

@@ -1,4 +1,4 @@
-"""The transformer: projections shared by all layers, and which of PyTorch's attention kernels run."""
+"""The transformer: projections of all layers at once, and which of PyTorch's attention kernels run."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Operators(TorchDispatchMode):
-    """Names of the attention operators that ran."""
+    """Records the names of attention operators that ran."""
 
     def __init__(self):
         super().__init__()
@@ -30,10 +30,10 @@ class Operators(TorchDispatchMode):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_self_attention_takes_a_fused_kernel(is_padded):
-    """Two layers of encoder, two of decoder; only the plain `math` way would write all N × N weights."""
+def test_self_attention_runs_a_fused_kernel(is_padded):
+    """Two encoder and two decoder layers; only the `math` kernel would write all N × N weights."""
     model = conddetr.build("conditional-detr-tiny", backend="eager").to(DEVICE)
-    # Dropout has no fused kernel on a CPU.
+    # On CPUs attention with dropout has no fused kernel.
     model.train(DEVICE == "cuda")
     sizes = [(64, 96), (96, 64)] if is_padded else [(64, 96)] * 2
     with torch.no_grad(), Operators() as operators:
@@ -45,7 +45,7 @@ def test_self_attention_takes_a_fused_kernel(is_padded):
 
 @pytest.mark.parametrize("width", [8, 7, 32])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_native_self_attention_is_pytorchs(is_padded, width):
+def test_native_self_attention_equals_pytorchs(is_padded, width):
     if native.NOT_LOADED:
         pytest.skip(native.NOT_LOADED)
     generator = torch.Generator().manual_seed(0)
@@ -57,12 +57,12 @@ def test_native_self_attention_is_pytorchs(is_padded, width):
         outputs = [self_attention(*leaves, 4, padding, 0.0, backend) for backend in ("eager", "native")]
     assert len(operators.names) == 1
     torch.testing.assert_close(outputs[1], outputs[0])
-    for theirs, ours in zip(*(torch.autograd.grad(y, leaves, upstream) for y in outputs), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for expected, ours in zip(*(torch.autograd.grad(y, leaves, upstream) for y in outputs), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
-def test_keys_of_all_layers_are_those_of_each():
-    """Separable and from two products, against layer by layer and dense: equal wherever a key is valid."""
+def test_keys_of_all_layers_equal_those_of_each_layer():
+    """Separable keys from two products equal the dense keys of each layer wherever a key is valid."""
     decoder = conddetr.build("conditional-detr-tiny", decoder_layers=3).double().transformer.decoder
     size, valid_cells = (4, 7), torch.tensor([[4, 5], [3, 7]])
     padding = rectangle_padding(valid_cells, *size)
@@ -77,7 +77,7 @@ def test_keys_of_all_layers_are_those_of_each():
         torch.testing.assert_close(dense_spatial_keys(*keys.spatial)[~padding], alone.spatial[~padding])
 
 
-def test_without_padding_one_encoding_serves_the_batch():
+def test_without_padding_the_batch_shares_one_encoding():
     decoder = conddetr.build("conditional-detr-tiny").transformer.decoder
     position = sine_position_encoding(torch.zeros(1, 3, 5, dtype=torch.bool), 64)
     memory = torch.randn(4, 15, 64)

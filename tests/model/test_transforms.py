@@ -1,4 +1,4 @@
-"""The whole model inside function transforms, against ordinary gradients and finite differences."""
+"""The whole model inside function transforms, compared with ordinary gradients and finite differences."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ TARGETS = [
 
 
 class Case:
-    """A small model, what it is trained with, and its loss as a function of its parameters."""
+    """A small model with criterion and images, and its loss as a function of its parameters."""
 
     def __init__(self, preset: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -23,7 +23,7 @@ class Case:
         sizes = {"num_classes": 3, "num_queries": 4, "hidden_dim": 32, "num_heads": 2, "ffn_dim": 32}
         self.model = conddetr.build(preset, backend=backend, **layers, **sizes).to(dtype).eval()
         if preset != "detr-tiny":
-            # Zero at first: boxes would not depend on most of the model.
+            # The layer starts at zero, so boxes would not depend on most of the model.
             torch.nn.init.normal_(self.model.bbox_embed.layers[-1].weight)
         self.criterion = conddetr.build_criterion(self.model)
         self.images = torch.randn(2, 3, 32, 48, dtype=dtype)
@@ -44,28 +44,28 @@ def dot(a: dict, b: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
-def test_functional_gradients_and_tangents(preset, backend):
+def test_functional_gradients_and_tangents_equal_ordinary_gradients(preset, backend):
     case = Case(preset, backend)
     expected = case.gradients()
-    for name, found in grad(case.loss)(case.parameters).items():
+    for name, gradient in grad(case.loss)(case.parameters).items():
         scale = max(1.0, expected[name].abs().max().item())
-        torch.testing.assert_close(found, expected[name], atol=1e-5 * scale, rtol=1e-3)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * scale, rtol=1e-3)
     direction = {name: torch.randn_like(p) for name, p in case.parameters.items()}
     _, tangent = jvp(case.loss, (case.parameters,), (direction,))
-    # PyTorch's tangent of a number times a scalar is float64.
+    # PyTorch returns a float64 tangent for a Python number times a scalar tensor.
     torch.testing.assert_close(tangent, dot(expected, direction), rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 @pytest.mark.parametrize("preset", ["conditional-detr-tiny", "detr-tiny"])
 @pytest.mark.parametrize("is_training", [False, True], ids=["evaluation", "training"])
-def test_hessian_products_against_finite_differences(is_training, preset, backend):
+def test_hessian_products_equal_finite_differences(is_training, preset, backend):
     case = Case(preset, backend, torch.float64)
     case.model.train(is_training)
-    # Transforms refuse to change the statistics of batch norms.
+    # Batch norms cannot update their statistics inside transforms.
     case.model.backbone.eval()
     direction = {name: torch.randn_like(p) for name, p in case.parameters.items()}
-    # Not more: between the two lies no kink of a ReLU then, and the same assignment.
+    # Small enough that no ReLU changes its side and the assignment is the same on both sides.
     step = 1e-8
     ahead, behind = (
         grad(case.loss)({name: p + sign * step * direction[name] for name, p in case.parameters.items()})
@@ -78,25 +78,25 @@ def test_hessian_products_against_finite_differences(is_training, preset, backen
     ordinary = torch.autograd.grad(dot(dict(zip(leaves, first, strict=True)), direction), list(leaves.values()))
     for index, name in enumerate(leaves):
         expected = (ahead[name] - behind[name]) / (2 * step)
-        for found in (forward_over_reverse[name], reverse_twice[name], ordinary[index]):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item()))
+        for product in (forward_over_reverse[name], reverse_twice[name], ordinary[index]):
+            torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-4 * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_gradients_of_each_image(backend):
+def test_vmap_gives_the_gradients_of_each_image(backend):
     case = Case("conditional-detr-tiny", backend)
 
     def size(parameters, image):
         out = functional_call(case.model, parameters, (image[None],))
         return out["pred_logits"].square().mean() + out["pred_boxes"].square().mean()
 
-    found = vmap(grad(size), (None, 0))(case.parameters, case.images)
+    gradients = vmap(grad(size), (None, 0))(case.parameters, case.images)
     for index, image in enumerate(case.images):
         for name, expected in grad(size)(case.parameters, image).items():
-            torch.testing.assert_close(found[name][index], expected, atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(gradients[name][index], expected, atol=1e-5, rtol=1e-3)
 
 
-def test_the_criterion_of_each_image_is_an_error():
+def test_the_criterion_inside_vmap_is_an_error():
     case = Case("conditional-detr-tiny", "eager")
 
     def loss(image, label, box):
@@ -107,7 +107,7 @@ def test_the_criterion_of_each_image_is_an_error():
 
 
 @pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
-def test_a_backend_by_name_says_what_can():
+def test_error_of_a_requested_backend_names_eager():
     case = Case("conditional-detr-tiny", "native")
     tangent = ({name: torch.ones_like(p) for name, p in case.parameters.items()},)
     leaves = [p for p in case.model.parameters() if p.requires_grad]

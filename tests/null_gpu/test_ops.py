@@ -262,7 +262,7 @@ def test_a_projected_spatial_query_in_float32_is_cublas_s():
     operation = registry.OPERATIONS["spatial_query"]
     choice = operation.choose("auto", device, torch.float32)
     assert choice.backend == "eager"
-    assert "in float32 `auto` takes plain PyTorch" in choice.refused["triton"]
+    assert "in float32 `auto` uses plain PyTorch" in choice.refused["triton"]
     assert operation.choose("auto", device, torch.bfloat16).backend == "triton"
     assert operation.choose("triton", device, torch.float32).backend == "triton"
 
@@ -283,7 +283,7 @@ def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
     device = torch.device("cuda")
     assert native.why_not(device, torch.float32) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.raises(registry.BackendError, match=r"built for .*, this GPU has compute capability 7.5: build with"):
+    with pytest.raises(registry.BackendError, match=r"built for .*, but this GPU has compute capability 7.5: build"):
         registry.OPERATIONS["conditional_attention"].choose("native", device, torch.float32)
 
 

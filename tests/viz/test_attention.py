@@ -1,4 +1,4 @@
-"""Attention maps are the weights that the model used, parted as in the paper, and drawn where the cells are."""
+"""Attention maps equal the model's attention weights, are split as in the paper, and are drawn at their cells."""
 
 import pytest
 import torch
@@ -20,17 +20,17 @@ def build(preset, **options):
     return model, torch.randn(3, 64, 96, device=DEVICE)
 
 
-def outputs_of(modules, run):
-    """What each of the named modules returned while `run` ran."""
-    found = {}
+def record_outputs(modules, run):
+    """Call `run` and return the output of each named module."""
+    outputs = {}
     hooks = [
-        module.register_forward_hook(lambda module, args, output, name=name: found.update({name: output}))
+        module.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output}))
         for name, module in modules.items()
     ]
     run()
     for hook in hooks:
         hook.remove()
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -62,24 +62,24 @@ def test_combined_maps_reproduce_the_output_of_the_attention(preset, backend, la
     expected = module.out_proj((combined @ heads).transpose(0, 1).flatten(-2))
     torch.testing.assert_close(expected, attended[0].detach(), atol=1e-5, rtol=1e-4)
 
-    # Scores add up, so weights multiply.
+    # Scores are added, so weights are multiplied.
     product = (maps.weights[0] * maps.weights[1]).flatten(-2)
     product = (product / product.sum(-1, keepdim=True)).unflatten(-1, (4, 6))
     torch.testing.assert_close(product, maps.weights[2], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_spatial_maps_are_those_of_the_paper(layer):
-    """softmax of p_q·p_k / √32 (two halves of 16 per head), whatever else a layer adds to its queries and keys."""
+def test_spatial_maps_follow_the_paper(layer):
+    """The softmax of p_q·p_k / √32 (two halves of 16 per head), without other terms of a layer's queries and keys."""
     model, image = build("conditional-detr-tiny")
     block = model.transformer.decoder.layers[layer]
-    seen = outputs_of({"query": block.ca_qpos_sine_proj, "key": block.ca_kpos_proj}, lambda: model([image]))
-    query, key = (seen[name].reshape(-1, 4, 16) for name in ("query", "key"))
+    outputs = record_outputs({"query": block.ca_qpos_sine_proj, "key": block.ca_kpos_proj}, lambda: model([image]))
+    query, key = (outputs[name].reshape(-1, 4, 16) for name in ("query", "key"))
     expected = (torch.einsum("qhd,nhd->qhn", query, key) * 32**-0.5).softmax(-1).unflatten(-1, (4, 6)).detach().cpu()
     torch.testing.assert_close(attention_maps(model, image, layer)[1].weights[0], expected, atol=1e-6, rtol=1e-4)
 
 
-def test_spatial_maps_of_detr_score_the_projected_positions():
+def test_spatial_maps_of_detr_use_the_projected_positions():
     model, image = build("detr-tiny")
     attention = model.transformer.decoder.layers[1].multihead_attn
     seen = []
@@ -99,27 +99,27 @@ def test_detr_without_positions_has_flat_spatial_maps():
     torch.testing.assert_close(attention_maps(model, image, 1)[1].weights[0], torch.full((25, 4, 4, 6), 1 / 24))
 
 
-def test_fused_kernels_show_the_same_maps():
+def test_fused_kernels_have_the_same_maps():
     plain, image = build("conditional-detr-tiny", backend="eager")
     fused, _ = build("conditional-detr-tiny", backend="triton")
     fused.load_state_dict(plain.state_dict())
     keys = []
     hook = fused.transformer.decoder.layers[0].cross_attn.register_forward_hook(lambda *call: keys.append(call[1][2]))
     for layer in range(2):
-        found = attention_maps(fused, image, layer)[1].weights
-        torch.testing.assert_close(found, attention_maps(plain, image, layer)[1].weights, atol=1e-6, rtol=1e-3)
+        weights = attention_maps(fused, image, layer)[1].weights
+        torch.testing.assert_close(weights, attention_maps(plain, image, layer)[1].weights, atol=1e-6, rtol=1e-3)
     hook.remove()
     assert dense_spatial_keys(*keys[0].spatial).shape == (1, 24, 64)
 
 
-def test_there_is_no_third_layer():
+def test_layer_out_of_range_is_an_error():
     model, image = build("conditional-detr-tiny")
     with pytest.raises(ValueError, match="layer: expected 0 to 1, or negative from the end, got 2"):
         attention_maps(model, image, 2)
 
 
-def test_a_cell_is_drawn_where_its_receptive_field_is():
-    """A feature map of 8×8 cells over 128×128 pixels: what cell (4, 3) depends on, and where its peak is drawn."""
+def test_a_cell_is_drawn_at_the_centre_of_its_receptive_field():
+    """Feature map of 8×8 cells over 128×128 pixels: the pixels of cell (4, 3) and the position of its drawn peak."""
     backbone = conddetr.build("conditional-detr-tiny").eval().backbone
     for parameter in backbone.parameters():
         nn.init.ones_(parameter)
@@ -132,9 +132,9 @@ def test_a_cell_is_drawn_where_its_receptive_field_is():
     weights[..., 4, 3] = 1
     maps = AttentionMaps(weights, ("spatial", "content"), layer=0, cell=(16 / 128, 16 / 128))
     box = torch.tensor([[10.0, 20.0, 40.0, 50.0]])
-    found = conddetr.Detection(torch.tensor([0.5]), torch.tensor([1]), box, torch.tensor([0]), ["cat"])
-    # Twice the size: the model saw the image resized.
-    figure = attention_figure(torch.rand(3, 256, 256), found, 0, maps)
+    detections = conddetr.Detection(torch.tensor([0.5]), torch.tensor([1]), box, torch.tensor([0]), ["cat"])
+    # Twice the size, as if the image had been resized for the model.
+    figure = attention_figure(torch.rand(3, 256, 256), detections, 0, maps)
     assert len(figure.axes) == 1 + 3 * 2
     axes = figure.axes[1]
     gray, shade = axes.images

@@ -1,6 +1,6 @@
-"""The table of families: what is known of each without PyTorch, for configuration, checkpoints and messages.
+"""The table of families: the facts that configuration, checkpoints and messages need, without PyTorch.
 
-A family is an entry here and one in `table.py`, where its parts stand, and a folder of its own beside them.
+A family is an entry here, an entry in `table.py` with its parts, and a folder beside them.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ FamilyName = Literal["conditional-detr", "detr"]
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of detector."""
+    """A family of detectors."""
 
     title: str
-    """As its paper names it."""
+    """Name in the paper."""
     paper: str
-    """Address."""
+    """Address of the paper."""
     activation: Literal["sigmoid", "softmax"]
-    """How scores come from logits."""
+    """Function from logits to scores."""
     no_object_logits: int
-    """Logits beside those of the classes, at the end: 1 for a no-object class, else 0."""
+    """Extra logits after those of the classes: 1 for a no-object class, else 0."""
     own_options: tuple[str, ...]
     """Fields of `ModelConfig` that the other families do not have."""
     of_presets: Mapping[str, Any]
     """Fields of `ModelConfig` in which its presets differ from the defaults."""
     known_by: str
-    """A tensor of each decoder layer that no other family has, by its name in the layer."""
+    """Name, within a decoder layer, of a tensor that every layer of this family has and no other family does."""
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,4 +1,4 @@
-"""What each family is built of, beside what all of them share: backbone, encoder, matching, losses of boxes."""
+"""The parts of each family. All families share the backbone, the encoder, the matching and the box losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,27 +19,27 @@ from conddetr.model.layers import MLP
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one family."""
+    """The parts of one family."""
 
     decoder: Callable[[ModelConfig, str], nn.Module]
-    """Of a configuration and a backend. It is called as `ConditionalDecoder`, and its `layers` are what pictures look
-    into."""
+    """Builds the decoder from a configuration and a backend. It has the call of `ConditionalDecoder`; attention maps
+    are read from its `layers`."""
     initialize_heads: Callable[[nn.Linear, MLP], None]
-    """In place, the heads of classes and boxes, after all else is built."""
+    """Initialises the class and box heads in place, after everything else is built."""
     class_loss: Callable[[Tensor, Tensor, Tensor, Tensor, ModelConfig, str], Tensor]
     """Logits [L, B, Q, K], assignment [L, B, Q] (-1 for none), labels [B, N], weights of the classes [K], the
     configuration and the backend of losses -> the sum over each layer, [L]."""
     divisor: Callable[[Tensor, torch.dtype], Tensor]
-    """`Criterion.normalizer` and the dtype of the losses -> what the losses [3, L] of classes, L1 and GIoU are divided
-    by, of a shape that fits."""
+    """`Criterion.normalizer` and the dtype of the losses -> divisor of the class, L1 and GIoU losses [3, L], in a shape
+    that broadcasts."""
     cross_attention: Callable[[nn.Module], nn.Module]
-    """Of a decoder layer the module whose inputs `products` takes."""
+    """A decoder layer -> the module whose inputs `products` takes."""
     products: Callable[..., Products]
     """A decoder layer and those inputs -> the products of its attention."""
     attention_operation: str
-    """The operation by which a run says what its attention is computed by."""
+    """The operation whose backend a run reports for its attention."""
     loss_operation: str
-    """Likewise for its losses."""
+    """The operation whose backend a run reports for its losses."""
 
 
 PARTS: dict[str, Parts] = {

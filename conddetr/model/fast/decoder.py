@@ -1,4 +1,4 @@
-"""The conditional decoder: what its layers share is computed once, the rest from fused operations."""
+"""The conditional decoder from fused operations; values that its layers share are computed once."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -34,14 +34,14 @@ from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
 
-_KINDS = frozenset((ConditionalDecoderLayer, ProjectedSelfAttention, ConditionalCrossAttention, MLP, nn.ModuleList))
+_CLASSES = frozenset((ConditionalDecoderLayer, ProjectedSelfAttention, ConditionalCrossAttention, MLP, nn.ModuleList))
 
 
 class LayerWeights(NamedTuple):
-    """Of one decoder layer."""
+    """Weights of one decoder layer."""
 
     self_content: tuple[Made, Made]
-    """Queries, keys and values, which get no position."""
+    """Queries, keys and values, without position."""
     self_attention: Branch
     cross_content: tuple[Made, Made]
     cross_sine: tuple[Made, Made]
@@ -50,30 +50,30 @@ class LayerWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """Of the whole decoder."""
+    """Weights of the whole decoder."""
 
     layers: list[LayerWeights]
     object_query: tuple[Made, Made]
-    """Once for self-attention, once for the first cross-attention."""
+    """One copy for self-attention, one for the first cross-attention."""
     self_position: tuple[Made, Made]
     """Queries and keys of all layers."""
     cross_position: tuple[Made, Made]
-    """Of the first layer."""
+    """Queries of the first layer."""
     memory: tuple[Made, Made]
     """Content keys and values of all layers."""
     cell_position: tuple[Made, Made]
     """Spatial keys of all layers."""
     scale: list[Pairs]
-    """For each layer the two linear layers that predict λ; none where the form of the spatial query has no λ."""
+    """The two linear layers that predict λ, for each layer; empty if the variant of the spatial query has no λ."""
 
 
 class Grid(NamedTuple):
-    """Keys of all layers."""
+    """Keys and values of all layers."""
 
     content: tuple[Tensor, ...]
     """[B, N, C] each."""
     rows: tuple[Tensor, ...]
-    """[B or 1, h, C] each: with the columns they add up to the spatial keys."""
+    """[B or 1, h, C] each: rows plus columns are the spatial keys."""
     columns: tuple[Tensor, ...]
     """[B or 1, w, C] each."""
     value: tuple[Tensor, ...]
@@ -83,16 +83,16 @@ class Grid(NamedTuple):
 def recipes(
     decoder: ConditionalDecoder, object_query: Tensor, images: int, tokens: int | None
 ) -> DecoderWeights | None:
-    """Of all parts but the reference points'; None where one of them has to be called as a module.
+    """Recipes of all weights except those of the reference points; None if a part has to be called as a module.
 
     Args:
         decoder: the module.
         object_query: [Q, C], the parameter.
-        images: in the batch.
-        tokens: of the memory, of all images; None: nobody knows yet.
+        images: number of images in the batch.
+        tokens: number of memory tokens of all images; None: not known yet.
     """
     known = [*decoder.layers, *([] if decoder.query_scale is None else [decoder.query_scale])]
-    if any(parts.misfit(part, _KINDS) is not None for part in known):
+    if any(parts.misfit(part, _CLASSES) is not None for part in known):
         return None
     layers = list(decoder.layers)
     scale = [] if decoder.query_scale is None else list(decoder.query_scale.layers)
@@ -105,7 +105,7 @@ def recipes(
         parts.stack(layers[0].ca_qpos_proj, rows=queries),
         parts.stack(*(part for layer in layers for part in (layer.ca_kcontent_proj, layer.ca_v_proj)), rows=tokens),
         parts.stack(*(layer.ca_kpos_proj for layer in layers)),
-        # The same recipes for all: one weight, whose gradients are added up.
+        # All layers share the recipes: one weight, whose gradients are summed.
         [[hidden_weights(scale[0], rows), parts.stack(scale[1], rows=rows)]] * len(layers) if scale else [],
     )
 
@@ -130,7 +130,7 @@ def decode(
     object_query: Tensor,
     seeds: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The decoder, where padding is a rectangle; arguments and results as of `ConditionalDecoder.forward`.
+    """Run the decoder on a batch whose valid part is a rectangle; see `ConditionalDecoder.forward`.
 
     Args:
         decoder: its norm and its reference points are called as modules.
@@ -143,49 +143,49 @@ def decode(
         p_s = sine_embedding(reference, object_query.shape[-1], backend=decoder.backend).to(memory.dtype)
     keys = _keys(weights, memory, position, grid.size)
     batch, layers = memory.shape[0], len(weights.layers)
-    # What all images and layers share is expanded before it is taken apart: its gradients are summed at once then.
+    # Tensors that images or layers share are expanded before they are split, so that one kernel sums their gradients.
     positions = linear(weights.object_query[0], *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
     factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), -1, -1)))
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
     trunk = out.to(torch.promote_types(out.dtype, torch.float32))
     outs = (out, out)
     outputs = []
-    for index, (layer, own) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
+    for index, (layer, layer_weights) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
         paths.note("decoder layer", "fused operations")
         dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
         attention = layer.self_attn
         attention_dropout = attention.dropout if attention.training else 0.0
         settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
-        trunk, out = self_attend(own, settings, positions[index], trunk, outs[0])
+        trunk, out = self_attend(layer_weights, settings, positions[index], trunk, outs[0])
         scale = weights.scale and weights.scale[index]
-        # λ is predicted from these tokens in one form of the spatial query.
+        # In variant I of the spatial query λ is predicted from these tokens.
         spatial, factor = _spatial_query(layer, scale, p_s, factors[index], outs[1], out)
-        q_content = linear(out, *own.cross_content)
-        q_spatial = project_spatial_query(spatial, factor, own.cross_sine).expand_as(q_content)
+        q_content = linear(out, *layer_weights.cross_content)
+        q_spatial = project_spatial_query(spatial, factor, layer_weights.cross_sine).expand_as(q_content)
         if layer.is_first:
-            # As in `ConditionalDecoderLayer.forward`: the positions stay out of the keys.
+            # As in `ConditionalDecoderLayer.forward`: positions are not added to the keys.
             q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
             q_spatial = q_content + q_spatial
         attended = _cross_attend(layer.cross_attn, q_content, q_spatial, keys, index, grid, seeds)
-        trunk, out = end_branch(attended, trunk, own.cross_attention, dropout)
-        trunk, output, *outs = feed_forward(out, trunk, own.feed_forward, dropout, trunks=2, outs=2)
+        trunk, out = end_branch(attended, trunk, layer_weights.cross_attention, dropout)
+        trunk, output, *outs = feed_forward(out, trunk, layer_weights.feed_forward, dropout, trunks=2, outs=2)
         outputs.append((output, outs[0]))
     return _normalized(decoder.norm, [for_a_module(*output) for output in outputs]), reference
 
 
 def _normalized(norm: nn.Module, outputs: list[Tensor]) -> Tensor:
-    """[L, B, Q, C]: all layers at once, unless the norm is more than plain and wants to be called for each."""
+    """Normalise all layers at once, [L, B, Q, C]; a norm that is not plain is called for each layer."""
     if type(norm) is nn.LayerNorm and why_not_plain(norm) is None:
         return norm(torch.stack(outputs))
     return torch.stack([norm(output) for output in outputs])
 
 
 def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple[int, int]) -> Grid:
-    """Keys and values of all layers: a product over the memory, and one over rows and columns."""
+    """Keys and values of all layers: one product over the memory, and one over rows and columns."""
     layers = len(weights.layers)
     projected = linear(memory, *weights.memory).chunk(2 * layers, dim=-1)
-    # Inside the valid rectangle the encoding of a cell is [PE(y); PE(x)], so its projection is a row's part plus a
-    # column's. The first cell of a row or column is valid if any is.
+    # Inside the valid rectangle the encoding of a cell is [PE(y); PE(x)], so its projection is the sum of a row term
+    # and a column term. The first cell of a row or column is valid if any is.
     cells = position.unflatten(1, size)
     height, half = size[0], position.shape[-1] // 2
     ends = position.new_zeros(len(position), sum(size), position.shape[-1])
@@ -199,10 +199,10 @@ def _keys(weights: DecoderWeights, memory: Tensor, position: Tensor, size: tuple
 def self_attend(
     weights: LayerWeights, settings: Settings, position: Tensor, trunk: Tensor, out: Tensor
 ) -> tuple[Tensor, ...]:
-    """The first branch of a layer.
+    """Run the self-attention branch of a layer.
 
     Args:
-        position: [B or none, Q, 2C] of queries and keys, projected.
+        position: [B, Q, 2C] or [Q, 2C], projected positions of queries and keys.
         trunk, out: [B, Q, C] tokens, as in the encoder.
     """
     projected = AddToFirst.apply(linear(out, *weights.self_content), position)
@@ -218,10 +218,9 @@ def _spatial_query(
     embedding: Tensor,
     self_attended: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """As the layer's own: the conditional spatial query before its projection, as λ and p_s where it is their product,
-    else with None.
+    """The conditional spatial query before its projection: as two factors λ and p_s, or as the query and None.
 
-    `scale`: weights of what predicts λ; `factor`: p_s once more.
+    `scale`: weights of the MLP that predicts λ; `factor`: p_s, expanded for this layer.
     """
     if layer.csq == "C":
         return embedding, None
@@ -235,9 +234,7 @@ def _spatial_query(
 
 
 def project_spatial_query(query: Tensor, factor: Tensor | None, weights: tuple[Tensor, Tensor]) -> Tensor:
-    """The linear layer behind a spatial query [..., Q, C], which is multiplied with a factor [Q, C] or [..., Q, C] if
-    there is one.
-    """
+    """Project a spatial query [..., Q, C], first multiplied by a factor [Q, C] or [..., Q, C] if there is one."""
     return linear(query, *weights) if factor is None else spatial_query(query, factor, *weights)
 
 

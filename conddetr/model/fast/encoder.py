@@ -1,4 +1,4 @@
-"""Encoder layers: 9 launches forward each."""
+"""Encoder layers from fused operations: 9 launches per layer in the forward pass."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,11 +24,11 @@ from conddetr.model.fast.layers import (
     linear,
 )
 
-_KINDS = frozenset((EncoderLayer, EncoderSelfAttention))
+_CLASSES = frozenset((EncoderLayer, EncoderSelfAttention))
 
 
 class LayerWeights(NamedTuple):
-    """Of one encoder layer."""
+    """Weights of one encoder layer."""
 
     query_key: tuple[Made, Made]
     value: tuple[Made, Made]
@@ -37,7 +37,7 @@ class LayerWeights(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Of an encoder or decoder layer, in the mode that it is in."""
+    """Settings of an encoder or decoder layer in its current mode, training or evaluation."""
 
     heads: int
     attention_dropout: float
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens between two layers; the same values, each for those who need them so."""
+    """The tokens between two layers, in the three versions that operations need."""
 
     trunk: Tensor
     """[B, N, C] float32 (or wider): the residual stream."""
@@ -59,8 +59,8 @@ class Tokens(NamedTuple):
 
 
 def recipes(encoder: Encoder, tokens: int | None) -> list[LayerWeights | None]:
-    """Of each layer; None for one that has to be called as a module. `tokens`: of all images, where that is known."""
-    return [_recipes(layer, tokens) if parts.misfit(layer, _KINDS) is None else None for layer in encoder.layers]
+    """Recipes of each layer; None for layers that have to be called. `tokens`: number in all images, if known."""
+    return [_recipes(layer, tokens) if parts.misfit(layer, _CLASSES) is None else None for layer in encoder.layers]
 
 
 def _recipes(layer: EncoderLayer, tokens: int | None) -> LayerWeights:
@@ -89,14 +89,14 @@ def encode(
     position: Tensor,
     seeds: Iterator[Tensor],
 ) -> Tensor:
-    """The encoder.
+    """Run the encoder.
 
     Args:
-        encoder: whose layers are called where there are no weights.
+        encoder: layers without weights are called as modules.
         weights: of its layers.
         tokens: [B, N, C] in the step's dtype.
-        padding: [B, N] bool, True = padding; None: nothing is.
-        position: likewise, [B or 1, N, C].
+        padding: [B, N] bool, True = padding; None: no padding.
+        position: [B or 1, N, C] in the step's dtype.
         seeds: of dropout.
 
     Returns:
@@ -105,10 +105,10 @@ def encode(
     mask = None if padding is None else attention_mask(padding, tokens.dtype)
     stream = begin(tokens, position)
     last = len(weights) - 1
-    for index, (layer, own) in enumerate(zip(encoder.layers, weights, strict=True)):
-        paths.note("encoder layer", "modules" if own is None else "fused operations")
-        if own is not None:
-            stream = run_layer(own, _settings(layer, seeds), stream, mask, position if index < last else None)
+    for index, (layer, layer_weights) in enumerate(zip(encoder.layers, weights, strict=True)):
+        paths.note("encoder layer", "modules" if layer_weights is None else "fused operations")
+        if layer_weights is not None:
+            stream = run_layer(layer_weights, _settings(layer, seeds), stream, mask, position if index < last else None)
             continue
         stream = begin(layer(for_a_module(stream.trunk, stream.out), padding, position), position)
     return stream.out
@@ -121,7 +121,7 @@ def _settings(layer: EncoderLayer, seeds: Iterator[Tensor]) -> Settings:
 
 
 def begin(tokens: Tensor, position: Tensor) -> Tokens:
-    """Of a module's output; `position` has the step's dtype."""
+    """Tokens from a module's output; `position` has the step's dtype."""
     out = tokens.to(position.dtype)
     return Tokens(tokens.to(torch.promote_types(out.dtype, torch.float32)), out, out + position)
 
@@ -134,10 +134,11 @@ def run_layer(
     position: Tensor | None,
     wants_trunk: bool = False,
 ) -> Tokens:
-    """A layer; without a position it is the last, of which one form of the tokens is wanted: the trunk or the other.
+    """Run a layer. Without a position it is the last layer, which returns a single tensor.
 
     Args:
-        mask: as `attention_mask` makes it.
+        mask: from `attention_mask`.
+        wants_trunk: the last layer returns the trunk, not the tokens in the step's dtype.
     """
     query, key = linear(tokens.positioned, *weights.query_key).chunk(2, dim=-1)
     value = linear(tokens.out, *weights.value)
@@ -152,7 +153,7 @@ def run_layer(
 
 
 def self_attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings, mask: Tensor | None) -> Tensor:
-    """PyTorch's fused attention of projected tokens [B, N, C]."""
+    """PyTorch's fused attention for projected tokens [B, N, C]."""
     paths.note("self-attention", "PyTorch's scaled_dot_product_attention")
     heads = (x.unflatten(-1, (settings.heads, -1)).transpose(1, 2) for x in (query, key, value))
     attended = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=settings.attention_dropout)
@@ -160,9 +161,9 @@ def self_attention(query: Tensor, key: Tensor, value: Tensor, settings: Settings
 
 
 def attention_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
-    """What fused attention adds to its scores, [B, 1, 1, N], made once for all layers.
+    """The additive mask of fused attention, [B, 1, 1, N], made once for all layers.
 
-    All strides but the last are multiples of 16 elements: PyTorch would copy others in every call.
+    All strides but the last are multiples of 16 elements: otherwise PyTorch would copy the mask in every call.
     """
     batch, keys = padding.shape
     mask = torch.zeros(batch, 1, 1, (keys + 15) // 16 * 16, dtype=dtype, device=padding.device)[..., :keys]

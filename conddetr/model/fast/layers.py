@@ -1,4 +1,4 @@
-"""What encoder and decoder layers share: the stream of tokens, residual branches, the feed-forward network."""
+"""Functions that encoder and decoder layers share: linear layers, residual branches, the feed-forward network."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from conddetr.model.fast import parts
 from conddetr.model.layers import FeedForward
 
 Made = Recipe | Tensor
-"""Before a step the recipe of a weight, within it the weight."""
+"""The recipe of a weight before a step, the weight within it."""
 
 
 Pairs = list[tuple[Made, Made]]
@@ -22,7 +22,7 @@ Pairs = list[tuple[Made, Made]]
 
 
 class Branch(NamedTuple):
-    """The end of a residual branch: a product, then the bias, dropout, the residual sum and the norm in one kernel."""
+    """Weights at the end of a residual branch: a product, then bias, dropout, residual add and norm in one kernel."""
 
     weight: Made
     bias: Made
@@ -31,22 +31,22 @@ class Branch(NamedTuple):
 
 
 class FeedForwardWeights(NamedTuple):
-    """Of a feed-forward network and the norm behind it."""
+    """Weights of a feed-forward network and the norm behind it."""
 
     first: tuple[Made, Made]
     last: Branch
 
 
 def feed_forward_weights(layer: FeedForward, norm: torch.nn.LayerNorm) -> FeedForwardWeights:
-    """Of an encoder or decoder layer whose last norm is given."""
+    """Recipes for the feed-forward network of an encoder or decoder layer and its last norm."""
     return FeedForwardWeights(hidden_weights(layer.linear1), branch_weights(layer.linear2, norm))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [..., C] times a weight, and a bias [O], or [rows, O] of equal rows: whose gradient is then the output's."""
+    """Linear layer of x [..., C]. The bias is [O], or [rows, O] with equal rows: its gradient is then the output's."""
     if bias.dim() == 1:
         return F.linear(x, weight, bias)
-    # How many rows there will be is guessed where the backbone decides it.
+    # The number of rows was a guess if the backbone determines it.
     return _Linear.apply(x, weight, bias, False) if len(bias) == _rows(x) else F.linear(x, weight, bias[0])
 
 
@@ -55,11 +55,11 @@ def _rows(x: Tensor) -> int:
 
 
 class _Linear(torch.autograd.Function):
-    """With a bias for every row, and ReLU behind it if wanted."""
+    """A linear layer with a bias for every row and an optional ReLU."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        # Not `F.linear`: what it returns is a view in some versions of PyTorch, which nobody may change in place.
+        # Not `F.linear`: in some versions of PyTorch it returns a view, which must not be changed in place.
         out = x.new_empty(*x.shape[:-1], len(weight))
         product = torch._addmm_activation if relu else torch.addmm
         product(bias[0], x.flatten(0, -2), weight.t(), out=out.view(-1, len(weight)))
@@ -72,21 +72,21 @@ class _Linear(torch.autograd.Function):
         if activated is not None:
             grad = torch.ops.aten.threshold_backward(grad, activated, 0)
         rows = grad.flatten(0, -2)
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         return (
-            (rows @ weight).view(x.shape) if of_x else None,
-            rows.t() @ x.flatten(0, -2) if of_weight else None,
-            rows if of_bias else None,
+            (rows @ weight).view(x.shape) if needs_x else None,
+            rows.t() @ x.flatten(0, -2) if needs_weight else None,
+            rows if needs_bias else None,
             None,
         )
 
 
 def hidden_weights(linear: torch.nn.Linear, rows: int | None = None) -> tuple[Recipe, Recipe]:
-    """Of a linear layer with ReLU behind it: in inference cuBLAS takes bias and ReLU along.
+    """Recipes of a linear layer followed by ReLU: in inference cuBLAS fuses bias and ReLU.
 
     Args:
         linear: the layer.
-        rows: how many it will give, if no dropout follows; cuBLAS does the same in training then.
+        rows: number of output rows if no dropout follows; cuBLAS then fuses them in training too.
     """
     if not torch.is_grad_enabled() or parts.copies(rows) is not None:
         return parts.stack(linear, rows=rows)
@@ -105,37 +105,37 @@ def hidden(x: Tensor, weights: tuple[Tensor, Tensor], dropout_p: float = 0.0, se
 
 
 def branch_weights(last: torch.nn.Linear, norm: torch.nn.LayerNorm) -> Branch:
-    """Of the last linear layer of a branch, and the norm behind it."""
+    """Recipes of the last linear layer of a branch and the norm behind it."""
     return Branch(*parts.before_fusion(last), parts.norm(norm), norm.eps)
 
 
 def for_a_module(trunk: Tensor, out: Tensor) -> Tensor:
-    """Of the same tokens in two dtypes the one that a module expects: under autocast float32, as its norms give it."""
+    """Choose the tokens that a module expects: under autocast the float32 ones, as norms return them."""
     return trunk if torch.is_autocast_enabled(out.device.type) else out
 
 
 class Dropout(NamedTuple):
-    """How much is dropped, and where the random bits come from."""
+    """The probability of dropout and the source of its random bits."""
 
     probability: float
     seeds: Iterator[Tensor]
 
     def of(self, probability: float) -> "Dropout":
-        """Another probability, bits of the same source."""
+        """Dropout of another probability with the same source."""
         return Dropout(probability, self.seeds)
 
     def seed(self) -> Tensor | None:
-        """One of its own for every operation."""
+        """A new seed for each operation; None without dropout."""
         return next(self.seeds) if self.probability > 0 else None
 
 
 def seeds(device: torch.device, count: int) -> Iterator[Tensor]:
-    """So many seeds, [1] int64 each, drawn at once from torch's generator: repeatable, and replayed by CUDA graphs."""
-    drawn: list[Tensor] = []
+    """Yield `count` seeds, [1] int64 each, sampled at once from torch's generator: repeatable, also in CUDA graphs."""
+    sampled: list[Tensor] = []
     for index in range(count):
-        if not drawn:
-            drawn.append(torch.randint(2**31 - 1, (count,), device=device))
-        yield drawn[0][index : index + 1]
+        if not sampled:
+            sampled.append(torch.randint(2**31 - 1, (count,), device=device))
+        yield sampled[0][index : index + 1]
 
 
 def end_branch(
@@ -147,7 +147,7 @@ def end_branch(
     trunks: int = 1,
     outs: int = 1,
 ) -> tuple[Tensor, ...]:
-    """norm(trunk + dropout(linear(x))): arguments and results as of `add_norm`."""
+    """norm(trunk + dropout(linear(x))); arguments and results as in `add_norm`."""
     return add_norm(
         F.linear(x, weights.weight),
         trunk,
@@ -173,10 +173,10 @@ def feed_forward(
     outs: int = 1,
     inner_dropout: Dropout | None = None,
 ) -> tuple[Tensor, ...]:
-    """The feed-forward network on x [B, N, C] in the step's dtype, and the end of its branch as `end_branch`.
+    """The feed-forward network on x [B, N, C] in the step's dtype, ending as `end_branch`.
 
     Args:
-        inner_dropout: behind ReLU; None: as at the end.
+        inner_dropout: behind ReLU; None: the same as at the end.
     """
     inner_dropout = inner_dropout or dropout
     inner = hidden(x, weights.first, inner_dropout.probability, inner_dropout.seed())
@@ -184,11 +184,11 @@ def feed_forward(
 
 
 class AddToFirst(torch.autograd.Function):
-    """Add to the first channels of a tensor that nobody else uses, in place: neither it nor its gradient is cut."""
+    """Add in place to the first channels of a tensor without other users: neither it nor its gradient is split."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
-        """x [..., C] and addend [..., c], c ≤ C, which may be the same for several images -> x."""
+        """x [..., C] and addend [..., c], c ≤ C, which images may share -> x."""
         ctx.shape = addend.shape
         x[..., : addend.shape[-1]].add_(addend)
         ctx.mark_dirty(x)

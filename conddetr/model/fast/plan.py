@@ -1,4 +1,4 @@
-"""What of a model runs from fused operations in this step, and the weights for it."""
+"""The plan of a step: which parts of a model run from fused operations, and their weights."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from conddetr.model.plain import why_not_plain
 from conddetr.model.transformer import Transformer
 
 SEEDS_PER_LAYER = 5
-"""Operations that draw random bits, at most."""
+"""Largest number of operations with random bits in a layer."""
 
 _RECIPES = frozenset(get_args(Recipe))
 
@@ -33,7 +33,7 @@ Tree = TypeVar("Tree")
 
 @dataclass
 class Plan:
-    """The parts of one forward pass; what is None is called as a module."""
+    """The parts of one forward pass; parts that are None are called as modules."""
 
     model: nn.Module
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class Plan:
     seeds: Iterator[Tensor]
 
     def backbone(self, images: Tensor) -> Tensor:
-        """As the model's backbone."""
+        """Same as the model's backbone."""
         if self.folded is None:
             return self.model.backbone(images)
         [backbone] = self.model.backbone
@@ -56,17 +56,17 @@ class Plan:
         return self.folded[id(conv)]
 
     def tokens(self, features: Tensor) -> Tensor:
-        """[B, C, h, w] features -> [B, h·w, dim], as the model's input projection."""
+        """[B, C, h, w] features -> [B, h·w, dim], same as the model's input projection."""
         if self.input_proj is None:
             return self.model.input_proj(features).flatten(2).transpose(1, 2)
         weight, bias = self.input_proj
-        # A 1×1 convolution is a product, of channels that lie side by side.
+        # In channels-last a 1×1 convolution is a matrix product.
         return linear(features.to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
 
     def transformer(
         self, tokens: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """As the model's transformer."""
+        """Same as the model's transformer."""
         transformer = self.model.transformer
         if self.encoder is None and self.decoder is None:
             return transformer(tokens, grid, position, object_query)
@@ -83,15 +83,15 @@ class Plan:
 
 
 def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | None:
-    """Look at the model as it is now, and make the weights of the step.
+    """Check the model's current state and make the weights of the step.
 
     Args:
         model: a `DETR`.
         images: [B, 3, H, W].
-        object_query: [Q, C], the parameter or what a module made of it.
+        object_query: [Q, C], the parameter or a module's output.
 
     Returns:
-        None where nothing of it can run here: another device, backend eager, torch.compile, a function transform.
+        None if fused operations cannot run: another device, backend eager, torch.compile, a function transform.
     """
     device = images.device
     dtype = step_dtype(device, model.dtype)
@@ -109,30 +109,30 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     paths.note("decoder", "modules" if decoder is None else "fused operations")
     trees = (backbone, input_proj, encoder, decoder)
     layers = len(encoder or ()) + len(decoder.layers if decoder else ())
-    drawn = seeds(device, SEEDS_PER_LAYER * layers)
-    return Plan(model, dtype, *make_weights(trees, dtype), drawn)
+    step_seeds = seeds(device, SEEDS_PER_LAYER * layers)
+    return Plan(model, dtype, *make_weights(trees, dtype), step_seeds)
 
 
 def step_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
-    """Autocast's where it is on."""
+    """Autocast's dtype if it is on, else `otherwise`."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 def can_run(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fused operations are what a model's backend means here."""
+    """Whether a model with this backend runs from fused operations on this device."""
     if backend == "eager" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # By name for the interpreter's sake, which stands in for a GPU where it was asked for.
+    # `auto` never chooses Triton's interpreter, so a model with backend `triton` requests it by name.
     wanted = "triton" if backend == "triton" else "auto"
     return registry.OPERATIONS["prepare_weights"].prefer(wanted, device, dtype).backend == "triton"
 
 
-def _is_plain(part: nn.Module, kind: type) -> bool:
-    return type(part) is kind and why_not_plain(part) is None
+def _is_plain(part: nn.Module, expected: type) -> bool:
+    return type(part) is expected and why_not_plain(part) is None
 
 
 def _backbone_recipes(backbone: nn.Module) -> dict[int, tuple[Recipe, Recipe]] | None:
-    """Of the convolutions of a ResNet's plain parts."""
+    """Recipes of the convolutions in a ResNet's plain parts."""
     if not _is_plain(backbone, nn.Sequential) or [type(part) for part in backbone] != [ResNetBackbone]:
         return None
     body = backbone[0].body
@@ -147,14 +147,14 @@ def folded_recipes(body: nn.Module) -> dict[int, tuple[Recipe, Recipe]]:
 
 
 def _folded_recipes(conv: nn.Conv2d, norm: nn.Module) -> tuple[Recipe, Recipe]:
-    # Looked up where they are, like a module's parameters: `nn.Module` takes a detour to each attribute.
+    # Read from the dictionary of buffers: attribute access of `nn.Module` is slower.
     vectors = (norm._buffers[name] for name in ("weight", "bias", "running_mean", "running_var"))
     frozen = FrozenNorm(*vectors, getattr(norm, "eps", resnet.EPS))
     return Weight((conv.weight,), frozen), Shift(frozen)
 
 
 def _number_of_tokens(backbone: nn.Module, images: Tensor) -> int | None:
-    """Of all images [B, 3, H, W], if the backbone gives as many as ours would; None: nobody knows."""
+    """Number of tokens of all images [B, 3, H, W], as our backbones return them; None: not known."""
     stride = getattr(next(backbone.children(), None), "stride", None)
     if not isinstance(stride, int):
         return None
@@ -169,10 +169,10 @@ def _input_recipes(conv: nn.Module, tokens: int | None) -> tuple[Recipe, Recipe]
 
 
 def make_weights(trees: tuple, dtype: torch.dtype) -> tuple | list:
-    """The same trees with weights in place of recipes.
+    """Replace the recipes in trees by weights.
 
-    All at once; with several processes part by part, so that the gradients of one can be exchanged while those of the
-    next are computed.
+    One process makes all weights at once. Several processes make them tree by tree, so that the gradients of one tree
+    can be exchanged while the next are computed.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return _made_at_once(trees, dtype)
@@ -186,7 +186,7 @@ def _made_at_once(tree: Tree, dtype: torch.dtype) -> Tree:
 
 
 def _flatten(tree: object, recipes: list[Recipe]) -> None:
-    """Append all that are in a tree."""
+    """Append all recipes of a tree."""
     if type(tree) in _RECIPES:
         recipes.append(tree)
     elif isinstance(tree, (tuple, list, dict)):

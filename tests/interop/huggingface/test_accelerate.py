@@ -115,9 +115,9 @@ def test_auto_leaves_attention_to_transformers_without_a_kernel(monkeypatch):
 
 
 OTHERS = {
-    "resnet26d": ("part of the backbone", "its shortcut is more than convolution and frozen batch norm"),
+    "resnet26d": ("part of the backbone", "its shortcut is more than a convolution and a frozen batch norm"),
     "mobilenetv3_small_050": ("backbone", "is not a ResNet of timm"),
-    "seresnet18": ("part of the backbone", "SEModule is no part of a plain ResNet"),
+    "seresnet18": ("part of the backbone", "SEModule is not part of a plain ResNet"),
 }
 
 

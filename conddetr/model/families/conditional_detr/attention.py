@@ -14,12 +14,12 @@ from conddetr.model.grid import FeatureGrid
 
 
 class Keys(NamedTuple):
-    """What one layer's cross-attention makes of the memory."""
+    """Keys and values of one layer's cross-attention."""
 
     content: Tensor
     """[B, N, C] content keys."""
     spatial: Tensor | tuple[Tensor, Tensor]
-    """[B, N, C] spatial keys, or [B, h, C] of the rows and [B, w, C] of the columns, to be added."""
+    """[B, N, C] spatial keys, or their two terms: [B, h, C] of the rows and [B, w, C] of the columns."""
     value: Tensor
     """[B, N, C]."""
 
@@ -43,7 +43,7 @@ class ProjectedSelfAttention(nn.Module):
 class ConditionalCrossAttention(nn.Module):
     """Conditional cross-attention (section 3.2) of projected tokens, with an output projection.
 
-    Its inputs are all that a picture of the attention needs: a forward hook here sees them.
+    A forward hook here sees everything that a picture of the attention needs.
     """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:

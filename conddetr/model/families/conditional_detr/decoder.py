@@ -52,12 +52,12 @@ class ConditionalDecoderLayer(FeedForward):
         """One layer.
 
         Args:
-            tokens: [B, Q, C] decoder embedding f of the layer before, not normalised; zeros at first.
+            tokens: [B, Q, C] decoder embedding f of the previous layer, not normalised; zeros for the first layer.
             keys: keys and values of this layer's cross-attention.
-            grid: size and padding of the feature map that they come from.
+            grid: size and padding of the keys' feature map.
             object_query: [Q, C], the same for every image.
             p_s: [Q, C] embedding of the reference points.
-            query_scale: MLP that predicts λ, where the form of the spatial query has one.
+            query_scale: MLP that predicts λ, if the variant of the spatial query has one.
 
         Returns:
             [B, Q, C].
@@ -74,8 +74,8 @@ class ConditionalDecoderLayer(FeedForward):
         q_spatial = self.ca_qpos_sine_proj(self._spatial_query(embedding, tokens, p_s, query_scale))
         q_spatial = q_spatial.expand_as(q_content)
         if self.is_first:
-            # The official code adds the positions to the content here: (q + q_p)·(k + k_p) + q_s·k_p. The same is
-            # (q + q_p)·k + (q + q_p + q_s)·k_p, which leaves the keys alone.
+            # The official code adds the positions to the content here: (q + q_p)·(k + k_p) + q_s·k_p. This equals
+            # (q + q_p)·k + (q + q_p + q_s)·k_p, which leaves the keys unchanged.
             q_content = q_content + self.ca_qpos_proj(object_query)
             q_spatial = q_content + q_spatial
         tokens = self.norm2(self.add(tokens, self.cross_attn(q_content, q_spatial, keys, grid)))
@@ -87,10 +87,9 @@ class ConditionalDecoderLayer(FeedForward):
         return Keys(self.ca_kcontent_proj(memory), k_spatial, self.ca_v_proj(memory))
 
     def _spatial_query(self, embedding: Tensor, self_attended: Tensor, p_s: Tensor, query_scale: MLP | None) -> Tensor:
-        """The conditional spatial query before its projection (section 3.3 and 4.3), [B, Q, C].
+        """The conditional spatial query before its projection (sections 3.3 and 4.3), [B, Q, C].
 
-        [Q, C] where it is the same for every image. λ is 1 in the first layer, where the decoder embedding is zero and
-        says nothing.
+        [Q, C] if it is the same for every image. λ is 1 in the first layer, whose decoder embedding is zero.
         """
         if self.csq == "C":
             return embedding
@@ -135,7 +134,7 @@ class ConditionalDecoder(nn.Module):
         """Decode the object queries against the memory.
 
         Args:
-            memory: [B, N, C]; grid: where its tokens lie; position: [B or 1, N, C]; object_query: [Q, C].
+            memory: [B, N, C]; grid: of its tokens; position: [B or 1, N, C]; object_query: [Q, C].
 
         Returns:
             Normalised outputs of all layers, [L, B, Q, C], and sigmoid reference points, [Q, 2].
@@ -152,9 +151,9 @@ class ConditionalDecoder(nn.Module):
         return torch.stack(outputs), reference
 
     def _keys(self, memory: Tensor, grid: FeatureGrid, position: Tensor) -> Iterator[Keys]:
-        """Keys of each layer: all at once and separable for the kernels, else layer by layer as the official code.
+        """Keys of each layer: separable and for all layers at once for our kernels, else layer by layer and dense.
 
-        A mask that came without a rectangle may have any shape, so its keys are dense.
+        A mask without a valid rectangle may have any shape, so its keys are dense.
         """
         if self.backend != "eager" and (grid.padding is None or grid.valid_cells is not None):
             yield from project_all_keys(self.layers, memory, position, grid.size)

@@ -23,11 +23,11 @@ def initialize_heads(class_embed: nn.Linear, bbox_embed: MLP) -> None:
 def class_loss(
     logits: Tensor, assignment: Tensor, labels: Tensor, class_weight: Tensor, config: ModelConfig, backend: str
 ) -> Tensor:
-    """The focal loss, for which every class weighs the same."""
+    """The focal loss; all classes have equal weight."""
     return focal_loss(logits, assignment, config.focal_alpha, config.focal_gamma, backend, labels=labels)
 
 
 def divisor(normalizer: Tensor, dtype: torch.dtype) -> Tensor:
     """The number of objects, for all losses."""
-    # A scalar of another dtype need not be cast before.
+    # A scalar needs no cast to the losses' dtype.
     return normalizer[0]

@@ -1,4 +1,4 @@
-"""Keys of the conditional cross-attention, of all decoder layers at once."""
+"""Keys of the conditional cross-attention for all decoder layers at once."""
 
 from collections.abc import Iterable
 
@@ -16,11 +16,11 @@ def project_all_keys(
 ) -> list[Keys]:
     """Keys of all layers from two matrix products: one over the memory, one over rows and columns.
 
-    Inside the valid rectangle the encoding of cell (y, x) is [PE(y); PE(x)], so its projection is a row's part plus a
-    column's.
+    Inside the valid rectangle the encoding of cell (y, x) is [PE(y); PE(x)], so its projection is the sum of a term of
+    its row and a term of its column.
 
     Args:
-        layers: L of them.
+        layers: L decoder layers.
         memory: [B, N, C].
         position: [B or 1, N, C], of a grid whose padding, if any, is at the bottom and right.
         size: height and width of the grid.
@@ -33,38 +33,36 @@ def project_all_keys(
 
 
 def project_together(x: Tensor, projections: list[nn.Module]) -> list[Tensor]:
-    """Several projections of the same [..., C]: one matrix product for those that are plain linear layers, a call of
-    the module for each of the others.
-    """
-    called, plain = _call_others(x, projections)
+    """Several projections of the same [..., C]: plain linear layers in one matrix product, other modules by a call."""
+    results, plain = _call_others(x, projections)
     if not plain:
-        return called
+        return results
     weight, bias = _stacked(plain)
     parts = iter(F.linear(x, weight, bias).split([projection.out_features for projection in plain], dim=-1))
-    return [next(parts) if made is None else made for made in called]
+    return [next(parts) if result is None else result for result in results]
 
 
 def _call_others(x: Tensor, projections: list[nn.Module]) -> tuple[list[Tensor | None], list[nn.Linear]]:
-    """What each projection makes of x, None for the plain linear layers; and those."""
-    called = [None if is_plain_linear(projection) else projection(x) for projection in projections]
-    for made in called:
-        paths.note("key projections", "one product" if made is None else "modules")
-    return called, [projection for projection, made in zip(projections, called, strict=True) if made is None]
+    """The results of projections that have to be called, None for plain linear layers; and the plain linear layers."""
+    results = [None if is_plain_linear(projection) else projection(x) for projection in projections]
+    for result in results:
+        paths.note("key projections", "one product" if result is None else "modules")
+    return results, [projection for projection, result in zip(projections, results, strict=True) if result is None]
 
 
 def _stacked(projections: list[nn.Linear]) -> tuple[Tensor, Tensor]:
-    """Weights and biases, one below the other."""
+    """Weights and biases, concatenated along the outputs."""
     return tuple(torch.cat([getattr(projection, name) for projection in projections]) for name in ("weight", "bias"))
 
 
 def _separable_keys(
     projections: list[nn.Module], position: Tensor, size: tuple[int, int], batch: int
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
-    """The spatial keys of each layer: those of rows and columns, or dense where the projection is no plain linear
-    layer, whose parts would not add up.
+    """The spatial keys of each layer: row and column terms, or dense keys if the projection is no plain linear layer,
+    because its terms would not add up to the projection of their sum.
     """
-    called, plain = _call_others(position, projections)
-    dense = [None if made is None else made.expand(batch, -1, -1) for made in called]
+    results, plain = _call_others(position, projections)
+    dense = [None if result is None else result.expand(batch, -1, -1) for result in results]
     if not plain:
         return dense
     half = position.shape[-1] // 2
@@ -74,4 +72,4 @@ def _separable_keys(
     rows = F.linear(cells[:, :, 0, :half], weight[:, :half], bias)
     columns = F.linear(cells[:, 0, :, half:], weight[:, half:])
     parts = zip(*(part.expand(batch, -1, -1).chunk(len(plain), dim=-1) for part in (rows, columns)), strict=True)
-    return [next(parts) if made is None else made for made in dense]
+    return [next(parts) if result is None else result for result in dense]

@@ -30,7 +30,7 @@ class DETRDecoderLayer(FeedForward):
     ) -> Tensor:
         """tokens [B, Q, C], memory [B, N, C], object_query [Q, C] -> [B, Q, C].
 
-        `position` None: cross-attention by content alone, without the object query and the keys' positions.
+        `position` None: cross-attention uses content alone, without the object query and the keys' positions.
         """
         query = tokens + object_query
         attended, _ = self.self_attn(query, query, tokens, need_weights=False)
@@ -54,7 +54,7 @@ class DETRDecoder(nn.Module):
         initialize_xavier(self)
 
     def forward(self, memory: Tensor, grid: FeatureGrid, position: Tensor, object_query: Tensor) -> tuple[Tensor, None]:
-        """As `ConditionalDecoder.forward`; there are no reference points."""
+        """Same as `ConditionalDecoder.forward`, without reference points."""
         tokens = object_query.new_zeros(memory.shape[0], *object_query.shape)
         outputs = []
         for index, layer in enumerate(self.layers):

@@ -13,13 +13,13 @@ from conddetr.model.layers import MLP
 
 
 def initialize_heads(class_embed: nn.Linear, bbox_embed: MLP) -> None:
-    """They stay as PyTorch makes them."""
+    """Keep PyTorch's initial values."""
 
 
 def class_loss(
     logits: Tensor, assignment: Tensor, labels: Tensor, class_weight: Tensor, config: ModelConfig, backend: str
 ) -> Tensor:
-    """The weighted cross-entropy, in plain PyTorch; who has no object is to be of the last class."""
+    """The weighted cross-entropy, in plain PyTorch; the target of unmatched queries is the last class."""
     classes = matched_classes(assignment, labels)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     target = torch.where(classes < 0, logits.shape[-1] - 1, classes)
@@ -29,6 +29,6 @@ def class_loss(
 
 
 def divisor(normalizer: Tensor, dtype: torch.dtype) -> Tensor:
-    """The summed weights of the classes for the cross-entropy, the number of objects for both losses of boxes."""
+    """The sum of the class weights for the cross-entropy, the number of objects for both box losses."""
     num_boxes, class_weights = normalizer.to(dtype)
     return torch.stack([class_weights, num_boxes, num_boxes]).unsqueeze(1)

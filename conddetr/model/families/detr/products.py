@@ -1,7 +1,7 @@
 """The two products of the original DETR's cross-attention, for pictures.
 
-It adds positions to the content and projects both together; the projection being linear, the same scores are a spatial
-(c_q + o_q)·p_k plus a content (c_q + o_q)·c_k.
+DETR adds positions to the content and projects the sum. The projection is linear, so the scores are the sum of a
+spatial product (c_q + o_q)·p_k and a content product (c_q + o_q)·c_k.
 """
 
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ def cross_attention(layer: DETRDecoderLayer) -> nn.MultiheadAttention:
 
 
 def products(layer: DETRDecoderLayer, query: Tensor, key: Tensor, memory: Tensor) -> Products:
-    """The scores, parted by what the key projection is applied to: positions or memory."""
+    """Split the scores by the input of the key projection: positions or memory."""
     attention = layer.multihead_attn
     (q_weight, k_weight, _), (q_bias, k_bias, _) = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     projected = F.linear(query, q_weight, q_bias)
