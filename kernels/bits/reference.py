@@ -1,6 +1,6 @@
 """Random bits of a given probability, bit-sliced, in plain PyTorch: every backend generates the same.
 
-A word is 32 decisions. Sixteen random words make 32 numbers of 16 bits, one in each column: the first word has their
+A word is 32 decisions. Sixteen random words form 32 numbers of 16 bits, one in each column: the first word has their
 lowest bits. All 32 are compared with the threshold at once, from the lowest bit up, by `and` and `or`.
 
 Source of the random words: Philox4x32-10 (Salmon et al., SC 2011).

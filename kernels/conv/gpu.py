@@ -33,9 +33,9 @@ def why_not(
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a graph of PyTorch's own operators is traced."
     # Autocast to the tensors' own dtype casts nothing.
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return f"autocast would cast to {torch.get_autocast_dtype(kind)}, x is {x.dtype}."
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != x.dtype:
+        return f"autocast would cast to {torch.get_autocast_dtype(device_type)}, x is {x.dtype}."
     device, dtype = x.device, x.dtype
     for tensor in (x, weight, bias, residual):
         is_ordinary = tensor is None or type(tensor) in (Tensor, torch.nn.Parameter)

@@ -28,7 +28,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         bias: [O]; or [rows, O], equal copies for each row of the result, of which the first is read. The gradient of
             each copy is then that of its row, and the caller sums them. All tensors share dtype and device.
         backend: `auto`, `triton` (one launch forward; backward one, and a product for the gradient of the weight) or
-            `eager` (the product of λ and p_s, then `F.linear`), which `auto` takes in float32.
+            `eager` (the product of λ and p_s, then `F.linear`), which `auto` uses in float32.
 
     Returns:
         [..., Q, O] of that dtype.
