@@ -168,13 +168,13 @@ def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, window: tuple, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias of a convolution; None for those that are not wanted."""
-    wants_x, wants_weight, wants_bias = wanted
+    needs_x, needs_weight, needs_bias = wanted
     stride, padding, dilation, groups = window
     gradients = (None, None)
-    if wants_x or wants_weight:
-        options = (None, stride, padding, dilation, False, (0, 0), groups, (wants_x, wants_weight, False))
+    if needs_x or needs_weight:
+        options = (None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False))
         gradients = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
-    return *gradients, grad.sum((0, 2, 3)) if wants_bias else None
+    return *gradients, grad.sum((0, 2, 3)) if needs_bias else None
 
 
 def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: tuple) -> Tensor:

@@ -92,7 +92,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     transform, embedding, weight = ctx.saved_tensors
-    *wanted, wants_bias = ctx.needs_input_grad
+    *wanted, needs_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
     gradients: list[Tensor | None] = [None] * 3
     if any(wanted):
@@ -101,7 +101,7 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor 
         gradients = [x if is_wanted else None for x, is_wanted in zip(results, wanted, strict=True)]
     if gradients[2] is not None:
         gradients[2] = rows.t() @ gradients[2]
-    grad_bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if wants_bias else None
+    grad_bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if needs_bias else None
     return *gradients, grad_bias
 
 
