@@ -18,11 +18,11 @@ namespace {
 using conddetr::Level;
 
 std::vector<std::pair<std::string, Level>> levels() {
-  std::vector<std::pair<std::string, Level>> found;
-#define CONDDETR_ADD(name) found.emplace_back(#name, Level::name);
+  std::vector<std::pair<std::string, Level>> compiled;
+#define CONDDETR_ADD(name) compiled.emplace_back(#name, Level::name);
   CONDDETR_FOR_EACH_LEVEL(CONDDETR_ADD)
 #undef CONDDETR_ADD
-  return found;
+  return compiled;
 }
 
 pybind11::dict build_info() {
@@ -46,11 +46,11 @@ std::string cpu_level() {
   return "unknown";
 }
 
-bool use_cpu_level(const std::string& wanted) {
+bool use_cpu_level(const std::string& requested) {
   for (const auto& [name, level] : levels()) {
-    if (name == wanted) return conddetr::use_level(level);
+    if (name == requested) return conddetr::use_level(level);
   }
-  throw pybind11::value_error("level: expected plain, avx2 or avx512, got " + wanted);
+  throw pybind11::value_error("level: expected plain, avx2 or avx512, got " + requested);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace conddetr::attn {
 namespace {
 
-// Backward splits heads until there are so many tasks: enough for the cores of one socket.
+// Backward splits heads until there are this many tasks: enough for the cores of one socket.
 constexpr int64_t kTasks = 16;
 
 std::tuple<Tensor, Tensor> forward(Inputs inputs) {
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> forward(Inputs inputs) {
   const ScalarType lse_type = p.stored == Stored::f64 ? ScalarType::Double : ScalarType::Float;
   Tensor lse = torch::stable::new_empty(inputs.v, {p.batch, p.heads, p.queries}, lse_type);
   const Result result{data(out), data(lse)};
-  // A head of an image is a task; with too few of them, its queries are split. They do not depend on each other.
+  // A head of an image is a task; if there are too few, its queries are split, because they are independent.
   const int64_t groups = p.batch * p.heads, threads = torch::stable::get_num_threads();
   const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + groups - 1) / groups, p.queries / kBlockQueries));
   const int64_t step = (p.queries + parts * kBlockQueries - 1) / (parts * kBlockQueries) * kBlockQueries;
@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> forward(Inputs inputs) {
   return {out, lse};
 }
 
-// Zeros, contiguous.
+// Contiguous zeros.
 Tensor zeros_like(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return torch::stable::new_zeros(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()));
@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs input
   }
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && lse.scalar_type() == lse_type &&
                       lse.numel() == p.batch * p.heads * p.queries,
-                  "out and lse: expected those of forward");
-  // What belongs to padding is never visited, so its gradient is zero from the start.
+                  "out and lse: expected the results of forward");
+  // Padding is never visited, so its gradient is zero from the start.
   const Tensor grads[] = {zeros_like(inputs.q_content),
                           zeros_like(inputs.q_spatial),
                           zeros_like(inputs.k_content),
@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs input
   const Gradients gradients{
       data(grads[0]), data(grads[1]), data(grads[2]), data(grads[3]), inputs.columns ? data(grads[4]) : nullptr,
       data(grads[5])};
-  // A head of an image is a task; with few of them its tiles are split. Never by the number of threads: the order of
-  // every sum is that of the shapes alone.
+  // A head of an image is a task; if there are few, its tiles are split. The split does not depend on the number of
+  // threads, so the order of every sum depends only on the shapes.
   const int64_t groups = p.batch * p.heads, parts = std::max<int64_t>(1, kTasks / groups);
   size_t bytes = 0;
   CONDDETR_CALL(partial_bytes, p, bytes);

@@ -1,4 +1,4 @@
-// Conditional attention on NVIDIA GPUs: the operators. Kernels, and what calls them, are in cuda/.
+// Conditional attention on NVIDIA GPUs: the operators. Kernels and launches are in cuda/.
 
 #include "attn/cuda/launch_backward.h"
 #include "attn/cuda/launch_forward.h"

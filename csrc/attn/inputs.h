@@ -1,5 +1,5 @@
 // The inputs of conditional attention, written once: for forward and backward, on the CPU and on GPUs, and for the
-// schema. kernels/attn/op.py says what they are.
+// schema. kernels/attn/op.py documents them.
 #pragma once
 
 #include <stdint.h>
@@ -44,11 +44,11 @@ struct Inputs {
   // Dense spatial keys are a grid of one row.
   int64_t height() const { return columns ? k_spatial.size(1) : 1; }
   int64_t width() const { return columns ? columns->size(1) : keys(); }
-  // Of `keep`: two of 32 keys for each 64.
+  // Words of `keep`: two of 32 keys for each 64 keys.
   int64_t keep_words() const { return (keys() + 63) / 64 * 2; }
 };
 
-// Their part of a schema.
+// The inputs' part of a schema.
 inline std::string schema_of_inputs() {
   std::string schema;
   for (const char* input : {CONDDETR_ATTENTION_INPUTS(CONDDETR_TEXT)}) {
@@ -57,8 +57,8 @@ inline std::string schema_of_inputs() {
   return schema;
 }
 
-// An operator that takes the inputs, and perhaps more tensors, as the library calls it: with each by itself. To be
-// registered as TORCH_BOX(&Unpacked<operator>::call).
+// An operator that takes the inputs, and perhaps more tensors, with the signature that the library calls: each input
+// is a separate argument. Register it as TORCH_BOX(&Unpacked<operator>::call).
 template <auto kOperator>
 struct Unpacked;
 template <typename Result, typename... More, Result (*kOperator)(Inputs, const More&...)>

@@ -1,7 +1,7 @@
 // Conditional attention on the CPU. Compiled once for each instruction set.
 //
-// Keys are those of the valid rectangle (or those that the mask leaves), packed tile by tile; no score of padding is
-// ever computed.
+// Keys are those of the valid rectangle (or those that the mask does not hide), packed tile by tile; no score of
+// padding is ever computed.
 
 #include "attn/cpu/backward.h"
 #include "attn/cpu/finish.h"

@@ -1,4 +1,5 @@
-// Conditional attention on the CPU: what `cpu.cpp` hands to the code that is compiled once for each instruction set.
+// Conditional attention on the CPU: the interface of `cpu.cpp` to the code that is compiled once for each instruction
+// set.
 #pragma once
 
 #include <stddef.h>
@@ -27,14 +28,14 @@ struct Run {
   int32_t offset;  // of the first one in its tile
   int32_t length;
   int32_t row, column;
-  int64_t ordinal;  // of the first one: its place among the keys of the valid rectangle, in row-major order
+  int64_t ordinal;  // of the first one: its index among the keys of the valid rectangle, in row-major order
 };
 
 struct Tile {
   int32_t first_run, runs, keys;
 };
 
-// The keys of one image that are visited.
+// The visited keys of one image.
 struct Keys {
   const Run* runs;
   const Tile* tiles;
@@ -50,8 +51,8 @@ struct Problem {
   const Keys* visited;  // for each image
   double scale;
   double dropout_p;
-  // [batch, heads, keep_words, queries], or null without dropout: bit j of word w of a query is the weight of the key
-  // with ordinal 32 w + j, and is set where that weight is kept.
+  // [batch, heads, keep_words, queries], or null without dropout: bit j of word w of a query is set if the weight of
+  // the key with ordinal 32 w + j is kept.
   const uint32_t* keep;
   int64_t keep_words;
 
@@ -75,18 +76,18 @@ struct Upstream {
   const void* lse;
 };
 
-// Of the inputs, contiguous; what belongs to padding is zero before. `columns` is null for dense keys.
+// Gradients of the inputs, contiguous; those of padding are zero before. `columns` is null for dense keys.
 struct Gradients {
   void *q_content, *q_spatial, *k_content, *spatial, *columns, *v;
 };
 
-#define CONDDETR_DECLARE(level)                                                                              \
-  namespace level {                                                                                          \
-  void forward(const Problem&, const Result&, const Task&);                                                  \
-  /* Bytes of what `backward` adds up for one task, and `finish` needs of all tasks of an image's head. */   \
-  void partial_bytes(const Problem&, size_t& bytes);                                                         \
-  void backward(const Problem&, const Upstream&, const Gradients&, const Task&, void* partial);              \
-  void finish(const Problem&, const Gradients&, int64_t image, int64_t head, void* partials, int64_t count); \
+#define CONDDETR_DECLARE(level)                                                                               \
+  namespace level {                                                                                           \
+  void forward(const Problem&, const Result&, const Task&);                                                   \
+  /* Bytes of the sums of one task of `backward`; `finish` reads those of all tasks of one head and image. */ \
+  void partial_bytes(const Problem&, size_t& bytes);                                                          \
+  void backward(const Problem&, const Upstream&, const Gradients&, const Task&, void* partial);               \
+  void finish(const Problem&, const Gradients&, int64_t image, int64_t head, void* partials, int64_t count);  \
   }
 CONDDETR_FOR_EACH_LEVEL(CONDDETR_DECLARE)
 #undef CONDDETR_DECLARE

@@ -1,5 +1,5 @@
-// Random bits on the CPU, compiled once for each instruction set. A lane makes one word of 32 decisions;
-// kernels/bits/reference.py says how.
+// Random bits on the CPU, compiled once for each instruction set. A lane computes one word of 32 decisions;
+// kernels/bits/reference.py explains how.
 
 #include "bits/kernels.h"
 
@@ -8,7 +8,8 @@
 namespace conddetr::bits::CONDDETR_LEVEL {
 namespace {
 
-// Where the numbers of words `first`, `first` + 1, … are below the threshold; the upper halves of lanes mean nothing.
+// Bits set where the numbers of words `first`, `first` + 1, … are below the threshold; the upper halves of lanes have
+// no meaning.
 CONDDETR_INLINE Wide below(uint64_t seed, uint32_t threshold, uint64_t first) {
   Wide result = {};
   for (int call = 0; call < 4; ++call) {

@@ -1,4 +1,4 @@
-// Random bits on a GPU. A thread makes some words of 32 decisions; kernels/bits/reference.py says how.
+// Random bits on a GPU. A thread computes some words of 32 decisions; kernels/bits/reference.py explains how.
 #pragma once
 
 #include "common/philox.h"
@@ -7,12 +7,12 @@
 namespace conddetr::bits {
 
 constexpr int kThreads = 256;
-constexpr int kWords = 4;  // of a thread
+constexpr int kWords = 4;  // per thread
 constexpr int kBlockWords = kWords * kThreads;
 
 constexpr int kBits = 16;
 
-// Bit by bit all ones or all zeros: what a word of 32 comparisons takes.
+// All ones or all zeros for each bit, as a word of 32 comparisons needs it.
 struct Threshold {
   uint32_t bit[kBits];
 
@@ -21,16 +21,16 @@ struct Threshold {
   }
 };
 
-// One more bit of 32 comparisons: where it differs from the threshold's, it decides anew.
-CONDDETR_BOTH uint32_t compare(uint32_t below, uint32_t word, uint32_t of_threshold) {
-  return (~word & (of_threshold | below)) | (of_threshold & below);
+// Adds one bit to 32 comparisons: where it differs from the threshold's bit, it decides.
+CONDDETR_BOTH uint32_t compare(uint32_t below, uint32_t word, uint32_t threshold_bit) {
+  return (~word & (threshold_bit | below)) | (threshold_bit & below);
 }
 
 __global__ void __launch_bounds__(kThreads)
     fill_kernel(uint32_t* words, const int64_t* seed, int64_t count, Threshold threshold) {
   const philox::Keys keys{uint64_t(*seed)};
   const int64_t first = int64_t(blockIdx.x) * kBlockWords + threadIdx.x;
-#pragma unroll 1  // the keys are what is shared
+#pragma unroll 1  // the words share the keys
   for (int64_t index = first; index < first + kBlockWords && index < count; index += kThreads) {
     uint32_t below = 0;
 #pragma unroll

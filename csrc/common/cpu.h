@@ -1,4 +1,4 @@
-// What the operators on the CPU share: dtypes, checks, threads.
+// Shared code of the operators on the CPU: dtypes, checks, threads.
 #pragma once
 
 #include <algorithm>
@@ -31,8 +31,8 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-// Calls task(0) … task(count - 1) from torch's threads, each of which takes the next one when it is free: images of
-// different valid sizes make tasks of different lengths.
+// Calls task(0) … task(count - 1) from torch's threads. A free thread takes the next task, because images of different
+// valid sizes make tasks of different lengths.
 template <typename Function>
 void for_each_task(int64_t count, const Function& task) {
   std::atomic<int64_t> next{0};

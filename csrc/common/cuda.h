@@ -1,4 +1,4 @@
-// What the operators on NVIDIA GPUs share: checks, sizes, dtypes.
+// Shared code of the operators on NVIDIA GPUs: checks, sizes, dtypes.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@ inline dim3 blocks_for(int64_t count, int64_t per_block) {
   return dim3(unsigned(blocks));
 }
 
-// Kernels move vectors of up to 16 bytes. A view that starts elsewhere is copied; rare.
+// Kernels move vectors of up to 16 bytes. Views that are not aligned to them are rare, and are copied.
 inline bool is_aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
 
 inline Tensor aligned(const Tensor& tensor) { return is_aligned(tensor) ? tensor : torch::stable::clone(tensor); }

@@ -6,11 +6,11 @@
 namespace conddetr {
 namespace {
 
-// The larger and the smaller of both; b where one of them is NaN.
+// The larger and the smaller of both; b if either is NaN.
 template <typename Real>
 CONDDETR_INLINE Vector<Real> larger(Vector<Real> a, Vector<Real> b) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // GCC makes two instructions of the comparison.
+  // GCC compiles the comparison to two instructions.
   if constexpr (sizeof(Real) == 4) return (Vector<Real>)_mm256_max_ps((__m256)a, (__m256)b);
 #endif
   return a > b ? a : b;
@@ -56,7 +56,7 @@ struct Exp2<double> {
 };
 
 // 2^x. It saturates: below the lowest normal exponent the result is at most that power of two, above the highest it is
-// enormous (2^127 or infinite in float32). A NaN stays one.
+// enormous (2^127 or infinite in float32). NaN stays NaN.
 template <typename Real>
 CONDDETR_INLINE Vector<Real> exp2(Vector<Real> x) {
   using E = Exp2<Real>;

@@ -1,4 +1,4 @@
-// What crosses the lanes of vectors: shuffles, sums, the largest, transposes.
+// Operations across the lanes of vectors: shuffles, sums, the largest, transposes.
 #pragma once
 
 #include <utility>
@@ -19,7 +19,7 @@ CONDDETR_INLINE Vector<Real> interleave(Vector<Real> a, Vector<Real> b, std::int
   return CONDDETR_SHUFFLE(a, b, (kFirst + kLane / 2 + kLane % 2 * kLanes<Real>)...);
 }
 
-// Lanes of a and b in turn, from lane kFirst on.
+// Lanes of a and b alternately, from lane kFirst on.
 template <typename Real, int kFirst>
 CONDDETR_INLINE Vector<Real> interleave(Vector<Real> a, Vector<Real> b) {
   return interleave<Real, kFirst>(a, b, std::make_integer_sequence<int, kLanes<Real>>());

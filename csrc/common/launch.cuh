@@ -1,4 +1,4 @@
-// How operators reach the GPU. Like warp.cuh, another header of this name stands in for it in tests without a GPU.
+// Launches and properties of the GPU. As with warp.cuh, tests without a GPU use another header of this name.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ namespace conddetr {
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-// Runs a kernel on the current stream of the tensor's device, with so much dynamic shared memory.
+// Runs a kernel on the current stream of the tensor's device, with `shared` bytes of dynamic shared memory.
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared,
             const Tensor& where, std::type_identity_t<Parameters>... arguments) {
@@ -34,16 +34,16 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int th
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
-// Whether this device can run a kernel of hopper/: it is a Hopper, and there is code for sm_90a. Compiled for anything
-// else, such a kernel is empty; with code, its sums alone are more registers than this.
+// Whether this device can run a kernel of hopper/: it is a Hopper GPU, and there is code for sm_90a. Compiled for any
+// other architecture, such a kernel is empty; with code, its sums alone need more than 32 registers.
 template <typename... Parameters>
 bool has_warpgroups(void (*kernel)(Parameters...), const Tensor& where) {
   int major = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, where.get_device_index());
-  cudaFuncAttributes found{};
-  if (error == cudaSuccess && major == 9) error = cudaFuncGetAttributes(&found, kernel);
+  cudaFuncAttributes attributes{};
+  if (error == cudaSuccess && major == 9) error = cudaFuncGetAttributes(&attributes, kernel);
   STD_TORCH_CHECK(error == cudaSuccess, "conddetr: ", cudaGetErrorString(error));
-  return found.numRegs > 32;
+  return attributes.numRegs > 32;
 }
 
 // Bytes of shared memory that a block may have on this device.
@@ -57,5 +57,5 @@ inline int64_t shared_limit(const Tensor& where) {
 
 }  // namespace conddetr
 
-// What follows in braces adds implementations to the operators of bindings.cpp.
+// The block in braces after this adds implementations to the operators of bindings.cpp.
 #define CONDDETR_CUDA_OPERATORS(library) STABLE_TORCH_LIBRARY_IMPL(conddetr_native, CUDA, library)

@@ -1,4 +1,4 @@
-// The instruction sets that CPU kernels are compiled for, and which of them runs.
+// The instruction sets that CPU kernels are compiled for, and the one in use.
 #pragma once
 
 #if defined(__x86_64__)
@@ -11,7 +11,7 @@ namespace conddetr {
 
 enum class Level { plain, avx2, avx512 };
 
-// The level in use: the best that this processor has, unless `use_level` chose another.
+// The level in use: the best that this processor supports, unless `use_level` chose another.
 Level level();
 
 // For tests and benchmarks. Returns false, and changes nothing, if this processor cannot run it.
@@ -21,7 +21,7 @@ bool can_run(Level level);
 
 }  // namespace conddetr
 
-// Calls `function` of the level in use; each level is a namespace inside the one this is written in.
+// Calls `function` of the level in use; each level is a namespace inside the caller's.
 #if defined(__x86_64__)
 #define CONDDETR_CALL(function, ...)                                      \
   do {                                                                    \

@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al., SC 2011), and the dropout mask made from it: that of Triton's `tl.randint4x`.
+// Philox4x32-10 (Salmon et al., SC 2011), and its dropout mask, the same as with Triton's `tl.randint4x`.
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +15,7 @@ struct Four {
   uint32_t lane[4];
 };
 
-// What the rounds take of the seed: the same for every counter.
+// The rounds' keys from the seed: the same for every counter.
 struct Keys {
   uint32_t a[kRounds], b[kRounds];
 

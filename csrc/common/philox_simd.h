@@ -10,7 +10,7 @@ namespace {
 typedef uint64_t Wide __attribute__((vector_size(kVectorBytes)));
 constexpr int kCounters = kVectorBytes / 8;
 
-// The lower halves multiplied, 64 bits of result; what is in the upper halves does not matter.
+// Products of the lower halves, with 64 bits; the upper halves are ignored.
 CONDDETR_INLINE Wide multiply_lower(Wide a, uint32_t b) {
 #if defined(__AVX512F__)
   return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -25,7 +25,7 @@ struct WideFour {
   Wide lane[4];
 };
 
-// The four random numbers of each counter, in the lower halves; what is in the upper halves means nothing.
+// The four random numbers of each counter, in the lower halves; the upper halves have no meaning.
 CONDDETR_INLINE WideFour random_lanes(uint64_t seed, Wide counter) {
   Wide c0 = counter, c1 = counter >> 32, c2 = {}, c3 = {};
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -41,7 +41,7 @@ CONDDETR_INLINE WideFour random_lanes(uint64_t seed, Wide counter) {
   return {{c0, c1, c2, c3}};
 }
 
-// Writes the 4 · kCounters numbers of counters `first`, `first` + 1, …, those of one counter side by side.
+// Writes the 4 · kCounters numbers of counters `first`, `first` + 1, …, those of one counter next to each other.
 CONDDETR_INLINE void random_numbers(uint64_t seed, uint64_t first, uint32_t* to) {
   Wide counter;
   for (int i = 0; i < kCounters; ++i) counter[i] = first + uint64_t(i);

@@ -1,4 +1,4 @@
-// What a header needs that is compiled for both CPU and GPU.
+// For headers that are compiled for both CPU and GPU.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,4 @@
-// The matrix product on packed panels: the only one there is on the CPU.
+// The matrix product on packed panels: the only one on the CPU.
 #pragma once
 
 #include "common/simd.h"
@@ -16,9 +16,9 @@ constexpr int kRows = 6;  // 15 of AVX2's 16 registers
 template <typename Real>
 constexpr int kPanel = 2 * kLanes<Real>;
 
-// A B in registers, to be inlined into a function whose registers are its own. B is a packed panel, [depth][kPanel];
-// element (m, k) of A is at m · kRowStride + k · kDepthStride, known when compiling so that every address is a constant
-// offset.
+// A B in registers, to be inlined into a function that is not inlined itself. B is a packed panel, [depth][kPanel];
+// element (m, k) of A is at m · kRowStride + k · kDepthStride, known at compile time so that every address is a
+// constant offset.
 template <int kRowStride, int kDepthStride, typename Real>
 CONDDETR_INLINE void sum_products(int64_t depth, const Real* a, const Real* b, Vector<Real> (&sums)[kRows][2]) {
   constexpr int L = kLanes<Real>;

@@ -1,7 +1,7 @@
 // Vectors of the instruction set that this file is compiled for, as the compiler's own vector types.
 //
-// Everything is in an unnamed namespace, here and in what builds on it (product.h, exp2.h, lanes.h): each file has its
-// own copy, compiled for its own instruction set.
+// Everything is in an unnamed namespace, here and in the headers that build on it (product.h, exp2.h, lanes.h): each
+// file has a separate copy, compiled for its instruction set.
 #pragma once
 
 #include <stdint.h>

@@ -8,7 +8,7 @@
 namespace conddetr {
 
 // sin(2π · turns), without a branch: folded to a quarter turn, then the series to degree 13.
-// Absolute error below 4e-7 for up to one turn; beyond it that of `turns` itself, 2π · |turns| · 2^-24, is added.
+// Absolute error below 4e-7 for up to one turn; beyond it the error of `turns` itself, 2π · |turns| · 2^-24, is added.
 CONDDETR_BOTH float sin_turns(float turns) {
   turns -= floorf(turns + 0.5f);
   turns = turns > 0.25f ? 0.5f - turns : (turns < -0.25f ? -0.5f - turns : turns);
@@ -23,7 +23,7 @@ CONDDETR_BOTH float sin_turns(float turns) {
   return x + x * (z * series);
 }
 
-// In float64 for tests alone: the library's sine, after the same reduction.
+// In float64, only for tests: the library's sine, after the same reduction.
 CONDDETR_BOTH double sin_turns(double turns) { return sin((turns - floor(turns + 0.5)) * 6.283185307179586); }
 
 }  // namespace conddetr

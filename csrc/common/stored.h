@@ -1,4 +1,4 @@
-// How numbers lie in memory, and the type that is computed in: float32, but for float64 (which is for tests).
+// Storage types of numbers, and the compute type: float32, or float64 for float64 (which is for tests).
 #pragma once
 
 #include <stdint.h>
@@ -23,7 +23,7 @@ struct ComputeOf<BFloat16> {
 template <typename T>
 using Compute = typename ComputeOf<T>::type;
 
-// These are `static`: every file that includes them has its own, compiled for its own instruction set.
+// These are `static`: every file that includes them has a separate copy, compiled for its instruction set.
 template <typename T>
 static inline Compute<T> load(T value) {
   return value;
@@ -41,7 +41,7 @@ static inline void store(T& target, Compute<T> value) {
   target = value;
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 static inline void store(BFloat16& target, float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);

@@ -1,5 +1,5 @@
-// The instructions that the CUDA kernels are made of. Kernels use these and plain C++, so that tests can run the very
-// same kernels on a CPU with another header of this name (tests/kernels/emulator).
+// The GPU instructions of the CUDA kernels. Kernels use only these and plain C++, so that tests can run the same
+// kernels on a CPU with another header of this name (tests/kernels/emulator).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -31,7 +31,7 @@ __device__ __forceinline__ T from_float(float value) {
   return T(value);
 }
 
-// Two numbers as they lie in memory, the first in the lower half.
+// Two numbers in the order of memory, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
 template <>
@@ -102,7 +102,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Starts to copy 16 bytes to shared memory, or zeros if not `inside`; then nothing is read. Both are 16-byte aligned.
+// Starts copying 16 bytes to shared memory, or zeros, reading nothing, if not `inside`. Both are 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool inside) {
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
@@ -116,10 +116,11 @@ __device__ __forceinline__ void copy_word_async(void* shared, const void* global
                : "memory");
 }
 
-// Ends a group of copies; every thread makes the same groups.
+// Ends a group of copies; all threads must form the same groups.
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for this thread's copies but those of the last `Pending` groups; a barrier makes all threads' visible.
+// Waits for this thread's copies except those of the last `Pending` groups; a barrier makes all threads' copies
+// visible.
 template <int Pending>
 __device__ __forceinline__ void wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
@@ -142,9 +143,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void*
   }
 }
 
-// sum += a b for a [16, 16], b [16, 8] and sum [16, 8]. Lane 4g + t holds of `sum` row g, then row g + 8, columns 2t
-// and 2t+1; of `a` such pairs of rows g and g + 8, then the same of columns 8 on; of `b` rows 2t and 2t+1 of column g,
-// then rows 2t+8 and 2t+9.
+// sum += a b for a [16, 16], b [16, 8] and sum [16, 8]. Lane 4g + t holds columns 2t and 2t+1 of row g of `sum`, then
+// of row g + 8; of `a` such pairs of rows g and g + 8, then the same from column 8 on; of `b` rows 2t and 2t+1 of
+// column g, then rows 2t+8 and 2t+9.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

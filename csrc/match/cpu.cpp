@@ -10,8 +10,8 @@
 namespace conddetr::match {
 namespace {
 
-// Costs that a thread takes at a time at the least: about a millisecond. A training batch with few objects is done by
-// then, and waking a thread on a busy machine takes longer.
+// Least number of costs that a thread takes at a time: about a millisecond. A training batch with few objects is done
+// by then, and waking a thread on a busy machine takes longer.
 constexpr int64_t kCostsPerThread = 1 << 19;
 
 // The memory behind a `Workspace`.
@@ -33,9 +33,9 @@ class Memory {
  private:
   template <typename T>
   static T* take(T*& next, int64_t count) {
-    T* const found = next;
+    T* const start = next;
     next += count;
-    return found;
+    return start;
   }
 
   std::vector<double> reals_;
@@ -59,7 +59,7 @@ Tensor linear_assignment(const Tensor& cost, const Tensor& counts) {
   const char* costs = static_cast<const char*>(cost.const_data_ptr());
   const int32_t* objects = static_cast<const int32_t*>(counts.const_data_ptr());
   int64_t* out = static_cast<int64_t*>(data(assignment));
-  // As the other kernels do it: a wrong count never reads outside.
+  // Clamped, as in the other kernels: a wrong count never reads outside.
   const int64_t most = std::min(capacity, queries);
   const int64_t matrix = capacity * queries, problems = assignment.numel() / queries;
   const int64_t per_thread = std::max<int64_t>(1, kCostsPerThread / std::max<int64_t>(1, matrix));

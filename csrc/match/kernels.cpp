@@ -1,9 +1,9 @@
 // Linear assignment by shortest augmenting paths (Crouse 2016), vectorised over queries. Compiled once for each
 // instruction set.
 //
-// Objects are added one by one; for each, a Dijkstra search over the queries finds the cheapest way to make room. Of
-// the dual variables only those of the queries are kept: an object in the tree was reached through the query that it
-// held, where its reduced cost is zero, and that gives the object's.
+// Objects are added one by one; for each, a Dijkstra search over the queries finds the cheapest way to make room. Only
+// the dual variables of the queries are kept: an object in the tree was reached through the query that it held, where
+// its reduced cost is zero, and this gives the object's dual variable.
 
 #include "match/kernels.h"
 
@@ -19,7 +19,7 @@ inline int64_t width_of(int64_t queries) { return (queries + kAlignment - 1) / k
 
 inline bool is_finite(double value) { return __builtin_fabs(value) < kInfinity; }
 
-// Rows as float64. NaN and infinity become more than the span of all sums of finite costs, -inf its opposite.
+// Copies rows as float64. NaN and infinity become more than the span of all sums of finite costs, -inf its negative.
 template <typename T>
 void copy_costs(const Problem& p, double* out) {
   const T* cost = static_cast<const T*>(p.cost);
@@ -42,7 +42,7 @@ void copy_costs(const Problem& p, double* out) {
   }
 }
 
-// The least of several values and where it is; of equal ones the first.
+// The least of several values and its index; the first of equal ones.
 struct Least {
   Vector<double> value = broadcast(kInfinity);
   Integers<double> index = {};
@@ -54,19 +54,20 @@ struct Least {
   }
 
   int64_t among_lanes(double& lowest) const {
-    int64_t found = index[0];
+    int64_t result = index[0];
     lowest = value[0];
     for (int64_t lane = 1; lane < kStep; ++lane) {
-      if (value[lane] < lowest || (value[lane] == lowest && index[lane] < found)) {
+      if (value[lane] < lowest || (value[lane] == lowest && index[lane] < result)) {
         lowest = value[lane];
-        found = index[lane];
+        result = index[lane];
       }
     }
-    return found;
+    return result;
   }
 };
 
-// Distances through `object`, whose own is `offset`; the nearest of all queries, and of those that nobody holds.
+// Updates distances with those through `object`, whose distance is `offset`; finds the nearest of all queries, and of
+// the free ones.
 CONDDETR_INLINE void relax(const Workspace& w, int64_t width, int64_t object, double offset, Least& any, Least& free) {
   const double* cost = w.cost + object * width;
   Integers<double> index;
@@ -87,7 +88,7 @@ CONDDETR_INLINE void relax(const Workspace& w, int64_t width, int64_t object, do
   }
 }
 
-// Where sums of costs overflow no query has a distance; any free one is then as good.
+// If sums of costs overflow, no query has a distance; any free one is then equally good.
 int64_t first_free(const Workspace& w) {
   int64_t query = 0;
   while (w.taken[query] != 0) ++query;
@@ -136,7 +137,7 @@ void add(const Workspace& w, int64_t width, int64_t object) {
 void solve(const Problem& p, const Workspace& w, int64_t* assignment) {
   CONDDETR_FOR_STORED(p.stored, copy_costs, p, w.cost);
   const int64_t width = width_of(p.queries);
-  // What is no query is closed from the start.
+  // Padding past the last query is closed from the start.
   for (int64_t q = 0; q < width; ++q) w.potential[q] = q < p.queries ? 0 : -kInfinity;
   for (int64_t q = 0; q < width; ++q) w.taken[q] = q < p.queries ? 0 : kInfinity;
   for (int64_t object = 0; object < p.objects; ++object) add(w, width, object);

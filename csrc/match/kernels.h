@@ -1,4 +1,4 @@
-// Linear assignment on the CPU: what `cpu.cpp` hands to the code that is compiled once for each instruction set.
+// Linear assignment on the CPU: the interface of `cpu.cpp` to the code that is compiled once for each instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -16,7 +16,7 @@ struct Problem {
   int64_t queries;
 };
 
-// Memory of one search, used again for the next. `width` is the number of queries rounded up to `kAlignment`.
+// Memory of one search, reused for the next. `width` is the number of queries rounded up to `kAlignment`.
 struct Workspace {
   double* cost;       // [objects, width], all finite
   double* potential;  // [width] dual variable of a query; -inf while the search has closed it

@@ -7,7 +7,7 @@
 namespace conddetr::peak::CONDDETR_LEVEL {
 
 void multiply_add(int64_t rounds, int64_t& operations, float& sink) {
-  // As many as hide the latency of each other, on two units of up to six cycles.
+  // Enough independent chains to hide the latency of two units of up to six cycles.
   constexpr int kChains = 12;
   Vector<float> sums[kChains];
   for (int i = 0; i < kChains; ++i) sums[i] = broadcast(float(i));

@@ -1,4 +1,4 @@
-// The fastest that this processor multiplies and adds float32 in registers: what benchmarks compare kernels with.
+// The peak rate of float32 multiply-adds in registers on this processor, which benchmarks compare kernels with.
 #pragma once
 
 #include <stdint.h>
@@ -7,11 +7,11 @@
 
 namespace conddetr::peak {
 
-// Floating-point operations per second of all of torch's threads together: the best of some milliseconds.
+// Floating-point operations per second of all of torch's threads together: the best of several short runs.
 double multiply_adds_per_second();
 
-// Each level: `rounds` times some multiply-adds, in this thread. `operations` is how many that were; `sink` gets a
-// number that depends on them, so that none can be left out.
+// Each level: `rounds` rounds of multiply-adds, in this thread. `operations` is set to the number of operations, `sink`
+// to a number that depends on them, so that the compiler cannot remove any.
 #define CONDDETR_DECLARE(level)                                        \
   namespace level {                                                    \
   void multiply_add(int64_t rounds, int64_t& operations, float& sink); \

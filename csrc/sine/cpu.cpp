@@ -13,12 +13,12 @@ namespace {
 constexpr int64_t kRowsPerThread = 64;
 
 std::vector<double> rates(int64_t dim, double temperature) {
-  std::vector<double> found(dim / 2);
+  std::vector<double> result(dim / 2);
   for (int64_t channel = 0; channel < dim / 2; ++channel) {
-    // In float32, as the reference has its table.
-    found[channel] = 1.0f / std::pow(float(temperature), float(channel / 2 * 2) / float(dim / 2));
+    // In float32, like the reference's table.
+    result[channel] = 1.0f / std::pow(float(temperature), float(channel / 2 * 2) / float(dim / 2));
   }
-  return found;
+  return result;
 }
 
 Problem problem(const Tensor& points, const std::optional<Tensor>& transform, const std::vector<double>& rates) {

@@ -1,5 +1,5 @@
 // Sine embedding and λ ⊙ p_s, forward and backward, in one pass over memory. Compiled once for each instruction set:
-// the inner loops are written so that the compiler makes vector code of them.
+// the inner loops are written so that the compiler vectorises them.
 
 #include "sine/kernels.h"
 
@@ -8,13 +8,13 @@
 namespace conddetr::sine::CONDDETR_LEVEL {
 namespace {
 
-// Channels of one coordinate at a time: this many fit the first-level cache whatever `dim` is.
+// Channels of one coordinate at a time: this many fit the first-level cache for any `dim`.
 constexpr int64_t kChunk = 256;
 
-// Halves of rows, one for each coordinate, whose slopes are added up at a time.
+// Halves of rows, one for each coordinate, whose slopes are summed at a time.
 constexpr int64_t kHalves = 64;
 
-// What the channels of a chunk have in common for all rows, in the type that is computed in.
+// Values of a chunk's channels that all rows share, in the compute type.
 template <typename Real>
 struct Chunk {
   Chunk(const Problem& p, int64_t first_) : first(first_) {

@@ -21,7 +21,7 @@ CONDDETR_BOTH float rate(int channel, int half, float log2_temperature) {
   return exp2f(-log2_temperature * float(within & ~1) / float(half));
 }
 
-// The embedding of one channel, and its derivative with the coordinate. y's half of the channels comes first; the
+// The embedding of one channel, and its derivative by the coordinate. y's half of the channels comes first; the
 // cosine of the odd channels is a sine a quarter turn ahead.
 CONDDETR_BOTH float embed(float x, float y, int channel, int half, float log2_temperature) {
   const float turns = (channel < half ? y : x) * rate(channel, half, log2_temperature);
@@ -33,7 +33,7 @@ CONDDETR_BOTH float embed_slope(float x, float y, int channel, int half, float l
   return sin_turns(turns + (channel & 1 ? 0.5f : 0.25f)) * (turns_per_unit * 6.283185307179586f);
 }
 
-// out[n] = embedding of points[n], times transform[n] if there is one; a thread has one vector of channels.
+// out[n] = embedding of points[n], times transform[n] if there is one; a thread computes one vector of channels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const T* points, const T* transform, T* out, int64_t count, int dim, float log2_temperature) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
   reinterpret_cast<Vector<T>*>(out)[index] = result;
 }
 
-// A warp has one row, so that the sum over its channels stays in registers, in an order that never changes.
+// A warp handles one row, so the sum over its channels stays in registers, in a fixed order.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const T* grad, const T* points, const T* transform, T* grad_points, T* grad_transform,

@@ -1,4 +1,4 @@
-// Sine embedding on the CPU: what `cpu.cpp` hands to the code that is compiled once for each instruction set.
+// Sine embedding on the CPU: the interface of `cpu.cpp` to the code that is compiled once for each instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +20,7 @@ struct Problem {
 struct Gradients {
   const void* upstream;
   void* points;
-  void* transform;  // null where there is no λ
+  void* transform;  // null without λ
 };
 
 // Rows `begin` to `end`.

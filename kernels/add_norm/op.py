@@ -1,6 +1,6 @@
 """A residual branch added to its trunk, and layer norm: the public function, its checks, and the operators behind it.
 
-Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
 from functools import reduce
@@ -16,9 +16,9 @@ from conddetr.kernels.common.launch import REPLICAS
 from conddetr.kernels.common.seed import fresh_seed
 
 MAX_CHANNELS = 1024
-"""Of the kernels: a program keeps whole rows."""
+"""Limit of the kernels, because a program holds whole rows."""
 MAX_GRADIENTS = 4
-"""Gradients of outputs that the backward kernel adds up itself; of more, the first are added up before."""
+"""Output gradients that the backward kernel sums. If there are more, the first ones are summed before the launch."""
 _VECTORS = ("weight", "bias", "branch_bias")
 _OTHERS = ("residual", *_VECTORS, "position", "seed")
 
@@ -40,30 +40,30 @@ def add_norm(
 ) -> tuple[Tensor, ...]:
     """layer_norm(residual + dropout(branch + branch_bias)), one launch forward and one backward.
 
-    The result comes as several tensors, one for each use, that share one memory for each dtype: their gradients are
-    added up by the one backward launch, where autograd would launch a sum for each. They must not be changed in place.
+    The result is one tensor for each use. Tensors of one dtype share memory, so they must not be changed in place. The
+    backward launch sums their gradients; autograd would launch one sum for each.
 
-    Vectors are [C], or [P, C]: replicas, of which the first row is read, all of them of one P. Their gradient is then
-    [P, C] float32, and the sum of its rows is the gradient of [C]: partial sums, for whoever made the replicas to add
-    up, which for [C] costs one more launch here (`common.launch.REPLICAS` is a good P).
+    Vectors are [C], or replicas [P, C] with the same P for all. Only the first row of replicas is read. Their gradient
+    is [P, C] float32: partial sums, whose rows the caller sums to the gradient of [C]. For vectors [C] that sum costs
+    one more launch here. `common.launch.REPLICAS` is a good P.
 
     Args:
         branch: [..., C], floating.
         residual: the trunk, of the shape and device of branch, floating.
-        weight, bias: of the norm, [C] or [P, C], floating.
+        weight, bias: of the layer norm, [C] or [P, C], floating.
         branch_bias: added to the branch before dropout, [C] or [P, C], floating.
-        position: [1 or B, N, C], floating, for a branch of [B, N, C]: asks for a last output. It gets no gradient.
+        position: [1 or B, N, C], floating, for a branch of [B, N, C]: adds a last output. It gets no gradient.
         dropout_p: probability, in [0, 1), that an element of the branch is dropped.
-        eps: of the norm.
-        trunks: how many outputs of the promoted dtype of branch and residual, at least 0.
-        outs: how many outputs of the dtype of branch, at least 0.
-        seed: [1] int64 on the device of branch, of what is dropped; None: drawn from torch's generator. `eager` draws
-            from that in any case.
+        eps: of the layer norm.
+        trunks: number of outputs in the promoted dtype of branch and residual, at least 0.
+        outs: number of outputs in the dtype of branch, at least 0.
+        seed: [1] int64 on the device of branch, dropout's seed; None: sampled from torch's generator. `eager` always
+            samples from that generator.
         backend: `auto`, `triton` (C up to 1024) or `eager`.
 
     Returns:
-        `trunks` tensors of the promoted dtype, `outs` tensors of the dtype of branch, and where there is a position one
-        of that dtype with the position added: all [..., C].
+        `trunks` tensors of the promoted dtype, `outs` tensors of the dtype of branch and, with a position, one of that
+        dtype with the position added. All are [..., C].
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers do not fit; names the expected and the actual value.
@@ -87,7 +87,7 @@ def add_norm(
     records = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:5])
     if records and not torch.compiler.is_compiling():
         return AddNorm.apply(*inputs, trunks, outs)
-    # Compiled, sums of gradients are fused; and the class below is not what can be traced.
+    # torch.compile fuses sums of gradients, and it cannot trace the class below.
     trunk, out, placed = torch.ops.conddetr.add_norm(*inputs, *_wanted(branch, residual, trunks, outs), records)[:3]
     return _shared(trunk, out, placed, position, trunks, outs)
 
@@ -97,7 +97,7 @@ def _why_not(channels: int) -> str | None:
 
 
 OPERATION = registry.declare("add_norm", triton=registry.Kernels(why_not=_why_not))
-"""It is told the number of channels; the dtype is that of the trunk."""
+"""`why_not` takes the number of channels; the dtype is the trunk's."""
 
 
 def _check_tensors(
@@ -107,7 +107,7 @@ def _check_tensors(
     if not shape or shape[-1] == 0 or not branch.is_floating_point():
         raise ValueError(f"branch: expected [..., C], floating, got {tuple(shape)} {branch.dtype}.")
     if residual.shape != shape or not residual.is_floating_point():
-        expected = f"{tuple(shape)}, floating, as of branch"
+        expected = f"{tuple(shape)}, floating, like branch"
         raise ValueError(f"residual: expected {expected}, got {tuple(residual.shape)} {residual.dtype}.")
     channels = shape[-1]
     replicas = None
@@ -129,17 +129,17 @@ def _check_tensors(
     device = branch.device
     for name, tensor in zip(_OTHERS, (residual, *vectors, position, seed), strict=True):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} as of branch, got {tensor.device}.")
+            raise ValueError(f"{name}: expected device {device} like branch, got {tensor.device}.")
 
 
 def _check_position(branch: Tensor, position: Tensor) -> None:
     if branch.dim() != 3:
-        raise ValueError(f"branch: expected [B, N, C] where there is a position, got {tuple(branch.shape)}.")
+        raise ValueError(f"branch: expected [B, N, C] with a position, got {tuple(branch.shape)}.")
     expected = tuple(branch.shape)
     is_fitting = position.dim() == 3 and position.shape[1:] == branch.shape[1:]
     if not (is_fitting and position.shape[0] in (1, expected[0]) and position.is_floating_point()):
-        found = f"{tuple(position.shape)} {position.dtype}"
-        raise ValueError(f"position: expected {expected} or {(1, *expected[1:])}, floating, got {found}.")
+        actual = f"{tuple(position.shape)} {position.dtype}"
+        raise ValueError(f"position: expected {expected} or {(1, *expected[1:])}, floating, got {actual}.")
 
 
 def _check_numbers(dropout_p: float, trunks: int, outs: int, has_position: bool) -> None:
@@ -150,7 +150,7 @@ def _check_numbers(dropout_p: float, trunks: int, outs: int, has_position: bool)
 
 
 def _wanted(branch: Tensor, residual: Tensor, trunks: int, outs: int) -> tuple[bool, bool]:
-    """Which memories there are: the trunk's, and that of the outs, which is the trunk's where dtypes are equal."""
+    """Whether trunks and outs need memory; the outs share the trunks' if dtypes are equal."""
     if torch.promote_types(branch.dtype, residual.dtype) == branch.dtype:
         return trunks + outs > 0, False
     return trunks > 0, outs > 0
@@ -159,16 +159,16 @@ def _wanted(branch: Tensor, residual: Tensor, trunks: int, outs: int) -> tuple[b
 def _shared(
     trunk: Tensor, out: Tensor, placed: Tensor, position: Tensor | None, trunks: int, outs: int
 ) -> tuple[Tensor, ...]:
-    """The outputs in their order."""
-    found = (trunk,) * trunks + (trunk if trunk.dtype == out.dtype else out,) * outs
-    return found if position is None else (*found, placed)
+    """The outputs in order: trunks, outs, and the one with the position."""
+    outputs = (trunk,) * trunks + (trunk if trunk.dtype == out.dtype else out,) * outs
+    return outputs if position is None else (*outputs, placed)
 
 
 def _fake_forward(branch: Tensor, residual: Tensor, *inputs: object) -> tuple[Tensor, ...]:
     *_, position, _, _, _, has_trunk, has_out, saves = inputs
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     wanted = ((has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype))
-    maps = [branch.new_empty(branch.shape if is_wanted else 0, dtype=kind) for is_wanted, kind in wanted]
+    maps = [branch.new_empty(branch.shape if is_wanted else 0, dtype=map_dtype) for is_wanted, map_dtype in wanted]
     rows = branch.numel() // branch.shape[-1] if saves else 0
     return *maps, branch.new_empty(rows, dtype=torch.float32)
 
@@ -182,14 +182,14 @@ def _backward(*inputs: object) -> tuple[Tensor, ...]:
 
 def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     normalized, *_, branch, residual, vectors, replicas = inputs[MAX_GRADIENTS:]
-    maps = [normalized.new_empty(0 if kind is None else normalized.shape, dtype=kind) for kind in (branch, residual)]
+    maps = [normalized.new_empty(0 if dtype is None else normalized.shape, dtype=dtype) for dtype in (branch, residual)]
     return *maps, normalized.new_empty((vectors, replicas, normalized.shape[-1]), dtype=torch.float32)
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     branch, residual, weight, bias, branch_bias, _, seed, ctx.dropout_p, *_ = inputs
     ctx.dtypes = (branch.dtype, residual.dtype)
-    # Shape and dtype is what their gradients need.
+    # Their gradients need shape and dtype only.
     ctx.vectors = [None if x is None else (x.shape, x.dtype) for x in (weight, bias, branch_bias)]
     ctx.save_for_backward(weight, seed, *output[3:])
     ctx.mark_non_differentiable(*output[3:])
@@ -197,62 +197,62 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _differentiate(ops: object, ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of branch, residual and the three vectors, and None for all other inputs of the operator."""
+    """Gradients of branch, residual and the three vectors; None for all other inputs of the operator."""
     weight, seed, normalized, rstd = ctx.saved_tensors
-    # Not those of outputs that nobody wanted, which are empty.
-    given = [grad.contiguous() for grad in gradients if grad is not None and grad.shape == normalized.shape]
+    # Without gradients of outputs that were not requested: those are empty.
+    grads = [grad.contiguous() for grad in gradients if grad is not None and grad.shape == normalized.shape]
     needs, others = ctx.needs_input_grad[:5], (None,) * 7
-    if not given or not any(needs):
+    if not grads or not any(needs):
         return (None,) * 5 + others
-    excess = len(given) - MAX_GRADIENTS + 1
+    excess = len(grads) - MAX_GRADIENTS + 1
     if excess > 1:
-        given = [reduce(add, given[:excess]), *given[excess:]]
-    given += [None] * (MAX_GRADIENTS - len(given))
-    branch, residual = (kind if needed else None for kind, needed in zip(ctx.dtypes, needs, strict=False))
-    # Of weight and bias both, or neither: the sums cost nothing beside what is read.
+        grads = [reduce(add, grads[:excess]), *grads[excess:]]
+    grads += [None] * (MAX_GRADIENTS - len(grads))
+    branch, residual = (dtype if needed else None for dtype, needed in zip(ctx.dtypes, needs, strict=False))
+    # Weight and bias both, or neither: their sums cost nothing compared with the reads.
     vectors = 3 if needs[4] else 2 if any(needs[2:4]) else 0
     shapes = [vector[0] for vector in ctx.vectors if vector is not None]
     replicas = next((shape[0] for shape in shapes if len(shape) == 2), min(REPLICAS, max(1, len(rstd))))
-    shared = (normalized, rstd, weight, seed, ctx.dropout_p)
+    saved = (normalized, rstd, weight, seed, ctx.dropout_p)
     backward = ops.add_norm_backward.default
-    of_branch, of_residual, partials = operators.call(backward, *given, *shared, branch, residual, vectors, replicas)
-    of_vectors = _of_vectors(ctx.vectors, partials, needs[2:])
-    return of_branch if needs[0] else None, of_residual if needs[1] else None, *of_vectors, *others
+    grad_branch, grad_residual, partials = operators.call(backward, *grads, *saved, branch, residual, vectors, replicas)
+    grad_vectors = _vector_gradients(ctx.vectors, partials, needs[2:])
+    return grad_branch if needs[0] else None, grad_residual if needs[1] else None, *grad_vectors, *others
 
 
-def _of_vectors(vectors: list, partials: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """Their gradients: partial sums of replicas, and of the others sums, all in one launch."""
+def _vector_gradients(vectors: list, partials: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """Gradients of the vectors: partial sums for replicas; for the others full sums, all in one launch."""
     is_summed = any(
         needed and len(vector[0]) == 1 for vector, needed in zip(vectors, needs, strict=True) if vector is not None
     )
     sums = partials.sum(1) if is_summed else None
-    found = []
+    gradients = []
     for index, (vector, needed) in enumerate(zip(vectors, needs, strict=True)):
         if not needed:
-            found.append(None)
+            gradients.append(None)
         else:
-            found.append(partials[index] if len(vector[0]) == 2 else sums[index].to(vector[1]))
-    return found
+            gradients.append(partials[index] if len(vector[0]) == 2 else sums[index].to(vector[1]))
+    return gradients
 
 
 class AddNorm(torch.autograd.Function):
-    """The operator, with outputs that share memory, which an operator's must not."""
+    """The operator with outputs that share memory, which PyTorch forbids for an operator itself."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: object) -> tuple[Tensor, ...]:
-        """The operator's inputs up to eps, trunks and outs."""
+        """Takes the operator's inputs up to eps, then trunks and outs."""
         *inputs, trunks, outs = inputs
         branch, residual, *_ = inputs
         wanted = _wanted(branch, residual, trunks, outs)
-        found = operators.call(torch.ops.conddetr.add_norm.default, *inputs, *wanted, True)
-        _setup(ctx, inputs, found)
-        # Each use is a tensor of its own.
-        trunk, out, placed = found[:3]
+        results = operators.call(torch.ops.conddetr.add_norm.default, *inputs, *wanted, True)
+        _setup(ctx, inputs, results)
+        # A separate tensor for each use.
+        trunk, out, placed = results[:3]
         return tuple(x.view_as(x) for x in _shared(trunk, out, placed, inputs[5], trunks, outs))
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One None less than the operator has, which has one input more."""
+        """Returns one None fewer than the operator's backward, because the operator has one more input."""
         return _differentiate(torch.ops.conddetr, ctx, *gradients)[:-1]
 
 

@@ -1,4 +1,4 @@
-"""Bias, dropout, residual sum and layer norm in plain PyTorch: the truth that every kernel is held to.
+"""Bias, dropout, residual sum and layer norm in plain PyTorch: the reference for every kernel.
 
 Source: "Attention is all you need", sections 3.1 and 5.4: LayerNorm(x + Dropout(Sublayer(x))).
 """
@@ -25,5 +25,5 @@ def add_norm(
     added = branch if branch_bias is None else branch + branch_bias
     z = (residual + F.dropout(added, dropout_p)).to(dtype)
     y = F.layer_norm(z, weight.shape, weight.to(dtype), bias.to(dtype), eps).to(dtype)
-    found = (y,) * trunks + (y.to(branch.dtype),) * outs
-    return found if position is None else (*found, (y + position).to(branch.dtype))
+    outputs = (y,) * trunks + (y.to(branch.dtype),) * outs
+    return outputs if position is None else (*outputs, (y + position).to(branch.dtype))

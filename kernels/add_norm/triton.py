@@ -1,10 +1,10 @@
 """Bias, dropout, residual sum and layer norm in one pass over memory, and all their gradients in another.
 
-A program handles a block of whole rows. Forward keeps the normalised rows, of which backward needs no more than that
-and one number a row: not the sum, nor what it was made of. What was dropped is drawn again (`keep_mask`).
+A program handles a block of whole rows. Forward saves the normalised rows and one number per row. Backward needs
+neither the sum nor its terms, and recomputes the dropout mask (`keep_mask`).
 
-Backward has a fixed number of programs, each of which walks over rows and adds up what it gives to the gradients of
-weight and bias: one row of partial sums a program, in an order that does not change. All arithmetic is float32.
+Backward has a fixed number of programs. Each loops over rows and sums its share of the gradients of weight and bias
+into one row of partial sums, in a fixed order. All arithmetic is float32.
 """
 
 import functools
@@ -30,7 +30,7 @@ from conddetr.kernels.common.triton import (
 SIZES = ("rows", "position_rows")
 """Not specialised (`operators.py` says why)."""
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 1024, 2048
-"""Per program at a time, for 128 threads. Backward has few programs, so each must have more loads in flight."""
+"""Per program and iteration, for 128 threads. Backward has few programs, so each must have more loads in flight."""
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
@@ -77,7 +77,7 @@ def add_norm_backward_kernel(
     CHANNELS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, GRADIENTS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """partials [VECTORS, replicas, CHANNELS] float32: of weight, bias, branch_bias (3), of the first two (2), none."""
+    """partials [VECTORS, replicas, CHANNELS] float32: weight, bias and branch_bias (3), the first two (2) or none."""
     column = tl.arange(0, PADDED)
     is_column = column < CHANNELS
     scales = vector(weight, column, is_column)
@@ -101,7 +101,7 @@ def add_norm_backward_kernel(
         along = tl.sum(slope * hat, axis=1) / CHANNELS
         mean = tl.sum(slope, axis=1) / CHANNELS
         of_z = slope - hat * along[:, None] - mean[:, None]
-        # Zero in rows that are none.
+        # Zero past the last row.
         of_z *= tl.load(rstd + row, mask=inside, other=0.0)[:, None]
         if HAS_RESIDUAL:
             store_cast(grad_residual + offset, of_z, mask)
@@ -123,7 +123,7 @@ def add_norm_backward_kernel(
 
 @functools.cache
 def launch(channels: int, elements: int) -> dict[str, int | bool]:
-    """Block sizes and compiler options for a number of channels, and of elements per program at a time."""
+    """Block sizes and compiler options for a number of channels, and of elements per program and iteration."""
     padded = max(16, next_power_of_2(channels))
     sizes = {"CHANNELS": channels, "PADDED": padded, "BLOCK": max(1, elements // padded)}
     return {**sizes, "num_warps": 4, "enable_fp_fusion": True}
@@ -143,13 +143,13 @@ def forward(
     has_out: bool,
     saves: bool,
 ) -> tuple[Tensor, ...]:
-    """trunk, out, placed, normalized [..., C] and rstd [rows]; what is not wanted is empty. All inputs contiguous,
-    vectors [C] or [P, C], of which the first row is read.
+    """trunk, out, placed, normalized [..., C] and rstd [rows]; those not requested are empty. All inputs are
+    contiguous; of vectors [P, C] the first row is read.
     """
     dtype = torch.promote_types(branch.dtype, residual.dtype)
     trunk, out, placed, normalized = (
-        torch.empty_like(branch, dtype=kind) if wanted else branch.new_empty(0, dtype=kind)
-        for wanted, kind in (
+        torch.empty_like(branch, dtype=map_dtype) if wanted else branch.new_empty(0, dtype=map_dtype)
+        for wanted, map_dtype in (
             (has_trunk, dtype), (has_out, branch.dtype), (position is not None, branch.dtype), (saves, dtype)
         )
     )  # fmt: skip
@@ -181,9 +181,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of branch and residual in these dtypes, empty for None, and partials [vectors, replicas, C] float32.
 
-    `gradients`: of the outputs, from one to `MAX_GRADIENTS`, contiguous like all else.
+    `gradients` are those of one to `MAX_GRADIENTS` outputs. All tensors are contiguous.
     """
-    of_branch, of_residual = (
+    grad_branch, grad_residual = (
         normalized.new_empty(0) if dtype is None else torch.empty_like(normalized, dtype=dtype)
         for dtype in (branch, residual)
     )
@@ -193,8 +193,8 @@ def backward(
     programs = max(1, min(replicas, cdiv(rows, sizes["BLOCK"])))
     add_norm_backward_kernel[(programs,)](
         *gradients, *[None] * (MAX_GRADIENTS - len(gradients)), normalized, rstd, weight, seed,
-        of_branch, of_residual, partials, dropout_p, rows, replicas,
+        grad_branch, grad_residual, partials, dropout_p, rows, replicas,
         GRADIENTS=len(gradients), HAS_DROPOUT=dropout_p > 0, HAS_BRANCH=branch is not None,
         HAS_RESIDUAL=residual is not None, VECTORS=vectors, **sizes,
     )  # fmt: skip
-    return of_branch, of_residual, partials
+    return grad_branch, grad_residual, partials

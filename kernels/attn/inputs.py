@@ -1,4 +1,4 @@
-"""What the operator of conditional attention takes, in its order: the schema and all that reads it are made of this."""
+"""Inputs of the operator of conditional attention, in its order. Its schema and all its readers use this definition."""
 
 from typing import NamedTuple
 
@@ -6,22 +6,22 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
-    """Of one call; shapes as in `op.py`. The last dimension of each floating tensor is contiguous."""
+    """Inputs of one call; shapes as in `op.py`. The last dimension of each floating tensor is contiguous."""
 
     q_content: Tensor
     q_spatial: Tensor
     k_content: Tensor
     k_spatial: Tensor
-    """Of every key, or where there are columns the rows of the grid."""
+    """One for every key; with columns, the rows of the grid."""
     columns: Tensor | None
     v: Tensor
     valid_cells: Tensor | None
     key_padding_mask: Tensor | None
     keep: Tensor | None
-    """Bits of dropout, of `bits_shape`; None: nothing is dropped."""
+    """Dropout's bits, with shape `bits_shape`; None: nothing is dropped."""
     scale: float
     dropout_p: float
-    """The probability really drawn."""
+    """The actual probability, as rounded."""
 
     @property
     def floating(self) -> tuple[Tensor | None, ...]:
@@ -36,10 +36,10 @@ class Inputs(NamedTuple):
 
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float"}
-SCHEMA = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in Inputs.__annotations__.items())
-"""As an operator's schema has them."""
+SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Inputs.__annotations__.items())
+"""The inputs in the syntax of an operator's schema."""
 
 
 def bits_shape(batch: int, heads: int, queries: int, keys: int) -> tuple[int, int, int, int]:
-    """Of the words of dropout's bits: [B, h, words, Q], words of 32 keys in whole tiles of 64."""
+    """Shape of the words of dropout's bits: [B, h, words, Q], words of 32 keys in whole tiles of 64."""
     return batch, heads, (keys + 63) // 64 * 2, queries

@@ -1,6 +1,6 @@
 """Conditional attention: the public function, and the operator behind the kernels.
 
-Under autocast nothing is cast: all five tensors share one dtype, which is also that of the result. Sums are float32.
+Autocast changes nothing here: all five tensors share one dtype, which the result has too. Sums are float32.
 """
 
 from collections.abc import Sequence
@@ -41,20 +41,19 @@ def conditional_attention(
         q_spatial: [B, Q, h, ds] conditional spatial query.
         k_content: [B, N, h, d] content key.
         k_spatial: [B, N, h, ds] spatial key; or separable, over a grid of N = H·W keys in row-major order:
-            (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x]. Rows or columns [1, ...] are
-            those of every image.
+            (rows [B, H, h, ds], columns [B, W, h, ds]), meaning rows[y] + columns[x]. Rows or columns [1, ...] serve
+            every image.
         v: [B, N, h, dv] value. All floating tensors share one dtype and device.
         valid_cells: [B, 2] int32 valid height and width of each image's grid; needs separable keys, whose shape
-            says what the grid is. Values beyond the grid are refused on a CPU; on a GPU, where looking at them would
-            stop the host, they are clamped, as they are where there are none to look at (torch.compile, torch.func).
+            defines the grid. On a CPU, values beyond the grid raise an error. On a GPU they are clamped, because
+            reading them would block the host; torch.compile and torch.func have no values to read and clamp too.
         key_padding_mask: [B, N] bool, True = padding; instead of `valid_cells`.
         scale: default (d + ds) ** -0.5.
-        dropout_p: probability, in [0, 1), that an attention weight is dropped. Kernels round it to a multiple of 2⁻¹⁶,
-            and the others grow by what was really drawn (`dropout_bits`); the bits, one for each weight, are kept for
-            backward.
-        seed: [1] int64, what the weights to be dropped are drawn from: of one seed the same ones on every backend.
-            None: the next number of torch's generator, which is one more launch; `eager` then has PyTorch draw, weight
-            by weight.
+        dropout_p: probability, in [0, 1), that an attention weight is dropped. Kernels round it to a multiple of 2⁻¹⁶
+            (`dropout_bits`) and scale the kept weights by the rounded value. The bits, one for each weight, are saved
+            for backward.
+        seed: [1] int64, dropout's seed; with the same seed every backend drops the same weights. None: the next number
+            of torch's generator, which is one more launch; `eager` then uses PyTorch's dropout.
         backend: `auto`, `triton` (d, ds and dv from 16 to 128), `native` (on a GPU: all of them 32) or `eager`.
 
     Returns:
@@ -99,7 +98,7 @@ def conditional_attention(
 
 
 def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, backend: str) -> tuple[Tensor, float]:
-    """The bits of dropout, int32 of `bits_shape`, and the probability really drawn."""
+    """Dropout's bits, int32 with shape `bits_shape`, and the actual probability, as rounded."""
     if seed is None:
         seed = fresh_seed(v.device)
     batch, queries, heads, _ = q_content.shape
@@ -108,7 +107,7 @@ def _keep(q_content: Tensor, v: Tensor, seed: Tensor | None, dropout_p: float, b
 
 
 def _grid(rows: Tensor, columns: Tensor | None) -> tuple[int, int]:
-    """Height and width of the grid of keys; dense ones are one row."""
+    """Height and width of the grid of keys; dense keys are one row."""
     return (1, rows.shape[1]) if columns is None else (rows.shape[1], columns.shape[1])
 
 
@@ -125,7 +124,7 @@ def _why_not_native(device: torch.device, shape: Sequence[int], widths: tuple[in
 
 
 def _why_not_many(device: torch.device, shape: Sequence[int]) -> str | None:
-    """The limit is that of a GPU's grid."""
+    """A GPU's launch grid limits images and heads."""
     batch, _, heads, _ = shape
     if device.type == "cpu" or max(batch, heads) < 65536:
         return None
@@ -137,10 +136,10 @@ OPERATION = registry.declare(
     triton=registry.Kernels(why_not=_why_not_triton),
     native=registry.Kernels(why_not=_why_not_native),
 )
-"""It is told the device and the shape of the values, and d, ds and dv."""
+"""`why_not` takes the device and the shape of the values, and d, ds and dv."""
 SELF_ATTENTION = registry.declare("self_attention", native=registry.Kernels(devices=("cpu",)))
-"""Of a transformer without spatial parts: the native kernels take it as conditional attention, on CPUs, where PyTorch
-has no fused one with dropout.
+"""Self-attention without spatial parts. On CPUs the native kernels compute it as conditional attention, because PyTorch
+has no fused attention with dropout there.
 """
 
 
@@ -172,8 +171,8 @@ def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
 
 
 def _flops(*inputs: object, **_: object) -> int:
-    """Of shapes: the products of every query with every key, content, spatial part and value; so many as plain
-    PyTorch computes, whether keys are separable or padding or not.
+    """From shapes: the products of every query with every key, for content, spatial part and value. This is as many as
+    plain PyTorch computes, even if keys are separable or padding.
     """
     given = Inputs(*inputs)
     batch, queries, heads, content = given.q_content
@@ -192,7 +191,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """Of the operator's inputs, from the gradient of its first result."""
+    """Gradients of the operator's inputs, from the gradient of its first result."""
     *tensors, out, lse = ctx.saved_tensors
     given = Inputs(*tensors, ctx.scale, ctx.dropout_p)
     backward = ops.conditional_attention_backward.default
@@ -202,11 +201,11 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor, _: Tensor | None
 
 
 class ConditionalAttention(torch.autograd.Function):
-    """Triton's operator, as PyTorch records it with less work for the host."""
+    """Triton's operator, recorded with less work for the host."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
-        """The operator's inputs; its first result."""
+        """Takes the operator's inputs, returns its first result."""
         out, lse = operators.call(torch.ops.conddetr.conditional_attention.default, *inputs)
         *tensors, ctx.scale, ctx.dropout_p = inputs
         ctx.save_for_backward(*tensors, out, lse)

@@ -1,4 +1,4 @@
-"""Conditional cross-attention in plain PyTorch: the truth that every kernel is held to.
+"""Conditional cross-attention in plain PyTorch: the reference for every kernel.
 
 Source: Conditional DETR, section 3.2; `models/attention.py` of the official implementation.
 """
@@ -26,7 +26,7 @@ def attention_weights(query: Tensor, key: Tensor, key_padding_mask: Tensor | Non
     if key_padding_mask is None:
         return scores.softmax(dim=-1)
     padding = key_padding_mask[:, None, None, :]
-    # The lowest finite number rather than -inf: a row with no key left then has no NaN, not even in backward.
+    # The lowest finite number instead of -inf: a row without a visible key then has no NaN, not even in backward.
     scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1).masked_fill(padding, 0.0)
 
@@ -45,7 +45,7 @@ def conditional_attention(
     """softmax(scale · (q_content·k_content + q_spatial·k_spatial)) v, as the official code computes it: concatenated.
 
     Shapes as in `op.py`, with dense spatial keys; checks are there too. kept [B, h, Q, N] bool: the weights that
-    dropout leaves; None: drawn by PyTorch.
+    dropout keeps; None: sampled by PyTorch.
     """
     query = torch.cat([q_content, q_spatial], dim=-1)
     key = torch.cat([k_content, k_spatial], dim=-1)
@@ -55,15 +55,15 @@ def conditional_attention(
 
 
 def kept_weights(keep: Tensor, valid_cells: Tensor | None, height: int, width: int) -> Tensor:
-    """Which weights dropout leaves, from the bits that kernels read.
+    """The weights that dropout keeps, from the bits that kernels read.
 
     Args:
         keep: [B, h, words, Q] int32; bit j of word w is the key with ordinal 32 w + j.
         valid_cells: [B, 2], clamped to the grid, or None for all of it. Ordinals count the keys inside, row by row.
-        height, width: of the grid of keys.
+        height, width: size of the grid of keys.
 
     Returns:
-        [B, h, Q, height · width] bool; outside the valid rectangle the values mean nothing.
+        [B, h, Q, height · width] bool; values outside the valid rectangle have no meaning.
     """
     bits = unpacked(keep.transpose(2, 3)).flatten(-2)
     ordinal = torch.arange(height * width, device=keep.device).expand(len(keep), -1)

@@ -1,7 +1,7 @@
 """Which attention weights dropout keeps: the public function, its checks, and the operator behind the kernels.
 
-One bit for each weight, made once and read by forward and backward: a random number for each weight, twice, took longer
-than the rest of attention. Every backend makes the same bits of the same seed.
+Each weight has one bit, generated once and read by forward and backward: generating a random number for each weight
+twice took longer than the rest of attention. Every backend generates the same bits from the same seed.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ OPERATION = registry.declare("dropout_bits", triton=registry.Kernels(), native=r
 
 
 def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "auto") -> Tensor:
-    """Random bits, 32 in each word, of which a share of `drawn_probability(p)` is 0.
+    """Random bits, 32 in each word; each is 0 with probability `drawn_probability(p)`.
 
     Args:
-        seed: [1] int64; on its device the bits are made.
+        seed: [1] int64; the bits are generated on its device.
         shape: of the result.
         p: probability, in [0, 1), that a bit is 0: dropped. It is rounded to a multiple of 2⁻¹⁶.
         backend: `auto`, `triton`, `native` or `eager`; the bits are the same.
 
     Returns:
-        `shape` int32. Bit j of word i, words counted through the whole shape, depends on the seed, i, j and p alone.
+        `shape` int32. Bit j of word i, words counted through the whole shape, depends only on the seed, i, j and p.
 
     Raises:
         ValueError: p is out of range, or the seed is not one int64.
@@ -47,7 +47,7 @@ def dropout_bits(seed: Tensor, shape: Sequence[int], p: float, backend: str = "a
 
 
 def drawn_probability(p: float) -> float:
-    """The probability with which `dropout_bits` really drops for p: a multiple of 2⁻¹⁶, below 1.
+    """The actual probability with which `dropout_bits` drops for p: a multiple of 2⁻¹⁶, below 1.
 
     Raises:
         ValueError: p is not in [0, 1).

@@ -1,6 +1,6 @@
-"""Random bits of a given probability, bit-sliced, in plain PyTorch: every backend draws the same ones.
+"""Random bits of a given probability, bit-sliced, in plain PyTorch: every backend generates the same.
 
-A word is 32 decisions. Sixteen random words make 32 numbers of 16 bits, one in each column: the first word has their
+A word is 32 decisions. Sixteen random words form 32 numbers of 16 bits, one in each column: the first word has their
 lowest bits. All 32 are compared with the threshold at once, from the lowest bit up, by `and` and `or`.
 
 Source of the random words: Philox4x32-10 (Salmon et al., SC 2011).
@@ -29,7 +29,7 @@ def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
     k0, k1 = seed & _LOWER, seed >> 32 & _LOWER
     for _ in range(10):
-        # Products wrap round at 64 bits, as they should; only the sign is not that of the unsigned number.
+        # Products wrap round at 64 bits, as they should; only their sign differs from that of the unsigned number.
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (b >> 32 & _LOWER) ^ c1 ^ k0, b & _LOWER, (a >> 32 & _LOWER) ^ c3 ^ k1, a & _LOWER
         k0, k1 = k0 + 0x9E3779B9 & _LOWER, k1 + 0xBB67AE85 & _LOWER
@@ -37,7 +37,7 @@ def philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def dropout_bits(seed: Tensor, count: int, threshold: int) -> Tensor:
-    """[count] int32; bit 1: kept, where the number of 16 bits is not below `threshold`. See `op.py`."""
+    """[count] int32; a bit is 1, kept, if its number of 16 bits is not below `threshold`. See `op.py`."""
     index = torch.arange(count, device=seed.device)
     below = torch.zeros_like(index)
     for call in range(BITS // 4):

@@ -1,4 +1,4 @@
-"""Random bits of a given probability: a thread makes whole words of 32 decisions, 16 random words for each."""
+"""Random bits of a given probability: a thread computes whole words of 32 decisions, each from 16 random words."""
 
 import torch
 import triton
@@ -12,7 +12,7 @@ SIZES = ("count", "threshold")
 """Not specialised (`operators.py` says why)."""
 SETTINGS = {"BLOCK": 512, "num_warps": 4}
 ONES = tl.constexpr(0xFFFFFFFF)
-"""Triton's interpreter does not know `~` of unsigned numbers."""
+"""For `^`, because Triton's interpreter does not support `~` on unsigned numbers."""
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def philox(seed, counter):
 
 @triton.jit
 def compare(below, word, threshold, BIT: tl.constexpr):
-    """One more bit of 32 comparisons: where it differs from the threshold's, it decides anew."""
+    """Adds one bit to 32 comparisons: where it differs from the threshold's bit, it decides."""
     # All ones or all zeros.
     of_threshold = (0 - ((threshold >> BIT) & 1)).to(tl.uint32)
     return ((word ^ ONES) & (of_threshold | below)) | (of_threshold & below)

@@ -1,6 +1,6 @@
 """Losses of matched boxes: the public function, its checks, and the operator behind the kernels.
 
-Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
 import torch
@@ -18,8 +18,8 @@ def matched_box_loss(boxes: Tensor, objects: Tensor, assignment: Tensor, backend
 
     Args:
         boxes: [L, B, Q, 4] predictions as (cx, cy, w, h) with sizes ≥ 0, floating.
-        objects: [B, N, 4] in the same form, floating; gets no gradient.
-        assignment: [L, B, Q] int64, which object of its image each prediction is matched with, -1 for none.
+        objects: [B, N, 4] in the same format, floating; gets no gradient.
+        assignment: [L, B, Q] int64, the object of its image that each prediction is matched with, -1 for none.
         backend: `auto`, `triton` or `eager`.
 
     Returns:
@@ -52,7 +52,7 @@ def _check(boxes: Tensor, objects: Tensor, assignment: Tensor) -> None:
         )
     for name, tensor in (("objects", objects), ("assignment", assignment)):
         if tensor.device != boxes.device:
-            raise ValueError(f"{name}: expected device {boxes.device} as of boxes, got {tensor.device}.")
+            raise ValueError(f"{name}: expected device {boxes.device} like boxes, got {tensor.device}.")
 
 
 def _fake_forward(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:

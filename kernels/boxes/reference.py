@@ -1,6 +1,6 @@
-"""Box losses in plain PyTorch: the truth that every kernel is held to.
+"""Box losses in plain PyTorch: the reference for every kernel.
 
-torchvision has no broadcasting GIoU without an epsilon, so it stands here.
+torchvision has no broadcasting GIoU without an epsilon, so this module has one.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torchvision.ops import box_convert
 from conddetr.kernels import registry
 
 SMALL = 1e-19
-"""Lengths below it, and areas below this part of the hull's, count as none: gradients go with their inverse, and those
-with that of the product."""
+"""Lengths below it, and areas below this fraction of the hull's, count as zero: gradients contain the inverse of
+lengths and of their products."""
 
 
 def corners(boxes: Tensor) -> Tensor:
@@ -27,11 +27,11 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
         a, b: [..., 4] xyxy with x1 ≥ x0 and y1 ≥ y0, floating.
 
     Returns:
-        [...] in [-1, 1]. Finite, like its gradient, also for boxes without area, and for all whose differences are.
+        [...] in [-1, 1]. It and its gradient are finite if the boxes' differences are, also for boxes without area.
 
     Source: Rezatofighi et al., CVPR 2019.
     """
-    # By coordinate: products over a last dimension of two are slow, forward and more so backward.
+    # By coordinate: products over a last dimension of two are slow, even more in backward.
     ax0, ay0, ax1, ay1 = a.unbind(-1)
     bx0, by0, bx1, by1 = b.unbind(-1)
     hull_width = torch.maximum(ax1, bx1) - torch.minimum(ax0, bx0)
@@ -39,7 +39,7 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     is_area = (hull_width >= SMALL) & (hull_height >= SMALL)
     # In units of the hull, so that no product overflows.
     hull_width, hull_height = (torch.where(is_area, x, 1.0) for x in (hull_width, hull_height))
-    # Not `clamp`, whose gradient at 0 is not the same in all versions of PyTorch: boxes that just touch have none.
+    # Not `clamp`, whose gradient at 0 depends on PyTorch's version: boxes that just touch have none here.
     width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).relu() / hull_width
     height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).relu() / hull_height
     intersection = width * height
@@ -72,9 +72,9 @@ def pair_losses(predicted: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _losses_of_all(boxes: Tensor, objects: Tensor, assignment: Tensor) -> Tensor:
-    """Of every query, zeros where it has no object: [2, L, B, Q]. For vmap, where no size may depend on values."""
+    """Losses of every query, zero if it has no object: [2, L, B, Q]. For vmap, where no size may depend on values."""
     is_matched = (assignment >= 0).unsqueeze(-1)
-    # One object more than there are, for the others.
+    # An extra object for the unmatched queries.
     index = torch.where(is_matched, assignment.unsqueeze(-1), objects.shape[1]).expand_as(boxes)
-    wanted = F.pad(objects, (0, 0, 0, 1)).expand(len(boxes), -1, -1, -1).gather(2, index)
-    return torch.where(is_matched.squeeze(-1), pair_losses(torch.where(is_matched, boxes, wanted), wanted), 0.0)
+    targets = F.pad(objects, (0, 0, 0, 1)).expand(len(boxes), -1, -1, -1).gather(2, index)
+    return torch.where(is_matched.squeeze(-1), pair_losses(torch.where(is_matched, boxes, targets), targets), 0.0)

@@ -1,9 +1,9 @@
 """L1 and generalised IoU of matched boxes, forward and backward, in one launch each.
 
-A program handles a block of one layer's predictions, matched or not. The gradient of a box that is not matched is
-written as zero by the same program, so nothing is cleared before, and nothing is added atomically.
+A program handles a block of one layer's predictions, matched or not. It also writes the zero gradients of unmatched
+boxes, so nothing is cleared before, and nothing is added atomically.
 
-All arithmetic is float32. Boxes are taken apart by axis: width and height have the same formulas.
+All arithmetic is float32. Boxes are split by axis: width and height have the same formulas.
 """
 
 import torch
@@ -34,13 +34,13 @@ def load_box(boxes, index, mask):
 
 @triton.jit
 def ends(center, size):
-    """Where a box begins and ends on one axis, over four: exact, and finite for every finite box."""
+    """Start and end of a box on one axis, over four: exact, and finite for every finite box."""
     return 0.25 * center - 0.125 * size, 0.25 * center + 0.125 * size
 
 
 @triton.jit
 def extents(center_a, size_a, center_b, size_b):
-    """On one axis: lengths of a and b from corner to corner, of their intersection, and of their hull; over four."""
+    """Lengths on one axis of a and b from corner to corner, of their intersection, and of their hull; over four."""
     a0, a1 = ends(center_a, size_a)
     b0, b1 = ends(center_b, size_b)
     shared = tl.maximum(tl.minimum(a1, b1) - tl.maximum(a0, b0), 0.0)
@@ -49,8 +49,8 @@ def extents(center_a, size_a, center_b, size_b):
 
 @triton.jit
 def relative_extents(ax, ay, aw, ah, bx, by, bw, bh):
-    """On both axes: the hull's length, and those of a, b and their intersection in its units, so that no product
-    overflows; and whether the hull has an area. If not, its lengths are 1.
+    """Lengths on both axes: the hull's, and those of a, b and their intersection in units of the hull, so that no
+    product overflows. Also whether the hull has an area; if not, its lengths are 1.
     """
     width_a, width_b, width, hull_width = extents(ax, aw, bx, bw)
     height_a, height_b, height, hull_height = extents(ay, ah, by, bh)
@@ -63,14 +63,14 @@ def relative_extents(ax, ay, aw, ah, bx, by, bw, bh):
 
 @triton.jit
 def area_ratio(part, whole):
-    """part / whole; 0 where the whole is no area."""
+    """part / whole; 0 if the whole has no area."""
     is_area = whole >= SMALL
     return tl.where(is_area, part / tl.where(is_area, whole, 1.0), 0.0)
 
 
 @triton.jit
 def generalized_iou(ax, ay, aw, ah, bx, by, bw, bh):
-    """Of boxes (cx, cy, w, h) that broadcast against each other."""
+    """Generalised IoU of boxes (cx, cy, w, h) that broadcast against each other."""
     width_a, width_b, width, _, height_a, height_b, height, _, is_area = relative_extents(
         ax, ay, aw, ah, bx, by, bw, bh
     )
@@ -81,13 +81,13 @@ def generalized_iou(ax, ay, aw, ah, bx, by, bw, bh):
 
 @triton.jit
 def above(a, b):
-    """Derivative of max(a, b) by a: shared at a tie, as PyTorch shares it."""
+    """Derivative of max(a, b) by a: half at a tie, as in PyTorch."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
 
 
 @triton.jit
 def axis_gradient(center_a, size_a, center_b, size_b, by_length, by_shared, by_hull):
-    """Gradients of a's center and size, from those of the lengths that `extents` returns of it."""
+    """Gradients of a's center and size, from those of the lengths that `extents` returns."""
     a0, a1 = ends(center_a, size_a)
     b0, b1 = ends(center_b, size_b)
     by_shared = tl.where(tl.minimum(a1, b1) > tl.maximum(a0, b0), by_shared, 0.0)
@@ -104,7 +104,7 @@ def sign(x):
 
 @triton.jit
 def load_pairs(boxes, objects, assignment, predictions, queries, capacity, BLOCK: tl.constexpr):
-    """A block of one layer's predictions: their index and mask, whether each is matched, both boxes of a pair."""
+    """A block of one layer's predictions: their index and mask, whether each is matched, both boxes of each pair."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = position < predictions
     index = tl.program_id(1).to(tl.int64) * predictions + position
@@ -118,7 +118,7 @@ def load_pairs(boxes, objects, assignment, predictions, queries, capacity, BLOCK
 
 @triton.jit(do_not_specialize=SIZES)
 def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, capacity, BLOCK: tl.constexpr):
-    """partial[0, layer, block] = L1 and partial[1, layer, block] = GIoU loss of the matched ones in a block."""
+    """partial[0, layer, block] = L1 and partial[1, layer, block] = GIoU loss of a block's matched predictions."""
     _, _, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
         boxes, objects, assignment, predictions, queries, capacity, BLOCK
     )
@@ -133,7 +133,7 @@ def box_loss_kernel(boxes, objects, assignment, partial, predictions, queries, c
 def box_loss_backward_kernel(
     grad_loss, boxes, objects, assignment, grad, predictions, queries, capacity, BLOCK: tl.constexpr
 ):
-    """Gradient of every prediction; grad_loss [2, L] of the two losses."""
+    """Gradient of every prediction, from grad_loss [2, L] of the two losses."""
     index, inside, is_matched, ax, ay, aw, ah, bx, by, bw, bh = load_pairs(
         boxes, objects, assignment, predictions, queries, capacity, BLOCK
     )
@@ -147,7 +147,7 @@ def box_loss_backward_kernel(
     union = width_a * height_a + width_b * height_b - intersection
     by_union = of_giou * (1.0 - area_ratio(area_ratio(intersection, union), union))
     by_intersection = of_giou * area_ratio(1.0, union) - by_union
-    # Gradients of both axes' lengths in units of the hull; then of the lengths, and of what they are divided by.
+    # Gradients of both axes' lengths in units of the hull; then of the lengths and of the hull, their divisor.
     by_width, by_shared_width = by_union * height_a, by_intersection * height
     by_hull = -(by_width * width_a + by_union * height_b * width_b + by_shared_width * width) / hull_width
     by_cx, by_w = axis_gradient(ax, aw, bx, bw, by_width / hull_width, by_shared_width / hull_width, by_hull)

@@ -1,1 +1,1 @@
-"""What several operations share, on the host and in Triton's kernels."""
+"""Shared code of several operations, on the host and in Triton's kernels."""

@@ -1,15 +1,15 @@
-"""What random numbers of kernels start from."""
+"""Seeds of the kernels' random numbers."""
 
 import torch
 from torch import Tensor
 
 
 def fresh_seed(device: torch.device) -> Tensor:
-    """[1] int64 drawn on a device from torch's generator: repeatable, and replayed by checkpointing and CUDA graphs."""
+    """[1] int64 sampled on a device by torch's generator: repeatable, and replayed by checkpointing and CUDA graphs."""
     return torch.randint(2**31 - 1, (1,), device=device)
 
 
 def check_one_number(seed: Tensor) -> None:
-    """Raise a ValueError if a seed is not one number of int64."""
+    """Raises a ValueError if a seed is not one int64 number."""
     if tuple(seed.shape) != (1,) or seed.dtype != torch.int64:
         raise ValueError(f"seed: expected shape (1,) and dtype torch.int64, got {tuple(seed.shape)} and {seed.dtype}.")

@@ -1,4 +1,4 @@
-"""What Triton's kernels share: a program's own elements, tiles of rows, dropout, partial sums, products."""
+"""Shared code of Triton's kernels: a program's elements, tiles of rows, dropout, partial sums, products."""
 
 import torch
 import triton
@@ -11,33 +11,33 @@ SEED = ("seed_pointer",)
 
 @triton.jit
 def load_float(pointers, mask):
-    """float32, whatever lies there; zeros where masked."""
+    """Values of any dtype as float32; zeros where masked."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_cast(pointers, value, mask):
-    """In the dtype of the memory."""
+    """Stores values in the dtype of the memory."""
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def own_block(BLOCK: tl.constexpr):
-    """[BLOCK] numbers of a program's elements, or rows, on the first axis of the grid; 64 bits wide."""
+    """[BLOCK] indices of a program's elements, or rows, on the first axis of the grid; 64 bits wide."""
     return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
 def tile(row, is_row, column, is_column, width):
-    """Offsets [rows, columns] in memory with rows of `width` numbers, and which of them there are."""
+    """Offsets [rows, columns] in memory with rows of `width` numbers, and the mask of those that exist."""
     return row[:, None] * width + column[None, :], is_row[:, None] & is_column[None, :]
 
 
 @triton.jit
 def keep_mask(seed, row, first, channels, dropout_p, WIDTH: tl.constexpr):
-    """[rows, WIDTH] bool: which elements of the channels first … first + WIDTH dropout leaves.
+    """[rows, WIDTH] bool: which elements of the channels first … first + WIDTH dropout keeps.
 
-    Decided by Philox at (seed, row, channel // 4) and lane channel % 4: whatever the tiles.
+    Philox at (seed, row, channel // 4) and lane channel % 4 decides, so the result does not depend on the tiles.
     """
     groups = (channels + 3) // 4
     group = first // 4 + tl.arange(0, WIDTH // 4)
@@ -59,13 +59,13 @@ def dropped(value, seed, row, first, channels, dropout_p):
 
 @triton.jit
 def vector(pointer, column, is_column):
-    """[1, columns] float32 of one value a channel; zeros where there is no channel."""
+    """[1, columns] float32, one value per channel; zeros past the last channel."""
     return load_float(pointer + column, is_column)[None, :]
 
 
 @triton.jit
 def store_partial(partials, replicas, column, is_column, value, CHANNELS: tl.constexpr):
-    """This program's row of partial sums [replicas, CHANNELS], and its share of the rows that no program has: zeros."""
+    """Stores this program's row of partial sums [replicas, CHANNELS], and zeros in its share of the unused rows."""
     tl.store(partials + tl.program_id(0) * CHANNELS + column, value, mask=is_column)
     for unused in range(tl.program_id(0) + tl.num_programs(0), replicas, tl.num_programs(0)):
         tl.store(partials + unused * CHANNELS + column, tl.zeros_like(value), mask=is_column)
@@ -80,8 +80,8 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 def precision(tensor: Tensor) -> str:
-    """How products of float32 are formed; TF32 by PyTorch's own switch."""
+    """How products of float32 are formed; PyTorch's own switch selects TF32."""
     if tensor.device.type == "cpu":
         return "emulate"
-    # Of PyTorch's several ways to ask, the one that answers whichever way was used to set it.
+    # PyTorch has several switches for TF32; this one reads correctly whichever of them was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,8 +1,8 @@
-"""A convolution on a GPU, with bias, residual sum and ReLU in cuDNN's one pass, and its gradient.
+"""A convolution on a GPU, with bias, residual add and ReLU in one pass by cuDNN, and its gradient.
 
-Where cuDNN cannot do it in one, a Triton kernel does in one pass over the map what PyTorch would need two or three for.
-Backward reads the result alone: one kernel sums the gradients of the two uses that a block's output has in a residual
-network, and drops those of what ReLU has set to zero.
+Where cuDNN cannot fuse them, a Triton kernel adds bias and residual and applies ReLU in one pass over the map; PyTorch
+would need two or three. Backward reads only the result: one kernel sums the gradients of the two uses that a block's
+output has in a residual network, and zeroes them where ReLU returned zero.
 """
 
 from collections.abc import Callable
@@ -16,40 +16,41 @@ from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.conv import reference
 
 Forward = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, tuple], Tensor]
-"""What computes relu(x * weight + bias + residual), of these and a window."""
+"""Computes relu(x * weight + bias + residual) from these tensors and a window."""
 CUDNN = "cuDNN, fused"
 """The path's name."""
 _failures: dict[tuple, str | None] = {}
-"""Device, dtype and form of a convolution → why cuDNN does not fuse it there; None where a trial went well."""
+"""Device, dtype, shape of the weight, window, and whether there is a residual → why cuDNN does not fuse such a
+convolution; None if a trial succeeded."""
 
 
 def why_not(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, window: tuple
 ) -> str | None:
-    """The reason why these cannot come here; None if they can."""
+    """Why these kernels cannot compute a convolution; None if they can."""
     if not relu:
         return "its kernels end in ReLU."
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a graph of PyTorch's own operators is traced."
-    # For tensors of this dtype autocast has nothing to do.
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
-        return f"autocast wants {torch.get_autocast_dtype(kind)}, x is {x.dtype}."
+    # Autocast to the tensors' own dtype casts nothing.
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != x.dtype:
+        return f"autocast would cast to {torch.get_autocast_dtype(device_type)}, x is {x.dtype}."
     device, dtype = x.device, x.dtype
     for tensor in (x, weight, bias, residual):
         is_ordinary = tensor is None or type(tensor) in (Tensor, torch.nn.Parameter)
         if not is_ordinary or (tensor is not None and (tensor.device != device or tensor.dtype != dtype)):
-            return f"its tensors are not all ordinary ones of {dtype} on {device}."
+            return f"its tensors are not all ordinary tensors of {dtype} on {device}."
     if not x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
-        return "x is not in channels-last, or empty."
+        return "x is not in channels-last, or is empty."
     return None
 
 
 def convolution(
     backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None, uses: int
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """relu(x * weight + bias + residual); `window`: stride, padding, dilation, groups. With uses 2 it is there twice,
-    in one memory, and backward sums the gradients of both.
+    """relu(x * weight + bias + residual); `window`: stride, padding, dilation, groups. With uses 2 it is returned twice
+    without a copy, and backward sums the gradients of both.
     """
     forward = _choose(backend, x, weight, window, residual is not None)
     tensors = (x, weight, bias, residual)
@@ -67,7 +68,7 @@ def convolution_pair(backend: str, x: Tensor, layers: tuple[tuple[Tensor, Tensor
 
 
 def _choose(backend: str, x: Tensor, weight: Tensor, window: tuple, has_residual: bool) -> Forward:
-    """What computes it."""
+    """The function that computes the convolution; notes its path."""
     refused = {}
     if backend == "auto":
         reason = _why_not_cudnn(x, weight, window, has_residual)
@@ -78,7 +79,7 @@ def _choose(backend: str, x: Tensor, weight: Tensor, window: tuple, has_residual
 
 
 class ConvolutionReLU(torch.autograd.Function):
-    """Of the result the sign is kept, and no map besides that the next convolution does not keep anyway."""
+    """Backward needs only the sign of the result, which the next convolution saves anyway: no other map is saved."""
 
     @staticmethod
     def forward(
@@ -91,7 +92,7 @@ class ConvolutionReLU(torch.autograd.Function):
         uses: int,
         forward: Forward,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """`forward`: what computes it, from the first five."""
+        """`forward` computes the result from the first five inputs."""
         y = forward(x, weight, bias, residual, window)
         ctx.save_for_backward(x, weight, y)
         ctx.window = window
@@ -105,12 +106,12 @@ class ConvolutionReLU(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * 7
         grad = _before_relu(grads, y)
-        *found, of_bias = _gradients(grad, x, weight, ctx.window, ctx.needs_input_grad[:3])
-        return *found, of_bias, grad if ctx.needs_input_grad[3] else None, None, None, None
+        *gradients, grad_bias = _gradients(grad, x, weight, ctx.window, ctx.needs_input_grad[:3])
+        return *gradients, grad_bias, grad if ctx.needs_input_grad[3] else None, None, None, None
 
 
 class ConvolutionPair(torch.autograd.Function):
-    """Two convolutions with ReLU; the map between them is not kept, but computed again in backward."""
+    """Two convolutions with ReLU; the map between them is not saved but recomputed in backward."""
 
     @staticmethod
     def forward(
@@ -133,32 +134,32 @@ class ConvolutionPair(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weights and biases."""
         x, weight, bias, other_weight, y = ctx.saved_tensors
-        # Autocast may be on for backward alone: the map is to be what it was.
+        # Autocast may be on for backward alone, but the map must equal that of forward.
         with torch.autocast(x.device.type, enabled=False):
-            if _is_differentiated_on():
+            if _is_differentiated_again():
                 middle = reference.convolution(x, weight, bias, *ctx.windows[0], None, True)
             else:
                 middle = ctx.forward_again(x, weight, bias, None, ctx.windows[0])
-        of_first, of_second = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:5]
+        needs_first, needs_second = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:5]
         grad = _before_relu((grad,), y)
-        grad, *found = _gradients(grad, middle, other_weight, ctx.windows[1], (any(of_first), *of_second))
+        grad, *gradients = _gradients(grad, middle, other_weight, ctx.windows[1], (any(needs_first), *needs_second))
         if grad is None:
-            return None, None, None, *found, None, None
+            return None, None, None, *gradients, None, None
         grad = _before_relu((grad,), middle)
-        return *_gradients(grad, x, weight, ctx.windows[0], of_first), *found, None, None
+        return *_gradients(grad, x, weight, ctx.windows[0], needs_first), *gradients, None, None
 
 
-def _is_differentiated_on() -> bool:
-    """Whether gradients will be differentiated again, or are several at once: by operators that PyTorch can do that
-    with.
+def _is_differentiated_again() -> bool:
+    """Whether gradients are recorded to be differentiated again, or transformed by torch.func. Only PyTorch's own
+    operators support that.
     """
     return torch.is_grad_enabled() or bool(registry.transforms())
 
 
 def _before_relu(grads: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
-    """The gradient of what became y by ReLU, from those of the uses of y, of which one is there at least."""
+    """The gradient before the ReLU that returned y, from the gradients of y's uses, of which at least one is given."""
     present = [grad for grad in grads if grad is not None]
-    if _is_differentiated_on():
+    if _is_differentiated_again():
         return torch.where(y.detach() <= 0, 0.0, sum(present[1:], present[0]))
     return operators.call(torch.ops.conddetr.relu_backward.default, *present, *[None] * (2 - len(present)), y)
 
@@ -166,14 +167,14 @@ def _before_relu(grads: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, window: tuple, wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x, weight and bias of a convolution, where they are wanted."""
-    of_x, of_weight, of_bias = wanted
+    """Gradients of x, weight and bias of a convolution; None for those that are not wanted."""
+    needs_x, needs_weight, needs_bias = wanted
     stride, padding, dilation, groups = window
-    found = (None, None)
-    if of_x or of_weight:
-        options = (None, stride, padding, dilation, False, (0, 0), groups, (of_x, of_weight, False))
-        found = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
-    return *found, grad.sum((0, 2, 3)) if of_bias else None
+    gradients = (None, None)
+    if needs_x or needs_weight:
+        options = (None, stride, padding, dilation, False, (0, 0), groups, (needs_x, needs_weight, False))
+        gradients = torch.ops.aten.convolution_backward(grad, x, weight, *options)[:2]
+    return *gradients, grad.sum((0, 2, 3)) if needs_bias else None
 
 
 def _by_cudnn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, window: tuple) -> Tensor:
@@ -189,29 +190,29 @@ def _with_epilogue(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def _why_not_cudnn(x: Tensor, weight: Tensor, window: tuple, has_residual: bool) -> str | None:
-    """The reason why cuDNN does not compute the whole in one pass; each form of a convolution is tried once."""
+    """Why cuDNN does not compute everything in one pass; None if it does. Each kind of convolution is tried once."""
     if not torch.backends.cudnn.is_available() or not torch.backends.cudnn.enabled:
-        return "cuDNN is not there, or was switched off."
+        return "cuDNN is unavailable or switched off."
     if torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
-        return "its fused operators do not promise to be deterministic."
-    form = (x.device, x.dtype, weight.shape, window, has_residual)
-    if form not in _failures:
+        return "its fused operators are not guaranteed to be deterministic."
+    key = (x.device, x.dtype, weight.shape, window, has_residual)
+    if key not in _failures:
         if torch.cuda.is_current_stream_capturing():
             return "it was not tried before this CUDA graph was recorded."
-        _failures[form] = _try(*form)
-    return _failures[form]
+        _failures[key] = _try(*key)
+    return _failures[key]
 
 
 @torch.no_grad()
 def _try(device: torch.device, dtype: torch.dtype, shape: torch.Size, window: tuple, has_residual: bool) -> str | None:
-    """The reason why cuDNN does not give what PyTorch's separate operators give, on a small map; None if it does.
+    """Why cuDNN's results differ from those of PyTorch's separate operators on a small map; None if they agree.
 
-    To PyTorch its fused operators are an experiment: they fail where cuDNN has no such engine. Without a residual they
-    add the memory of the result times zero, so that memory holds NaN here.
+    PyTorch's fused cuDNN operators are experimental: they fail if cuDNN has no such engine. Without a residual they add
+    the memory of the result times zero, so the trial fills that memory with NaN before.
     """
     generator = torch.Generator(device).manual_seed(0)
     stride, _, dilation, groups = window
-    height, width = (16 + 4 * step + far * size for step, far, size in zip(stride, dilation, shape[2:], strict=True))
+    height, width = (16 + 4 * step + gap * size for step, gap, size in zip(stride, dilation, shape[2:], strict=True))
 
     def numbers(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device).to(dtype)
@@ -226,18 +227,18 @@ def _try(device: torch.device, dtype: torch.dtype, shape: torch.Size, window: tu
         poison = torch.full_like(expected, torch.nan)
         del poison, plain
         try:
-            found = _by_cudnn(x, weight, bias, residual, window)
+            actual = _by_cudnn(x, weight, bias, residual, window)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             return f"it failed on this device: {str(error).splitlines()[0]}"
-    error = ((found.float() - expected.float()).abs().max() / expected.max().float()).item()
-    # Sums in another order, in float32 of TF32's products, and three roundings where there is one.
+    error = ((actual.float() - expected.float()).abs().max() / expected.max().float()).item()
+    # Sums run in another order, in float32 over TF32's products, and separate operators round three times, not once.
     allowed = max(4 * torch.finfo(dtype).eps, 2**-8)
     return (
         None
         if error <= allowed
-        else f"its results differ from PyTorch's by {error:.1g} of the greatest on this device."
+        else f"its results differ from PyTorch's by {error:.1g} of the largest value on this device."
     )
 
 

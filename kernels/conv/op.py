@@ -1,8 +1,8 @@
 """Convolution with bias, residual sum and ReLU: the public functions and their checks.
 
-They only choose among operators. On a CPU 3×3 convolutions are ours (`cpu/conv3x3`); the others are oneDNN's, which
-fuses what follows them; weights that need a gradient get it from matrix products (`pytorch.py`). On GPUs they are
-cuDNN's (`gpu.py`).
+They only choose among operators. On a CPU, 3×3 convolutions run on our Winograd kernel (`cpu/conv3x3`), the others on
+oneDNN, which fuses bias, residual add and ReLU; gradients of weights come from matrix products (`pytorch.py`). On GPUs
+convolutions run on cuDNN (`gpu.py`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from conddetr.kernels.conv import gpu, pytorch
 from conddetr.kernels.cpu import conv3x3
 
 UNIT = ((1, 1), (1, 1), (1, 1), 1)
-"""Stride, padding, dilation and groups of a 3×3 convolution that leaves the size of a map as it is."""
+"""Stride, padding, dilation and groups of a 3×3 convolution that keeps the size of a map."""
 
 
 def convolution(
@@ -33,7 +33,7 @@ def convolution(
     uses: int = 1,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A convolution and what follows it in a residual network: relu(x * weight + bias + residual).
+    """A convolution with the bias, residual add and ReLU of a residual network: relu(x * weight + bias + residual).
 
     Args:
         x: [B, Cin, H, W], floating; fastest in channels-last, which the result then has too.
@@ -41,16 +41,17 @@ def convolution(
         bias: [Cout], likewise.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, vertical and horizontal.
         residual: of the shape of the result.
-        overwrite: the residual is not needed any more: the result may take its memory, which saves an allocation.
+        overwrite: the residual is not needed afterwards: the result may take its memory, which saves an allocation.
         relu: apply ReLU at the end.
-        uses: how often the result will be used, 1 or 2. With 2 it is returned twice, in one memory, and on GPUs the
-            gradients of both uses are summed by the kernel that reads them, not by another.
-        backend: `eager`: PyTorch's operators, of which oneDNN's take bias, residual and ReLU along where no gradient is
-            recorded; `native`: `convolution_3x3`, an error for others; `triton`: PyTorch's convolution, one kernel for
-            all that follows it, which must end in ReLU, and one for ReLU's backward and the sum of gradients; `auto`:
-            the fastest one. On CPUs it also makes the gradient of weights by matrix products. On GPUs it takes
-            cuDNN's operators with bias, residual and ReLU in one pass, and `triton` for what these cannot do: they are
-            tried once on a small map for each device, dtype and form of a convolution, which waits for the device.
+        uses: how often the result will be used, 1 or 2. With 2 it is returned twice without a copy, and on GPUs the
+            kernel that reads the gradients of both uses sums them too.
+        backend: `eager`: PyTorch's operators; those of oneDNN fuse bias, residual and ReLU if no gradient is recorded.
+            `native`: `convolution_3x3`; raises an error for other convolutions. `triton`: PyTorch's convolution, one
+            kernel for bias, residual and ReLU (which is required), and one for ReLU's backward and the sum of
+            gradients. `auto`: the fastest. On CPUs it also computes the gradient of weights by matrix products. On GPUs
+            it uses cuDNN's operators with bias, residual and ReLU in one pass, and `triton` where these cannot run.
+            They are tried once on a small map for each device, dtype and kind of convolution, which waits for the
+            device.
 
     Returns:
         [B, Cout, h, w], or a pair of it with `uses` 2. Gradients of any order are recorded.
@@ -77,7 +78,7 @@ def convolution(
 
 
 class Layer(NamedTuple):
-    """A convolution; all as of `convolution`."""
+    """A convolution; fields as in `convolution`."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -90,25 +91,25 @@ class Layer(NamedTuple):
 def convolution_pair(x: Tensor, first: Layer, second: Layer, *, backend: str = "auto") -> Tensor:
     """Two convolutions with ReLU: relu(second(relu(first(x)))).
 
-    On GPUs the map between them is not kept for backward, but computed again there, by one launch. It pays where this
-    map is large: where the second convolution has a stride.
+    On GPUs the map between them is not saved but recomputed in backward, by one launch. This pays if the map is large,
+    as it is if the second convolution has a stride.
 
     Args:
         x: [B, C, H, W], floating.
-        first, second: what is convolved with.
-        backend: as of `convolution`.
+        first, second: the two convolutions.
+        backend: as in `convolution`.
 
     Returns:
-        As of the second convolution. Gradients of any order are recorded.
+        The result of the second convolution. Gradients of any order are recorded.
 
     Raises:
-        ValueError, RuntimeError: as of `convolution`.
+        ValueError, RuntimeError: as in `convolution`.
     """
     layers = (first, second)
     is_recorded = pytorch.records_gradients([tensor for tensor in (x, *first[:2], *second[:2]) if tensor is not None])
     if is_recorded and (backend == "triton" or (backend == "auto" and x.is_cuda)):
         _check(x, *first[:2], first[2:], None)
-        # The map between has channels of the first weight, and its size is of no matter to the check.
+        # The map between has the first weight's output channels; its size does not matter to the check.
         _check(x[:, :1].expand(-1, len(first.weight), -1, -1), *second[:2], second[2:], None)
         if all(_chosen(backend, x, layer) == "triton" for layer in layers):
             return gpu.convolution_pair(backend, x, tuple((*layer[:2], tuple(layer[2:])) for layer in layers))
@@ -129,7 +130,7 @@ def _why_not_native(
         return conv3x3.why_not(tuple(weight.shape[:2]), x.shape)
     return (
         f"its kernel takes a window of 3×3, stride, padding, dilation and groups 1, got {tuple(weight.shape[2:])} and "
-        f"{window}: take backend auto or eager."
+        f"{window}: use backend auto or eager."
     )
 
 
@@ -142,23 +143,23 @@ OPERATION = registry.declare(
     triton=registry.Kernels(why_not=gpu.why_not),
     native=dataclasses.replace(conv3x3.KERNELS, why_not=_why_not_native, why_not_auto=_why_not_plain),
 )
-"""It is told x, weight, bias, residual, ReLU and the window: stride, padding, dilation and groups."""
+"""`why_not` takes x, weight, bias, residual, ReLU and the window: stride, padding, dilation and groups."""
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, window: tuple, residual: Tensor | None) -> None:
-    """What PyTorch's own checks do not say as clearly."""
+    """Checks with clearer messages than PyTorch's own."""
     if weight.dim() != 4:
         raise ValueError(f"weight: expected [Cout, Cin / groups, kh, kw], got {tuple(weight.shape)}.")
     stride, padding, dilation, groups = window
     channels = weight.shape[1] * groups
     if x.dim() != 4 or x.shape[1] != channels or not x.is_floating_point():
-        raise ValueError(f"x: expected [B, {channels}, H, W] as of weight, floating, got {tuple(x.shape)} {x.dtype}.")
+        raise ValueError(f"x: expected [B, {channels}, H, W] like weight, floating, got {tuple(x.shape)} {x.dtype}.")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected {tuple(weight.shape[:1])} as of weight, got {tuple(bias.shape)}.")
+        raise ValueError(f"bias: expected {tuple(weight.shape[:1])} like weight, got {tuple(bias.shape)}.")
     if residual is None:
         return
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    cells = [(size + 2 * pad - far * (width - 1) - 1) // step + 1 for size, width, step, pad, far in sizes]
+    cells = [(size + 2 * pad - gap * (width - 1) - 1) // step + 1 for size, width, step, pad, gap in sizes]
     expected = (x.shape[0], weight.shape[0], *cells)
     if tuple(residual.shape) != expected:
-        raise ValueError(f"residual: expected {expected} as the result, got {tuple(residual.shape)}.")
+        raise ValueError(f"residual: expected {expected} like the result, got {tuple(residual.shape)}.")

@@ -1,7 +1,7 @@
 """A convolution by PyTorch's operators, and its gradient.
 
-On a CPU oneDNN's fuse what follows a convolution, and gradients of weights come from matrix products. Elsewhere, and
-where something is cast or traced, it is the reference.
+On a CPU, oneDNN's operators fuse bias, residual add and ReLU, and gradients of weights come from matrix products.
+Elsewhere, and if anything is cast or traced, the reference runs.
 """
 
 import math
@@ -30,7 +30,7 @@ def convolution(
 
     Args:
         by_products: gradients of weights may come from matrix products.
-        refused: what `auto` would have preferred.
+        refused: backends that `auto` would have preferred, and why they were refused.
     """
     tensors = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
     if not is_plain(tensors):
@@ -51,8 +51,8 @@ def convolution(
 
 
 def is_plain(tensors: list[Tensor]) -> bool:
-    """Whether these are numbers on a CPU of one dtype, which nothing will cast, trace or differentiate otherwise than
-    autograd does. On tensors without values everything is PyTorch's.
+    """Whether these are ordinary CPU tensors of one dtype that nothing will cast or trace, and that only autograd
+    differentiates. Tensors without values are left to PyTorch.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
@@ -65,12 +65,12 @@ def is_plain(tensors: list[Tensor]) -> bool:
 
 
 def records_gradients(tensors: list[Tensor]) -> bool:
-    """Whether autograd records what is computed of these."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _has_onednn(x: Tensor) -> bool:
-    """Whether oneDNN takes a convolution together with what follows it, as torch.compile has it do."""
+    """Whether oneDNN can fuse a convolution with residual add and ReLU, as it does under torch.compile."""
     return x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
@@ -90,7 +90,7 @@ def _by_onednn(
         return convolve(x, weight, bias, *window, "relu" if relu else "none", [], "")
     end = ("add", 1.0, "relu" if relu else None, [], "")
     if residual.shape[-2:] == (1, 1) and not overwrite:
-        # Of one cell, the other operator finds no memory for its result in PyTorch 2.11.
+        # In PyTorch 2.11 the other operator does not allocate a result of one cell.
         residual, overwrite = residual.clone(), True
     if overwrite and residual.is_contiguous(memory_format=torch.channels_last):
         return torch.ops.mkldnn._convolution_pointwise_.binary(residual, x, weight, bias, *window, *end)
@@ -98,7 +98,7 @@ def _by_onednn(
 
 
 def add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
-    """`out` is new, so the sum may take its place."""
+    """Adds in place, because `out` is new; then ReLU if requested."""
     out = out.add_(residual)
     return out.relu_() if relu else out
 
@@ -106,9 +106,9 @@ def add(out: Tensor, residual: Tensor, relu: bool) -> Tensor:
 class ConvolutionByProducts(torch.autograd.Function):
     """A convolution in channels-last whose weights get their gradient from one matrix product per cell of the window.
 
-    On two AVX2 cores forward and backward took 0.7 to 0.9 of the time of PyTorch's own way in this layout, but 1.4 for
-    256 to 64 channels of the first stage, which detectors do not train (`benchmarks/run.py conv`). The backward is made
-    of operators that autograd records, so it can be differentiated again.
+    On two AVX2 cores forward and backward took 0.7 to 0.9 of PyTorch's time in this layout, but 1.4 times that for 256
+    to 64 channels of the first stage, which detectors do not train (`benchmarks/run.py conv`). The backward consists of
+    operators that autograd records, so it can be differentiated again.
     """
 
     @staticmethod
@@ -130,18 +130,18 @@ class ConvolutionByProducts(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            of_x, _, _ = torch.ops.aten.convolution_backward(
+            grad_x, _, _ = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *ctx.window, False, [0, 0], 1, [True, False, False]
             )
         if ctx.needs_input_grad[1]:
-            # Nothing here is cast, also where autocast is on for backward alone.
+            # Nothing here is cast, even if autocast is on for backward alone.
             with torch.autocast(x.device.type, enabled=False):
-                of_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
+                grad_weight = _weight_gradient(x, grad, weight.shape[2:], *ctx.window)
         if ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 2, 3))
-        return of_x, of_weight, of_bias, None, None, None
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _weight_gradient(
@@ -159,20 +159,20 @@ def _weight_gradient(
     gradient = grad.new_empty(len(grad), *kernel, x.shape[-1])
     for i in range(kernel[0]):
         for j in range(kernel[1]):
-            y, left = i * dilation[0], j * dilation[1]
-            seen = x[:, y : y + height : stride[0], left : left + width : stride[1]]
-            gradient[:, i, j] = grad @ seen.flatten(0, 2)
+            top, left = i * dilation[0], j * dilation[1]
+            cells = x[:, top : top + height : stride[0], left : left + width : stride[1]]
+            gradient[:, i, j] = grad @ cells.flatten(0, 2)
     return gradient.permute(0, 3, 1, 2)
 
 
 def _flops_of_onednn(*arguments: object, out_shape: tuple, **_: object) -> int:
-    """Of oneDNN's convolutions, from shapes: the weight comes second, or third where there is a residual."""
+    """Operations of oneDNN's convolutions, from shapes: the weight comes second, or third if there is a residual."""
     weight = [shape for shape in arguments[:3] if isinstance(shape, (tuple, list)) and len(shape) == 4][-1]
     return _flops_of_cudnn(None, weight, out_shape=out_shape)
 
 
 def _flops_of_cudnn(_: object, weight: tuple, *_others: object, out_shape: tuple, **_more: object) -> int:
-    """Likewise: there the weight is always second."""
+    """Operations of cuDNN's convolutions, from shapes: the weight is always second."""
     return 2 * math.prod(weight) * out_shape[0] * out_shape[2] * out_shape[3]
 
 

@@ -15,7 +15,7 @@ def convolution(
     residual: Tensor | None,
     relu: bool,
 ) -> Tensor:
-    """Shapes as in `op.py`."""
+    """relu(x * weight + bias + residual); shapes as in `op.py`."""
     out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         out = out + residual

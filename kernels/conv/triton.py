@@ -1,8 +1,8 @@
-"""What stands around a convolution on a GPU, each in one pass over the map.
+"""Kernels around a convolution on a GPU, each one pass over the map.
 
-Forward: bias, residual sum and ReLU. Backward: ReLU's, with the sum of the gradients of a result that was used twice.
+Forward: bias, residual sum and ReLU. Backward: ReLU's gradient, and the sum of gradients of a result used twice.
 
-A program handles `BLOCK` neighbouring elements of memory, in whatever dense layout the tensors share.
+A program handles `BLOCK` neighbouring elements of memory, in any dense layout that the tensors share.
 """
 
 import torch
@@ -18,13 +18,13 @@ SIZES = ("units",)
 BLOCK = 2048
 """Elements per program: 16 a thread, which is two loads of 16 bytes in half precision."""
 UNIT = 8
-"""Elements that are there together or not at all. The compiler knows by it that it may load 16 bytes at once, although
-it does not know the size."""
+"""Elements that are masked together. It lets the compiler load 16 bytes at once, although the size is not known to
+it."""
 
 
 @triton.jit
 def load_range(units, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets [BLOCK] of a program's elements, and which of them there are."""
+    """Offsets [BLOCK] of a program's elements, and the mask of those that exist."""
     offset = own_block(BLOCK)
     return offset, offset < tl.full((), UNIT, tl.int64) * units
 
@@ -56,7 +56,7 @@ def relu_backward_kernel(
     total = load_float(grad + offset, mask)
     if HAS_OTHER:
         total += load_float(other_grad + offset, mask)
-    # As PyTorch's own: where y is NaN the gradient passes.
+    # As in PyTorch: where y is NaN the gradient passes.
     is_zero = load_float(y + offset, mask) <= 0
     store_cast(masked + offset, tl.where(is_zero, 0.0, total), mask)
 
@@ -75,7 +75,7 @@ def epilogue_(out: Tensor, shift: Tensor | None, addend: Tensor | None) -> None:
 
 
 def relu_backward(grad: Tensor, other_grad: Tensor | None, y: Tensor) -> Tensor:
-    """The gradient before ReLU; y: what came out of it, with one or two gradients. All in one dense layout."""
+    """The gradient before ReLU, from its result y and one or two gradients of y. All share one dense layout."""
     masked = torch.empty_like(y)
     grid, units, sizes = launch(y.numel())
     has_other = other_grad is not None

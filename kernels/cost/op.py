@@ -1,6 +1,6 @@
 """Matching cost: the public function, its checks, and the operator behind the kernel. There is no gradient.
 
-Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
 import torch
@@ -37,15 +37,15 @@ def matching_cost(
         boxes: [L, B, Q, 4] as (cx, cy, w, h), floating.
         labels: [B, N] int64 in [0, K), padded to N.
         objects: [B, N, 4] as (cx, cy, w, h), floating, padded to N.
-        counts: [B] int32, how many of the N are objects of that image.
+        counts: [B] int32, how many of the N are objects of each image.
         activation: `sigmoid`: the class cost comes from the focal loss; `softmax`: it is minus the probability.
-        class_weight, bbox_weight, giou_weight: of the three terms.
-        alpha, gamma: of the focal loss.
+        class_weight, bbox_weight, giou_weight: weights of the three terms.
+        alpha, gamma: parameters of the focal loss.
         backend: `auto`, `triton` or `eager`.
 
     Returns:
         [L, B, N, Q] float32 (float64 if `logits` is), contiguous; zeros past an image's count. Finite for finite
-        input: what exceeds the dtype is its largest number.
+        input: costs beyond the dtype become its largest number.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the tensor, the expected and the actual value.
@@ -53,7 +53,7 @@ def matching_cost(
     """
     _check(logits, boxes, labels, objects, counts, activation)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    # The sum that a softmax divides by, once per prediction; only the classes of objects are looked at after it.
+    # Logarithm of the softmax's denominator, once per prediction; afterwards only the objects' classes are read.
     log_total = logits.to(dtype).logsumexp(-1) if activation == "softmax" else None
     weights = (class_weight, bbox_weight, giou_weight)
     choice = OPERATION.choose(backend, logits.device, logits.dtype)
@@ -82,7 +82,7 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, count
         if tensor.dtype != dtype if dtype else not tensor.is_floating_point():
             raise ValueError(f"{name}: expected dtype {dtype or 'floating'}, got {tensor.dtype}.")
         if tensor.device != logits.device:
-            raise ValueError(f"{name}: expected device {logits.device} as of logits, got {tensor.device}.")
+            raise ValueError(f"{name}: expected device {logits.device} like logits, got {tensor.device}.")
     if activation not in ("sigmoid", "softmax"):
         raise ValueError(f"activation: expected sigmoid or softmax, got {activation!r}.")
 

@@ -1,4 +1,4 @@
-"""Matching cost in plain PyTorch: the truth that every kernel is held to.
+"""Matching cost in plain PyTorch: the reference for every kernel.
 
 Source: DETR section 3.1; `models/matcher.py` of the official Conditional DETR (focal cost) and DETR (softmax cost).
 """
@@ -15,8 +15,8 @@ from conddetr.kernels.boxes.reference import corners, generalized_iou
 def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
     """Cost of assigning a class, from the focal loss, elementwise.
 
-    log(p + 1e-8), as the official code has it, is taken as logaddexp(log p, log 1e-8): equal, and finite
-    for every finite logit.
+    The official code's log(p + 1e-8) is computed as logaddexp(log p, log 1e-8), which is equal, and finite for every
+    finite logit.
     """
     floor = logits.new_tensor(math.log(1e-8))
     p = logits.sigmoid()

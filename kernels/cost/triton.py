@@ -1,7 +1,7 @@
 """Matching cost of all layers and images in one launch.
 
-A program handles a tile of objects × queries of one image in one layer. Each image is only held against its own
-objects, and of the logits only those of their classes are read.
+A program handles a tile of objects × queries of one image in one layer. Predictions are compared only with objects of
+their own image, and only the logits of those objects' classes are read.
 """
 
 import torch
@@ -23,7 +23,7 @@ LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit
 def focal_cost(x, alpha, gamma):
-    """Focal loss of the class being there minus that of its being absent; probabilities get 1e-8 in logarithms."""
+    """Focal loss of a present class minus that of an absent one; logarithms add 1e-8 to probabilities."""
     p, of_absent = logistic(x)
     rest, of_present = logistic(-x)
     present = alpha * tl.exp(-gamma * of_absent) * -tl.log(p + 1e-8)

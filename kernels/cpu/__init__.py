@@ -1,1 +1,1 @@
-"""What PyTorch computes slowly on CPUs, computed there by native kernels; on GPUs PyTorch's own operators run."""
+"""Native CPU kernels for operations that PyTorch computes slowly there; on GPUs PyTorch's own operators run."""

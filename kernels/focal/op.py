@@ -1,6 +1,6 @@
 """Focal loss: the public function, its checks, and the operator behind the kernels.
 
-Under autocast nothing is cast: all arithmetic is float32 (float64 for float64) whatever comes in.
+Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
 import torch
@@ -28,12 +28,12 @@ def focal_loss(
 
     Args:
         logits: [L, ..., K], floating.
-        target: [L, ...] int64, the class in [0, K) that is there, -1 for none. Values are not looked at.
-        alpha: weight of the class that is there, 1 - alpha of the others; negative: no weights.
-        gamma: how much easy examples count less, at least 0.
+        target: [L, ...] int64, the class in [0, K) that is present, -1 for none. Values are not checked.
+        alpha: weight of the present class, 1 - alpha of the absent ones; negative: no weights.
+        gamma: how strongly easy examples are weighted down, at least 0.
         backend: `auto`, `triton` or `eager`.
-        labels: [B, N] int64 in [0, K), the classes of N objects of each image: `target` [L, B, Q] then says which
-            object of its image is there. The kernel looks the class up, which is five launches less.
+        labels: [B, N] int64 in [0, K), the classes of N objects of each image: `target` [L, B, Q] is then the index of
+            an object of its image, or -1. The kernel looks up the class, which saves five launches.
 
     Returns:
         [L] float32 (float64 if `logits` is). It and its gradient are finite for finite logits, unless the sum itself
@@ -64,7 +64,7 @@ def _check(logits: Tensor, target: Tensor, gamma: float) -> None:
             f"target: expected {tuple(logits.shape[:-1])} torch.int64, got {tuple(target.shape)} {target.dtype}."
         )
     if target.device != logits.device:
-        raise ValueError(f"target: expected device {logits.device} as of logits, got {target.device}.")
+        raise ValueError(f"target: expected device {logits.device} like logits, got {target.device}.")
     if gamma < 0:
         raise ValueError(f"gamma: expected at least 0, got {gamma}.")
 
@@ -79,7 +79,7 @@ def _check_labels(labels: Tensor | None, target: Tensor) -> None:
             f"{labels.dtype} with target {tuple(target.shape)}."
         )
     if labels.device != target.device:
-        raise ValueError(f"labels: expected device {target.device} as of target, got {labels.device}.")
+        raise ValueError(f"labels: expected device {target.device} like target, got {labels.device}.")
 
 
 def _fake_forward(logits: Tensor, target: Tensor, labels: Tensor | None, alpha: float, gamma: float) -> Tensor:

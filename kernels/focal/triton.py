@@ -1,8 +1,8 @@
 """Focal loss in one pass over the logits, and its gradient in another.
 
-The backward pass computes the derivative again from the logits. Storing it in the forward pass instead would move more
-bytes (four tensors' worth rather than three: it must still be read and scaled once the gradient from above is known),
-keep a copy as large as the logits, and round it twice in half precision.
+The backward pass recomputes the derivative from the logits. Storing it in the forward pass instead would move more
+bytes (four tensors' worth instead of three: it must still be read and scaled by the incoming gradient), keep a copy as
+large as the logits, and round it twice in half precision.
 
 A program handles a block of rows, one row of K logits per prediction. All arithmetic is float32.
 """

@@ -12,18 +12,18 @@ MAX_QUERIES = 4096
 
 @torch.no_grad()
 def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Tensor:
-    """The assignment of least total cost, of every problem in a batch (DETR, section 3.1).
+    """The assignment of least total cost, for every problem in a batch (DETR, section 3.1).
 
-    Every object gets a query of its own; where there are more objects than queries, `eager` gives each query an object
-    and the others refuse. The optimum is exact: float64 sums of the costs given. Where several are
-    equally good, backends may differ.
+    Every object gets a separate query. If there are more objects than queries, `eager` gives each query an object, and
+    the other backends raise an error. The optimum is exact, in float64 sums of the given costs. If several assignments
+    are equally good, backends may differ.
 
-    NaN and +inf are costs that are only paid where there is no other way, -inf one that is always worth it; so there
-    is a valid assignment whatever comes in.
+    NaN and +inf are chosen only if there is no alternative, -inf is chosen first, so every input has a valid
+    assignment.
 
     Args:
         cost: [..., B, N, Q] float32 (scipy takes any floating dtype), of object n and query q.
-        counts: [B] int32, how many of the N are objects, on the device of `cost`; the others are not looked at.
+        counts: [B] int32, how many of the N are objects, on the device of `cost`; the others are not read.
         backend: `auto`, `triton` (all problems in one launch, no wait for the device; float32, at most 4096 queries),
             `native` (on CPUs) or `eager` (scipy, on the host). All but `eager` take no more objects than queries.
 
@@ -31,9 +31,9 @@ def linear_assignment(cost: Tensor, counts: Tensor, backend: str = "auto") -> Te
         [..., B, Q] int64, the object that each query gets, -1 for none.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a count is out of range; names the image. On a GPU, where
-            looking at `counts` would stop the host, it is clamped.
-        RuntimeError: the requested backend cannot run here, or any inside `torch.func.vmap`; says why.
+        ValueError: shapes, dtypes or devices do not fit, or a count is out of range; names the values. On a GPU
+            `counts` is clamped instead, because reading it would block the host.
+        RuntimeError: the requested backend cannot run here, or the call is inside `torch.func.vmap`; says why.
     """
     registry.refuse_vmap("linear_assignment, which takes leading dimensions itself,")
     _check(cost, counts)
@@ -50,7 +50,7 @@ def _why_not(queries: int, capacity: int = 0, counts: Tensor | None = None) -> s
     most = 0 if counts is None or capacity <= queries else _most(counts)
     if most <= queries:
         return None
-    return f"its kernel takes at most as many objects as queries, {queries}, got {most}."
+    return f"its kernel takes at most as many objects as queries ({queries}), got {most}."
 
 
 def _why_not_triton(queries: int, capacity: int = 0, counts: Tensor | None = None) -> str | None:
@@ -64,7 +64,7 @@ OPERATION = registry.declare(
     triton=registry.Kernels(dtypes=(torch.float32,), why_not=_why_not_triton),
     native=registry.Kernels(devices=("cpu",), why_not=_why_not),
 )
-"""It is told the number of queries; for a batch also how many objects an image has at most, and counts."""
+"""`why_not` takes the number of queries; for a batch also the largest number of objects per image, and counts."""
 
 
 def _check(cost: Tensor, counts: Tensor) -> None:
@@ -75,13 +75,13 @@ def _check(cost: Tensor, counts: Tensor) -> None:
             f"counts: expected {tuple(cost.shape[-3:-2])} torch.int32, got {tuple(counts.shape)} {counts.dtype}."
         )
     if counts.device != cost.device:
-        raise ValueError(f"counts: expected device {cost.device} as of cost, got {counts.device}.")
+        raise ValueError(f"counts: expected device {cost.device} like cost, got {counts.device}.")
     if min(_values(counts), default=0) < 0 or _most(counts) > cost.shape[-2]:
         raise ValueError(f"counts: expected from 0 to N = {cost.shape[-2]} objects, got {counts.tolist()}.")
 
 
 def _values(counts: Tensor) -> list[int]:
-    """The counts, where looking at them does not stop the host; else none."""
+    """The counts, if reading them does not block the host; else none."""
     return counts.tolist() if counts.device.type == "cpu" and not torch.compiler.is_compiling() else []
 
 

@@ -1,4 +1,4 @@
-"""Linear assignment by scipy, one problem after the other on the host: the truth that every kernel is held to.
+"""Linear assignment by scipy, one problem after the other on the host: the reference for every kernel.
 
 Source: Crouse, On implementing 2D rectangular assignment algorithms, IEEE TAES 2016, which scipy implements.
 """
@@ -11,10 +11,10 @@ from conddetr.kernels import registry
 
 
 def rank_non_finite(cost: np.ndarray) -> np.ndarray:
-    """[n, Q] float64 with NaN and infinity replaced: by a cost that is only chosen where nothing else is left.
+    """[n, Q] float64 with NaN and infinity replaced by a cost that is chosen only if nothing else is left.
 
-    Exceeding the span of all sums of finite costs, it never costs precision where it is not needed. -inf is the
-    opposite: chosen first.
+    It exceeds the span of all sums of finite costs, and costs no precision where it is not needed. -inf becomes its
+    negative, which is chosen first.
     """
     cost = cost.astype(np.float64)
     is_finite = np.isfinite(cost)
@@ -27,7 +27,7 @@ def rank_non_finite(cost: np.ndarray) -> np.ndarray:
 
 def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     """cost [..., B, N, Q] and counts [B] -> [..., B, Q] int64, on the device of `cost`; see `op.py`."""
-    # Here, not above: it takes 0.4 s to import.
+    # Imported here because it takes 0.4 s.
     from scipy.optimize import linear_sum_assignment
 
     *leading, capacity, queries = cost.shape

@@ -3,11 +3,11 @@
 Shortest augmenting paths (Crouse 2016), vectorised over queries: objects are added one by one, and for each a
 Dijkstra search over the queries finds the cheapest way to make room. Distances and dual variables are float64.
 
-What is particular:
-- Of the dual variables only those of the queries are kept. An object in the tree was reached through the query that
-  it held, where its reduced cost is zero; that gives the object's.
-- A query's state is one integer, its `key` = (object that holds it + 1) · BLOCK + its own number. The smallest key
-  among the nearest queries is a free one, if any; and it says by itself where the search goes on.
+Details:
+- Only the dual variables of the queries are kept. An object in the tree was reached through the query that it held,
+  where its reduced cost is zero; this gives the object's dual variable.
+- A query's state is one integer, its `key` = (object that holds it + 1) · BLOCK + its index. The smallest key among
+  the nearest queries is that of a free one, if any; it also gives the object where the search continues.
 """
 
 import torch
@@ -23,7 +23,7 @@ SIZES = ("batch", "capacity", "queries")
 
 @triton.jit
 def scan_costs(cost, count, queries, lane):
-    """What NaN and infinity are replaced by: more than the span of all sums of finite costs."""
+    """The replacement for NaN and infinity: more than the span of all sums of finite costs."""
     largest = tl.zeros(lane.shape, tl.float64)
     for row in range(0, count):
         value = tl.abs(tl.load(cost + row * queries + lane, mask=lane < queries, other=0.0))

@@ -1,7 +1,7 @@
 """Pooling of a map that needs no gradient: the public function, its checks, and the operator behind the kernel.
 
-PyTorch's own writes where it found each maximum, 8 bytes for 2 of the result in half precision, whether a gradient is
-wanted or not.
+PyTorch's own pooling writes the index of each maximum even if no gradient is needed: 8 bytes for every 2 of the result
+in half precision.
 """
 
 import torch
@@ -20,10 +20,10 @@ def max_pool(x: Tensor, backend: str = "auto") -> Tensor:
 
     Returns:
         [B, C, ⌈H/2⌉, ⌈W/2⌉] in the dtype and layout of x. A window with a NaN gives NaN. Gradients are recorded;
-        `auto` is then PyTorch's own.
+        `auto` then uses PyTorch's pooling.
 
     Raises:
-        ValueError: x is no floating map with cells.
+        ValueError: x is not a floating map with cells.
         RuntimeError: the requested backend cannot run here; says why.
     """
     if x.dim() != 4 or 0 in x.shape[1:] or not x.is_floating_point():
@@ -34,7 +34,7 @@ def max_pool(x: Tensor, backend: str = "auto") -> Tensor:
 
 
 def _why_not(x: Tensor) -> str | None:
-    """The reason why x is not for the kernel; None if it is."""
+    """Why the kernel cannot pool x; None if it can."""
     if x.requires_grad and torch.is_grad_enabled():
         return "its kernel has no gradient, and x needs one."
     if torch.compiler.is_compiling() or torch.jit.is_tracing():

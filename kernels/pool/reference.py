@@ -1,4 +1,4 @@
-"""The pooling in plain PyTorch: the truth that the kernel is held to."""
+"""The pooling in plain PyTorch: the reference for the kernel."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,6 +1,6 @@
-"""The largest value of windows of 3×3 cells in channels-last, stride 2, without a note of where it was.
+"""The largest value of windows of 3×3 cells in channels-last, stride 2, without its index.
 
-A program handles neighbouring elements of one row of the result, so that what it loads lies side by side too.
+A program handles neighbouring elements of one row of the result, so its loads are adjacent too.
 """
 
 import torch

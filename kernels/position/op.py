@@ -28,18 +28,18 @@ def grid_positions(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sine position encoding of a feature map, and what of it is padding, all from the sizes of its images.
+    """Sine position encoding and padding mask of a feature map, from the sizes of its images.
 
     Args:
-        features: [B, C, h, w], floating; only its shape, dtype and device are looked at.
-        image_size: H and W in pixels of the batch that it was made of.
+        features: [B, C, h, w], floating; only its shape, dtype and device are read.
+        image_size: H and W in pixels of the batch that the features come from.
         dim: channels of the encoding, a multiple of 4.
         valid_hw: [B, 2] int32, valid height and width in pixels of images padded at the bottom and right; None:
             nothing is padded, and one encoding serves the whole batch.
         backend: `auto`, `triton` (one launch) or `eager`.
 
     Returns:
-        position [B or 1, h·w, dim] in the dtype of `features`, as `sine_position_encoding` has it, y's half first;
+        position [B or 1, h·w, dim] in the dtype of `features`, as in `sine_position_encoding`, y's half first;
         padding [B, h·w] bool, True = padding; valid height and width in cells [B, 2] int32. The last two are None
         without `valid_hw`.
 
@@ -61,8 +61,8 @@ def grid_positions(
 
 def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
     if features.dim() != 4 or 0 in features.shape[2:] or not features.is_floating_point():
-        found = f"{tuple(features.shape)} {features.dtype}"
-        raise ValueError(f"features: expected [B, C, h, w] with cells, floating, got {found}.")
+        actual = f"{tuple(features.shape)} {features.dtype}"
+        raise ValueError(f"features: expected [B, C, h, w] with cells, floating, got {actual}.")
     if dim < 4 or dim % 4:
         raise ValueError(f"dim: expected a multiple of 4, got {dim}.")
     if valid_hw is None:
@@ -71,7 +71,7 @@ def _check(features: Tensor, dim: int, valid_hw: Tensor | None) -> None:
     if tuple(valid_hw.shape) != shape or valid_hw.dtype != torch.int32:
         raise ValueError(f"valid_hw: expected {shape} torch.int32, got {tuple(valid_hw.shape)} {valid_hw.dtype}.")
     if valid_hw.device != features.device:
-        raise ValueError(f"valid_hw: expected device {features.device} as of features, got {valid_hw.device}.")
+        raise ValueError(f"valid_hw: expected device {features.device} like features, got {valid_hw.device}.")
 
 
 def _fake(

@@ -1,4 +1,4 @@
-"""Valid cells of a grid and their sine encoding in plain PyTorch: the truth that the kernel is held to.
+"""Valid cells of a grid and their sine encoding in plain PyTorch: the reference for the kernel.
 
 Source: DETR, appendix A.4; `models/position_encoding.py` (`PositionEmbeddingSine`) of the official code.
 """
@@ -25,7 +25,7 @@ def valid_cells(valid_hw: Tensor, image_size: tuple[int, int], grid: tuple[int, 
     """
     counts = []
     for axis, (pixels, cells) in enumerate(zip(image_size, grid, strict=True)):
-        # In float32, as `interpolate` finds the pixel of a cell.
+        # In float32, as `interpolate` computes the pixel of a cell.
         pixel = (torch.arange(cells, dtype=torch.float32, device=valid_hw.device) * (pixels / cells)).floor()
         counts.append((pixel < valid_hw[:, axis, None]).sum(1))
     return torch.stack(counts, dim=1).to(torch.int32)
@@ -41,7 +41,7 @@ def sine_position_encoding(padding: Tensor, dim: int, temperature: float = 10000
         normalize: scale coordinates to (0, 2π] by the valid height and width.
 
     Returns:
-        [B, h·w, dim] float32 (the official code computes it in float32 whatever the model's dtype): y's half
+        [B, h·w, dim] float32 (the official code computes it in float32 for every model dtype): y's half
         first, then x's.
     """
     valid = (~padding).to(torch.float32)
@@ -58,8 +58,8 @@ def grid_positions(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Float32 positions, padding and valid cells; see `op.py`."""
     if valid_hw is None:
-        nothing = torch.zeros((1, *size), dtype=torch.bool, device=device)
-        return sine_position_encoding(nothing, dim), None, None
+        no_padding = torch.zeros((1, *size), dtype=torch.bool, device=device)
+        return sine_position_encoding(no_padding, dim), None, None
     cells = valid_cells(valid_hw, image_size, size)
     padding = rectangle_padding(cells, *size)
     return sine_position_encoding(padding.unflatten(1, size), dim), padding, cells

@@ -1,7 +1,7 @@
 """Sine position encoding, padding and valid cells of a grid in one launch.
 
-A program handles a block of cells of one image and all channels. It counts the valid rows and columns itself: they are
-few. Angles are counted in turns, as in the sine embedding.
+A program handles a block of cells of one image and all channels. It counts the valid rows and columns itself, because
+they are few. Angles are in turns, as in the sine embedding.
 """
 
 import math
@@ -23,7 +23,7 @@ BLOCK_ELEMENTS = 4096
 
 @triton.jit
 def count_valid(valid, cells, scale, CELLS: tl.constexpr):
-    """How many cells of an axis have a valid pixel, by nearest neighbour, in float32 as PyTorch finds it."""
+    """How many cells of an axis have a valid pixel, by nearest neighbour, in float32 as PyTorch computes it."""
     cell = tl.arange(0, CELLS)
     pixel = tl.floor(cell.to(tl.float32) * scale)
     return tl.sum(((pixel < valid.to(tl.float32)) & (cell < cells)).to(tl.int32), axis=0)
@@ -31,7 +31,7 @@ def count_valid(valid, cells, scale, CELLS: tl.constexpr):
 
 @triton.jit
 def share_of(counted, total):
-    """Of cells numbered from 1, as a part of the whole; 0 where nothing was counted."""
+    """Cell numbers, from 1, as a fraction of the total; 0 if nothing was counted."""
     return counted.to(tl.float32) / (total.to(tl.float32) + 1e-6)
 
 
@@ -54,7 +54,7 @@ def position_kernel(
         if tl.program_id(0) == 0:
             tl.store(valid_cells + 2 * image, valid_height)
             tl.store(valid_cells + 2 * image + 1, valid_width)
-    # Rows are counted in the cell's column, which has none where it is padding from top to bottom; columns likewise.
+    # Rows are counted in the cell's column, which has none if it is padding from top to bottom; columns likewise.
     y = tl.where(column < valid_width, share_of(tl.minimum(row + 1, valid_height), valid_height), 0.0)
     x = tl.where(row < valid_height, share_of(tl.minimum(column + 1, valid_width), valid_width), 0.0)
     channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
@@ -78,7 +78,7 @@ def forward(
     dim: int,
     temperature: float = 10000.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As in `op.py`; padding and valid cells are empty where nothing is padded."""
+    """As in `op.py`; padding and valid cells are empty if nothing is padded."""
     batch, _, height, width = features.shape
     images, padded = (1, 0) if valid_hw is None else (batch, batch)
     position = features.new_empty((images, height * width, dim))

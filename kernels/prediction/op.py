@@ -11,7 +11,7 @@ OPERATION = registry.declare("predicted_boxes", triton=registry.Kernels())
 
 
 def predicted_boxes(offsets: Tensor, points: Tensor, backend: str = "auto") -> Tensor:
-    """Boxes whose offsets, and whose centre's reference point, are added before the sigmoid (section 3.2).
+    """Boxes from offsets, to whose centres reference points are added before the sigmoid (section 3.2).
 
     Args:
         offsets: [L, B, Q, 4] of (cx, cy, w, h), any real numbers, floating.
@@ -42,7 +42,7 @@ def _check(offsets: Tensor, points: Tensor) -> None:
     if tuple(points.shape) != expected or not points.is_floating_point():
         raise ValueError(f"points: expected {expected}, floating, got {tuple(points.shape)} {points.dtype}.")
     if points.device != offsets.device:
-        raise ValueError(f"points: expected device {offsets.device} as of offsets, got {points.device}.")
+        raise ValueError(f"points: expected device {offsets.device} like offsets, got {points.device}.")
 
 
 def _fake_forward(offsets: Tensor, points: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Predicted boxes in plain PyTorch: the truth that the kernels are held to.
+"""Predicted boxes in plain PyTorch: the reference for the kernels.
 
 Source: Conditional DETR, section 3.2; `inverse_sigmoid` of the official code.
 """

@@ -1,7 +1,7 @@
 """Boxes from offsets and reference points, forward and backward, in one launch each way.
 
-Predictions of all layers and images are rows of 4·Q numbers: a column has one coordinate of one query. In backward a
-program handles a block of columns and all rows, so that it adds up the gradient of its reference points by itself.
+Predictions of all layers and images are rows of 4·Q numbers: a column is one coordinate of one query. In backward a
+program handles a block of columns and all rows, so it sums the gradient of its reference points alone.
 """
 
 import torch
@@ -18,14 +18,14 @@ SIZES = ("rows", "numbers")
 BLOCK = 64
 """Columns per program: 19 programs for 300 queries."""
 ROWS = 32
-"""Rows at a time."""
+"""Rows per program and iteration."""
 EPS = tl.constexpr(reference.EPS)
 
 
 @triton.jit
 def load_points(points, numbers, BLOCK: tl.constexpr):
-    """Columns of a program; those that are of a point; numerator and denominator of its odds before they are clamped
-    at EPS, 1 and 1 for sizes; and whether it is in [0, 1].
+    """Columns of a program; the mask of those with a point; numerator and denominator of its odds before they are
+    clamped at EPS, 0.5 and 0.5 for sizes; and whether it is in [0, 1].
     """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_point = (column % 4 < 2) & (column < numbers)
@@ -61,7 +61,7 @@ def predict_backward_kernel(
         by_offset = load_float(grad + index, mask) * (box * (1.0 - box))
         store_cast(grad_offsets + index, by_offset, mask)
         total += tl.sum(by_offset, axis=0)
-    # Of log x - log(1 - x), where neither is clamped.
+    # The derivative of log x - log(1 - x); a clamped term contributes nothing.
     slope = tl.where(x >= EPS, 1.0 / tl.where(x >= EPS, x, 1.0), 0.0)
     slope += tl.where(rest >= EPS, 1.0 / tl.where(rest >= EPS, rest, 1.0), 0.0)
     gradient = tl.where(is_inside, total * slope, 0.0)

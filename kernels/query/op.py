@@ -1,7 +1,7 @@
 """W (λ ⊙ p_s) + b, the conditional spatial query with its projection: the public function, its checks, the operators.
 
-Kernels form λ ⊙ p_s where the product loads it, so that it is neither a launch of its own nor kept for backward. They
-cast nothing under autocast: all tensors are of the step's dtype. Sums are float32.
+Kernels compute λ ⊙ p_s when the matrix product loads it, so it needs no separate launch and is not saved for backward.
+Autocast changes nothing in them: all tensors have the step's dtype. Sums are float32.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.query import reference
 
-# In float32 its product would take longer than cuBLAS's and the product of two tensors together.
+# In float32 its matrix product would take longer than λ ⊙ p_s and cuBLAS's matrix product together.
 OPERATION = registry.declare("spatial_query", triton=registry.Kernels(auto_dtypes=(torch.bfloat16, torch.float16)))
 
 
@@ -25,10 +25,10 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
         transform: [..., Q, C] λ, floating.
         embedding: [Q, C] p_s, the embedding of the reference points, the same for all images; or [..., Q, C].
         weight: [O, C] of the projection.
-        bias: [O]; or [rows, O], one for each row of the result and all equal, of which the first is read: the gradient
-            of each is then that of its row, for whoever made the rows to add up. All tensors share dtype and device.
+        bias: [O]; or [rows, O], equal copies for each row of the result, of which the first is read. The gradient of
+            each copy is then that of its row, and the caller sums them. All tensors share dtype and device.
         backend: `auto`, `triton` (one launch forward; backward one, and a product for the gradient of the weight) or
-            `eager` (the product of λ and p_s, then `F.linear`), which `auto` takes in float32.
+            `eager` (the product of λ and p_s, then `F.linear`), which `auto` uses in float32.
 
     Returns:
         [..., Q, O] of that dtype.
@@ -45,7 +45,7 @@ def spatial_query(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Te
     *images, queries, channels = transform.shape
     shape = (math.prod(images), queries)
     if embedding.dim() > 2:
-        # With embeddings of their own, images are as good as more queries of one.
+        # Images with separate embeddings are equivalent to more queries of one image.
         shape = (1, math.prod(shape))
     transform, embedding = transform.reshape(*shape, channels), embedding.reshape(shape[1], channels)
     bias = bias if bias.stride(-1) == 1 else bias.contiguous()
@@ -68,8 +68,8 @@ def _check(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -
         raise ValueError(f"bias: expected {expected[0]} or {expected[1]}, got {tuple(bias.shape)}.")
     for name, tensor in (("embedding", embedding), ("weight", weight), ("bias", bias)):
         if tensor.dtype != transform.dtype or tensor.device != transform.device:
-            wanted = f"{transform.dtype} on {transform.device} as of transform"
-            raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype} on {tensor.device}.")
+            required = f"{transform.dtype} on {transform.device} like transform"
+            raise ValueError(f"{name}: expected {required}, got {tensor.dtype} on {tensor.device}.")
 
 
 def _fake_forward(transform: Tensor, embedding: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     images, queries, channels = transform.shape
     shapes = (transform.shape, embedding.shape, (images * queries, channels))
-    return tuple(transform.new_empty(shape if made else 0) for shape, made in zip(shapes, wanted, strict=True))
+    return tuple(transform.new_empty(shape if needed else 0) for shape, needed in zip(shapes, wanted, strict=True))
 
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -92,25 +92,25 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     transform, embedding, weight = ctx.saved_tensors
-    *wanted, of_bias = ctx.needs_input_grad
+    *wanted, needs_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
-    found: list[Tensor | None] = [None] * 3
+    gradients: list[Tensor | None] = [None] * 3
     if any(wanted):
         backward = ops.spatial_query_backward.default
-        made = operators.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
-        found = [x if is_wanted else None for x, is_wanted in zip(made, wanted, strict=True)]
-    if found[2] is not None:
-        found[2] = rows.t() @ found[2]
-    bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if of_bias else None
-    return *found, bias
+        results = operators.call(backward, grad.contiguous(), transform, embedding, weight, *wanted)
+        gradients = [x if is_wanted else None for x, is_wanted in zip(results, wanted, strict=True)]
+    if gradients[2] is not None:
+        gradients[2] = rows.t() @ gradients[2]
+    grad_bias = (rows if ctx.bias_dim == 2 else rows.sum(0)) if needs_bias else None
+    return *gradients, grad_bias
 
 
 class SpatialQuery(torch.autograd.Function):
-    """The operator, as PyTorch records it with less work for the host."""
+    """The operator, recorded with less work for the host."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
-        """The operator's inputs."""
+        """Takes the operator's inputs, returns its result."""
         output = operators.call(torch.ops.conddetr.spatial_query.default, *inputs)
         _setup(ctx, inputs, output)
         return output
@@ -119,12 +119,12 @@ class SpatialQuery(torch.autograd.Function):
 
 
 def _flops(transform: list[int], embedding: list[int], weight: list[int], *_: object, **__: object) -> int:
-    """Of shapes: those of the matrix product."""
+    """From shapes: operations of the matrix product."""
     return 2 * transform[0] * transform[1] * weight[0] * weight[1]
 
 
 def _backward_flops(grad: list[int], *shapes: object, **_: object) -> int:
-    """Of one of backward's two products; the other is PyTorch's."""
+    """Operations of one of backward's two products; the other is PyTorch's."""
     return _flops(*shapes[:3])
 
 

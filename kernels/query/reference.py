@@ -1,4 +1,4 @@
-"""The projected conditional spatial query in plain PyTorch: the truth that the kernels are held to.
+"""The projected conditional spatial query in plain PyTorch: the reference for the kernels.
 
 Source: Conditional DETR, equation 5 and section 3.3; the projection is `ca_qpos_sine_proj` of the official
 implementation.

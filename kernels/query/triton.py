@@ -1,12 +1,12 @@
-"""The conditional spatial query and its projection as one matrix product, λ ⊙ p_s made where its left side is loaded.
+"""The conditional spatial query and its projection as one matrix product; its left side λ ⊙ p_s is computed on loading.
 
-A program has a block of images and queries, so that it reads the p_s that its images share once. Backward: the gradient
-of λ ⊙ p_s is a tile of a product, of which a program makes the gradient of λ, and adds up that of p_s over all images,
-block by block, in an order that does not change. In passing it writes λ ⊙ p_s, which forward has not kept, for the
-product that is the gradient of the weight.
+A program handles a block of images and queries, so it reads the p_s that its images share once. In backward, the
+gradient of λ ⊙ p_s is a tile of a product. From it a program computes the gradient of λ, and sums that of p_s over all
+images, block by block, in a fixed order. It also writes λ ⊙ p_s, which forward did not save, for the matrix product
+that gives the gradient of the weight.
 
-p_s is read, not computed from reference points: [Q, C] numbers stay in the cache, where sines for every image would be
-more work than the product.
+p_s is read, not computed from reference points: its [Q, C] numbers stay in the cache, while sines for every image would
+be more work than the product.
 
 Shapes: transform (λ) [B, Q, C], embedding (p_s) [Q, C], weight [O, C], bias [O], out and grad [B, Q, O].
 """
@@ -24,14 +24,14 @@ from conddetr.kernels.common.triton import load_float, precision, product, store
 SIZES = ("images", "queries")
 """Not specialised (`operators.py` says why)."""
 ROWS = 64
-"""Images times queries of a program at a time: what a product takes on Hopper's tensor cores."""
+"""Images times queries of a program at a time: the rows of a product on Hopper's tensor cores."""
 MOST_IMAGES, MOST_IMAGES_BACKWARD = 8, 16
-"""Of these rows. More read p_s less often; in backward a program then has fewer blocks to walk over."""
+"""Most images among these rows. More images read p_s less often; in backward a program then loops over fewer blocks."""
 
 
 @triton.jit
 def block_of_rows(first, images, query, queries, IMAGES: tl.constexpr, QUERIES: tl.constexpr):
-    """Row numbers [IMAGES, QUERIES] in tensors [B · Q, …], 64 bits wide, and which of them there are."""
+    """Row indices [IMAGES, QUERIES] in tensors [B · Q, …], 64 bits wide, and the mask of those that exist."""
     image = first + tl.arange(0, IMAGES)
     row = image.to(tl.int64)[:, None] * queries + query[None, :]
     return row, (image < images)[:, None] & (query < queries)[None, :]
@@ -117,13 +117,13 @@ def launch(images: int, dtype: torch.dtype, backward: bool) -> dict[str, int | b
     block = min(MOST_IMAGES_BACKWARD if backward else MOST_IMAGES, next_power_of_2(images))
     sizes = {"IMAGES": block, "QUERIES": ROWS // block, "enable_fp_fusion": True}
     if dtype == torch.float32:
-        # For those who ask for it: nothing spills.
+        # Only on request: `auto` does not take it. Nothing spills.
         return {**sizes, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}
     if backward:
-        # That of one image has a tile of p_s as large as that of the product.
+        # With one image, the tile of p_s is as large as that of the product.
         width, stages = 32 if block == 1 else 64, 3
     else:
-        # Of few images narrow tiles, so that there are more programs.
+        # Narrow tiles for few images, so that there are more programs.
         width, stages = (32, 4) if block < MOST_IMAGES else (128, 3)
     return {**sizes, "BLOCK_N": width, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
 
@@ -152,8 +152,8 @@ def backward(
     of_embedding: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of transform and embedding, and transform ⊙ embedding [B · Q, C] for that of the weight; what is not
-    wanted is empty. All contiguous.
+    """Gradients of transform and embedding, and transform ⊙ embedding [B · Q, C] for that of the weight; those not
+    requested are empty. All contiguous.
     """
     images, queries, channels = transform.shape
     shapes = (transform.shape, embedding.shape, (images * queries, channels))

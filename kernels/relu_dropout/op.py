@@ -1,7 +1,7 @@
 """ReLU and dropout after a bias: the public function, its checks, and the operator behind the kernels.
 
-On GPUs bias, ReLU and dropout are three launches, and three for their gradients, where one each way does. On CPUs the
-native dropout takes ReLU along (`cpu/dropout`).
+On GPUs PyTorch needs three launches for bias, ReLU and dropout, and three for their gradients; the kernels need one
+each way. On CPUs the native dropout applies ReLU too (`cpu/dropout`).
 """
 
 from functools import partial
@@ -22,16 +22,16 @@ OPERATION = registry.declare("relu_dropout", triton=registry.Kernels(), native=d
 def relu_dropout(
     x: Tensor, p: float, backend: str = "auto", bias: Tensor | None = None, seed: Tensor | None = None
 ) -> Tensor:
-    """ReLU and dropout in one pass over memory, as in a feed-forward network; backward reads the result alone.
+    """ReLU and dropout in one pass over memory, as in a feed-forward network; backward reads only the result.
 
     Args:
         x: [..., C], floating; without a bias any shape.
-        p: probability, in [0, 1), that an element is dropped; 0: ReLU alone.
+        p: probability, in [0, 1), that an element is dropped; 0: only ReLU.
         backend: `auto`, `triton` (on GPUs), `native` (on CPUs) or `eager`.
-        bias: added to x before, by the same kernel on GPUs: [C], or [P, C] replicas, floating, whose gradient is then
+        bias: added to x first, on GPUs by the same kernel: [C], or [P, C] replicas, floating, whose gradient is then
             partial sums (as in `add_norm`).
-        seed: [1] int64 on the device of x, of what is dropped; None: drawn from torch's generator. `eager` draws from
-            that in any case.
+        seed: [1] int64 on the device of x, dropout's seed; None: sampled from torch's generator. `eager` always samples
+            from that generator.
 
     Returns:
         The shape and dtype of x.
@@ -75,7 +75,7 @@ def _check_others(x: Tensor, bias: Tensor | None, seed: Tensor | None) -> None:
     device = x.device
     for name, tensor in (("bias", bias), ("seed", seed)):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected device {device} as of x, got {tensor.device}.")
+            raise ValueError(f"{name}: expected device {device} like x, got {tensor.device}.")
 
 
 def _fake_forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
@@ -89,7 +89,7 @@ def _fake_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[
 
 def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
     _, bias, _, ctx.p = inputs
-    # Shape and dtype is what its gradient needs.
+    # Its gradient needs shape and dtype only.
     ctx.bias = None if bias is None else (bias.shape, bias.dtype)
     ctx.save_for_backward(output)
 
@@ -98,21 +98,21 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor 
     (output,) = ctx.saved_tensors
     backward = ops.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
-        of_x, _ = operators.call(backward, grad.contiguous(), output, ctx.p, 0)
-        return of_x, None, None, None
+        grad_x, _ = operators.call(backward, grad.contiguous(), output, ctx.p, 0)
+        return grad_x, None, None, None
     shape, dtype = ctx.bias
     rows = output.numel() // output.shape[-1]
     replicas = shape[0] if len(shape) == 2 else min(REPLICAS, max(1, rows))
-    of_x, partial = operators.call(backward, grad.contiguous(), output, ctx.p, replicas)
-    return of_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
+    grad_x, partial = operators.call(backward, grad.contiguous(), output, ctx.p, replicas)
+    return grad_x, partial if len(shape) == 2 else partial.sum(0).to(dtype), None, None
 
 
 class ReLUDropout(torch.autograd.Function):
-    """The operator, as PyTorch records it with less work for the host."""
+    """The operator, recorded with less work for the host."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
-        """The operator's inputs."""
+        """Takes the operator's inputs, returns its result."""
         output = operators.call(torch.ops.conddetr.relu_dropout.default, *inputs)
         _setup(ctx, inputs, output)
         return output

@@ -1,8 +1,8 @@
 """ReLU and dropout after a bias in one pass over memory, and the gradients of both in another.
 
-A program handles a block of rows and columns. Backward reads the result, not what it was made of: what is above zero
-was kept. It has a fixed number of programs for each block of columns, each of which walks over rows and adds up what it
-gives to the gradient of the bias: one row of partial sums a program, in an order that does not change.
+A program handles a block of rows and columns. Backward reads only the result: positive elements were kept. It has a
+fixed number of programs for each block of columns. Each loops over rows and sums its share of the gradient of the bias
+into one row of partial sums, in a fixed order.
 """
 
 import functools
@@ -27,7 +27,7 @@ from conddetr.kernels.common.triton import (
 SIZES = ("rows", "replicas")
 """Not specialised (`operators.py` says why)."""
 BLOCK_ELEMENTS = 2048
-"""Per program at a time, for 128 threads."""
+"""Per program and iteration, for 128 threads."""
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SEED)
@@ -35,7 +35,7 @@ def relu_dropout_kernel(
     x, bias, out, seed_pointer, dropout_p, rows,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """out = relu(x + bias), of which each element is zero with probability dropout_p and else grows; [rows, C]."""
+    """out = relu(x + bias), then dropout: each element is zero with probability dropout_p, else scaled; [rows, C]."""
     row = own_block(BLOCK)
     first = tl.program_id(1) * WIDTH
     column = first + tl.arange(0, WIDTH)
@@ -44,7 +44,7 @@ def relu_dropout_kernel(
     value = load_float(x + offset, mask)
     if HAS_BIAS:
         value += vector(bias, column, is_column)
-    # Not a maximum, which may lose what is not a number.
+    # Not `maximum`, which may lose a NaN.
     value = tl.where(value <= 0.0, 0.0, value)
     if HAS_DROPOUT:
         value = dropped(value, tl.load(seed_pointer), row, first, CHANNELS, dropout_p)
@@ -56,7 +56,7 @@ def relu_dropout_backward_kernel(
     grad, out, grad_x, partial, dropout_p, rows, replicas,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x [rows, C], and partial [replicas, C] float32 of the bias."""
+    """grad_x [rows, C], and partial [replicas, C] float32: partial sums of the gradient of the bias."""
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     is_column = column < CHANNELS
     of_bias = tl.zeros((BLOCK, WIDTH), tl.float32)
@@ -91,7 +91,7 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 
 
 def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: float) -> Tensor:
-    """Contiguous x [..., C], bias [C] or [P, C], of which the first row is read; seed where dropout_p is not 0."""
+    """Contiguous x [..., C], bias [C] or [P, C], of which the first row is read; seed if dropout_p is not 0."""
     out = torch.empty_like(x)
     rows, sizes = _sizes(x)
     if rows:
@@ -102,7 +102,7 @@ def forward(x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout_p: floa
 
 
 def backward(grad: Tensor, out: Tensor, dropout_p: float, replicas: int) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and partial sums [replicas, C] float32 of that of the bias; 0 replicas: it is not wanted."""
+    """Gradient of x, and partial sums [replicas, C] float32 of that of the bias, which 0 replicas leave out."""
     rows, sizes = _sizes(out)
     grad_x = torch.empty_like(out)
     partial = out.new_empty((replicas, out.shape[-1] if out.dim() else 1), dtype=torch.float32)

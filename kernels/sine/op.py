@@ -1,6 +1,6 @@
 """Sine embedding and λ ⊙ p_s: the public functions, their checks, and the operator behind the kernels.
 
-Under autocast nothing is cast: phases are float32 whatever comes in, and the result has the promoted input dtype.
+Autocast changes nothing here: phases are float32 for every input dtype, and the result has the promoted input dtype.
 """
 
 import torch
@@ -54,11 +54,11 @@ def conditional_spatial_query(
         [..., dim] of the promoted dtype.
 
     Raises:
-        ValueError, RuntimeError: as `sine_embedding`, and where devices differ.
+        ValueError, RuntimeError: as in `sine_embedding`, and if devices differ.
     """
     _check(points, transform.shape[-1])
     if transform.device != points.device:
-        raise ValueError(f"transform: expected device {points.device} as of points, got {transform.device}.")
+        raise ValueError(f"transform: expected device {points.device} like points, got {transform.device}.")
     dtype = torch.promote_types(points.dtype, transform.dtype)
     choice = QUERY.choose(backend, points.device, dtype)
     paths.note("conditional_spatial_query", choice.backend, choice.refused)
@@ -99,8 +99,8 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
     points, transform = ctx.saved_tensors
-    found = ops.sine_embedding_backward(grad.contiguous(), points, transform, ctx.dim, ctx.temperature)
-    return found[0], None if transform is None else found[1], None, None
+    gradients = ops.sine_embedding_backward(grad.contiguous(), points, transform, ctx.dim, ctx.temperature)
+    return gradients[0], None if transform is None else gradients[1], None, None
 
 
 _INPUTS = "Tensor points, Tensor? transform, int dim, float temperature"

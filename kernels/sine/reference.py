@@ -1,4 +1,4 @@
-"""Sinusoidal embeddings in plain PyTorch: the truth that every kernel is held to.
+"""Sinusoidal embeddings in plain PyTorch: the reference for every kernel.
 
 Source: Conditional DETR, section 3.3 and equation 5; `gen_sineembed_for_position` of the official
 implementation (which fixes dim = 256).
@@ -13,7 +13,7 @@ from torch import Tensor
 def frequencies(count: int, temperature: float = 10000.0, device: torch.device | None = None) -> Tensor:
     """Divisors of the phases, pairwise equal: temperature ** (2⌊i/2⌋ / count).
 
-    Always float32, also in a float64 model: so does the official implementation.
+    Always float32, even in a float64 model, as in the official implementation.
 
     Returns:
         [count] float32.

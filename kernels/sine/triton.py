@@ -1,7 +1,7 @@
 """Sinusoidal embedding and λ ⊙ p_s in one pass over memory, forward and backward.
 
-A program handles a block of points and all their channels. Frequencies are made on chip. The cosine of the odd
-channels is a sine shifted by a quarter turn, so every channel is one sine; angles are counted in turns.
+A program handles a block of points and all their channels. Frequencies are computed on chip. The cosine of the odd
+channels is a sine shifted by a quarter turn, so every channel is one sine; angles are in turns.
 """
 
 import math
@@ -57,8 +57,8 @@ def turns_of(x, y, rate, shift, is_y):
 
 @triton.jit
 def load_points(points, count, log2_temperature, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's points: their numbers, and which there are; offsets and mask of their embeddings; of each channel
-    the turns per unit and whether it is y's; and all angles, in turns.
+    """A program's points: their indices and mask; offsets and mask of their embeddings; for each channel the turns per
+    unit and whether it is y's; and all angles, in turns.
     """
     channel, rate, shift, is_y = channels(DIM, PADDED, log2_temperature)
     row = own_block(BLOCK)
@@ -125,7 +125,7 @@ def forward(points: Tensor, transform: Tensor | None, dim: int, temperature: flo
 def backward(
     grad: Tensor, points: Tensor, transform: Tensor | None, dim: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of points and transform (the latter empty where there is none); all contiguous."""
+    """Gradients of points and transform (the latter empty if there is none); all contiguous."""
     grad_points = torch.empty_like(points)
     grad_transform = points.new_empty(0) if transform is None else torch.empty_like(transform)
     sizes = launch(dim)

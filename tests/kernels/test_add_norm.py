@@ -216,7 +216,7 @@ def test_compiles_without_a_break(device):
 def test_errors(device):
     x, vector = torch.zeros(2, 3, 4), torch.zeros(4)
     fitting = (x, x, vector, vector)
-    with pytest.raises(ValueError, match=r"residual: expected \(2, 3, 4\), floating, as of branch, got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"residual: expected \(2, 3, 4\), floating, like branch, got \(3, 4\)"):
         add_norm(x, x[0], vector, vector)
     with pytest.raises(ValueError, match=r"weight: expected \(4,\) or \(P, 4\), floating, got \(3,\) torch.float32"):
         add_norm(x, x, vector[:3], vector)

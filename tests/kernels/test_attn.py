@@ -648,18 +648,18 @@ def test_wrong_shapes_are_named(name, shape, message):
         ({"valid_cells": torch.ones(3, 2, dtype=torch.int32)}, r"valid_cells: expected shape \(2, 2\), got \(3, 2\)"),
         (
             {"valid_cells": torch.tensor([[4, 7], [5, 7]], dtype=torch.int32)},
-            r"valid_cells\[1\]: expected at most the grid's 4 × 7, and not less than 0, got 5 × 7",
+            r"valid_cells\[1\]: expected from 0 × 0 to the grid's 4 × 7, got 5 × 7",
         ),
         (
             {"valid_cells": torch.tensor([[-1, 7], [4, 7]], dtype=torch.int32)},
-            r"valid_cells\[0\]: expected at most the grid's 4 × 7, and not less than 0, got -1 × 7",
+            r"valid_cells\[0\]: expected from 0 × 0 to the grid's 4 × 7, got -1 × 7",
         ),
         (
             {
                 "valid_cells": torch.ones(2, 2, dtype=torch.int32),
                 "key_padding_mask": torch.zeros(2, 28, dtype=torch.bool),
             },
-            "expected one of them at most, got both",
+            "expected at most one of them, got both",
         ),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, r"seed: expected shape \(1,\) and dtype torch.int64, got \(2,\)"),
         ({"seed": torch.zeros(1)}, "seed: expected shape .* got .* torch.float32"),
@@ -688,7 +688,7 @@ def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
 
 def test_wrong_dtypes_and_widths_are_named(device):
     leaves = Case().to(device, torch.float32)
-    with pytest.raises(ValueError, match=r"v: expected dtype torch.float32 as of q_content, got torch.float64"):
+    with pytest.raises(ValueError, match=r"v: expected dtype torch.float32 like q_content, got torch.float64"):
         attend([*leaves[:5], leaves[5].double()])
     with pytest.raises(RuntimeError, match=r"d, ds, dv must be from 16 to 128, got \(8, 32, 32\)"):
         attend(Case(content=8).to(device, torch.float32), "triton")

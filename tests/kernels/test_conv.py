@@ -124,13 +124,13 @@ def test_what_is_cast_or_has_no_values_is_pytorchs():
 
 def test_errors():
     tensors, options, residual = make(WINDOWS["3×3, strided"], dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"x: expected \[B, 5, H, W\] as of weight, floating, got \(2, 4, 7, 9\)"):
+    with pytest.raises(ValueError, match=r"x: expected \[B, 5, H, W\] like weight, floating, got \(2, 4, 7, 9\)"):
         convolution(tensors[0][:, :4], *tensors[1:])
     with pytest.raises(ValueError, match=r"weight: expected \[Cout, Cin / groups, kh, kw\], got \(4, 5, 3\)"):
         convolution(tensors[0], tensors[1][..., 0])
-    with pytest.raises(ValueError, match=r"residual: expected \(2, 4, 4, 5\) as the result, got \(2, 4, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"residual: expected \(2, 4, 4, 5\) like the result, got \(2, 4, 4, 1\)"):
         convolution(*tensors, **options, residual=residual[..., :1])
-    with pytest.raises(ValueError, match=r"bias: expected \(4,\) as of weight, got \(1,\)"):
+    with pytest.raises(ValueError, match=r"bias: expected \(4,\) like weight, got \(1,\)"):
         convolution(*tensors[:2], tensors[2][:1], **options)
     with pytest.raises(ValueError, match="uses: expected 1 or 2, got 3"):
         convolution(*tensors, **options, uses=3)
@@ -141,7 +141,7 @@ def test_errors():
 @HAS_NATIVE
 def test_native_by_name_is_an_error_for_other_windows():
     tensors, options, _ = make(WINDOWS["3×3, strided"], channels=(32, 32), dtype=torch.float32)
-    with pytest.raises(registry.BackendError, match=r"takes a window of 3×3, stride, padding.*take backend auto"):
+    with pytest.raises(registry.BackendError, match=r"takes a window of 3×3, stride, padding.*use backend auto"):
         convolution(*tensors, **options, backend="native")
 
 
@@ -377,11 +377,11 @@ def test_errors_of_a_pair():
     (x, weight, bias, second, other_bias), options = pair_of_layers("cpu")
     weight.requires_grad_()
     for backend in ("auto", "triton"):
-        with pytest.raises(ValueError, match=r"x: expected \[B, 3, H, W\] as of weight, floating"):
+        with pytest.raises(ValueError, match=r"x: expected \[B, 3, H, W\] like weight, floating"):
             convolution_pair(x, Layer(weight, bias), Layer(second[:, :3], other_bias, **options), backend=backend)
-        with pytest.raises(ValueError, match=r"bias: expected \(4,\) as of weight, got \(1,\)"):
+        with pytest.raises(ValueError, match=r"bias: expected \(4,\) like weight, got \(1,\)"):
             convolution_pair(x, Layer(weight, bias[:1]), Layer(second, other_bias, **options), backend=backend)
-    with pytest.raises(registry.BackendError, match=r"not all ordinary ones of torch\.float32"):
+    with pytest.raises(registry.BackendError, match=r"not all ordinary tensors of torch\.float32"):
         convolution_pair(x, Layer(weight, bias), Layer(second.double(), None, **options), backend="triton")
 
 
@@ -390,7 +390,7 @@ def test_triton_by_name_says_what_it_cannot():
     cases = {
         "its kernels end in ReLU": (tensors, {}),
         "its kernels take float32": ([x.double() for x in tensors], {"relu": True}),
-        "not all ordinary ones of torch.float32": ([*tensors[:2], tensors[2].double()], {"relu": True}),
+        "not all ordinary tensors of torch.float32": ([*tensors[:2], tensors[2].double()], {"relu": True}),
         "x is not in channels-last": ([tensors[0].contiguous(), *tensors[1:]], {"relu": True}),
     }
     for reason, (inputs, arguments) in cases.items():
@@ -398,7 +398,7 @@ def test_triton_by_name_says_what_it_cannot():
             convolution(*inputs, **options, **arguments, backend="triton")
     with (
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(registry.BackendError, match=r"autocast wants torch\.bfloat16, x is torch\.float32"),
+        pytest.raises(registry.BackendError, match=r"autocast would cast to torch\.bfloat16, x is torch\.float32"),
     ):
         convolution(*tensors, **options, relu=True, backend="triton")
     with torch.autocast("cpu", torch.bfloat16):
@@ -437,7 +437,7 @@ def fails(*_):
 FORM = (torch.Size((16, 4, 3, 3)), ((2, 2), (1, 1), (1, 1), 2))
 BROKEN = {
     "it failed on this device: no engine$": fails,
-    r"differ from PyTorch's by 0\.\d+ of the greatest": lambda x, weight, bias, *window: stand_in(
+    r"differ from PyTorch's by 0\.\d+ of the largest value": lambda x, weight, bias, *window: stand_in(
         x, weight, None, *window
     ),
     "differ from PyTorch's by nan": lambda *x: stand_in(*x) + 0 * torch.nan,

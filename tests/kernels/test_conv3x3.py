@@ -129,13 +129,13 @@ def test_errors():
     x, weight, bias, grad = make((2, 32, 64, 5, 6), torch.float32)
     with pytest.raises(ValueError, match=r"weight: expected \[Cout, Cin, 3, 3\], got \(64, 32, 1, 1\)"):
         convolution_3x3(x, weight[:, :, :1, :1])
-    with pytest.raises(ValueError, match=r"x: expected \[B, 64, H, W\] as of weight, floating, got \(2, 32, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"x: expected \[B, 64, H, W\] like weight, floating, got \(2, 32, 5, 6\)"):
         convolution_3x3(x, weight, transposed=True)
-    with pytest.raises(ValueError, match=r"weight: expected torch.float32 on cpu as of x, got torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"weight: expected torch.float32 on cpu like x, got torch.float64 on cpu"):
         convolution_3x3(x, weight.double())
     with pytest.raises(ValueError, match=r"bias: expected \(64,\), got \(32,\)"):
         convolution_3x3(x, weight, bias[:32])
-    with pytest.raises(ValueError, match=r"grad: expected \[2, Cout, 5, 6\] as of x, got \(2, 64, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"grad: expected \[2, Cout, 5, 6\] like x, got \(2, 64, 4, 6\)"):
         convolution_3x3_weight_gradient(x, grad[:, :, 1:])
     with pytest.raises(registry.BackendError, match="channels in multiples of 32, and at least one cell, got 31 to 64"):
         convolution_3x3(x[:, :31], weight[:, :31], backend="native")

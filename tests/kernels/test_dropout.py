@@ -151,7 +151,7 @@ def test_errors():
         relu_dropout(x, 1.0)
     with pytest.raises(ValueError, match=r"x: expected a floating dtype, got torch.int64"):
         relu_dropout(torch.ones(3, dtype=torch.int64), P)
-    with pytest.raises(ValueError, match=r"residual: expected \(3, 4\) on cpu as of x, got \(4,\) on cpu"):
+    with pytest.raises(ValueError, match=r"residual: expected \(3, 4\) on cpu like x, got \(4,\) on cpu"):
         dropout_add(x, x[0], P)
     with pytest.raises(registry.BackendError, match="no such kernels"):
         dropout_add(x, x, P, "triton")

@@ -93,5 +93,5 @@ def test_errors():
         predicted_boxes(offsets[0], points)
     with pytest.raises(ValueError, match=r"points: expected \(7, 2\), floating, got \(6, 2\)"):
         predicted_boxes(offsets, points[:6])
-    with pytest.raises(ValueError, match="points: expected device cpu as of offsets, got meta"):
+    with pytest.raises(ValueError, match="points: expected device cpu like offsets, got meta"):
         predicted_boxes(offsets, points.to("meta"))

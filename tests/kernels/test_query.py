@@ -162,7 +162,7 @@ def test_errors(device):
         spatial_query(transform, embedding, weight[:, :7], bias)
     with pytest.raises(ValueError, match=r"bias: expected \(6,\) or \(10, 6\), got \(9, 6\)"):
         spatial_query(transform, embedding, weight, bias.expand(9, -1))
-    with pytest.raises(ValueError, match=r"weight: expected torch.float32 on .* as of transform, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"weight: expected torch.float32 on .* like transform, got torch.bfloat16"):
         spatial_query(transform, embedding, weight.bfloat16(), bias)
     with pytest.raises(registry.BackendError, match="no such kernels"):
         spatial_query(transform, embedding, weight, bias, backend="native")

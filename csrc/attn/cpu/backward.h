@@ -1,6 +1,6 @@
 // Backward: kBlockQueries queries × one tile at a time. With P the weights after dropout and dS the gradient of the
-// scores: dq_c = dS·K, dk_c = dSᵀ·q_c, dv = Pᵀ·dO. Sums of dS over rows and columns of the grid are all that the
-// spatial parts need (`finish.h`), so that no gradient of a dense spatial key is ever made.
+// scores: dq_c = dS·K, dk_c = dSᵀ·q_c, dv = Pᵀ·dO. The spatial parts need only the sums of dS over rows and columns of
+// the grid (`finish.h`), so no gradient of a dense spatial key is computed.
 #pragma once
 
 #include "attn/cpu/backward_operands.h"
@@ -89,7 +89,7 @@ struct Backward {
         store_vector(w + i, kDrops ? keep<Real>(value, bits) : value);
         store_vector(s + i, value * ((kDrops ? keep<Real>(slope, bits) : slope) - less));
       }
-      // Nothing but zeros for keys that are not there: their sums stay zero.
+      // Zeros past the last key: those sums stay zero.
       for (int i = tile.keys; i < kTileKeys; ++i) w[i] = s[i] = 0;
     }
   }

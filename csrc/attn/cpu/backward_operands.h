@@ -1,4 +1,4 @@
-// What backward multiplies, packed: everything of one head's queries, and one tile of keys after the other.
+// Packed operands of backward: all queries of one head, and one tile of keys after the other.
 #pragma once
 
 #include <math.h>
@@ -8,7 +8,7 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Log-sum-exps between -kModerate and kModerate are of moderate size: no power of two is too large or too small then.
+// Log-sum-exps between -kModerate and kModerate are moderate: no power of two is too large or too small then.
 constexpr int kModerate = 24;
 
 // `padded` queries: whole blocks of kBlockQueries.
@@ -66,15 +66,15 @@ struct BackwardOperands {
     pack_straight(upstream, padded, scaled, p.dv, positions, p.queries, 0, p.dv, Real(1));
   }
 
-  // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Where the scores are of moderate
-  // size there is no shift, so that they are rounded once less and as the small numbers that they are. The factor goes
-  // to dO, and delta = dO·O with it; that of weights that dropout keeps goes to dO alone.
+  // A query's weight is 2^(score - shift) · factor, with factor = 2^(shift - lse). Moderate scores have no shift, so
+  // they are rounded once less, and as small numbers. The factor multiplies dO, and so delta = dO·O; dropout's factor
+  // multiplies dO only.
   void pack_row(int64_t block, int64_t m) {
     const int64_t query = block * kRows + m;
     Real factor = 0, total = 0;
     if (m < count(block)) {
       const Real lse = static_cast<const Real*>(u.lse)[query_index(p, task.image, task.head, query)];
-      const bool is_seen = lse != Real(INFINITY);  // it has a key
+      const bool is_seen = lse != Real(INFINITY);  // it has a visible key
       const Real shift = !is_seen || (lse > -kModerate && lse < kModerate) ? Real(0) : ::round(lse);
       if (is_seen) factor = ::exp2(shift - lse);
       Real* rows = start(block) + m * shape.start + shape.rows;

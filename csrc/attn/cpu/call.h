@@ -1,4 +1,4 @@
-// From the inputs to what the CPU's kernels are given: checks, and which keys are visited. Part of cpu.cpp.
+// From the inputs to the CPU kernels' problem: checks, and the visited keys. Part of cpu.cpp.
 #pragma once
 
 #include "common/cpu.h"
@@ -21,7 +21,7 @@ Tensor4 strided(const Tensor& tensor, const char* name, int64_t batch, int64_t i
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// A call's problem, with what its pointers point to.
+// A call's problem, and the memory that its pointers point to.
 struct Call {
   explicit Call(const Inputs& inputs) {
     STD_TORCH_CHECK(inputs.q_content.dim() == 4 && inputs.q_spatial.dim() == 4 && inputs.k_content.dim() == 4 &&
@@ -73,8 +73,8 @@ struct Call {
       visited.push_back(visit(rectangle, padding, image, int32_t(p.height), int32_t(p.width)));
     }
     for (int64_t image = 0; image < p.batch; ++image) {
-      const Visited& found = visited[is_same ? 0 : image];
-      keys.push_back({found.runs.data(), found.tiles.data(), int64_t(found.tiles.size())});
+      const Visited& in_image = visited[is_same ? 0 : image];
+      keys.push_back({in_image.runs.data(), in_image.tiles.data(), int64_t(in_image.tiles.size())});
     }
     p.visited = keys.data();
   }

@@ -1,5 +1,5 @@
-// What is left of backward when all tiles of one image's head are done: the parts are added, always in the same order,
-// and the gradients of both queries, of R and of C are made from them.
+// The last step of backward, after all tiles of one head of one image: it adds the parts, always in the same order, and
+// computes the gradients of both queries, of R and of C from them.
 #pragma once
 
 #include "attn/cpu/pack.h"
@@ -51,7 +51,7 @@ struct Finish {
     queries = memory.take<Real>(p.queries * shape.spatial);
     left = memory.take<Real>(left_size(longest));
     out = memory.take<Real>(kRows * shape.spatial);
-    turned = memory.take<Real>(kRows * p.queries);
+    transposed = memory.take<Real>(kRows * p.queries);
   }
 
   void pack() {
@@ -84,10 +84,10 @@ struct Finish {
     for (int64_t item = 0; item < items; item += kRows) {
       const int64_t count = items - item < kRows ? items - item : kRows;
       for (int64_t query = 0; query < p.queries; ++query) {
-        for (int64_t m = 0; m < count; ++m) turned[m * p.queries + query] = slopes[query * stride + item + m];
+        for (int64_t m = 0; m < count; ++m) transposed[m * p.queries + query] = slopes[query * stride + item + m];
       }
       fill(out, size_t(kRows * shape.spatial) * sizeof(Real));
-      pack_left(left, turned, p.queries, count, 0, p.queries, Real(1));
+      pack_left(left, transposed, p.queries, count, 0, p.queries, Real(1));
       multiply(left, queries, p.queries, p.ds, out, kRows * P, P);
       write(static_cast<T*>(gradient) + ((image * items + item) * p.heads + head) * p.ds, count);
     }
@@ -102,7 +102,7 @@ struct Finish {
   const int64_t image, head;
   const Shape<Real> shape;
   int32_t* positions;
-  Real *rows, *columns, *queries, *left, *out, *turned;
+  Real *rows, *columns, *queries, *left, *out, *transposed;
 };
 
 }  // namespace

@@ -65,7 +65,7 @@ struct Forward {
     return left_over < kRows ? left_over : kRows;
   }
 
-  // From the scores of one block of queries and one tile of keys to their part of the output.
+  // Adds one tile of keys to the output of one block of queries: scores, weights, values.
   void visit(const Keys& visited, const Tile& tile, int64_t block, bool is_first) {
     Running<Real>& state = running[block];
     Real* block_sums = sums + block * kRows * shape.values;

@@ -9,20 +9,20 @@ namespace {
 constexpr int kWord = 32;
 static_assert(kTileKeys % kWord == 0);
 
-// Of a block of kRows queries and a tile: bit i % 32 of words[i / 32][m] is the weight of query m and the tile's key i.
+// Bits of a block of kRows queries and a tile: bit i % 32 of words[i / 32][m] is for query m and the tile's key i.
 struct Kept {
   uint32_t words[kTileKeys / kWord][kRows];
 };
 
-// The words of `count` queries from `query` on. Where no key of the tile's stretch of ordinals is left out they are
-// those of `keep`, else they are put together from pieces.
+// The words of `count` queries from `query` on. If the tile's ordinals have no gap, they are the words of `keep`;
+// otherwise they are assembled from pieces.
 inline void find_kept(const Problem& p, const Keys& keys, const Tile& tile, const Task& task, int64_t query,
                       int64_t count, Kept& kept) {
   const uint32_t* words = p.keep + (task.image * p.heads + task.head) * p.keep_words * p.queries + query;
   memset(&kept, 0, sizeof kept);
   for (int r = 0; r < tile.runs;) {
     const Run& run = keys.runs[tile.first_run + r];
-    // Rows of a rectangle follow one another.
+    // The ordinals of a rectangle's rows follow one another.
     int length = 0;
     for (; r < tile.runs && keys.runs[tile.first_run + r].ordinal == run.ordinal + length; ++r) {
       length += keys.runs[tile.first_run + r].length;
@@ -39,7 +39,7 @@ inline void find_kept(const Problem& p, const Keys& keys, const Tile& tile, cons
   }
 }
 
-// A word in every lane, the bit of key 0 in lane 0 in its place; the next vector of keys follows with `>> kLanes`.
+// A word in every lane, of which lane i uses bit i; `>> kLanes` moves on to the next vector of keys.
 template <typename Real>
 CONDDETR_INLINE Integers<Real> spread(uint32_t word) {
   return Integers<Real>{} + decltype(Integers<Real>{}[0] + 0)(word);

@@ -1,4 +1,4 @@
-// What scores are made from, packed: the grid, a block of queries, a tile of keys.
+// Packed operands of scores: the grid, a block of queries, a tile of keys.
 #pragma once
 
 #include "attn/cpu/pack.h"
@@ -6,7 +6,7 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Where the keys of a tile lie: positions in the sequence.
+// Positions of a tile's keys in the sequence.
 void tile_positions(const Problem& p, const Keys& keys, const Tile& tile, int32_t* positions) {
   for (int r = 0; r < tile.runs; ++r) {
     const Run& run = keys.runs[tile.first_run + r];
@@ -14,7 +14,7 @@ void tile_positions(const Problem& p, const Keys& keys, const Tile& tile, int32_
   }
 }
 
-// C and R as panels, one behind the other, used by all queries. `grid` has room for them before they are packed, too.
+// C and R as panels, one behind the other, used by all queries. `grid` also has room for their unpacked copy.
 template <typename T>
 void pack_grid(const Problem& p, int64_t image, int64_t head, Compute<T>* grid, int32_t* positions) {
   using Real = Compute<T>;
@@ -47,7 +47,7 @@ void pack_queries(const Problem& p, const Shape<Compute<T>>& shape, int64_t imag
   const T* q_spatial = at<T>(p.q_spatial, image, head) + query * p.q_spatial.item;
   pack_left(left, q_content, p.q_content.item, count, 0, p.d, factor);
   for (int m = 0; m < kRows; ++m) {
-    // Finite, so that nothing becomes NaN; as a weight it is zero, or 2^-126 times a value that is zero.
+    // Finite, so that nothing becomes NaN; its weight is zero, or 2^-126 times a value that is zero.
     store_vector(start + m * shape.start, broadcast(Real(-1e30)));
   }
   if (p.is_separable()) {

@@ -8,7 +8,7 @@ namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
 // Copies channels of kRows items to a left factor, [depth / kDepth][kRows][kDepth], from channel `offset` on, times
-// `factor`; zeros for items that are not there.
+// `factor`; zeros past the last item.
 template <typename T>
 void pack_left(Compute<T>* to, const T* from, int64_t stride, int64_t items, int64_t offset, int64_t channels,
                Compute<T> factor) {
@@ -29,8 +29,8 @@ void pack_left(Compute<T>* to, const T* from, int64_t stride, int64_t items, int
   }
 }
 
-// Copies items, each at `positions`, to panels of items: element (channel, item) of panel i / kPanel. `to` starts at
-// the first channel of the first panel; `depth` channels are between panels. Zeros for items that are not there.
+// Copies the items at `positions` to panels of items: element (channel, item) of panel i / kPanel. `to` starts at the
+// first channel of the first panel; `depth` channels are between panels. Zeros past the last item.
 template <typename T>
 void pack_transposed(Compute<T>* to, int64_t depth, const T* from, int64_t stride, const int32_t* positions,
                      int64_t items, int64_t channels) {
@@ -57,7 +57,7 @@ void pack_transposed(Compute<T>* to, int64_t depth, const T* from, int64_t strid
 }
 
 // Copies items to panels of channels: element (item, channel) of panel channel / kPanel, `length` items apart, times
-// `factor`. Channels from `offset` on; what is not written stays as it was.
+// `factor`. Channels from `offset` on; all other numbers keep their values.
 template <typename T>
 void pack_straight(Compute<T>* to, int64_t length, const T* from, int64_t stride, const int32_t* positions,
                    int64_t items, int64_t offset, int64_t channels, Compute<T> factor) {
@@ -81,7 +81,7 @@ void pack_straight(Compute<T>* to, int64_t length, const T* from, int64_t stride
   }
 }
 
-// The opposite for one item: channels from `offset` on, of panels that are `c_panel` numbers apart, times `factor`.
+// The inverse for one item: channels from `offset` on, of panels that are `c_panel` numbers apart, times `factor`.
 template <typename T>
 void unpack_row(T* to, const Compute<T>* from, int64_t c_panel, int64_t offset, int64_t channels, Compute<T> factor) {
   constexpr int P = kPanel<Compute<T>>;

@@ -1,4 +1,4 @@
-// What backward adds up over the tiles of one image's head, for the gradients that need all of them.
+// Sums of backward over the tiles of one head of one image, for the gradients that need all of them.
 #pragma once
 
 #include "attn/cpu/shape.h"
@@ -14,7 +14,7 @@ struct Partial {
         rows(arena.take<Real>(p.is_separable() ? queries * shape.height : 0)),
         columns(arena.take<Real>(p.is_separable() ? queries * shape.width : 0)) {}
   int64_t queries;
-  Real* content;  // [block][panel][kRows][kPanel]: of the content query, before `scale`
+  Real* content;  // [block][panel][kRows][kPanel]: gradient of the content query, before `scale`
   Real* rows;     // [queries][Shape::height]: Σ over x of dS
   Real* columns;  // [queries][Shape::width]: Σ over y of dS
 };

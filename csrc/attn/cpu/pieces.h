@@ -1,4 +1,4 @@
-// Which keys of a tile are neighbours in a row of the grid: their scores start from the same row and from neighbouring
+// Keys of a tile that are neighbours in a row of the grid: their scores start from the same row and from neighbouring
 // columns.
 #pragma once
 
@@ -7,18 +7,18 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Of one vector of a tile, the keys that are neighbours in a row of the grid, or that are not there.
+// Keys of one vector of a tile that are neighbours in a row of the grid, or that lie past the last key.
 template <typename Real>
 struct Piece {
-  Integers<Real> lanes;  // all bits of each of them, no bit of the others
-  int32_t column, row;   // of what they start from, see Shape::start; `column` is that of lane 0
+  Integers<Real> lanes;  // all bits set for these keys, none for the others
+  int32_t column, row;   // where their scores start, see Shape::start; `column` is that of lane 0
 };
 
 template <typename Real>
 struct Pieces {
   static constexpr int L = kLanes<Real>;
 
-  // For the keys of one tile.
+  // Finds the pieces of one tile.
   void find(const Problem& p, const Shape<Real>& shape, const Keys& keys, const Tile& tile) {
     count = 0;
     first_row = int(shape.rows);
@@ -35,7 +35,7 @@ struct Pieces {
     first[padded / L] = count;
   }
 
-  // As many of `length` keys as are in the vector that key `offset` is in.
+  // Adds those of `length` keys that are in the vector of key `offset`; returns their number.
   int add(int offset, int length, int column, int row) {
     const int lane = offset % L, end = lane + length < L ? lane + length : L;
     if (lane == 0) first[offset / L] = count;
@@ -47,7 +47,7 @@ struct Pieces {
   }
 
   Piece<Real> list[kTileKeys];
-  int32_t first[kTileKeys / L + 1];  // [v]: of vector v
+  int32_t first[kTileKeys / L + 1];  // [v]: first piece of vector v
   int32_t count, first_row;
 };
 

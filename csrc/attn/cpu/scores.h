@@ -1,7 +1,7 @@
 // Scores of a block of kRows queries and a tile of keys, in base 2.
 //
-// With separable spatial keys the score is q_c·k_c[y, x] + q_s·R[y] + q_s·C[x]: the products with R and C are made once
-// per query (operands.h), so that only the content product depends on the key.
+// With separable spatial keys the score is q_c·k_c[y, x] + q_s·R[y] + q_s·C[x]: the products with R and C are
+// computed once per query (operands.h), so only the content product depends on the key.
 #pragma once
 
 #include "attn/cpu/pieces.h"

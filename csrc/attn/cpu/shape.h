@@ -1,4 +1,4 @@
-// Sizes of what attention on the CPU packs, and the memory that holds it.
+// Sizes of attention's packed operands on the CPU, and their memory.
 //
 // This file and those that include it are part of kernels.cpp, which is compiled once for each instruction set.
 #pragma once
@@ -10,7 +10,7 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// Channels of the left factor that lie side by side, and that are summed in one go; wider heads take several rounds.
+// Adjacent channels of the left factor, which are summed in one go; wider heads take several rounds.
 #if defined(__FMA__)
 constexpr int kDepth = 32;
 #else
@@ -22,7 +22,7 @@ constexpr int kAlign = 64;
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Hands out pieces of one stretch of memory; given null, it only counts.
+// Allocates pieces of one block of memory; with null, it only counts bytes.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
@@ -64,8 +64,8 @@ struct Shape {
   int64_t depth;                     // of the product of queries and keys
   int64_t content, spatial, values;  // channels, whole panels
   int64_t width, height;             // of the grid, whole panels, and a vector that starts at the last column
-  // What scores of one query start from: a vector for keys that are not there, columns of the grid, its rows; and room
-  // for whole panels and for a vector that starts at the last column. Dense keys: a vector of zeros, one row.
+  // Where scores of one query start: a vector for keys past the last one, columns of the grid, its rows; and room for
+  // whole panels and for a vector that starts at the last column. Dense keys: a vector of zeros, one row.
   int64_t rows, start;  // the first row, length
 };
 

@@ -1,5 +1,5 @@
-// The online softmax of a block of queries. A running reference takes the place of the maximum: it is the maximum of
-// the first tile, and follows only if a later weight outgrows it by 2^30.
+// The online softmax of a block of queries. A running reference replaces the maximum: it is the maximum of the first
+// tile, and rises only if a later weight exceeds it by 2^30.
 #pragma once
 
 #include "attn/cpu/keep.h"
@@ -9,14 +9,14 @@
 namespace conddetr::attn::CONDDETR_LEVEL {
 namespace {
 
-// What one block of kRows queries carries from tile to tile.
+// The state of one block of kRows queries between tiles.
 template <typename Real>
 struct Running {
   Real reference[kRows];
   Vector<Real> total[kRows];
 };
 
-// Scores become weights in place, and zero where `kept` says so; the sums of all, kept or not, are added to `total`.
+// Turns scores into weights in place, zero if dropped, and adds the sums of all weights, kept or not, to `total`.
 // Returns the largest sum of a lane.
 template <bool kDrops, typename Real>
 CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, const Kept& kept, Vector<Real>* total) {
@@ -37,8 +37,8 @@ CONDDETR_INLINE Real make_weights(Real* scores, int64_t keys, const Kept& kept, 
   return largest_of<Real>(worst);
 }
 
-// Measures each query's scores against their maximum from now on, if it is higher than before: what was summed so far
-// shrinks. Before the first tile there is no reference and nothing was summed.
+// Raises each query's reference to the maximum of its scores, if that is higher, and shrinks the sums so far. Before
+// the first tile there is no reference and no sum.
 template <typename Real>
 void raise_reference(Real* scores, int64_t keys, Running<Real>& running, const Shape<Real>& shape, int64_t height,
                      Real* start, Real* sums, bool is_first) {

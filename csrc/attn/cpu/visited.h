@@ -1,4 +1,4 @@
-// Which keys are visited: those of the valid rectangle, or those that the mask leaves. Part of cpu.cpp.
+// The visited keys: those of the valid rectangle, or those that the mask does not hide. Part of cpu.cpp.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 namespace conddetr::attn {
 namespace {
 
-// The keys of one image that are visited, cut into tiles.
+// The visited keys of one image, in tiles.
 struct Visited {
   std::vector<Run> runs;
   std::vector<Tile> tiles;

@@ -6,9 +6,9 @@
 
 namespace conddetr::attn {
 
-// Of content keys, spatial keys (dense ones, or what separable ones stand for) and values, contiguous [batch, keys,
-// heads, 32]. A block has one tile of keys, a warp 16 of them as rows; queries go by as columns, in tiles, two in
-// flight.
+// Gradients of content keys, spatial keys (as dense keys, also if they are separable) and values, contiguous [batch,
+// keys, heads, 32]. A block holds one tile of keys, a warp 16 of them as rows; it loops over queries, as columns, in
+// tiles, two in flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_key_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial, T* grad_v) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   clear(by_value);
   for (int block = 0; block < rows.blocks; ++block) {
     wait_group<0>();
-    barrier();  // this tile is there, and nobody reads the other
+    barrier();  // this tile has arrived, and no thread reads the other
     const int stage = block % 2;
     if (block + 1 < rows.blocks) queries.load(block + 1, 1 - stage);
     end_group();

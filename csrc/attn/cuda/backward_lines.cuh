@@ -1,4 +1,4 @@
-// Gradients of separable keys from those of the dense keys that they stand for.
+// Gradients of separable keys from those of the corresponding dense keys.
 #pragma once
 
 #include "attn/cuda/problem.cuh"
@@ -11,7 +11,7 @@ struct alignas(16) Chunk {
 };
 
 // Contiguous [batch, height or width, heads, 32], from [batch, keys, heads, 32]: sums over the columns of the valid
-// rectangle for each row, over its rows for each column; zeros outside. A warp has one row or column of one head.
+// rectangle for each row, over its rows for each column; zeros outside. A warp sums one row or column of one head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     backward_lines_kernel(Problem<T> p, const T* grad, T* grad_rows, T* grad_columns) {
@@ -30,9 +30,9 @@ __global__ void __launch_bounds__(kThreads)
   float sums[kPerChunk] = {};
 #pragma unroll 4
   for (int i = lane / kChunks; i < items; i += kAtOnce) {
-    const Chunk<T> found = *reinterpret_cast<const Chunk<T>*>(grad + first + i * step);
+    const Chunk<T> loaded = *reinterpret_cast<const Chunk<T>*>(grad + first + i * step);
 #pragma unroll
-    for (int j = 0; j < kPerChunk; ++j) sums[j] += to_float(found.numbers[j]);
+    for (int j = 0; j < kPerChunk; ++j) sums[j] += to_float(loaded.numbers[j]);
   }
 #pragma unroll
   for (int mask = kChunks; mask < kLanes; mask *= 2) {

@@ -6,7 +6,7 @@
 
 namespace conddetr::attn {
 
-// A block has 64 queries of one head of one image, a warp 16 of them; keys go by in tiles, two in flight.
+// A block holds 64 queries of one head of one image, a warp 16 of them; it loops over keys in tiles, two in flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     backward_query_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial) {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   clear(by_spatial);
   for (int tile = 0; tile < tiles; ++tile) {
     wait_group<0>();
-    barrier();  // this tile is there, and nobody reads the other
+    barrier();  // this tile has arrived, and no thread reads the other
     if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
     Kept kept = kept_of.next();

@@ -8,7 +8,7 @@
 
 namespace conddetr::attn {
 
-// Writes the output and lse of a warp's queries, through a tile that is free.
+// Writes the output and lse of a warp's queries, through a free tile.
 template <typename T, typename AnySoftmax>
 __device__ __forceinline__ void store_forward(T* out, float* lse, float (&sums)[4][4], const AnySoftmax& softmax,
                                               const Problem<T>& p, int image, int head, int first, Tile<T> tile,
@@ -34,10 +34,10 @@ constexpr int64_t forward_bytes(int64_t height, int64_t width) {
   return 8 * Tile<T>::kBytes + (kSeparable ? line_bytes<T>(height, width) : 0);
 }
 
-// A block has 64 queries of one head of one image, a warp 16 of them; keys go by in tiles, two in flight.
+// A block holds 64 queries of one head of one image, a warp 16 of them; it loops over keys in tiles, two in flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T> p, T* out, float* lse) {
-  // Octets of scores. Float32 reads queries again for each; 16-bit numbers have them in registers, and none to spare.
+  // Octets of scores per step. Float32 reads queries again for each step; 16-bit queries fill all registers.
   constexpr int kAtOnce = sizeof(T) == 2 ? 2 : 8;
   const int first = blockIdx.x * kTile, head = blockIdx.y, image = blockIdx.z;
   const Keys keys = p.keys_of(image);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) forward_kernel(Problem<T
   KeptOfKeys kept_of(p, image, head, first, lane);
   for (int tile = 0; tile < tiles; ++tile) {
     wait_group<0>();
-    barrier();  // this tile is there, and nobody reads the other
+    barrier();  // this tile has arrived, and no thread reads the other
     if (tile + 1 < tiles) key_tiles.load((tile + 1) % 2);
     end_group();
     float weights[8][4];

@@ -1,11 +1,11 @@
-// A block's keys, as backward has them.
+// A block's keys in backward.
 #pragma once
 
 #include "attn/cuda/query_tiles.cuh"
 
 namespace conddetr::attn {
 
-// Loads a tile of keys; separable spatial ones are built.
+// Loads a tile of keys; builds separable spatial ones.
 template <typename T, bool kSeparable>
 __device__ __forceinline__ void load_key_tile(Tile<T> content, Tile<T> spatial, Tile<T> values, const Problem<T>& p,
                                               int image, int head, const Keys& keys, int tile) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_key_tile(Tile<T> content, Tile<T> spatial, 
   }
 }
 
-// A block's tile of keys, as rows, and the queries that go by. Weights of keys that are not seen only reach their own
+// A block's tile of keys, as rows, and the queries that it loops over. Weights of invisible keys affect only their own
 // rows, which become zeros.
 template <typename T, bool kSeparable>
 struct KeyRows {
@@ -60,7 +60,7 @@ struct KeyRows {
         queries(p, upstream, image, head, tile, shared),
         blocks(tile < keys.tiles() ? (p.queries + kTile - 1) / kTile : 0) {}
 
-  // Loads the keys and starts with the queries. Ends with a barrier.
+  // Loads the keys and the first queries. Ends with a barrier.
   __device__ void begin() {
     if (blocks == 0) return;
     load_key_tile<T, kSeparable>(content, spatial, values, p, image, head, keys, tile);
@@ -70,7 +70,7 @@ struct KeyRows {
     barrier();
   }
 
-  // Writes all the grid's keys of this tile, those outside the rectangle too.
+  // Writes all keys of this tile, including those outside the rectangle.
   __device__ void store(T* target, float (&sums)[4][4], float factor, const Lane& lane) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {

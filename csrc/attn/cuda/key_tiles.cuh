@@ -1,4 +1,4 @@
-// Keys that go by, tile after tile.
+// The keys that a block loops over, tile after tile.
 #pragma once
 
 #include "attn/cuda/load.cuh"
@@ -22,8 +22,8 @@ struct KeyTiles {
   Tile<T> content, values, spatial;
   T *rows, *columns;
   int grid_width;
-  Cursor first, cursor;       // of the thread's first key, and of that of the next tile to load
-  int items[Part<T>::kRows];  // of the thread in the last tile of keys; negative outside the rectangle
+  Cursor first, cursor;       // at the thread's first key, and at its first key of the next tile to load
+  int items[Part<T>::kRows];  // the thread's items in the last tile of keys; negative outside the rectangle
 
   __device__ KeyTiles(const Problem<T>& p, int image, int head, const Keys& keys, Shared& shared)
       : k_content(p.k_content, image, head, part),
@@ -38,7 +38,7 @@ struct KeyTiles {
         first(keys, part.row, Part<T>::kStep),
         cursor(first) {}
 
-  // Starts to copy the first tile, and what spatial keys are built of.
+  // Starts copying the first tile, and the rows and columns of separable spatial keys.
   __device__ void begin(const Problem<T>& p, int image, int head) {
     copy_keys(0);
     copy_values(0);
@@ -48,18 +48,18 @@ struct KeyTiles {
     }
   }
 
-  // Builds the first tile's spatial keys, once the block has what `begin` copied.
+  // Builds the first tile's spatial keys, after the copies of `begin` have arrived.
   __device__ void finish_first() { build(0, first); }
 
-  // Starts to copy the next tile.
+  // Starts copying the next tile.
   __device__ __forceinline__ void load(int stage) {
     build(stage, cursor);
     copy_keys(stage);
     copy_values(stage);
   }
 
-  // The same without its values, and key by key where `load` builds all keys before it copies any: so the forward
-  // kernel for Hopper fits its registers. The others take fewer instructions with `load`.
+  // The same without its values, and key by key, while `load` builds all keys before it copies any. This way the
+  // forward kernel for Hopper fits its registers; the others need fewer instructions with `load`.
   __device__ __forceinline__ void load_keys(int stage) {
     uint4 sums[Part<T>::kRows];
 #pragma unroll
@@ -70,13 +70,13 @@ struct KeyTiles {
     if constexpr (kSeparable) write_spatial(stage, sums);
   }
 
-  // Content keys, and dense spatial ones.
+  // Copies content keys, and dense spatial ones.
   __device__ __forceinline__ void copy_keys(int stage) {
 #pragma unroll
     for (int i = 0; i < Part<T>::kRows; ++i, cursor.next()) copy_key(stage, i);
   }
 
-  // Of the key at the cursor, which goes to the thread's row `index` of the tile.
+  // Copies the key at the cursor to the thread's row `index` of the tile.
   __device__ __forceinline__ void copy_key(int stage, int index) {
     const bool inside = cursor.is_inside();
     items[index] = inside ? cursor.y * grid_width + cursor.x : -1;
@@ -84,7 +84,7 @@ struct KeyTiles {
     if constexpr (!kSeparable) k_spatial.copy(part.of(spatial.stage(stage), index), items[index], inside);
   }
 
-  // Values of the last keys.
+  // Copies the values of the last keys.
   __device__ __forceinline__ void copy_values(int stage) const {
 #pragma unroll
     for (int i = 0; i < Part<T>::kRows; ++i) v.copy(part.of(values.stage(stage), i), items[i], items[i] >= 0);
@@ -99,7 +99,7 @@ struct KeyTiles {
     }
   }
 
-  // A separable spatial key. Outside, that of the last row: no weight counts there, but it must not meet a NaN.
+  // A separable spatial key; outside, one of the last row: no weight counts there, but it must not become NaN.
   __device__ __forceinline__ uint4 spatial_at(const Cursor& at) const {
     const int y = at.y < at.height ? at.y : at.height - 1;
     return sum_of(rows + y * kWidth + part.in_lines(), columns + at.x * kWidth + part.in_lines());

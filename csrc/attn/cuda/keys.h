@@ -1,6 +1,6 @@
 // The order of keys on GPUs. A key's ordinal counts the keys of the image's valid rectangle, row by row; those outside
 // come after. A tile is 64 ordinals: the rectangle is padded to a multiple of 64 keys, no more, and dropout's bits,
-// which go by ordinals, are read as they lie. Dense keys are a grid of one row.
+// which are in the order of ordinals, are read without a shuffle. Dense keys are a grid of one row.
 #pragma once
 
 #include "common/rectangle.h"
@@ -21,7 +21,7 @@ struct Keys {
   CONDDETR_BOTH int tiles() const { return (count() + kTile - 1) / kTile; }
   CONDDETR_BOTH bool is_whole(int tile) const { return (tile + 1) * kTile <= count(); }
 
-  // Where in the grid a key is, row by row, for any ordinal of the grid. With a division: not for inner loops.
+  // A key's position in the grid, row by row, for any ordinal of the grid. It divides: not for inner loops.
   CONDDETR_BOTH int item(int ordinal) const {
     if (ordinal < count()) return ordinal / valid.width * grid_width + ordinal % valid.width;
     const int outside = ordinal - count(), beside = grid_width - valid.width;
@@ -30,7 +30,7 @@ struct Keys {
   }
 };
 
-// Steps through keys that are so many ordinals apart, without a division for each.
+// Steps through keys that are `step` ordinals apart, without a division for each.
 struct Cursor {
   int x, y, step_x, step_y, width, height;
 

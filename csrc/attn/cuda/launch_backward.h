@@ -7,7 +7,7 @@
 namespace conddetr::attn {
 namespace {
 
-// Of q_content, q_spatial, k_content, k_spatial, columns (empty for dense keys) and v.
+// Gradients of q_content, q_spatial, k_content, k_spatial, columns (empty for dense keys) and v.
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T, bool kSeparable>

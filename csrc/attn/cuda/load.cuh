@@ -1,11 +1,11 @@
-// How threads copy queries and keys to shared memory.
+// Copies of queries and keys to shared memory.
 #pragma once
 
 #include "attn/cuda/problem.cuh"
 
 namespace conddetr::attn {
 
-// What a thread copies of tiles: a chunk of 16 bytes of a few rows.
+// A thread's part of tiles: a chunk of 16 bytes in each of a few rows.
 template <typename T>
 struct Part {
   static constexpr int kStep = kThreads / Tile<T>::kChunks, kRows = kTile / kStep;
@@ -28,13 +28,13 @@ struct Source {
   __device__ Source(const Rows<T>& rows, int image, int head, const Part<T>& part)
       : Source(rows.of(image, head), rows.item, part) {}
 
-  // Starts to copy it; zeros if not `inside`.
+  // Starts copying it; zeros if not `inside`.
   __device__ __forceinline__ void copy(T* target, int item, bool inside) const {
     copy_async(target, data + int64_t(item) * item_bytes, inside);
   }
 };
 
-// Starts to copy a tile of queries; zeros past the last query.
+// Starts copying a tile of queries; zeros past the last query.
 template <typename T>
 __device__ __forceinline__ void load_queries(Tile<T> tile, const Source<T>& source, int first, int queries,
                                              const Part<T>& part) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_queries(Tile<T> tile, const Source<T>& sour
   }
 }
 
-// Turns the signs of what the thread has copied of a tile of 16-bit numbers.
+// Flips the signs of the thread's part of a tile of 16-bit numbers.
 template <typename T>
 __device__ __forceinline__ void negate(Tile<T> tile, const Part<T>& part) {
   constexpr uint32_t kSigns = 0x80008000u;

@@ -1,4 +1,4 @@
-// Which weights count: keys that are seen, and weights that dropout keeps.
+// The weights that count: visible keys, and weights that dropout keeps.
 #pragma once
 
 #include "attn/cuda/problem.cuh"
@@ -12,7 +12,7 @@ __device__ __forceinline__ bool is_visible(const Problem<T>& p, int image, const
   return ordinal < keys.count() && !(p.padding && p.padding[int64_t(image) * p.keys + keys.item(ordinal)]);
 }
 
-// The keys of a tile that are seen, for a warp whose rows are queries. All its lanes take part.
+// The visible keys of a tile, for a warp whose rows are queries. All its lanes take part.
 struct Visible {
   bool is_all;
   uint32_t words[2];  // of the halves of the tile, from key 2t on
@@ -28,7 +28,7 @@ struct Visible {
     }
   }
 
-  // Key 8 · octet + 2t + column.
+  // Whether key 8 · octet + 2t + column is visible.
   __device__ bool has(int octet, int column) const {
     return has_bit(octet < 4 ? words[0] : words[1], octet % 4 * 8 + column);
   }
@@ -45,19 +45,19 @@ struct Visible {
 struct Kept {
   uint32_t words[2][2];  // of row and half of the tile
 
-  // So that they start at the lane's key 2t. Apart from the loads, which take their time.
+  // Shifts the words to the lane's key 2t. Separate from the loads, which have a latency.
   __device__ __forceinline__ void start_at(int key) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) words[i / 2][i % 2] >>= key;
   }
 
-  // Of key 8 · octet + 2t + column.
+  // Whether the weight of key 8 · octet + 2t + column is kept.
   __device__ bool has(int row, int octet, int column) const {
     return has_bit(octet < 4 ? words[row][0] : words[row][1], octet % 4 * 8 + column);
   }
 
-  // Zeros the others of packed weights, [octet / 2][octet % 2 · 2 + row]. Bits of two neighbours become the signs of
-  // bytes, and those 32 bits of a mask.
+  // Zeroes the dropped ones of packed weights, [octet / 2][octet % 2 · 2 + row]. Bits of two neighbours become the
+  // signs of bytes, and these become a mask of 32 bits.
   __device__ __forceinline__ void apply(uint32_t (&packed)[4][4]) const {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -68,7 +68,7 @@ struct Kept {
   }
 };
 
-// Reads them, tile after tile.
+// Reads the bits, tile after tile.
 struct KeptOfKeys {
   const uint32_t* words[2];  // of both rows
   bool has_dropout;

@@ -1,4 +1,4 @@
-// From the inputs to what kernels on GPUs are given: checks, copies, sizes.
+// From the inputs to the GPU kernels' arguments: checks, copies, sizes.
 #pragma once
 
 #include "common/cuda.h"
@@ -12,7 +12,7 @@
 namespace conddetr::attn {
 namespace {
 
-// Copies a tensor that does not lie in steps of 16 bytes.
+// Checks a tensor, and copies it if it is not aligned to 16 bytes or its strides are too large.
 void prepare(Tensor& tensor, const char* name, int64_t items, const Inputs& inputs) {
   const int64_t batch = inputs.batch(), heads = inputs.heads();
   STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == items && tensor.size(2) == heads &&
@@ -23,7 +23,7 @@ void prepare(Tensor& tensor, const char* name, int64_t items, const Inputs& inpu
                   name, ": expected the dtype and device of q_content");
   const int64_t step = 16 / tensor.element_size();
   const bool is_in_steps = tensor.stride(0) % step == 0 && tensor.stride(1) % step == 0 && tensor.stride(2) % step == 0;
-  const bool is_near = tensor.stride(1) * int64_t(tensor.element_size()) < int64_t(1) << 31;  // kernels have ints
+  const bool is_near = tensor.stride(1) * int64_t(tensor.element_size()) < int64_t(1) << 31;  // kernels use int
   if (tensor.stride(3) != 1 || !is_in_steps || !is_near) tensor = torch::stable::contiguous(tensor);
   tensor = aligned(tensor);
 }
@@ -36,7 +36,7 @@ void check(const std::optional<Tensor>& tensor, const char* name, ScalarType dty
                   " contiguous numbers of the schema's dtype, on the device of q_content");
 }
 
-// Throws if a kernel would read what is not there; copies what does not lie in steps of 16 bytes.
+// Throws if a kernel would read out of bounds; copies tensors that are not aligned to 16 bytes.
 void prepare(Inputs& inputs) {
   STD_TORCH_CHECK(inputs.q_content.dim() == 4 && inputs.k_content.dim() == 4 && inputs.k_spatial.dim() == 4,
                   "q_content, k_content, k_spatial: expected four dimensions");

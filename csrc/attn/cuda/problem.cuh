@@ -1,4 +1,4 @@
-// What the kernels of attention are given, and how they share out threads and shared memory.
+// Arguments of the attention kernels, and their division of threads and shared memory.
 #pragma once
 
 #include "attn/cuda/keys.h"
@@ -23,9 +23,9 @@ struct Problem {
   int queries, keys, heads, height, width;
   const int32_t* valid_cells;  // or null
   const bool* padding;         // [batch, keys], or null
-  const uint32_t* keep;        // [batch, heads, keep_words, queries]: bit j of word w is of ordinal 32 w + j; or null
+  const uint32_t* keep;        // [batch, heads, keep_words, queries]: bit j of word w is for ordinal 32 w + j; or null
   int keep_words;              // two for each tile of the grid
-  float scale, log2_scale;     // the latter with log2(e), and never 0: a hidden score is infinite, its product too
+  float scale, log2_scale;     // the latter times log2(e), and never 0: infinite hidden scores stay infinite
   float hidden;                // -inf times the sign of the scale
   float drop_factor;           // 1 - p
 
@@ -39,8 +39,8 @@ struct Problem {
   }
 };
 
-// Of out, contiguous [batch, queries, heads, 32]; lse and delta [batch, heads, queries]. delta = grad · out, without
-// dropout's 1 / (1 - p).
+// grad and out, contiguous [batch, queries, heads, 32]; lse and delta [batch, heads, queries]. delta = grad · out,
+// without dropout's 1 / (1 - p).
 template <typename T>
 struct Upstream {
   const T* grad;
@@ -55,23 +55,23 @@ struct Lane {
   __device__ int first_row() const { return warp * kWarpRows; }
 };
 
-// Blocks that a multiprocessor holds at least, as far as registers go: 168 for each thread, or all 255.
+// Least number of blocks on a multiprocessor, as far as registers allow: 168 for each thread, or all 255.
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;
 
-// Of the four groups of 16 columns of a tile, so many at most are unrolled going back; with more, registers spill.
+// Unrolled groups in backward, of the four groups of 16 columns of a tile; with more, registers spill.
 template <typename T>
 constexpr int kUnrolledGroups = sizeof(T) == 2 ? 2 : 1;
 
-// Hands out a block's shared memory.
+// Allocates a block's shared memory.
 struct Shared {
   char* next = shared_memory();
 
   template <typename V>
   __device__ V* take(int count) {
-    V* found = reinterpret_cast<V*>(next);
+    V* start = reinterpret_cast<V*>(next);
     next += count * int(sizeof(V));
-    return found;
+    return start;
   }
   template <typename T>
   __device__ Tile<T> tile(int count = 1) {

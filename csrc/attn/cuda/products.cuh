@@ -1,7 +1,7 @@
 // The two matrix products of attention, by one warp, of tiles in shared memory.
 //
-// A warp has 16 rows; lane 4g + t holds of a product, for each octet of columns, columns 2t and 2t+1 of row g and then
-// of row g + 8. That is how tensor cores hand it out; float32, which is summed without them, keeps to the same layout.
+// A warp has 16 rows. For each octet of columns of a product, lane 4g + t holds columns 2t and 2t+1 of row g and then
+// of row g + 8. This is the layout of tensor cores; float32, which is summed without them, uses the same layout.
 #pragma once
 
 #include "attn/cuda/tile.cuh"
@@ -20,7 +20,7 @@ struct Fragment {
   }
 };
 
-// Float32 is read from the tile where it is used, which must stay.
+// Float32 is read from the tile at each use, so the tile must stay.
 template <>
 struct Fragment<float> {
   Tile<float> tile;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[N][4], const Fragment
   }
 }
 
-// Float32 adds up eight products before they join the sum: the error grows more slowly.
+// Float32 sums eight products before it adds them to the total: the error grows more slowly.
 template <int N>
 __device__ __forceinline__ void multiply_rows(float (&sum)[N][4], const Fragment<float>& left, Tile<float> tile,
                                               int first) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[4][4], const float
   }
 }
 
-// Float32 adds up 16 products before they join the sum, as above.
+// Float32 sums 16 products before it adds them to the total, as above.
 template <>
 __device__ __forceinline__ void multiply_columns<float>(float (&sum)[4][4], const float (&left)[2][4], Tile<float> tile,
                                                         int first) {

@@ -1,4 +1,4 @@
-// A block's queries, as backward has them, and the gradient of a score.
+// A block's queries in backward, and the gradient of a score.
 #pragma once
 
 #include "attn/cuda/key_tiles.cuh"
@@ -6,15 +6,15 @@
 
 namespace conddetr::attn {
 
-// A score's gradient is weight · (grad_weight - delta), times the scale. With dropout the weight's own gradient counts
-// only where the weight was kept, times 1 / (1 - p): that factor and the scale come last, and delta without the factor.
+// A score's gradient is weight · (grad_weight - delta), times the scale. With dropout the weight's gradient counts only
+// if the weight was kept, times 1 / (1 - p): that factor and the scale come last, and delta is without the factor.
 __device__ __forceinline__ float score_gradient(float weight, float grad_weight, float delta, bool is_kept) {
   const float without = -weight * delta;
   return is_kept ? weight * grad_weight + without : without;
 }
 
-// lse and delta of a warp's queries, of rows g and g + 8; the latter from tiles of the output and its gradient, and
-// kept for the gradients of keys. Rows past the last query have no weights.
+// lse and delta of a warp's queries, of rows g and g + 8. delta is computed from tiles of the output and its gradient,
+// and stored for the gradients of keys. Rows past the last query have zero weights.
 template <typename T>
 struct RowSums {
   float lse[2], delta[2];
@@ -38,7 +38,7 @@ struct RowSums {
   }
 };
 
-// A block's 64 queries, as rows, and the keys that go by.
+// A block's 64 queries, as rows, and the keys that it loops over.
 template <typename T, bool kSeparable>
 struct QueryRows {
   const Problem<T>& p;
@@ -61,7 +61,7 @@ struct QueryRows {
         gradient(shared.tile<T>()),
         key_tiles(p, image, head, keys, shared) {}
 
-  // Loads the queries and starts with the keys. Ends with a barrier.
+  // Loads the queries and the first keys, waits at a barrier, and builds the first spatial keys.
   __device__ void begin(const Upstream<T>& upstream, int image, int head) {
     const Part<T> part;
     load_queries(q_content, Source<T>(p.q_content, image, head, part), first, p.queries, part);
@@ -75,7 +75,7 @@ struct QueryRows {
     key_tiles.finish_first();
   }
 
-  // The output, until the second tile of keys comes.
+  // The output, until the second tile of keys overwrites it.
   __device__ Tile<T> out() const { return key_tiles.values.stage(1); }
 
   __device__ void store(T* target, float (&sums)[4][4], const Lane& lane) const {

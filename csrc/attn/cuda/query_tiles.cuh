@@ -1,4 +1,4 @@
-// Queries that go by, tile after tile, with what turns scores into gradients.
+// The queries that a block loops over, tile after tile, and the step from scores to gradients.
 #pragma once
 
 #include "attn/cuda/load.cuh"
@@ -6,8 +6,8 @@
 
 namespace conddetr::attn {
 
-// Queries of one image and head as they go by, tile after tile, with what belongs to a tile of keys. Tile i is in stage
-// i % 2. Past the last query all is zero: weights then count, but nothing that they are multiplied with.
+// Queries of one image and head, tile after tile, with their lse, delta and dropout bits for a tile of keys. Tile i is
+// in stage i % 2. Past the last query everything is zero: weights are not, but all their factors are.
 template <typename T>
 struct QueryTiles {
   static constexpr int kStages = 2;
@@ -42,7 +42,7 @@ struct QueryTiles {
         queries(p.queries),
         log2_scale(p.log2_scale) {}
 
-  // Starts to copy a tile.
+  // Starts copying a tile.
   __device__ __forceinline__ void load(int tile, int stage) {
     const int first = tile * kTile, query = first + slot;
     load_queries(content.stage(stage), q_content, first, queries, part);
@@ -53,7 +53,7 @@ struct QueryTiles {
     copy_word_async(keep + (2 * stage + half) * kTile + slot, keep_words + query, query < queries);
   }
 
-  // Of scores [8 · octets, 4], from query `first` of a stage on: weights on return, for a warp's rows of keys.
+  // Turns scores [8 · octets, 4], from query `first` of a stage on, into weights, for a warp's rows of keys.
   template <int kOctets>
   __device__ __forceinline__ void weigh(float (&scores)[kOctets][4], int stage, int first, const Lane& lane) const {
 #pragma unroll
@@ -66,7 +66,7 @@ struct QueryTiles {
     }
   }
 
-  // Turns weights into those that dropout keeps, and their gradients into those of scores; see query_rows.cuh.
+  // Zeroes dropped weights, and turns gradients of weights into those of scores; see query_rows.cuh.
   template <int kOctets>
   __device__ __forceinline__ void differentiate(float (&weights)[kOctets][4], float (&grads)[kOctets][4], int stage,
                                                 int first, const Lane& lane) const {

@@ -6,12 +6,12 @@
 
 namespace conddetr::attn {
 
-// On entry to `update` scores before the scale, on return weights. If the scale is known to be positive, the maximum is
-// found before it.
+// `update` turns scores before the scale into weights. If the scale is known to be positive, the maximum is taken
+// before scaling.
 template <bool kIsPositive = false>
 struct Softmax {
   float highest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // of rows g and g + 8; totals of this lane's columns
-  float shrink[2];                                               // what sums so far are to be multiplied with
+  float shrink[2];                                               // factors for the sums so far
 
   __device__ void update(float (&scores)[8][4], float log2_scale) {
 #pragma unroll
@@ -40,7 +40,7 @@ struct Softmax {
     }
   }
 
-  // Sums so far, of rows g and g + 8. Maxima seldom change after the first tiles.
+  // Shrinks the sums so far, of rows g and g + 8. Maxima seldom change after the first tiles.
   __device__ __forceinline__ void shrink_sums(float (&sums)[4][4]) const {
     if (ballot(shrink[0] != 1 || shrink[1] != 1) == 0) return;
 #pragma unroll

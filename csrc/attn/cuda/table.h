@@ -18,16 +18,16 @@ namespace {
 // The largest grid of the presets, 1333 × 1333 pixels at stride 16, fits GPUs with the smallest shared memory.
 static_assert(QueryRows<bf16, true>::bytes(84, 84) <= 99 * 1024);
 
-// Whether the environment allows the kernels for Hopper: yes, unless CONDDETR_HOPPER is 0 (to compare).
-bool wants_hopper() {
+// Whether the environment allows the kernels for Hopper: yes, unless CONDDETR_HOPPER is 0 (for comparisons).
+bool allows_hopper() {
   const char* value = std::getenv("CONDDETR_HOPPER");
   return value == nullptr || std::strcmp(value, "0") != 0;
 }
 
-// A kernel's form for Hopper where it can run, else the one for any GPU. Both have the same blocks.
+// The kernel for Hopper if it can run, else the one for any GPU. Both have the same blocks.
 template <typename... Parameters>
 auto fitting(void (*any)(Parameters...), void (*hopper)(Parameters...), const Inputs& inputs) {
-  return wants_hopper() && has_warpgroups(hopper, inputs.v) ? hopper : any;
+  return allows_hopper() && has_warpgroups(hopper, inputs.v) ? hopper : any;
 }
 
 template <typename T, bool kSeparable>

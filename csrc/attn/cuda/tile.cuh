@@ -1,4 +1,4 @@
-// Tiles in shared memory: how they lie there, and how they come from a tensor and go back. A warp has 16 rows.
+// Tiles in shared memory: their layout, and copies from and to a tensor. A warp has 16 rows.
 #pragma once
 
 #include "attn/cuda/keys.h"
@@ -11,10 +11,10 @@ constexpr int kWidth = 32;  // channels of a head
 constexpr int kWarpRows = 16;
 constexpr int kThreads = kTile / kWarpRows * kLanes;
 
-// [64, 32] in shared memory, or several such one after the other. Rows are cut into chunks of 16 bytes, and chunk c of
-// row r lies where chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row) would: eight rows of one chunk then are
-// in eight different groups of four banks, and so are the rows that a copy writes at a time. For 16-bit numbers this is
-// what Hopper calls 64-byte swizzle.
+// [64, 32] in shared memory, or several such tiles one after the other. Rows are split into chunks of 16 bytes, and
+// chunk c of row r is stored in the slot of chunk c ^ (r, or r / 2 for the four chunks of a 16-bit row). Eight rows of
+// one chunk are then in eight different groups of four banks, and so are the rows that a copy writes at a time. For
+// 16-bit numbers this is Hopper's 64-byte swizzle.
 template <typename T>
 struct Tile {
   static constexpr int kPerChunk = 16 / int(sizeof(T));
@@ -31,7 +31,7 @@ struct Tile {
   CONDDETR_BOTH Tile stage(int index) const { return {data + index * (kTile * kWidth)}; }
 };
 
-// Starts to copy row `item_of(r)` of a tensor into row r of the tile; zeros where that is negative.
+// Starts copying row `item_of(r)` of a tensor into row r of the tile; zeros if `item_of(r)` is negative.
 template <typename T, typename ItemOf>
 __device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t stride, ItemOf item_of) {
   constexpr int kChunks = Tile<T>::kChunks;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_tile(Tile<T> tile, const T* base, int64_t s
 }
 
 // Writes 16 rows of a warp to row `item_of(row)` of a tensor, through rows `first` on of a tile that no other warp
-// uses; nothing where that is negative.
+// uses; skips rows for which it is negative.
 template <typename T, typename ItemOf>
 __device__ __forceinline__ void store_rows(T* base, int64_t stride, const float (&value)[4][4], Tile<T> tile, int first,
                                            ItemOf item_of) {

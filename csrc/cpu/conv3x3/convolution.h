@@ -1,4 +1,4 @@
-// The convolution of a block of tiles: its inputs transformed, the products, its outputs.
+// The convolution of a block of tiles: transformed inputs, products, outputs.
 #pragma once
 
 #include "common/lanes.h"
@@ -7,7 +7,7 @@
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {
 
-// As `product` takes its left factor: [tiles / kRows][in / kDepth][kRows][kDepth].
+// Transforms inputs to the layout of `product`'s left factor: [tiles / kRows][in / kDepth][kRows][kDepth].
 template <typename Real>
 void transform_inputs_of(const Problem& p, const Block& block, int64_t begin, int64_t end) {
   const int64_t plane = input_plane<Real>(p, block.count);
@@ -18,13 +18,13 @@ void transform_inputs_of(const Problem& p, const Block& block, int64_t begin, in
   }
 }
 
-// Weights of `kPanel` output channels from `channel` on as `product` takes its right factor, [in][kPanel] for each of
-// the 36; `plane` numbers from one to the next.
+// Transforms weights of `kPanel` output channels from `channel` on to the layout of `product`'s right factor,
+// [in][kPanel] for each of the 36; `plane` numbers from one to the next.
 template <typename Real>
 void transform_weights(const Problem& p, int64_t channel, Real* to, int64_t plane) {
   constexpr int L = kLanes<Real>;
   const Real* weight = static_cast<const Real*>(p.weight) + channel * p.weight_out;
-  // Whichever of both kinds of channels lies side by side is read in vectors: the other way round they are transposed.
+  // The contiguous channels are read in vectors; if they are the input channels, the vectors are transposed.
   const bool is_transposed = p.weight_in == 1;
   for (int64_t in = 0; in < p.in_channels; in += L) {
     for (int64_t out = 0; out < kPanel<Real>; out += L) {
@@ -56,7 +56,7 @@ void transform_weights(const Problem& p, int64_t channel, Real* to, int64_t plan
   }
 }
 
-// One vector of output channels of a tile, of the 36 products `plane` numbers apart, to out.
+// Writes one vector of output channels of a tile, from the 36 products `plane` numbers apart, to out.
 template <typename Real>
 void write_tile(const Problem& p, int64_t tile, int64_t channel, const Real* products, int64_t plane) {
   const Place at = place(p, tile);
@@ -75,7 +75,7 @@ void write_tile(const Problem& p, int64_t tile, int64_t channel, const Real* pro
     transform_output<Real>(half[i], done);
     for (int j = 0; j < kTile && at.x + j < p.width; ++j) {
       Vector<Real> value = done[j] + bias;
-      // A NaN stays one.
+      // NaN stays NaN.
       if (p.relu) value = value <= Vector<Real>{} ? Vector<Real>{} : value;
       store_vector(image + ((at.y + i) * p.width + at.x + j) * p.out_channels, value);
     }
@@ -104,8 +104,8 @@ void multiply_block(const Problem& p, const Block& block, int64_t begin, int64_t
   }
   for (int64_t tile = begin; tile < end; ++tile) {
     for (int64_t out = 0; out < kPanel<Real>; out += L) {
-      const Real* of_tile = products + (tile - begin) * kPanel<Real> + out;
-      write_tile(p, block.first + tile, channel + out, of_tile, plane);
+      const Real* tile_products = products + (tile - begin) * kPanel<Real> + out;
+      write_tile(p, block.first + tile, channel + out, tile_products, plane);
     }
   }
 }

@@ -11,11 +11,11 @@
 namespace conddetr::conv3x3 {
 namespace {
 
-// Of a block's transformed inputs: they stay in the cache that cores share until they are used.
+// Bytes of a block's transformed inputs: they stay in the shared cache until they are used.
 constexpr int64_t kBlockBytes = 4 << 20;
-// Of a block's inputs and gradients together, for the gradient of the weights.
+// Bytes of a block's inputs and gradients together, for the gradient of the weights.
 constexpr int64_t kGradientBytes = 64 << 20;
-// Tiles that a task multiplies at the most: its products stay in a core's own cache.
+// Most tiles that a task multiplies: its products stay in a core's private cache.
 constexpr int64_t kTaskTiles = 96;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -24,7 +24,7 @@ void check_channels_last(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected four dimensions");
   int64_t stride = 1;
   for (const int64_t dimension : {1, 3, 2, 0}) {
-    // The stride of a single item means nothing.
+    // The stride of a single item has no meaning.
     STD_TORCH_CHECK(tensor.size(dimension) == 1 || tensor.stride(dimension) == stride, name,
                     ": expected channels-last memory");
     stride *= tensor.size(dimension);
@@ -43,7 +43,7 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                   "weight: expected the dtype of x, float32 or float64");
   STD_TORCH_CHECK(x.size(1) == p.in_channels && weight.size(2) == 3 && weight.size(3) == 3 && rows % kChannels == 0 &&
                       columns % kChannels == 0 && rows > 0 && columns > 0,
-                  "weight: expected 3×3 cells, and multiples of 32 channels as x has them");
+                  "weight: expected 3×3 cells, and the channels of x, in multiples of 32");
   STD_TORCH_CHECK(
       !bias || (bias->is_contiguous() && bias->numel() == p.out_channels && bias->scalar_type() == x.scalar_type()),
       "bias: expected one contiguous number for each output channel");
@@ -61,9 +61,10 @@ Problem problem(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   return p;
 }
 
-// Tiles that are handled together: as many as `bytes` hold, where `one` grain of them takes so many, in equal parts.
-int64_t block_size(int64_t tiles, int64_t grain, int64_t one, int64_t bytes) {
-  const int64_t most = std::max<int64_t>(1, bytes / one) * grain, blocks = std::max<int64_t>(1, divide_up(tiles, most));
+// Tiles that are handled together, in equal parts: as many as fit into `bytes`, if a grain of them takes `size`.
+int64_t block_size(int64_t tiles, int64_t grain, int64_t size, int64_t bytes) {
+  const int64_t most = std::max<int64_t>(1, bytes / size) * grain,
+                blocks = std::max<int64_t>(1, divide_up(tiles, most));
   return divide_up(divide_up(tiles, blocks), grain) * grain;
 }
 
@@ -92,7 +93,7 @@ Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Te
     torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       CONDDETR_CALL(transform_inputs, p, block, begin * grain.tiles, std::min(end * grain.tiles, block.count));
     });
-    // At least four tasks for each thread, where there are enough tiles.
+    // At least four tasks for each thread, if there are enough tiles.
     const int64_t wanted = std::max(divide_up(block.count, kTaskTiles), divide_up(4 * threads, columns));
     const int64_t part = divide_up(groups, std::min(wanted, groups)) * grain.tiles;
     const int64_t parts = divide_up(block.count, part);
@@ -121,16 +122,16 @@ Tensor weight_gradient(const Tensor& x, const Tensor& grad) {
   const Tensor out = empty_channels_last(x, p.out_channels, p.in_channels, 3, 3);
   p.x = data(x), p.grad = data(grad), p.out = data(out);
   Grain grain{};
-  int64_t of_inputs = 0, of_gradients = 0, bytes = 0;
+  int64_t input_size = 0, gradient_size = 0, bytes = 0;
   CONDDETR_CALL(grain, p, grain);
-  CONDDETR_CALL(input_bytes, p, grain.tiles, of_inputs);
-  CONDDETR_CALL(gradient_bytes, p, grain.tiles, of_gradients);
-  const int64_t tiles = p.tiles(), step = block_size(tiles, grain.tiles, of_inputs + of_gradients, kGradientBytes);
-  CONDDETR_CALL(input_bytes, p, step, of_inputs);
-  CONDDETR_CALL(gradient_bytes, p, step, of_gradients);
+  CONDDETR_CALL(input_bytes, p, grain.tiles, input_size);
+  CONDDETR_CALL(gradient_bytes, p, grain.tiles, gradient_size);
+  const int64_t tiles = p.tiles(), step = block_size(tiles, grain.tiles, input_size + gradient_size, kGradientBytes);
+  CONDDETR_CALL(input_bytes, p, step, input_size);
+  CONDDETR_CALL(gradient_bytes, p, step, gradient_size);
   CONDDETR_CALL(weight_scratch_bytes, p, bytes);
-  const Tensor inputs = torch::stable::new_empty(x, {of_inputs}, ScalarType::Byte);
-  const Tensor gradients = torch::stable::new_empty(x, {of_gradients}, ScalarType::Byte);
+  const Tensor inputs = torch::stable::new_empty(x, {input_size}, ScalarType::Byte);
+  const Tensor gradients = torch::stable::new_empty(x, {gradient_size}, ScalarType::Byte);
   const int64_t columns = p.in_channels / grain.channels;
   for (int64_t first = 0; first < tiles; first += step) {
     const Block block{first, std::min(step, tiles - first), data(inputs), data(gradients)};

@@ -41,7 +41,7 @@ void count_grain(Grain& grain) {
 
 }  // namespace
 
-// Half precision would lose what the transforms need.
+// Half precision is too coarse for the transforms.
 #define CONDDETR_FOR_REAL(function, ...) \
   do {                                   \
     if (p.stored == Stored::f64) {       \
@@ -51,7 +51,7 @@ void count_grain(Grain& grain) {
     }                                    \
   } while (false)
 
-void grain(const Problem& p, Grain& found) { CONDDETR_FOR_REAL(count_grain, found); }
+void grain(const Problem& p, Grain& result) { CONDDETR_FOR_REAL(count_grain, result); }
 
 void input_bytes(const Problem& p, int64_t tiles, int64_t& bytes) {
   CONDDETR_FOR_REAL(count_input_bytes, p, tiles, bytes);

@@ -1,4 +1,4 @@
-// 3×3 convolution on the CPU: what `cpu.cpp` hands to the code that is compiled once for each instruction set.
+// 3×3 convolution on the CPU: the interface of `cpu.cpp` to the code that is compiled once for each instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -8,7 +8,7 @@
 
 namespace conddetr::conv3x3 {
 
-constexpr int kTile = 4;           // outputs of a tile, each way
+constexpr int kTile = 4;           // outputs of a tile, per dimension
 constexpr int kWindow = 6;         // inputs that they need
 constexpr int kPoints = 36;        // products of a tile and a pair of channels
 constexpr int64_t kChannels = 32;  // both numbers of channels are multiples of it
@@ -34,14 +34,14 @@ struct Problem {
   int64_t tiles() const { return batch * tiles_down() * tiles_across(); }
 };
 
-// Some consecutive tiles, transformed together: what they become is kept until it is multiplied.
+// Some consecutive tiles, transformed together; the results are kept until they are multiplied.
 struct Block {
   int64_t first, count;
   void* inputs;     // input_bytes(problem, count)
   void* gradients;  // gradient_bytes(problem, count), for the gradient of the weights
 };
 
-// What the instruction set takes together: tiles, and output channels.
+// Tiles and output channels that the instruction set handles together.
 struct Grain {
   int64_t tiles, channels;
 };

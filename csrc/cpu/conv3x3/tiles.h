@@ -1,4 +1,4 @@
-// Where tiles lie, in the image and in memory, and the transform of a tile's window of inputs.
+// Positions of tiles in the image and in memory, and the transform of a tile's window of inputs.
 #pragma once
 
 #include "common/product.h"
@@ -7,10 +7,10 @@
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {
 
-// Input channels that lie side by side in a packed factor.
+// Adjacent input channels in a packed factor.
 constexpr int kDepth = int(kChannels);
 
-// Where a tile lies.
+// Position of a tile.
 struct Place {
   int64_t image, y, x;
 };
@@ -20,13 +20,13 @@ Place place(const Problem& p, int64_t tile) {
   return {tile / (down * across), tile / across % down * kTile, tile % across * kTile};
 }
 
-// Numbers of a cache line between the 36 factors: they would share its sets otherwise.
+// A gap of one cache line between the 36 factors, in numbers: otherwise they would share cache sets.
 template <typename Real>
 constexpr int64_t kGap = 64 / int64_t(sizeof(Real));
 
 int64_t whole_rows(int64_t tiles) { return (tiles + kRows - 1) / kRows * kRows; }
 
-// Sizes of what a block's tiles become.
+// Sizes of a block's transformed tiles.
 template <typename Real>
 int64_t input_plane(const Problem& p, int64_t tiles) {
   return whole_rows(tiles) * p.in_channels + kGap<Real>;
@@ -54,7 +54,7 @@ CONDDETR_INLINE void transform_window(const Problem& p, int64_t tile, const Targ
   constexpr int L = kLanes<Real>;
   const Place at = place(p, tile);
   const Real* image = static_cast<const Real*>(p.x) + at.image * p.height * p.width * p.in_channels;
-  // Of cells outside the image: null.
+  // Null for cells outside the image.
   const Real* cells[kWindow][kWindow];
   for (int i = 0; i < kWindow; ++i) {
     for (int j = 0; j < kWindow; ++j) {

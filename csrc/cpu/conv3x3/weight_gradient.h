@@ -1,4 +1,4 @@
-// The gradient of the weights from a block of tiles: its inputs and gradients transformed, the products, their sum.
+// The gradient of the weights from a block of tiles: transformed inputs and gradients, products, their sum.
 #pragma once
 
 #include "cpu/conv3x3/tiles.h"
@@ -6,7 +6,7 @@
 namespace conddetr::conv3x3::CONDDETR_LEVEL {
 namespace {
 
-// The 36 factors of a tile's gradients, as `transform_window` has those of its inputs.
+// The 36 factors of a tile's gradients, as `transform_window` writes those of its inputs.
 template <typename Real, typename Target>
 CONDDETR_INLINE void transform_gradients(const Problem& p, int64_t tile, const Target& target, int64_t plane) {
   constexpr int L = kLanes<Real>;
@@ -31,26 +31,26 @@ CONDDETR_INLINE void transform_gradients(const Problem& p, int64_t tile, const T
   }
 }
 
-// Inputs as `product` takes its right factor, [in / kPanel][tiles][kPanel]; gradients as it takes its left one, turned:
-// [out / kDepth][tiles][kDepth].
+// Transforms inputs to the layout of `product`'s right factor, [in / kPanel][tiles][kPanel], and gradients to that of
+// its left factor, transposed: [out / kDepth][tiles][kDepth].
 template <typename Real>
 void transform_both_of(const Problem& p, const Block& block, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; ++tile) {
     Real* input = static_cast<Real*>(block.inputs) + tile * kPanel<Real>;
     Real* gradient = static_cast<Real*>(block.gradients) + tile * kDepth;
     const int64_t count = block.count;
-    const auto of_input = [=](int64_t channel) {
+    const auto input_target = [=](int64_t channel) {
       return input + channel / kPanel<Real> * count * kPanel<Real> + channel % kPanel<Real>;
     };
-    const auto of_gradient = [=](int64_t channel) {
+    const auto gradient_target = [=](int64_t channel) {
       return gradient + channel / kDepth * count * kDepth + channel % kDepth;
     };
-    transform_window<Real>(p, block.first + tile, of_input, input_plane<Real>(p, count));
-    transform_gradients<Real>(p, block.first + tile, of_gradient, gradient_plane<Real>(p, count));
+    transform_window<Real>(p, block.first + tile, input_target, input_plane<Real>(p, count));
+    transform_gradients<Real>(p, block.first + tile, gradient_target, gradient_plane<Real>(p, count));
   }
 }
 
-// One vector of input channels of one output channel, of the 36 sums `plane` numbers apart, added to the gradient.
+// Adds one vector of input channels of one output channel, from the 36 sums `plane` numbers apart, to the gradient.
 template <typename Real>
 void write_weights(const Problem& p, int64_t out, int64_t in, const Real* sums, int64_t plane, bool is_first) {
   Vector<Real> half[3][kWindow];
@@ -72,7 +72,7 @@ void write_weights(const Problem& p, int64_t out, int64_t in, const Real* sums, 
   }
 }
 
-// The last rows that `product` makes are not of this task's channels: they are left aside.
+// The last rows of `product` do not belong to this task's channels and are not used.
 constexpr int kSumRows = (kDepth + kRows - 1) / kRows * kRows;
 // Tiles of both factors that the first-level cache holds.
 constexpr int64_t kTilesAtOnce = 96;

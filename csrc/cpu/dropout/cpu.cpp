@@ -19,7 +19,7 @@ void check_like(const Tensor& tensor, const Tensor& x, const char* name) {
 Tensor dropout(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& seed, double p, bool relu) {
   check_like(x, x, "x");
   if (residual) check_like(*residual, x, "residual");
-  STD_TORCH_CHECK(!(residual && relu), "relu: expected no residual with it");
+  STD_TORCH_CHECK(!(residual && relu), "relu: expected no residual with ReLU");
   STD_TORCH_CHECK(p >= 0 && p < 1, "p: expected a probability in [0, 1), got ", p);
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed: expected one int64");
   Tensor out = torch::stable::empty_like(x);

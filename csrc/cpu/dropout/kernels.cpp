@@ -1,6 +1,7 @@
 // Dropout on the CPU. Compiled once for each instruction set.
 //
-// Element i survives if lane i % 4 of Philox's numbers for the counter i / 4 says so: whatever the number of threads.
+// Lane i % 4 of Philox's numbers for the counter i / 4 decides whether element i survives, so the result does not
+// depend on the number of threads.
 
 #include "cpu/dropout/kernels.h"
 
@@ -23,7 +24,7 @@ CONDDETR_INLINE void drop(const Rule<Compute<T>>& rule, const T* x, const T* res
   using Real = Compute<T>;
   for (int64_t i = 0; i < count; ++i) {
     Real value = load(x[i]);
-    // Not the larger of both: a NaN stays one.
+    // Not a maximum: NaN stays NaN.
     if constexpr (kRelu) value = value <= 0 ? Real(0) : value;
     value = (numbers[i] >> 8) >= rule.threshold ? value * rule.factor : Real(0);
     if constexpr (kAdds) value += load(residual[i]);
@@ -34,7 +35,7 @@ CONDDETR_INLINE void drop(const Rule<Compute<T>>& rule, const T* x, const T* res
 template <typename T>
 void apply_to(const Problem& p, int64_t begin, int64_t end) {
   const Rule<Compute<T>> rule{philox::threshold(float(p.p)), Compute<T>(1 / (1 - p.p))};
-  // The last draw of a chunk that is not whole may write beyond it.
+  // The last random numbers of a partial chunk may be written beyond it.
   uint32_t numbers[kChunk + 4 * kCounters];
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = end - first < kChunk ? end - first : kChunk;

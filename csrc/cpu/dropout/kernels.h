@@ -1,4 +1,4 @@
-// Dropout on the CPU: what `cpu.cpp` hands to the code that is compiled once for each instruction set.
+// Dropout on the CPU: the interface of `cpu.cpp` to the code that is compiled once for each instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +14,7 @@ constexpr int64_t kChunk = 1024;
 // One call; all tensors are contiguous, of `count` elements of the type `stored`.
 struct Problem {
   const void* x;
-  const void* residual;  // added to what dropout leaves, or null
+  const void* residual;  // added after dropout, or null
   void* out;
   int64_t count;
   uint64_t seed;

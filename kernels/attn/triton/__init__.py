@@ -1,4 +1,4 @@
-"""Conditional attention in Triton: what the host does. `tiles.py` has what the kernels share, `launch.py` settings.
+"""Conditional attention in Triton, host side. The kernels share `tiles.py`; `launch.py` has their launch settings.
 
 Shapes: q_content [B, Q, h, d], q_spatial [B, Q, h, ds], k_content [B, N, h, d], v [B, N, h, dv],
 k_spatial [B, N, h, ds], or rows [B, H, h, ds] and columns [B, W, h, ds], or one image's for all: [1, ...];
@@ -29,12 +29,12 @@ SMALLEST = 2.0**-126
 
 
 class Inputs(OperatorInputs):
-    """The inputs of one call, and what the kernels make of them."""
+    """The inputs of one call, and the kernel arguments derived from them."""
 
     __slots__ = ()
 
     def launch(self) -> Launch:
-        """The settings for these tensors: what is tuned on their device, else what ships."""
+        """The settings for these tensors: those tuned on their device, else the shipped ones."""
         architecture = 0
         if self.v.device.type == "cuda":
             major, minor = registry.capability(self.v.device)
@@ -45,34 +45,34 @@ class Inputs(OperatorInputs):
         return replace(shipped, **tuned) if tuned else shipped
 
     def form(self) -> tuple[str, int, bool, bool, bool]:
-        """What `launch_settings` wants to know beside the architecture."""
+        """Arguments of `launch_settings` after the architecture."""
         products = precision(self.v) if self.v.dtype == torch.float32 else "half"
         width = max(self.q_content.shape[-1], self.q_spatial.shape[-1], self.v.shape[-1])
         products = "half" if products == "emulate" else products
         return products, width, self.columns is not None, self.keep is not None, self._is_crowded()
 
     def _is_crowded(self) -> bool:
-        """As `launch_settings` wants to know it."""
+        """Argument `crowded` of `launch_settings`."""
         if self.v.device.type != "cuda":
             return False
         batch, queries, heads, _ = self.sizes
         return batch * heads * cdiv(queries, 64) > 3 * registry.multiprocessors(self.v.device)
 
     def operands(self) -> Operands:
-        """The tensors that scores and sums are made of."""
+        """The tensors that enter scores and sums."""
         columns = None if self.columns is None else _rows(self.columns)
         queries, content = (_rows(self.q_content), _rows(self.q_spatial)), _rows(self.k_content)
         return Operands(*queries, content, _rows(self.k_spatial), columns, _rows(self.v))
 
     def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What decides which scores count, as every kernel takes it."""
+        """The masks, in the order that every kernel takes them."""
         return self.valid_cells, self.key_padding_mask, self.keep
 
     def scalars(self) -> tuple[float | int, ...]:
         """Arguments of every kernel from `scale` on, up to the widths."""
         _, queries, heads, keys = self.sizes
         height, width = (1, keys) if self.columns is None else (self.k_spatial.shape[1], self.columns.shape[1])
-        # Positive: a hidden score is -inf, and its product too.
+        # Positive, so that a masked score, -inf, stays -inf.
         log2_scale = abs(self.scale) * math.log2(math.e) or SMALLEST
         return self.scale, log2_scale, 1 / (1 - self.dropout_p), queries, keys, heads, height, width
 
@@ -87,7 +87,7 @@ class Inputs(OperatorInputs):
             "num_warps": tiles.warps,
             "num_stages": tiles.stages,
             "maxnreg": tiles.registers,
-            # Asked for, since its default differs between Triton's releases.
+            # Explicit, because its default differs between Triton's releases.
             "enable_fp_fusion": True,
         }
 
@@ -95,20 +95,20 @@ class Inputs(OperatorInputs):
         """Whether offsets inside one head of one image, of any tensor or gradient, may need more than 32 bits."""
         _, queries, heads, keys = self.sizes
         tensors = [tensor for tensor in self.floating if tensor is not None]
-        given = max(tensor.shape[1] * tensor.stride(1) for tensor in tensors)
-        made = max(queries, keys) * heads * max(tensor.shape[-1] for tensor in tensors)
-        return max(given, made, queries * (keys // 32 + 2)) >= 2**31
+        inputs = max(tensor.shape[1] * tensor.stride(1) for tensor in tensors)
+        outputs = max(queries, keys) * heads * max(tensor.shape[-1] for tensor in tensors)
+        return max(inputs, outputs, queries * (keys // 32 + 2)) >= 2**31
 
 
 @functools.cache
 def _widths(d: int, ds: int, dv: int) -> dict[str, int]:
-    """Of heads, and their next powers of two."""
+    """Widths of heads, and their next powers of two."""
     widths = {"D": d, "DS": ds, "DV": dv}
     return {**widths, **{f"P{name}": max(16, next_power_of_2(width)) for name, width in widths.items()}}
 
 
 def _rows(tensor: Tensor) -> Rows:
-    """The stride of images is 0 where all have the same."""
+    """A tensor's pointer and strides; the stride of images is 0 if all images share one."""
     image, item, head, _ = tensor.stride()
     return Rows(tensor, 0 if len(tensor) == 1 else image, item, head)
 
@@ -140,7 +140,7 @@ def backward(
     grad_qc, grad_qs, grad_kc, grad_v = (
         x.new_empty(x.shape) for x in (inputs.q_content, inputs.q_spatial, inputs.k_content, inputs.v)
     )
-    # Of separable keys the dense gradient is summed up afterwards, rounded as it is with plain PyTorch.
+    # For separable keys the dense gradient is summed afterwards, rounded as in plain PyTorch.
     grad_ks = upstream.new_empty((batch, keys, heads, inputs.q_spatial.shape[-1]))
     by_query, by_key = settings.backward_query, settings.backward_key
     block = max(by_query.queries, by_key.queries)

@@ -1,8 +1,8 @@
 """Conditional attention, backward: a kernel for the queries, one for the keys, one for rows and columns of the grid.
 
-Weights are computed again, from scores and their log-sum-exp. What all numbers have in common, the scale and what
-dropout multiplies with, comes into the sums at the end: with `kept` 0 or 1, weight · (kept · grad · v - delta) is the
-gradient of a score over scale / (1 - p), where delta is (1 - p) grad · out.
+Weights are recomputed from scores and their log-sum-exp. The common factors of all terms, the scale and dropout's
+1 / (1 - p), multiply the sums at the end: with `kept` 0 or 1, weight · (kept · grad · v - delta) is the gradient of a
+score over scale / (1 - p), where delta is (1 - p) grad · out.
 """
 
 import triton
@@ -35,7 +35,7 @@ def query_tile(
     q_c, q_s, k_c, k_s, value, gradient, lse_rows, delta_rows, content, spatial, visible, kept, log2_scale,
     kept_factor, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums of both queries' gradients, with one tile of keys more; arguments as in `softmax_tile`."""
+    """Adds one tile of keys to the sums of both queries' gradients; arguments as in `softmax_tile`."""
     scores = scores_of(q_c, q_s, k_c, k_s, PRECISION)
     if visible is not None:
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -53,10 +53,10 @@ def backward_query_kernel(
     D: tl.constexpr, DS: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, PDV: tl.constexpr,
     OFFSET: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of both queries, contiguous [B, Q, h, ·]; a program keeps its queries and walks over the keys.
+    """Gradients of both queries, contiguous [B, Q, h, ·]; a program keeps its queries and loops over the keys.
 
-    statistics [B, h, 2, blocks of Q] float32 is written here and read by the kernel of the keys: lse and delta, of
-    queries that there are not too, whose weights are then zeros.
+    statistics [B, h, 2, blocks of Q] float32 has lse and delta. It is written here and read by the kernel of the keys.
+    It covers queries past the last one too, which makes their weights zero.
     """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = image * heads + head
@@ -71,7 +71,7 @@ def backward_query_kernel(
     statistics += group * 2 * padded
     tl.store(statistics + query, tl.load(lse + group * queries + query, mask=is_query, other=float("inf")))
     tl.store(statistics + padded + query, sums / kept_factor)
-    # Through memory: handed on in registers, its layout becomes that of all scores, and those in float32 then spill.
+    # Through memory: in registers, its layout would become that of all scores, and float32 scores would spill.
     tl.debug_barrier()
     lse_rows, delta_rows = tl.load(statistics + query), tl.load(statistics + padded + query)
     q_c, q_s = load_queries(tensors, image, head, query, is_query, D, DS, PD, PDS, OFFSET)
@@ -133,10 +133,9 @@ def backward_key_kernel(
 ):  # fmt: skip
     """Gradients of content keys, values and dense spatial keys, contiguous [B, N, h, ·].
 
-    A program keeps its keys, which are the rows of all its products, and walks over the queries: nothing is turned, and
-    what is computed of a key that is not visible touches its own sums alone, which are zeros at the end. Ordinals past
-    the valid rectangle are the cells outside of it, so that every key is written once and nothing need be cleared
-    before.
+    A program keeps its keys, which are the rows of all its products, and loops over the queries: nothing is transposed.
+    A key that is not visible affects only its own sums, which are set to zero at the end. Ordinals past the valid
+    rectangle are the cells outside it, so every key is written once and nothing needs clearing before.
     """
     head, image = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = image * heads + head
@@ -149,7 +148,7 @@ def backward_key_kernel(
     row_part, column_part = load_parts(tensors, image, head, row, column, visible, DS, PDS, OFFSET)
     k_c, k_s = load_keys(tensors, image, head, position, row_part, column_part, visible, D, DS, PD, PDS, OFFSET)
     value = load_values(tensors, image, head, position, visible, DV, PDV, OFFSET)
-    # The sign goes to the keys here: queries are what their gradients are made of.
+    # The sign goes to the keys here, because their gradients are sums over the queries.
     if scale < 0:
         k_c, k_s = -k_c, -k_s
     upstream += (image * queries * heads + head) * DV
@@ -198,9 +197,9 @@ def backward_grid_kernel(
     grad_ks, grad_rows, grad_columns, images, height, width, channels,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of grad_ks [B, H·W, channels] over a row, a column, and `images` images, in a fixed order.
+    """Sums of grad_ks [B, H·W, channels] over a row or a column, and over `images` images, in a fixed order.
 
-    The first `height` programs make grad_rows [B / images, H, channels], the others grad_columns.
+    The first `height` programs compute grad_rows [B / images, H, channels], the others grad_columns.
     """
     line, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
     is_row = line < height

@@ -1,7 +1,8 @@
 """Conditional attention, forward: tiled online softmax, scores never leave the chip.
 
-A program has a block of queries of one head of one image and walks over the keys. Scores are kept in base 2. `AHEAD`:
-those of the next tile are made at the end of a trip, right behind the sums of values, and their keys come meanwhile.
+A program handles a block of queries of one head of one image and loops over the keys. Scores are in base 2. `AHEAD`:
+the next tile's scores are computed at the end of an iteration, right after the sums of values, during which its keys
+are loaded.
 """
 
 import triton
@@ -31,7 +32,7 @@ SIZES = ("queries", "keys", "heads", "height", "width")
 def softmax_tile(
     highest, total, accumulator, scores, value, visible, kept, log2_scale, kept_factor, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys more: maximum and sum of the weights so far, and their sum of values.
+    """Adds one tile of keys to the maximum and the sum of the weights, and to the weighted sum of values.
 
     visible: [keys] bool, or None for all; kept: [queries, keys] bool, or None without dropout.
     """
@@ -40,7 +41,7 @@ def softmax_tile(
     higher = tl.maximum(highest, tl.max(scores, axis=1) * log2_scale)
     reference = higher
     if visible is not None:
-        # As long as no key was visible the maximum is -inf, and -inf - -inf is NaN.
+        # Until a key is visible the maximum is -inf, and -inf - -inf is NaN.
         reference = tl.where(higher == float("-inf"), 0.0, higher)
     weights = tl.exp2(scores * log2_scale - reference[:, None])
     shrink = tl.exp2(highest - reference)
@@ -63,7 +64,7 @@ def forward_kernel(
     is_query = query < queries
     within = tl.minimum(query, queries - 1)
     q_c, q_s = load_queries(tensors, image, head, query, is_query, D, DS, PD, PDS, OFFSET)
-    # The maximum is found before the scale, which must be positive then: `log2_scale` is.
+    # The maximum is taken before scaling, so the scale must be positive: `log2_scale` is.
     if scale < 0:
         q_c, q_s = -q_c, -q_s
     if padding is not None:
@@ -77,7 +78,7 @@ def forward_kernel(
     accumulator = tl.zeros((BLOCK_Q, PDV), tl.float32)
     ordinal = tl.arange(0, BLOCK_N)
     row, column = ordinal // row_width, ordinal % row_width
-    # What is read past the last key lies where the last ones do, which is cheaper than a mask: it does not count.
+    # Reads past the last key go to the last row, which is cheaper than a mask; their values are not used.
     last_row = last_row_of(visited, row_width)
     # One tile ahead, into registers: copies to shared memory would have to be read back to add them.
     row_part, column_part = load_parts(tensors, image, head, tl.minimum(row, last_row), column, None, DS, PDS, OFFSET)

@@ -1,7 +1,6 @@
 """Launch settings of the attention kernels, by architecture, kind of products and width of heads.
 
-`conddetr check --tune` measures the few of `candidates.json` on a GPU; what its record says comes before the tables
-here.
+`conddetr check --tune` measures the candidates of `candidates.json` on a GPU; its record overrides the tables here.
 """
 
 import contextlib
@@ -18,8 +17,8 @@ from conddetr.kernels import records
 from conddetr.kernels.common.launch import next_power_of_2
 
 CANDIDATES = Path(__file__).with_name("candidates.json")
-"""Settings worth a try at heads of 32, as `benchmarks/run.py predict --candidates` ranks and writes them. Predicted
-alone: nothing in it is measured.
+"""Candidate settings for heads of 32, ranked and written by `benchmarks/run.py predict --candidates`. They are
+predicted; none of them is measured.
 """
 KERNELS = ("forward", "backward_query", "backward_key")
 """The fields of `Launch`."""
@@ -31,7 +30,7 @@ ALLOWED = {
     "registers": (None, *range(32, 256, 8)),
     "ahead": (False, True),
 }
-"""What each of `Tiles` may be, where a file says it. The words of dropout's bits end at a whole tile of 64 keys."""
+"""Allowed values of the fields of `Tiles` in a file. The words of dropout's bits end at a whole tile of 64 keys."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,12 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
-    """Of a thread, at most: so that as many blocks fit as the setting was chosen for. None: as the compiler likes."""
+    """Limit per thread, so that as many blocks fit as the setting assumes. None: the compiler decides."""
     ahead: bool = False
-    """Of the forward kernel: whether it makes scores a tile ahead."""
+    """For the forward kernel: whether it computes scores a tile ahead."""
 
     def described(self) -> str:
-        """For a person, e.g. `64×32, 4 warps, 3 stages, ahead`."""
+        """Readable text, e.g. `64×32, 4 warps, 3 stages, ahead`."""
         parts = [f"{self.queries}×{self.keys}", f"{self.warps} warps", f"{self.stages} stage{'s' * (self.stages > 1)}"]
         parts += [] if self.registers is None else [f"{self.registers} registers"]
         return ", ".join([*parts, *["ahead"] * self.ahead])
@@ -65,7 +64,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Form:
-    """What settings depend on beside the architecture, as `launch_settings` says."""
+    """Properties that settings depend on besides the architecture; fields as in `launch_settings`."""
 
     products: str
     width: int
@@ -83,13 +82,13 @@ class Form:
         return f"attention {kernel}, {self.described()}"
 
     def described(self) -> str:
-        """For a person, and the same for no two."""
+        """Readable text, different for each form."""
         parts = [self.products, f"{self.padded} channels", "separable" if self.separable else "dense"]
         return ", ".join([*parts, *["dropout"] * self.dropout, *["crowded"] * self.crowded])
 
 
-# Chosen without a device: of what spills nothing, what the model of the machine predicts to be fastest
-# (benchmarks/run.py predict). How products are formed, then the widest of d, ds and dv.
+# Chosen without a device: the settings without spills that the model of the machine predicts to be fastest
+# (benchmarks/run.py predict). Keys: how products are formed, and the widest of d, ds and dv.
 _DATACENTER = {
     ("half", 32): Launch(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)),
     ("half", 64): Launch(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(32, 64, 4, 1)),
@@ -98,7 +97,7 @@ _DATACENTER = {
     ("tf32", 64): Launch(Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 64, 4, 1)),
     ("tf32", 128): Launch(Tiles(64, 16, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 4, 1)),
 }
-"""GPUs of data centres from Hopper on, whose products are those of 64 rows at a time."""
+"""Data-centre GPUs from Hopper on, whose products take 64 rows at a time."""
 _OTHER = {
     ("half", 32): Launch(Tiles(64, 32, 4, 3), Tiles(64, 16, 4, 3), Tiles(64, 64, 4, 2)),
     ("half", 64): Launch(Tiles(64, 32, 4, 3), Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
@@ -108,11 +107,11 @@ _OTHER = {
     ("tf32", 128): Launch(Tiles(32, 32, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 32, 4, 1)),
 }
 _AHEAD = Tiles(64, 64, 4, 3, ahead=True)
-"""Forward on Hopper, with separable keys, 16-bit numbers and heads of 32: as fast as one block can be."""
+"""Forward on Hopper, with separable keys, 16-bit numbers and heads of 32: the fastest setting for a single block."""
 _AHEAD_CROWDED = Tiles(64, 32, 4, 3, registers=96, ahead=True)
-"""The same where many blocks wait: five at a time, slower each."""
+"""The same if many blocks wait: five run at a time, each slower."""
 _AHEAD_DROPOUT = Tiles(64, 64, 4, 3, registers=128, ahead=True)
-"""With dropout: four at a time."""
+"""The same with dropout: four run at a time."""
 _WITHOUT_TENSOR_CORES = {
     32: Launch(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1)),
     64: Launch(Tiles(64, 32, 8, 1), Tiles(32, 32, 4, 1), Tiles(32, 64, 8, 1)),
@@ -129,13 +128,13 @@ def launch_settings(
     dropout: bool = True,
     crowded: bool = True,
 ) -> Launch:
-    """Launch settings by table; an architecture that is not in it takes the cautious ones.
+    """Launch settings from the tables; unlisted architectures get the cautious ones.
 
     Args:
         architecture: compute capability, e.g. 90.
         products: `half` (bfloat16, float16), `tf32`, or `ieee` (float32 without tensor cores).
         width: the widest of d, ds and dv, up to 128.
-        separable: whether spatial keys are.
+        separable: whether spatial keys are separable.
         dropout: whether weights are dropped.
         crowded: whether there are more than three blocks of 64 queries for each multiprocessor.
     """
@@ -152,23 +151,23 @@ def launch_settings(
 def tuned_on(
     device: torch.device, products: str, width: int, separable: bool, dropout: bool, crowded: bool
 ) -> dict[str, Tiles]:
-    """Kernel → what the record of a device has tuned, which comes before `launch_settings`; see there."""
+    """Kernel → tuned settings from a device's record, which override `launch_settings`; arguments as there."""
     record = records.load(device)
     form = Form(products, width, separable, dropout, crowded)
     return {} if record is None else read_tuned(record.tuned, form)
 
 
 def read_tuned(tuned: Mapping[str, Any], form: Form) -> dict[str, Tiles]:
-    """Kernel → its settings in a record; what is none is left out."""
-    found = {}
+    """Kernel → its settings in a record; invalid ones are left out."""
+    settings = {}
     for kernel in KERNELS:
         with contextlib.suppress(ValueError):
-            found[kernel] = read_tiles(kernel, tuned.get(form.key(kernel)))
-    return found
+            settings[kernel] = read_tiles(kernel, tuned.get(form.key(kernel)))
+    return settings
 
 
 def write_tiles(tiles: Tiles) -> dict[str, Any]:
-    """What JSON keeps of settings: what differs from the defaults."""
+    """Settings for JSON: the values that differ from the defaults."""
     defaults = {field.name: field.default for field in fields(Tiles)}
     return {name: value for name, value in asdict(tiles).items() if value != defaults[name]}
 
@@ -177,27 +176,27 @@ def read_tiles(kernel: str, stored: Any) -> Tiles:
     """The settings of one of `KERNELS` from JSON.
 
     Raises:
-        ValueError: they are none; names what is wrong.
+        ValueError: they are invalid; names the kernel and the field.
     """
     names = [field.name for field in fields(Tiles)]
     if not isinstance(stored, dict) or not set(names[:4]) <= stored.keys() <= set(names):
-        raise ValueError(f"{kernel}: expected {', '.join(names)}, of which the first four are needed; got {stored!r}.")
+        raise ValueError(f"{kernel}: expected {', '.join(names)} (the first four are required), got {stored!r}.")
     tiles = Tiles(**stored)
     for name, value in asdict(tiles).items():
-        # With the type: True is 1 to Python.
+        # Types are compared too, because True == 1.
         if [type(value), value] not in [[type(allowed), allowed] for allowed in ALLOWED[name]]:
             raise ValueError(f"{kernel}: {name}: expected one of {', '.join(map(str, ALLOWED[name]))}, got {value!r}.")
     if tiles.ahead and kernel != "forward":
-        raise ValueError(f"{kernel}: ahead: only the forward kernel makes scores ahead.")
+        raise ValueError(f"{kernel}: ahead: only the forward kernel computes scores ahead.")
     return tiles
 
 
 def candidates(architecture: int, kernel: str, form: Form) -> list[Tiles]:
-    """The few settings that the model of the machine ranks first, for heads of 32. What ships is among them, but on
-    sm_100, which has a list with others and settings with Hopper.
+    """The settings that the model of the machine ranks first, for heads of 32. They include the shipped ones, except on
+    sm_100, which shares its list with other architectures and its shipped settings with Hopper.
 
     Args:
-        architecture: as of `launch_settings`.
+        architecture: as in `launch_settings`.
         kernel: one of `KERNELS`.
         form: with products `half` or `tf32`.
     """
@@ -206,7 +205,7 @@ def candidates(architecture: int, kernel: str, form: Form) -> list[Tiles]:
 
 
 def candidates_key(architecture: int, kernel: str, form: Form) -> str:
-    """The name of a list of `candidates.json`: a form counts where what ships depends on it."""
+    """The name of a list in `candidates.json`. It includes the form only if the shipped settings depend on it."""
     name = f"{'Hopper' if architecture == 90 else 'other'}, {kernel}, {form.products}"
     if (architecture, kernel, form.products, form.separable) != (90, "forward", "half", True):
         return name

@@ -1,10 +1,10 @@
-"""What the attention kernels share: their tensors, the order of keys, tiles, and scores.
+"""Shared code of the attention kernels: their tensors, the order of keys, tiles, and scores.
 
 Keys are counted over the valid rectangle in row-major order: ordinal i is row i // valid_w and column i % valid_w, so
 padding is never visited, right or bottom. Separable spatial keys R[y] + C[x] are added on chip.
 
-Whole tiles need no mask. The last one, which may reach beyond the valid rectangle, is computed after them by code of
-its own. Images and heads are 64 bits wide, and so are positions where a head of an image is that large (`OFFSET`).
+Whole tiles need no mask. The last one, which may reach beyond the valid rectangle, is computed after them by separate
+code. Images and heads are 64 bits wide; so are positions if one head of one image needs that (`OFFSET`).
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from conddetr.kernels.common.triton import product
 
 
 class Rows(NamedTuple):
-    """A tensor [B, items, h, width] with a contiguous last dimension: where it lies, and its strides."""
+    """A tensor [B, items, h, width] with a contiguous last dimension: its pointer and its strides."""
 
     data: object
     image: object
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What goes into scores and sums. `k_spatial` has the rows of the grid if there are columns, else every key."""
+    """Tensors that enter scores and sums. `k_spatial` has the rows of the grid if there are columns, else every key."""
 
     q_content: Rows
     q_spatial: Rows
@@ -55,7 +55,7 @@ def valid_rectangle(valid_cells, image, keys, height, width):
 
 @triton.jit
 def outside_position(ordinal, visited, row_width, width):
-    """Where the cells outside the valid rectangle are: first those to its right, row by row, then those below."""
+    """Positions of the cells outside the valid rectangle: first those to its right, row by row, then those below."""
     valid_height = visited // row_width
     rest = width - row_width
     to_the_right = valid_height * rest
@@ -66,7 +66,7 @@ def outside_position(ordinal, visited, row_width, width):
 
 @triton.jit
 def position_of(ordinal, row, column, width, valid_cells):
-    """Where keys are in the grid: without `valid_cells` their ordinals, which cost less."""
+    """Positions of keys in the grid; without `valid_cells` they are the ordinals, which cost less."""
     position = ordinal
     if valid_cells is not None:
         position = row * width + column
@@ -75,13 +75,13 @@ def position_of(ordinal, row, column, width, valid_cells):
 
 @triton.jit
 def last_row_of(visited, row_width):
-    """Of the valid rectangle; the first of an empty one. What is read there belongs to the image, and costs no mask."""
+    """Last row of the valid rectangle; of an empty one, the first. Reads there stay in the image and need no mask."""
     return tl.maximum(visited // row_width - 1, 0)
 
 
 @triton.jit
 def next_tile(row, column, row_width, BLOCK_N: tl.constexpr):
-    """Rows and columns of the ordinals BLOCK_N further on; no division for each."""
+    """Rows and columns of the ordinals BLOCK_N further on, without a division for each."""
     column += BLOCK_N % row_width
     wraps = column >= row_width
     return row + BLOCK_N // row_width + wraps.to(tl.int32), tl.where(wraps, column - row_width, column)
@@ -89,7 +89,7 @@ def next_tile(row, column, row_width, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def load_rows(base, item, stride, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, OFFSET: tl.constexpr):
-    """[len(item), PADDED] of a tensor whose last dimension is contiguous; zeros where outside. `inside` None: all."""
+    """[len(item), PADDED] of a tensor whose last dimension is contiguous; zeros outside. `inside` None: all inside."""
     channel = tl.arange(0, PADDED)
     pointers = base + item[:, None].to(OFFSET) * stride + channel[None, :]
     if inside is not None:
@@ -122,7 +122,7 @@ def load_queries(
 
 @triton.jit
 def load_parts(tensors, image, head, row, column, inside, DS: tl.constexpr, PDS: tl.constexpr, OFFSET: tl.constexpr):
-    """What separable spatial keys are the sum of; zeros of dense ones, which `load_keys` loads."""
+    """Row and column parts of separable spatial keys; zeros for dense ones, which `load_keys` loads."""
     if tensors.columns is None:
         row_part = tl.zeros((row.shape[0], PDS), tensors.k_spatial.data.dtype.element_ty)
         column_part = row_part
@@ -138,7 +138,7 @@ def load_keys(
     tensors, image, head, position, row_part, column_part, inside,
     D: tl.constexpr, DS: tl.constexpr, PD: tl.constexpr, PDS: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Content and spatial keys of some positions, of which there are the parts of separable keys."""
+    """Content and spatial keys of some positions; separable spatial keys are summed from their parts."""
     k_c = load_rows(of_head(tensors.k_content, image, head), position, tensors.k_content.item, inside, D, PD, OFFSET)
     if tensors.columns is None:
         spatial = of_head(tensors.k_spatial, image, head)
@@ -156,9 +156,9 @@ def load_values(tensors, image, head, position, inside, DV: tl.constexpr, PDV: t
 
 @triton.jit
 def load_kept(keep, query, start, queries, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr):
-    """[queries, BLOCK_N] bool: which weights of the keys from `start` on dropout leaves; queries within bounds.
+    """[queries, BLOCK_N] bool: which weights of the keys from `start` on dropout keeps; queries must be in bounds.
 
-    keep: of one head of one image, [words, queries]; bit j of word w is ordinal 32 w + j.
+    keep: [words, queries] of one head of one image; bit j of word w is ordinal 32 w + j.
     """
     if BLOCK_N < 32:
         word = tl.load(keep + start // 32 * queries.to(OFFSET) + query)
@@ -172,7 +172,7 @@ def load_kept(keep, query, start, queries, BLOCK_N: tl.constexpr, OFFSET: tl.con
 
 @triton.jit
 def load_kept_turned(keep, query, start, queries, BLOCK_N: tl.constexpr, OFFSET: tl.constexpr):
-    """[BLOCK_N, queries] bool, as `load_kept`."""
+    """`load_kept`, transposed: [BLOCK_N, queries] bool."""
     if BLOCK_N < 32:
         word = tl.load(keep + start // 32 * queries.to(OFFSET) + query)
         bits = (word[None, :] >> (start % 32 + tl.arange(0, BLOCK_N))[:, None]) & 1
@@ -185,10 +185,10 @@ def load_kept_turned(keep, query, start, queries, BLOCK_N: tl.constexpr, OFFSET:
 
 @triton.jit
 def drop(weights, kept, kept_factor):
-    """Zeros where dropout leaves nothing. `kept` None: all.
+    """Weights after dropout, unscaled: zero if dropped. `kept` None: all are kept.
 
-    The zero is one that the compiler does not know: it would round each weight before it chooses, one by one, where two
-    are rounded at a time.
+    The zero is not a constant to the compiler. With a constant it would round each weight before selecting, one by one;
+    this way two are rounded at a time.
     """
     if kept is not None:
         weights = tl.where(kept, weights, 0.0 * kept_factor)

@@ -1,7 +1,8 @@
 """3×3 convolution and its gradients: the public functions, their checks, and the operators behind the kernels.
 
-By Winograd's minimal filtering, F(4×4, 3×3) (Lavin and Gray, CVPR 2016): a quarter of the multiplications. For CPUs,
-where PyTorch does them all; on GPUs cuDNN chooses by itself. Gradients of any order are convolutions of the same kinds.
+Winograd's minimal filtering, F(4×4, 3×3) (Lavin and Gray, CVPR 2016), needs a quarter of the multiplications. It is for
+CPUs, where PyTorch does them all; on GPUs cuDNN chooses its algorithm. Gradients of any order are convolutions of the
+same kinds.
 """
 
 import torch
@@ -12,7 +13,7 @@ from conddetr.kernels import operators, registry
 from conddetr.kernels.cpu.conv3x3 import reference
 
 GRAIN = 32
-"""The kernel takes numbers of channels that are multiples of it."""
+"""The kernels need channels in multiples of it."""
 
 
 def convolution_3x3(
@@ -26,13 +27,14 @@ def convolution_3x3(
 ) -> Tensor:
     """Convolution with a window of 3×3, one cell of padding and no stride.
 
-    Its errors are up to twice those of PyTorch's convolution in channels-last, root mean squares.
+    Its errors are up to twice those of PyTorch's convolution in channels-last (root mean square).
 
     Args:
         x: [B, Cin, H, W], floating; fastest in channels-last.
         weight: [Cout, Cin, 3, 3] of the dtype and device of x.
         bias: [Cout], likewise.
-        transposed: the transposed convolution, which is the gradient of x: x is [B, Cout, H, W] then, and Cin come out.
+        transposed: compute the transposed convolution, which is the gradient of x: x is then [B, Cout, H, W], and the
+            result has Cin channels.
         relu: apply ReLU to the result.
         backend: `auto`, `native` (on CPUs, float32, channels in multiples of 32) or `eager`.
 
@@ -54,11 +56,11 @@ def convolution_3x3(
 def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "auto") -> Tensor:
     """The gradient of the weights of `convolution_3x3`.
 
-    Its errors are up to ten times those of one matrix product per cell of the window, root mean squares.
+    Its errors are up to ten times those of one matrix product per cell of the window (root mean square).
 
     Args:
-        x: [B, Cin, H, W], what was convolved.
-        grad: [B, Cout, H, W] of the dtype and device of x, the gradient of what came out.
+        x: [B, Cin, H, W], input of the convolution.
+        grad: [B, Cout, H, W] of the dtype and device of x, gradient of its result.
         backend: as in `convolution_3x3`.
 
     Returns:
@@ -71,9 +73,9 @@ def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "
         raise ValueError(f"x: expected [B, Cin, H, W], floating, got {tuple(x.shape)} {x.dtype}.")
     if grad.dim() != 4 or (grad.shape[0], *grad.shape[2:]) != (x.shape[0], *x.shape[2:]):
         expected = f"[{x.shape[0]}, Cout, {x.shape[2]}, {x.shape[3]}]"
-        raise ValueError(f"grad: expected {expected} as of x, got {tuple(grad.shape)}.")
+        raise ValueError(f"grad: expected {expected} like x, got {tuple(grad.shape)}.")
     if grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(f"grad: expected {x.dtype} on {x.device} as of x, got {grad.dtype} on {grad.device}.")
+        raise ValueError(f"grad: expected {x.dtype} on {x.device} like x, got {grad.dtype} on {grad.device}.")
     channels = (grad.shape[1], x.shape[1])
     if WEIGHT_GRADIENT.choose(backend, x.device, x.dtype, channels, x.shape).backend == "eager":
         return reference.convolution_3x3_weight_gradient(x, grad)
@@ -82,7 +84,7 @@ def convolution_3x3_weight_gradient(x: Tensor, grad: Tensor, *, backend: str = "
 
 
 def why_not(channels: tuple[int, int], shape: torch.Size) -> str | None:
-    """The reason against the native kernels for the channels of a weight, (Cout, Cin), and the shape of x, or None."""
+    """Why the native kernels cannot take a weight's channels, (Cout, Cin), and the shape of x; None if they can."""
     if channels[0] % GRAIN or channels[1] % GRAIN or 0 in (*channels, *shape):
         return (
             f"its kernels take channels in multiples of {GRAIN}, and at least one cell, got {channels[1]} to "
@@ -99,15 +101,15 @@ WEIGHT_GRADIENT = registry.declare("convolution_3x3_weight_gradient", native=KER
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> None:
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
         raise ValueError(f"weight: expected [Cout, Cin, 3, 3], got {tuple(weight.shape)}.")
-    taken, given = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
-    if x.dim() != 4 or x.shape[1] != taken or not x.is_floating_point():
-        raise ValueError(f"x: expected [B, {taken}, H, W] as of weight, floating, got {tuple(x.shape)} {x.dtype}.")
+    inputs, outputs = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    if x.dim() != 4 or x.shape[1] != inputs or not x.is_floating_point():
+        raise ValueError(f"x: expected [B, {inputs}, H, W] like weight, floating, got {tuple(x.shape)} {x.dtype}.")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            found = f"{tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name}: expected {x.dtype} on {x.device} as of x, got {found}.")
-    if bias is not None and tuple(bias.shape) != (given,):
-        raise ValueError(f"bias: expected ({given},), got {tuple(bias.shape)}.")
+            actual = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{name}: expected {x.dtype} on {x.device} like x, got {actual}.")
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ValueError(f"bias: expected ({outputs},), got {tuple(bias.shape)}.")
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, relu: bool) -> Tensor:
@@ -135,15 +137,15 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor 
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
     grad = grad.contiguous(memory_format=torch.channels_last)
-    of_x = of_weight = of_bias = None
+    grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        of_x = _convolve(grad, weight, not ctx.transposed)
+        grad_x = _convolve(grad, weight, not ctx.transposed)
     if ctx.needs_input_grad[1]:
         pair = (grad, x) if ctx.transposed else (x, grad)
-        of_weight = ops.convolution_3x3_weight(*pair)
+        grad_weight = ops.convolution_3x3_weight(*pair)
     if ctx.needs_input_grad[2]:
-        of_bias = grad.sum((0, 2, 3))
-    return of_x, of_weight, of_bias, None, None
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 def _setup_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -153,13 +155,13 @@ def _setup_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 def _differentiate_weight(ops: object, ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of weights is linear in x and in grad."""
     x, grad = ctx.saved_tensors
-    of_x = _convolve(grad, upstream, True) if ctx.needs_input_grad[0] else None
-    of_grad = _convolve(x, upstream, False) if ctx.needs_input_grad[1] else None
-    return of_x, of_grad
+    grad_x = _convolve(grad, upstream, True) if ctx.needs_input_grad[0] else None
+    grad_grad = _convolve(x, upstream, False) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_grad
 
 
 def _flops(x: tuple, weight: tuple, *_: object, **__: object) -> int:
-    """Of shapes: the products of a convolution as it is defined; minimal filtering makes a quarter of them."""
+    """From shapes: the products of a direct convolution; minimal filtering computes a quarter of them."""
     return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1] * 9
 
 

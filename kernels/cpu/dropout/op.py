@@ -1,8 +1,8 @@
 """Dropout before a residual sum: the public function, its checks, and the native operator.
 
-PyTorch draws its random numbers one after the other on one core: on a training step's feed-forward network that takes
-longer than the products. On GPUs dropout before a sum is PyTorch's (`add_norm` has it with all that follows). The
-operator also takes ReLU along, for `relu_dropout`.
+PyTorch generates its random numbers one after the other on one core; in a training step's feed-forward network that
+takes longer than the products. On GPUs dropout before a sum is PyTorch's (`add_norm` fuses it with the layer norm). The
+operator can apply ReLU too, for `relu_dropout`.
 """
 
 import torch
@@ -14,29 +14,29 @@ from conddetr.kernels.common.seed import fresh_seed
 from conddetr.kernels.cpu.dropout import reference
 
 NATIVE = registry.Kernels(devices=("cpu",))
-"""What the operator can take."""
+"""Devices of the operator."""
 OPERATION = registry.declare("dropout_add", native=NATIVE)
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") -> Tensor:
-    """A residual branch after dropout, added to its trunk in one pass over memory; backward draws the mask again.
+    """A residual branch after dropout, added to its trunk in one pass over memory; backward recomputes the mask.
 
     Args:
         x: the branch, floating.
         residual: the trunk, of the shape and device of x.
-        p: as in `relu_dropout`; 0: the sum alone.
+        p: as in `relu_dropout`; 0: only the sum.
         backend: as in `relu_dropout`.
 
     Returns:
         The shape of x, the promoted dtype.
 
     Raises:
-        ValueError, RuntimeError: as `relu_dropout`, and where shapes or devices differ.
+        ValueError, RuntimeError: as in `relu_dropout`, and if shapes or devices differ.
     """
     check_dropped(x, p)
     if residual.shape != x.shape or residual.device != x.device:
-        found = f"{tuple(residual.shape)} on {residual.device}"
-        raise ValueError(f"residual: expected {tuple(x.shape)} on {x.device} as of x, got {found}.")
+        actual = f"{tuple(residual.shape)} on {residual.device}"
+        raise ValueError(f"residual: expected {tuple(x.shape)} on {x.device} like x, got {actual}.")
     if p == 0:
         return residual + x
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -48,7 +48,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, backend: str = "auto") ->
 
 
 def check_dropped(x: Tensor, p: float) -> None:
-    """Raise a ValueError if x is not floating, or p is no probability below 1."""
+    """Raises a ValueError if x is not floating or p is not in [0, 1)."""
     if not x.is_floating_point():
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}.")
     if not 0.0 <= p < 1.0:
@@ -56,7 +56,7 @@ def check_dropped(x: Tensor, p: float) -> None:
 
 
 def drop(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool) -> Tensor:
-    """The residual, if there is one, plus x after dropout; or x after ReLU and dropout. Contiguous, on a CPU."""
+    """The residual, if there is one, plus x after dropout; or x after ReLU and dropout. Contiguous CPU tensors."""
     return torch.ops.conddetr_native.dropout(x, residual, seed, p, relu)
 
 
@@ -73,11 +73,11 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
     seed, output = ctx.saved_tensors
     if ctx.relu:
-        # What is above zero was, and was kept.
-        of_x = torch.ops.aten.threshold_backward(grad, output, 0) / (1 - ctx.p)
+        # A positive output means that x was positive and kept.
+        grad_x = torch.ops.aten.threshold_backward(grad, output, 0) / (1 - ctx.p)
     else:
-        of_x = drop(grad.contiguous(), None, seed, ctx.p, False)
-    return of_x, grad if ctx.has_residual else None, None, None, None
+        grad_x = drop(grad.contiguous(), None, seed, ctx.p, False)
+    return grad_x, grad if ctx.has_residual else None, None, None, None
 
 
 operators.register("dropout", fake=_fake, backward=_differentiate, setup=_setup)

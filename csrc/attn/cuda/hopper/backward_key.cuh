@@ -1,4 +1,4 @@
-// Gradients of keys and values on Hopper, for 16-bit numbers: what ../backward_key.cuh does, with other products.
+// Gradients of keys and values on Hopper, for 16-bit numbers: ../backward_key.cuh with other products.
 #pragma once
 
 #include "attn/cuda/hopper/products.cuh"
@@ -6,7 +6,8 @@
 
 namespace conddetr::attn {
 
-// A block has one tile of keys of one head of one image, as rows; queries go by as columns, in tiles, two in flight.
+// A block holds one tile of keys of one head of one image, as rows; it loops over queries, as columns, in tiles, two in
+// flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, 2)
     hopper_backward_key_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial, T* grad_v) {
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_group<0>();
     wait_products<0>(by_content, by_spatial, by_value, kept_weights, by_score);
     show_to_products();
-    barrier();  // this tile is there, and nobody reads the other
+    barrier();  // this tile has arrived, and no thread reads the other
     const Tile<T> q_content = queries.content.stage(stage), q_spatial = queries.spatial.stage(stage);
     const Tile<T> gradient = queries.gradient.stage(stage);
     float weights[8][4], grads[8][4];

@@ -1,4 +1,4 @@
-// Gradients of both queries on Hopper, for 16-bit numbers: what ../backward_query.cuh does, with other products.
+// Gradients of both queries on Hopper, for 16-bit numbers: ../backward_query.cuh with other products.
 #pragma once
 
 #include "attn/cuda/hopper/products.cuh"
@@ -6,7 +6,7 @@
 
 namespace conddetr::attn {
 
-// A block has 64 queries of one head of one image; keys go by in tiles, two in flight.
+// A block holds 64 queries of one head of one image; it loops over keys in tiles, two in flight.
 template <typename T, bool kSeparable>
 __global__ void __launch_bounds__(kThreads, 3)
     hopper_backward_query_kernel(Problem<T> p, Upstream<T> upstream, T* grad_content, T* grad_spatial) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto attend = [&](int tile, int stage) {
     wait_group<0>();
     show_to_products();
-    barrier();  // this tile is there, and nobody reads the other
+    barrier();  // this tile has arrived, and no thread reads the other
     float scores[8][4], grad_weights[8][4];
     begin_products(scores, grad_weights, content.part, conditional.part, grads.part);
     multiply_rows_async<false>(scores, content, key_tiles.content.stage(stage));
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
     const Visible visible(p, image, keys, tile, lane);
     if (!visible.is_all) visible.hide(scores, p.hidden);
-    key_tiles.load(1 - stage);  // past the last tile zeros
+    key_tiles.load(1 - stage);  // zeros past the last tile
     end_group();
 #pragma unroll
     for (int i = 0; i < 32; ++i) {

@@ -1,8 +1,8 @@
-// Attention forward on Hopper, for 16-bit numbers: what ../forward.cuh does, with other products. Instructions and the
-// number of blocks at a time are what binds there. A negative scale turns the queries' sign, and the maximum then needs
-// no scale; stages of tiles are constants; copies are started between the exponentials. Scores of the next tile are
-// started with the values of this one, so that a warp waits once a tile: four blocks at a time do the rest. That many
-// fit because the spatial queries stay in shared memory, and because dropout is a kernel of its own.
+// Attention forward on Hopper, for 16-bit numbers: ../forward.cuh with other products. Instructions and the number of
+// resident blocks limit its speed. A negative scale flips the queries' sign, so the maximum needs no scale; stages of
+// tiles are constants; copies start between the exponentials. Scores of the next tile start with the values of this
+// one, so a warp waits once per tile; four resident blocks fill the rest. That many fit because the spatial queries
+// stay in shared memory, and because dropout is a separate kernel.
 #pragma once
 
 #include "attn/cuda/forward.cuh"
@@ -10,7 +10,8 @@
 
 namespace conddetr::attn {
 
-// A block has 64 queries of one head of one image; keys go by in tiles, two in flight, their values one tile later.
+// A block holds 64 queries of one head of one image; it loops over keys in tiles, two in flight, their values one tile
+// later.
 template <typename T, bool kSeparable, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> p, T* out, float* lse) {
 #if defined(CONDDETR_HAS_WARPGROUPS)
@@ -48,10 +49,10 @@ __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> 
   const auto attend = [&](int tile, int stage) {
     wait_group<0>();
     show_to_products();
-    barrier();  // this tile's values and the next tile's keys are there, and nobody reads what came before
+    barrier();  // this tile's values and the next tile's keys have arrived, and no thread reads earlier ones
     const Visible visible(p, image, keys, tile, lane);
     if (!visible.is_all) visible.hide(scores, -INFINITY);
-    key_tiles.copy_values(1 - stage);  // past the last tile zeros
+    key_tiles.copy_values(1 - stage);  // zeros past the last tile
     key_tiles.load_keys(stage);
     end_group();
     Kept kept;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 4) hopper_forward_kernel(Problem<T> 
     softmax.shrink_sums(sums);
     begin_products(sums, packed, scores);
     multiply_columns_async<T>(sums, packed, key_tiles.values.stage(stage));
-    start_scores(1 - stage);  // past the last tile, of whatever is there
+    start_scores(1 - stage);  // past the last tile, unused
     end_products();
     wait_products<0>(sums, scores);
   };

@@ -1,11 +1,10 @@
-// Products of tiles on Hopper, for 16-bit numbers: a warpgroup, which is a block, multiplies 64 rows of its own with a
-// tile in shared memory. That reads the tile once, where warps read it four times: 8 KiB for 16 rows at 128 bytes a
-// clock take as long as the exponentials.
+// Products of tiles on Hopper, for 16-bit numbers: a warpgroup, which is a block, multiplies its 64 rows with a tile in
+// shared memory. That reads the tile once, where warps would read it four times: 8 KiB for 16 rows at 128 bytes a clock
+// take as long as the exponentials.
 //
-// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes as they lie, and a row
-// of 64 bytes has to be swizzled; cp.async.bulk.tensor does swizzle, but needs a map that the driver encodes for every
-// call, and would fetch keys of the grid that lie outside the valid rectangle, whatever they are, where this writes
-// zeros.
+// Tiles are copied as everywhere, 16 bytes at a time by all threads. cp.async.bulk copies bytes in order, but a row of
+// 64 bytes must be swizzled. cp.async.bulk.tensor swizzles, but needs a map that the driver encodes for every call, and
+// would fetch keys outside the valid rectangle, where this code writes zeros.
 #pragma once
 
 #include "attn/cuda/products.cuh"
@@ -13,11 +12,11 @@
 
 namespace conddetr::attn {
 
-// A tile as products want it described (PTX ISA 9.0, 9.7.15.5.1.2.2): a matrix in rows of 64 bytes, with the swizzle of
-// 64 bytes. That goes by the bits of addresses, so that its pattern starts at multiples of 512, as tiles do, and a
-// product may start at any chunk of any eighth row.
+// A tile's descriptor for products (PTX ISA 9.0, 9.7.15.5.1.2.2): a matrix in rows of 64 bytes, with the swizzle of 64
+// bytes. The swizzle depends on address bits, so its pattern starts at multiples of 512, as tiles do, and a product may
+// start at any chunk of any eighth row.
 //   bits 0-13   address / 16
-//   bits 16-29  leading dimension: from one pattern of 64 bytes to the next; there is but one, and 1 stands for that
+//   bits 16-29  leading dimension: from one pattern of 64 bytes to the next; there is only one, encoded as 1
 //   bits 32-45  stride dimension: from eight rows to the next, 512 bytes / 16
 //   bits 62-63  2: swizzle of 64 bytes
 struct Matrix {
@@ -28,11 +27,11 @@ struct Matrix {
     static_assert(kWidth * sizeof(T) == 64);
   }
 
-  // What starts so many bytes on.
+  // The same matrix, starting this many bytes later.
   __device__ Matrix from(int bytes) const {
-    Matrix found = *this;
-    found.low += bytes >> 4;
-    return found;
+    Matrix moved = *this;
+    moved.low += bytes >> 4;
+    return moved;
   }
   __device__ uint64_t description() const { return uint64_t(2u << 30 | 512 >> 4) << 32 | low; }
 };
@@ -46,7 +45,7 @@ __device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], const Fr
   multiply_async<T, false, true>(sum, left.part[1], matrix.from(kStep).description());
 }
 
-// The same for 64 rows that are in shared memory, which takes no registers.
+// The same for 64 rows in shared memory, which need no registers.
 template <bool kAdds, typename T>
 __device__ __forceinline__ void multiply_rows_async(float (&sum)[8][4], Tile<T> left, Tile<T> tile) {
   constexpr int kStep = 16 * sizeof(T);
@@ -66,7 +65,7 @@ __device__ __forceinline__ void multiply_columns_async(float (&sum)[4][4], const
   }
 }
 
-// Sums as the left operand of the next product.
+// Packs sums as the left operand of the next product.
 template <typename T>
 __device__ __forceinline__ void pack_all(uint32_t (&packed)[4][4], const float (&values)[8][4]) {
 #pragma unroll
