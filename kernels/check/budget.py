@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
-"""Multiple of plain PyTorch's error, both as root mean squares. Largest errors vary by chance, so theirs may be twice
-that."""
+"""Allowed multiple of plain PyTorch's error, both as root mean squares; twice that for largest errors, which vary by
+chance."""
 ROUNDINGS, SUMS = 1.0, 4.0
 """Added to the budget, because plain PyTorch may be exact by chance: roundings of a typical number to the dtype, and to
 float32, in which sums are accumulated. For the largest error, twice as many.

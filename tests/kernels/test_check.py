@@ -261,7 +261,7 @@ def test_slow_or_wrong_kernel_is_refused(sabotage, monkeypatch):
 
 def test_guards_keep_numbers_and_strides():
     x = torch.arange(24.0).view(2, 3, 4)
-    inputs = {"turned": x.transpose(0, 2), "gaps": x[:, ::2, ::3], "one for all": x[:1].expand(5, 3, 4)}
+    inputs = {"transposed": x.transpose(0, 2), "gaps": x[:, ::2, ::3], "expanded": x[:1].expand(5, 3, 4)}
     inputs |= {"none": x[:0], "flags": x > 3, "scalar": x[1, 1, 1]}
     guards = Guards()
     placed = guards.place(inputs)
