@@ -1,4 +1,4 @@
-"""What a kernel raises is a reason against it, and no end of the check."""
+"""Runs a kernel; its errors become a reason to refuse it and do not end the check."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,25 +9,25 @@ from conddetr.kernels.registry import BackendError
 
 Result = TypeVar("Result")
 LONGEST = 200
-"""Characters of a message: compilers print whole programs."""
+"""Maximum characters of a message: compilers print whole programs."""
 
 
 def attempt(run: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """The result, or why there is none.
+    """Return the result, or the reason why there is none.
 
     Raises:
-        BackendError: these inputs are not for the implementation, which is no fault.
-        OutOfMemoryError: nor is a full GPU.
+        BackendError: the implementation does not support these inputs, which is no fault.
+        OutOfMemoryError: the GPU is full, which is no fault either.
     """
     try:
         result = run()
-        # Kernels run later than they are launched, and so do their errors.
+        # Launches are asynchronous, so errors surface later.
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return result, None
     except (BackendError, torch.OutOfMemoryError):
         raise
-    # Compilers, launches and operators have no error in common.
+    # Compilers, launches and operators share no error class.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         message = lines[0] if lines else "no message"

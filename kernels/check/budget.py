@@ -1,4 +1,4 @@
-"""How far a kernel may be off: no more than twice as far as plain PyTorch in the same dtype."""
+"""Error budget of a kernel: at most twice the error of plain PyTorch in the same dtype."""
 
 import math
 
@@ -6,43 +6,44 @@ import torch
 from torch import Tensor
 
 FACTOR = 2.0
-"""Times the error of plain PyTorch, both root mean squares: of two largest errors, which is twice the other is a matter
-of luck, so that those may differ by twice as much."""
+"""Allowed multiple of plain PyTorch's error, both as root mean squares; twice that for largest errors, which vary by
+chance."""
 ROUNDINGS, SUMS = 1.0, 4.0
-"""On top, since plain PyTorch may by chance be exact: roundings of a typical number to the dtype, and to float32, in
-which sums are made; of the largest number twice as many.
+"""Added to the budget, because plain PyTorch may be exact by chance: roundings of a typical number to the dtype, and to
+float32, in which sums are accumulated. For the largest error, twice as many.
 """
 NOTHING = 1e-12
-"""A result that is smaller than the largest one by so much is zero but for rounding, and is held to that one's size."""
+"""A result below this share of the largest one is zero up to rounding; the largest one's size is then its scale."""
 
 
-def share(ours: Tensor, theirs: Tensor, truth: Tensor, largest: float, factor: float = FACTOR) -> float:
-    """The error of ours over what is allowed; above 1 is too much, infinite where ours is not finite.
+def share(ours: Tensor, plain: Tensor, truth: Tensor, largest: float, factor: float = FACTOR) -> float:
+    """Return our error divided by the allowed one: too large above 1, infinite if ours is not finite.
 
     Args:
-        ours, theirs: of one dtype; theirs is plain PyTorch's.
-        truth: float64.
+        ours: the kernel's result.
+        plain: plain PyTorch's, in the same dtype.
+        truth: the exact result, float64.
         largest: magnitude of all results of the problem.
-        factor: times the error of plain PyTorch.
+        factor: allowed multiple of plain PyTorch's error.
     """
     if truth.numel() == 0:
         return 0.0
     if not ours.isfinite().all():
         return math.inf
-    error, budget = ((x.double() - truth).abs() for x in (ours, theirs))
+    error, budget = ((x.double() - truth).abs() for x in (ours, plain))
     roundings = ROUNDINGS * torch.finfo(ours.dtype).eps + SUMS * torch.finfo(torch.float32).eps
     worst = 0.0
     for measure, times in ((_typical, 1), (_greatest, 2)):
         size = measure(truth)
         floor = roundings * (size if size > NOTHING * largest else largest)
         allowed = times * (factor * measure(budget) + floor)
-        found = measure(error)
-        worst = max(worst, found / allowed if allowed > 0 else 0.0 if found == 0 else math.inf)
+        actual = measure(error)
+        worst = max(worst, actual / allowed if allowed > 0 else 0.0 if actual == 0 else math.inf)
     return worst
 
 
 def magnitude(truths: list[Tensor]) -> float:
-    """The largest number of several results."""
+    """The largest absolute value in several results."""
     return max((x.abs().max().item() for x in truths if x.is_floating_point() and x.numel()), default=0.0)
 
 

@@ -1,6 +1,6 @@
-"""Compiles what a check will launch on a GPU before it does, in several processes; Triton keeps it on the disk.
+"""Compiles the kernels of a check on a GPU in several processes beforehand; Triton caches them on disk.
 
-Each process launches its share of the problems once. Run as a program, it is such a process.
+Each process launches its share of the problems once. Run as a program, this module is one such process.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from conddetr.kernels.check.problem import Problem, evaluate, upstream_of
 from conddetr.kernels.registry import HAS_TRITON, BackendError
 
 PROCESSES = 4
-"""At most: each has a context on the GPU, some hundred MiB."""
+"""Maximum number: each has a context of a few hundred MiB on the GPU."""
 
 
 def compile_kernels(
@@ -32,17 +32,17 @@ def compile_kernels(
     tell: Callable[[str, int, int], None],
     tune: bool = False,
 ) -> float:
-    """Let processes compile Triton's kernels; what one of them cannot is left to the check.
+    """Compile Triton's kernels in several processes; the check compiles those that fail here.
 
     Args:
         device: a GPU.
         short: only the sizes of the model.
-        dtypes: that will be checked.
-        tell: takes what is being done, and of how many steps how many are done.
-        tune: with the launch settings too that will be tried.
+        dtypes: the dtypes that will be checked.
+        tell: takes the name of the current step, the number of finished steps and their total.
+        tune: also compile with each of the launch settings that will be tried.
 
     Returns:
-        Seconds.
+        Duration in seconds.
     """
     if not HAS_TRITON:
         return 0.0
@@ -55,9 +55,9 @@ def compile_kernels(
     reader, writer = os.pipe()
     started: list[subprocess.Popen] = []
     try:
-        # The package may be found by a path that only this process knows.
+        # The package may lie on a path that only this process has.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        # Where no process can be started, the check compiles all by itself.
+        # If no process can be started, the check itself compiles everything.
         with contextlib.suppress(OSError):
             for share in range(count):
                 options = ["--share", str(share), "--of", str(count)]
@@ -87,33 +87,33 @@ def _cores() -> int:
 def _tasks(
     device: torch.device, short: bool, dtypes: Sequence[torch.dtype], tune: bool
 ) -> list[tuple[str, Callable[[], None]]]:
-    """What a process says when it is done, and what it does."""
+    """The tasks of all processes: the line that is printed afterwards, and the call."""
     wanted = [problem for problem in problems(IMAGES["cuda"]) if problem.is_model or not short]
-    found: list[tuple[str, Callable[[], None]]] = [
+    tasks: list[tuple[str, Callable[[], None]]] = [
         (problem.operation, partial(_launch, problem, dtype, device))
         for problem in wanted
         for dtype in dtypes
         if dtype in problem.dtypes
     ]
     if tune:
-        # Triton need not be there where nothing is tuned.
+        # Without tuning, Triton need not be installed.
         from conddetr.kernels.check import tuning
 
         for subject in tuning.subjects(device, dtypes):
-            found += [
+            tasks += [
                 (f"{kernel} of attention", partial(tuning.launch_all, subject, kernel, device))
                 for kernel in tuning.KERNELS
             ]
-    return found
+    return tasks
 
 
 def _launch(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
-    """Forward and backward once; errors are the check's to find."""
+    """Run forward and backward once; the check reports errors later."""
     inputs = problem.make(Maker(device, dtype))
 
     def launch() -> None:
         upstream = upstream_of(problem.run(inputs, "triton"))
-        evaluate(lambda given: problem.run(given, "triton"), inputs, problem.gradients, upstream)
+        evaluate(lambda tensors: problem.run(tensors, "triton"), inputs, problem.gradients, upstream)
 
     try:
         with products("tf32" if problem.is_tf32 else "ieee"):
@@ -123,7 +123,7 @@ def _launch(problem: Problem, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def main() -> None:
-    """One process: a line for every problem that is done."""
+    """One process: prints a line for every finished problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("device")
     parser.add_argument("dtypes", nargs="+")
@@ -137,7 +137,7 @@ def main() -> None:
     with isolated(device):
         for name, task in _tasks(device, options.short, dtypes, options.tune)[options.share :: options.of]:
             task()
-            # There are several of these on one GPU.
+            # Several processes share the GPU.
             torch.cuda.empty_cache()
             print(name, flush=True)
 

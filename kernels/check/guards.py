@@ -1,4 +1,4 @@
-"""Memory around tensors that nobody may write to: inputs lie in it, and what Python allocates meanwhile does too."""
+"""Guard memory around tensors, which no kernel may write to: around inputs, and around allocations from Python."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,30 +10,30 @@ from torch import Tensor
 from conddetr.kernels.check.inputs import Inputs
 
 MARGIN = 128 * 1024
-"""Bytes on either side: more than a tile of any kernel; a multiple of every alignment that kernels look at."""
+"""Bytes on either side: more than a tile of any kernel, and a multiple of every alignment that kernels test."""
 PATTERN = 0xFF
-"""In every byte: NaN in all floating dtypes, so that what is read outside shows in the result."""
+"""Value of every byte: NaN in all floating dtypes, so that reads outside a tensor show in the result."""
 
 
 @dataclass
 class _Guarded:
-    """A buffer with a tensor in it."""
+    """A buffer and the tensor in its middle."""
 
     name: str
     buffer: Tensor
     """uint8."""
     expected: Tensor | None
-    """A copy, of an input's buffer, which must stay as it is; None: the margins are known."""
+    """Copy of an input's buffer, which must not change; None: only the margins must not change."""
     inner: Tensor
     """The tensor."""
 
 
 class Guards:
-    """Inputs and allocations of one run, and whether it wrote where it must not."""
+    """Guards the inputs and allocations of one run, and reports writes outside them."""
 
     def __init__(self) -> None:
         self._guarded: list[_Guarded] = []
-        # Taken before they are replaced.
+        # Saved before `watching` replaces it.
         self._allocate = torch.empty
 
     def place(self, inputs: Inputs) -> Inputs:
@@ -42,15 +42,15 @@ class Guards:
 
     def _place(self, name: str, x: Tensor) -> Tensor:
         buffer, inner = self._surround(x)
-        # Of what is several times in one memory, once.
+        # Expanded dimensions share memory: copy one element of each.
         once = tuple(slice(None) if stride else slice(1) for stride in x.stride())
         inner[once].copy_(x[once])
         self._guarded.append(_Guarded(name, buffer, buffer.clone(), inner))
         return inner
 
     def _surround(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A buffer, and a tensor in it of the shape, strides and dtype of x. To all who look it is no view, but begins
-        where its storage does.
+        """Allocate a buffer, and in it a tensor with the shape, strides and dtype of x. The tensor is not a view: it
+        starts at the beginning of its own storage.
         """
         elements = 0 if x.numel() == 0 else 1
         elements += sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True) if elements)
@@ -63,8 +63,8 @@ class Guards:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """What is allocated from Python meanwhile is guarded, and holds NaN."""
-        # Here, not above: it takes longer to import than all kernels' functions.
+        """Guard all allocations from Python meanwhile, and fill them with NaN."""
+        # Imported here, because its import takes longer than that of all kernels' functions.
         from unittest import mock
 
         with (
@@ -78,8 +78,8 @@ class Guards:
     def _watched(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate(*arguments: object, **options: object) -> Tensor:
             made = make(*arguments, **options)
-            is_other = made.layout != torch.strided or made.device.type == "meta" or options.get("pin_memory")
-            if is_other or made.numel() == 0:
+            is_exempt = made.layout != torch.strided or made.device.type == "meta" or options.get("pin_memory")
+            if is_exempt or made.numel() == 0:
                 return made
             with torch.no_grad():
                 buffer, inner = self._surround(made)
@@ -89,19 +89,19 @@ class Guards:
         return allocate
 
     def violation(self) -> str | None:
-        """What was written where it must not be; None: nothing."""
-        # Asked for all at once, since the answers wait for the device.
+        """The first forbidden write; None: there was none."""
+        # One transfer for each device, since reading a result waits for the device.
         devices = {guarded.buffer.device for guarded in self._guarded}
         for device in devices:
-            there = [guarded for guarded in self._guarded if guarded.buffer.device == device]
-            answers = torch.stack([self._is_broken(guarded) for guarded in there]).tolist()
-            for guarded, is_broken in zip(there, answers, strict=True):
+            local = [guarded for guarded in self._guarded if guarded.buffer.device == device]
+            flags = torch.stack([self._is_broken(guarded) for guarded in local]).tolist()
+            for guarded, is_broken in zip(local, flags, strict=True):
                 if is_broken:
                     return self._describe(guarded)
         return None
 
     def _is_broken(self, guarded: _Guarded) -> Tensor:
-        """A bool on its device, which is not waited for."""
+        """A bool on the buffer's device, computed without a synchronization."""
         if guarded.expected is not None:
             return (guarded.buffer != guarded.expected).any()
         before, after = guarded.buffer[:MARGIN], guarded.buffer[-MARGIN:]
@@ -110,10 +110,10 @@ class Guards:
     def _describe(self, guarded: _Guarded) -> str:
         size = guarded.buffer.numel()
         expected = torch.full_like(guarded.buffer, PATTERN) if guarded.expected is None else guarded.expected
-        where = (guarded.buffer != expected).nonzero()[:, 0]
-        where = where[(where < MARGIN) | (where >= size - MARGIN)] - MARGIN
-        if len(where) == 0:
+        offsets = (guarded.buffer != expected).nonzero()[:, 0]
+        offsets = offsets[(offsets < MARGIN) | (offsets >= size - MARGIN)] - MARGIN
+        if len(offsets) == 0:
             return f"changes its input {guarded.name}"
-        first, end = where[0].item(), size - 2 * MARGIN
-        place = f"{-first} bytes before" if first < 0 else f"{first - end} bytes behind the end of"
-        return f"writes outside: {place} {guarded.name}"
+        first, end = offsets[0].item(), size - 2 * MARGIN
+        position = f"{-first} bytes before" if first < 0 else f"{first - end} bytes past the end of"
+        return f"writes outside: {position} {guarded.name}"

@@ -9,18 +9,18 @@ from torch import Tensor
 Inputs = dict[str, Tensor]
 """The tensors of a problem by name."""
 PERIOD = 1_000_003
-"""Random numbers repeat after so many, which is no multiple of any size: the host draws slower than a GPU computes."""
+"""Random numbers repeat after this many, a multiple of no size: the host samples more slowly than a GPU computes."""
 
 
 def normal(generator: torch.Generator, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Standard normal numbers, float32, on a device; drawn on the host, whose generator gives the same everywhere."""
+    """Standard normal numbers, float32, on a device; sampled on the host, whose generator is the same everywhere."""
     count = math.prod(shape)
-    drawn = torch.randn(min(count, PERIOD), generator=generator, dtype=torch.float32).to(device)
-    return drawn.repeat(-(-count // PERIOD))[:count].view(shape) if count else drawn.view(shape)
+    sample = torch.randn(min(count, PERIOD), generator=generator, dtype=torch.float32).to(device)
+    return sample.repeat(-(-count // PERIOD))[:count].view(shape) if count else sample.view(shape)
 
 
 class Maker:
-    """Makes tensors on a device, in the dtype that is checked."""
+    """Creates tensors on a device in the dtype that is checked."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -40,11 +40,11 @@ class Maker:
         return torch.randint(low, below, shape, generator=self._generator, dtype=dtype).to(self.device)
 
     def booleans(self, share: float, *shape: int) -> Tensor:
-        """True with a probability."""
+        """Booleans that are True with probability `share`."""
         return (torch.rand(shape, generator=self._generator) < share).to(self.device)
 
     def exactly(self, values: list, dtype: torch.dtype) -> Tensor:
-        """These numbers."""
+        """A tensor of the given values."""
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def order(self, *shape: int) -> Tensor:
@@ -56,15 +56,15 @@ class Maker:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """A map [B, C, H, W] in that order of memory."""
+    """A map [B, C, H, W] in channels-last memory format."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers with gaps between them, and the first two dimensions turned in memory."""
+    """The same numbers with gaps in memory and the first two dimensions transposed there."""
     return x.transpose(0, 1).repeat_interleave(2, dim=1)[:, ::2].transpose(0, 1)
 
 
 def widened(inputs: Inputs) -> Inputs:
-    """Floating tensors in float64, the others as they are."""
+    """Floating-point tensors in float64, the others unchanged."""
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""The check leaves nothing of a process as it must not be: generators, switches, default dtype."""
+"""Isolates the check from the process: generators, switches and default dtype are restored afterwards."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from torch.utils import deterministic
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Float32 is float32, nothing is cast, gradients are recorded; at the end all is as it was."""
+    """Set full float32 precision, no autocast, and gradients on; restore the process's state at the end."""
     with ExitStack() as stack:
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        for device_type in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         stack.enter_context(products("ieee"))
@@ -29,7 +29,7 @@ def isolated(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """How products of float32 are formed on GPUs: `ieee` or `tf32`."""
+    """Set the precision of float32 products on GPUs: `ieee` or `tf32`."""
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -43,7 +43,7 @@ def products(precision: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New memory holds NaN, that of native kernels too; PyTorch's own operators give the same bits every time."""
+    """Fill new memory with NaN, also in native kernels, and make PyTorch's own operators deterministic."""
     is_on, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

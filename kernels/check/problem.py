@@ -1,4 +1,4 @@
-"""What is checked: an operation at one size, with its inputs, its gradients, and what PyTorch has beside it."""
+"""Problems of the check: an operation at one size, its inputs, its gradients, and PyTorch's alternatives."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,28 +12,28 @@ from conddetr.kernels.registry import FLOATS
 Run = Callable[[Inputs], Sequence[Tensor]]
 """Computes the results of a problem from its inputs."""
 STEPS = 16
-"""Gradients that come from above are multiples of 1 / STEPS up to 8: the same number in every dtype."""
+"""Upstream gradients are multiples of 1 / STEPS up to 8, which every dtype represents exactly."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What a problem drops at random."""
+    """Dropout of a problem."""
 
     p: float
     """The probability with which an element is dropped."""
     kept: Callable[[Inputs, str], Tensor]
-    """Inputs and backend -> bool, one for each element: what that backend leaves of these inputs."""
+    """Inputs and backend -> bool for each element: the elements that the backend keeps."""
     run: Callable[[Inputs, Tensor], Sequence[Tensor]]
-    """The operation in plain PyTorch, where it is given what is left."""
+    """The operation in plain PyTorch with these kept elements."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to compute a problem with PyTorch alone, to time."""
+    """An alternative that computes a problem with PyTorch alone, for timing."""
 
     run: Run
     gradients: tuple[str, ...]
-    """Of these inputs."""
+    """Inputs that have gradients."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +45,49 @@ class Problem:
     title: str
     make: Callable[[Maker], Inputs]
     run: Callable[[Inputs, str], Sequence[Tensor]]
-    """Inputs and backend -> results. `eager` in float64 is the truth."""
+    """Inputs and backend -> results. `eager` in float64 gives the exact result."""
     gradients: tuple[str, ...] = ()
     """Inputs that have gradients."""
     dtypes: tuple[torch.dtype, ...] = FLOATS
-    """Dtypes by which an implementation is chosen; for inputs of two dtypes the wider one."""
+    """Dtypes by which an implementation is chosen; the wider one if inputs have two."""
     is_model: bool = False
-    """Whether this is a size of the model, which is timed and belongs to the short check."""
+    """Whether this is a size of the model. Those are timed and are part of the short check."""
     is_tf32: bool = False
-    """Whether products of float32 are TF32's, by PyTorch's switches: on GPUs alone."""
+    """Whether PyTorch's switches allow TF32 in float32 products; on GPUs only."""
     dropout: Dropout | None = None
     truth: Run | None = None
-    """In place of `eager` in float64, where that computes in float32."""
+    """The exact result, if `eager` in float64 computes in float32."""
     jump: Run | None = None
-    """One tensor of the shape of the first result; where it is about 0, derivatives jump, and none is asked for."""
+    """One tensor with the shape of the first result. Near its zeros derivatives jump, so they are not compared."""
     judge: Callable[[Inputs, Sequence[Tensor], Sequence[Tensor]], str | None] | None = None
-    """In place of a comparison, where several results are right: inputs, ours and plain PyTorch's -> what is wrong."""
+    """Replaces the comparison if several results are right: inputs, ours and plain PyTorch's -> the fault."""
     allowances: Mapping[str, float] = field(default_factory=dict)
-    """Input -> how many times plain PyTorch's error its gradient may have, where that is documented; `result` for
-    results."""
+    """Input -> allowed multiple of plain PyTorch's error in its gradient, where documented; `result` for results."""
     peers: tuple[Peer, ...] = ()
-    """What is timed in place of `eager`."""
+    """Alternatives that are timed instead of `eager`."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an implementation gave."""
+    """Results and gradients of an implementation."""
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
 
     def named(self) -> dict[str, Tensor]:
-        """Everything by a name for a person."""
+        """All tensors by the names that messages use."""
         several = len(self.outputs) > 1
         outputs = {f"result {i + 1}" if several else "result": x for i, x in enumerate(self.outputs)}
         return {**outputs, **{f"gradient of {name}": x for name, x in self.gradients.items()}}
 
 
 def evaluate(run: Run, inputs: Inputs, gradients: Iterable[str], upstream: Sequence[Tensor] | None = None) -> Results:
-    """Results, and the gradients of some inputs.
+    """Compute results and the gradients of some inputs.
 
     Args:
         run: computes the results.
-        inputs: detached.
-        gradients: names of the inputs that get one.
+        inputs: detached tensors.
+        gradients: names of the inputs that need gradients.
         upstream: gradients of all results; None: no gradient is computed.
     """
     leaves = {name: inputs[name].detach().requires_grad_() for name in gradients}
@@ -100,22 +99,22 @@ def evaluate(run: Run, inputs: Inputs, gradients: Iterable[str], upstream: Seque
     if not pairs:
         raise RuntimeError("no result records a gradient.")
     trained, slopes = zip(*pairs, strict=True)
-    found = torch.autograd.grad(trained, list(leaves.values()), slopes, allow_unused=True, materialize_grads=True)
-    return Results(detached, dict(zip(leaves, found, strict=True)))
+    grads = torch.autograd.grad(trained, list(leaves.values()), slopes, allow_unused=True, materialize_grads=True)
+    return Results(detached, dict(zip(leaves, grads, strict=True)))
 
 
 def upstream_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """A gradient from above for each result, in its layout and dtype; numbers that every dtype has."""
+    """An upstream gradient for each result, in its layout and dtype; every dtype represents the numbers exactly."""
     generator = torch.Generator().manual_seed(1)
-    found = []
+    upstream = []
     for x in outputs:
         numbers = (STEPS * normal(generator, x.shape, x.device)).round()
         numbers = numbers.clamp(-8 * STEPS, 8 * STEPS) / STEPS
         dtype = x.dtype if x.is_floating_point() else torch.float32
-        found.append(torch.empty_like(x, dtype=dtype).copy_(numbers) if _is_dense(x) else numbers.to(dtype))
-    return found
+        upstream.append(torch.empty_like(x, dtype=dtype).copy_(numbers) if _is_dense(x) else numbers.to(dtype))
+    return upstream
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether no two elements share their memory."""
+    """Whether no two elements share memory."""
     return all(stride > 0 or size <= 1 for size, stride in zip(x.shape, x.stride(), strict=True))

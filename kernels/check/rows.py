@@ -1,4 +1,4 @@
-"""One row of the table: an implementation of an operation in one dtype, in all its problems."""
+"""One row of the table: an implementation of an operation in one dtype, on all its problems."""
 
 import math
 from collections.abc import Callable
@@ -16,34 +16,34 @@ from conddetr.kernels.records import Verdict
 from conddetr.kernels.registry import BackendError
 
 SECONDS = {"cpu": 0.2, "cuda": 0.1}
-"""That each problem is timed for; few rounds take longer on a CPU."""
+"""Duration of each problem's timing; on a CPU the minimum number of rounds may take longer."""
 LEAST = 0.95
-"""A speed-up below it is slower than PyTorch; in between it may be noise."""
+"""A speed-up below it counts as slower than PyTorch; between it and 1 the difference may be noise."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is asked."""
+    """An implementation and the problems to check it on."""
 
     operation: str
     backend: str
     dtype: torch.dtype
     problems: tuple[Problem, ...]
     is_timed: bool = True
-    """Not where `auto` leaves the dtype to plain PyTorch whatever is found: there right numbers are all that counts."""
+    """Whether it is timed. If `auto` never chooses the kernel in this dtype, only correct numbers count."""
 
     @property
     def title(self) -> str:
-        """For a person who waits."""
+        """Name that the progress display shows."""
         return f"{self.operation}, {self.backend}, {self.dtype_name}"
 
     @property
     def dtype_name(self) -> str:
-        """Without the package."""
+        """Name of the dtype without `torch.`."""
         return str(self.dtype).removeprefix("torch.")
 
     def verdict(self, refused: str, error: float | None, speedup: float | None) -> Verdict:
-        """The answer."""
+        """The row's entry in the record."""
         return Verdict(self.operation, self.backend, self.dtype_name, refused, error, speedup)
 
 
@@ -51,12 +51,12 @@ def judge(row: Row, device: torch.device, tell: Callable[[int], None]) -> Verdic
     """Verify all problems of a row, then time those of the model.
 
     Args:
-        row: what is asked.
-        device: where.
-        tell: takes how many problems are verified.
+        row: the implementation and its problems.
+        device: where it runs.
+        tell: takes the number of verified problems.
 
     Raises:
-        BackendError: the implementation takes none of the problems; says why.
+        BackendError: the implementation supports none of the problems; the message has the reason.
     """
     errors: list[float] = []
     wrong, misfit = "", None
@@ -65,7 +65,7 @@ def judge(row: Row, device: torch.device, tell: Callable[[int], None]) -> Verdic
         try:
             finding = verify(problem, row.backend, row.dtype, device)
         except BackendError as error:
-            # Of some shapes alone, unless there is nothing else.
+            # It may refuse some shapes; refusing all of them is an error.
             misfit = misfit or error
             continue
         errors.append(finding.error)
@@ -80,9 +80,9 @@ def judge(row: Row, device: torch.device, tell: Callable[[int], None]) -> Verdic
 
 
 def _speed(row: Row, device: torch.device, error: float) -> tuple[str, float, float | None]:
-    """What is to be said against it, the error, and the speed-up."""
+    """The reason to refuse the kernel (or none), its error, and its speed-up."""
     problems = [problem for problem in row.problems if problem.is_model and row.is_timed]
-    # What is slow by chance is measured again, longer, and by the fastest: others on the machine only take time away.
+    # A slow result is measured again, longer, by its minimum: other processes on the machine only add time.
     for factor, typical in ((1, median), (3, min)):
         speedup, raised = attempt(partial(_speedup, problems, row, device, factor, typical))
         if raised is not None:
@@ -95,13 +95,13 @@ def _speed(row: Row, device: torch.device, error: float) -> tuple[str, float, fl
 
 
 def _speedup(problems: list[Problem], row: Row, device: torch.device, factor: int, typical: Typical) -> float | None:
-    """Geometric mean over the problems that the implementation takes."""
+    """Geometric mean over the problems that the implementation supports."""
     seconds = factor * SECONDS[device.type]
-    found = []
+    speedups = []
     for problem in problems:
         try:
-            ours, theirs = clock(problem, row.backend, row.dtype, device, seconds, typical)
+            ours, fastest = clock(problem, row.backend, row.dtype, device, seconds, typical)
         except BackendError:
             continue
-        found.append(theirs / ours)
-    return geometric_mean(found) if found else None
+        speedups.append(fastest / ours)
+    return geometric_mean(speedups) if speedups else None

@@ -1,4 +1,4 @@
-"""What a check found, for a person."""
+"""Tables and lines that print the result of a check."""
 
 from typing import TYPE_CHECKING
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from conddetr.kernels.check import Report
     from conddetr.kernels.check.tuning import Tuning
 
-TITLE = "error: over its budget, at most 1; speed: over the best that PyTorch has"
-TUNING_TITLE = "launch settings of attention: the fastest; speed: of its pass, over what ships"
+TITLE = "error: relative to its budget, at most 1; speed: relative to PyTorch's fastest"
+TUNING_TITLE = "fastest launch settings of attention; speed: of the whole pass, relative to the shipped settings"
 PLAIN = "none"
-"""In place of a number that there is not."""
+"""Shown for a number that does not exist."""
 MOST = 3
-"""Kernels that are named where they are refused for one reason."""
+"""Maximum number of kernels that are listed by name for one refusal."""
 
 
 def verdict_table(report: "Report") -> Table:
-    """A row for every implementation of every operation in every dtype that can run here."""
+    """A row for every operation, implementation and dtype that can run here."""
     # Narrow, so that 80 columns hold it.
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("operation", "backend", "dtype"):
@@ -30,28 +30,28 @@ def verdict_table(report: "Report") -> Table:
     for verdict in report.record.verdicts:
         error = PLAIN if verdict.error is None else f"{verdict.error:.2f}"
         speedup = PLAIN if verdict.speedup is None else f"{verdict.speedup:.{2 if verdict.speedup < 100 else 0}f}×"
-        # The reason is a line below: a table is cut where the terminal is narrow.
-        said = Text("REFUSED", style="red") if verdict.refused else Text("ok")
-        table.add_row(verdict.operation, verdict.backend, verdict.dtype, error, speedup, said)
+        # The reason is a line below the table, because a narrow terminal cuts the table.
+        status = Text("REFUSED", style="red") if verdict.refused else Text("ok")
+        table.add_row(verdict.operation, verdict.backend, verdict.dtype, error, speedup, status)
     return table
 
 
 def tuning_table(tuning: "Tuning") -> Table:
-    """A row for every kernel of attention in every form that was tuned."""
+    """A row for every tuned kernel and variant of attention."""
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("form", "kernel", "fastest"):
+    for name in ("variant", "kernel", "fastest"):
         table.add_column(name)
     table.add_column("speed", justify="right", no_wrap=True)
     for choice in tuning.choices:
         is_shipped = choice.fastest == choice.shipped
-        speed = PLAIN if choice.speedup is None else "ships" if is_shipped else f"{choice.speedup:.2f}×"
+        speed = PLAIN if choice.speedup is None else "shipped" if is_shipped else f"{choice.speedup:.2f}×"
         table.add_row(choice.form.described(), choice.kernel, choice.fastest.described(), speed)
     return table
 
 
 def summary(report: "Report") -> list[str]:
-    """Lines below the table: why what is refused is, what is not available and why, which launch settings are left out,
-    and one line of all: how many of each, on what device, times, where the record is.
+    """Lines below the table: unavailable implementations, refusals and omitted launch settings with their reasons, then
+    one line with the counts, the device, the times and the path of the record.
     """
     refusals: dict[str, list[str]] = {}
     for verdict in report.record.verdicts:
@@ -59,18 +59,18 @@ def summary(report: "Report") -> list[str]:
             title = f"{verdict.operation}, {verdict.backend}, {verdict.dtype}"
             refusals.setdefault(verdict.refused, []).append(title)
     refused, missing = (sum(map(len, rows.values())) for rows in (refusals, report.unavailable))
-    kind = "short check" if report.record.is_short else "check"
+    name = "short check" if report.record.is_short else "check"
     times = f"{report.seconds:.0f} s"
     if report.compilation is not None:
         times += f" after {report.compilation:.0f} s of compilation"
-    place = "no record is kept" if report.file is None else f"record: {report.file}"
+    record = "no record is kept" if report.file is None else f"record: {report.file}"
     absences = [f"not available: {len(rows)} ({reason.rstrip('.')})" for reason, rows in report.unavailable.items()]
-    # As of a GPU that stopped, one reason may be that of all.
+    # One reason may hold for all, such as a GPU that failed.
     reasons = [
         f"REFUSED: {'; '.join(rows) if len(rows) <= MOST else f'{len(rows)} kernels'}: {reason}"
         for reason, rows in refusals.items()
     ]
     left_out = [] if report.tuning is None else [f"left out: {line}" for line in report.tuning.left_out]
     counts = f"{len(report.record.verdicts) - refused} ok, {refused} refused, {missing} not available"
-    last = f"{kind} on {report.record.identity['device']} in {times}: {counts}; {place}"
+    last = f"{name} on {report.record.identity['device']} in {times}: {counts}; {record}"
     return [*absences, *reasons, *left_out, last]

@@ -1,7 +1,7 @@
-"""Tries the few launch settings of attention that the model of the machine ranks first, and keeps the fastest right
-one of each kernel and form.
+"""Tries the few launch settings of attention that the model of the machine ranks first, and keeps the fastest correct
+setting of each kernel and variant.
 
-Settings are tried as they are used later: a record of this device has them, here a pretended one.
+Settings are tried the way they are used later, through a record of this device, here a temporary one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,56 +32,56 @@ from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.records import Record
 
 SECONDS = 0.1
-"""That the settings of one kernel in one form are timed for, all together."""
+"""Duration of the timing of all settings of one kernel in one variant."""
 CALLS = 10
-"""In one CUDA graph, so that the host's part in a launch does not count."""
+"""Calls in one CUDA graph, which excludes the host's launch overhead."""
 Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest settings of one kernel in one form."""
+    """The fastest settings of one kernel in one variant."""
 
     form: Form
     kernel: str
     fastest: Tiles
     shipped: Tiles
     speedup: float | None
-    """Of the pass that the kernel is part of, over what ships; None: what ships is not right here."""
+    """Of the kernel's pass, relative to the shipped settings; None: the shipped settings are not correct here."""
 
 
 @dataclass
 class Tuning:
-    """What was found: nothing is recorded of what is not among the choices."""
+    """Result of tuning: only the choices are recorded."""
 
     choices: list[Choice] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """A line for all that was not taken, with the reason."""
+    """A line with the reason for each setting or variant that was rejected."""
 
     def settings(self) -> dict[str, Any]:
-        """As a record has them."""
+        """The choices in the format of a record."""
         return {choice.form.key(choice.kernel): launch.write_tiles(choice.fastest) for choice in self.choices}
 
     def refuse(self, reason: str) -> None:
-        """Take nothing of it."""
+        """Discard all choices."""
         self.choices.clear()
         self.left_out.append(f"no setting is tuned: {reason}")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One form of attention at a size of the model."""
+    """One variant of attention at a size of the model."""
 
     problem: Problem
     dtype: torch.dtype
 
     @property
     def title(self) -> str:
-        """For a person who waits."""
+        """Name that the progress display shows."""
         return f"{self.problem.title}, {str(self.dtype).removeprefix('torch.')}"
 
     def inputs(self, device: torch.device) -> triton.Inputs:
-        """For its kernels."""
+        """Inputs of the subject's kernels."""
         made = self.problem.make(Maker(device, self.dtype))
         is_separable = "rows" in self.problem.gradients
         dropout_p = 0.0 if self.problem.dropout is None else self.problem.dropout.p
@@ -106,13 +106,13 @@ def _keep(made: Inputs) -> Tensor:
 
 
 def subjects(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Subject]:
-    """All forms, in the dtypes that are wanted and that the kernels take: float32 with TF32, of the two of 16 bits one,
-    since both run the same machine code; with few blocks for each multiprocessor and with many.
+    """All variants, in the requested dtypes that the kernels support: float32 with TF32, and only one of the two 16-bit
+    dtypes, since both run the same machine code. Each with few blocks per multiprocessor and with many.
     """
     half = [dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes]
     wanted = [*half, *[torch.float32] * (torch.float32 in dtypes)]
-    taken = [dtype for dtype in wanted if op.OPERATION.why_not("triton", device, dtype) is None]
-    chosen = [dtype for dtype in taken if dtype != torch.float16 or torch.bfloat16 not in taken]
+    supported = [dtype for dtype in wanted if op.OPERATION.why_not("triton", device, dtype) is None]
+    chosen = [dtype for dtype in supported if dtype != torch.float16 or torch.bfloat16 not in supported]
     return [
         Subject(replace(problem, is_tf32=dtype == torch.float32), dtype)
         for dtype in chosen
@@ -122,7 +122,7 @@ def subjects(device: torch.device, dtypes: Sequence[torch.dtype]) -> list[Subjec
 
 
 def _batches(device: torch.device) -> tuple[int, int]:
-    """Images of the model's batch, and of another one that is crowded if that is not, or the other way round."""
+    """Images of the model's batch, and of a second batch: one of the two has few blocks, the other many."""
     blocks = attention.HEADS * cdiv(attention.QUERIES, 64)
     limit = 3 * registry.multiprocessors(device)
     images = IMAGES["cuda"]
@@ -130,33 +130,33 @@ def _batches(device: torch.device) -> tuple[int, int]:
 
 
 def tune(device: torch.device, dtypes: Sequence[torch.dtype], tell: Tell) -> Tuning:
-    """Try the candidates of every kernel in every form.
+    """Try the candidates of every kernel in every variant.
 
     Args:
         device: a GPU.
-        dtypes: that matter.
-        tell: takes what is being done, and of how many steps how many are done.
+        dtypes: the dtypes to tune.
+        tell: takes the name of the current step, the number of finished steps and their total.
     """
-    found = Tuning()
+    tuning = Tuning()
     wanted = subjects(device, dtypes)
     for number, subject in enumerate(wanted):
         tell(f"tuning attention, {subject.title}", number, len(wanted))
         try:
-            choices, raised = attempt(partial(_tune, subject, device, found.left_out))
+            choices, raised = attempt(partial(_tune, subject, device, tuning.left_out))
         except registry.BackendError as error:
             choices, raised = [], str(error)
         except torch.OutOfMemoryError:
             choices, raised = [], "the GPU has no memory left for it."
-        found.choices += choices or []
-        found.left_out += [f"attention, {subject.title}: {raised}"] if raised is not None else []
-    return found
+        tuning.choices += choices or []
+        tuning.left_out += [f"attention, {subject.title}: {raised}"] if raised is not None else []
+    return tuning
 
 
 def _tune(subject: Subject, device: torch.device, left_out: list[str]) -> list[Choice]:
-    """Of one form: the fastest right setting of each kernel, all of which are right together."""
+    """The fastest correct setting of each kernel in one variant, if all of them together are correct too."""
     with products("tf32" if subject.problem.is_tf32 else "ieee"):
         inputs = subject.inputs(device)
-        # What ships, whatever a record of before has tuned.
+        # The shipped settings, even if an earlier record has tuned ones.
         with in_effect(device, {}):
             shipped, form = inputs.launch(), Form(*inputs.form())
         choices = [_fastest(subject, inputs, form, kernel, shipped, left_out) for kernel in KERNELS]
@@ -172,46 +172,46 @@ def _tune(subject: Subject, device: torch.device, left_out: list[str]) -> list[C
 def _fastest(
     subject: Subject, inputs: triton.Inputs, form: Form, kernel: str, shipped: Launch, left_out: list[str]
 ) -> Choice | None:
-    """The choice of one kernel; None: no setting is right."""
-    device, today = inputs.v.device, getattr(shipped, kernel)
-    ways: dict[Tiles, Callable[[], object]] = {}
-    for tiles in settings_of(device, form, kernel, today):
+    """The choice of one kernel; None: no setting is correct."""
+    device, default = inputs.v.device, getattr(shipped, kernel)
+    runs: dict[Tiles, Callable[[], object]] = {}
+    for tiles in settings_of(device, form, kernel, default):
         key = form.key(kernel)
         wrong = _why_wrong(subject, device, {key: launch.write_tiles(tiles)})
         if wrong is None:
             settings = replace(shipped, **{kernel: tiles})
-            way, wrong = attempt(lambda settings=settings: _captured(_pass(inputs, kernel, settings), device))
+            run, wrong = attempt(lambda settings=settings: _captured(_pass(inputs, kernel, settings), device))
         if wrong is None:
-            ways[tiles] = way
+            runs[tiles] = run
         else:
             left_out.append(f"{key}: {tiles.described()}: {wrong}")
-    if not ways:
+    if not runs:
         return None
-    times, raised = attempt(lambda: seconds_of(list(ways.values()), device))
+    times, raised = attempt(lambda: seconds_of(list(runs.values()), device))
     if raised is not None:
-        left_out.append(f"{form.key(kernel)}: to measure it {raised}")
+        left_out.append(f"{form.key(kernel)}: the measurement {raised}")
         return None
-    seconds = dict(zip(ways, times, strict=True))
+    seconds = dict(zip(runs, times, strict=True))
     fastest = min(seconds, key=seconds.get)
-    speedup = seconds[today] / seconds[fastest] if today in seconds else None
-    return Choice(form, kernel, fastest, today, speedup)
+    speedup = seconds[default] / seconds[fastest] if default in seconds else None
+    return Choice(form, kernel, fastest, default, speedup)
 
 
 def settings_of(device: torch.device, form: Form, kernel: str, shipped: Tiles) -> list[Tiles]:
-    """What to try: first what ships."""
+    """The settings to try, the shipped ones first."""
     major, minor = registry.capability(device)
     return list(dict.fromkeys((shipped, *launch.candidates(10 * major + minor, kernel, form))))
 
 
 def _why_wrong(subject: Subject, device: torch.device, settings: dict[str, Any]) -> str | None:
-    """What is wrong where a record has these settings; None: nothing."""
+    """The fault of these settings in a record; None: they are correct."""
     with in_effect(device, settings):
         return verify(subject.problem, "triton", subject.dtype, device).wrong
 
 
 @contextmanager
 def in_effect(device: torch.device, settings: dict[str, Any]) -> Iterator[None]:
-    """As if a record of this device had these settings; its verdicts stay."""
+    """Use these settings as if the device's record had them; its verdicts stay."""
     before = records.load(device)
     if before is None:
         before = Record(records.identity(device), (), False, datetime.now(UTC).isoformat(), {})
@@ -220,7 +220,7 @@ def in_effect(device: torch.device, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def launch_all(subject: Subject, kernel: str, device: torch.device) -> None:
-    """Launch a kernel once with each of its settings, which compiles it; errors are found when they are tried."""
+    """Launch a kernel once with each of its settings, which compiles it; `tune` reports errors later."""
     with products("tf32" if subject.problem.is_tf32 else "ieee"):
         inputs = subject.inputs(device)
         shipped = inputs.launch()
@@ -229,19 +229,19 @@ def launch_all(subject: Subject, kernel: str, device: torch.device) -> None:
 
 
 def _pass(inputs: triton.Inputs, kernel: str, settings: Launch) -> Callable[[], object]:
-    """The pass that a kernel is part of."""
+    """The pass that contains a kernel."""
     if kernel == "forward":
         return lambda: triton.forward(inputs, settings)
     out, lse = triton.forward(inputs)
-    # The gradient from above may be anything of this shape.
+    # The upstream gradient may be any tensor of this shape.
     return lambda: triton.backward(inputs, out, out, lse, settings)
 
 
 def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU the same several times, in a CUDA graph."""
+    """On a GPU, a CUDA graph of several calls."""
     if device.type != "cuda":
         return run
-    # What is made once is made outside of the graph.
+    # Caches are set up outside the graph.
     run()
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
@@ -251,6 +251,6 @@ def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], o
     return graph.replay
 
 
-def seconds_of(ways: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """Typical seconds of each, all of them measured in turn."""
-    return [median(times) for times in measurements(ways, device, SECONDS)]
+def seconds_of(runs: list[Callable[[], object]], device: torch.device) -> list[float]:
+    """Median seconds of each run, measured in turn."""
+    return [median(times) for times in measurements(runs, device, SECONDS)]

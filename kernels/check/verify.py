@@ -1,4 +1,4 @@
-"""Whether an implementation is right in a problem: numbers, gradients, what is dropped, bits, and where it writes."""
+"""Verifies an implementation on a problem: values, gradients, dropout, equal bits, and the memory it writes."""
 
 import math
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ from conddetr.kernels.check.isolation import poisoned, products
 from conddetr.kernels.check.problem import Problem, Results, Run, evaluate, upstream_of
 
 SEED = 3
-"""Of PyTorch's generators, before every run: for what draws its own numbers."""
+"""Seed of PyTorch's generators before every run, for operations that sample their own numbers."""
 DEVIATIONS = 5
-"""Standard deviations of a binomial share that are taken for chance: one check in two million goes beyond."""
+"""Standard deviations of a binomial share that count as chance: one check in two million exceeds them."""
 FEW = 64
-"""Elements of which two draws may be the same by chance."""
+"""With fewer elements, two samples may be equal by chance."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one problem."""
+    """Result of one problem."""
 
     error: float
-    """Over its budget."""
+    """Relative to its budget."""
     wrong: str | None
-    """The reason against the implementation; None: it is right."""
+    """The implementation's fault; None: it is correct."""
 
 
 def verify(problem: Problem, backend: str, dtype: torch.dtype, device: torch.device) -> Finding:
     """Compare an implementation with plain PyTorch in float64, on the same inputs.
 
     Raises:
-        BackendError: the implementation does not take these inputs; says why.
+        BackendError: the implementation does not support these inputs; the message has the reason.
     """
     inputs = problem.make(Maker(device, dtype))
     with poisoned(), products("tf32" if problem.is_tf32 else "ieee"):
@@ -60,7 +60,7 @@ def verify(problem: Problem, backend: str, dtype: torch.dtype, device: torch.dev
 
 
 def _seeded(run: Run) -> Run:
-    """The same, which draws the same numbers each time."""
+    """The same run, seeded, so that it samples the same numbers every time."""
 
     def seeded(inputs: Inputs) -> Sequence[Tensor]:
         torch.manual_seed(SEED)
@@ -70,7 +70,7 @@ def _seeded(run: Run) -> Run:
 
 
 def _kept(problem: Problem, inputs: Inputs, backend: str) -> tuple[Tensor | None, str | None]:
-    """What the implementation leaves of these inputs, and what is wrong with it."""
+    """The elements that the implementation keeps, and the fault if these are wrong."""
     dropout = problem.dropout
     if dropout is None:
         return None, None
@@ -79,26 +79,26 @@ def _kept(problem: Problem, inputs: Inputs, backend: str) -> tuple[Tensor | None
     if raised is not None:
         return None, raised
     dropped, count = (~kept).double().mean().item(), kept.numel()
-    # Rounded up to whole elements: of one, all or none is dropped.
+    # Allow for whole elements: a single one is dropped or kept.
     bound = DEVIATIONS * math.sqrt(dropout.p * (1 - dropout.p) / count) + 1 / count
     if abs(dropped - dropout.p) > bound:
-        return kept, f"drops {dropped:.2%} where it should drop {dropout.p:.2%}"
+        return kept, f"drops {dropped:.2%} of the elements, expected {dropout.p:.2%}"
     torch.manual_seed(SEED + 1)
-    other = {name: x + 1 if name == "seed" else x for name, x in inputs.items()}
-    if count >= FEW and torch.equal(kept, dropout.kept(other, backend)):
-        return kept, "drops the same whatever the seed is"
+    reseeded = {name: x + 1 if name == "seed" else x for name, x in inputs.items()}
+    if count >= FEW and torch.equal(kept, dropout.kept(reseeded, backend)):
+        return kept, "drops the same elements for every seed"
     return kept, None
 
 
 def _reference(problem: Problem, kept: Tensor | None) -> Run:
-    """Plain PyTorch, which drops what the implementation drops."""
+    """Plain PyTorch, which drops the same elements as the implementation."""
     if kept is None:
         return partial(problem.run, backend="eager")
     return lambda inputs: problem.dropout.run(inputs, kept)
 
 
 def _upstream(problem: Problem, reference: Run, inputs: Inputs) -> list[Tensor]:
-    """Gradients of the results from above; zeros where a rounding may decide what the derivative is."""
+    """Upstream gradients of the results; zeros where rounding may decide the derivative."""
     upstream = upstream_of(evaluate(_seeded(reference), inputs, ()).outputs)
     if problem.jump is not None:
         [jump] = problem.jump(widened(inputs))
@@ -108,8 +108,8 @@ def _upstream(problem: Problem, reference: Run, inputs: Inputs) -> list[Tensor]:
 
 
 def _twice(problem: Problem, backend: str, inputs: Inputs, upstream: list[Tensor]) -> tuple[Results | None, str | None]:
-    """What the implementation gives, or None, and what is wrong with how it gives it."""
-    found = []
+    """The implementation's results, or None, and its fault: an error, a write outside, or bits that differ."""
+    runs = []
     for _ in range(2):
         made, raised = attempt(lambda: _guarded(problem, backend, inputs, upstream))
         if raised is not None:
@@ -117,19 +117,19 @@ def _twice(problem: Problem, backend: str, inputs: Inputs, upstream: list[Tensor
         results, outside = made
         if outside is not None:
             return results, outside
-        found.append(results)
-    return found[0], _difference(*found)
+        runs.append(results)
+    return runs[0], _difference(*runs)
 
 
 def _guarded(problem: Problem, backend: str, inputs: Inputs, upstream: list[Tensor]) -> tuple[Results, str | None]:
-    """What the implementation gives, and where it wrote that it must not."""
+    """The implementation's results, and its first forbidden write."""
     guards = Guards()
     placed = guards.place(inputs)
     slopes = guards.place({f"gradient of result {i + 1}": slope for i, slope in enumerate(upstream)})
     with guards.watching():
         run = _seeded(partial(problem.run, backend=backend))
-        found = evaluate(run, placed, problem.gradients, list(slopes.values()))
-    return found, guards.violation()
+        results = evaluate(run, placed, problem.gradients, list(slopes.values()))
+    return results, guards.violation()
 
 
 def _difference(first: Results, second: Results) -> str | None:
@@ -141,27 +141,27 @@ def _difference(first: Results, second: Results) -> str | None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    """As numbers that are equal if their bits are, NaN too."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.view(kinds[x.element_size()])
+    """The bits as integers, so that NaNs compare too."""
+    dtypes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.view(dtypes[x.element_size()])
 
 
 def _compare(problem: Problem, ours: Results, plain: Results, exact: Results) -> tuple[float, str | None]:
-    """The worst error over its budget, and what it is of where it is too large."""
+    """The worst error relative to its budget, and the first result that exceeds it."""
     truths = exact.named()
     largest = budget.magnitude(list(truths.values()))
     worst, wrong = 0.0, None
     for (name, x), y in zip(ours.named().items(), plain.named().values(), strict=True):
         if x.shape != y.shape or x.dtype != y.dtype:
-            return math.inf, f"{name} is {tuple(x.shape)} {x.dtype}, not {tuple(y.shape)} {y.dtype}"
+            return math.inf, f"{name}: expected {tuple(y.shape)} {y.dtype}, got {tuple(x.shape)} {x.dtype}"
         if not x.is_floating_point():
             if not torch.equal(x, truths[name].to(x.dtype)):
-                return math.inf, f"{name} is not exactly plain PyTorch's"
+                return math.inf, f"{name} differs from plain PyTorch's"
             continue
         factor = problem.allowances.get(name.removeprefix("gradient of "), budget.FACTOR)
-        found = budget.share(x, y, truths[name], largest, factor)
-        if found > 1 and wrong is None:
-            far = "is not finite" if found == math.inf else f"is {found:.3g} times as far off as it may be"
+        error = budget.share(x, y, truths[name], largest, factor)
+        if error > 1 and wrong is None:
+            far = "is not finite" if error == math.inf else f"is off by {error:.3g} times its error budget"
             wrong = f"{name} {far}"
-        worst = max(worst, found)
+        worst = max(worst, error)
     return worst, wrong

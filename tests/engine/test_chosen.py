@@ -112,8 +112,8 @@ def test_reason_on_a_cpu_is_that_of_the_native_kernels(monkeypatch):
         assert chosen(R50, "auto", CPU, "bfloat16", trains=False).line() == (
             "attention: native, backbone: PyTorch (its kernels take float32, float64, not bfloat16), bfloat16"
         )
-    said = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
-    assert said.startswith(
+    text = chosen(PRESETS["detr-r50"], "triton", CPU, "float32", trains=True).line()
+    assert text.startswith(
         "attention: PyTorch (this operation has no kernels of this backend), matching: PyTorch (its kernels ru"
     )
 

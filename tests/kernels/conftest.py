@@ -1,4 +1,4 @@
-"""Every kernel test runs with poisoned allocations, and with Triton's interpreter where there is no GPU."""
+"""Every kernel test runs with poisoned allocations, and without a GPU in Triton's interpreter."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
-    """`torch.empty` and its kin return NaN, so that an element never written shows."""
+    """`torch.empty` and similar functions return NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
@@ -19,13 +19,13 @@ def _poisoned_memory():
 
 @pytest.fixture
 def device() -> torch.device:
-    """CUDA where there is one."""
+    """CUDA if available, else the CPU."""
     return DEVICE
 
 
 @pytest.fixture(params=["triton", "native"])
 def backend(request, device) -> str:
-    """Each implementation by hand in turn; `native` skips, with the reason, where it is not built for this device."""
+    """Each hand-written implementation; `native` skips, with the reason, if it is not built for this device."""
     if request.param == "native":
         reason = native.why_not(device, torch.float32)
         if reason is not None:

@@ -1,4 +1,4 @@
-"""Bias, dropout, residual sum and layer norm in one: values, gradients, what is dropped, who adds up what."""
+"""Fused bias, dropout, residual add and layer norm: values, gradients, dropped elements, partial sums."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DTYPES = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
 ]
-"""Of branch and residual; the first is that of a training."""
+"""Dtypes of branch and residual; training uses the first pair."""
 SEED = 2**31 - 5
 
 
@@ -23,13 +23,13 @@ def case(shape, dtypes, device):
     """Random inputs by name, and positions that all images share."""
     made = {name: torch.randn(shape if index < 2 else shape[-1:]) for index, name in enumerate(NAMES)}
     made["weight"] += 1
-    kinds = (*dtypes, torch.float32, torch.float32, torch.float32)
-    tensors = {name: x.to(device, dtype) for (name, x), dtype in zip(made.items(), kinds, strict=True)}
+    all_dtypes = (*dtypes, torch.float32, torch.float32, torch.float32)
+    tensors = {name: x.to(device, dtype) for (name, x), dtype in zip(made.items(), all_dtypes, strict=True)}
     return tensors, torch.randn(1, *shape[1:], device=device, dtype=dtypes[0])
 
 
 def formula(tensors, position, kept, p, trunks, outs):
-    """What the operation is, of float64 or of the dtypes of a training; what is dropped is given."""
+    """The operation in plain PyTorch, in float64 or the dtypes of training, with given kept elements."""
     branch, residual, weight, bias, branch_bias = tensors.values()
     added = (branch + branch_bias).to(branch.dtype) * kept / (1 - p)
     z = residual + added.to(branch.dtype)
@@ -39,8 +39,8 @@ def formula(tensors, position, kept, p, trunks, outs):
 
 
 def gradients_of(outputs, leaves, upstream):
-    given = [slope.to(x.device, x.dtype) for x, slope in zip(outputs, upstream, strict=True)]
-    return torch.autograd.grad(outputs, leaves, given)
+    slopes = [slope.to(x.device, x.dtype) for x, slope in zip(outputs, upstream, strict=True)]
+    return torch.autograd.grad(outputs, leaves, slopes)
 
 
 def leaves_of(tensors, dtype=None):
@@ -50,10 +50,10 @@ def leaves_of(tensors, dtype=None):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "p"), [((1, 1, 1), 0.0), ((3, 11, 33), 0.3), ((2, 13, 256), 0.1)])
 def test_kernels_match_float64(shape, p, dtypes, device):
-    """The mask is Philox's as published, forward and backward."""
+    """The dropout mask is Philox as published, in forward and backward."""
     tensors, position = case(shape, dtypes, device)
     kept = is_kept(SEED, shape[0] * shape[1], shape[2], p).view(shape).to(device)
-    upstream = torch.randn(4, *shape).bfloat16().double()  # exact in all of them
+    upstream = torch.randn(4, *shape).bfloat16().double()  # exact in all dtypes
 
     def run(function, dtype=None):
         leaves = leaves_of(tensors, dtype)
@@ -69,26 +69,26 @@ def test_kernels_match_float64(shape, p, dtypes, device):
     def plain(leaves, position):
         return formula(leaves, position, kept, p, 2, 1)
 
-    exact, reference, found = run(plain, torch.float64), run(plain), run(ours)
+    exact, reference, actual = run(plain, torch.float64), run(plain), run(ours)
     names = ("trunk", "trunk", "out", "placed", *NAMES)
-    for name, truth, theirs, x in zip(names, exact, reference, found, strict=True):
-        assert x.dtype == theirs.dtype, name
-        error, budget = ((value.double() - truth).abs().max().item() for value in (x, theirs))
+    for name, truth, rounded, x in zip(names, exact, reference, actual, strict=True):
+        assert x.dtype == rounded.dtype, name
+        error, budget = ((value.double() - truth).abs().max().item() for value in (x, rounded))
         assert error <= 2 * budget + 4 * torch.finfo(x.dtype).eps * truth.abs().max().item(), name
 
 
 @pytest.mark.parametrize(("rows", "replicas"), [(3, 5), (45, 2), (45, 1), (0, 3)])
 def test_replicas_get_partial_sums(rows, replicas, device):
-    """With more programs than rows, and more rows than one pass of all programs takes."""
+    """With more programs than rows, and with more rows than all programs process in one pass."""
     tensors, _ = case((rows, 256), DTYPES[0], device)
     upstream = torch.randn(2, rows, 256)
 
     def run(expand):
         leaves = leaves_of(tensors)
-        given = {name: expand(x) if x.dim() == 1 else x for name, x in leaves.items()}
-        branch, residual, *vectors = given.values()
-        found = add_norm(branch, residual, *vectors[:2], branch_bias=vectors[2], backend="triton")
-        return gradients_of(found, tuple(given.values()), upstream)
+        inputs = {name: expand(x) if x.dim() == 1 else x for name, x in leaves.items()}
+        branch, residual, *vectors = inputs.values()
+        outputs = add_norm(branch, residual, *vectors[:2], branch_bias=vectors[2], backend="triton")
+        return gradients_of(outputs, tuple(inputs.values()), upstream)
 
     replicated = run(lambda x: x.detach().expand(replicas, -1).requires_grad_())
     again = run(lambda x: x.detach().expand(replicas, -1).requires_grad_())
@@ -100,20 +100,20 @@ def test_replicas_get_partial_sums(rows, replicas, device):
         assert partials.dtype == torch.float32
         assert partials.shape == (replicas, 256)
         assert partials.is_contiguous()
-        assert (partials[max(1, rows) :] == 0).all(), "rows that no program has"
+        assert (partials[max(1, rows) :] == 0).all(), "rows of programs that process nothing"
         torch.testing.assert_close(partials.sum(0), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_share_dropped_and_repeatability(device):
-    """Of ones beside nothing, what is dropped is the least of its row."""
+    """With a branch of ones and no residual, dropped elements are the least of their row."""
     p, shape = 0.25, (40, 256)
-    ones, nothing = torch.ones(shape, device=device), torch.zeros(shape, device=device)
+    ones, zeros = torch.ones(shape, device=device), torch.zeros(shape, device=device)
     vectors = torch.ones(256, device=device), torch.zeros(256, device=device)
     masks = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
-        (found,) = add_norm(ones, nothing, *vectors, dropout_p=p, outs=0, backend="triton")
-        masks.append(found > 0)
+        (out,) = add_norm(ones, zeros, *vectors, dropout_p=p, outs=0, backend="triton")
+        masks.append(out > 0)
     assert torch.equal(masks[0], masks[2])
     # Five standard deviations of a binomial share.
     count = masks[0].numel()
@@ -133,44 +133,44 @@ def test_outputs_share_memory_and_gradients_may_be_missing(dtypes, device):
     assert len({id(x) for x in outputs}) == 7
     torch.testing.assert_close(outputs[3], outputs[0].to(dtypes[0]), atol=0, rtol=torch.finfo(dtypes[0]).eps)
     inputs = (branch, residual, *vectors[:2])
-    everything = torch.autograd.grad(sum(x.float().square().sum() for x in outputs), inputs, retain_graph=True)
+    together = torch.autograd.grad(sum(x.float().square().sum() for x in outputs), inputs, retain_graph=True)
     each = [torch.autograd.grad(x.float().square().sum(), inputs, retain_graph=True) for x in outputs]
-    for found, *parts in zip(everything, *each, strict=True):
-        tolerance = 4 * torch.finfo(found.dtype).eps * sum(part.abs().max().item() for part in parts)
-        torch.testing.assert_close(found, sum(parts), atol=tolerance, rtol=0)
+    for total, *parts in zip(together, *each, strict=True):
+        tolerance = 4 * torch.finfo(total.dtype).eps * sum(part.abs().max().item() for part in parts)
+        torch.testing.assert_close(total, sum(parts), atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("needed", [("branch",), ("residual",), ("weight",), ("branch_bias",)])
-def test_parts_that_are_frozen(needed, device):
+def test_frozen_inputs_get_no_gradient(needed, device):
     tensors, _ = case((4, 20), DTYPES[2], device)
     gradients = []
     for backend in ("triton", "eager"):
         leaves = {name: x.clone().requires_grad_(name in needed) for name, x in tensors.items()}
         branch, residual, *vectors = leaves.values()
-        found = add_norm(branch, residual, *vectors[:2], branch_bias=vectors[2], outs=0, backend=backend)[0]
-        found.pow(3).sum().backward()
+        out = add_norm(branch, residual, *vectors[:2], branch_bias=vectors[2], outs=0, backend=backend)[0]
+        out.pow(3).sum().backward()
         gradients.append([x.grad for x in leaves.values()])
-    for name, ours, theirs in zip(NAMES, *gradients, strict=True):
+    for name, ours, reference in zip(NAMES, *gradients, strict=True):
         assert (ours is not None) == (name in needed)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
 
 
-def test_without_gradients_and_of_any_strides(device):
+def test_without_gradients_and_with_any_strides(device):
     tensors, position = case((4, 3, 20), DTYPES[0], device)
     branch, residual, weight, bias, branch_bias = tensors.values()
     settings = {"branch_bias": branch_bias, "outs": 2, "backend": "triton"}
     expected = add_norm(branch, residual, weight, bias, position=position, **settings)
-    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (branch, residual)]
+    transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (branch, residual)]
     wide = [torch.stack([x, x], 1)[:, 0] for x in (weight, bias)]
     per_image = position.expand(4, -1, -1)
-    for found in (
-        add_norm(*turned, *wide, position=per_image, **settings),
+    for actual in (
+        add_norm(*transposed, *wide, position=per_image, **settings),
         add_norm(branch, residual.clone().requires_grad_(), weight, bias, position=position, **settings),
     ):
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     saved = torch.ops.conddetr.add_norm(branch, residual, weight, bias, None, None, None, 0.0, 1e-5, True, False, False)
-    assert [x.numel() for x in saved] == [240, 0, 0, 0, 0], "nothing is written that nobody reads"
+    assert [x.numel() for x in saved] == [240, 0, 0, 0, 0], "no unused output is written"
 
 
 def test_reference_is_pytorchs(device):
@@ -178,10 +178,10 @@ def test_reference_is_pytorchs(device):
     branch, residual, weight, bias, branch_bias = tensors.values()
     torch.manual_seed(3)
     settings = {"branch_bias": branch_bias, "position": position, "dropout_p": 0.4, "eps": 0.1, "backend": "eager"}
-    found = add_norm(branch, residual, weight.expand(3, -1), bias, trunks=1, outs=2, **settings)
+    actual = add_norm(branch, residual, weight.expand(3, -1), bias, trunks=1, outs=2, **settings)
     torch.manual_seed(3)
     y = F.layer_norm(residual + F.dropout(branch + branch_bias, 0.4), (20,), weight, bias, 0.1)
-    for x, expected in zip(found, (y, y, y, y + position), strict=True):
+    for x, expected in zip(actual, (y, y, y, y + position), strict=True):
         assert torch.equal(x, expected)
 
 
@@ -192,7 +192,7 @@ def test_operator_registration(device):
     torch.library.opcheck(torch.ops.conddetr.add_norm.default, (*inputs, position, *rest))
 
 
-def test_compiles_without_a_break(device):
+def test_compiles_without_a_graph_break(device):
     tensors, position = case((2, 3, 20), DTYPES[0], device)
     upstream = torch.randn(5, 2, 3, 20)
 
@@ -208,14 +208,14 @@ def test_compiles_without_a_break(device):
         return add_norm(branch, residual, weight, bias, trunks=2, outs=2, **settings)
 
     compiled = run(torch.compile(call, backend="aot_eager", fullgraph=True))
-    for found, expected in zip(compiled, run(call), strict=True):
-        # Gradients are added up one by one, each rounded.
-        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.02)
+    for actual, expected in zip(compiled, run(call), strict=True):
+        # Gradients are summed one by one, with a rounding each time.
+        torch.testing.assert_close(actual, expected, atol=0.1, rtol=0.02)
 
 
 def test_errors(device):
     x, vector = torch.zeros(2, 3, 4), torch.zeros(4)
-    fitting = (x, x, vector, vector)
+    valid = (x, x, vector, vector)
     with pytest.raises(ValueError, match=r"residual: expected \(2, 3, 4\), floating, like branch, got \(3, 4\)"):
         add_norm(x, x[0], vector, vector)
     with pytest.raises(ValueError, match=r"weight: expected \(4,\) or \(P, 4\), floating, got \(3,\) torch.float32"):
@@ -223,16 +223,16 @@ def test_errors(device):
     with pytest.raises(ValueError, match=r"bias: expected 2 replicas, got 3"):
         add_norm(x, x, vector.expand(2, -1), vector.expand(3, -1))
     with pytest.raises(ValueError, match=r"position: expected \(2, 3, 4\) or \(1, 3, 4\), floating, got \(3, 4\)"):
-        add_norm(*fitting, position=x[0])
+        add_norm(*valid, position=x[0])
     with pytest.raises(ValueError, match=r"seed: expected \(1,\) torch.int64, got \(\) torch.int64"):
-        add_norm(*fitting, seed=torch.tensor(1))
+        add_norm(*valid, seed=torch.tensor(1))
     with pytest.raises(ValueError, match=r"dropout_p: expected a probability in \[0, 1\), got 1.0"):
-        add_norm(*fitting, dropout_p=1.0)
+        add_norm(*valid, dropout_p=1.0)
     with pytest.raises(ValueError, match="trunks, outs: expected at least 0 each, and one output in all, got 0 and 0"):
-        add_norm(*fitting, trunks=0, outs=0)
-    with pytest.raises(registry.BackendError, match="no such kernels"):
-        add_norm(*fitting, backend="native")
+        add_norm(*valid, trunks=0, outs=0)
+    with pytest.raises(registry.BackendError, match="no kernels of this backend"):
+        add_norm(*valid, backend="native")
     wide, vector = torch.zeros(2, 1025, device=device), torch.ones(1025, device=device)
     with pytest.raises(registry.BackendError, match="up to 1024 channels, got 1025"):
         add_norm(wide, wide, vector, vector, backend="triton")
-    assert len(add_norm(wide, wide, vector, vector)) == 2, "auto gives way"
+    assert len(add_norm(wide, wide, vector, vector)) == 2, "auto falls back to PyTorch"

@@ -1,7 +1,7 @@
 """Conditional attention: the reference against a loop from the paper, the kernels against the reference.
 
-Error budget of a kernel: twice the error of the plain implementation in the same dtype, both against float64 and both
-root mean squares: of two largest errors, which one is twice the other is a matter of luck.
+Error budget of a kernel: twice the error of the plain implementation in the same dtype, both against float64. Errors
+are root mean squares, because the ratio of two largest errors varies by chance.
 """
 
 import math
@@ -29,7 +29,7 @@ def skip_unless_runs(backend, device, dtype=torch.float32):
 
 
 class Case:
-    """Random inputs of one shape, in float64; `to` gives leaves of another dtype."""
+    """Random inputs of one shape, in float64; `to` returns leaves in another dtype."""
 
     def __init__(self, queries=5, height=4, width=7, content=32, spatial=32, value=32, batch=2, heads=2, dense=False):
         self.dense, self.height, self.width = dense, height, width
@@ -66,24 +66,24 @@ def attend(leaves, backend="eager", **options):
     return conditional_attention(q_content, q_spatial, k_content, spatial, v, backend=backend, **options)
 
 
-def assert_within_budget(found, plain, exact):
+def assert_within_budget(actual, plain, exact):
     largest = max(truth.abs().max().item() for truth in exact)
-    for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
-        assert ours.dtype == theirs.dtype
+    for index, (ours, reference, truth) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert ours.dtype == reference.dtype
         assert ours.shape == truth.shape
-        error, budget = ((x.double() - truth).square().mean().sqrt().item() for x in (ours, theirs))
-        # A gradient that is zero but for rounding (one key, or one row: a weight is what it is whatever is added to all
-        # scores) is held to the others' scale.
+        error, budget = ((x.double() - truth).square().mean().sqrt().item() for x in (ours, reference))
+        # A gradient that is zero up to rounding is measured on the scale of the others. This occurs with one key or one
+        # row, since a constant added to all scores changes no weight.
         size = truth.abs().max().item()
         floor = 2 * torch.finfo(ours.dtype).eps * (size if size > 1e-12 * largest else largest)
         assert error <= 2 * budget + floor, (index, error, budget)
 
 
-def padding_options(kind, case, device):
-    if kind == "none":
+def padding_options(padding, case, device):
+    if padding == "none":
         return {}
     valid = torch.tensor([[case.height, max(1, case.width - 2)], [(case.height + 1) // 2, case.width]])
-    if kind == "valid_cells":
+    if padding == "valid_cells":
         return {"valid_cells": valid.to(device, torch.int32)}
     scattered = torch.rand(2, case.height * case.width) > 0.6
     return {"key_padding_mask": (scattered | rectangle_padding(valid, case.height, case.width)).to(device)}
@@ -99,11 +99,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
+@pytest.mark.parametrize("padding", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_match_the_reference(shape, kind, backend, device):
+def test_kernels_match_the_reference(shape, padding, backend, device):
     case = Case(**SHAPES[shape])
-    options = padding_options(kind, case, device)
+    options = padding_options(padding, case, device)
     exact = case.run(device, torch.float64, "eager", **options)
     plain = case.run(device, torch.float32, "eager", **options)
     assert_within_budget(case.run(device, torch.float32, backend, **options), plain, exact)
@@ -111,14 +111,14 @@ def test_kernels_match_the_reference(shape, kind, backend, device):
 
 @pytest.fixture
 def triton_of_hopper(device, monkeypatch):
-    """Triton's kernels with the settings for Hopper, heads of 32 and 16-bit numbers, which make scores a tile ahead."""
+    """Triton's kernels with Hopper's settings for heads of 32 in 16-bit dtypes, which compute scores one tile ahead."""
     triton_attn = pytest.importorskip("conddetr.kernels.attn.triton", reason="the package triton is not installed")
     skip_unless_runs("triton", device)
     if device.type == "cuda":
-        pytest.skip("settings are those of the device here")
+        pytest.skip("a GPU uses its own settings")
 
     def settings(architecture, products, width, separable, dropout, crowded):
-        # Without dropout tiles of 32 keys, as where there are many blocks; with it of 64.
+        # Tiles of 32 keys without dropout, as with many blocks; tiles of 64 with dropout.
         launch = launch_settings(90, "half", 32, separable, dropout, crowded=True)
         assert launch.forward.ahead
         return launch
@@ -128,19 +128,19 @@ def triton_of_hopper(device, monkeypatch):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
+@pytest.mark.parametrize("padding", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15)], ids=lambda size: f"{size[0]}×{size[1]}")
-def test_scores_a_tile_ahead(size, kind, dropout_p, triton_of_hopper, device):
-    """Fewer keys than a tile, a whole number of tiles, and a part of one over."""
+def test_scores_one_tile_ahead(size, padding, dropout_p, triton_of_hopper, device):
+    """Fewer keys than a tile, a whole number of tiles, and a partial last tile."""
     case = Case(height=size[0], width=size[1], heads=1)
-    options = padding_options(kind, case, device)
+    options = padding_options(padding, case, device)
     options |= {"dropout_p": dropout_p, "seed": torch.tensor([3], device=device)} if dropout_p else {}
     exact = case.run(device, torch.float64, "eager", **options)
     plain = case.run(device, torch.float32, "eager", **options)
     assert_within_budget(case.run(device, torch.float32, "triton", **options), plain, exact)
 
 
-def test_scores_a_tile_ahead_see_nothing_of_padding(triton_of_hopper, device):
+def test_scores_one_tile_ahead_ignore_padding(triton_of_hopper, device):
     case = Case(queries=5, height=9, width=15)
     valid = torch.tensor([[7, 8], [0, 15]], dtype=torch.int32, device=device)
     leaves = case.to(device, torch.float32)
@@ -151,13 +151,13 @@ def test_scores_a_tile_ahead_see_nothing_of_padding(triton_of_hopper, device):
     assert (expected[1] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["none", "mask"])
+@pytest.mark.parametrize("padding", ["none", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dense", [False, True])
-def test_dtypes_and_dense_keys(dtype, dense, kind, backend, device):
+def test_dtypes_and_dense_keys(dtype, dense, padding, backend, device):
     case = Case(queries=20, height=5, width=13, content=32, spatial=32, value=32, dense=dense)
     skip_unless_runs(backend, device, dtype)
-    options = padding_options(kind, case, device)
+    options = padding_options(padding, case, device)
     exact = case.run(device, torch.float64, "eager", **options)
     plain = case.run(device, dtype, "eager", **options)
     assert_within_budget(case.run(device, dtype, backend, **options), plain, exact)
@@ -178,21 +178,21 @@ def test_golden_cross_attention(backend, device):
     torch.testing.assert_close(out.flatten(-2).cpu(), golden["ca3_pre_out_proj_q20"], atol=1e-5, rtol=0)
     gradient = torch.randn(2, 20, 256, generator=torch.Generator().manual_seed(7)).to(device)
     grads = [g.cpu() for g in torch.autograd.grad(out.flatten(-2), leaves, gradient)]
-    for found, name in (
+    for actual, name in (
         (torch.cat(grads[:2], -1), "ca3_bwd_dquery"),
         (torch.cat(grads[2:4], -1), "ca3_bwd_dkey"),
         (grads[4], "ca3_bwd_dvalue"),
     ):
-        torch.testing.assert_close(found.flatten(-2), golden[name], atol=2e-5, rtol=0)
+        torch.testing.assert_close(actual.flatten(-2), golden[name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
-@pytest.mark.parametrize("kind", ["valid_cells", "mask"])
-def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, device):
+@pytest.mark.parametrize("padding", ["valid_cells", "mask"])
+def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, padding, device):
     skip_unless_runs(name, device)
     case = Case()
     options = {"valid_cells": torch.tensor([[0, 3], [4, 7]], dtype=torch.int32, device=device)}
-    if kind == "mask":
+    if padding == "mask":
         options = {"key_padding_mask": torch.tensor([[True] * 28, [False] * 28], device=device)}
     for tensor in case.run(device, torch.float32, name, **options):
         assert (tensor[0] == 0).all()
@@ -201,18 +201,18 @@ def test_image_without_a_valid_key_gives_zeros_and_zero_gradients(name, kind, de
 
 
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
-def test_valid_cells_beyond_the_grid_is_clamped_where_it_is_not_looked_at(name, device, monkeypatch):
+def test_unchecked_valid_cells_beyond_the_grid_are_clamped(name, device, monkeypatch):
     skip_unless_runs(name, device)
     monkeypatch.setattr("conddetr.kernels.attn.checks.check_rectangles", lambda *rectangles: None)
     case = Case()
-    wild = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
-    tame = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
-    for a, b in zip(*(case.run(device, torch.float32, name, valid_cells=v) for v in (wild, tame)), strict=True):
+    beyond = torch.tensor([[99, -4], [99, 1000]], dtype=torch.int32, device=device)
+    clamped = torch.tensor([[4, 0], [4, 7]], dtype=torch.int32, device=device)
+    for a, b in zip(*(case.run(device, torch.float32, name, valid_cells=v) for v in (beyond, clamped)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_strided_inputs(backend, device):
-    """Parts of one packed projection, keys in another memory order, a transposed last dimension."""
+    """Slices of one packed projection, keys in another memory order, a transposed last dimension."""
     case = Case(queries=9)
     packed = [tensor.detach() for tensor in case.to(device, torch.float32)]
     strided = [
@@ -230,24 +230,24 @@ def test_strided_inputs(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["eager", "triton", "native"])
 @pytest.mark.parametrize("shared", [(3,), (3, 4)], ids=["rows", "rows and columns"])
-def test_spatial_keys_of_every_image(shared, name, dtype, device):
-    """One image's rows or columns serve all, and get the sum of their gradients."""
+def test_spatial_keys_shared_by_all_images(shared, name, dtype, device):
+    """All images share one image's rows or columns, which receive the sum of their gradients."""
     skip_unless_runs(name, device, dtype)
     case = Case(queries=9, height=5, width=6, batch=3, heads=3)
     valid = torch.tensor([[5, 4], [0, 6], [2, 6]], dtype=torch.int32, device=device)
     runs = []
-    for kind, run in ((torch.float64, "eager"), (dtype, "eager"), (dtype, name)):
+    for precision, run in ((torch.float64, "eager"), (dtype, "eager"), (dtype, name)):
         leaves = [
             leaf.detach()[:1].clone().requires_grad_() if index in shared else leaf
-            for index, leaf in enumerate(case.to(device, kind))
+            for index, leaf in enumerate(case.to(device, precision))
         ]
         out = attend(leaves, run, valid_cells=valid)
-        runs.append((out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, kind))))
-    exact, plain, found = runs
-    assert_within_budget(found, plain, exact)
+        runs.append((out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, precision))))
+    exact, plain, actual = runs
+    assert_within_budget(actual, plain, exact)
 
 
-def test_gradients_of_padding_are_zero_whatever_else_is_not_a_number(backend, device):
+def test_gradients_of_padding_are_zero_even_if_others_are_nan(backend, device):
     case = Case(queries=40, height=7, width=9)
     valid = torch.tensor([[5, 6], [7, 2]], dtype=torch.int32, device=device)
     leaves, upstream = case.to(device, torch.float32), case.upstream.to(device, torch.float32)
@@ -259,7 +259,7 @@ def test_gradients_of_padding_are_zero_whatever_else_is_not_a_number(backend, de
         assert gradients[index][~padding].isnan().any()
 
 
-def test_a_seed_says_what_is_dropped(backend, device):
+def test_seed_determines_dropout(backend, device):
     case = Case(queries=40, height=6, width=9)
     seeds = torch.tensor([5, 6, 5], device=device)
     before = torch.get_rng_state()
@@ -282,14 +282,14 @@ def test_repeats_are_bitwise_equal(backend, device):
 
 @pytest.mark.parametrize("dimension", [0, 1, 2])
 def test_offsets_beyond_two_to_the_31(dimension, device):
-    """Image, key and head far apart in memory; on a CPU the pages between them are never touched."""
+    """Images, keys and heads lie far apart in memory; on a CPU the pages between them are never touched."""
     case = Case(queries=3, height=2, width=3, batch=3, heads=3)
     expected = case.run(device, torch.float16, "triton")
     leaves = case.to(device, torch.float16)
     for index in (2, 5):
         keys = leaves[index].detach()
         strides = list(keys.stride())
-        # The last index of this dimension lies beyond 2³¹ elements, its stride below.
+        # The offset of this dimension's last index exceeds 2³¹ elements, its stride does not.
         strides[dimension] = 2**31 // (keys.shape[dimension] - 1) + 16
         count = sum((n - 1) * stride for n, stride in zip(keys.shape, strides, strict=True)) + 1
         on_host = device.type == "cpu"
@@ -301,7 +301,7 @@ def test_offsets_beyond_two_to_the_31(dimension, device):
 
 
 def dropped_weights(backend, case, device, p, seed):
-    """The weights after dropout, by making the values an identity: out[q, n] is weight n."""
+    """The weights after dropout. The values are an identity matrix, so out[q, n] is weight n."""
     leaves = case.to(device, torch.float32)
     keys = case.height * case.width
     leaves[-1] = torch.eye(keys, device=device)[None, :, None].repeat(2, 1, 2, 1)
@@ -316,7 +316,7 @@ def test_dropout_drops_weights_and_scales_the_rest(name, device):
     kept = dropped_weights(name, case, device, 0.0, 0)
     dropped = dropped_weights(name, case, device, 0.25, 0)
     survived = dropped != 0
-    # 76,800 independent draws: five standard deviations are 0.008; per query and key 0.13 of 300.
+    # 76,800 independent samples: five standard deviations are 0.008; per query and key, 0.13 with 300 samples.
     assert survived.double().mean().item() == pytest.approx(0.75, abs=0.008)
     assert ((survived.double().mean(dim=1) - 0.75).abs() < 0.14).all()
     torch.testing.assert_close(dropped[survived], kept[survived] / 0.75)
@@ -338,29 +338,29 @@ def test_backward_uses_the_mask_of_forward(backend, device):
         return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(device, dtype))
 
     torch.manual_seed(5)
-    found = case.run(device, torch.float32, backend, dropout_p=p)
-    assert_within_budget(found, exact(torch.float32), exact(torch.float64))
+    actual = case.run(device, torch.float32, backend, dropout_p=p)
+    assert_within_budget(actual, exact(torch.float32), exact(torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
+@pytest.mark.parametrize("padding", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("name", ["triton", "native"])
-def test_every_backend_drops_the_same_weights(name, kind, device):
-    """With the same seed; keys are counted alike whatever the padding."""
+def test_every_backend_drops_the_same_weights(name, padding, device):
+    """The seed is the same; all backends count keys in the same way with any padding."""
     skip_unless_runs(name, device)
     case = Case(queries=50, height=7, width=13, value=91, heads=1)
     leaves = case.to(device, torch.float32)
     leaves[-1] = torch.eye(91, device=device)[None, :, None].repeat(2, 1, 1, 1)
-    options = {**padding_options(kind, case, device), "dropout_p": 0.3, "seed": torch.tensor([2], device=device)}
-    found, expected = (attend(leaves, backend, **options) for backend in (name, "eager"))
-    assert torch.equal(found != 0, expected != 0)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    visible = attend(leaves, "eager", **padding_options(kind, case, device)) != 0
-    assert 0.65 < (found != 0).double().sum() / visible.double().sum() < 0.75
+    options = {**padding_options(padding, case, device), "dropout_p": 0.3, "seed": torch.tensor([2], device=device)}
+    actual, expected = (attend(leaves, backend, **options) for backend in (name, "eager"))
+    assert torch.equal(actual != 0, expected != 0)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+    visible = attend(leaves, "eager", **padding_options(padding, case, device)) != 0
+    assert 0.65 < (actual != 0).double().sum() / visible.double().sum() < 0.75
 
 
 @pytest.fixture
 def restored_cpu():
-    """Puts number of threads and instruction set back."""
+    """Restores the number of threads and the instruction set."""
     if native.NOT_LOADED is not None:
         pytest.skip(native.NOT_LOADED)
     from conddetr import _C
@@ -393,12 +393,12 @@ def test_every_instruction_set_matches_the_reference(level, shape, restored_cpu)
     exact = case.run("cpu", torch.float64, "eager", **options)
     plain = case.run("cpu", torch.float32, "eager", **options)
     assert_within_budget(case.run("cpu", torch.float32, "native", **options), plain, exact)
-    for found, truth in zip(case.run("cpu", torch.float64, "native", **options), exact, strict=True):
-        torch.testing.assert_close(found, truth, atol=1e-13, rtol=1e-12)
+    for actual, truth in zip(case.run("cpu", torch.float64, "native", **options), exact, strict=True):
+        torch.testing.assert_close(actual, truth, atol=1e-13, rtol=1e-12)
 
 
 def kept_weights(keep, options, case):
-    """[B, h, Q, N] float64: 1 where the bit of `keep` is set for the key, counted in the valid rectangle."""
+    """[B, h, Q, N] float64: 1 if the bit of `keep` is set for the key; keys are counted in the valid rectangle."""
     batch, keys = len(keep), case.height * case.width
     ordinals = torch.arange(keys).expand(batch, -1)
     if "valid_cells" in options:
@@ -409,60 +409,60 @@ def kept_weights(keep, options, case):
     return (bits & 1).transpose(2, 3).double()
 
 
-@pytest.mark.parametrize("kind", ["none", "valid_cells", "mask"])
+@pytest.mark.parametrize("padding", ["none", "valid_cells", "mask"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
-def test_every_instruction_set_drops_what_the_bits_say(level, dtype, kind, restored_cpu):
+def test_every_instruction_set_follows_the_dropout_bits(level, dtype, padding, restored_cpu):
     if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
         pytest.skip(f"this processor has no {level}")
     case, p = Case(queries=50, height=9, width=37), 0.25
-    options = padding_options(kind, case, "cpu")
+    options = padding_options(padding, case, "cpu")
     words = 2 * -(-case.height * case.width // 64)
     keep = torch.randint(-(2**31), 2**31, (2, 2, words, 50)).int()
     mask = kept_weights(keep, options, case) / (1 - p)
 
     def plain(dtype):
         leaves = case.to("cpu", dtype)
-        padding = options.get("key_padding_mask")
+        hidden = options.get("key_padding_mask")
         if "valid_cells" in options:
-            padding = rectangle_padding(options["valid_cells"], case.height, case.width)
+            hidden = rectangle_padding(options["valid_cells"], case.height, case.width)
         query, key = torch.cat(leaves[:2], -1), torch.cat([leaves[2], dense_spatial_keys(*leaves[3:5])], -1)
-        weights = attention_weights(query, key, padding, 0.1) * mask.to(dtype)
+        weights = attention_weights(query, key, hidden, 0.1) * mask.to(dtype)
         out = torch.einsum("bhqn,bnhd->bqhd", weights, leaves[-1])
         return out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype))
 
     leaves = case.to("cpu", dtype)
     inputs = (*leaves, options.get("valid_cells"), options.get("key_padding_mask"), keep, 0.1, p)
     out, _ = operators.of("native").conditional_attention(*inputs)
-    found = (out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype)))
+    actual = (out.detach(), *torch.autograd.grad(out, leaves, case.upstream.to(dtype)))
     if dtype == torch.float32:
-        assert_within_budget(found, plain(dtype), plain(torch.float64))
-    for ours, truth in zip(found, plain(dtype), strict=True) if dtype == torch.float64 else ():
+        assert_within_budget(actual, plain(dtype), plain(torch.float64))
+    for ours, truth in zip(actual, plain(dtype), strict=True) if dtype == torch.float64 else ():
         torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
 
 
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
 def test_native_exponential(level, restored_cpu):
-    """The stated bound, on weights of 2^x: with identity as values the output is the weights, key 0 has x = 0."""
+    """The stated error bound of weights 2^x. With identity values the output is the weights; key 0 has x = 0."""
     if level not in native.build_info()["cpu_levels"] or not restored_cpu.use_cpu_level(level):
         pytest.skip(f"this processor has no {level}")
     x = torch.cat([torch.zeros(1), -torch.rand(3000) * 100])
     ones, zeros, keys = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.arange(3001)
-    found = []
+    outputs = []
     for part in keys.split(1001):
         values = torch.zeros(3001, 1001)
         values[part, torch.arange(len(part))] = 1
         leaves = (ones, zeros, x[None, :, None, None], torch.zeros(1, 3001, 1, 1), values[None, :, None, : len(part)])
-        found.append(attend(leaves, "native", scale=math.log(2)).flatten())
-    weights = torch.cat(found).double()
+        outputs.append(attend(leaves, "native", scale=math.log(2)).flatten())
+    weights = torch.cat(outputs).double()
     error = weights / weights[0] / 2 ** x.double() - 1
-    # 2e-7 with all rounding, and one rounding each of the two weights.
+    # The bound of 2e-7 covers all roundings; each of the two weights is rounded once more.
     assert error.abs().max().item() < 2e-7 + 2 * 6e-8
 
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_native_sums_over_many_keys(dense):
-    """The grid of DC5, where one long sum would lose to PyTorch's blocks."""
+    """The grid of DC5, where one long sum would be less accurate than PyTorch's blocked sums."""
     skip_unless_runs("native", torch.device("cpu"))
     case = Case(queries=300, height=50, width=67, content=32, spatial=32, value=32, batch=1, heads=2, dense=dense)
     exact, plain = (case.run("cpu", dtype, "eager") for dtype in (torch.float64, torch.float32))
@@ -470,7 +470,7 @@ def test_native_sums_over_many_keys(dense):
 
 
 def test_scores_that_rise_late_or_overflow(restored_cpu):
-    """The reference of the online softmax is that of the first keys; far larger scores must still be right."""
+    """The online softmax takes its reference from the first keys; far larger scores must still give correct weights."""
     case = Case(queries=20, height=1, width=300, content=16, spatial=16, value=16, dense=True)
     leaves = [leaf.detach() for leaf in case.to("cpu", torch.float32)]
     leaves[2][:, 150:200] *= 60
@@ -480,9 +480,9 @@ def test_scores_that_rise_late_or_overflow(restored_cpu):
     # The rounding of a score is an error of its weight.
     assert (attend(leaves, "native") - exact).abs().max() <= torch.finfo(torch.float32).eps * score * leaves[-1].max()
     leaves[0][0, 3] = math.nan
-    found = attend(leaves, "native")
-    assert found[0, 3].isnan().all()
-    assert found[0, 4:].isfinite().all()
+    out = attend(leaves, "native")
+    assert out[0, 3].isnan().all()
+    assert out[0, 4:].isfinite().all()
 
 
 def test_checkpointing_repeats_the_dropout(backend, device):
@@ -501,14 +501,14 @@ def test_checkpointing_repeats_the_dropout(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.mark.parametrize("form", ["separable", "dense", "dropout"])
-def test_operator_registration(form, backend, device):
-    leaves = Case(dense=form == "dense").to(device, torch.float32)
-    if form == "dense":
+@pytest.mark.parametrize("variant", ["separable", "dense", "dropout"])
+def test_operator_registration(variant, backend, device):
+    leaves = Case(dense=variant == "dense").to(device, torch.float32)
+    if variant == "dense":
         leaves.insert(4, None)
-    valid = None if form == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
-    keep = dropout_bits(torch.tensor([7], device=device), (2, 2, 2, 5), 0.1) if form == "dropout" else None
-    arguments = (*leaves, valid, None, keep, 0.2, 0.1 if form == "dropout" else 0.0)
+    valid = None if variant == "dense" else torch.tensor([[3, 5], [4, 7]], dtype=torch.int32, device=device)
+    keep = dropout_bits(torch.tensor([7], device=device), (2, 2, 2, 5), 0.1) if variant == "dropout" else None
+    arguments = (*leaves, valid, None, keep, 0.2, 0.1 if variant == "dropout" else 0.0)
     torch.library.opcheck(operators.of(backend).conditional_attention.default, arguments)
 
 
@@ -524,7 +524,7 @@ def test_compiles_without_a_graph_break(backend, device):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_flops_are_counted_as_of_plain_pytorch(dense, backend, device):
+def test_flops_are_counted_as_in_plain_pytorch(dense, backend, device):
     case = Case(content=32, spatial=32, value=32, dense=dense)
     counts = []
     for name in ("eager", backend):
@@ -540,8 +540,8 @@ def test_flops_are_counted_as_of_plain_pytorch(dense, backend, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_replays_in_a_cuda_graph(device):
-    """Captured once: new inputs give their own result, and every replay draws its own dropout."""
-    case, other = Case(queries=20), Case(queries=20)
+    """After one capture, new inputs give their own result, and every replay samples new dropout."""
+    case, new_case = Case(queries=20), Case(queries=20)
     leaves, upstream = case.to(device, torch.float16), case.upstream.to(device, torch.float16)
     kept = torch.zeros((), device=device)
 
@@ -558,21 +558,21 @@ def test_replays_in_a_cuda_graph(device):
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        actual = step()
     with torch.no_grad():
-        for leaf, new in zip(leaves, other.to(device, torch.float16), strict=True):
+        for leaf, new in zip(leaves, new_case.to(device, torch.float16), strict=True):
             leaf.copy_(new)
     sums = []
     for _ in range(3):
         graph.replay()
         sums.append(kept.item())
     assert len(set(sums)) == 3
-    other.upstream = case.upstream
-    assert all(torch.equal(a, b) for a, b in zip(found, other.run(device, torch.float16, "triton"), strict=True))
+    new_case.upstream = case.upstream
+    assert all(torch.equal(a, b) for a, b in zip(actual, new_case.run(device, torch.float16, "triton"), strict=True))
 
 
 def loop(q_content, q_spatial, k_content, k_spatial, v, padding, scale):
-    """One weight at a time: softmax over the valid keys of the sum of two products."""
+    """Attention one weight at a time: softmax over the valid keys of the sum of two products."""
     out = torch.zeros(*q_content.shape[:3], v.shape[-1], dtype=v.dtype)
     for b, q, h in torch.cartesian_prod(*(torch.arange(n) for n in q_content.shape[:3])).tolist():
         valid = [n for n in range(v.shape[1]) if not padding[b, n]]
@@ -589,23 +589,23 @@ def test_reference_against_a_loop(scale):
     leaves = [leaf.detach() for leaf in case.to("cpu", torch.float64)]
     padding = torch.tensor([[False] * 5, [False, True, False, True, True]])
     expected = loop(*leaves, padding, scale or 64**-0.5)
-    found = attend(leaves, key_padding_mask=padding, scale=scale)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    actual = attend(leaves, key_padding_mask=padding, scale=scale)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["eager", "native"])
-@pytest.mark.parametrize("form", ["separable", "mask", "dense", "dropout"])
-def test_gradients_in_float64(form, name):
-    """Against finite differences; `native` in the instantiation that exists for this."""
+@pytest.mark.parametrize("variant", ["separable", "mask", "dense", "dropout"])
+def test_gradients_in_float64(variant, name):
+    """Against finite differences; `native` has a float64 instantiation for this."""
     skip_unless_runs(name, torch.device("cpu"), torch.float64)
-    leaves = Case(queries=2, height=2, width=3, content=3, spatial=2, value=4, heads=1, dense=form == "dense")
-    options = {"valid_cells": torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)} if form == "separable" else {}
-    if form == "mask":
+    leaves = Case(queries=2, height=2, width=3, content=3, spatial=2, value=4, heads=1, dense=variant == "dense")
+    options = {"valid_cells": torch.tensor([[2, 2], [1, 3]], dtype=torch.int32)} if variant == "separable" else {}
+    if variant == "mask":
         options = {"key_padding_mask": torch.tensor([[True, False, False, True, False, False], [False] * 6])}
 
     def attention(*leaves):
         torch.manual_seed(5)
-        return attend(leaves, name, dropout_p=0.3 if form == "dropout" else 0.0, **options)
+        return attend(leaves, name, dropout_p=0.3 if variant == "dropout" else 0.0, **options)
 
     assert torch.autograd.gradcheck(attention, leaves.to("cpu", torch.float64))
 
@@ -671,7 +671,7 @@ def test_wrong_options_are_named(options, message):
         attend(Case().to("cpu", torch.float32), **{"backend": "eager", **options})
 
 
-def test_tf32_is_asked_for_by_any_of_pytorchs_switches():
+def test_each_of_pytorchs_switches_enables_tf32():
     from conddetr.kernels.common.triton import precision
 
     v = torch.empty(1, device="meta")

@@ -1,4 +1,4 @@
-"""Random bits of a given probability: against Philox in plain Python, decision by decision, and their share."""
+"""Random bits with a given probability: each against Philox in plain Python, and their share."""
 
 import pytest
 import torch
@@ -13,16 +13,16 @@ SEED = (1 << 40) + 12345
 
 
 def numbers(seed, words):
-    """[words, 32]: the numbers of 16 bits behind the decisions."""
-    found = []
+    """[words, 32]: the 16-bit number behind each bit."""
+    rows = []
     for word in range(words):
         random = [number for call in range(4) for number in philox(seed, 4 * word + call)]
-        found.append([sum((random[bit] >> lane & 1) << bit for bit in range(16)) for lane in range(32)])
-    return torch.tensor(found)
+        rows.append([sum((random[bit] >> lane & 1) << bit for bit in range(16)) for lane in range(32)])
+    return torch.tensor(rows)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.75, 1 - 2**-20])
-def test_a_bit_is_a_comparison_of_16_bits(p, backend, device):
+def test_each_bit_is_a_comparison_of_16_bits(p, backend, device):
     threshold = min(round(p * 65536), 65535)
     for name in (backend, "eager"):
         words = dropout_bits(torch.tensor([SEED], device=device), (3, 1, 7), p, name)
@@ -32,40 +32,40 @@ def test_a_bit_is_a_comparison_of_16_bits(p, backend, device):
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 513, 5000])
-def test_every_backend_makes_the_same_bits(count, backend, device):
+def test_every_backend_gives_the_same_bits(count, backend, device):
     seed = torch.tensor([-7], device=device)
-    found, expected = (dropout_bits(seed, (count,), 0.3, name) for name in (backend, "eager"))
-    assert torch.equal(found, expected)
+    actual, expected = (dropout_bits(seed, (count,), 0.3, name) for name in (backend, "eager"))
+    assert torch.equal(actual, expected)
 
 
-def test_independent_of_threads():
+def test_any_number_of_threads_gives_the_same_bits():
     seed, before = torch.tensor([3]), torch.get_num_threads()
     reason = registry.why_not("native", seed.device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
     try:
-        found = []
+        results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(dropout_bits(seed, (20_000,), 0.1, "native"))
+            results.append(dropout_bits(seed, (20_000,), 0.1, "native"))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*results)
 
 
 def test_share_and_independence(backend, device):
-    """256,000 decisions: five standard deviations of a share of 0.1 are 0.003."""
+    """256,000 bits: five standard deviations of a share of 0.1 are 0.003."""
     kept = unpacked(dropout_bits(torch.tensor([11], device=device), (8000,), 0.1, backend)).double().cpu()
     assert kept.mean().item() == pytest.approx(1 - drawn_probability(0.1), abs=0.003)
     assert ((kept.mean(0) - 0.9).abs() < 0.017).all()
-    for other in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(5, 1)):
-        both = ((1 - kept) * (1 - other)).mean().item()
+    for shifted in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(5, 1)):
+        both = ((1 - kept) * (1 - shifted)).mean().item()
         assert both == pytest.approx(0.01, abs=0.0015)
-    others = unpacked(dropout_bits(torch.tensor([12], device=device), (8000,), 0.1, backend)).double().cpu()
-    assert ((1 - kept) * (1 - others)).mean().item() == pytest.approx(0.01, abs=0.0015)
+    reseeded = unpacked(dropout_bits(torch.tensor([12], device=device), (8000,), 0.1, backend)).double().cpu()
+    assert ((1 - kept) * (1 - reseeded)).mean().item() == pytest.approx(0.01, abs=0.0015)
 
 
-def test_what_is_drawn_is_the_nearest_multiple():
+def test_probability_is_rounded_to_the_nearest_multiple():
     assert drawn_probability(0.5) == 0.5
     assert abs(drawn_probability(0.1) - 0.1) <= 2**-17
     assert drawn_probability(2**-18) == 0

@@ -1,4 +1,4 @@
-"""Box losses: GIoU against torchvision and the official numbers, and the kernels against the reference."""
+"""Box losses: GIoU against torchvision and the official values, and the kernels against the reference."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 def test_official_pairs():
     golden = read_arrays("p5_cdetr")
-    found = generalized_iou(golden["box/xyxy1"][:, None], golden["box/xyxy2"][None])
-    torch.testing.assert_close(found, golden["box/giou"], atol=1e-6, rtol=0)
+    giou = generalized_iou(golden["box/xyxy1"][:, None], golden["box/xyxy2"][None])
+    torch.testing.assert_close(giou, golden["box/giou"], atol=1e-6, rtol=0)
 
 
 def test_against_torchvision():
@@ -33,14 +33,14 @@ def test_gradient():
 
 
 def case(layers=2, batch=3, queries=7, capacity=4, dtype=torch.float64):
-    """Random predictions and objects; every other query of an image is matched, as long as there are objects."""
+    """Random predictions and objects; each layer matches the objects of an image with random queries."""
     boxes, objects = torch.rand(layers, batch, queries, 4), torch.rand(batch, capacity, 4)
     assignment = torch.full((layers, batch, queries), -1)
     for layer in range(layers):
         for image in range(batch):
             query = torch.randperm(queries)[: min(capacity - image % 2, queries)]
             assignment[layer, image, query] = torch.randperm(capacity)[: len(query)]
-    # Where derivatives jump: in the first layer a pair of equal boxes, in the last one that shares an edge.
+    # Derivatives jump at equal boxes (first layer) and at a shared edge (last layer).
     objects[0, 0] = torch.tensor([0.5, 0.5, 0.25, 0.25])
     for layer, box in ((0, objects[0, 0]), (-1, torch.tensor([0.75, 0.5, 0.25, 0.125]))):
         boxes[layer, 0, assignment[layer, 0] == 0] = box
@@ -48,7 +48,7 @@ def case(layers=2, batch=3, queries=7, capacity=4, dtype=torch.float64):
 
 
 def loop(boxes, objects, assignment):
-    """One pair at a time, with torchvision's GIoU."""
+    """The losses one pair at a time, with torchvision's GIoU."""
     totals = torch.zeros(2, len(boxes), dtype=torch.float64)
     for layer, image, query in (assignment >= 0).nonzero().tolist():
         a, b = boxes[layer, image, query].double(), objects[image, assignment[layer, image, query]].double()
@@ -81,19 +81,21 @@ def test_kernels_match_the_reference(queries, dtype, device):
         losses = matched_box_loss(leaf, objects.to(device), assignment.to(device), backend)
         return losses.detach(), torch.autograd.grad(losses, leaf, upstream.to(device, losses.dtype))[0]
 
-    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
-    assert found[0].dtype == torch.float32
-    assert found[1].dtype == dtype
-    assert (found[1].cpu()[assignment < 0] == 0).all()
-    # At a tie of float64 the narrower dtypes tie as well: the boxes are the same numbers.
-    for ours, theirs, truth in zip(found, plain, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
+    exact, plain, actual = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
+    assert actual[0].dtype == torch.float32
+    assert actual[1].dtype == dtype
+    assert (actual[1].cpu()[assignment < 0] == 0).all()
+    # Ties in float64 are ties in the narrower dtypes too, because the boxes are the same numbers.
+    for ours, reference, truth in zip(actual, plain, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, reference))
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's: the L1 distance of the last pair
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # from numpy: the L1 distance of the last pair
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_boxes_without_area_and_huge_ones_stay_finite(backend, device):
+def test_giou_of_empty_and_huge_boxes_is_finite(backend, device):
     pairs = torch.tensor(
         [
             [[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]],  # the same point
@@ -110,7 +112,7 @@ def test_boxes_without_area_and_huge_ones_stay_finite(backend, device):
     boxes, objects = pairs[None, None, :, 0].clone().requires_grad_(), pairs[None, :, 1]
     l1, giou = matched_box_loss(boxes, objects, torch.arange(8, device=device).view(1, 1, 8), backend)
     (l1.sum() + giou.sum()).backward()
-    assert l1.item() == float("inf"), "that of the last pair exceeds float32"
+    assert l1.item() == float("inf"), "the last pair's distance exceeds float32"
     # No area: 1; apart: 4/3 on lines, and 1 + 7/9 for squares one side apart; equal: 0.
     assert giou.item() == pytest.approx(1 + 1 + 2 + 1 + 16 / 9 + 0 + 1 + 16 / 9, rel=1e-5)
     assert torch.isfinite(boxes.grad).all()
@@ -120,8 +122,8 @@ def test_boxes_without_area_and_huge_ones_stay_finite(backend, device):
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_no_objects(backend, device):
     boxes = torch.rand(2, 3, 5, 4, device=device, requires_grad=True)
-    nothing = torch.full((2, 3, 5), -1, device=device)
-    losses = matched_box_loss(boxes, torch.zeros(3, 0, 4, device=device), nothing, backend)
+    unmatched = torch.full((2, 3, 5), -1, device=device)
+    losses = matched_box_loss(boxes, torch.zeros(3, 0, 4, device=device), unmatched, backend)
     losses.sum().backward()
     assert (losses == 0).all()
     assert (boxes.grad == 0).all()

@@ -1,4 +1,4 @@
-"""The check of kernels: sound ones pass, each kind of fault is found and named, nothing is left behind."""
+"""The check of kernels: sound kernels pass, every fault is reported by name, and the process is left unchanged."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ from conddetr.kernels.check.verify import verify
 from conddetr.kernels.cpu.dropout import op as dropout
 
 CPU = torch.device("cpu")
-# By this way: the package's attribute of this name is the function.
+# Through importlib, because the package's attribute of this name is the function.
 check_module = importlib.import_module("conddetr.kernels.check")
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 HAS_INTERPRETER = pytest.mark.skipif(
@@ -36,12 +36,12 @@ ODD = "no multiples of tiles, with gaps in memory"
 
 
 def find(operation, title):
-    [found] = [x for x in problems(1) if (x.operation, x.title) == (operation, title)]
-    return found
+    [problem] = [x for x in problems(1) if (x.operation, x.title) == (operation, title)]
+    return problem
 
 
 def small(operation="dropout_add"):
-    """A problem without gaps in memory, large enough that two draws differ."""
+    """A problem without gaps in memory, large enough that two samples differ."""
     problem = find(operation, ODD)
     made = problem.make
 
@@ -58,24 +58,24 @@ def findings(problem, backend, dtype=torch.float32):
 
 @pytest.fixture
 def sabotage(monkeypatch):
-    """Put something in place of what drops in native kernels; it is given the sound one and its arguments."""
+    """Replaces the native kernels' dropout by a function of the sound one and its arguments."""
 
-    def put(wrong):
+    def replace(wrong):
         sound = dropout.drop
         monkeypatch.setattr(dropout, "drop", lambda *arguments: wrong(sound, *arguments))
 
-    return put
+    return replace
 
 
 def test_every_operation_has_problems():
     for images in (2, 8):
-        found = problems(images)
-        assert {problem.operation for problem in found} == set(registry.OPERATIONS)
+        every = problems(images)
+        assert {problem.operation for problem in every} == set(registry.OPERATIONS)
         for operation in registry.OPERATIONS:
-            mine = [problem for problem in found if problem.operation == operation]
-            assert mine[0].is_model
-            assert not mine[-1].is_model
-            assert len({problem.title for problem in mine}) == len(mine)
+            selected = [problem for problem in every if problem.operation == operation]
+            assert selected[0].is_model
+            assert not selected[-1].is_model
+            assert len({problem.title for problem in selected}) == len(selected)
 
 
 def test_inputs_are_the_same_on_every_run():
@@ -86,13 +86,13 @@ def test_inputs_are_the_same_on_every_run():
 
 @pytest.mark.parametrize("operation", sorted(registry.OPERATIONS))
 def test_plain_pytorch_is_within_its_own_budget(operation):
-    """Whatever the problem is: what it takes for the truth, for dropped, and for the same, is."""
+    """This proves each problem's own parts: its exact results, its kept elements and its equal bits."""
     for problem in problems(1):
         is_small = not (problem.is_model or problem.is_tf32 or problem.title.startswith("dense"))
         if problem.operation == operation and is_small:
-            found = findings(problem, "eager")
-            assert found.wrong is None, problem.title
-            assert found.error <= 0.5, problem.title
+            finding = findings(problem, "eager")
+            assert finding.wrong is None, problem.title
+            assert finding.error <= 0.5, problem.title
 
 
 @HAS_INTERPRETER
@@ -101,18 +101,18 @@ def test_plain_pytorch_is_within_its_own_budget(operation):
     [("focal_loss", "one of everything"), ("prepare_weights", "small and odd"), ("relu_dropout", ODD)],
 )
 def test_sound_triton_kernels_pass(operation, title):
-    found = findings(find(operation, title), "triton")
-    assert found.wrong is None
-    assert 0 <= found.error <= 1
+    finding = findings(find(operation, title), "triton")
+    assert finding.wrong is None
+    assert 0 <= finding.error <= 1
 
 
 @HAS_NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sound_native_kernels_pass(dtype):
     for problem in (small(), small("relu_dropout"), find("conditional_attention", "one row of cells, dropout")):
-        found = findings(problem, "native", dtype)
-        assert found.wrong is None, problem.operation
-        assert 0 < found.error <= 1, problem.operation
+        finding = findings(problem, "native", dtype)
+        assert finding.wrong is None, problem.operation
+        assert 0 < finding.error <= 1, problem.operation
 
 
 def slightly_wrong(sound, *arguments):
@@ -140,11 +140,11 @@ def dropping_always_the_same(sound, x, residual, seed, p, relu):
 
 
 def another_mask_in_backward(sound, x, residual, seed, p, relu):
-    other = sound(x, residual, seed + 1, p, relu)
-    return sound(x, residual, seed, p, relu).detach() + other - other.detach()
+    reseeded = sound(x, residual, seed + 1, p, relu)
+    return sound(x, residual, seed, p, relu).detach() + reseeded - reseeded.detach()
 
 
-def writing_behind_its_input(sound, x, *others):
+def writing_past_its_input(sound, x, *others):
     ctypes.memset(x.data_ptr() + x.numel() * x.element_size() + 8, 0, 4)
     return sound(x, *others)
 
@@ -173,40 +173,40 @@ CALLS = itertools.count()
 
 
 def unsteady(sound, *arguments):
-    """Every time another rounding off, which is in the budget."""
+    """Off by another rounding every time, within the budget."""
     return sound(*arguments) * (1 + next(CALLS) % 3 * 1.2e-7)
 
 
 @HAS_NATIVE
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
-        (slightly_wrong, r"^result is [\d.]+ times as far off as it may be$"),
-        (wrong_in_a_gradient, r"^gradient of x is [\d.e+]+ times as far off as it may be$"),
-        (another_mask_in_backward, r"^gradient of x is [\d.e+]+ times as far off as it may be$"),
+        (slightly_wrong, r"^result is off by [\d.]+ times its error budget$"),
+        (wrong_in_a_gradient, r"^gradient of x is off by [\d.e+]+ times its error budget$"),
+        (another_mask_in_backward, r"^gradient of x is off by [\d.e+]+ times its error budget$"),
         (one_element_unwritten, "^result is not finite$"),
         (unsteady, "^result differs between two runs on the same inputs$"),
-        (dropping_twice_as_many, r"^drops [56]\d\.\d\d% where it should drop 30.00%$"),
-        (dropping_always_the_same, "^drops the same whatever the seed is$"),
-        (writing_behind_its_input, "^writes outside: 8 bytes behind the end of x$"),
+        (dropping_twice_as_many, r"^drops [56]\d\.\d\d% of the elements, expected 30.00%$"),
+        (dropping_always_the_same, "^drops the same elements for every seed$"),
+        (writing_past_its_input, "^writes outside: 8 bytes past the end of x$"),
         (writing_before_its_input, "^writes outside: 4 bytes before residual$"),
         (changing_its_input, "^changes its input x$"),
         (raising, "^raises ArithmeticError: no such launch$"),
-        (another_dtype, r"^result is \(3, 7, 33\) torch.float64, not \(3, 7, 33\) torch.float32$"),
+        (another_dtype, r"^result: expected \(3, 7, 33\) torch.float32, got \(3, 7, 33\) torch.float64$"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_each_fault_is_found_and_named(wrong, said, sabotage):
+def test_each_fault_is_reported(wrong, message, sabotage):
     sabotage(wrong)
-    found = findings(small(), "native")
-    assert found.wrong is not None
-    assert re.search(said, found.wrong), found.wrong
+    finding = findings(small(), "native")
+    assert finding.wrong is not None
+    assert re.search(message, finding.wrong), finding.wrong
 
 
 @HAS_INTERPRETER
 @pytest.mark.parametrize("where", ["result", "gradient"])
-def test_faults_of_a_triton_kernel(where, monkeypatch):
-    """One that writes behind the memory that it allocated, and one that is wrong in backward alone."""
+def test_faults_of_a_triton_kernel_are_reported(where, monkeypatch):
+    """One kernel writes past the memory that it allocated, another is wrong only in backward."""
     kernels = importlib.import_module("conddetr.kernels.prediction.triton")
     forward, backward = kernels.forward, kernels.backward
 
@@ -216,8 +216,8 @@ def test_faults_of_a_triton_kernel(where, monkeypatch):
         return out
 
     def off(*arguments):
-        of_offsets, of_points = backward(*arguments)
-        return of_offsets, of_points * 1.001
+        offsets_grad, points_grad = backward(*arguments)
+        return offsets_grad, points_grad * 1.001
 
     if where == "result":
         monkeypatch.setattr(kernels, "forward", beyond)
@@ -225,12 +225,12 @@ def test_faults_of_a_triton_kernel(where, monkeypatch):
         monkeypatch.setattr(kernels, "backward", off)
     wrong = findings(find("predicted_boxes", "one query"), "triton").wrong
     if where == "result":
-        assert wrong == "writes outside: 0 bytes behind the end of its own memory"
+        assert wrong == "writes outside: 0 bytes past the end of its own memory"
     else:
         assert wrong.startswith("gradient of points is ")
 
 
-def test_an_assignment_that_costs_more_or_is_none():
+def test_suboptimal_or_incomplete_assignment_is_reported():
     problem = find("linear_assignment", "many objects")
     inputs = problem.make(Maker(CPU, torch.float32))
     best = problem.run(inputs, "eager")
@@ -238,13 +238,13 @@ def test_an_assignment_that_costs_more_or_is_none():
     swapped = best[0].clone()
     queries = (swapped[0, 1] >= 0).nonzero()[:2, 0]
     swapped[0, 1, queries] = swapped[0, 1, queries.flip(0)]
-    assert "image 1 of layer 0: it costs" in problem.judge(inputs, [swapped], best)
+    assert "image 1 of layer 0: its cost is" in problem.judge(inputs, [swapped], best)
     swapped[0, 0, 0] = 0 if best[0][0, 0, 0] != 0 else -1
     assert problem.judge(inputs, [swapped], best) == "image 0 of layer 0: not every object has one query"
 
 
 @HAS_NATIVE
-def test_what_is_slow_or_wrong_is_refused(sabotage, monkeypatch):
+def test_slow_or_wrong_kernel_is_refused(sabotage, monkeypatch):
     row = Row("dropout_add", "native", torch.float32, (dataclasses.replace(small(), is_model=True),))
     with isolated(CPU):
         sabotage(lambda sound, *arguments: time.sleep(0.005) or sound(*arguments))
@@ -261,13 +261,13 @@ def test_what_is_slow_or_wrong_is_refused(sabotage, monkeypatch):
 
 def test_guards_keep_numbers_and_strides():
     x = torch.arange(24.0).view(2, 3, 4)
-    inputs = {"turned": x.transpose(0, 2), "gaps": x[:, ::2, ::3], "one for all": x[:1].expand(5, 3, 4)}
+    inputs = {"transposed": x.transpose(0, 2), "gaps": x[:, ::2, ::3], "expanded": x[:1].expand(5, 3, 4)}
     inputs |= {"none": x[:0], "flags": x > 3, "scalar": x[1, 1, 1]}
     guards = Guards()
     placed = guards.place(inputs)
-    for name, given in inputs.items():
-        assert torch.equal(placed[name], given), name
-        assert placed[name].stride() == given.stride(), name
+    for name, tensor in inputs.items():
+        assert torch.equal(placed[name], tensor), name
+        assert placed[name].stride() == tensor.stride(), name
         assert placed[name].storage_offset() == 0
         assert placed[name]._base is None
         assert placed[name].data_ptr() % 16 == 0 or name == "none"
@@ -296,14 +296,14 @@ def test_budget():
         off = rounded.clone()
         off[17] += 0.5
         assert budget.share(off, rounded, truth, 1.0) > 1, "one element"
-        assert budget.share((1.03 * truth).to(dtype), rounded, truth, 1.0) > 1, "all of them a little"
-    nothing = torch.zeros(3, dtype=torch.float64)
-    assert budget.share(torch.full((3,), 1e-7), torch.zeros(3), nothing, 1.0) < 1, "held to the size of the others"
-    assert budget.share(torch.full((3,), 1e-4), torch.zeros(3), nothing, 1.0) > 1
-    assert budget.share(torch.tensor([torch.nan]), torch.zeros(1), nothing[:1], 1.0) == float("inf")
+        assert budget.share((1.03 * truth).to(dtype), rounded, truth, 1.0) > 1, "all elements slightly"
+    zeros = torch.zeros(3, dtype=torch.float64)
+    assert budget.share(torch.full((3,), 1e-7), torch.zeros(3), zeros, 1.0) < 1, "relative to the largest result"
+    assert budget.share(torch.full((3,), 1e-4), torch.zeros(3), zeros, 1.0) > 1
+    assert budget.share(torch.tensor([torch.nan]), torch.zeros(1), zeros[:1], 1.0) == float("inf")
 
 
-def test_nothing_of_the_process_is_changed():
+def test_state_of_the_process_is_restored():
     def state():
         switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
         return (
@@ -336,32 +336,32 @@ def test_nothing_of_the_process_is_changed():
 
 @pytest.fixture
 def two_problems(monkeypatch, tmp_path):
-    """The check has these alone, and a cache folder of its own."""
+    """Limits the check to these problems, and gives it an empty cache folder."""
     monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path))
     records.forget()
-    found = [dataclasses.replace(small(), is_model=True), find("dropout_add", "one element")]
-    monkeypatch.setattr(check_module, "problems", lambda images: found)
-    yield found
+    chosen = [dataclasses.replace(small(), is_model=True), find("dropout_add", "one element")]
+    monkeypatch.setattr(check_module, "problems", lambda images: chosen)
+    yield chosen
     records.forget()
 
 
 @HAS_NATIVE
-def test_a_record_is_kept_and_read(two_problems):
-    told = []
-    record = conddetr.kernels.check("cpu", progress=lambda *step: told.append(step))
+def test_record_is_saved_and_loaded(two_problems):
+    steps = []
+    record = conddetr.kernels.check("cpu", progress=lambda *step: steps.append(step))
     assert [(x.operation, x.backend, x.dtype) for x in record.verdicts] == [
         ("dropout_add", "native", dtype) for dtype in ("float32", "bfloat16")
     ]
     assert not record.is_short
     assert record.identity == records.identity(CPU)
-    assert told[0] == ("dropout_add, native, float32", 0, 6)
-    assert told[-1] == ("done", 6, 6)
+    assert steps[0] == ("dropout_add, native, float32", 0, 6)
+    assert steps[-1] == ("done", 6, 6)
     records.forget()
     assert records.load(CPU) == record
 
 
 @HAS_NATIVE
-def test_a_short_check_leaves_other_verdicts(two_problems):
+def test_short_check_keeps_other_verdicts(two_problems):
     conddetr.kernels.check("cpu", short=True, dtypes=[torch.bfloat16])
     assert records.load(CPU).is_short
     record = conddetr.kernels.check("cpu", short=True, dtypes=[torch.float32])
@@ -372,13 +372,13 @@ def test_a_short_check_leaves_other_verdicts(two_problems):
     records.adopt(CPU, dataclasses.replace(full, verdicts=(odd, *full.verdicts[1:])))
     again = conddetr.kernels.check("cpu", short=True, dtypes=[torch.float32])
     assert not again.is_short
-    assert again.verdicts[0] == odd, "sizes that only the full check has"
+    assert again.verdicts[0] == odd, "the refusal at a size of the full check stays"
     assert not any("one element" in x.refused for x in conddetr.kernels.check("cpu").verdicts)
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_an_interrupted_check_leaves_no_record(two_problems, after, tmp_path):
-    def interrupt(what, done, total):
+def test_interrupted_check_leaves_no_record(two_problems, after, tmp_path):
+    def interrupt(step, done, total):
         if done >= after:
             raise KeyboardInterrupt
 
@@ -388,7 +388,7 @@ def test_an_interrupted_check_leaves_no_record(two_problems, after, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_full_gpu_is_no_fault_of_a_kernel_and_after_one_that_stopped_nothing_is_taken(two_problems, monkeypatch):
+def test_full_gpu_is_no_fault_of_a_kernel_and_failed_gpu_refuses_the_rest(two_problems, monkeypatch):
     def full(row, device, tell):
         raise torch.OutOfMemoryError("no room")
 
@@ -397,31 +397,31 @@ def test_a_full_gpu_is_no_fault_of_a_kernel_and_after_one_that_stopped_nothing_i
     report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
     assert report.record.verdicts == ()
     assert list(report.unavailable) == ["the GPU has no memory left for the check."]
-    # The next process checks again; this one knows why.
+    # The next process checks again; in this process the refusals hold.
     assert summary(report)[-1].endswith("no record is kept")
     assert {x.refused for x in records.load(CPU).verdicts} == {"the GPU has no memory left for the check."}
     records.forget()
     assert records.load(CPU) is None
     monkeypatch.setattr(check_module, "judge", lambda row, device, tell: row.verdict("it raises.", None, None))
-    lost = "it was not checked, as it stopped at {}."
+    lost = "not checked, because the GPU failed at {}."
     monkeypatch.setattr(check_module, "_stopped", lambda device, title: lost.format(title))
     report = check_module.examine("cpu", dtypes=[torch.float32, torch.bfloat16])
     first, second = report.record.verdicts
     assert first.refused == "it raises."
-    assert second.refused == "it was not checked, as it stopped at dropout_add, native, float32."
+    assert second.refused == "not checked, because the GPU failed at dropout_add, native, float32."
 
 
-def test_time_counts_where_auto_may_take_a_kernel():
+def test_only_kernels_that_auto_may_choose_are_timed():
     rows = {(row.operation, row.backend, row.dtype): row for row in check_module._rows(CPU, check_module.FLOATS, True)}
     assert rows["spatial_query", "triton", torch.bfloat16].is_timed
     assert not rows["spatial_query", "triton", torch.float32].is_timed
     assert all(problem.is_model for row in rows.values() for problem in row.problems)
 
 
-def test_bad_arguments():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
         conddetr.kernels.check("gpu")
-    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'meta': nothing else has kernels"):
+    with pytest.raises(ValueError, match="expected cpu, cuda or cuda:N, got 'meta': other devices have no kernels"):
         conddetr.kernels.check("meta")
     with pytest.raises(ValueError, match=r"dtypes: expected some of torch.float32, .*, got torch.float64"):
         conddetr.kernels.check("cpu", dtypes=[torch.float64])
@@ -431,30 +431,30 @@ def test_bad_arguments():
 
 
 @HAS_NATIVE
-def test_command_prints_a_table_and_says_where_the_record_is(two_problems, sabotage, capsys, tmp_path):
+def test_command_prints_a_table_and_the_path_of_the_record(two_problems, sabotage, capsys, tmp_path):
     file = tmp_path / "out" / "check.json"
-    # Times of a busy machine are no matter here.
+    # Not timed: the machine may be busy.
     two_problems[0] = dataclasses.replace(two_problems[0], is_model=False)
     assert main(["check", "--device", "cpu", "--json", str(file)]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"dropout_add +native +bfloat16 +0\.\d\d +none +ok", said)
-    assert "not available: 1 (on cpu its kernels take float32, bfloat16, float64, not float16)" in said
-    assert "2 ok, 0 refused, 1 not available; record: " in said
-    assert str(records.path(CPU)) in said
+    printed = capsys.readouterr().out
+    assert re.search(r"dropout_add +native +bfloat16 +0\.\d\d +none +ok", printed)
+    assert "not available: 1 (on cpu its kernels take float32, bfloat16, float64, not float16)" in printed
+    assert "2 ok, 0 refused, 1 not available; record: " in printed
+    assert str(records.path(CPU)) in printed
     assert [x["dtype"] for x in json.loads(file.read_text())["content"]["verdicts"]] == ["float32", "bfloat16"]
-    # A place that cannot be written costs no table.
+    # The table is printed even if the file cannot be written.
     assert main(["check", "--device", "cpu", "--json", str(file / "record.json")]) == 2
     assert "2 ok, 0 refused, 1 not available; record: " in capsys.readouterr().out
     sabotage(slightly_wrong)
     assert main(["check", "--device", "cpu"]) == 1
-    said = capsys.readouterr().out
-    assert "REFUSED: dropout_add, native, float32: small: result is " in said
-    assert "1 ok, 1 refused, 1 not available" in said
+    printed = capsys.readouterr().out
+    assert "REFUSED: dropout_add, native, float32: small: result is " in printed
+    assert "1 ok, 1 refused, 1 not available" in printed
     assert not records.verdict("dropout_add", "native", CPU, torch.bfloat16).refused
 
 
 @HAS_NATIVE
-def test_a_kernel_of_which_nothing_can_run_here_is_not_refused(two_problems, monkeypatch):
+def test_unavailable_kernel_is_not_refused(two_problems, monkeypatch):
     monkeypatch.setattr(native, "NOT_LOADED", "the native kernels are not built.")
     report = check_module.examine("cpu")
     assert report.record.verdicts == ()
@@ -464,8 +464,8 @@ def test_a_kernel_of_which_nothing_can_run_here_is_not_refused(two_problems, mon
 
 
 @HAS_NATIVE
-def test_a_device_that_cannot_add_up_is_refused_everything(two_problems, monkeypatch):
+def test_device_with_wrong_sums_refuses_every_kernel(two_problems, monkeypatch):
     monkeypatch.setattr(check_module, "_computes", lambda device: False)
     verdicts = conddetr.kernels.check("cpu").verdicts
     assert len(verdicts) == 2
-    assert all(x.refused == "nothing is right on cpu: plain PyTorch's sums are wrong." for x in verdicts)
+    assert all(x.refused == "plain PyTorch computes wrong sums on cpu." for x in verdicts)

@@ -1,4 +1,4 @@
-"""Convolution with bias, residual sum and ReLU: values and gradients against float64, what runs, errors."""
+"""Convolution with bias, residual add and ReLU: values and gradients against float64, the kernels that run, errors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from conddetr.kernels.conv import Layer, gpu
 from conddetr.kernels.conv.pytorch import ConvolutionByProducts
 
 HAS_NATIVE = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
-HAS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is without oneDNN")
+HAS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 WINDOWS = {
     "1×1": (1, (1, 1), (0, 0), (1, 1)),
     "1×1, strided": (1, (2, 2), (0, 0), (1, 1)),
@@ -43,7 +43,7 @@ def plain(tensors, options, residual, relu):
 
 
 class Seen(TorchDispatchMode):
-    """Names of the convolutions that ran."""
+    """Records the names of the convolutions that ran."""
 
     def __init__(self):
         super().__init__()
@@ -59,18 +59,18 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_values_and_gradients_of_first_and_second_order(window, end, backend):
-    """32 channels, so that where there is a kernel for 3×3 it runs: `auto` takes it for float32 alone, so by name."""
+    """With 32 channels the 3×3 kernel runs if it is built; by name, because `auto` chooses it only for float32."""
     tensors, options, residual = make(window, (5, 6), (32, 32))
     residual = residual if end[0] else None
     leaves = [x.requires_grad_() for x in (*tensors, *([] if residual is None else [residual]))]
     is_ours = window == WINDOWS["3×3"] and native.NOT_LOADED is None and backend == "auto"
-    found = convolution(*tensors, **options, residual=residual, relu=end[1], backend="native" if is_ours else backend)
+    actual = convolution(*tensors, **options, residual=residual, relu=end[1], backend="native" if is_ours else backend)
     expected = plain(tensors, options, residual, end[1])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
-    first = [torch.autograd.grad(y.square().sum(), leaves, create_graph=True) for y in (found, expected)]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-11)
+    first = [torch.autograd.grad(y.square().sum(), leaves, create_graph=True) for y in (actual, expected)]
     second = [torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves) for gradients in first]
-    for ours, theirs in (*zip(*first, strict=True), *zip(*second, strict=True)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * theirs.abs().max().item())
+    for ours, reference in (*zip(*first, strict=True), *zip(*second, strict=True)):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10 * reference.abs().max().item())
 
 
 @HAS_ONEDNN
@@ -82,22 +82,22 @@ def test_inference_in_float32_runs_as_one_operator(window, end, backend):
     residual = residual if end[0] else None
     kept = None if residual is None else residual.clone()
     with Seen() as seen:
-        found = convolution(*tensors, **options, residual=residual, relu=end[1], backend=backend)
+        out = convolution(*tensors, **options, residual=residual, relu=end[1], backend=backend)
     is_ours = backend == "auto" and window == WINDOWS["3×3"] and native.NOT_LOADED is None
     assert seen.names == ["convolution_3x3" if is_ours else "_convolution_pointwise"]
     exact = [tensor.double() for tensor in tensors]
     expected = plain(exact, options, None if residual is None else residual.double(), end[1])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    assert out.is_contiguous(memory_format=torch.channels_last)
     if residual is not None:
-        assert torch.equal(residual, kept), "the residual was written over"
+        assert torch.equal(residual, kept), "the residual was overwritten"
         channels_last = residual.contiguous(memory_format=torch.channels_last)
         again = convolution(*tensors, **options, residual=channels_last, overwrite=True, relu=end[1], backend=backend)
-        torch.testing.assert_close(again, found)
+        torch.testing.assert_close(again, out)
         assert is_ours or again.data_ptr() == channels_last.data_ptr()
 
 
-def test_weights_get_their_gradient_from_products_and_only_where_it_is_wanted():
+def test_weight_gradients_are_products_and_computed_only_if_needed():
     (x, weight, bias), options, _ = make(WINDOWS["3×3, strided"], dtype=torch.float32)
     out = convolution(x, weight.requires_grad_(), bias, **options)
     assert type(out.grad_fn).__name__ == "ConvolutionByProductsBackward"
@@ -111,13 +111,13 @@ def test_weights_get_their_gradient_from_products_and_only_where_it_is_wanted():
     assert issubclass(ConvolutionByProducts, torch.autograd.Function)
 
 
-def test_what_is_cast_or_has_no_values_is_pytorchs():
+def test_autocast_and_meta_tensors_run_on_pytorch():
     tensors, options, residual = make(WINDOWS["3×3"], channels=(32, 32), dtype=torch.float32)
     expected = plain(tensors, options, residual, True)
     with torch.autocast("cpu", torch.bfloat16), Seen() as seen:
-        found = convolution(*tensors, **options, residual=residual, relu=True)
+        out = convolution(*tensors, **options, residual=residual, relu=True)
     assert set(seen.names) == {"convolution"}
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.2)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=0.2)
     on_meta = [tensor.to("meta") for tensor in tensors]
     assert convolution(*on_meta, **options).shape == expected.shape
 
@@ -139,7 +139,7 @@ def test_errors():
 
 
 @HAS_NATIVE
-def test_native_by_name_is_an_error_for_other_windows():
+def test_native_by_name_raises_for_other_windows():
     tensors, options, _ = make(WINDOWS["3×3, strided"], channels=(32, 32), dtype=torch.float32)
     with pytest.raises(registry.BackendError, match=r"takes a window of 3×3, stride, padding.*use backend auto"):
         convolution(*tensors, **options, backend="native")
@@ -147,7 +147,7 @@ def test_native_by_name_is_an_error_for_other_windows():
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_counters_of_flops_see_it(window, has_residual):
+def test_flop_counters_include_it(window, has_residual):
     tensors, options, residual = make(window, channels=(32, 64), dtype=torch.float32)
     leaf = tensors[1].clone().requires_grad_()
     counts = []
@@ -160,7 +160,7 @@ def test_counters_of_flops_see_it(window, has_residual):
 
 
 def on(device, window, dtype=torch.float32, size=(7, 9)):
-    """As `make`, all in channels-last, for backend `triton`."""
+    """Like `make`, on a device and all in channels-last, for backend `triton`."""
     tensors, options, residual = make(window, size, dtype=dtype)
     tensors = [x.to(device) for x in tensors]
     tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
@@ -168,7 +168,7 @@ def on(device, window, dtype=torch.float32, size=(7, 9)):
 
 
 def results(run, tensors, options, residual, upstream):
-    """The result of `run`, and the gradients of all tensors, for one gradient from above for each use."""
+    """The result of `run` and the gradients of all tensors, given an upstream gradient for each use."""
     leaves = [x.detach().clone().requires_grad_() for x in (*tensors, residual) if x is not None]
     out = run(leaves[:3], options, leaves[3] if residual is not None else None)
     outs = out if isinstance(out, tuple) else (out,) * len(upstream)
@@ -183,27 +183,29 @@ def results(run, tensors, options, residual, upstream):
 @pytest.mark.parametrize("window", ["1×1", "3×3, strided", "7×7, uneven"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_triton_errs_no_more_than_pytorch(dtype, window, has_residual, uses, device):
-    """Against float64; sizes are odd, so that no count is a whole number of units, and one block is not enough."""
+    """Against float64, with odd sizes: no count is a multiple of a tile, and the maps need several blocks."""
     tensors, options, residual = on(device, WINDOWS[window], dtype, (31, 33))
     residual = residual if has_residual else None
     upstream = [torch.randn_like(F.conv2d(*tensors, **options)) for _ in range(uses)]
     arguments = {"relu": True, "uses": uses, "backend": "triton"}
-    found = results(lambda x, o, r: convolution(*x, **o, residual=r, **arguments), tensors, options, residual, upstream)
+    actual = results(
+        lambda x, o, r: convolution(*x, **o, residual=r, **arguments), tensors, options, residual, upstream
+    )
     in_torch = results(lambda *x: plain(*x, True), tensors, options, residual, upstream)
-    # The same signs for all: where rounding decides about zero, gradients differ by their whole size.
-    sign = (found[0] > 0).double()
+    # The same signs for all: near zero, where rounding decides the sign, gradients differ by their whole size.
+    sign = (actual[0] > 0).double()
     exact = [None if x is None else x.double() for x in (*tensors, residual)]
     expected = results(lambda x, o, r: sign * plain(x, o, r, False), exact[:3], options, exact[3], upstream)
-    for ours, theirs, truth in zip(found, in_torch, expected, strict=True):
+    for ours, reference, truth in zip(actual, in_torch, expected, strict=True):
         scale = truth.abs().max()
-        error, allowed = ((x.double() - truth).abs().max() / scale for x in (ours, theirs))
+        error, allowed = ((x.double() - truth).abs().max() / scale for x in (ours, reference))
         assert error <= 2 * allowed + torch.finfo(dtype).eps
         assert ours.dtype == dtype
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_triton_has_derivatives_of_second_order(device):
+def test_triton_has_second_derivatives(device):
     tensors, options, residual = on(device, WINDOWS["3×3, strided"])
     second = []
     for run, dtype in ((convolution, torch.float32), (None, torch.float64)):
@@ -214,13 +216,13 @@ def test_triton_has_derivatives_of_second_order(device):
             outs = run(*leaves[:3], **options, residual=leaves[3], relu=True, uses=2, backend="triton")
         first = torch.autograd.grad((outs[0] * outs[1]).square().sum(), leaves, create_graph=True)
         second.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
-    for ours, theirs in zip(*second, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    for ours, reference in zip(*second, strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_triton_takes_gradients_of_any_layout_and_of_one_use_alone(device):
+def test_triton_accepts_gradients_of_any_layout_and_of_a_single_use(device):
     tensors, options, residual = on(device, WINDOWS["3×3"])
     leaves = [x.requires_grad_() for x in (*tensors, residual.contiguous())]
     first, second = convolution(*tensors, **options, residual=leaves[3], relu=True, uses=2, backend="triton")
@@ -231,17 +233,17 @@ def test_triton_takes_gradients_of_any_layout_and_of_one_use_alone(device):
     several = torch.stack([rows, -rows])
     wanted = torch.autograd.grad(expected, leaves, several, retain_graph=True, is_grads_batched=True)
     batched = torch.autograd.grad(first, leaves, several, retain_graph=True, is_grads_batched=True)
-    for ours, theirs in zip(batched, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for ours, truth in zip(batched, wanted, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
     for upstream in (rows, rows[:, :1].expand_as(rows)):
         wanted = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
         for out in (first, second):
-            for ours, theirs in zip(torch.autograd.grad(out, leaves, upstream, retain_graph=True), wanted, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            for ours, truth in zip(torch.autograd.grad(out, leaves, upstream, retain_graph=True), wanted, strict=True):
+                torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
-def test_triton_computes_the_gradients_that_are_wanted_alone(device):
+def test_triton_computes_only_the_needed_gradients(device):
     (x, weight, bias), options, residual = on(device, WINDOWS["3×3"])
     arguments = {**options, "relu": True, "backend": "triton"}
     assert convolution(x, weight, bias, residual=residual, **arguments).grad_fn is None
@@ -260,7 +262,7 @@ def test_triton_computes_the_gradients_that_are_wanted_alone(device):
 
 
 class Masks(TorchDispatchMode):
-    """Which gradients of input, weight and bias were computed."""
+    """Records which gradients of input, weight and bias were computed."""
 
     def __init__(self):
         super().__init__()
@@ -283,7 +285,7 @@ def test_triton_keeps_nan(device):
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_operators_are_registered_as_pytorch_wants_it(device):
+def test_operator_registration(device):
     (x, *_), _, _ = on(device, WINDOWS["1×1"])
     with torch.no_grad():
         torch.library.opcheck(torch.ops.conddetr.relu_backward, (x, None, x.clone()))
@@ -292,7 +294,7 @@ def test_operators_are_registered_as_pytorch_wants_it(device):
 
 
 def pair_of_layers(device):
-    """x in channels-last, and a 1×1 and a strided convolution of it: tensors and windows."""
+    """Channels-last x, the tensors of a 1×1 and a strided convolution, and the window of the second."""
     (x, weight, bias), _, _ = on(device, WINDOWS["1×1"])
     (_, second, other_bias), options, _ = on(device, (3, (2, 2), (1, 1), (1, 1)))
     return [
@@ -321,41 +323,41 @@ def gradients_of_both_orders(out, leaves):
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_a_pair_has_the_gradients_of_both_convolutions(backend, device):
+def test_pair_has_the_gradients_of_both_convolutions(backend, device):
     tensors, options = pair_of_layers(device)
     tensors = [x.requires_grad_() for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
     out, expected = run_pair(tensors, options, backend), plain_pair(exact, options)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
-    found = gradients_of_both_orders(out, tensors)
-    for ours, theirs in zip(found, gradients_of_both_orders(expected, exact), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+    actual = gradients_of_both_orders(out, tensors)
+    for ours, reference in zip(actual, gradients_of_both_orders(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
 @pytest.mark.parametrize("backend", ["triton", "auto"])
-def test_autocast_in_backward_alone_changes_nothing(backend, device):
+def test_autocast_only_in_backward_changes_nothing(backend, device):
     tensors, options = pair_of_layers(device)
     tensors = [x.requires_grad_() for x in tensors]
     expected = torch.autograd.grad(run_pair(tensors, options, backend).sum(), tensors)
     out = run_pair(tensors, options, backend).sum()
     with torch.autocast(device.type, torch.bfloat16):
-        found = torch.autograd.grad(out, tensors)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        actual = torch.autograd.grad(out, tensors)
+    for ours, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.compares_numbers
-def test_a_pair_computes_the_gradients_that_are_wanted_alone(device):
+def test_pair_computes_only_the_needed_gradients(device):
     tensors, options = pair_of_layers(device)
     expected = torch.autograd.grad(plain_pair([x.requires_grad_() for x in tensors], options).sum(), tensors)
     for wanted, masks in (((4,), []), ((3, 4), [[False, True, False]]), ((1,), [[True, False, False]])):
         leaves = [x.detach().requires_grad_(index in wanted) for index, x in enumerate(tensors)]
-        with Masks() as seen:
+        with Masks() as computed:
             run_pair(leaves, options, "triton").sum().backward()
-        assert seen.seen[: len(masks)] == masks
+        assert computed.seen[: len(masks)] == masks
         for index, leaf in enumerate(leaves):
             assert (leaf.grad is not None) == (index in wanted)
             if index in wanted:
@@ -363,13 +365,13 @@ def test_a_pair_computes_the_gradients_that_are_wanted_alone(device):
 
 
 @pytest.mark.gpu
-def test_a_pair_keeps_no_map_between(device):
+def test_pair_saves_no_intermediate_map(device):
     tensors, options = pair_of_layers(device)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         out = run_pair([tensors[0], *(x.requires_grad_() for x in tensors[1:])], options, "triton")
-    between = (*tensors[0].shape[:1], len(tensors[1]), *tensors[0].shape[2:])
-    assert between not in kept
+    intermediate = (*tensors[0].shape[:1], len(tensors[1]), *tensors[0].shape[2:])
+    assert intermediate not in kept
     assert sorted(kept) == sorted([tensors[0].shape, *(x.shape for x in tensors[1:4]), out.shape])
 
 
@@ -385,7 +387,7 @@ def test_errors_of_a_pair():
         convolution_pair(x, Layer(weight, bias), Layer(second.double(), None, **options), backend="triton")
 
 
-def test_triton_by_name_says_what_it_cannot():
+def test_triton_by_name_raises_with_the_reason():
     tensors, options, _ = on("cpu", WINDOWS["1×1"])
     cases = {
         "its kernels end in ReLU": (tensors, {}),
@@ -409,10 +411,10 @@ def test_triton_by_name_says_what_it_cannot():
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_two_uses_are_one_result_for_all_backends(backend):
     tensors, options, residual = make(WINDOWS["3×3"], channels=(32, 32), dtype=torch.float32)
-    with record_paths() as found:
+    with record_paths() as paths:
         first, second = convolution(*tensors, **options, residual=residual, relu=True, uses=2, backend=backend)
     assert first is second
-    assert sum(found["convolution"].values()) == 1
+    assert sum(paths["convolution"].values()) == 1
 
 
 def stand_in(x, weight, bias, *window):
@@ -425,7 +427,7 @@ def stand_in_with_sum(x, weight, z, alpha, bias, *window):
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """Stand-ins for its operators."""
+    """Stand-ins for cuDNN's operators."""
     monkeypatch.setattr(torch, "cudnn_convolution_relu", stand_in)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", stand_in_with_sum)
 
@@ -445,24 +447,24 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_trial_of_cudnn_finds_what_is_wrong(dtype, cudnn, monkeypatch):
+def test_trial_of_cudnn_reports_wrong_results(dtype, cudnn, monkeypatch):
     for has_residual in (False, True):
         assert gpu._try(torch.device("cpu"), dtype, *FORM, has_residual) is None
     for reason, broken in BROKEN.items():
         monkeypatch.setattr(torch, "cudnn_convolution_relu", broken)
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(gpu._try(torch.device("cpu"), dtype, *FORM, False))
-    wrong = stand_in_with_sum
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda x, w, z, *rest: wrong(x, w, 0.9 * z, *rest))
+    sound = stand_in_with_sum
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", lambda x, w, z, *rest: sound(x, w, 0.9 * z, *rest))
     assert "differ" in gpu._try(torch.device("cpu"), dtype, *FORM, True)
 
 
-def test_cudnn_is_not_asked_for_what_is_to_be_deterministic(monkeypatch):
+def test_cudnn_is_not_used_if_results_must_be_deterministic(monkeypatch):
     x = torch.zeros(1, 8, 4, 4)
     form = (torch.zeros(16, 4, 3, 3), FORM[1], False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "_failures", {(x.device, x.dtype, *FORM, False): None})
-    # What the fixtures ask for.
+    # The fixtures demand deterministic results.
     assert "deterministic" in gpu._why_not_cudnn(x, *form)
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
@@ -473,7 +475,7 @@ def test_cudnn_is_not_asked_for_what_is_to_be_deterministic(monkeypatch):
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_what_cudnn_computes_has_the_gradients_of_what_triton_does(has_residual, cudnn):
+def test_gradients_of_cudnn_are_those_of_plain_pytorch(has_residual, cudnn):
     tensors, options, residual = on("cpu", WINDOWS["3×3, strided"])
     residual = residual if has_residual else None
     upstream = [torch.randn_like(F.conv2d(*tensors, **options)) for _ in range(2)]
@@ -482,7 +484,7 @@ def test_what_cudnn_computes_has_the_gradients_of_what_triton_does(has_residual,
     def by_cudnn(x, options, residual):
         return gpu.ConvolutionReLU.apply(*x, residual, window, 2, gpu._by_cudnn)
 
-    found = results(by_cudnn, tensors, options, residual, upstream)
+    actual = results(by_cudnn, tensors, options, residual, upstream)
     expected = results(lambda *x: plain(*x, True), tensors, options, residual, upstream)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for ours, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,7 @@
-"""Matching cost: against the formula pair by pair, and the kernel against the reference; official ones: tests/loss."""
+"""Matching cost: the reference against the formula pair by pair, the kernel against the reference.
+
+tests/loss compares it with official values.
+"""
 
 import math
 
@@ -31,16 +34,16 @@ def class_cost(logits, label, activation):
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_reference_against_a_loop(activation):
     logits, boxes, labels, objects, counts = case()
-    found = matching_cost(logits, boxes, labels, objects, counts, activation=activation, **WEIGHTS)
-    assert found.shape == (2, 3, 4, 6)
-    for layer, image, item, query in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+    cost = matching_cost(logits, boxes, labels, objects, counts, activation=activation, **WEIGHTS)
+    assert cost.shape == (2, 3, 4, 6)
+    for layer, image, item, query in torch.cartesian_prod(*map(torch.arange, cost.shape)).tolist():
         expected = 0.0
         if item < counts[image]:
             a, b = boxes[layer, image, query], objects[image, item].double()
             corners = (ops.box_convert(box[None], "cxcywh", "xyxy") for box in (a, b))
             expected = 2 * class_cost(logits[layer, image, query], labels[image, item], activation)
             expected += 5 * (a - b).abs().sum().item() - 2 * ops.generalized_box_iou(*corners).item()
-        assert found[layer, image, item, query].item() == pytest.approx(expected, abs=1e-9)
+        assert cost[layer, image, item, query].item() == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
@@ -52,44 +55,44 @@ def test_kernel_matches_the_reference(sizes, dtype, activation, device):
     def run(backend, dtype):
         return matching_cost(logits.to(dtype), boxes.to(dtype), *rest, activation=activation, backend=backend)
 
-    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
-    assert found.dtype == torch.float32
-    error, budget = ((x.double() - exact).abs().max().item() for x in (found, plain))
+    exact, plain, actual = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
+    assert actual.dtype == torch.float32
+    error, budget = ((x.double() - exact).abs().max().item() for x in (actual, plain))
     assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on the way to exp(-inf)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # from numpy, before exp(-inf)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_extreme_logits_stay_finite(backend, device):
     logits = torch.tensor([-3e38, -100.0, 0.0, 100.0, 3e38], device=device).view(1, 1, 5, 1)
     labels, objects = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.zeros(1, 1, 4, device=device)
-    one = torch.ones(1, dtype=torch.int32, device=device)
-    cost = matching_cost(logits, torch.zeros(1, 1, 5, 4, device=device), labels, objects, one, backend=backend)
-    # Both logarithms end at log 1e-8.
+    counts = torch.ones(1, dtype=torch.int32, device=device)
+    cost = matching_cost(logits, torch.zeros(1, 1, 5, 4, device=device), labels, objects, counts, backend=backend)
+    # The limit of both logarithms is log 1e-8.
     limits = torch.tensor([2 * 0.25 * -math.log(1e-8), 2 * 0.75 * math.log(1e-8)], device=device)
     torch.testing.assert_close(cost[0, 0, 0, [0, 4]], limits)
     assert torch.isfinite(cost).all()
     assert (cost[0, 0, 0, 1:] <= cost[0, 0, 0, :-1]).all()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's: beyond the dtype is its end
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # from numpy: values beyond the dtype's range
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("size", [1e20, torch.finfo(torch.float32).max])
-def test_huge_boxes_stay_finite_and_not_a_number_shows(size, backend, device):
+def test_huge_boxes_stay_finite_and_nan_propagates(size, backend, device):
     boxes = torch.tensor([[size, size, size, size], [-size, -size, size, size]], device=device).view(1, 1, 2, 4)
     logits, labels = torch.zeros(1, 1, 2, 1, device=device), torch.zeros(1, 2, dtype=torch.int64, device=device)
     rest = (labels, boxes[0], torch.full((1,), 2, dtype=torch.int32, device=device))
     cost = matching_cost(logits, boxes, *rest, backend=backend)
     assert torch.isfinite(cost).all()
-    assert (cost[0, 0].diagonal() < 0).all(), "equal boxes: only the GIoU and the class count"
+    assert (cost[0, 0].diagonal() < 0).all(), "equal boxes: only GIoU and class contribute"
     assert (cost[0, 0, [0, 1], [1, 0]] >= size).all()
     assert matching_cost(logits, boxes * float("nan"), *rest, backend=backend).isnan().all()
 
 
-def test_a_label_that_is_no_class_never_reads_outside(device):
+def test_invalid_label_never_reads_outside(device):
     logits, boxes, labels, objects, counts = (x.to(device) for x in case(dtype=torch.float32))
-    found = [matching_cost(logits, boxes, x, objects, counts, backend="triton") for x in (labels + 99, labels * 0 + 4)]
-    assert torch.equal(*found)
+    costs = [matching_cost(logits, boxes, x, objects, counts, backend="triton") for x in (labels + 99, labels * 0 + 4)]
+    assert torch.equal(*costs)
 
 
 def test_operator_registration(device):

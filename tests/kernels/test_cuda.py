@@ -1,6 +1,6 @@
-"""The CUDA kernels, on a GPU or, where there is none, unchanged under an emulator on the CPU.
+"""The CUDA kernels, on a GPU or, without one, unchanged under an emulator on the CPU.
 
-tests/kernels/emulator stands in for warps, shared memory, asynchronous copies and Hopper's products, in random order.
+tests/kernels/emulator emulates warps, shared memory, asynchronous copies and Hopper's products, in random order.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ EMULATOR = Path(__file__).parent / "emulator"
 
 @pytest.fixture(scope="module")
 def library():
-    """The operators of csrc/*/cuda.cu as torch.ops.conddetr_emulated, compiled again only after a change."""
+    """The operators of csrc/*/cuda.cu as torch.ops.conddetr_emulated, recompiled only after a change."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("the emulator needs g++")
     sources = sorted(path for folder in (ROOT / "csrc", EMULATOR) for path in folder.rglob("*.*"))
     content = b"".join(path.read_bytes() for path in sources) + torch.__version__.encode()
-    found = ROOT / "build" / f"emulator-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    if not found.exists():
-        found.parent.mkdir(exist_ok=True)
+    built = ROOT / "build" / f"emulator-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(exist_ok=True)
         torch_folder = Path(torch.__file__).parent
-        partial = found.with_suffix(f".{os.getpid()}")
+        partial = built.with_suffix(f".{os.getpid()}")
         flags = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared"]
         flags += ["-fvisibility=hidden", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         flags += [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}", f"-I{torch_folder / 'include'}"]
         source = [str(EMULATOR / "emulator.cpp"), "-o", str(partial), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
         run = subprocess.run([*compiler.split(), *flags, *source], capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-        partial.rename(found)
-    torch.ops.load_library(str(found))
+        partial.rename(built)
+    torch.ops.load_library(str(built))
     for name in ("conditional_attention", "sine_embedding"):
         operators.describe("conddetr_emulated", name)
         operators.describe("conddetr_emulated", f"{name}_backward")
@@ -61,7 +61,7 @@ def library():
 
 @pytest.fixture
 def device(request, monkeypatch):
-    """Where the CUDA kernels run as backend `native`: the GPU, or the CPU with their emulator."""
+    """The device on which the CUDA kernels run as backend `native`: the GPU, or the CPU with their emulator."""
     if torch.cuda.is_available():
         reason = native.why_not(torch.device("cuda"), torch.float32)
         if reason is not None:
@@ -75,10 +75,10 @@ def device(request, monkeypatch):
 
 @pytest.fixture
 def kernel(request, device, monkeypatch):
-    """Which forward kernel takes 16-bit numbers: `generic`, or `hopper`, which the emulator always can."""
+    """The forward kernel for 16-bit dtypes: `generic`, or `hopper`, which the emulator always supports."""
     is_hopper = device.type == "cpu" or torch.cuda.get_device_capability()[0] == 9
     if request.param == "hopper" and not is_hopper:
-        pytest.skip("this GPU is no Hopper")
+        pytest.skip("this GPU is not a Hopper")
     monkeypatch.setenv("CONDDETR_HOPPER", str(int(request.param == "hopper")))
     return request.param
 
@@ -107,17 +107,18 @@ def run(leaves, dtype, backend, device, **options):
 
 
 def check(leaves, dtype, device, **options):
-    """Twice the error of plain PyTorch in the same dtype at most, both against float64."""
+    """Check that errors are at most twice those of plain PyTorch in the same dtype, both against float64."""
     leaves = [leaf.to(dtype).double() for leaf in leaves]
-    exact, plain, found = (
-        run(leaves, *which, device, **options)
-        for which in ((torch.float64, "eager"), (dtype, "eager"), (dtype, "native"))
+    exact, plain, actual = (
+        run(leaves, *mode, device, **options)
+        for mode in ((torch.float64, "eager"), (dtype, "eager"), (dtype, "native"))
     )
     scale = max(truth.abs().max() for truth in exact)
-    for index, (ours, theirs, truth) in enumerate(zip(found, plain, exact, strict=True)):
-        # A gradient that is zero but for float64's rounding (one row: all keys share it) is held to the others' scale.
+    for index, (ours, reference, truth) in enumerate(zip(actual, plain, exact, strict=True)):
+        # A gradient that is zero up to float64's rounding is measured on the scale of the others. This occurs with one
+        # row, which all keys share.
         largest = truth.abs().max() if truth.abs().max() > 1e-12 * scale else scale
-        error, budget = ((x.double() - truth).abs().max() for x in (ours, theirs))
+        error, budget = ((x.double() - truth).abs().max() for x in (ours, reference))
         assert error <= 2 * budget + 2 * torch.finfo(dtype).eps * largest, (index, error, budget)
 
 
@@ -127,8 +128,8 @@ def check(leaves, dtype, device, **options):
     [
         (1, 1, 1, None),
         (70, 9, 11, [[9, 11], [4, 9]]),
-        (130, 10, 16, [[10, 16], [8, 8]]),  # full tiles, and queries in a second block of them
-        (17, 3, 21, [[3, 17], [2, 21]]),  # octets of a tile share a row
+        (130, 10, 16, [[10, 16], [8, 8]]),  # full tiles, and queries in a second block
+        (17, 3, 21, [[3, 17], [2, 21]]),  # groups of eight keys of a tile share a row
         (5, 37, 1, [[37, 1], [0, 1]]),
         (3, 1, 70, None),
         (3, 4, 7, [[4, 0], [4, 7]]),
@@ -158,7 +159,7 @@ def test_scale_zero_is_the_mean(dtype, kernel, device):
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
-def test_nothing_visible_gives_zeros(dtype, kernel, device):
+def test_image_without_a_valid_key_gives_zeros(dtype, kernel, device):
     for options in (
         {"valid_cells": torch.tensor([[0, 3], [4, 0]], dtype=torch.int32)},
         {"key_padding_mask": torch.ones(2, 28, dtype=torch.bool)},
@@ -167,17 +168,17 @@ def test_nothing_visible_gives_zeros(dtype, kernel, device):
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
-def test_valid_cells_beyond_the_grid_is_clamped(dtype, kernel, device, monkeypatch):
-    """A rectangle on a GPU is not looked at before the kernel does."""
+def test_valid_cells_beyond_the_grid_are_clamped(dtype, kernel, device, monkeypatch):
+    """The host does not check rectangles on a GPU, so the kernel clamps them."""
     monkeypatch.setattr(attention_checks, "check_rectangles", lambda *_: None)
     leaves = make_leaves(3, 4, 7)
-    wild, tame = (torch.tensor(valid, dtype=torch.int32) for valid in ([[99, -4], [99, 1000]], [[4, 0], [4, 7]]))
-    results = [run(leaves, dtype, "native", device, valid_cells=valid) for valid in (wild, tame)]
+    beyond, clamped = (torch.tensor(valid, dtype=torch.int32) for valid in ([[99, -4], [99, 1000]], [[4, 0], [4, 7]]))
+    results = [run(leaves, dtype, "native", device, valid_cells=valid) for valid in (beyond, clamped)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_dropout_is_that_of_triton(dense, device):
+def test_dropout_equals_that_of_triton(dense, device):
     reason = registry.why_not("triton", device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -187,29 +188,29 @@ def test_dropout_is_that_of_triton(dense, device):
     for backend in ("native", "triton"):
         torch.manual_seed(3)
         results.append(run(leaves, torch.float32, backend, device, dropout_p=0.3, **options))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
-def test_gradients_too_large_for_float16_are_where_those_of_triton_are(kernel, device):
+def test_gradients_overflow_float16_at_the_same_elements_as_in_triton(kernel, device):
     reason = registry.why_not("triton", device, torch.float16)
     if reason is not None:
         pytest.skip(reason)
     leaves = make_leaves(19, 5, 7, heads=2)
-    # Of one image alone, and there too only some are too large.
+    # Only some gradients of one image overflow.
     leaves[-1][0] *= 30000
-    found, expected = (run(leaves, torch.float16, backend, device) for backend in ("native", "triton"))
-    for ours, theirs in zip(found, expected, strict=True):
-        # Next to the largest number rounding decides.
-        is_near = ((theirs.abs() > 6e4) & theirs.isfinite()) | ((ours.abs() > 6e4) & ours.isfinite())
-        assert torch.equal((ours.isfinite() | is_near), (theirs.isfinite() | is_near))
-        torch.testing.assert_close(ours[1], theirs[1], atol=2e-3, rtol=2e-2)
+    actual, expected = (run(leaves, torch.float16, backend, device) for backend in ("native", "triton"))
+    for ours, reference in zip(actual, expected, strict=True):
+        # Close to the largest number, rounding decides.
+        is_near = ((reference.abs() > 6e4) & reference.isfinite()) | ((ours.abs() > 6e4) & ours.isfinite())
+        assert torch.equal((ours.isfinite() | is_near), (reference.isfinite() | is_near))
+        torch.testing.assert_close(ours[1], reference[1], atol=2e-3, rtol=2e-2)
     assert any((~x.isfinite()).any() and x[0].isfinite().any() for x in expected)
 
 
 def unpacked(keep, valid, height, width):
-    """[B, heads, Q, N] bool: bit j of word w is that of ordinal 32 w + j of the valid rectangle; False outside."""
+    """[B, heads, Q, N] bool: bit j of word w belongs to ordinal 32 w + j of the valid rectangle; False outside."""
     bits = (keep[..., None] >> torch.arange(32) & 1).bool().transpose(2, 3).flatten(3)
     kept = torch.zeros(*bits.shape[:3], height, width, dtype=torch.bool)
     for image, (valid_height, valid_width) in enumerate(valid):
@@ -221,25 +222,25 @@ def unpacked(keep, valid, height, width):
 @pytest.mark.parametrize(("dtype", "kernel"), KERNELS, indirect=["kernel"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_dropout_bits(dense, dtype, kernel, device):
-    """Weights whose bit is not set are dropped, forward and backward, whatever the others."""
+    """Forward and backward drop exactly the weights whose bit is not set."""
     height, width = (1, 143) if dense else (11, 13)
     valid = [[height, width], [height, width] if dense else [9, 11]]
     leaves = [leaf.to(dtype).double() for leaf in make_leaves(70, height, width, heads=2, dense=dense)]
     keep = torch.randint(-(2**31), 2**31, (2, 2, 6, 70), dtype=torch.int32)
     kept, upstream = unpacked(keep, valid, height, width), torch.randn(2, 70, 2, 32).to(dtype)
-    hw = None if dense else torch.tensor(valid, dtype=torch.int32)
+    valid_cells = None if dense else torch.tensor(valid, dtype=torch.int32)
 
     def plain(q_content, q_spatial, k_content, *spatial, v):
         dense_keys = spatial[0] if dense else dense_spatial_keys(*spatial)
         pairs = ((q_content, k_content), (q_spatial, dense_keys))
         scores = sum(torch.einsum("bqhd,bnhd->bhqn", query, key) for query, key in pairs) / 8
         if not dense:
-            scores = scores.masked_fill(rectangle_padding(hw, height, width)[:, None, None], -torch.inf)
+            scores = scores.masked_fill(rectangle_padding(valid_cells, height, width)[:, None, None], -torch.inf)
         return torch.einsum("bhqn,bnhd->bqhd", scores.softmax(-1) * kept / 0.75, v)
 
     def native_op(*tensors, v):
         tensors = [*tensors, None] if dense else tensors
-        masks = [None if mask is None else mask.to(device) for mask in (hw, None, keep)]
+        masks = [None if mask is None else mask.to(device) for mask in (valid_cells, None, keep)]
         return operators.of("native").conditional_attention(*tensors, v, *masks, 1 / 8, 0.25)[0]
 
     def both(attend, dtype, device="cpu"):
@@ -247,15 +248,15 @@ def test_dropout_bits(dense, dtype, kernel, device):
         out = attend(*parts[:-1], v=parts[-1])
         return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, parts, upstream.to(device, dtype)))]
 
-    exact, rounded, found = both(plain, torch.float64), both(plain, dtype), both(native_op, dtype, device)
-    for ours, theirs, truth in zip(found, rounded, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max() for x in (ours, theirs))
+    exact, rounded, actual = both(plain, torch.float64), both(plain, dtype), both(native_op, dtype, device)
+    for ours, reference, truth in zip(actual, rounded, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max() for x in (ours, reference))
         assert error <= 2 * budget + 2 * torch.finfo(dtype).eps * truth.abs().max()
 
 
 @pytest.mark.parametrize("kernel", ["generic", "hopper"], indirect=True)
 def test_order_of_threads_changes_nothing(kernel, device):
-    """Runs differ in which warp and lane goes first and when copies arrive: equal bits mean no race."""
+    """Runs differ in the order of warps and lanes and in the time at which copies arrive; equal bits mean no race."""
     leaves = make_leaves(66, 9, 11, batch=1)
     first = run(leaves, torch.bfloat16, "native", device)
     for _ in range(3):
@@ -276,7 +277,7 @@ def lse_of(leaves, dtype, valid=None, padding=None, scale=64**-0.5):
 
 
 def forward(leaves, dtype, device, valid=None, padding=None, scale=64**-0.5, dropout_p=0.0):
-    """Output and lse from the native operator itself."""
+    """Output and lse of the native operator itself."""
     tensors = [leaf.to(device, dtype) for leaf in leaves]
     if len(tensors) == 5:
         tensors.insert(4, None)
@@ -284,8 +285,8 @@ def forward(leaves, dtype, device, valid=None, padding=None, scale=64**-0.5, dro
     generator = torch.Generator().manual_seed(7)
     keep = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, generator=generator) if dropout_p else None
     masks = [mask if mask is None else mask.to(device) for mask in (valid, padding, keep)]
-    found = operators.of("native").conditional_attention(*tensors, *masks, scale, dropout_p)
-    return [tensor.cpu() for tensor in found]
+    outputs = operators.of("native").conditional_attention(*tensors, *masks, scale, dropout_p)
+    return [tensor.cpu() for tensor in outputs]
 
 
 @pytest.mark.parametrize(("dtype", "kernel"), [*KERNELS, (HALF, "hopper")], indirect=["kernel"])
@@ -295,16 +296,16 @@ def test_lse(dense, dtype, kernel, device):
     options = {"padding": torch.rand(2, 91) > 0.7}
     if not dense:
         options = {"valid": torch.tensor([[7, 12], [3, 13]], dtype=torch.int32), "scale": -0.3}
-    exact, plain = (lse_of(leaves, which, **options) for which in (torch.float64, dtype))
+    exact, plain = (lse_of(leaves, precision, **options) for precision in (torch.float64, dtype))
     error, budget = ((x.double() - exact).abs().max() for x in (forward(leaves, dtype, device, **options)[1], plain))
     assert error <= 2 * budget + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_dropout_on_hopper_is_that_of_the_generic_kernel(dense, device, monkeypatch):
-    """With values that are one in one channel and in it for one key alone, the output is that key's weight."""
+def test_dropout_on_hopper_equals_that_of_the_generic_kernel(dense, device, monkeypatch):
+    """If a channel's values are one for a single key and zero for the others, its output is that key's weight."""
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("this GPU is no Hopper")
+        pytest.skip("this GPU is not a Hopper")
     leaves = make_leaves(70, 5, 13, heads=2, dense=dense)
     valid = None if dense else torch.tensor([[5, 13], [3, 12]], dtype=torch.int32)
     for first in range(0, 65, 32):
@@ -337,21 +338,21 @@ def test_strided_and_unaligned_inputs(device):
     assert torch.equal(forward(strided), forward([leaf.contiguous().clone() for leaf in strided]))
 
 
-def test_too_large_a_grid_is_refused(device):
+def test_too_large_grid_is_refused(device):
     with pytest.raises(RuntimeError, match=r"a grid of 1 × 4000 needs .* use backend=\"triton\""):
         run(make_leaves(1, 1, 4000, batch=1), torch.float32, "native", device)
 
 
 def test_other_widths_are_refused():
-    where = torch.device("cuda"), (1, 1, 1, 32)
-    reason = attention_op.OPERATION.kernels["native"].why_not(*where, (32, 16, 32))
+    device_and_shape = torch.device("cuda"), (1, 1, 1, 32)
+    reason = attention_op.OPERATION.kernels["native"].why_not(*device_and_shape, (32, 16, 32))
     assert reason == "on a GPU d, ds, dv must be 32, got (32, 16, 32) (triton takes 16 to 128)."
-    assert attention_op.OPERATION.kernels["native"].why_not(*where, (32, 32, 32)) is None
+    assert attention_op.OPERATION.kernels["native"].why_not(*device_and_shape, (32, 32, 32)) is None
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_more_images_or_heads_than_a_grid_of_blocks_has(backend):
-    """Blocks count them in dimensions of a launch that end at 65535."""
+def test_too_many_images_or_heads_for_a_launch_are_refused(backend):
+    """Images and heads are dimensions of a launch, which are limited to 65535 blocks."""
 
     def why_not(device: str, batch: int, heads: int) -> str | None:
         shape = (batch, 1, heads, 32)
@@ -374,9 +375,9 @@ def test_sine_embedding(count, dim, dtype, device):
         outs = sine_embedding(p, dim, backend=backend), conditional_spatial_query(p, t, backend=backend)
         return [*(out.detach() for out in outs), *torch.autograd.grad(sum(outs), (p, t), upstream.to(dtype))]
 
-    exact, plain, found = both(torch.float64, "eager"), both(dtype, "eager"), both(dtype, "native")
-    for ours, theirs, truth in zip(found, plain, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max() for x in (ours, theirs))
+    exact, plain, actual = both(torch.float64, "eager"), both(dtype, "eager"), both(dtype, "native")
+    for ours, reference, truth in zip(actual, plain, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max() for x in (ours, reference))
         assert error <= 2 * budget + 4 * torch.finfo(dtype).eps * truth.abs().max()
 
 

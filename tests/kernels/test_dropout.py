@@ -1,4 +1,4 @@
-"""Dropout with ReLU or a sum on CPUs: what is dropped, what is left of the rest, gradients, repeatability."""
+"""Dropout with ReLU or a residual add on CPUs: dropped and kept elements, gradients, repeatability."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from conddetr.kernels import dropout_add, native, registry, relu_dropout
 pytestmark = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 P = 0.3
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-# One element, no multiple of a vector, no multiple of what a thread takes, several threads.
+# One element, no multiple of a vector, no multiple of a thread's share, several threads.
 SHAPES = [(1,), (7,), (3, 1023), (97, 1031)]
 
 
@@ -21,24 +21,24 @@ def operator(x, seed, residual=None, p=P, relu=False):
 
 
 def test_philox_as_published():
-    # The test vector of zeros, from the authors' library Random123.
+    # The test vector for zeros from Random123, the authors' library.
     assert philox(0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
-def test_what_is_dropped_at_every_instruction_set(level):
+def test_every_instruction_set_drops_the_same_elements(level):
     module = importlib.import_module("conddetr._C")
     before = module.cpu_level()
     if level not in module.build_info()["cpu_levels"] or not module.use_cpu_level(level):
         pytest.skip(f"this processor has no {level}")
     try:
         seed = 2**31 + 12345
-        found = operator(torch.ones(4103, dtype=torch.float64), seed)
+        out = operator(torch.ones(4103, dtype=torch.float64), seed)
     finally:
         module.use_cpu_level(before)
     numbers = torch.tensor([number for counter in range(1026) for number in philox(seed, counter)])[:4103]
     dropped = (numbers >> 8).double() / 2**24 < torch.tensor(P, dtype=torch.float32).double()
-    torch.testing.assert_close(found, (~dropped).double() / (1 - P), rtol=1e-15, atol=0)
+    torch.testing.assert_close(out, (~dropped).double() / (1 - P), rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,18 +47,18 @@ def test_native_values_and_gradients(shape, dtype):
     x, trunk, upstream = (torch.randn(shape, dtype=dtype) for _ in range(3))
     x.requires_grad_(), trunk.requires_grad_()
     kept = operator(torch.ones(shape, dtype=dtype), 5) != 0
-    # As one rounding leaves it: in between everything is at least float32.
+    # A single rounding: intermediate values are at least float32.
     wide = torch.promote_types(dtype, torch.float32)
-    left, slope = (torch.where(kept, tensor.to(wide) / (1 - P), 0) for tensor in (x, upstream))
+    scaled, slope = (torch.where(kept, tensor.to(wide) / (1 - P), 0) for tensor in (x, upstream))
     added, slope = operator(x, 5, trunk), slope.to(dtype)
-    torch.testing.assert_close(operator(x, 5), left.to(dtype))
-    torch.testing.assert_close(operator(x, 5, relu=True), left.clamp(min=0).to(dtype))
-    torch.testing.assert_close(added, (trunk + left).to(dtype))
-    for found, expected in (
+    torch.testing.assert_close(operator(x, 5), scaled.to(dtype))
+    torch.testing.assert_close(operator(x, 5, relu=True), scaled.clamp(min=0).to(dtype))
+    torch.testing.assert_close(added, (trunk + scaled).to(dtype))
+    for actual, expected in (
         (torch.autograd.grad(added, (x, trunk), upstream), (slope, upstream)),
         (torch.autograd.grad(operator(x, 5, relu=True), x, upstream), (torch.where(x > 0, slope, 0),)),
     ):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_gradcheck():
@@ -71,15 +71,15 @@ def test_gradcheck():
 def test_share_dropped_and_mean(p):
     torch.manual_seed(0)
     count = 200_000
-    found = relu_dropout(torch.ones(count), p)
+    out = relu_dropout(torch.ones(count), p)
     # Five standard deviations of a binomial share.
-    assert abs((found == 0).double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
+    assert abs((out == 0).double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
     again = relu_dropout(torch.ones(count), p)
-    both = ((found == 0) & (again == 0)).double().mean().item()
+    both = ((out == 0) & (again == 0)).double().mean().item()
     assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / count) ** 0.5, "two calls are independent"
 
 
-def test_repeatable_and_the_same_for_all_threads():
+def test_equal_seeds_and_any_number_of_threads_give_the_same_bits():
     x, trunk, threads = torch.randn(300, 1031), torch.randn(300, 1031), torch.get_num_threads()
     results = []
     try:
@@ -107,26 +107,26 @@ def test_reference_is_pytorchs():
         (lambda: dropout_add(x, trunk, P, "eager"), lambda: trunk + F.dropout(x, P)),
     ):
         torch.manual_seed(1)
-        found = run()
+        actual = run()
         torch.manual_seed(1)
-        assert torch.equal(found, expected())
+        assert torch.equal(actual, expected())
 
 
-def test_mixed_dtypes_strides_and_values_that_are_not_finite():
+def test_mixed_dtypes_strides_and_non_finite_values():
     branch, trunk = torch.randn(64, 30).bfloat16().t(), torch.randn(30, 64, requires_grad=True)
     branch.requires_grad_()
-    found = dropout_add(branch, trunk, P)
-    assert found.dtype == torch.float32
-    of_branch, of_trunk = torch.autograd.grad(found.sum(), (branch, trunk))
-    assert of_branch.dtype == torch.bfloat16
-    assert torch.equal(of_branch != 0, found != trunk)
-    assert (of_trunk == 1).all()
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(100)
-    found = relu_dropout(odd, P).view(100, 3)
-    assert (found[:, 0].isnan() | (found[:, 0] == 0)).all()
-    assert found[:, 0].isnan().any()
-    assert ((found[:, 1] == float("inf")) | (found[:, 1] == 0)).all(), "what is dropped is zero, infinite or not"
-    assert (found[:, 2] == 0).all()
+    out = dropout_add(branch, trunk, P)
+    assert out.dtype == torch.float32
+    branch_grad, trunk_grad = torch.autograd.grad(out.sum(), (branch, trunk))
+    assert branch_grad.dtype == torch.bfloat16
+    assert torch.equal(branch_grad != 0, out != trunk)
+    assert (trunk_grad == 1).all()
+    non_finite = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(100)
+    out = relu_dropout(non_finite, P).view(100, 3)
+    assert (out[:, 0].isnan() | (out[:, 0] == 0)).all()
+    assert out[:, 0].isnan().any()
+    assert ((out[:, 1] == float("inf")) | (out[:, 1] == 0)).all(), "a dropped infinity is zero"
+    assert (out[:, 2] == 0).all()
 
 
 def test_operator_registration():
@@ -135,14 +135,14 @@ def test_operator_registration():
         torch.library.opcheck(torch.ops.conddetr_native.dropout.default, (x, residual, torch.tensor([1]), P, relu))
 
 
-def test_compiles_without_a_break():
+def test_compiles_without_a_graph_break():
     x, trunk = (torch.randn(4, 64) for _ in range(2))
     compiled = torch.compile(lambda x: dropout_add(relu_dropout(x, P), trunk, P), fullgraph=True)
     torch.manual_seed(1)
-    found = compiled(x)
-    kept = found != trunk
+    out = compiled(x)
+    kept = out != trunk
     assert 0 < kept.sum() < (x > 0).sum()
-    torch.testing.assert_close(found[kept], (trunk + x / (1 - P) ** 2)[kept])
+    torch.testing.assert_close(out[kept], (trunk + x / (1 - P) ** 2)[kept])
 
 
 def test_errors():
@@ -153,7 +153,7 @@ def test_errors():
         relu_dropout(torch.ones(3, dtype=torch.int64), P)
     with pytest.raises(ValueError, match=r"residual: expected \(3, 4\) on cpu like x, got \(4,\) on cpu"):
         dropout_add(x, x[0], P)
-    with pytest.raises(registry.BackendError, match="no such kernels"):
+    with pytest.raises(registry.BackendError, match="no kernels of this backend"):
         dropout_add(x, x, P, "triton")
     with pytest.raises(RuntimeError, match="no residual with it"):
         operator(x, 1, x, relu=True)

@@ -1,4 +1,4 @@
-"""Errors of predictions: the reference by a loop, the kernels by the reference."""
+"""Errors of predictions: the reference against a loop, the kernels against the reference."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
 
 def case(layers=2, batch=3, queries=70, classes=5, capacity=9):
-    """Logits of few values, so that there are ties; and an image without objects."""
+    """Logits with few distinct values, so that ties occur, and an image without objects."""
     logits = torch.randint(-2, 3, (layers, batch, queries, classes)).float()
     counts = torch.randint(1, capacity + 1, (batch,), dtype=torch.int32)
     counts[0] = 0
@@ -23,9 +23,9 @@ def case(layers=2, batch=3, queries=70, classes=5, capacity=9):
 def by_loop(logits, assignment, labels, counts):
     differences = [[0.0] * logits.shape[1] for _ in logits]
     right = matched = 0
-    for layer, of_layer in enumerate(logits.tolist()):
-        for image, of_image in enumerate(of_layer):
-            chosen = [row.index(max(row)) for row in of_image]
+    for layer, layer_logits in enumerate(logits.tolist()):
+        for image, image_logits in enumerate(layer_logits):
+            chosen = [row.index(max(row)) for row in image_logits]
             predicted = sum(choice != logits.shape[-1] - 1 for choice in chosen)
             differences[layer][image] = abs(predicted - counts[image].item())
             if layer == len(logits) - 1:
@@ -40,9 +40,9 @@ def by_loop(logits, assignment, labels, counts):
 @pytest.mark.parametrize(
     "sizes", [{}, {"classes": 1}, {"classes": 91, "queries": 50}, {"batch": 65, "queries": 9}], ids=str
 )
-def test_counts_by_a_loop(sizes, name, device):
+def test_errors_against_a_loop(sizes, name, device):
     if registry.why_not(name, device, torch.float32):
-        pytest.skip("no Triton here")
+        pytest.skip("Triton cannot run here")
     inputs = case(**sizes)
     class_error, cardinality = prediction_errors(*(x.to(device) for x in inputs), backend=name)
     expected_class, expected_cardinality = by_loop(*inputs)
@@ -54,9 +54,9 @@ def test_counts_by_a_loop(sizes, name, device):
 @pytest.mark.parametrize("name", ["eager", "triton"])
 def test_nothing_matched(name, device):
     logits, assignment, labels, _ = (x.to(device) for x in case())
-    nothing = torch.zeros(3, dtype=torch.int32, device=device)
-    for some in (labels, labels[:, :0]):
-        class_error, _ = prediction_errors(logits, torch.full_like(assignment, -1), some, nothing, backend=name)
+    counts = torch.zeros(3, dtype=torch.int32, device=device)
+    for classes in (labels, labels[:, :0]):
+        class_error, _ = prediction_errors(logits, torch.full_like(assignment, -1), classes, counts, backend=name)
         assert class_error.item() == 100
 
 
@@ -64,10 +64,10 @@ def test_nothing_matched(name, device):
 def test_half_precision_and_strides(dtype, device):
     logits, *others = (x.to(device) for x in case())
     strided = torch.stack([logits, logits]).to(dtype)[1].transpose(1, 2).contiguous().transpose(1, 2)
-    for ours, theirs in zip(
+    for ours, reference in zip(
         prediction_errors(strided, *others, backend="triton"), prediction_errors(logits, *others), strict=True
     ):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, reference)
 
 
 def test_operator_registration(device):

@@ -1,4 +1,4 @@
-"""Focal loss: the official numbers, the formula, and the kernels against the reference."""
+"""Focal loss: the official values, the formula, and the kernels against the reference."""
 
 import math
 
@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
 
 @pytest.mark.parametrize(("key", "alpha", "boxes"), [("alpha-1_nb7", -1.0, 7.0), ("alpha.25_nb1", 0.25, 1.0)])
-def test_focal_loss_of_torchvision_is_the_official_one(key, alpha, boxes):
-    """The library function that ours is held to, against the official values; they have several classes at once."""
+def test_torchvision_gives_the_official_values(key, alpha, boxes):
+    """Our loss is compared with torchvision's. The official targets have several classes at once."""
     golden, info = read_arrays("p5_cdetr"), read_json("p5_cdetr")["units"]["focal"]
     logits = golden["focal/logits"].clone().requires_grad_()
     mean = sigmoid_focal_loss(logits, golden["focal/targets"], alpha).mean(1).sum() / boxes
@@ -29,10 +29,10 @@ def test_reference_against_torchvision(alpha, gamma):
     target = torch.randint(-1, 7, (2, 3, 5))
     one_hot = (target[..., None] == torch.arange(7)).double()
     expected = sigmoid_focal_loss(logits, one_hot, alpha, gamma).flatten(1).sum(1)
-    found = focal_loss(logits, target, alpha, gamma)
-    torch.testing.assert_close(found, expected)
+    actual = focal_loss(logits, target, alpha, gamma)
+    torch.testing.assert_close(actual, expected)
     gradients = [
-        torch.autograd.grad(loss @ torch.tensor([1.0, -2.0]).double(), logits)[0] for loss in (found, expected)
+        torch.autograd.grad(loss @ torch.tensor([1.0, -2.0]).double(), logits)[0] for loss in (actual, expected)
     ]
     torch.testing.assert_close(*gradients)
 
@@ -56,18 +56,18 @@ def test_kernels_match_the_reference(shape, alpha, gamma, dtype, device):
         loss = focal_loss(leaf, target.to(device), alpha, gamma, backend)
         return loss.detach(), torch.autograd.grad(loss, leaf, upstream.to(device, loss.dtype))[0]
 
-    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
-    assert found[0].dtype == torch.float32
-    assert found[1].dtype == dtype
-    for ours, theirs, truth in zip(found, plain, exact, strict=True):
-        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
+    exact, plain, actual = run("eager", torch.float64), run("eager", dtype), run("triton", dtype)
+    assert actual[0].dtype == torch.float32
+    assert actual[1].dtype == dtype
+    for ours, reference, truth in zip(actual, plain, exact, strict=True):
+        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, reference))
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on the way to exp(-inf)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # from numpy, before exp(-inf)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_extreme_logits_stay_finite(backend, device):
-    """Each logit alone, against the two limits of the formula: 0 where it is right, |x| times a weight where not."""
+    """Each logit alone, against the two limits of the formula: 0 if the logit is right, else |x| times a weight."""
     largest = torch.finfo(torch.float32).max
     extremes = torch.tensor([-largest, -1e4, -104.0, 104.0, 1e4, largest], device=device)
     logits = extremes.view(-1, 1, 1).requires_grad_()
@@ -82,17 +82,17 @@ def test_extreme_logits_stay_finite(backend, device):
 
 
 def test_small_losses_keep_their_digits(device):
-    """At x = -12 the loss of an absent class is 0.75 · p² · p: what is left of 1 + e^x must not be lost."""
+    """At x = -12 the loss of an absent class is about 0.75 · p² · p: the e^x in 1 + e^x must not be rounded away."""
     logits = torch.full((1, 1, 1), -12.0, device=device)
-    found = focal_loss(logits, torch.full((1, 1), -1, device=device), backend="triton").item()
+    loss = focal_loss(logits, torch.full((1, 1), -1, device=device), backend="triton").item()
     p = 1 / (1 + math.exp(12))
-    assert found == pytest.approx(0.75 * p**2 * -math.log1p(-p), rel=1e-5)
+    assert loss == pytest.approx(0.75 * p**2 * -math.log1p(-p), rel=1e-5)
 
 
 @pytest.mark.parametrize("capacity", [0, 7])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_classes_of_matched_objects(backend, capacity, device):
-    """As if their classes had been looked up one by one; to the bit, with the gradient."""
+    """The loss and its gradient equal those of classes that are looked up one by one, to the bit."""
     logits = torch.randn(2, 3, 40, 5, device=device, requires_grad=True)
     labels = torch.randint(5, (3, capacity))
     assignment = torch.randint(-1, capacity, (2, 3, 40))
@@ -100,9 +100,9 @@ def test_classes_of_matched_objects(backend, capacity, device):
     for layer, image, query in (assignment >= 0).nonzero().tolist():
         classes[layer, image, query] = labels[image, assignment[layer, image, query]]
     expected = focal_loss(logits, classes.to(device), backend=backend)
-    found = focal_loss(logits, assignment.to(device), backend=backend, labels=labels.to(device))
-    assert torch.equal(found, expected)
-    assert torch.equal(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (found, expected)))
+    actual = focal_loss(logits, assignment.to(device), backend=backend, labels=labels.to(device))
+    assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (actual, expected)))
 
 
 def test_operator_registration(device):

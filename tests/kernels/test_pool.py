@@ -1,4 +1,4 @@
-"""Pooling without indices: exactly PyTorch's values, what it refuses, errors."""
+"""Max pooling without indices: exactly PyTorch's values, refused inputs, errors."""
 
 import pytest
 import torch
@@ -17,20 +17,20 @@ def make(size=(5, 6), channels=5, dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("size", "channels"), [((1, 1), 5), ((2, 1), 5), ((5, 4), 5), ((3, 34), 64)])
 def test_values_are_pytorchs(size, channels, dtype, device):
-    """Beyond the edge is nothing: maps of negative numbers tell zeros from it. A row of the last is of two blocks."""
+    """Maps of negative numbers show that padding is not zero. A row of the last map needs two blocks."""
     x = make(size, channels, dtype, device) - 3
-    found = max_pool(x, backend="triton")
-    assert torch.equal(found, F.max_pool2d(x, 3, 2, 1))
-    assert found.is_contiguous(memory_format=torch.channels_last)
+    out = max_pool(x, backend="triton")
+    assert torch.equal(out, F.max_pool2d(x, 3, 2, 1))
+    assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_nan_and_infinity_pass(device):
+def test_nan_and_infinity_propagate(device):
     x = make(device=device)
     x[0, 1, 3, 3], x[0, 2, 0, 0] = torch.nan, torch.inf
     x[1] = -torch.inf
-    found = max_pool(x, backend="triton")
-    torch.testing.assert_close(found, F.max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
-    assert found.isnan().sum() == 4
+    out = max_pool(x, backend="triton")
+    torch.testing.assert_close(out, F.max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
+    assert out.isnan().sum() == 4
 
 
 def test_operator_registration(device):

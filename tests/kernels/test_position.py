@@ -1,4 +1,4 @@
-"""Positions of a grid: the kernel against the reference, which the official numbers hold in tests/model."""
+"""Positions of a grid: the kernel against the reference. tests/model compares the reference with official values."""
 
 import math
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
 
 def exact(padding, dim):
-    """The encoding by its formula, float64, of valid cells."""
+    """The encoding of valid cells by its formula, float64."""
     valid = (~padding).double()
     y, x = valid.cumsum(1), valid.cumsum(2)
     y, x = (2 * math.pi * a / (a.amax((1, 2), keepdim=True) + 1e-6) for a in (y, x))
@@ -40,29 +40,29 @@ def test_kernel_matches_the_reference(image_size, size, dim, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_without_padding_one_encoding_serves_all(dtype, device):
+def test_images_without_padding_share_one_encoding(dtype, device):
     features = torch.empty(3, 7, 5, 9, device=device, dtype=dtype)
     position, padding, cells = grid_positions(features, (160, 288), 64, backend="triton")
     assert padding is None
     assert cells is None
     assert position.dtype == dtype
-    nothing = torch.zeros(1, 5, 9, dtype=torch.bool, device=device)
-    expected = sine_position_encoding(nothing, 64).to(dtype)
+    unpadded = torch.zeros(1, 5, 9, dtype=torch.bool, device=device)
+    expected = sine_position_encoding(unpadded, 64).to(dtype)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(position, expected, atol=2e-6 + eps, rtol=0)
 
 
 def test_operator_registration(device):
     valid = torch.tensor([[31, 20], [9, 33]], dtype=torch.int32, device=device)
-    for some in (valid, None):
-        arguments = (torch.randn(2, 3, 4, 5, device=device), some, 31, 33, 16)
+    for sizes in (valid, None):
+        arguments = (torch.randn(2, 3, 4, 5, device=device), sizes, 31, 33, 16)
         torch.library.opcheck(torch.ops.conddetr.grid_positions.default, arguments)
 
 
 def test_wrong_arguments_are_named(device):
     features = torch.empty(2, 3, 4, 5, device=device)
-    for wrong, found in ((features[0], r"\(3, 4, 5\)"), (features[:, :, :0], r"\(2, 3, 0, 5\)")):
-        with pytest.raises(ValueError, match=rf"features: expected \[B, C, h, w\] with cells, floating, got {found}"):
+    for wrong, shape in ((features[0], r"\(3, 4, 5\)"), (features[:, :, :0], r"\(2, 3, 0, 5\)")):
+        with pytest.raises(ValueError, match=rf"features: expected \[B, C, h, w\] with cells, floating, got {shape}"):
             grid_positions(wrong, (31, 33), 16)
     with pytest.raises(ValueError, match="dim: expected a multiple of 4, got 6"):
         grid_positions(features, (31, 33), 6)

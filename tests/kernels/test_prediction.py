@@ -9,7 +9,7 @@ from conddetr.kernels.prediction import inverse_sigmoid
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
 EDGES = (2e-6, 1 - 2e-6, 1e-4, 1 - 1e-4, -0.5, 1.5, 0.25, 0.75)
-"""On both sides of what is clamped; at 0 and 1 themselves versions of PyTorch differ in `clamp`'s gradient."""
+"""Points on both sides of the clamp's limits; at 0 and 1 themselves PyTorch versions differ in `clamp`'s gradient."""
 
 
 def case(layers=2, batch=3, queries=7, dtype=torch.float32):
@@ -28,29 +28,29 @@ def run(backend, offsets, points, upstream):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("layers", "queries"), [(2, 7), (13, 20)])
 def test_kernels_err_no_more_than_pytorch(layers, queries, dtype, device):
-    """Of one block and of several, both ways; offsets and points may differ in dtype."""
+    """With one block and with several, forward and backward; offsets and points may differ in dtype."""
     offsets, points = (x.to(device) for x in case(layers, queries=queries, dtype=dtype))
     upstream = torch.randn(offsets.shape, device=device)
-    for given in (points, points.to(dtype)):
-        found = run("triton", offsets, given, upstream)
-        expected = run("eager", offsets.double(), given.double(), upstream)
-        assert [x.dtype for x in found] == [torch.promote_types(dtype, given.dtype), dtype, given.dtype]
-        in_torch = run("eager", offsets, given, upstream)
-        for ours, theirs, truth in zip(found, in_torch, expected, strict=True):
-            error, allowed = ((x.double() - truth).abs().max() / truth.abs().max() for x in (ours, theirs))
+    for cast in (points, points.to(dtype)):
+        actual = run("triton", offsets, cast, upstream)
+        expected = run("eager", offsets.double(), cast.double(), upstream)
+        assert [x.dtype for x in actual] == [torch.promote_types(dtype, cast.dtype), dtype, cast.dtype]
+        in_torch = run("eager", offsets, cast, upstream)
+        for ours, reference, truth in zip(actual, in_torch, expected, strict=True):
+            error, allowed = ((x.double() - truth).abs().max() / truth.abs().max() for x in (ours, reference))
             assert error <= 2 * allowed + 2 * torch.finfo(ours.dtype).eps
 
 
-def test_gradients_of_points_stop_where_they_are_clamped(device):
+def test_gradients_of_clamped_points_are_zero(device):
     offsets, points = (x.to(device) for x in case())
-    *_, of_points = run("triton", offsets, points, torch.ones_like(offsets))
+    *_, points_grad = run("triton", offsets, points, torch.ones_like(offsets))
     *_, expected = run("eager", offsets, points, torch.ones_like(offsets))
-    assert torch.equal(of_points == 0, expected == 0)
-    assert (of_points[2] == 0).all(), "outside of the image"
-    torch.testing.assert_close(of_points, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert torch.equal(points_grad == 0, expected == 0)
+    assert (points_grad[2] == 0).all(), "outside the image"
+    torch.testing.assert_close(points_grad, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
-def test_nan_passes_and_edges_are_clamped(device):
+def test_nan_propagates_and_edges_are_clamped(device):
     offsets, points = (x.to(device) for x in case())
     points[4] = torch.tensor([0.0, 1.0])
     torch.testing.assert_close(predicted_boxes(offsets, points, "triton"), predicted_boxes(offsets, points, "eager"))
@@ -60,11 +60,11 @@ def test_nan_passes_and_edges_are_clamped(device):
     assert expected.sum() == 7
 
 
-def test_any_layout_and_nothing(device):
+def test_any_layout_and_no_images(device):
     offsets, points = (x.to(device) for x in case())
-    turned = offsets.transpose(0, 1).contiguous().transpose(0, 1)
-    found = predicted_boxes(turned, points.t().contiguous().t(), "triton")
-    torch.testing.assert_close(found, predicted_boxes(offsets, points, "eager"))
+    transposed = offsets.transpose(0, 1).contiguous().transpose(0, 1)
+    actual = predicted_boxes(transposed, points.t().contiguous().t(), "triton")
+    torch.testing.assert_close(actual, predicted_boxes(offsets, points, "eager"))
     assert predicted_boxes(offsets[:, :0], points, "triton").shape == (2, 0, 7, 4)
 
 
@@ -81,8 +81,8 @@ def test_reference_gradients():
 def test_operator_registration(device):
     arguments = [x.to(device).requires_grad_() for x in case()]
     torch.library.opcheck(torch.ops.conddetr.predicted_boxes.default, arguments)
-    found = predicted_boxes(*arguments, backend="triton")
-    [first] = torch.autograd.grad(found.sum(), arguments[:1], create_graph=True)
+    boxes = predicted_boxes(*arguments, backend="triton")
+    [first] = torch.autograd.grad(boxes.sum(), arguments[:1], create_graph=True)
     with pytest.raises(registry.BackendError, match="predicted_boxes has first derivatives only"):
         first.sum().backward()
 

@@ -1,4 +1,4 @@
-"""Records of which kernels are proven on a device: their files, whom they hold for, and what `auto` may then take."""
+"""Records of the kernels checked on a device: their files, the devices they hold for, and the choices of `auto`."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def gpus(monkeypatch) -> list[tuple[str, str]]:
-    """Model and compute capability of the GPUs that this machine claims to have."""
+    """Model and compute capability of the simulated GPUs of this machine."""
     models = [("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA H100 80GB HBM3", "9.0"), ("NVIDIA L4", "8.9")]
     real_name, real_capability = machine.device_name, machine.compute_capability
 
@@ -48,13 +48,13 @@ def gpus(monkeypatch) -> list[tuple[str, str]]:
     def capability(device: torch.device) -> str:
         return models[device.index][1] if device.type == "cuda" else real_capability(device)
 
-    # Not PyTorch's own: torch.compile asks that of the GPU that is there.
+    # PyTorch's own functions stay: torch.compile calls them for the real GPU.
     monkeypatch.setattr(machine, "device_name", name)
     monkeypatch.setattr(machine, "compute_capability", capability)
     return models
 
 
-def test_a_record_is_saved_and_found_by_the_next_process(cache):
+def test_saved_record_is_found_by_the_next_process(cache):
     record = record_of(records.identity(CPU))
     file = records.save(CPU, record)
     assert file == records.path(CPU)
@@ -65,13 +65,13 @@ def test_a_record_is_saved_and_found_by_the_next_process(cache):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_without_a_file_there_is_no_record_and_nothing_to_say(cache):
+def test_missing_file_means_no_record_and_no_message(cache):
     assert records.load(CPU) is None
     assert records.why_ignored(CPU) is None
     assert not cache.exists()
 
 
-def test_a_record_is_read_once(monkeypatch):
+def test_record_is_read_once(monkeypatch):
     records.save(CPU, record_of(records.identity(CPU)))
     records.forget()
     reads = []
@@ -82,7 +82,7 @@ def test_a_record_is_read_once(monkeypatch):
     assert reads.count(records.path(CPU)) == 1
 
 
-def test_numbers_that_json_lacks_are_not_kept():
+def test_numbers_that_json_lacks_become_none():
     verdict = Verdict("focal_loss", "triton", "float32", refused="it gives NaN.", error=math.nan, speedup=math.inf)
     assert (verdict.error, verdict.speedup) == (None, None)
     record = record_of({}, verdict)
@@ -96,7 +96,7 @@ def test_an_error_above_the_budget_needs_a_reason(error):
 
 
 def damaged(text: str) -> dict[str, str | bytes]:
-    """What a file may hold in place of a record."""
+    """Contents that a file may have instead of a record."""
     content = json.loads(text)
 
     def with_verdict(**changes: object) -> str:
@@ -142,11 +142,11 @@ def damaged(text: str) -> dict[str, str | bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", damaged(record_of({}).to_json()))
-def test_what_is_no_record_is_ignored_and_made_again(kind):
+@pytest.mark.parametrize("damage", damaged(record_of({}).to_json()))
+def test_damaged_record_is_ignored_and_rewritten(damage):
     record = record_of(records.identity(CPU))
     file = records.save(CPU, record)
-    content = damaged(file.read_text(encoding="utf-8"))[kind]
+    content = damaged(file.read_text(encoding="utf-8"))[damage]
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     records.forget()
     assert records.load(CPU) is None
@@ -156,7 +156,7 @@ def test_what_is_no_record_is_ignored_and_made_again(kind):
     assert records.load(CPU) == record
 
 
-def test_a_folder_in_place_of_the_file_is_ignored(caplog):
+def test_folder_instead_of_the_file_is_ignored(caplog):
     records.path(CPU).mkdir(parents=True)
     assert records.load(CPU) is None
     assert "cannot be read" in records.why_ignored(CPU)
@@ -164,8 +164,8 @@ def test_a_folder_in_place_of_the_file_is_ignored(caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no device without an end")
-def test_a_device_in_place_of_the_file_is_not_read_and_is_replaced(monkeypatch):
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no endless device")
+def test_device_instead_of_the_file_is_not_read_and_is_replaced(monkeypatch):
     file = records.path(CPU)
     file.parent.mkdir(parents=True)
     file.symlink_to("/dev/zero")
@@ -179,7 +179,7 @@ def test_a_device_in_place_of_the_file_is_not_read_and_is_replaced(monkeypatch):
 
 
 @pytest.mark.parametrize("name", records.identity(CPU))
-def test_a_record_of_anything_else_is_foreign(name):
+def test_record_with_another_identity_is_ignored(name):
     identity = records.identity(CPU)
     records.save(CPU, record_of({**identity, name: "other"}))
     records.forget()
@@ -187,43 +187,43 @@ def test_a_record_of_anything_else_is_foreign(name):
     assert records.why_ignored(CPU) == f"its {name} was other, now {identity[name]}"
 
 
-def test_a_record_that_knows_less_or_more_is_foreign():
+def test_record_with_missing_or_extra_identity_entries_is_ignored():
     identity = records.identity(CPU)
     del identity["Triton"]
     records.save(CPU, record_of({**identity, "phase of the moon": "full"}))
     records.forget()
-    said = records.why_ignored(CPU).split("; ")
+    reasons = records.why_ignored(CPU).split("; ")
     now = records.identity(CPU)["Triton"]
-    assert said == [f"its Triton was none, now {now}", "its phase of the moon was full, now none"]
+    assert reasons == [f"its Triton was none, now {now}", "its phase of the moon was full, now none"]
 
 
-def test_the_identity_is_made_of_texts_that_name_what_runs_here():
+def test_identity_has_texts_that_name_versions_and_device():
     identity = records.identity(CPU)
     assert all(type(value) is str for value in identity.values())
     assert identity["PyTorch"] == torch.__version__
     assert (identity["compute capability"], identity["driver"]) == ("none", "none")
 
 
-def test_the_identity_of_a_gpu(monkeypatch, tmp_path):
+def test_identity_of_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", {GPU: "NVIDIA H100 80GB HBM3"}.get)
     monkeypatch.setattr(torch.cuda, "get_device_capability", {GPU: (9, 0)}.get)
-    said = tmp_path / "version"
-    said.write_text(
+    version = tmp_path / "version"
+    version.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder)\n"
         "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n"
     )
-    monkeypatch.setattr(machine, "_DRIVER_FILES", (str(tmp_path / "absent"), str(said)))
-    found = records.identity(GPU)
-    assert (found["device"], found["compute capability"], found["driver"]) == (
+    monkeypatch.setattr(machine, "_DRIVER_FILES", (str(tmp_path / "absent"), str(version)))
+    identity = records.identity(GPU)
+    assert (identity["device"], identity["compute capability"], identity["driver"]) == (
         "NVIDIA H100 80GB HBM3",
         "9.0",
         "570.124.06",
     )
-    assert found["PyTorch"] == torch.__version__
+    assert identity["PyTorch"] == torch.__version__
 
 
-@pytest.mark.parametrize(("release", "said"), [(13020, "of CUDA 13.2"), (None, "unknown")])
-def test_where_the_system_does_not_tell_the_driver_cuda_does(monkeypatch, release, said):
+@pytest.mark.parametrize(("release", "expected"), [(13020, "of CUDA 13.2"), (None, "unknown")])
+def test_cuda_reports_the_driver_if_the_system_does_not(monkeypatch, release, expected):
     def get_version(target):
         target._obj.value = release
         return 0
@@ -235,10 +235,10 @@ def test_where_the_system_does_not_tell_the_driver_cuda_does(monkeypatch, releas
 
     monkeypatch.setattr(machine, "_DRIVER_FILES", ())
     monkeypatch.setattr(machine.ctypes, "CDLL", load)
-    assert machine._driver() == said
+    assert machine._driver() == expected
 
 
-def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(tmp_path, monkeypatch):
+def test_equal_sources_have_one_hash_and_every_change_gives_another(tmp_path, monkeypatch):
     def hash_of(folder: Path) -> str:
         monkeypatch.setattr(machine, "__file__", str(folder / "records" / "machine.py"))
         return machine._sources.__wrapped__()
@@ -248,7 +248,7 @@ def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(t
         for name, text in sources.items():
             (tmp_path / copy / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / copy / name).write_text(text)
-    # What is not code does not count: compiled files differ from folder to folder.
+    # Only sources count: compiled files differ between folders.
     (tmp_path / "other" / "attn" / "op.pyc").write_bytes(b"compiled")
     same = hash_of(tmp_path / "one")
     assert hash_of(tmp_path / "other") == same
@@ -266,7 +266,7 @@ def test_two_copies_of_the_sources_are_the_same_and_every_change_makes_another(t
     assert len(hashes) == 1 + len(sources) + 2
 
 
-def test_another_build_of_the_native_library_is_another_identity(monkeypatch):
+def test_another_build_of_the_native_library_changes_the_identity(monkeypatch):
     monkeypatch.setattr(native, "NOT_LOADED", None)
     seen = set()
     for info in ({"compiler": "g++ 12", "sources": "1"}, {"compiler": "g++ 13", "sources": "1"}, {"sources": "2"}):
@@ -289,7 +289,7 @@ def test_another_build_of_the_native_library_is_another_identity(monkeypatch):
         ({"HOME": "/home/me"}, "/home/me/.cache/conddetr"),
     ],
 )
-def test_the_folder(monkeypatch, variables, folder):
+def test_cache_folder_from_the_environment(monkeypatch, variables, folder):
     for name in ("CONDDETR_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -301,7 +301,7 @@ def test_equal_gpus_share_a_file_and_different_ones_never_do(gpus):
     names = [records.path(torch.device("cuda", index)).name for index in range(3)]
     assert names[0].startswith("nvidia-h100-80gb-hbm3-")
     assert names[0] == names[1] != names[2]
-    # Alike when only letters count, on any file system; without any letter that counts; one of another capability.
+    # Names that differ only in punctuation or case; without ASCII letters; the same with another capability.
     gpus[:] = [("GPU A-1", "9.0"), ("gpu a 1", "9.0"), ("显卡", "9.0"), ("卡", "9.0"), ("卡", "9.1")]
     gpus.append(("x" * 300, "9.0"))
     names = [records.path(torch.device("cuda", index)).name for index in range(6)]
@@ -309,7 +309,7 @@ def test_equal_gpus_share_a_file_and_different_ones_never_do(gpus):
     assert all(len(name.encode()) < 120 for name in names)
 
 
-def test_a_record_holds_for_all_gpus_of_its_model_alone(gpus, monkeypatch):
+def test_record_holds_only_for_gpus_of_its_model(gpus, monkeypatch):
     records.save(GPU, record_of(records.identity(GPU)))
     records.forget()
     assert records.load(torch.device("cuda:1")) is not None
@@ -320,7 +320,7 @@ def test_a_record_holds_for_all_gpus_of_its_model_alone(gpus, monkeypatch):
     assert records.why_not(*ATTENTION, torch.device("cuda"), torch.bfloat16) == NOT_CHECKED
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_once_and_the_record_still_counts(tmp_path, monkeypatch, caplog):
+def test_unwritable_folder_is_reported_once_and_the_record_still_counts(tmp_path, monkeypatch, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("CONDDETR_CACHE", str(blocked))
@@ -329,15 +329,15 @@ def test_a_folder_that_cannot_be_written_to_is_said_once_and_the_record_still_co
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert records.save(CPU, record) is None
-    [said] = [entry.getMessage() for entry in caplog.records]
-    assert f"because {blocked} cannot be written to: " in said
-    assert "CONDDETR_CACHE" in said
+    [message] = [entry.getMessage() for entry in caplog.records]
+    assert f"because {blocked} cannot be written to: " in message
+    assert "CONDDETR_CACHE" in message
     assert records.load(CPU) == record
     assert blocked.read_text() == "not a folder"
     assert list(tmp_path.iterdir()) == [blocked]
 
 
-def test_without_a_home_there_is_no_record_and_no_error(monkeypatch, caplog):
+def test_missing_home_folder_means_no_record_and_no_error(monkeypatch, caplog):
     for name in ("CONDDETR_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -350,11 +350,11 @@ def test_without_a_home_there_is_no_record_and_no_error(monkeypatch, caplog):
     record = record_of(records.identity(CPU))
     assert records.save(CPU, record) is None
     assert records.load(CPU) == record
-    [said] = [entry.getMessage() for entry in caplog.records]
-    assert "the cache folder cannot be written to: there is no home folder. Set CONDDETR_CACHE to another" in said
+    [message] = [entry.getMessage() for entry in caplog.records]
+    assert "the cache folder cannot be written to: there is no home folder. Set CONDDETR_CACHE to another" in message
 
 
-def test_an_interrupted_save_leaves_what_was_there(monkeypatch):
+def test_interrupted_save_keeps_the_old_record(monkeypatch):
     before = record_of(records.identity(CPU))
     file = records.save(CPU, before)
 
@@ -370,7 +370,7 @@ def test_an_interrupted_save_leaves_what_was_there(monkeypatch):
 
 
 def save_often(number: int, start) -> None:
-    """A process that saves the same file again and again, while another does."""
+    """A process that saves the same file repeatedly while another does too."""
     verdicts = [Verdict(f"operation {index}", "triton", "float32", "", 0.5, float(number)) for index in range(100)]
     record = record_of(records.identity(CPU), *verdicts)
     start.wait()
@@ -379,10 +379,8 @@ def save_often(number: int, start) -> None:
             raise SystemExit("a record was not saved.")
 
 
-@pytest.mark.skipif(
-    "fork" not in multiprocessing.get_all_start_methods(), reason="processes that start fast are forked"
-)
-def test_processes_that_save_at_once_do_not_disturb_each_other():
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork processes")
+def test_concurrent_saves_leave_a_whole_record():
     fork = multiprocessing.get_context("fork")
     start = fork.Barrier(3)
     processes = [fork.Process(target=save_often, args=(number, start)) for number in (1, 2)]
@@ -395,7 +393,7 @@ def test_processes_that_save_at_once_do_not_disturb_each_other():
         record = records.load(CPU)
         assert records.why_ignored(CPU) is None
         if record is not None:
-            # Whole, and of one of them alone.
+            # A whole record, written by one process alone.
             [speedup] = {verdict.speedup for verdict in record.verdicts}
             seen.add(speedup)
     for process in processes:
@@ -405,15 +403,15 @@ def test_processes_that_save_at_once_do_not_disturb_each_other():
     assert os.listdir(records.path(CPU).parent) == [records.path(CPU).name]
 
 
-def test_nothing_is_asked_of_cpus():
+def test_cpus_need_no_record():
     with records.pretend(record_of({}, dataclasses.replace(WRONG, backend="native"))):
         assert records.why_not("focal_loss", "native", CPU, torch.float32) is None
         assert records.source("focal_loss", "native", CPU, torch.float32) == ""
-        # For a person there is one.
+        # The verdict exists for display only.
         assert records.verdict("focal_loss", "native", CPU, torch.float32).refused == "its loss is wrong."
 
 
-def test_what_auto_may_take_on_a_gpu():
+def test_record_decides_what_auto_may_choose_on_a_gpu():
     with records.pretend(record_of({"device": "NVIDIA H100"})):
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) is None
         assert records.why_not("focal_loss", "triton", GPU, torch.float32) == "its loss is wrong."
@@ -424,15 +422,15 @@ def test_what_auto_may_take_on_a_gpu():
         assert records.source(*ATTENTION, GPU, torch.float16) == ""
         assert records.verdict(*ATTENTION, GPU, torch.bfloat16) == GOOD
     with records.pretend(record_of({}, is_short=True)):
-        said = "the short check of this GPU does not include it: run `conddetr check`."
-        assert records.why_not("dropout_bits", "triton", GPU, torch.float32) == said
+        reason = "the short check of this GPU does not include it: run `conddetr check`."
+        assert records.why_not("dropout_bits", "triton", GPU, torch.float32) == reason
     with records.pretend(None):
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) == NOT_CHECKED
         assert records.verdict(*ATTENTION, GPU, torch.bfloat16) is None
         assert records.source(*ATTENTION, GPU, torch.bfloat16) == ""
 
 
-def test_a_record_comes_before_the_table_and_the_table_before_nothing():
+def test_record_takes_precedence_over_the_table():
     slow = dataclasses.replace(GOOD, refused="it is slower than PyTorch on X.", error=None, speedup=0.7)
     measured = dataclasses.replace(UNTIMED, error=None, speedup=1.26)
     table = Table("sm_90", {"NVIDIA H100 80GB HBM3": "torch 2.15.0"}, (slow, measured))
@@ -445,7 +443,7 @@ def test_a_record_comes_before_the_table_and_the_table_before_nothing():
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) == slow.refused
 
 
-def test_the_table_is_that_of_exactly_the_architecture(gpus, tmp_path, monkeypatch):
+def test_table_holds_for_exactly_its_architecture(gpus, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MEASURED", tmp_path)
     table = Table("sm_90", {}, (GOOD,))
     (tmp_path / "sm_90.json").write_text(table.to_json(), encoding="utf-8")
@@ -454,7 +452,7 @@ def test_the_table_is_that_of_exactly_the_architecture(gpus, tmp_path, monkeypat
     assert records.verdict(*ATTENTION, CPU, torch.bfloat16) is None
 
 
-def test_a_new_record_replaces_the_answers_that_were_given(gpus):
+def test_new_record_replaces_earlier_answers(gpus):
     assert records.why_not(*ATTENTION, GPU, torch.bfloat16) == NOT_CHECKED
     with records.pretend(record_of({})):
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) is None
@@ -469,18 +467,18 @@ def test_a_new_record_replaces_the_answers_that_were_given(gpus):
 
 
 def why_not_triton() -> str | None:
-    """What `choose` says against Triton's kernels of attention."""
+    """The reason why `choose` refuses Triton's kernels of attention."""
     choice = registry.OPERATIONS["conditional_attention"].choose("auto", GPU, torch.bfloat16)
     return choice.refused.get("triton")
 
 
-def test_an_answer_is_looked_up_after_the_first_time(gpus, monkeypatch):
-    """It is asked for hundreds of times a step: neither files nor the device are asked again."""
+def test_answers_are_cached_after_the_first_time(gpus, monkeypatch):
+    """A step needs an answer hundreds of times: neither files nor the device are read again."""
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     assert why_not_triton() == NOT_CHECKED
 
     def fail(*_):
-        raise AssertionError("the device or a file was asked.")
+        raise AssertionError("the device or a file was read.")
 
     with monkeypatch.context() as patch:
         for module, name in ((machine, "device_name"), (machine, "compute_capability"), (records, "why_not")):
@@ -491,14 +489,14 @@ def test_an_answer_is_looked_up_after_the_first_time(gpus, monkeypatch):
     assert why_not_triton() is None
 
 
-def test_an_answer_of_before_is_not_kept_where_records_change_meanwhile(gpus, monkeypatch):
+def test_answer_is_not_cached_if_records_change_meanwhile(gpus, monkeypatch):
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     real = records.why_not
 
     def changed_by_another_thread(*key):
-        found = real(*key)
+        reason = real(*key)
         records.adopt(GPU, record_of({}))
-        return found
+        return reason
 
     with monkeypatch.context() as patch:
         patch.setattr(records, "why_not", changed_by_another_thread)
@@ -506,9 +504,9 @@ def test_an_answer_of_before_is_not_kept_where_records_change_meanwhile(gpus, mo
     assert why_not_triton() is None
 
 
-@pytest.mark.parametrize("is_asked_before", [False, True])
-def test_torch_compile_takes_it_without_a_break(gpus, is_asked_before):
-    """Whether files are read while it traces, or were before; a new compilation sees a new record."""
+@pytest.mark.parametrize("is_read_before", [False, True])
+def test_torch_compile_has_no_graph_break(gpus, is_read_before):
+    """Files are read during tracing, or were read before. A new compilation sees a new record."""
 
     def choose(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         reason = records.why_not(*ATTENTION, device, torch.bfloat16)
@@ -517,7 +515,7 @@ def test_torch_compile_takes_it_without_a_break(gpus, is_asked_before):
     torch.compiler.reset()
     records.save(GPU, record_of(records.identity(GPU)))
     records.forget()
-    if is_asked_before:
+    if is_read_before:
         assert records.why_not(*ATTENTION, GPU, torch.bfloat16) is None
     compiled = torch.compile(choose, backend="eager", fullgraph=True)
     assert compiled(torch.zeros(2), GPU).tolist() == [1, 1]
@@ -527,8 +525,8 @@ def test_torch_compile_takes_it_without_a_break(gpus, is_asked_before):
     assert compiled(torch.zeros(2), CPU).tolist() == [1, 1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fake tensors on a GPU need none where there is none")
-def test_torch_compile_takes_the_device_of_a_tensor():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fake GPU tensors are for machines without a GPU")
+def test_torch_compile_supports_the_device_of_a_tensor():
     def choose(x: torch.Tensor) -> torch.Tensor:
         return x if records.why_not(*ATTENTION, x.device, x.dtype) is None else x.new_empty(0)
 

@@ -1,4 +1,4 @@
-"""What `auto` picks, and what an explicit request says where it cannot be met."""
+"""The choices of `auto`, and the errors of explicit requests that cannot be met."""
 
 import dataclasses
 
@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def operation() -> registry.Operation:
-    """In no table."""
+    """An operation that is in no table."""
     return registry.Operation("anything", {"triton": registry.Kernels(), "native": registry.Kernels()})
 
 
-def test_auto_on_a_cpu_is_native_where_built_and_says_why(operation, monkeypatch):
+def test_auto_on_a_cpu_is_native_if_built_and_gives_reasons(operation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if native.NOT_LOADED is None:
         choice = operation.choose("auto", CPU, torch.float32)
@@ -37,13 +37,13 @@ def test_auto_on_a_cpu_is_native_where_built_and_says_why(operation, monkeypatch
     assert choice.refused["native"] == "the native kernels are not built."
 
 
-def test_the_interpreter_must_be_asked_for(operation, monkeypatch):
+def test_interpreter_must_be_requested(operation, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "request it by name" in operation.choose("auto", CPU, torch.float32).refused["triton"]
     assert operation.choose("triton", CPU, torch.float32).backend == "triton"
 
 
-def test_explicit_requests_that_cannot_run(operation, monkeypatch):
+def test_explicit_requests_that_cannot_run_raise(operation, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: its kernels run on NVIDIA GPUs"):
         operation.choose("triton", CPU, torch.float32)
@@ -54,7 +54,7 @@ def test_explicit_requests_that_cannot_run(operation, monkeypatch):
         operation.choose("cuda", CPU, torch.float32)
 
 
-def test_a_backend_that_the_operation_has_not(monkeypatch):
+def test_backend_that_the_operation_lacks(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     plain = registry.Operation("plain", {})
     assert plain.choose("auto", CPU, torch.float32) == registry.Choice("eager", {})
@@ -65,21 +65,21 @@ def test_a_backend_that_the_operation_has_not(monkeypatch):
         plain.prefer("cuda", CPU, torch.float32)
 
 
-def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
-    """Device, dtype, what `auto` takes of them, facts of the inputs; a preference falls back, a demand is an error."""
+def test_declarations_of_kernels_are_checked_in_turn(operation, monkeypatch):
+    """Device, dtype, dtypes of `auto`, inputs. A preference falls back, a demand raises an error."""
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
 
     def reason(**declared: object) -> str:
         kernels = dataclasses.replace(registry.Kernels(), **declared)
-        found = dataclasses.replace(operation, kernels={"native": kernels})
-        choice = found.choose("auto", CPU, torch.float32, 7)
+        changed = dataclasses.replace(operation, kernels={"native": kernels})
+        choice = changed.choose("auto", CPU, torch.float32, 7)
         assert (choice.backend == "eager") == bool(choice.refused)
-        demand = found.why_not("native", CPU, torch.float32, 7)
+        demand = changed.why_not("native", CPU, torch.float32, 7)
         if demand is not None:
             assert demand == choice.refused["native"]
-            assert found.prefer("native", CPU, torch.float32, 7) == choice
+            assert changed.prefer("native", CPU, torch.float32, 7) == choice
             with pytest.raises(registry.BackendError, match="backend 'native' cannot run here"):
-                found.choose("native", CPU, torch.float32, 7)
+                changed.choose("native", CPU, torch.float32, 7)
         return f"{'demand' if demand else 'auto'}: {choice.refused.get('native')}"
 
     assert reason() == "auto: None"
@@ -90,7 +90,7 @@ def test_what_kernels_declare_is_asked_in_turn(operation, monkeypatch):
     assert reason(why_not_auto=lambda width: f"width {width}") == "auto: width 7"
 
 
-def test_on_a_gpu_auto_takes_what_is_proven(operation, monkeypatch):
+def test_auto_on_a_gpu_chooses_checked_kernels(operation, monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(registry, "why_not", lambda *_, **__: None)
     good = Verdict("anything", "native", "float32", "", 0.5, 2.0)
@@ -113,15 +113,15 @@ def test_on_a_gpu_auto_takes_what_is_proven(operation, monkeypatch):
             assert operation.choose("auto", gpu, torch.float32).backend == "eager"
 
 
-def test_the_capability_is_that_of_the_current_gpu(monkeypatch):
-    """Asked once of a GPU with an index; without one it is another after `set_device`."""
-    answers = iter([(8, 0), (9, 0)])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(answers))
+def test_capability_is_that_of_the_current_gpu(monkeypatch):
+    """It is cached for a GPU with an index; without an index it changes after `set_device`."""
+    capabilities = iter([(8, 0), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capabilities))
     assert [registry.capability(torch.device("cuda")) for _ in range(2)] == [(8, 0), (9, 0)]
 
 
 def test_every_public_function_with_kernels_is_in_the_table():
-    """But for convolution_pair, which is made of convolutions, drawn_probability, which computes nothing, and check."""
+    """Except convolution_pair, which consists of convolutions, drawn_probability, which runs no kernel, and check."""
     functions = set(kernels.__all__) - {"check", "convolution_pair", "drawn_probability"}
     assert set(registry.OPERATIONS) == functions | {"self_attention"}
     assert all(operation.name == name for name, operation in registry.OPERATIONS.items())

@@ -1,4 +1,4 @@
-"""ReLU and dropout after a bias: the Triton kernels, and that all implementations take a bias."""
+"""ReLU and dropout after a bias: the Triton kernels, and the bias in all implementations."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def implementations(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "p"), [((1,), 0.5), ((3, 7, 33), 0.3), ((10, 300), 0.0)])
 def test_kernels_match_float64(shape, p, dtype, device):
-    """The mask is Philox's as published; backward finds it in the output."""
+    """The dropout mask is Philox as published; backward reads it from the output."""
     x, bias = torch.randn(shape, device=device).to(dtype), torch.randn(shape[-1], device=device)
     upstream = torch.randn(shape, device=device).to(dtype)
     kept = is_kept(SEED, x.numel() // shape[-1], shape[-1], p).view(shape).to(device)
@@ -33,16 +33,16 @@ def test_kernels_match_float64(shape, p, dtype, device):
         return (x + bias).to(x.dtype).relu() * kept / (1 - p)
 
     exact, reference = run(plain, torch.float64), run(plain, dtype)
-    found = run(lambda x, bias: relu_dropout(x, p, "triton", bias, seed), dtype)
-    for truth, theirs, ours in zip(exact, reference, found, strict=True):
-        assert ours.dtype == theirs.dtype
-        error, budget = ((value.double() - truth).abs().max().item() for value in (ours, theirs))
+    actual = run(lambda x, bias: relu_dropout(x, p, "triton", bias, seed), dtype)
+    for truth, rounded, ours in zip(exact, reference, actual, strict=True):
+        assert ours.dtype == rounded.dtype
+        error, budget = ((value.double() - truth).abs().max().item() for value in (ours, rounded))
         assert error <= 2 * budget + 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
 
 
 @pytest.mark.parametrize(("rows", "replicas"), [(3, 5), (45, 2), (0, 3)])
 def test_replicas_get_partial_sums(rows, replicas, device):
-    """With more programs than rows, and more rows than one pass of all programs takes; two blocks of columns."""
+    """With more programs than rows, and more rows than all programs process in one pass; two blocks of columns."""
     x = torch.randn(rows, 300, device=device)
     bias, seed = torch.randn(300, device=device), torch.tensor([SEED], device=device)
     upstream = torch.randn(rows, 300, device=device)
@@ -56,58 +56,58 @@ def test_replicas_get_partial_sums(rows, replicas, device):
     assert partials.shape == (replicas, 300)
     assert partials.dtype == torch.float32
     assert partials.is_contiguous()
-    assert (partials[max(1, rows) :] == 0).all(), "rows that no program has"
+    assert (partials[max(1, rows) :] == 0).all(), "rows of programs that process nothing"
     torch.testing.assert_close(partials.sum(0), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_all_implementations_take_a_bias(p, device):
-    """[C] and replicas; whatever is left is the same."""
+def test_all_implementations_support_a_bias(p, device):
+    """A bias [C] and its replicas; kept elements are the same in every implementation."""
     x, bias = torch.randn(4, 30, device=device), torch.randn(30, device=device)
-    left = F.relu(x + bias) / (1 - p)
+    kept = F.relu(x + bias) / (1 - p)
     for backend in implementations(device):
         if backend == "native" and device.type == "cuda":
             continue
-        for given in (bias, bias.expand(3, -1)):
-            given = given.detach().requires_grad_()
-            found = relu_dropout(x, p, backend, given)
-            assert 0 < (found > 0).sum() <= (left > 0).sum()
-            torch.testing.assert_close(found, torch.where(found > 0, left, 0))
-            found.sum().backward()
-            gradient = given.grad if given.dim() == 1 else given.grad.sum(0)
-            torch.testing.assert_close(gradient, (found > 0).sum(0) / (1 - p))
+        for vector in (bias, bias.expand(3, -1)):
+            vector = vector.detach().requires_grad_()
+            out = relu_dropout(x, p, backend, vector)
+            assert 0 < (out > 0).sum() <= (kept > 0).sum()
+            torch.testing.assert_close(out, torch.where(out > 0, kept, 0))
+            out.sum().backward()
+            gradient = vector.grad if vector.dim() == 1 else vector.grad.sum(0)
+            torch.testing.assert_close(gradient, (out > 0).sum(0) / (1 - p))
 
 
 def test_share_dropped_and_repeatability(device):
     p, ones = 0.25, torch.ones(25, 400, device=device)
-    found = []
+    masks = []
     for seed in (1, 2, 1):
         torch.manual_seed(seed)
-        found.append(relu_dropout(ones, p, "triton") == 0)
-    assert torch.equal(found[0], found[2])
+        masks.append(relu_dropout(ones, p, "triton") == 0)
+    assert torch.equal(masks[0], masks[2])
     # Five standard deviations of a binomial share.
     count = ones.numel()
-    assert abs(found[0].double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
-    both = (found[0] & found[1]).double().mean().item()
+    assert abs(masks[0].double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
+    both = (masks[0] & masks[1]).double().mean().item()
     assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / count) ** 0.5, "two calls are independent"
 
 
-def test_strides_no_dimension_and_values_that_are_not_finite(device):
+def test_strides_scalars_and_non_finite_values(device):
     x, bias = torch.randn(5, 4, 8, device=device), torch.randn(2, 8, device=device)
     seed = torch.tensor([SEED], device=device)
-    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
     wide = torch.stack([bias, bias], -1)[..., 0]
-    assert torch.equal(relu_dropout(turned, 0.5, "triton", wide, seed), relu_dropout(x, 0.5, "triton", bias, seed))
+    assert torch.equal(relu_dropout(transposed, 0.5, "triton", wide, seed), relu_dropout(x, 0.5, "triton", bias, seed))
     scalar = torch.tensor(2.0, device=device, requires_grad=True)
     out = relu_dropout(scalar, 0.5, "triton", seed=seed)
     out.backward()
     assert (out.item(), scalar.grad.item()) in ((0, 0), (4, 2))
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device).repeat(30, 1)
-    found = relu_dropout(odd, 0.3, "triton")
-    assert (found[:, 0].isnan() | (found[:, 0] == 0)).all()
-    assert found[:, 0].isnan().any()
-    assert ((found[:, 1] == float("inf")) | (found[:, 1] == 0)).all(), "what is dropped is zero, infinite or not"
-    assert (found[:, 2] == 0).all()
+    non_finite = torch.tensor([float("nan"), float("inf"), -float("inf")], device=device).repeat(30, 1)
+    dropped = relu_dropout(non_finite, 0.3, "triton")
+    assert (dropped[:, 0].isnan() | (dropped[:, 0] == 0)).all()
+    assert dropped[:, 0].isnan().any()
+    assert ((dropped[:, 1] == float("inf")) | (dropped[:, 1] == 0)).all(), "a dropped infinity is zero"
+    assert (dropped[:, 2] == 0).all()
 
 
 def test_operator_registration(device):
@@ -115,7 +115,7 @@ def test_operator_registration(device):
     torch.library.opcheck(torch.ops.conddetr.relu_dropout.default, (x, bias, torch.tensor([1], device=device), 0.3))
 
 
-def test_compiles_without_a_break(device):
+def test_compiles_without_a_graph_break(device):
     x, bias = torch.randn(3, 9, device=device), torch.randn(9, device=device, requires_grad=True)
     seed = torch.tensor([SEED], device=device)
 

@@ -1,4 +1,4 @@
-"""Sine embedding: against the official numbers, a formula from the paper, and the kernels against the reference."""
+"""Sine embedding: against the official values and the paper's formula, and the kernels against the reference."""
 
 import math
 
@@ -14,15 +14,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 def test_official_embedding(backend, device):
     golden = read_arrays("p5_cdetr")
     for name in ("eager", backend):
-        found = sine_embedding(golden["sine/pos"].to(device), backend=name)
-        torch.testing.assert_close(found.cpu(), golden["sine/embed"], atol=2e-6, rtol=0)
+        embedding = sine_embedding(golden["sine/pos"].to(device), backend=name)
+        torch.testing.assert_close(embedding.cpu(), golden["sine/embed"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dim", [4, 64, 256])
 def test_against_the_formula(dim):
     points = torch.rand(7, 2, dtype=torch.float64)
-    found = sine_embedding(points, dim, backend="eager")
-    for row, (x, y) in zip(found, points.tolist(), strict=True):
+    embedding = sine_embedding(points, dim, backend="eager")
+    for row, (x, y) in zip(embedding, points.tolist(), strict=True):
         expected = []
         for coordinate in (y, x):
             for pair in range(dim // 4):
@@ -48,27 +48,27 @@ def test_kernels_match_the_reference(shape, dim, dtype, backend, device):
         return embedding.detach(), query.detach(), *torch.autograd.grad(total, (p, t), upstream.to(device, dtype))
 
     test_dtype = dtype
-    exact, plain, found = run("eager", torch.float64), run("eager", dtype), run(backend, dtype)
-    for ours, theirs, truth in zip(found, plain, exact, strict=True):
+    exact, plain, actual = run("eager", torch.float64), run("eager", dtype), run(backend, dtype)
+    for ours, reference, truth in zip(actual, plain, exact, strict=True):
         assert ours.dtype == dtype
-        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, theirs))
+        error, budget = ((x.double() - truth).abs().max().item() for x in (ours, reference))
         assert error <= 2 * budget + 4 * torch.finfo(dtype).eps * truth.abs().max().item()
 
 
 def test_points_far_outside_stay_exact(backend, device):
-    """Angles are reduced in turns, so that a point at 1000 costs precision only by its own rounding."""
+    """Angles are reduced in full turns, so a point at 1000 loses precision only by its own rounding."""
     points = torch.tensor([[1000.25, -7.5], [-3.0, 12.125]], device=device)
-    found = sine_embedding(points, 8, backend=backend)
+    embedding = sine_embedding(points, 8, backend=backend)
     exact = sine_embedding(points.double(), 8, backend="eager")
-    torch.testing.assert_close(found.double(), exact, atol=5e-4, rtol=0)
+    torch.testing.assert_close(embedding.double(), exact, atol=5e-4, rtol=0)
 
 
 def test_spatial_query_broadcasts(backend, device):
     points = torch.rand(3, 2, device=device, requires_grad=True)
     transform = torch.randn(2, 3, 8, device=device, requires_grad=True)
-    found = conditional_spatial_query(points, transform, backend=backend)
-    torch.testing.assert_close(found, transform * sine_embedding(points, 8, backend="eager"))
-    found.sum().backward()
+    query = conditional_spatial_query(points, transform, backend=backend)
+    torch.testing.assert_close(query, transform * sine_embedding(points, 8, backend="eager"))
+    query.sum().backward()
     assert points.grad.shape == (3, 2)
 
 

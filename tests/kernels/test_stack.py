@@ -1,4 +1,4 @@
-"""Stacking without a copy: memory, values, gradients of any order, and what has to be copied after all."""
+"""Stacking without a copy: memory, values, gradients of any order, and the cases that need a copy."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ def leaf(*shape):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
-def test_what_was_taken_apart_is_put_together_in_its_own_memory():
+def test_unstacked_parts_are_stacked_in_the_same_memory():
     x = leaf(3, 2, 4)
     y = x * 1
     parts = unstacked(y)
@@ -39,15 +39,15 @@ def test_other_parts_are_copied(change):
         parts = [part.t() for part in parts]
     else:
         parts = [part[:0] for part in parts]
-    found, expected = stacked(parts), torch.stack(parts)
-    assert torch.equal(found, expected)
-    weights = torch.randn_like(found)
-    (of_ours,) = torch.autograd.grad((found * weights).sum(), x, retain_graph=True)
-    (of_theirs,) = torch.autograd.grad((expected * weights).sum(), x)
-    assert torch.equal(of_ours, of_theirs)
+    actual, expected = stacked(parts), torch.stack(parts)
+    assert torch.equal(actual, expected)
+    weights = torch.randn_like(actual)
+    (our_grad,) = torch.autograd.grad((actual * weights).sum(), x, retain_graph=True)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), x)
+    assert torch.equal(our_grad, expected_grad)
 
 
-def test_hooks_and_kept_gradients_see_each_part():
+def test_hooks_and_retained_gradients_get_each_part():
     x, seen = leaf(3, 2, 4), []
     parts = unstacked(x * 1)
     parts[1].retain_grad()
@@ -59,7 +59,7 @@ def test_hooks_and_kept_gradients_see_each_part():
     assert torch.equal(x.grad, upstream * torch.tensor([1, 1, 2]).view(3, 1, 1))
 
 
-def test_gradients_of_any_order_and_several_at_once():
+def test_higher_derivatives_and_batches():
     x = leaf(3, 2)
 
     def run(x):
@@ -72,7 +72,7 @@ def test_gradients_of_any_order_and_several_at_once():
     assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), expected)
 
 
-def test_a_part_alone_has_zeros_for_the_others():
+def test_gradients_of_unused_parts_are_zero():
     x = leaf(3, 2)
     unstacked(x * 2)[1].sum().backward()
     assert x.grad.tolist() == [[0, 0], [2, 2], [0, 0]]

@@ -1,6 +1,6 @@
-"""Function transforms, forward-mode and second derivatives of every operation: right, or an error that says what is.
+"""Function transforms, forward-mode and second derivatives of every operation: correct, or an error with the remedy.
 
-The plain implementations are held to finite differences in float64, `auto` to the plain ones.
+The plain implementations are compared with finite differences in float64, `auto` with the plain ones.
 """
 
 import warnings
@@ -18,12 +18,12 @@ from conddetr.kernels import registry
 
 EAGER = 'backend="eager"'
 WIDTH = 32 if torch.cuda.is_available() else 16
-"""Channels of attention: native kernels take 32 on a GPU, Triton's 16 at least."""
+"""Channels of attention: native kernels need 32 on a GPU, Triton's at least 16."""
 pytestmark = [pytest.mark.gpu, pytest.mark.compares_numbers]
 
 
 class Operation(NamedTuple):
-    """One operation as a function of its differentiable tensors, which are float64 here."""
+    """An operation as a function of its differentiable tensors, here float64."""
 
     call: Callable
     inputs: tuple[Tensor, ...]
@@ -44,8 +44,8 @@ def separable_attention() -> Operation:
     spatial, keys, valid = normal(1, 2, 1, WIDTH), normal(1, 6, 1, WIDTH), torch.tensor([[2, 2]], dtype=torch.int32)
 
     def call(content, rows, columns, v, backend):
-        same = (x.to(content.dtype) for x in (spatial, keys))
-        return kernels.conditional_attention(content, *same, (rows, columns), v, valid_cells=valid, backend=backend)
+        cast = (x.to(content.dtype) for x in (spatial, keys))
+        return kernels.conditional_attention(content, *cast, (rows, columns), v, valid_cells=valid, backend=backend)
 
     return Operation(
         call, (normal(1, 2, 1, WIDTH), normal(1, 2, 1, WIDTH), normal(1, 3, 1, WIDTH), normal(1, 6, 1, WIDTH))
@@ -136,7 +136,7 @@ ONCE = {
     "ReLU after a bias": (relu_after_bias, ("triton", "eager")),
     "norm of a sum": (norm_of_sum, ("triton", "eager")),
 }
-"""Operations whose kernels have a gradient, but not a gradient's."""
+"""Operations whose kernels have first derivatives only."""
 DROPOUT = {
     "ReLU and dropout": (partial(dropout, kernels.relu_dropout, 1), registry.BACKENDS),
     "dropout and sum": (partial(dropout, kernels.dropout_add, 2), ("native", "eager")),
@@ -147,7 +147,7 @@ OPERATIONS = {**ONCE, **DROPOUT, "matching cost": (cost, ("triton", "eager"))}
 def make(name: str, device: torch.device, backend: str = "eager") -> Operation:
     """The operation on a device, if the backend has kernels for it there."""
     if name in DROPOUT and device.type != "cpu" and backend != "triton":
-        pytest.skip("dropout has native kernels on CPUs alone")
+        pytest.skip("dropout has native kernels on CPUs only")
     reason = registry.why_not(backend, device, torch.float32)
     if reason is not None:
         pytest.skip(reason)
@@ -156,7 +156,7 @@ def make(name: str, device: torch.device, backend: str = "eager") -> Operation:
 
 
 def with_backends(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Each operation with each of its backends but the plain one."""
+    """Each operation with each of its backends except the plain one."""
     pairs = [(name, backend) for name in names for backend in OPERATIONS[name][1] if backend != "eager"]
     return pytest.mark.parametrize(("name", "backend"), pairs)
 
@@ -199,11 +199,11 @@ TRANSFORMS = {
     "vmap": lambda function, _: over_two(function),
     "forward_ad": lambda function, _: dual(function),
 }
-"""How to apply a transform to a function and the numbers of its arguments."""
+"""Transform → its application to a function and the indices of its arguments."""
 
 
-def flat(found: object) -> list[Tensor]:
-    return torch.utils._pytree.tree_leaves(found)
+def flat(result: object) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(result)
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -218,7 +218,7 @@ def test_plain_pytorch_against_finite_differences(name):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_auto_gives_way_to_plain_pytorch(name, transform, device):
+def test_auto_falls_back_to_plain_pytorch(name, transform, device):
     if name in DROPOUT and transform in ("hessian", "jacfwd", "vmap"):
         pytest.skip("vmap must be told what to do with random numbers")
     operation = make(name, device)
@@ -233,7 +233,7 @@ def test_auto_gives_way_to_plain_pytorch(name, transform, device):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @with_backends(OPERATIONS)
-def test_a_backend_by_name_says_what_can(name, backend, transform, device):
+def test_backend_by_name_raises_with_the_remedy(name, backend, transform, device):
     operation = make(name, device, backend)
     public = {"vjp": "grad", "jacrev": "grad", "hessian": "grad", "jacfwd": "jvp"}.get(transform, transform)
     function = TRANSFORMS[transform](partial(operation.call, backend=backend), tuple(range(len(operation.inputs))))
@@ -242,7 +242,7 @@ def test_a_backend_by_name_says_what_can(name, backend, transform, device):
 
 
 @with_backends(ONCE)
-def test_first_derivatives_of_kernels_and_no_second_ones(name, backend, device):
+def test_kernels_have_first_derivatives_only(name, backend, device):
     operation = make(name, device, backend)
     gradients = []
     with warnings.catch_warnings():
@@ -251,8 +251,8 @@ def test_first_derivatives_of_kernels_and_no_second_ones(name, backend, device):
             inputs = [tensor.requires_grad_() for tensor in operation.to(torch.float32)]
             value = squared(partial(operation.call, backend=used))(*inputs)
             gradients.append(torch.autograd.grad(value, inputs, create_graph=True))
-        for found, expected in zip(*gradients, strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        for actual, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
         penalty = sum(gradient.square().sum() for gradient in gradients[0])
         with pytest.raises(registry.BackendError, match=f"has first derivatives only: for second ones use {EAGER}"):
             penalty.backward()
@@ -260,15 +260,15 @@ def test_first_derivatives_of_kernels_and_no_second_ones(name, backend, device):
 
 @with_backends(ONCE)
 def test_batches_of_gradients(name, backend, device):
-    """`is_grads_batched` runs backward alone inside vmap."""
+    """`is_grads_batched` runs only backward inside vmap."""
     operation = make(name, device, backend)
     inputs = [tensor.requires_grad_() for tensor in operation.to(torch.float32)]
     out = operation.call(*inputs, backend=backend)
     upstream = torch.randn(2, *out.shape, device=device)
-    found = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
+    batched = torch.autograd.grad(out, inputs, upstream, is_grads_batched=True, retain_graph=True)
     for index in range(2):
         expected = torch.autograd.grad(out, inputs, upstream[index], retain_graph=True)
-        assert all(torch.equal(a[index], b) for a, b in zip(found, expected, strict=True))
+        assert all(torch.equal(a[index], b) for a, b in zip(batched, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", DROPOUT)
@@ -282,8 +282,8 @@ def test_second_derivatives_of_dropout(name):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_vmap_over_what_has_no_gradient():
-    """Rectangles, targets and assignments, all of them different."""
+def test_vmap_over_inputs_without_gradient():
+    """Rectangles, targets and assignments that differ in each element of the batch."""
     content, keys = torch.randn(2, 1, 3, 2, 16), torch.randn(2, 1, 6, 2, 16)
     rows, columns = keys[:, :, :2], keys[:, :, :3]
     valid = torch.tensor([[[2, 2]], [[1, 3]]], dtype=torch.int32)
@@ -307,33 +307,33 @@ def test_vmap_over_what_has_no_gradient():
 
 
 def test_matching_inside_transforms():
-    """Its values are those of the plain tensor; in vmap there are several, and no rule."""
+    """Matching reads the values of the plain tensor. vmap has several values, and matching has no rule for it."""
     cost, counts = torch.randn(2, 2, 3), torch.tensor([2, 1], dtype=torch.int32)
-    expected, found = kernels.linear_assignment(cost, counts, "eager"), []
+    expected, assignments = kernels.linear_assignment(cost, counts, "eager"), []
 
     def function(cost):
-        found.append(kernels.linear_assignment(cost, counts).tolist())
+        assignments.append(kernels.linear_assignment(cost, counts).tolist())
         return cost.sum()
 
     torch.func.grad(function)(cost)
     torch.func.jvp(function, (cost,), (cost,))
     torch.func.grad(lambda cost: torch.func.grad(function)(cost).sum())(cost)
-    assert found == [expected.tolist()] * 3
+    assert assignments == [expected.tolist()] * 3
     with pytest.raises(registry.BackendError, match=r"linear_assignment.* does not run inside torch\.func\.vmap"):
         torch.func.vmap(kernels.linear_assignment, in_dims=(0, None))(cost[:, None], counts[:1])
 
 
-def test_functionalisation_is_no_reason_against_kernels():
+def test_kernels_run_under_functionalization():
     operation = make("attention, dense keys", torch.device("cpu"), "native")
     inputs = operation.to(torch.float32)
     function = partial(operation.call, backend="native")
     assert torch.equal(torch.func.functionalize(function)(*inputs), function(*inputs))
 
 
-def test_a_gradient_inside_a_compiled_function():
+def test_gradient_inside_a_compiled_function():
     operation = make("attention, separable keys", torch.device("cpu"))
     inputs = operation.to(torch.float32)
     gradient = torch.func.grad(squared(partial(operation.call, backend="auto")), tuple(range(4)))
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
-    for found, expected in zip(compiled(*inputs), gradient(*inputs), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(compiled(*inputs), gradient(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected)

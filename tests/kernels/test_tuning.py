@@ -1,4 +1,4 @@
-"""Launch settings are tried, the fastest right ones recorded, and taken where the record holds; the clock is fake."""
+"""Tuning records the fastest correct launch settings, which are used while the record holds; the clock is fake."""
 
 import importlib
 import json
@@ -47,21 +47,21 @@ def subject(p=attention.P):
 
 
 def seconds_of(settings):
-    """What ships takes 2 seconds."""
+    """Seconds of a setting on the fake clock: 2 for the shipped settings."""
     return SECONDS.get(settings, 2.0)
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """One small form, three candidates beside what ships, and a clock that knows them. Numbers are not computed, but
-    `WRONG` is wrong, alone and in company. Returns the list of what is tried.
+    """One small variant, three candidates beside the shipped settings, and a fake clock. Nothing is computed; `WRONG`
+    counts as wrong, alone and together with others. Returns the list of candidates.
     """
     tried = [FAST, SLOW, WRONG]
 
     def verify(problem, backend, dtype, device):
         tuned = records.load(device).tuned
         is_wrong = any(launch.read_tiles(key.split()[1][:-1], value) == WRONG for key, value in tuned.items())
-        return Finding(2.0, "result is 2 times as far off as it may be") if is_wrong else Finding(0.5, None)
+        return Finding(2.0, "result is off by 2 times its error budget") if is_wrong else Finding(0.5, None)
 
     monkeypatch.setattr(tuning, "subjects", lambda device, dtypes: [subject()])
     monkeypatch.setattr(
@@ -69,7 +69,7 @@ def fake(monkeypatch):
     )
     monkeypatch.setattr(tuning, "verify", verify)
     monkeypatch.setattr(tuning, "_pass", lambda inputs, kernel, settings: lambda: getattr(settings, kernel))
-    monkeypatch.setattr(tuning, "seconds_of", lambda ways, device: [seconds_of(way()) for way in ways])
+    monkeypatch.setattr(tuning, "seconds_of", lambda runs, device: [seconds_of(run()) for run in runs])
     return tried
 
 
@@ -79,58 +79,58 @@ def tune():
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]])
-def test_the_fastest_right_one_is_recorded_in_whatever_order(fake, order):
+def test_fastest_correct_setting_is_recorded_in_any_order(fake, order):
     fake[:] = [fake[index] for index in order]
-    found = tune()
-    assert found.settings() == {FORM.key(kernel): launch.write_tiles(FAST) for kernel in KERNELS}
-    assert [choice.speedup for choice in found.choices] == [2.0] * 3
-    assert [choice.shipped for choice in found.choices] == [getattr(SHIPPED, kernel) for kernel in KERNELS]
-    assert found.left_out == [
-        f"{FORM.key(kernel)}: {WRONG.described()}: result is 2 times as far off as it may be" for kernel in KERNELS
+    result = tune()
+    assert result.settings() == {FORM.key(kernel): launch.write_tiles(FAST) for kernel in KERNELS}
+    assert [choice.speedup for choice in result.choices] == [2.0] * 3
+    assert [choice.shipped for choice in result.choices] == [getattr(SHIPPED, kernel) for kernel in KERNELS]
+    assert result.left_out == [
+        f"{FORM.key(kernel)}: {WRONG.described()}: result is off by 2 times its error budget" for kernel in KERNELS
     ]
 
 
-def test_where_what_ships_is_the_fastest_it_is_recorded(fake):
+def test_shipped_settings_are_recorded_if_fastest(fake):
     fake[:] = [SLOW]
-    found = tune()
-    assert found.settings() == {FORM.key(kernel): launch.write_tiles(getattr(SHIPPED, kernel)) for kernel in KERNELS}
-    assert [choice.speedup for choice in found.choices] == [1.0] * 3
-    assert "ships" in tuning_table(found).columns[-1]._cells
+    result = tune()
+    assert result.settings() == {FORM.key(kernel): launch.write_tiles(getattr(SHIPPED, kernel)) for kernel in KERNELS}
+    assert [choice.speedup for choice in result.choices] == [1.0] * 3
+    assert "shipped" in tuning_table(result).columns[-1]._cells
 
 
-def test_where_nothing_is_right_nothing_is_recorded(fake, monkeypatch):
+def test_nothing_is_recorded_if_every_setting_is_wrong(fake, monkeypatch):
     monkeypatch.setattr(tuning, "verify", lambda *_: Finding(2.0, "raises OutOfResources: shared memory"))
-    found = tune()
-    assert found.settings() == {}
-    assert len(found.left_out) == 3 * 4
+    result = tune()
+    assert result.settings() == {}
+    assert len(result.left_out) == 3 * 4
 
 
-def test_what_is_wrong_only_together_is_not_recorded(fake, monkeypatch):
+def test_settings_that_are_wrong_only_together_are_not_recorded(fake, monkeypatch):
     def verify(*_):
         is_wrong = len(records.load(CPU).tuned) == 3
         return Finding(2.0, "result is not finite") if is_wrong else Finding(0.5, None)
 
     monkeypatch.setattr(tuning, "verify", verify)
-    found = tune()
-    assert found.choices == []
-    assert found.left_out == ["attention with the fastest of each kernel, half, 32 channels, separable, dropout: "
-                              "result is not finite"]  # fmt: skip
+    result = tune()
+    assert result.choices == []
+    assert result.left_out == ["attention with the fastest of each kernel, half, 32 channels, separable, dropout: "
+                               "result is not finite"]  # fmt: skip
 
 
-def test_what_fails_while_it_is_measured_is_not_recorded(fake, monkeypatch):
-    def stop(ways, device):
+def test_settings_that_fail_during_measurement_are_not_recorded(fake, monkeypatch):
+    def fail(runs, device):
         raise RuntimeError("illegal memory access")
 
-    monkeypatch.setattr(tuning, "seconds_of", stop)
-    found = tune()
-    assert found.choices == []
-    assert "to measure it raises RuntimeError: illegal memory access" in found.left_out[-1]
-    monkeypatch.setattr(tuning.Subject, "inputs", lambda self, device: stop(None, device))
+    monkeypatch.setattr(tuning, "seconds_of", fail)
+    result = tune()
+    assert result.choices == []
+    assert "the measurement raises RuntimeError: illegal memory access" in result.left_out[-1]
+    monkeypatch.setattr(tuning.Subject, "inputs", lambda self, device: fail(None, device))
     assert tune().left_out == ["attention, small, float32: raises RuntimeError: illegal memory access"]
 
 
-def test_real_kernels_are_tried(monkeypatch):
-    """One of two settings is made wrong; verified as the check does, on Triton's interpreter."""
+def test_real_kernels_are_verified(monkeypatch):
+    """One of two settings gives wrong results; they are verified as in the check, on Triton's interpreter."""
     forward = kernels.forward
 
     def sabotaged(inputs, settings=None):
@@ -143,13 +143,13 @@ def test_real_kernels_are_tried(monkeypatch):
         tuning, "settings_of", lambda device, form, kernel, shipped: [shipped, WRONG if kernel == "forward" else FAST]
     )
     monkeypatch.setattr(
-        tuning, "measurements", lambda ways, device, seconds: [[9.0, 1.0 + number, 0.0] for number in range(len(ways))]
+        tuning, "measurements", lambda runs, device, seconds: [[9.0, 1.0 + number, 0.0] for number in range(len(runs))]
     )
-    found = tune()
-    assert [choice.fastest for choice in found.choices] == [getattr(SHIPPED, kernel) for kernel in KERNELS]
-    [line] = found.left_out
+    result = tune()
+    assert [choice.fastest for choice in result.choices] == [getattr(SHIPPED, kernel) for kernel in KERNELS]
+    [line] = result.left_out
     assert line.startswith(f"{FORM.key('forward')}: {WRONG.described()}: result is ")
-    assert line.endswith("times as far off as it may be")
+    assert line.endswith("times its error budget")
 
 
 def inputs(separable=True, dropout=True):
@@ -159,14 +159,14 @@ def inputs(separable=True, dropout=True):
         return tuning.Subject(problem, torch.float32).inputs(CPU)
 
 
-def test_the_record_is_taken_and_nothing_else_changes():
+def test_record_changes_only_the_settings_it_has():
     tuned = {FORM.key("forward"): launch.write_tiles(FAST), "other": {"of": "a later release"}}
     with records.pretend(record(tuned)):
         assert inputs().launch() == replace(SHIPPED, forward=FAST)
         for separable, dropout in ((True, False), (False, True), (False, False)):
             shipped = launch_settings(0, "half", 32, separable, dropout, False)
             assert inputs(separable, dropout).launch() == shipped
-        # What is compiled ahead of time is not for this device.
+        # Kernels compiled ahead of time for another architecture ignore the record.
         assert launch_settings(90, "half", 32, True, True, False).forward != FAST
     assert inputs().launch() == SHIPPED
     with records.pretend(None):
@@ -177,26 +177,26 @@ def test_tuned_settings_compute_the_same(monkeypatch):
     launched = []
     options = kernels.Inputs.options
 
-    def watched(self, tiles):
+    def recorded(self, tiles):
         launched.append(tiles)
         return options(self, tiles)
 
     problem = subject(0.0).problem
-    monkeypatch.setattr(kernels.Inputs, "options", watched)
+    monkeypatch.setattr(kernels.Inputs, "options", recorded)
     form = replace(FORM, dropout=False)
     with records.pretend(record({form.key(kernel): launch.write_tiles(FAST) for kernel in KERNELS})), isolated(CPU):
         assert tuning.verify(problem, "triton", torch.float32, CPU).wrong is None
     assert set(launched) == {FAST}
 
 
-def test_a_record_is_looked_up_once(monkeypatch):
-    made, looked_up = inputs(), []
+def test_record_is_looked_up_once(monkeypatch):
+    made, lookups = inputs(), []
     load = records.load
-    monkeypatch.setattr(records, "load", lambda device: looked_up.append(device) or load(device))
+    monkeypatch.setattr(records, "load", lambda device: lookups.append(device) or load(device))
     with records.pretend(record({FORM.key("forward"): launch.write_tiles(FAST)})):
         for _ in range(3):
             assert made.launch().forward == FAST
-        assert looked_up == [CPU]
+        assert lookups == [CPU]
     records.adopt(CPU, record({FORM.key("forward"): launch.write_tiles(SLOW)}))
     try:
         assert made.launch().forward == SLOW
@@ -236,46 +236,46 @@ def test_ill_formed_settings_are_ignored(changed):
 
 
 @pytest.mark.parametrize("stored", [None, [], "64", 64, {}, {"queries": 64, "keys": 64, "warps": 4}], ids=str)
-def test_what_is_no_setting_is_ignored(stored):
+def test_values_that_are_no_settings_are_ignored(stored):
     with records.pretend(record({FORM.key(kernel): stored for kernel in KERNELS})):
         assert inputs().launch() == SHIPPED
 
 
-def test_only_the_forward_kernel_makes_scores_ahead():
+def test_only_the_forward_kernel_computes_scores_ahead():
     with pytest.raises(ValueError, match="backward_key: ahead: only the forward kernel"):
         launch.read_tiles("backward_key", launch.write_tiles(Tiles(64, 64, 4, 3, ahead=True)))
 
 
-def test_settings_come_back_from_a_record():
+def test_settings_round_trip_through_a_record():
     for tiles in (FAST, Tiles(64, 32, 8, 3, 96), Tiles(64, 32, 4, 1, ahead=True)):
-        stored = json.loads(record({"it": launch.write_tiles(tiles)}).to_json())["content"]["tuned"]["it"]
+        stored = json.loads(record({"key": launch.write_tiles(tiles)}).to_json())["content"]["tuned"]["key"]
         assert launch.read_tiles("forward", stored) == tiles
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 120])
-def test_what_ships_is_among_the_candidates(architecture):
-    """On sm_100, where what ships is Hopper's, it is tried without being listed: see below."""
+def test_shipped_settings_are_among_the_candidates(architecture):
+    """On sm_100 the shipped settings are Hopper's. They are tried but not listed: see the next test."""
     used = set()
     for kernel, products, *form in product(KERNELS, ("half", "tf32"), *[(False, True)] * 3):
         wanted = Form(products, 32, *form)
-        found = launch.candidates(architecture, kernel, wanted)
-        assert getattr(launch_settings(architecture, products, 32, *form), kernel) in found
-        assert 3 <= len(set(found)) == len(found) <= 4
+        candidates = launch.candidates(architecture, kernel, wanted)
+        assert getattr(launch_settings(architecture, products, 32, *form), kernel) in candidates
+        assert 3 <= len(set(candidates)) == len(candidates) <= 4
         used.add(launch.candidates_key(architecture, kernel, wanted))
-    of = "Hopper" if architecture == 90 else "other"
-    assert used == {key for key in json.loads(launch.CANDIDATES.read_text())["settings"] if key.startswith(of)}
+    prefix = "Hopper" if architecture == 90 else "other"
+    assert used == {key for key in json.loads(launch.CANDIDATES.read_text())["settings"] if key.startswith(prefix)}
 
 
-def test_what_ships_is_tried_first(monkeypatch):
+def test_shipped_settings_are_tried_first(monkeypatch):
     for capability in ((9, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(registry, "capability", lambda device, answer=capability: answer)
+        monkeypatch.setattr(registry, "capability", lambda device, result=capability: result)
         shipped = launch_settings(10 * capability[0], "tf32", 32).backward_query
         tried = tuning.settings_of(CPU, replace(FORM, products="tf32"), "backward_query", shipped)
         assert tried[0] == shipped
         assert 3 <= len(tried) == len(set(tried)) <= 5
 
 
-def test_every_form_has_a_key_of_its_own():
+def test_every_form_has_its_own_key():
     forms = [
         Form(*values) for values in product(("half", "tf32"), (32, 128), (False, True), (False, True), (False, True))
     ]
@@ -284,20 +284,20 @@ def test_every_form_has_a_key_of_its_own():
 
 
 def test_forms_are_those_of_the_model(monkeypatch):
-    """On a GPU of 132 multiprocessors eight images are few blocks, and ten are many; on one of 40, eight are many."""
+    """With 132 multiprocessors eight images give few blocks, and ten give many; with 40, eight give many."""
     for multiprocessors, expected in ((132, (8, 10)), (40, (8, 1))):
         monkeypatch.setattr(registry, "multiprocessors", lambda device, count=multiprocessors: count)
         assert tuning._batches(CPU) == expected
-        found = tuning.subjects(CPU, [torch.float32, torch.float16, torch.bfloat16])
-        assert len(found) == 2 * 2 * 4
-        assert {one.dtype for one in found} == {torch.bfloat16, torch.float32}
-        assert all(one.problem.is_tf32 == (one.dtype == torch.float32) for one in found)
-    assert {one.dtype for one in tuning.subjects(CPU, [torch.float16])} == {torch.float16}
+        subjects = tuning.subjects(CPU, [torch.float32, torch.float16, torch.bfloat16])
+        assert len(subjects) == 2 * 2 * 4
+        assert {x.dtype for x in subjects} == {torch.bfloat16, torch.float32}
+        assert all(x.problem.is_tf32 == (x.dtype == torch.float32) for x in subjects)
+    assert {x.dtype for x in tuning.subjects(CPU, [torch.float16])} == {torch.float16}
 
 
 @pytest.fixture
 def on_a_cpu(fake, monkeypatch, tmp_path):
-    """As if a CPU could be tuned; the check has one problem of attention."""
+    """Makes the CPU tunable; the check has one problem of attention."""
     monkeypatch.setenv("CONDDETR_CACHE", str(tmp_path))
     records.forget()
     problem = replace(attention._separable("small", SMALL), is_model=False)
@@ -310,16 +310,16 @@ def on_a_cpu(fake, monkeypatch, tmp_path):
     records.forget()
 
 
-def test_the_record_keeps_what_was_tuned(on_a_cpu):
+def test_record_keeps_the_tuned_settings(on_a_cpu):
     expected = {FORM.key(kernel): launch.write_tiles(FAST) for kernel in KERNELS}
     assert conddetr.kernels.check("cpu", tune=True, dtypes=[torch.float32]).tuned == expected
     records.forget()
     assert records.load(CPU).tuned == expected
     assert inputs().launch().forward == FAST
-    assert conddetr.kernels.check("cpu", dtypes=[torch.float32]).tuned == expected, "a check that does not tune"
+    assert conddetr.kernels.check("cpu", dtypes=[torch.float32]).tuned == expected, "a later check without tuning"
 
 
-def test_settings_that_are_no_good_for_all_sizes_are_not_kept(on_a_cpu, monkeypatch):
+def test_settings_that_fail_at_some_size_are_not_kept(on_a_cpu, monkeypatch):
     def judge(row, device, tell):
         wrong = "odd widths: result is not finite." if records.load(device).tuned else ""
         return row.verdict(wrong, 0.5, None)
@@ -329,33 +329,33 @@ def test_settings_that_are_no_good_for_all_sizes_are_not_kept(on_a_cpu, monkeypa
     assert report.record.tuned == {}
     assert [x.refused for x in report.record.verdicts] == [""]
     assert report.tuning.left_out[-1] == (
-        "no setting is tuned: with the fastest of them conditional_attention is refused in float32: odd widths: result "
-        "is not finite."
+        "no setting is tuned: with the fastest settings, conditional_attention is refused in float32: odd widths: "
+        "result is not finite."
     )
 
 
-def test_after_a_gpu_has_stopped_nothing_is_judged_again(on_a_cpu, monkeypatch):
+def test_nothing_is_judged_again_after_a_gpu_failed(on_a_cpu, monkeypatch):
     judged = []
 
     def judge(row, device, tell):
         judged.append(row)
-        monkeypatch.setattr(check_module, "_stopped", lambda device, title: f"the GPU stopped at {title}")
+        monkeypatch.setattr(check_module, "_stopped", lambda device, title: f"the GPU failed at {title}")
         return row.verdict("raises AcceleratorError.", None, None)
 
     monkeypatch.setattr(check_module, "judge", judge)
     report = check_module.examine("cpu", tune=True, dtypes=[torch.float32])
     assert len(judged) == 1
     assert report.record.tuned == {}
-    assert [x.refused for x in report.record.verdicts] == ["the GPU stopped at launch settings of attention"]
+    assert [x.refused for x in report.record.verdicts] == ["the GPU failed at launch settings of attention"]
 
 
-def test_command_says_what_is_fastest(on_a_cpu, capsys):
+def test_command_prints_the_fastest_settings(on_a_cpu, capsys):
     assert main(["check", "--tune", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert "launch settings of attention" in said
-    assert said.count("32×16, 4 warps, 2 stages") == 3
-    assert said.count("2.00×") == 3
-    assert "left out: attention forward, half, 32 channels, separable, dropout: 16×32, 4 warps, 1 stage: " in said
+    printed = capsys.readouterr().out
+    assert "launch settings of attention" in printed
+    assert printed.count("32×16, 4 warps, 2 stages") == 3
+    assert printed.count("2.00×") == 3
+    assert "left out: attention forward, half, 32 channels, separable, dropout: 16×32, 4 warps, 1 stage: " in printed
 
 
 def test_nothing_is_tuned_on_a_cpu(capsys):

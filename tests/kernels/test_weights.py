@@ -14,8 +14,8 @@ def parameter(*shape, device, dtype=torch.float32, order=torch.contiguous_format
     return torch.randn(shape, device=device, dtype=dtype).to(memory_format=order).requires_grad_()
 
 
-def all_kinds(device, dtype=torch.float32):
-    """Recipes of every kind: two blocks and less than one, in both orders of memory, trained and frozen."""
+def all_recipes(device, dtype=torch.float32):
+    """Recipes of every type: with two blocks and less than one, in both memory formats, trained and frozen."""
     norm = FrozenNorm(*(torch.rand(6, device=device, dtype=dtype) + 0.5 for _ in range(4)), 1e-5)
     make = {"device": device, "dtype": dtype}
     frozen, cut = parameter(6, 5, 3, 3, **make).detach(), parameter(12, 8, **make)
@@ -40,27 +40,27 @@ def parameters_of(recipes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_match_the_reference(dtype, device):
-    """Values round once where the reference rounds once; the sums of replicas are those of float64."""
-    recipes = all_kinds(device)
-    found, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
+    """Values are rounded as often as in the reference; the sums of replicas equal those in float64."""
+    recipes = all_recipes(device)
+    actual, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
     # The scale is a reciprocal square root, whose last bit may differ.
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **tolerance)
-        assert one.requires_grad == other.requires_grad
-    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in found]
+    for ours, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, reference, **tolerance)
+        assert ours.requires_grad == reference.requires_grad
+    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in actual]
     parameters = parameters_of(recipes)
     gradients = []
-    for made in (found, expected):
+    for made in (actual, expected):
         total = sum((x.double() * g.double()).sum() for x, g in zip(made, upstream, strict=True) if x.requires_grad)
         gradients.append(torch.autograd.grad(total, parameters))
-    for one, other, trained in zip(*gradients, parameters, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4 if one.shape == (300,) else 1e-6)
-        # Otherwise autograd would copy it once more. A parameter that is handed out as it is has PyTorch's gradient.
-        assert dtype == torch.float32 or one.stride() == trained.stride()
+    for ours, reference, trained in zip(*gradients, parameters, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-4 if ours.shape == (300,) else 1e-6)
+        # Other strides would cost a copy in autograd. A parameter that is returned unchanged has PyTorch's gradient.
+        assert dtype == torch.float32 or ours.stride() == trained.stride()
 
 
-def test_a_folded_convolution_is_the_convolution_and_its_norm(device):
+def test_folded_convolution_equals_convolution_and_norm(device):
     x = torch.randn(2, 5, 6, 7, device=device)
     conv = parameter(6, 5, 3, 3, device=device)
     norm = FrozenNorm(*(torch.rand(6, device=device) + 0.5 for _ in range(4)), 1e-5)
@@ -71,8 +71,8 @@ def test_a_folded_convolution_is_the_convolution_and_its_norm(device):
     torch.testing.assert_close(torch.nn.functional.conv2d(x, weight, shift), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_got_no_gradient_has_none(device):
-    recipes = all_kinds(device)
+def test_unused_parameters_have_no_gradient(device):
+    recipes = all_recipes(device)
     made = prepare_weights(recipes, torch.bfloat16, "triton")
     parameters = parameters_of(recipes)
     gradients = torch.autograd.grad(made[6].float().sum(), parameters, allow_unused=True)
@@ -82,29 +82,29 @@ def test_what_got_no_gradient_has_none(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tied_weights_have_the_gradients_of_all_their_uses(dtype, device):
-    tied, other, vector = (parameter(*shape, device=device) for shape in ((6, 4), (2, 4), (5,)))
+def test_tied_weights_sum_the_gradients_of_their_uses(dtype, device):
+    tied, untied, vector = (parameter(*shape, device=device) for shape in ((6, 4), (2, 4), (5,)))
     recipes = [
-        Weight((tied, other, tied)),
+        Weight((tied, untied, tied)),
         Weight((tied,)),
         Weight((tied,), rows=(0, 3)),
         Weight((tied,), rows=(2, 6)),
-        Weight((other,), rows=(0, 1)),
-        Weight((other,), rows=(1, 2)),
+        Weight((untied,), rows=(0, 1)),
+        Weight((untied,), rows=(1, 2)),
         Replicas(vector),
         Replicas(vector),
     ]
-    found, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
-    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in found]
-    gradients = [torch.autograd.grad(made, (tied, other, vector), upstream) for made in (found, expected)]
-    for one, exact in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+    actual, expected = (prepare_weights(recipes, dtype, backend) for backend in ("triton", "eager"))
+    upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in actual]
+    gradients = [torch.autograd.grad(made, (tied, untied, vector), upstream) for made in (actual, expected)]
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
     with torch.no_grad():
-        for one, exact in zip(prepare_weights(recipes, dtype, "triton"), expected, strict=True):
-            torch.testing.assert_close(one, exact)
+        for ours, exact in zip(prepare_weights(recipes, dtype, "triton"), expected, strict=True):
+            torch.testing.assert_close(ours, exact)
 
 
-def test_rows_without_gradient_have_zeros(device):
+def test_gradient_of_unused_rows_is_zero(device):
     weight = parameter(6, 4, device=device)
     first, _ = prepare_weights(
         [Weight((weight,), rows=(0, 2)), Weight((weight,), rows=(2, 6))], torch.float16, "triton"
@@ -113,14 +113,14 @@ def test_rows_without_gradient_have_zeros(device):
     assert weight.grad.sum(1).tolist() == [4, 4, 0, 0, 0, 0]
 
 
-def test_a_parameter_that_is_as_it_is_wanted_is_not_copied(device):
-    one, other = parameter(4, 3, device=device), parameter(4, 3, 3, 3, device=device)
-    same, turned = prepare_weights([Weight((one,)), Weight((other,))], torch.float32, "triton")
-    assert same is one
-    assert turned.is_contiguous(memory_format=torch.channels_last)
+def test_parameter_in_the_right_layout_and_dtype_is_not_copied(device):
+    matrix, conv = parameter(4, 3, device=device), parameter(4, 3, 3, 3, device=device)
+    same, reordered = prepare_weights([Weight((matrix,)), Weight((conv,))], torch.float32, "triton")
+    assert same is matrix
+    assert reordered.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_rows_of_replicas_are_one_memory(device):
+def test_replicas_share_memory(device):
     vector = parameter(5, device=device)
     [replicas] = prepare_weights([Replicas(vector)], torch.bfloat16, "triton")
     assert replicas.shape == (REPLICAS, 5)
@@ -129,26 +129,26 @@ def test_rows_of_replicas_are_one_memory(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_of_copies_are_added_up(dtype, device):
-    """Of stacked vectors, and of parts of one: more rows and more columns than a program takes at once."""
-    one, other, cut = (parameter(size, device=device) for size in (9, 40, 12))
+def test_gradients_of_copies_are_summed(dtype, device):
+    """Stacked vectors, and parts of a vector, with more rows and columns than a program processes at once."""
+    first, second, cut = (parameter(size, device=device) for size in (9, 40, 12))
     parts = (Weight((cut,), rows=rows, copies=copies) for rows, copies in (((0, 8), 3), ((8, 12), 5)))
-    recipes = [Weight((one, other), copies=200), *parts]
+    recipes = [Weight((first, second), copies=200), *parts]
     made = prepare_weights(recipes, dtype, "triton")
-    for copies, vector in zip(made, (torch.cat([one, other]), cut[:8], cut[8:]), strict=True):
-        # Triton's interpreter rounds to bfloat16 in its own way.
+    for copies, vector in zip(made, (torch.cat([first, second]), cut[:8], cut[8:]), strict=True):
+        # Triton's interpreter rounds to bfloat16 differently.
         expected = vector.to(dtype).expand(len(copies), -1)
         torch.testing.assert_close(copies, expected, rtol=torch.finfo(dtype).eps, atol=0)
         assert copies.stride() == (0, 1)
     upstream = [torch.randn(x.shape, device=device).to(dtype) for x in made]
-    gradients = torch.autograd.grad(made, (one, other, cut), upstream)
+    gradients = torch.autograd.grad(made, (first, second, cut), upstream)
     sums = [x.double().sum(0) for x in upstream]
     for gradient, exact in zip(gradients, (sums[0][:9], sums[0][9:], torch.cat(sums[1:])), strict=True):
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_used_several_times_is_made_once_and_its_gradients_are_added(dtype, device):
+def test_repeated_recipes_are_computed_once_and_their_gradients_summed(dtype, device):
     matrix, conv, bias, vector = (parameter(*shape, device=device) for shape in ((70, 40), (3, 4, 3, 3), (6,), (5,)))
     stack = Weight((matrix, parameter(2, 40, device=device)))
     twice = [stack, Weight((conv,)), Weight((bias,), copies=150), Replicas(vector)]
@@ -156,7 +156,7 @@ def test_what_is_used_several_times_is_made_once_and_its_gradients_are_added(dty
     made = prepare_weights(recipes, dtype, "triton")
     assert len({x.data_ptr() for x in (made[0], made[5], made[9])}) == 1
     upstream = [torch.randn(x.shape, device=device).to(x.dtype) for x in made]
-    # The last use gets no gradient, as of a layer that does without.
+    # The last use gets no gradient, like that of an unused layer.
     gradients = torch.autograd.grad(made[:4] + made[5:9], (matrix, conv, bias), upstream[:4] + upstream[5:9])
     first, second = (
         torch.stack([a.double(), b.double()]).sum(0) for a, b in zip(upstream[:2], upstream[5:7], strict=True)
@@ -166,7 +166,7 @@ def test_what_is_used_several_times_is_made_once_and_its_gradients_are_added(dty
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-4)
 
 
-def test_what_the_kernels_cannot_take_is_said(device):
+def test_unsupported_weights_raise(device):
     gaps = parameter(8, 8, device=device)[:, ::2]
     mixed = [Weight((parameter(4, 4, device=device),)), Weight((parameter(4, 4, device=device, dtype=torch.float16),))]
     with pytest.raises(registry.BackendError, match="without gaps"):
@@ -176,7 +176,7 @@ def test_what_the_kernels_cannot_take_is_said(device):
     torch.testing.assert_close(prepare_weights([Weight((gaps,))], torch.bfloat16)[0], gaps.bfloat16())
 
 
-def test_second_derivatives_are_an_error(device):
+def test_second_derivatives_raise(device):
     weight = parameter(4, 4, device=device)
     [made] = prepare_weights([Weight((weight,))], torch.bfloat16, "triton")
     [gradient] = torch.autograd.grad(made.float().square().sum(), weight, create_graph=True)

@@ -26,7 +26,7 @@ def _no_record(monkeypatch, tmp_path):
 def test_a_gpu_that_cannot_add_up_has_nothing_checked():
     report = check.examine("cuda")
     refused = {x.refused for x in report.record.verdicts}
-    assert refused == {"nothing is right on cuda:0: plain PyTorch's sums are wrong."}
+    assert refused == {"plain PyTorch computes wrong sums on cuda:0."}
     assert {x.operation for x in report.record.verdicts} >= {"add_norm", "conditional_attention", "linear_assignment"}
     assert report.compilation is None
     # One line says so of all.
@@ -37,7 +37,7 @@ def test_a_gpu_that_cannot_add_up_has_nothing_checked():
 def test_tuning_where_nothing_is_right_ends_and_records_nothing(capsys, monkeypatch):
     assert main(["check", "--tune", "--short", "--device", "cuda"]) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "left out: no setting is tuned: nothing is right on cuda:0: plain PyTorch's sums are wrong." in said
+    assert "left out: no setting is tuned: plain PyTorch computes wrong sums on cuda:0." in said
     assert records.load(torch.device("cuda:0")).tuned == {}
 
 

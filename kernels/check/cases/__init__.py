@@ -1,20 +1,20 @@
 """The problems of every operation: the model's sizes, and a few odd ones.
 
-The model is that of ResNet-50 on images of 800×1066: 25×34 cells, 300 queries, 256 channels, 8 heads, 6 layers.
+The model has a ResNet-50 and images of 800×1066: 25×34 cells, 300 queries, 256 channels, 8 heads, 6 layers.
 """
 
 from conddetr.kernels.check.cases import attention, convolutions, layers, losses, queries
 from conddetr.kernels.check.problem import Problem
 
 IMAGES = {"cpu": 2, "cuda": 8}
-"""Of a batch of the model, by type of device."""
+"""Images in a batch of the model, by device type."""
 
 
 def problems(images: int) -> list[Problem]:
-    """All of them, those of an operation one after the other.
+    """All problems, grouped by module.
 
     Args:
-        images: of a batch of the model.
+        images: number of images in a batch of the model.
     """
-    rooms = (attention, queries, layers, losses, convolutions)
-    return [problem for room in rooms for problem in room.problems(images)]
+    modules = (attention, queries, layers, losses, convolutions)
+    return [problem for module in modules for problem in module.problems(images)]

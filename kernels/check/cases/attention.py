@@ -1,4 +1,4 @@
-"""Problems of conditional attention, of self-attention by its kernels, and of the bits that say what they drop."""
+"""Problems of conditional attention, of self-attention on its kernels, and of their dropout bits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ CONTENT = ("q_content", "q_spatial", "k_content", "v")
 
 @dataclass(frozen=True)
 class Size:
-    """Of one problem."""
+    """Sizes of one problem."""
 
     images: int = 2
     queries: int = 5
@@ -32,13 +32,13 @@ class Size:
     width: int = 7
     heads: int = 2
     widths: tuple[int, int, int] = (CHANNELS, CHANNELS, CHANNELS)
-    """Of content, spatial part and value, per head."""
+    """Channels of content, spatial part and value, per head."""
     valid: tuple[tuple[int, int], ...] = ()
-    """Valid cells of the images, in turn; none: there is no padding."""
+    """Valid cells of the images, in turn; empty: there is no padding."""
 
 
 def problems(images: int) -> list[Problem]:
-    """Of all of them."""
+    """All problems of these operations."""
     model = Size(images, QUERIES, HEIGHT, WIDTH, HEADS, valid=VALID)
     dense = Size(1, 100, HEIGHT, WIDTH, HEADS, valid=((21, 26),))
     return [
@@ -64,7 +64,7 @@ def problems(images: int) -> list[Problem]:
 
 
 def forms(images: int) -> list[Problem]:
-    """Each form of its kernels at the size of the model: for choosing launch settings."""
+    """Each variant of attention's kernels at the size of the model, for the choice of launch settings."""
     size = Size(images, QUERIES, HEIGHT, WIDTH, HEADS, valid=VALID)
     return [
         make(f"{keys} keys{', dropout' * (p > 0)}, {images} images", size, p)
@@ -129,7 +129,7 @@ def _dense(title: str, size: Size, p: float = 0.0) -> Problem:
 
 
 def _dropout(size: Size, p: float, run: Callable[[Inputs, str], list[Tensor]]) -> Dropout | None:
-    """With a seed plain PyTorch drops the same weights by itself."""
+    """Plain PyTorch drops the same weights automatically, given the same seed."""
     if p == 0:
         return None
     shape = bits_shape(size.images, size.heads, size.queries, size.height * size.width)
@@ -141,23 +141,23 @@ def _dropout(size: Size, p: float, run: Callable[[Inputs, str], list[Tensor]]) -
 
 
 def _plain(p: float, inputs: Inputs) -> list[Tensor]:
-    """The official code's way: dense keys, and PyTorch draws what is dropped."""
+    """Attention as in the official code: dense keys, and PyTorch's dropout."""
     names = ("q_content", "q_spatial", "k_content", "k_spatial", "v")
     tensors = [inputs[name] for name in names]
     return [conditional_attention(*tensors, key_padding_mask=inputs.get("padding"), dropout_p=p, backend="eager")]
 
 
 def _fused(p: float, inputs: Inputs) -> list[Tensor]:
-    """PyTorch's own fused attention, of concatenated queries and keys."""
+    """PyTorch's own fused attention on concatenated queries and keys."""
     query = torch.cat([inputs["q_content"], inputs["q_spatial"]], -1).transpose(1, 2)
     key = torch.cat([inputs["k_content"], inputs["k_spatial"]], -1).transpose(1, 2)
     mask = None if "padding" not in inputs else ~inputs["padding"][:, None, None, :]
-    found = F.scaled_dot_product_attention(query, key, inputs["v"].transpose(1, 2), mask, p)
-    return [found.transpose(1, 2)]
+    out = F.scaled_dot_product_attention(query, key, inputs["v"].transpose(1, 2), mask, p)
+    return [out.transpose(1, 2)]
 
 
 def _self(title: str, images: int, tokens: int, p: float, is_padded: bool = False, is_model: bool = False) -> Problem:
-    """Without spatial parts: the two halves of each head's channels stand for content and spatial part."""
+    """Self-attention has no spatial parts: the halves of each head's channels serve as content and spatial part."""
     size = Size(images, tokens, 1, tokens, HEADS if is_model else 2)
 
     def make(maker: Maker) -> Inputs:

@@ -1,4 +1,4 @@
-"""Problems of convolutions: maps of the stages of a ResNet-50, in channels-last as the model has them."""
+"""Problems of convolutions: maps of a ResNet-50's stages, channels-last as in the model."""
 
 import torch
 import torch.nn.functional as F
@@ -10,26 +10,26 @@ from conddetr.kernels.conv import Layer, convolution, convolution_pair
 from conddetr.kernels.cpu.conv3x3 import convolution_3x3, convolution_3x3_weight_gradient
 
 Size = tuple[int, int, int, int, int]
-"""Images, channels taken and given, height and width."""
+"""Images, input channels, output channels, height and width."""
 WINOGRAD = {"weight": 10.0, "result": 10.0}
-"""Of the gradient of weights by minimal filtering, whose transforms of 36 numbers round more than products do."""
+"""Allowances of the Winograd weight gradient, whose transforms of 36 numbers round more than products do."""
 
 
 def problems(images: int) -> list[Problem]:
-    """Of all of them. Verified in float64, where PyTorch's convolutions are slow: few images and small maps."""
+    """All problems of convolutions: few images and small maps, because PyTorch's float64 convolutions are slow."""
     few = max(1, images // 4)
     model = {"stage 2": (few, 128, 128, 50, 67), "stage 4": (few, 512, 512, 13, 17)}
     odd = {"one cell": (1, 32, 32, 1, 1), "one row of cells": (1, 64, 32, 1, 9), "no multiples": (2, 96, 64, 9, 13)}
-    found = []
+    result = []
     for title, size in (model | odd).items():
         is_model = title in model
-        found += [
+        result += [
             _unit(title, size, is_model=is_model),
             _weight_gradient(title, size, is_model=is_model),
             _convolution(f"3×3, {title}", size, 3, 1, has_residual=not is_model, is_model=is_model),
         ]
     return [
-        *found,
+        *result,
         _unit("with gaps in memory", (2, 32, 64, 6, 7), is_strided=True),
         _convolution("1×1, residual, stage 4", (few, 256, 1024, 25, 34), 1, 1, has_residual=True, is_model=True),
         _convolution("3×3, strided", (few, 64, 64, 31, 33), 3, 2),
@@ -40,10 +40,10 @@ def problems(images: int) -> list[Problem]:
 
 
 def _make(size: Size, kernel: int, maker: Maker) -> Inputs:
-    images, taken, given, height, width = size
-    weight = maker.normal(given, taken, kernel, kernel, scale=(taken * kernel**2) ** -0.5)
-    x = maker.normal(images, taken, height, width).relu()
-    return {"x": channels_last(x), "weight": channels_last(weight), "bias": maker.normal(given)}
+    images, in_channels, out_channels, height, width = size
+    weight = maker.normal(out_channels, in_channels, kernel, kernel, scale=(in_channels * kernel**2) ** -0.5)
+    x = maker.normal(images, in_channels, height, width).relu()
+    return {"x": channels_last(x), "weight": channels_last(weight), "bias": maker.normal(out_channels)}
 
 
 def _unit(title: str, size: Size, is_strided: bool = False, is_model: bool = False) -> Problem:
@@ -64,9 +64,9 @@ def _unit(title: str, size: Size, is_strided: bool = False, is_model: bool = Fal
 
 def _weight_gradient(title: str, size: Size, is_model: bool = False) -> Problem:
     def make(maker: Maker) -> Inputs:
-        images, _, given, height, width = size
+        images, _, out_channels, height, width = size
         made = _make(size, 3, maker)
-        return {"x": made["x"], "grad": channels_last(maker.normal(images, given, height, width))}
+        return {"x": made["x"], "grad": channels_last(maker.normal(images, out_channels, height, width))}
 
     return Problem(
         "convolution_3x3_weight_gradient",
@@ -82,12 +82,12 @@ def _convolution(
     title: str, size: Size, kernel: int, stride: int, has_residual: bool = False, is_model: bool = False
 ) -> Problem:
     window = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2)}
-    given, cells = size[2], [(n + 2 * (kernel // 2) - kernel) // stride + 1 for n in size[3:]]
+    out_channels, cells = size[2], [(n + 2 * (kernel // 2) - kernel) // stride + 1 for n in size[3:]]
 
     def make(maker: Maker) -> Inputs:
         made = _make(size, kernel, maker)
         if has_residual:
-            made["residual"] = channels_last(maker.normal(size[0], given, *cells).relu())
+            made["residual"] = channels_last(maker.normal(size[0], out_channels, *cells).relu())
         return made
 
     def run(inputs: Inputs, backend: str) -> list[Tensor]:
@@ -111,21 +111,21 @@ def _convolution(
 
 
 def _pair(title: str, size: Size, is_model: bool = False) -> Problem:
-    """A convolution of 1×1 and a strided one of 3×3, which `convolution_pair` takes together; chosen as one is."""
+    """A 1×1 and a strided 3×3 convolution, which `convolution_pair` fuses. It is chosen like a single convolution."""
     window = {"stride": (2, 2), "padding": (1, 1)}
 
     def make(maker: Maker) -> Inputs:
-        images, _, given, height, width = size
+        images, _, out_channels, height, width = size
         first = _make(size, 1, maker)
-        # Each channel all of one sign: far from where ReLU jumps.
-        sign = (1.0 - 2.0 * (torch.arange(given, device=maker.device) % 3 == 1)).to(maker.dtype)
-        other = _make((images, given, given, height, width), 3, maker)
+        # One sign for each whole channel keeps the values far from ReLU's kink.
+        sign = (1.0 - 2.0 * (torch.arange(out_channels, device=maker.device) % 3 == 1)).to(maker.dtype)
+        second = _make((images, out_channels, out_channels, height, width), 3, maker)
         return {
             "x": first["x"],
             "weight": channels_last(first["weight"].abs() * sign[:, None, None, None]),
             "bias": (1 + first["bias"].abs()) * sign,
-            "other_weight": other["weight"],
-            "other_bias": other["bias"],
+            "other_weight": second["weight"],
+            "other_bias": second["bias"],
         }
 
     def run(inputs: Inputs, backend: str) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Problems of what stands beside the products of a layer: norms, dropout, pooling, and the weights of a step."""
+"""Problems of a layer's operations beside its products: norms, dropout, pooling, and the weights of a step."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ VECTORS = ("weight", "bias", "branch_bias")
 
 
 def problems(images: int) -> list[Problem]:
-    """Of all of them."""
+    """All problems of these operations."""
     model = (images, CELLS, CHANNELS)
     return [
         _add_norm("model", model, P, is_model=True),
@@ -49,7 +49,7 @@ def _add_norm(
     is_strided: bool = False,
     is_model: bool = False,
 ) -> Problem:
-    """`half`: of the branch, beside a trunk and vectors of float32, as autocast has them."""
+    """`half`: dtype of the branch, beside a float32 trunk and float32 vectors, as under autocast."""
     channels = shape[-1]
 
     def make(maker: Maker) -> Inputs:
@@ -70,7 +70,7 @@ def _add_norm(
         return _call_add_norm(inputs, backend, p, inputs["branch_bias"])
 
     def kept(inputs: Inputs, backend: str) -> Tensor:
-        """Of ones with alternating signs beside nothing, what is dropped stays near the mean, which is about 0."""
+        """With a branch of alternating ±1 and no residual, dropped elements stay near the mean, which is about 0."""
         branch = inputs["branch"]
         signs = 1 - 2 * (torch.arange(channels, device=branch.device) % 2)
         ones = {
@@ -84,8 +84,8 @@ def _add_norm(
 
     def plain(inputs: Inputs, kept: Tensor) -> tuple[Tensor, ...]:
         branch = inputs["branch"]
-        left = ((branch + inputs["branch_bias"]) * kept / (1 - p)).to(branch.dtype)
-        return _call_add_norm({**inputs, "branch": left}, "eager", 0.0, None)
+        dropped = ((branch + inputs["branch_bias"]) * kept / (1 - p)).to(branch.dtype)
+        return _call_add_norm({**inputs, "branch": dropped}, "eager", 0.0, None)
 
     return Problem(
         "add_norm",
@@ -117,8 +117,8 @@ def _relu_dropout(
         return [relu_dropout(inputs["x"], p, backend, inputs["bias"], inputs["seed"])]
 
     def kept(inputs: Inputs, backend: str) -> Tensor:
-        ones, nothing = torch.ones_like(inputs["x"]), torch.zeros_like(inputs["bias"])
-        return relu_dropout(ones, p, backend, nothing, inputs["seed"]) > 0
+        ones, zeros = torch.ones_like(inputs["x"]), torch.zeros_like(inputs["bias"])
+        return relu_dropout(ones, p, backend, zeros, inputs["seed"]) > 0
 
     def plain(inputs: Inputs, kept: Tensor) -> list[Tensor]:
         return [relu_dropout(inputs["x"], 0.0, "eager", inputs["bias"]) * kept / (1 - p)]
@@ -138,9 +138,9 @@ def _dropout_add(
         return [dropout_add(inputs["x"], inputs["residual"], p, backend)]
 
     def kept(inputs: Inputs, backend: str) -> Tensor:
-        """Drawn from the generator, which is in the same state before every run."""
-        ones, nothing = torch.ones_like(inputs["x"]), torch.zeros_like(inputs["residual"])
-        return dropout_add(ones, nothing, p, backend) > 0
+        """Sampled from the generator, which has the same state before every run."""
+        ones, zeros = torch.ones_like(inputs["x"]), torch.zeros_like(inputs["residual"])
+        return dropout_add(ones, zeros, p, backend) > 0
 
     def plain(inputs: Inputs, kept: Tensor) -> list[Tensor]:
         return [inputs["residual"] + inputs["x"] * kept / (1 - p)]
@@ -160,15 +160,15 @@ def _max_pool(title: str, shape: tuple[int, int, int, int], is_model: bool = Fal
 
 
 def _model_shapes() -> tuple[tuple[int, ...], ...]:
-    """Of a stage of the backbone, and of the matrices of an encoder and a decoder layer."""
+    """Shapes of a backbone stage, and of the matrices of an encoder and a decoder layer."""
     block = ((256, 1024, 1, 1), (256, 256, 3, 3), (1024, 256, 1, 1))
     square, network = (CHANNELS, CHANNELS), ((HIDDEN, CHANNELS), (CHANNELS, HIDDEN))
     return (*block * 5, *[square] * 16, *network * 2)
 
 
 def _weights(title: str, shapes: tuple[tuple[int, ...], ...], is_model: bool = False) -> Problem:
-    """Convolutions with frozen norms, matrices with their biases, two matrices stacked, and a vector as replicas; all
-    of float32, for a step in the dtype that is checked.
+    """Convolutions with frozen norms, matrices with their biases, two stacked matrices, and a vector as replicas; all
+    in float32, for a step in the checked dtype.
     """
     float32 = {"dtype": torch.float32}
 
@@ -179,20 +179,20 @@ def _weights(title: str, shapes: tuple[tuple[int, ...], ...], is_model: bool = F
                 made[f"bias {i}"] = maker.normal(shape[0], **float32)
             else:
                 made |= {f"norm {i} {part}": maker.uniform(shape[0], **float32) + 0.5 for part in range(4)}
-        # An empty one, which says the dtype of the step.
+        # The empty tensor carries the dtype of the step.
         return {**made, "vector": maker.normal(CHANNELS, **float32), "step": maker.normal(0)}
 
     def recipes(inputs: Inputs) -> list[Recipe]:
-        found: list[Recipe] = [Replicas(inputs["vector"])]
+        result: list[Recipe] = [Replicas(inputs["vector"])]
         for i, shape in enumerate(shapes):
             weight = inputs[f"weight {i}"]
             if len(shape) == 4:
                 norm = FrozenNorm(*(inputs[f"norm {i} {part}"] for part in range(4)), 1e-5)
-                found += [Weight((weight,), norm), Shift(norm)]
+                result += [Weight((weight,), norm), Shift(norm)]
             else:
-                found += [Weight((weight,)), Weight((inputs[f"bias {i}"],), copies=40)]
+                result += [Weight((weight,)), Weight((inputs[f"bias {i}"],), copies=40)]
         last = inputs[f"weight {len(shapes) - 1}"]
-        return [*found, Weight((last, last))]
+        return [*result, Weight((last, last))]
 
     def run(inputs: Inputs, backend: str) -> list[Tensor]:
         return prepare_weights(recipes(inputs), inputs["step"].dtype, backend)

@@ -1,4 +1,4 @@
-"""Problems of the training loss: matching, its cost, the losses of classes and boxes, the errors that are logged."""
+"""Problems of the training loss: matching, its cost, the losses of classes and boxes, the logged errors."""
 
 from functools import partial
 
@@ -19,13 +19,13 @@ ALPHA, GAMMA = 0.25, 2.0
 
 
 def problems(images: int) -> list[Problem]:
-    """Of all of them."""
+    """All problems of these operations."""
     model = (LAYERS, images, QUERIES, CLASSES, OBJECTS)
-    one, odd, nothing = (1, 1, 1, 1, 1), (2, 3, 70, 5, 9), (2, 2, 7, 5, 0)
-    found = []
-    for title, size in (("model", model), ("one of everything", one), ("no multiples of tiles", odd)):
+    single, odd, empty = (1, 1, 1, 1, 1), (2, 3, 70, 5, 9), (2, 2, 7, 5, 0)
+    result = []
+    for title, size in (("model", model), ("one of everything", single), ("no multiples of tiles", odd)):
         is_model = title == "model"
-        found += [
+        result += [
             _focal(title, size, is_model),
             _boxes(title, size, is_model),
             _cost(title, size, "sigmoid", is_model),
@@ -33,18 +33,18 @@ def problems(images: int) -> list[Problem]:
             _assignment(title, size, is_model),
         ]
     return [
-        *found,
-        _focal("no objects", nothing),
-        _boxes("no objects", nothing),
+        *result,
+        _focal("no objects", empty),
+        _boxes("no objects", empty),
         _cost("softmax", odd, "softmax"),
-        _errors("no objects", nothing),
+        _errors("no objects", empty),
         _assignment("many objects", (1, 2, 70, CLASSES, 61)),
     ]
 
 
 def _make(size: tuple[int, int, int, int, int], maker: Maker) -> Inputs:
-    """Predictions around the prior of the focal loss; the objects of image i are fewer by i, at least none; the first
-    layers match all of them with some query.
+    """Predictions around the prior of the focal loss. Image i has i fewer objects, at least none. Every layer matches
+    each object with a query.
     """
     layers, images, queries, classes, objects = size
     counts = [max(0, objects - image) for image in range(images)]
@@ -69,7 +69,7 @@ def _focal(title: str, size: tuple[int, int, int, int, int], is_model: bool = Fa
         return [focal_loss(inputs["logits"], inputs["assignment"], **options)]
 
     def by_torchvision(inputs: Inputs) -> list[Tensor]:
-        """As the official code does it, on a one-hot tensor with one class too many, cut off."""
+        """The loss as in the official code, on a one-hot tensor with an extra class that is cut off."""
         logits = inputs["logits"].float()
         index = inputs["assignment"].clamp(min=0)
         classes = inputs["labels"].expand(len(logits), -1, -1).gather(2, index)
@@ -93,14 +93,14 @@ def _boxes(title: str, size: tuple[int, int, int, int, int], is_model: bool = Fa
         return [matched_box_loss(inputs["boxes"], inputs["objects"], inputs["assignment"], backend)]
 
     def layer_by_layer(inputs: Inputs) -> list[Tensor]:
-        """As the official code loops over layers, of pairs alone."""
-        found = []
+        """The loss as in the official code, a loop over layers on matched pairs only."""
+        losses = []
         for boxes, matched in zip(inputs["boxes"], inputs["assignment"], strict=True):
             image, query = (matched >= 0).nonzero(as_tuple=True)
             a, b = boxes[image, query].float(), inputs["objects"][image, matched[image, query]].float()
             corners = [box_convert(x, "cxcywh", "xyxy") for x in (a, b)]
-            found.append(torch.stack([(a - b).abs().sum(), generalized_box_iou_loss(*corners, reduction="sum")]))
-        return [torch.stack(found, 1)]
+            losses.append(torch.stack([(a - b).abs().sum(), generalized_box_iou_loss(*corners, reduction="sum")]))
+        return [torch.stack(losses, 1)]
 
     return Problem(
         "matched_box_loss",
@@ -127,7 +127,7 @@ def _errors(title: str, size: tuple[int, int, int, int, int], is_model: bool = F
 
     def make(maker: Maker) -> Inputs:
         made = _make(size, maker)
-        # Few values, the same in every dtype, so that there are ties.
+        # Few distinct values, exact in every dtype, so that ties occur.
         made["logits"] = made["logits"].float().round().clamp(-3, 3).to(maker.dtype)
         return made
 
@@ -155,18 +155,18 @@ def _assignment(title: str, size: tuple[int, int, int, int, int], is_model: bool
     )
 
 
-def _judge_assignment(inputs: Inputs, found: list[Tensor], expected: list[Tensor]) -> str | None:
-    """Every object has one query, and the costs add up to what scipy finds."""
+def _judge_assignment(inputs: Inputs, outputs: list[Tensor], expected: list[Tensor]) -> str | None:
+    """Check that every object has one query, and that the total cost equals scipy's."""
     cost, counts = inputs["cost"].double().cpu(), inputs["counts"].tolist()
-    ours, theirs = found[0].cpu(), expected[0].cpu()
+    ours, best = outputs[0].cpu(), expected[0].cpu()
     for layer in range(len(cost)):
         for image, count in enumerate(counts):
             objects = ours[layer, image]
             if sorted(objects[objects >= 0].tolist()) != list(range(count)) or (objects < -1).any():
                 return f"image {image} of layer {layer}: not every object has one query"
-            totals = [_total(cost[layer, image], x[layer, image]) for x in (ours, theirs)]
+            totals = [_total(cost[layer, image], x[layer, image]) for x in (ours, best)]
             if abs(totals[0] - totals[1]) > 1e-12 * cost[layer, image].abs().sum().item():
-                return f"image {image} of layer {layer}: it costs {totals[0]:.9g}, the best is {totals[1]:.9g}"
+                return f"image {image} of layer {layer}: its cost is {totals[0]:.9g}, the optimum is {totals[1]:.9g}"
     return None
 
 

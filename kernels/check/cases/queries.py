@@ -1,4 +1,4 @@
-"""Problems of what queries and boxes are made of: embeddings, λ ⊙ p_s, positions of cells, predicted boxes."""
+"""Problems of queries and boxes: embeddings, λ ⊙ p_s, positions of cells, predicted boxes."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ IMAGE, GRID = (800, 1066), (25, 34)
 
 
 def problems(images: int) -> list[Problem]:
-    """Of all of them."""
+    """All problems of these operations."""
     return [
         _embedding("model", (QUERIES,), CHANNELS, is_model=True),
         _embedding("one point", (1,), 4),
@@ -113,11 +113,11 @@ def _positions(
         return made
 
     def run(inputs: Inputs, backend: str) -> list[Tensor]:
-        found = grid_positions(inputs["features"], image_size, dim, inputs.get("valid"), backend=backend)
-        return [x for x in found if x is not None]
+        results = grid_positions(inputs["features"], image_size, dim, inputs.get("valid"), backend=backend)
+        return [x for x in results if x is not None]
 
     def truth(inputs: Inputs) -> list[Tensor]:
-        """Plain PyTorch counts cells in float32, as the official code does."""
+        """The encoding in float64. Plain PyTorch counts cells in float32, as the official code does."""
         _, *others = run(inputs, "eager")
         cells = others[1] if others else torch.tensor([grid], device=inputs["features"].device)
         return [_encoding(rectangle_padding(cells, *grid).unflatten(1, grid), dim), *others]
@@ -140,7 +140,7 @@ def _boxes(
     title: str, images: int, half: torch.dtype | None = None, queries: int = QUERIES, is_model: bool = False
 ) -> Problem:
     def make(maker: Maker) -> Inputs:
-        # Not on the border, where gradients stop: versions of PyTorch differ there.
+        # Not on the border, where gradients vanish: PyTorch versions differ there.
         points = 0.05 + 0.9 * maker.uniform(queries, 2, dtype=torch.float32)
         offsets = maker.normal(LAYERS, images, queries, 4, dtype=half)
         return {"offsets": offsets, "points": points.to(maker.dtype)}

@@ -1,4 +1,4 @@
-// The CUDA operators on a CPU, as torch.ops.conddetr_emulated; see common/warp.cuh beside this.
+// The CUDA operators on a CPU, as torch.ops.conddetr_emulated; see common/warp.cuh in this folder.
 
 #include "attn/cuda.cu"
 #include "bits/cuda.cu"

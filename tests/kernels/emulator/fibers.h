@@ -1,9 +1,9 @@
 // The threads of a block on a CPU, one block at a time.
 //
-// Every thread of a block is a fiber that runs until it waits for its warp or its block; warps and lanes take turns in
-// random order, shared memory starts as NaN, and an asynchronous copy happens at a random moment between its start and
-// the wait for it. A missing barrier or wait then gives wrong numbers, sooner or later; a barrier that some threads
-// never reach ends the program.
+// Every thread of a block is a fiber that runs until it waits for its warp or its block. Warps and lanes run in random
+// order, shared memory starts as NaN, and an asynchronous copy happens at a random moment between its start and the
+// wait for it. A missing barrier or wait gives wrong numbers in some runs; a barrier that some threads never reach ends
+// the program.
 #pragma once
 
 #include <stdint.h>
@@ -32,7 +32,7 @@ constexpr int kLanes = 32;
 
 namespace emulator {
 
-// Threads that wait for each other, and what they show each other; two generations, for those that still look.
+// Threads that wait for each other, and the values that they exchange; two generations, for threads that read late.
 struct Team {
   int size = 0, arrived = 0, generation = 0;
   char shown[2][kLanes][16];
@@ -59,8 +59,8 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[kStack]};
   std::vector<Copy> copies;
   int group = 0;
-  std::vector<char*> written;     // chunks of shared memory, by copies; see hopper.cuh
-  std::vector<Product> products;  // not yet finished; see hopper.cuh
+  std::vector<char*> written;     // chunks of shared memory that copies wrote; see hopper.cuh
+  std::vector<Product> products;  // unfinished products; see hopper.cuh
   int product_group = 0;
   bool may_multiply = false;
   const Team* waits_for = nullptr;
@@ -94,7 +94,7 @@ inline void meet(Team& team) {
   swapcontext(&thread.context, &block->scheduler);
 }
 
-// What each lane of the warp shows, [lane][16 bytes].
+// Exchanges values in the warp: returns each lane's, [lane][16 bytes].
 inline const char (*show(const void* value, size_t bytes))[16] {
   Team& team = warp();
   char (*shown)[16] = team.shown[team.generation % 2];
@@ -149,21 +149,21 @@ inline void run_block(int threads, size_t shared, std::function<void()> kernel) 
   }
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
-  for (bool goes_on = true; goes_on;) {
-    goes_on = false;
+  for (bool is_running = true; is_running;) {
+    is_running = false;
     bool is_stuck = true;
     std::shuffle(order.begin(), order.end(), random_numbers);
     for (int index : order) {
       Thread& thread = block->threads[index];
       if (thread.is_done) continue;
-      goes_on = true;
+      is_running = true;
       if (thread.waits_for && thread.waits_for->generation == thread.generation) continue;
       is_stuck = false;
       threadIdx.x = index;
       swapcontext(&block->scheduler, &thread.context);
     }
-    if (goes_on && is_stuck) {
-      fprintf(stderr, "emulator: threads wait for others that never come\n");
+    if (is_running && is_stuck) {
+      fprintf(stderr, "emulator: threads wait at a barrier that others never reach\n");
       abort();
     }
   }

@@ -1,7 +1,7 @@
-// Stands in for csrc/common/hopper.cuh: products by a warpgroup on a CPU, as the PTX ISA 9.0 documents them (9.7.15).
+// Replaces csrc/common/hopper.cuh: products by a warpgroup on a CPU, as the PTX ISA 9.0 documents them (9.7.15).
 //
-// A product reads what `show_to_products` has shown it of shared memory, nothing newer, and where its description says.
-// It happens at a random moment between its start and `wait_products`: what does not wait reads old numbers.
+// A product reads shared memory at its matrix description's addresses, as of the last `show_to_products`. It happens at
+// a random moment between its start and `wait_products`, so code that does not wait reads old numbers.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ constexpr uint32_t kSharedStart = 1024;  // where a block's dynamic shared memor
   abort();
 }
 
-// A matrix description (9.7.15.5.1.2.2), and where by the canonical layouts (9.7.15.5.1.2.1.3) its numbers are.
+// A matrix description (9.7.15.5.1.2.2), and the addresses of its numbers in the canonical layouts (9.7.15.5.1.2.1.3).
 struct Description {
   uint32_t start, leading, stride, chunks;  // in bytes; chunks of 16 bytes in a row of the swizzle's pattern
 
@@ -32,28 +32,28 @@ struct Description {
     if (bits & 0x3FFFC000C000C000) refuse("a matrix description with reserved bits, or a base offset");
   }
 
-  // Number `column` of row `row`: with K-major matrices rows are columns of b, with N-major ones they are those of b.
+  // Number `column` of row `row`: rows are columns of b in K-major matrices, and rows of b in N-major ones.
   uint32_t address(int row, int column, bool is_n_major) const {
     const uint32_t chunk = column / 8;
-    uint32_t found = start + row % 8 * chunks * 16 + column % 8 * 2;
+    uint32_t result = start + row % 8 * chunks * 16 + column % 8 * 2;
     if (chunks == 1) {
-      found += is_n_major ? row / 8 * leading + chunk * stride : row / 8 * stride + chunk * leading;
+      result += is_n_major ? row / 8 * leading + chunk * stride : row / 8 * stride + chunk * leading;
     } else {
-      found += row / 8 * stride + (is_n_major ? chunk % chunks * 16 + chunk / chunks * leading : chunk * 16);
+      result += row / 8 * stride + (is_n_major ? chunk % chunks * 16 + chunk / chunks * leading : chunk * 16);
     }
-    return found ^ (found >> 7 & (chunks - 1)) << 4;
+    return result ^ (result >> 7 & (chunks - 1)) << 4;
   }
 
   uint16_t number(int row, int column, bool is_n_major) const {
     const uint32_t offset = address(row, column, is_n_major) - kSharedStart;
     if (offset + 2 > block->shared.size() - 512) refuse("a product reads outside shared memory");
-    uint16_t found;
-    memcpy(&found, block->shown_to_products.data() + (shared_memory() - block->shared.data()) + offset, sizeof found);
-    return found;
+    uint16_t bits;
+    memcpy(&bits, block->shown_to_products.data() + (shared_memory() - block->shared.data()) + offset, sizeof bits);
+    return bits;
   }
 };
 
-// In the order in which they were started, those of groups before this one.
+// Carries out the products of groups before `groups`, in the order in which they were started.
 inline void finish_products(int groups) {
   auto& products = self().products;
   size_t count = 0;
@@ -93,7 +93,7 @@ void wait_products(Registers&...) {
 
 namespace emulator {
 
-// Rows g and g + 8 of `a` are given by a function, (0 or 1, column) → float.
+// `left` returns rows g and g + 8 of `a`: (0 or 1, column) → float.
 template <typename T, bool Turned, bool Adds, int N, typename Left>
 void start_product(float (&sum)[N][4], Left left, uint64_t b) {
   Thread& thread = self();

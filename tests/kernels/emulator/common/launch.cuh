@@ -1,5 +1,4 @@
-// Stands in for csrc/common/launch.cuh: launches run on the CPU, block after block, and operators join another
-// namespace.
+// Replaces csrc/common/launch.cuh: launches run on the CPU, block after block, and operators join another namespace.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Stands in for csrc/common/warp.cuh: the same instructions on a CPU, so that the CUDA kernels run, unchanged, in
-// tests. fibers.h has the threads.
+// Replaces csrc/common/warp.cuh: the same instructions on a CPU, so that the CUDA kernels run unchanged in tests.
+// fibers.h has the threads.
 #pragma once
 
 #include <math.h>
@@ -110,9 +110,9 @@ void load_matrices(uint32_t (&result)[4], const void* row) {
   const auto shown = emulator::show(&row, sizeof row);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const auto number = [&](int in_row, int column) {
-      const uint16_t* found;
-      memcpy(&found, shown[8 * matrix + in_row], sizeof found);
-      return uint32_t(found[column]);
+      const uint16_t* numbers;
+      memcpy(&numbers, shown[8 * matrix + in_row], sizeof numbers);
+      return uint32_t(numbers[column]);
     };
     result[matrix] =
         Turned ? number(2 * t, g) | number(2 * t + 1, g) << 16 : number(g, 2 * t) | number(g, 2 * t + 1) << 16;
