@@ -20,7 +20,7 @@ class DropoutProblem(Differentiated):
 
     operation: ClassVar[str]
     channels: ClassVar[int]
-    """As in a model."""
+    """Channels in a model."""
     leaves: ClassVar[tuple[str, ...]]
     """The operation's inputs, all of one shape."""
 
@@ -37,7 +37,7 @@ class DropoutProblem(Differentiated):
     def make(self) -> Tensors:
         """Random inputs and the gradient of the output, [tokens, channels]."""
         generator = torch.Generator().manual_seed(0)
-        names = (*self.leaves, "of_out")
+        names = (*self.leaves, "grad_out")
         made = {name: torch.randn(self.tokens, self.channels, generator=generator) for name in names}
         return {name: x.to(DEVICE, self.dtype).requires_grad_(name in self.leaves) for name, x in made.items()}
 
@@ -53,5 +53,5 @@ class DropoutProblem(Differentiated):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All numbers of tokens in all dtypes."""
+        """Every number of tokens in every dtype."""
         return [cls(tokens, getattr(torch, dtype)) for dtype, tokens in product(options.dtypes, options.tokens)]
