@@ -96,7 +96,7 @@ class Flow:
                     pending += predecessors[block]
         return [Loop(head, frozenset(body)) for head, body in sorted(bodies.items())]
 
-    def way(self, loop: Loop, value: Callable[[Instruction], Value]) -> list[int]:
+    def path(self, loop: Loop, value: Callable[[Instruction], Value]) -> list[int]:
         """Blocks of one trip: the path of highest value from the head back to it, inner loops once.
 
         Args:
@@ -119,11 +119,11 @@ class Flow:
 
         if visit(loop.head) is None:
             raise ValueError(f"{self.function.name}: no path through the loop at {self.address(loop):#x}.")
-        way, block = [], loop.head
+        path, block = [], loop.head
         while block is not None:
-            way.append(block)
+            path.append(block)
             block = best[block][1]
-        return way
+        return path
 
     def _worth(self, block: int, value: Callable[[Instruction], Value]) -> Value:
         code = self.instructions([block])
@@ -134,21 +134,21 @@ class Flow:
         """Address of the loop's first instruction."""
         return self.function.code[self.blocks[loop.head].start].address
 
-    def goes_through(self, way: list[int], inner: Loop, value: Callable[[Instruction], Value]) -> bool:
+    def goes_through(self, path: list[int], inner: Loop, value: Callable[[Instruction], Value]) -> bool:
         """Whether a path makes a trip of an inner loop; otherwise it passes the head and leaves the loop."""
-        passed = sum(len(self.blocks[block]) for block in way if block in inner.body)
-        return 2 * passed > sum(len(self.blocks[block]) for block in self.way(inner, value))
+        passed = sum(len(self.blocks[block]) for block in path if block in inner.body)
+        return 2 * passed > sum(len(self.blocks[block]) for block in self.path(inner, value))
 
     def unrolled(self, loop: Loop, value: Callable[[Instruction], Value], more: Callable[[Loop], int]) -> Iterator[int]:
         """Blocks of one trip.
 
         Args:
             loop: one of `loops`.
-            value: as in `way`.
+            value: as in `path`.
             more: inner loop → its trips beyond those on the path.
         """
         heads = {other.head: other for other in self.loops if loop.holds(other)}
-        for block in self.way(loop, value):
+        for block in self.path(loop, value):
             if block in heads:
                 for _ in range(more(heads[block])):
                     yield from self.unrolled(heads[block], value, more)

@@ -130,12 +130,12 @@ def _more_trips(flow: Flow, loop: Loop, inner: list[Loop], value: Callable, hint
         if len(hints.trips) != len(inner):
             addresses = ", ".join(f"{flow.address(other):#x}" for other in inner)
             raise HotPathError(f"{flow.function.name}: expected {len(hints.trips)} inner loops, got {addresses}.")
-        path = flow.way(loop, value)
+        path = flow.path(loop, value)
         on_path = (flow.goes_through(path, other, value) for other in inner)
         return {other: trips - is_on for other, trips, is_on in zip(inner, hints.trips, on_path, strict=True)}
 
     def exponentials(of: Loop) -> int:
-        return sum(map(is_exponential, flow.instructions(flow.way(of, value))))
+        return sum(map(is_exponential, flow.instructions(flow.path(of, value))))
 
     counted = [other for other in inner if exponentials(other) and not any(o.holds(other) for o in inner)]
     inside = sum(map(exponentials, counted))

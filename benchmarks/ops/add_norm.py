@@ -59,7 +59,7 @@ class Problem(Differentiated):
         return partial(forward, 0.0, backend="eager")
 
     def exact(self, inputs: Tensors) -> Tensors:
-        """The gradient of the norm's bias is left out: it is the sum of the incoming gradient, whatever was dropped."""
+        """The gradient of the norm's bias is left out: with or without dropout it sums the incoming gradient."""
         answer = super().exact(inputs)
         answer.pop("bias")
         return answer

@@ -61,9 +61,9 @@ def test_flags_apply_to_each_named_benchmark(benchmarks, tmp_path):
 def test_failure_does_not_stop_the_next_benchmark(benchmarks, capsys):
     assert run.main(["bad", "good"]) == 1
     assert len(benchmarks["good"]) == 1
-    said = capsys.readouterr()
-    assert "one: the problem itself: failed: out of luck" in said.out
-    assert said.err.splitlines()[-1] == "failed: bad"
+    printed = capsys.readouterr()
+    assert "one: the problem itself: failed: out of luck" in printed.out
+    assert printed.err.splitlines()[-1] == "failed: bad"
 
 
 def test_ops_leaves_out_benchmarks_that_do_not_run_here(benchmarks, capsys):
@@ -84,15 +84,15 @@ def test_wrong_flag_is_an_error_before_anything_is_timed(benchmarks, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["nothing"], "there is no benchmark nothing"),
         (["sine", "report"], "report must be named alone, got sine report"),
     ],
 )
-def test_wrong_names_are_refused(words, said, capsys):
+def test_wrong_names_are_refused(words, message, capsys):
     assert run.main(words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*run.TIMED, *run.PROGRAMS])
@@ -104,7 +104,7 @@ def test_every_name_has_its_module(name):
     assert issubclass(module.Problem, Timed) if name in run.TIMED else callable(module.main)
 
 
-def test_measured_knows_every_operation_benchmark():
+def test_measured_covers_every_operation_benchmark():
     """Names are those of the files in `benchmarks/ops`."""
     from harness.measured import OPERATIONS
 

@@ -254,10 +254,10 @@ def test_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
     assert result.seconds == {"eager": [], "ours": []}
     assert rates._rate(1e9, lambda: None) == math.inf
     benchmark.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("one", "eager", "ours", "peer: too old", show.NOT_COMPARED, "wrote no result file: null GPU"):
-        assert part in said
-    assert "ms" not in said
+        assert part in printed
+    assert "ms" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
