@@ -1,7 +1,7 @@
-"""Run benchmarks, or a tool, by their names, which are those of their files.
+"""Run benchmarks, or one tool, by the names of their files.
 
 python benchmarks/run.py ops                        # every operation
-python benchmarks/run.py attn sine --rounds 20      # some of them; flags are for each
+python benchmarks/run.py attn sine --rounds 20      # some of them; flags apply to each
 python benchmarks/run.py attn --help                # the flags of one
 python benchmarks/run.py predict --no-problems
 """
@@ -18,7 +18,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 OPERATIONS = {path.stem: "ops" for path in sorted((HERE / "ops").glob("[!_]*.py"))}
 TIMED = {**OPERATIONS, "decoder": "models", "model": "models", "train": "models"}
-"""Benchmark → its room. They have flags in common: several may be named."""
+"""Benchmark → its folder. They share flags, so several may be named."""
 PROGRAMS = {
     **dict.fromkeys(("scaling", "checkpoint", "evaluation", "data", "annotations"), "models"),
     **dict.fromkeys(("tables", "convergence", "figure1"), "paper"),
@@ -27,18 +27,18 @@ PROGRAMS = {
     "predict": "gpu_model",
     **dict.fromkeys(("tune", "aot", "aot_cuda"), "tools"),
 }
-"""What is named alone → its room."""
+"""Benchmark or tool that must be named alone → its folder."""
 ALL = "ops"
-"""Names every operation."""
+"""Stands for every operation."""
 USAGE = f"""{__doc__}
-Several may be named of
+One or several of
 {textwrap.fill(", ".join((ALL, *TIMED)), 100)};
-one of
+or one of
 {textwrap.fill(", ".join(PROGRAMS), 100)}."""
 
 
 def main(words: list[str]) -> int:
-    """Run what the first words name, with the flags that follow; the exit status."""
+    """Run the benchmarks or the tool that the first words name, with the flags that follow; return the exit status."""
     names = list(takewhile(lambda word: word in (ALL, *TIMED, *PROGRAMS), words))
     flags = words[len(names) :]
     if not names:
@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
         return refused(f"there is no benchmark {flags[0]}" if flags else "expected the name of a benchmark")
     alone = [name for name in names if name in PROGRAMS]
     if alone and len(names) > 1:
-        return refused(f"{alone[0]} is named alone, got {' '.join(names)}")
+        return refused(f"{alone[0]} must be named alone, got {' '.join(names)}")
     if alone:
         return imported(alone[0]).main(flags) or 0
     if names != [ALL] and len(names) == 1:
@@ -58,17 +58,17 @@ def main(words: list[str]) -> int:
 
 
 def refused(why: str) -> int:
-    """Say why nothing is run; the exit status."""
+    """Print why nothing runs, and return the exit status."""
     print(f"{USAGE}\n\nrun.py: {why}.", file=sys.stderr)
     return 2
 
 
 def run_several(names: list[str], flags: list[str]) -> int:
-    """One after the other in this process, which imports PyTorch once; one that fails does not cost the next."""
+    """Run benchmarks in turn in this process, which imports PyTorch once; a failure does not stop the next."""
     chosen = dict.fromkeys(name for word in names for name in (OPERATIONS if word == ALL else [word]))
     runs, failed = {}, []
     for name in chosen:
-        # All flags are read before anything is timed.
+        # All flags are parsed before anything is timed.
         try:
             why_not = imported(name).Problem.why_not
         except ImportError:
@@ -89,22 +89,22 @@ def run_several(names: list[str], flags: list[str]) -> int:
 
 
 def succeeds(run: Callable[[], None]) -> bool:
-    """Run a benchmark; whether it ended well."""
+    """Run a benchmark and return whether it succeeded."""
     try:
         run()
     except SystemExit as stop:
         print(stop.code)
         return False
     except Exception:
-        # Whatever it is, the next benchmark is another matter.
+        # No error of one benchmark may stop the next.
         traceback.print_exc()
         return False
     return True
 
 
 def prepared(name: str, flags: list[str]) -> Callable[[], None]:
-    """What runs a benchmark; its flags are read already."""
-    # Here, where it is needed: it imports PyTorch.
+    """Parse the flags of a benchmark and return the function that runs it."""
+    # Imported here because it imports PyTorch.
     from harness.benchmark import prepare
 
     return prepare(name, imported(name), flags)
@@ -112,8 +112,8 @@ def prepared(name: str, flags: list[str]) -> Callable[[], None]:
 
 def imported(name: str) -> ModuleType:
     """The module of a benchmark or a tool."""
-    room = (TIMED | PROGRAMS)[name]
-    return importlib.import_module(f"{room}.{name}")
+    folder = (TIMED | PROGRAMS)[name]
+    return importlib.import_module(f"{folder}.{name}")
 
 
 if __name__ == "__main__":

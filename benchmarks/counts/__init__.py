@@ -1,1 +1,1 @@
-"""What steps ask of a GPU, counted without one; the committed counts lie beside."""
+"""The cost of steps on a GPU, counted without one; the committed counts are in this folder."""

@@ -1,10 +1,9 @@
-"""What operations ask of a device: launches, waits, bytes and FLOPs, and the time that they should take, by operation
-and by part of a step.
+"""Cost of operations on a device: launches, waits, bytes, FLOPs and predicted time, by operation and by part of a step.
 
-Launches and waits are those of a null GPU (tests/null_gpu). Bytes and FLOPs follow from shapes. The time is a
-prediction, for each operation the largest of its bytes at the memory's rate, its FLOPs at the rate of the units that do
-them, and a time for each launch, copy and clearing of memory. An operation of several kernels counts its bytes once:
-bytes and time are lower bounds.
+Launches and waits are counted on a null GPU (tests/null_gpu). Bytes and FLOPs follow from shapes. The predicted time of
+an operation is the largest of three: its bytes at the memory's rate, its FLOPs at the rate of their units, and a
+constant per launch, copy and memset. An operation of several kernels counts its bytes once: bytes and time are lower
+bounds.
 """
 
 import ctypes
@@ -32,15 +31,15 @@ from triton.runtime.jit import JITFunction
 from conddetr.kernels import operators
 
 BANDWIDTH = 2.6e12
-"""Bytes per second: what a copy reaches on an H100."""
+"""Bytes per second of a copy on an H100."""
 RATES = {"convolutions": 350e12, "products": 450e12, "float32": 40e12}
-"""FLOP/s that cuDNN and cuBLAS reach there; the first two in half precision."""
+"""FLOP/s that cuDNN and cuBLAS reach on it; the first two in half precision."""
 LAUNCH = 2.2e-6
-"""Seconds of a kernel that has next to nothing to do, in a full queue or a CUDA graph."""
+"""Seconds of a kernel with almost no work, in a full queue or a CUDA graph."""
 MANY_NUMBERS = 1e6
-"""An operation on more floating numbers is named where neither its FLOPs nor their absence are known."""
+"""An operation on more floating-point numbers is listed if it is unknown whether it has FLOPs."""
 PARTS = ("backbone", "encoder", "decoder", "heads and loss", "optimizer", "compiled", "other")
-"""`compiled` is what Inductor made of a model, and cannot be told apart."""
+"""`compiled` is Inductor's code of a model, which cannot be split into parts."""
 
 _MODULES = {
     "heads and loss": r"(^|\.)(class_embed|bbox_embed|class_labels_classifier|bbox_predictor)",
@@ -48,8 +47,8 @@ _MODULES = {
     "encoder": r"(^|\.)(encoder|input_proj)",
     "decoder": r"(^|\.)(decoder|query_)",
 }
-"""Part → names of modules and parameters, ours and transformers'."""
-_PLACES = {
+"""Part → names of our and transformers' modules and parameters."""
+_FILES = {
     "compiled": r"inductor[^:]*/\w\w/c\w+\.py",
     "optimizer": r"torch/optim/|torch/nn/utils/clip_grad\.py",
     "backbone": r"conddetr/model/(fast/)?(resnet|backbone)\.py|conddetr/interop/huggingface/backbone\.py",
@@ -59,35 +58,35 @@ _PLACES = {
     r"|conddetr/interop/huggingface/loss\.py|transformers/loss/"
     r"|modeling_conditional_detr\.py:ConditionalDetrForObjectDetection\.forward",
 }
-"""Part → files, and functions after a colon, for what no module's name tells. The innermost frame decides."""
+"""Part → files, with functions after a colon, for code outside named modules. The innermost frame decides."""
 _PRODUCTS = r"mm|mv|dot|conv|attention|linear|bilinear|matmul|einsum|rnn|lstm|gru|fft|cdist|linalg_(?!vector_norm)"
 _GENERIC = {"void", "gpu_kernel_impl", "gpu_kernel_impl_nocast", "BinaryFunctor", "AUnaryFunctor", "BUnaryFunctor"}
-"""Words of kernels' names that say nothing of what they do."""
+"""Words in kernel names that do not describe the kernel."""
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}
-"""Operators that do not read what they write to."""
+"""Operators that do not read the tensor they write to."""
 
 
 @dataclass
 class Cost:
-    """Of operations together."""
+    """Summed cost of operations."""
 
     calls: int = 0
     launches: int = 0
     waits: int = 0
     bytes: int = 0
-    """Read and written, each tensor once for each."""
+    """Bytes read and written; each tensor counts once per direction."""
     flops: int = 0
     seconds: float = 0.0
     """Predicted."""
 
     def add(self, other: "Cost") -> None:
-        """Sum up in place."""
+        """Add another cost in place."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
 
 class Watch(TorchDispatchMode):
-    """While it is active, every operation's cost is noted: operators, and Triton kernels that no operator launches."""
+    """While active, records the cost of every operation: operators, and Triton kernels outside operators."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -95,18 +94,18 @@ class Watch(TorchDispatchMode):
         """Name and dtype → cost."""
         self.by_part: dict[str, Cost] = defaultdict(Cost)
         self.without_formula: set[str] = set()
-        """Operations on many numbers that may do more than move them; without a formula their FLOPs count as none."""
+        """Operations on many numbers that may have FLOPs; without a formula they count as 0."""
         self._parts = _Parts(model)
         self._inside = False
         self._patches = ExitStack()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Code that torch.compile has made runs under it as it would without; PyTorch asks this of each mode."""
+        """Compiled code runs unchanged under this mode; PyTorch calls this method of each mode."""
         return True
 
     def __enter__(self) -> "Watch":
-        _teach_flops()
+        _register_flops()
         for kind in (JITFunction, CachingAutotuner):
             self._patches.enter_context(mock.patch.object(kind, "run", _watched(self, kind.run)))
         return super().__enter__()
@@ -120,36 +119,36 @@ class Watch(TorchDispatchMode):
     ) -> object:
         """Called for every operator."""
         kwargs = kwargs or {}
-        with self._noted() as cost:
+        with self._recorded() as cost:
             out = function(*args, **kwargs)
             tensors = _on_gpu((args, kwargs, out))
             cost.bytes = _moved(function, args, kwargs, out)
         if cost.calls:
             flops = _flops(function, args, kwargs, out)
             name = str(function).removeprefix("aten.").removesuffix(".default")
-            # Of PyTorch's operators all products have such names; the others do little to each number.
+            # All of PyTorch's products have such names; its other operators compute little per number.
             is_light = function.namespace == "aten" and re.search(_PRODUCTS, name) is None
             self._add(name, tensors, cost, flops, is_light)
         return out
 
     def launch(self, name: str, read_and_written: list[Tensor], arguments: object, run: Callable) -> object:
-        """A Triton kernel; one inside an operator is part of that. Which of its tensors it only reads is not known."""
+        """Record a Triton kernel; inside an operator it counts there. Which tensors it only reads is unknown."""
         if self._inside:
             return run()
-        with self._noted() as cost:
+        with self._recorded() as cost:
             out = run()
             tensors = _on_gpu(arguments)
             cost.bytes = sum({t.data_ptr(): _size(t) for t in tensors}.values())
             cost.bytes += sum({t.data_ptr(): _size(t) for t in read_and_written}.values())
         if cost.calls:
-            # Inductor's pointwise kernels and reductions; its products are templates.
+            # Inductor's pointwise kernels and reductions have few FLOPs; its products are templates.
             is_known = name.startswith("triton_") and not name.startswith("triton_tem")
             self._add(name, tensors, cost, None, is_known)
         return out
 
     @contextmanager
-    def _noted(self) -> Iterator[Cost]:
-        """The cost of the block, whose `seconds` are those of launches at first; no calls if it asked for nothing."""
+    def _recorded(self) -> Iterator[Cost]:
+        """The cost of the block, with the `seconds` of its launches; no calls if the block used no device."""
         cost, self._part, before = Cost(), self._parts.now(), totals()
         was_inside, self._inside = self._inside, True
         try:
@@ -173,35 +172,37 @@ class Watch(TorchDispatchMode):
 
 
 def _watched(watch: Watch, run: Callable) -> Callable:
-    """A kernel's `run` that tells the watch. Inductor calls `in_out_ptr…` what a kernel reads and writes."""
+    """A kernel's `run` that reports to the watch. Inductor names tensors that are read and written `in_out_ptr…`."""
 
-    def told(kernel: object, *args: object, **options: object) -> object:
+    def launch(kernel: object, *args: object, **options: object) -> object:
         names = getattr(kernel.fn, "arg_names", [])
-        both = [value for name, value in zip(names, args, strict=False) if name.startswith("in_out_ptr")]
-        return watch.launch(kernel.fn.__name__, both, (args, options), lambda: run(kernel, *args, **options))
+        read_and_written = [value for name, value in zip(names, args, strict=False) if name.startswith("in_out_ptr")]
+        return watch.launch(
+            kernel.fn.__name__, read_and_written, (args, options), lambda: run(kernel, *args, **options)
+        )
 
-    return told
+    return launch
 
 
 class _Parts:
-    """Which part of a step the present moment belongs to.
+    """The part of a step that is running.
 
-    In the forward pass the Python stack tells, in backward the node's number: nodes are numbered in the order of the
-    operations that made them.
+    In the forward pass the Python stack determines it, in backward the number of the node: nodes are numbered in the
+    order of the operations that made them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {id(module): _named(name) for name, module in model.named_modules()}
-        self._parameters = {id(parameter): _named(name) for name, parameter in model.named_parameters()}
+        self._modules = {id(module): _module_part(name) for name, module in model.named_modules()}
+        self._parameters = {id(parameter): _module_part(name) for name, parameter in model.named_parameters()}
         self._numbers: list[int] = []
         self._made_in: list[str] = []
         self._last = "other"
 
     def now(self) -> str:
-        """One of `PARTS`."""
-        part = self._of_stack(sys._getframe(1))
+        """The current part, one of `PARTS`."""
+        part = self._stack_part(sys._getframe(1))
         if torch._C._current_graph_task_id() != -1:
-            self._last = part if part == "compiled" else self._of_node(torch._C._current_autograd_node())
+            self._last = part if part == "compiled" else self._node_part(torch._C._current_autograd_node())
             return self._last
         number = torch.autograd._get_sequence_nr() - 1
         # Later operations without a node see the same number.
@@ -210,9 +211,9 @@ class _Parts:
             self._made_in.append(part or "other")
         return part or "other"
 
-    def _of_stack(self, frame: FrameType | None) -> str | None:
+    def _stack_part(self, frame: FrameType | None) -> str | None:
         while frame is not None:
-            part = _placed(frame.f_code)
+            part = _code_part(frame.f_code)
             if part is None and "self" in frame.f_code.co_varnames:
                 part = self._modules.get(id(frame.f_locals.get("self")))
             if part is not None:
@@ -220,26 +221,26 @@ class _Parts:
             frame = frame.f_back
         return None
 
-    def _of_node(self, node: object) -> str:
-        # Between nodes gradients are added up.
+    def _node_part(self, node: object) -> str:
+        # Between nodes, gradients are accumulated.
         if node is None:
             return self._last
         if node.name().endswith("AccumulateGrad"):
             return self._parameters.get(id(node.variable)) or "other"
-        place = bisect_left(self._numbers, node._sequence_nr())
-        return self._made_in[place] if place < len(self._made_in) else "other"
+        index = bisect_left(self._numbers, node._sequence_nr())
+        return self._made_in[index] if index < len(self._made_in) else "other"
 
 
-def _named(name: str) -> str | None:
-    """The part that a module or parameter belongs to."""
+def _module_part(name: str) -> str | None:
+    """The part of a module or parameter."""
     return next((part for part, pattern in _MODULES.items() if re.search(pattern, name)), None)
 
 
 @cache
-def _placed(code: CodeType) -> str | None:
-    """The part that a function belongs to."""
-    place = f"{code.co_filename}:{code.co_qualname}"
-    return next((part for part, pattern in _PLACES.items() if re.search(pattern, place)), None)
+def _code_part(code: CodeType) -> str | None:
+    """The part of a function."""
+    location = f"{code.co_filename}:{code.co_qualname}"
+    return next((part for part, pattern in _FILES.items() if re.search(pattern, location)), None)
 
 
 def _on_gpu(values: object) -> list[Tensor]:
@@ -247,7 +248,7 @@ def _on_gpu(values: object) -> list[Tensor]:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of memory behind it: what is expanded is there once."""
+    """Bytes of the tensor's memory: expanded dimensions count once."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * prod(size for size, stride in steps if stride != 0)
 
@@ -268,14 +269,14 @@ def _moved(function: object, args: tuple, kwargs: dict, out: object) -> int:
 
 
 def _flops(function: object, args: tuple, kwargs: dict, out: object) -> int | None:
-    """Of an operator; None where nobody has told."""
+    """FLOPs of an operator; None without a formula."""
     formula = flop_registry.get(function.overloadpacket)
     return None if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
 @cache
-def _teach_flops() -> None:
-    """A formula of an operator of PyTorch that it has none for itself; those of cuDNN have one where we call them."""
+def _register_flops() -> None:
+    """Register the formula of a PyTorch operator that lacks one; cuDNN's have theirs where we call them."""
 
     def product(_: list[int], left: list[int], right: list[int], *__: object, **___: object) -> int:
         return 2 * prod(left) * right[-1]
@@ -284,16 +285,16 @@ def _teach_flops() -> None:
 
 
 def by_short_name(kernels: Counter) -> dict[str, int]:
-    """Launches by a kernel's name in a few words, most first."""
-    found: Counter = Counter()
+    """Launches by short kernel names, most launches first."""
+    by_name: Counter = Counter()
     for name, launches in kernels.items():
-        found[short_name(name)] += launches
-    return dict(found.most_common())
+        by_name[short_name(name)] += launches
+    return dict(by_name.most_common())
 
 
 @cache
 def short_name(name: str) -> str:
-    """A kernel's name without namespaces and types; of a generic one, what it does in brackets.
+    """A kernel's name without namespaces and types; for a generic kernel, its function in brackets.
 
     >>> short_name("_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIfEESt5arrayIPcLm1EEEEviT0_T1_")
     'vectorized_elementwise_kernel (FillFunctor)'
@@ -304,13 +305,13 @@ def short_name(name: str) -> str:
     if not words:
         return name
     first, *rest = words
-    telling = (word for word in rest if re.search(r"[fF]unctor|_cuda$|_kernel|_impl$|^launch_|Ops$", word))
-    what = next((word for word in telling if word != first), None)
-    return f"{first} ({what})" if what else first
+    descriptive = (word for word in rest if re.search(r"[fF]unctor|_cuda$|_kernel|_impl$|^launch_|Ops$", word))
+    function = next((word for word in descriptive if word != first), None)
+    return f"{first} ({function})" if function else first
 
 
 def _demangled(name: str) -> str:
-    """As the C++ library writes it; what is no mangled name stays."""
+    """The demangled name by the C++ library; other names stay."""
     library = ctypes.CDLL("libstdc++.so.6")
     library.__cxa_demangle.restype = ctypes.c_void_p
     status = ctypes.c_int()

@@ -1,13 +1,13 @@
-"""What a training step, and inference, ask of a GPU: launches, waits, copies, memory, bytes, FLOPs, predicted time.
+"""Cost of training steps and inference on a GPU: launches, waits, copies, memory, bytes, FLOPs, predicted time.
 
     python benchmarks/run.py step                                          # everything: half an hour, mostly Inductor's
     python benchmarks/run.py step --only ours hf --batch 8 --details
     python benchmarks/run.py step --only ours --before benchmarks/counts/before.json
 
-R50 at 800×1066, bfloat16 autocast, 91 classes, 7 objects in each image, fused AdamW, gradients clipped. It runs on a
-null GPU (tests/null_gpu), which computes nothing, each implementation in a process of its own: nothing here is
-measured, and seconds are predicted (counting.py). HuggingFace's model is as its configuration comes, without auxiliary
-losses, which ours has.
+R50 at 800×1066, bfloat16 autocast, 91 classes, 7 objects per image, fused AdamW, gradients clipped. It runs on a null
+GPU (tests/null_gpu), which computes nothing, each implementation in a separate process: nothing here is measured, and
+seconds are predicted (counting.py). HuggingFace's model has its default configuration, without the auxiliary losses
+that ours has.
 """
 
 import argparse
@@ -51,8 +51,8 @@ IMPLEMENTATIONS = {
 }
 AUTOCAST, HALF = "inference", "inference-bfloat16"
 WORK = {"training": tuple(IMPLEMENTATIONS), AUTOCAST: ("ours", "hf"), HALF: ("ours", "hf")}
-"""What is counted → of which implementations. Inference: one image, under autocast or by weights in bfloat16; ours is
-the frozen copy that `DETR.fused` makes, under autocast the one that turns it on by itself.
+"""Work → counted implementations. Inference: one image, under autocast or with bfloat16 weights. Ours is the frozen
+copy of `DETR.fused`; the one for autocast turns autocast on automatically.
 """
 CLASSES, OBJECTS, SIZE = 91, 7, (800, 1066)
 PACKAGES = ("torch", "triton", "transformers")
@@ -67,7 +67,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Run:
-    """What is counted in one process."""
+    """The work that one process counts."""
 
     implementation: str
     work: str
@@ -75,14 +75,14 @@ class Run:
 
     @property
     def title(self) -> str:
-        """For tables."""
+        """Name in tables."""
         return f"{IMPLEMENTATIONS[self.implementation]}, {self.work}, B = {self.batch}"
 
     @contextmanager
     def mode(self) -> Iterator[None]:
-        """Inference is in one autocast context throughout: where weights can have gradients, it casts them once.
+        """One autocast context for all of inference: it caches the casts of weights that require gradients.
 
-        A training step must be in none, or what it casts would still be there in the next step.
+        A training step must not run in one: casts of one step would still be cached in the next.
         """
         if self.work == "training":
             yield
@@ -92,7 +92,7 @@ class Run:
 
 
 def make(run: Run) -> tuple[nn.Module, Step]:
-    """The model on the GPU, and what is counted of it."""
+    """The model on the GPU, and the step to count."""
     images = torch.randn(run.batch, 3, *SIZE, device="cuda", dtype=torch.bfloat16 if run.work == HALF else None)
     if run.implementation.startswith("ours"):
         return _ours(run, images)
@@ -138,7 +138,7 @@ def _huggingface(run: Run, images: Tensor) -> tuple[nn.Module, Step]:
 
 
 def _objects(batch: int) -> list[dict[str, Tensor]]:
-    """Of each image, anywhere in it."""
+    """Objects of each image, at random positions."""
     return [
         {"labels": torch.randint(CLASSES, (OBJECTS,)), "boxes": 0.1 + 0.4 * torch.rand(OBJECTS, 4)}
         for _ in range(batch)
@@ -163,17 +163,17 @@ def _training(run: Run, model: nn.Module, loss: Callable[[], Tensor]) -> tuple[n
 
 @contextmanager
 def _all_is_true() -> Iterator[None]:
-    """`Tensor.all`, by which transformers asks, as a GPU answers it here: no image is padded, no box is wrong.
+    """`Tensor.all` returns True, as on a real GPU in transformers' checks: no image is padded, no box is wrong.
 
-    The wait stays. A null GPU says no to everything, and transformers would raise errors.
+    The wait stays. On a null GPU it would return False, and transformers would raise errors.
     """
-    ask = Tensor.all
+    original = Tensor.all
 
     def answer(tensor: Tensor, *args: object, **options: object) -> Tensor:
-        found = ask(tensor, *args, **options)
-        if not tensor.is_cuda or found.dim() > 0:
-            return found
-        found.item()
+        result = original(tensor, *args, **options)
+        if not tensor.is_cuda or result.dim() > 0:
+            return result
+        result.item()
         return torch.tensor(True)
 
     with mock.patch.object(Tensor, "all", answer):
@@ -181,7 +181,7 @@ def _all_is_true() -> Iterator[None]:
 
 
 def count(run: Run) -> dict:
-    """Count one implementation in this process, which must have a null GPU; as it stands in the file."""
+    """Count one implementation in this process, which must have a null GPU; returns the entry of the file."""
     import null_gpu
     import proven
     from null_gpu.counts import counted
@@ -190,15 +190,15 @@ def count(run: Run) -> dict:
 
     if not null_gpu.IS_RUNNING:
         raise RuntimeError("this process has no null GPU: start it by `python tests/null_gpu COMMAND`")
-    # What a process has done before leaves pieces of memory.
+    # Earlier work of the process leaves allocated memory.
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    # Nothing is proven on a null GPU: counted is a step with all kernels.
+    # No kernel is proven on a null GPU; the counted step uses all of them.
     everything = proven.everything(torch.device("cuda"))
     with records.pretend(everything), _all_is_true(), run.mode():
         model, step = make(run)
-        # The first compiles, the second makes what is made once.
+        # The first step compiles, the second fills caches.
         for _ in range(2):
             step()
         with counted() as plain:
@@ -220,7 +220,7 @@ def count(run: Run) -> dict:
             "copies from the device": plain.from_device,
             "copies within the device": plain.within_device,
             "memsets": plain.memsets,
-            # The allocator does not see what graphs use of their memory.
+            # The allocator does not count memory that graphs use in their pool.
             "peak bytes": None if plain.graph_launches else plain.peak_bytes - before,
             "bytes moved": total["bytes"],
             "FLOPs": total["flops"],
@@ -236,35 +236,35 @@ def count(run: Run) -> dict:
 
 
 def _written(cost: object) -> dict:
-    found = asdict(cost)
-    seconds = found.pop("seconds")
-    return {**found, "predicted seconds": float(f"{seconds:.4g}")}
+    fields = asdict(cost)
+    seconds = fields.pop("seconds")
+    return {**fields, "predicted seconds": float(f"{seconds:.4g}")}
 
 
 def count_apart(run: Run) -> dict:
-    """Count in a process of its own, on a null GPU.
+    """Count in a separate process, on a null GPU.
 
     Raises:
-        RuntimeError: there can be no null GPU here, or the process failed; says why.
+        RuntimeError: no null GPU is possible here, or the process failed; says why.
     """
     import null_gpu
 
     environment = null_gpu.environment()
-    # What Inductor times on a null GPU to choose by is nothing that a real one should find.
+    # Inductor's choices by timings on a null GPU must not reach the cache of a real one.
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "counts.json"
         command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "step", "--only", run.implementation]
         command += ["--work", run.work, "--batch", str(run.batch), "--here", str(result)]
-        said = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if said.returncode or not result.exists():
-            raise RuntimeError(f"{run.title}: {said.stderr[-2000:]}")
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if process.returncode or not result.exists():
+            raise RuntimeError(f"{run.title}: {process.stderr[-2000:]}")
         return json.loads(result.read_text())
 
 
 def read(path: Path) -> dict[Run, dict]:
-    """The runs in a file."""
-    return {Run(found["implementation"], found["work"], found["batch"]): found for found in _stored(path)}
+    """Runs in a file."""
+    return {Run(entry["implementation"], entry["work"], entry["batch"]): entry for entry in _stored(path)}
 
 
 def _stored(path: Path) -> list[dict]:
@@ -272,12 +272,12 @@ def _stored(path: Path) -> list[dict]:
 
 
 def write(path: Path, runs: dict[Run, dict]) -> None:
-    """One line for each operation and kernel."""
+    """Write the file, with one line per operation and kernel."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lists = {"operations", "parts", "kernels"}
 
-    def lines(found: dict) -> Iterator[str]:
-        for name, value in found.items():
+    def lines(entry: dict) -> Iterator[str]:
+        for name, value in entry.items():
             if name not in lists:
                 yield f"  {json.dumps(name)}: {json.dumps(value)}"
                 continue
@@ -286,21 +286,21 @@ def write(path: Path, runs: dict[Run, dict]) -> None:
             begin, end = "{}" if isinstance(value, dict) else "[]"
             yield f"  {json.dumps(name)}: {begin}\n    " + ",\n    ".join(inner) + f"\n  {end}"
 
-    blocks = ["{\n" + ",\n".join(lines(found)) + "\n}" for found in runs.values()]
+    blocks = ["{\n" + ",\n".join(lines(entry)) + "\n}" for entry in runs.values()]
     path.write_text(f'{{"note": {json.dumps(NOTE)},\n"runs": [\n' + ",\n".join(blocks) + "\n]}\n")
 
 
 COLUMNS = {
-    "launches": lambda found: f"{found['counted']['launches']:,}",
-    "waits": lambda found: f"{found['counted']['waits']}",
-    "copies to / from / within": lambda found: " / ".join(
-        str(found["counted"][f"copies {where} the device"]) for where in ("to", "from", "within")
+    "launches": lambda entry: f"{entry['counted']['launches']:,}",
+    "waits": lambda entry: f"{entry['counted']['waits']}",
+    "copies to / from / within": lambda entry: " / ".join(
+        str(entry["counted"][f"copies {where} the device"]) for where in ("to", "from", "within")
     ),
-    "memsets": lambda found: f"{found['counted']['memsets']}",
-    "peak, GiB": lambda found: _gibibytes(found["counted"]["peak bytes"]),
-    "moved, GiB": lambda found: _seen(found, f"{found['counted']['bytes moved'] / 2**30:.1f}"),
-    "TFLOP": lambda found: _seen(found, f"{found['counted']['FLOPs'] / 1e12:.2f}"),
-    "predicted, ms": lambda found: _seen(found, f"{1e3 * found['predicted']['seconds on the device']:.1f}"),
+    "memsets": lambda entry: f"{entry['counted']['memsets']}",
+    "peak, GiB": lambda entry: _gibibytes(entry["counted"]["peak bytes"]),
+    "moved, GiB": lambda entry: _seen(entry, f"{entry['counted']['bytes moved'] / 2**30:.1f}"),
+    "TFLOP": lambda entry: _seen(entry, f"{entry['counted']['FLOPs'] / 1e12:.2f}"),
+    "predicted, ms": lambda entry: _seen(entry, f"{1e3 * entry['predicted']['seconds on the device']:.1f}"),
 }
 
 
@@ -308,22 +308,20 @@ def _gibibytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 2**30:.2f}"
 
 
-def _seen(found: dict, figure: str) -> str:
-    """The figure; – where operations could not be told, or are others when they are watched."""
-    counted = found["counted"]
+def _seen(entry: dict, figure: str) -> str:
+    """The figure; – if some operations are unknown, or if recording changes the operations."""
+    counted = entry["counted"]
     return "–" if counted["launches of no known operation"] or counted["launches more when watched"] else figure
 
 
 def show(runs: dict[Run, dict], before: dict[Run, dict], details: bool) -> None:
-    """Tables for the terminal, with what was before, where that is given."""
+    """Print tables, with the earlier figures if given."""
 
     def cell(run: Run, figure: Callable[[dict], str]) -> str:
         now, then = figure(runs[run]), figure(before[run]) if run in before else None
         return now if then in (None, now) else f"{then} → {now}"
 
-    table = Table(
-        title="Counted on a null GPU, time predicted; a graph is one launch, clearing of memory (memsets) is none"
-    )
+    table = Table(title="Counted on a null GPU, time predicted; a graph is one launch, memsets are no launches")
     table.add_column("implementation", min_width=30)
     for name in COLUMNS:
         table.add_column(name, justify="right")
@@ -332,7 +330,7 @@ def show(runs: dict[Run, dict], before: dict[Run, dict], details: bool) -> None:
     console.print(table)
     from counts.counting import PARTS
 
-    parts = [part for part in PARTS if any(part in found["parts"] for found in runs.values())]
+    parts = [part for part in PARTS if any(part in entry["parts"] for entry in runs.values())]
     table = Table(title="By part, forward and backward together: launches, predicted ms")
     table.add_column("implementation", min_width=30)
     for part in parts:
@@ -340,60 +338,62 @@ def show(runs: dict[Run, dict], before: dict[Run, dict], details: bool) -> None:
     for run in runs:
         table.add_row(run.title, *(cell(run, partial(_part, part=part)) for part in parts))
     console.print(table)
-    for run, found in runs.items() if details else ():
-        _show_details(run, found)
+    for run, entry in runs.items() if details else ():
+        _show_details(run, entry)
 
 
-def _part(found: dict, part: str) -> str:
-    cost = found["parts"].get(part)
-    return "–" if cost is None else _seen(found, f"{cost['launches']:,}, {1e3 * cost['predicted seconds']:.2f}")
+def _part(entry: dict, part: str) -> str:
+    cost = entry["parts"].get(part)
+    return "–" if cost is None else _seen(entry, f"{cost['launches']:,}, {1e3 * cost['predicted seconds']:.2f}")
 
 
-def _show_details(run: Run, found: dict) -> None:
+def _show_details(run: Run, entry: dict) -> None:
     table = Table(title=f"{run.title}: operations")
     for name in ("operation", "dtype", "calls", "launches", "waits", "GiB", "GFLOP", "predicted, ms"):
         table.add_column(name, justify="left" if name in ("operation", "dtype") else "right")
-    for row in found["operations"]:
+    for row in entry["operations"]:
         numbers = (row["bytes"] / 2**30, row["flops"] / 1e9, 1e3 * row["predicted seconds"])
         counts = (str(row[name]) for name in ("calls", "launches", "waits"))
         table.add_row(escape(row["operation"]), row["dtype"], *counts, *(f"{number:.2f}" for number in numbers))
     console.print(table)
-    if found["FLOPs not known"]:
-        console.print(f"by bytes alone, FLOPs not known: {', '.join(found['FLOPs not known'])}", highlight=False)
+    if entry["FLOPs not known"]:
+        console.print(
+            f"predicted from bytes alone, FLOPs unknown: {', '.join(entry['FLOPs not known'])}", highlight=False
+        )
     table = Table("launches", "kernel", title=f"{run.title}: kernels")
-    for name, launches in found["kernels"].items():
+    for name, launches in entry["kernels"].items():
         table.add_row(str(launches), escape(name))
     console.print(table)
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options."""
+    """The command line."""
     parser = command("step", __doc__)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
-    parser.add_argument("--batch", nargs="+", type=int, default=[8, 2], help="of training; default 8 and 2")
-    parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
-    parser.add_argument("--details", action="store_true", help="every operation and kernel, not only in the file")
+    parser.add_argument("--batch", nargs="+", type=int, default=[8, 2], help="batch sizes of training; default 8 and 2")
+    parser.add_argument("--before", type=Path, help="a file of an earlier run, to compare with")
+    parser.add_argument("--details", action="store_true", help="print every operation and kernel too")
     parser.add_argument(
         "--out",
         type=Path,
         default=COUNTS / "step.json",
-        help="what is not counted anew stays there; default %(default)s",
+        help="other runs in this file stay; default %(default)s",
     )
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
 def chosen(options: argparse.Namespace) -> list[Run]:
-    """What the options ask for; inference is of one image."""
+    """The runs of the options; inference takes one image."""
     runs = [Run(name, work, batch) for work, batch, name in product(options.work, options.batch, options.only)]
     runs = [run if run.work == "training" else Run(run.implementation, run.work, 1) for run in runs]
     return [run for run in dict.fromkeys(runs) if run.implementation in WORK[run.work]]
 
 
 def main(words: list[str]) -> int:
-    """Count all that is asked for; 1 where something failed."""
-    # The tests have it on their path.
+    """Count all requested runs; the exit status is 1 if one failed."""
+    # The null GPU is in tests/, which only the tests have on their path.
     sys.path.append(str(ROOT / "tests"))
     import null_gpu
 
@@ -408,14 +408,14 @@ def main(words: list[str]) -> int:
         parser.error(reason)
     if options.before and not options.before.exists():
         parser.error(f"--before: there is no {options.before}")
-    found, failed = {}, 0
+    counted, failed = {}, 0
     for run in runs:
         with console.status(f"{run.title} …"):
             try:
-                found[run] = count_apart(run)
+                counted[run] = count_apart(run)
             except RuntimeError as error:
                 console.print(f"failed: {error}", style="red", markup=False)
                 failed = 1
-        write(options.out, {**read(options.out), **found})
-    show(found, read(options.before) if options.before else {}, options.details)
+        write(options.out, {**read(options.out), **counted})
+    show(counted, read(options.before) if options.before else {}, options.details)
     return failed

@@ -1,19 +1,19 @@
-"""Blocks of a kernel over the multiprocessors of a GPU: how long the last one takes."""
+"""Blocks of a kernel on the multiprocessors of a GPU: the time until the last one ends."""
 
 import heapq
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 MULTIPROCESSORS, HERTZ = 132, 1.755e9
-"""Of an H100 SXM, at the clock that it keeps under load."""
+"""An H100 SXM, at its clock under load."""
 PROLOGUE, EPILOGUE = 2500.0, 700.0
-"""Clocks of a block before its main loop and after it, assumed: they are waits for memory, while which other blocks
-work. The last epilogue nothing covers."""
+"""Assumed clocks of a block before and after its main loop. They are waits for memory, during which other blocks work;
+only the last epilogue is not hidden."""
 _DONE = 1e-6
 
 
 def clocks_at(clocks: Mapping[int, float], blocks: int) -> float:
-    """Of a quarter for 1024 scores with so many blocks on the multiprocessor, between those that were simulated."""
+    """Clocks of a quarter for 1024 scores with this many blocks, interpolated between simulated numbers of blocks."""
     counts = sorted(clocks)
     above = bisect_left(counts, blocks)
     if above == len(counts):
@@ -26,51 +26,51 @@ def clocks_at(clocks: Mapping[int, float], blocks: int) -> float:
 
 
 class _Multiprocessor:
-    """Blocks that share it: each waits for its prologue, then all that are past theirs advance together."""
+    """Blocks that share a multiprocessor: after their prologues, all advance together."""
 
     def __init__(self, clocks: Mapping[int, float]) -> None:
         self.clocks = clocks
         self.now = 0.0
         self.waiting: list[tuple[float, float]] = []
-        """When a prologue ends, and the scores of its block."""
-        self.left: list[float] = []
-        """Scores that blocks at work have still to do."""
+        """End of a prologue, and the scores of its block."""
+        self.remaining: list[float] = []
+        """Scores that running blocks have not computed yet."""
 
     @property
     def blocks(self) -> int:
-        return len(self.waiting) + len(self.left)
+        return len(self.waiting) + len(self.remaining)
 
     def add(self, scores: float) -> None:
         self.waiting.append((self.now + PROLOGUE, scores))
 
     def _clocks_per_score(self) -> float:
-        """Of each block at work: a quarter does a fourth of its scores."""
-        count = len(self.left)
+        """Clocks per score of each running block: a quarter computes a fourth of its scores."""
+        count = len(self.remaining)
         return count * clocks_at(self.clocks, count) / 4096
 
     def next(self) -> float:
-        """When something changes."""
+        """Time of the next change."""
         ends = [end for end, _ in self.waiting]
-        if self.left:
-            ends.append(self.now + min(self.left) * self._clocks_per_score())
+        if self.remaining:
+            ends.append(self.now + min(self.remaining) * self._clocks_per_score())
         return min(ends)
 
     def advance(self, to: float) -> None:
-        """To that time, which is no later than `next`."""
-        if self.left:
+        """Advance to this time, which is no later than `next`."""
+        if self.remaining:
             done = (to - self.now) / self._clocks_per_score()
-            self.left = [scores - done for scores in self.left if scores - done > _DONE * scores]
-        self.left += [scores for end, scores in self.waiting if end <= to + _DONE]
+            self.remaining = [scores - done for scores in self.remaining if scores - done > _DONE * scores]
+        self.remaining += [scores for end, scores in self.waiting if end <= to + _DONE]
         self.waiting = [(end, scores) for end, scores in self.waiting if end > to + _DONE]
         self.now = to
 
 
 def seconds(blocks: Sequence[float], resident: int, clocks: Mapping[int, float]) -> float:
-    """From the first block's beginning to the last one's end, without the launch.
+    """Seconds from the first block's start to the last one's end, without the launch.
 
     Args:
-        blocks: scores of each, in the order in which they are launched. Blocks without any take no time.
-        resident: blocks that a multiprocessor has at once.
+        blocks: scores of each block, in launch order. Blocks without scores take no time.
+        resident: blocks of a multiprocessor at once.
         clocks: blocks on a multiprocessor → clocks of a quarter for 1024 scores.
     """
     queue = [scores for scores in reversed(blocks) if scores > 0]
@@ -87,7 +87,7 @@ def seconds(blocks: Sequence[float], resident: int, clocks: Mapping[int, float])
         if not events:
             return (now + EPILOGUE) / HERTZ
         now, changed = events[0][0], []
-        # All that changes at once: what is launched then goes to where there is least.
+        # Simultaneous changes are handled together, so that new blocks go to the least loaded multiprocessor.
         while events and events[0][0] <= now + _DONE:
             changed.append(heapq.heappop(events)[1])
         for index in changed:

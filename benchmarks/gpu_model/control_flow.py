@@ -1,4 +1,4 @@
-"""Loops of a kernel, and the way through a loop that a warp takes nearly always."""
+"""Loops of a kernel, and the path through a loop that warps nearly always take."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from gpu_model.machine_code import Function, Instruction
 
 _LEAVES = ("EXIT", "RET", "BRX")
 _CALL = 1000
-"""Instructions that a call counts as: those of divisions and of what is not in the loop are for rare operands."""
+"""Instructions that a call counts as: divisions and code outside the loop are called for rare operands only."""
 Value = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Blocks that are gone through again and again; `head` is in all trips the first."""
+    """Blocks of a loop; `head` is the first block of every trip."""
 
     head: int
     body: frozenset[int]
 
     def holds(self, other: "Loop") -> bool:
-        """Whether the other one is inside."""
+        """Whether the other loop is inside this one."""
         return self.body > other.body
 
 
 class Flow:
-    """Blocks of instructions without a jump between them, and where they lead to.
+    """Basic blocks of instructions, and their successors.
 
-    A branch for lanes of a warp that have parted (BRA.DIV) is not taken. A call comes back, or is a jump: nvcc leaves
-    loops so for some architectures.
+    A branch for diverged lanes of a warp (BRA.DIV) is not taken. A call either returns or is a jump: for some
+    architectures nvcc leaves loops by a call.
     """
 
     def __init__(self, function: Function) -> None:
@@ -58,50 +58,50 @@ class Flow:
         return (target,) if is_jump else tuple(dict.fromkeys((*after, target)))
 
     def instructions(self, blocks: list[int]) -> list[Instruction]:
-        """Of blocks one after the other."""
+        """Instructions of the blocks, in order."""
         return [self.function.code[place] for block in blocks for place in self.blocks[block]]
 
     def _reached(self, without: int | None = None) -> set[int]:
-        """Blocks that can be reached from the beginning without passing one."""
-        found, rest = set(), [0]
-        while rest:
-            block = rest.pop()
-            if block not in found and block != without:
-                found.add(block)
-                rest += self.next[block]
-        return found
+        """Blocks that can be reached from the start, without passing through the given block."""
+        reached, pending = set(), [0]
+        while pending:
+            block = pending.pop()
+            if block not in reached and block != without:
+                reached.add(block)
+                pending += self.next[block]
+        return reached
 
     @cached_property
     def back_edges(self) -> list[tuple[int, int]]:
-        """Jumps to a block that is on every way to where they start."""
+        """Jumps to a block that is on every path to the jump."""
         reached = self._reached()
         edges = [(block, target) for block in reached for target in self.next[block] if target <= block]
-        # A block behind the loop, for something rare, jumps back too; it can be reached without its target.
+        # A block after the loop, for a rare case, jumps back too; it can be reached without its target.
         return [(block, head) for block, head in edges if block == head or block not in self._reached(head)]
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """In the order of their heads. The jump to itself that fills up the code is none, it is never reached."""
-        before: dict[int, set[int]] = {}
+        """Loops in the order of their heads. The jump to itself that pads the code is no loop: it is never reached."""
+        predecessors: dict[int, set[int]] = {}
         for block in self._reached():
             for target in self.next[block]:
-                before.setdefault(target, set()).add(block)
+                predecessors.setdefault(target, set()).add(block)
         bodies: dict[int, set[int]] = {}
         for latch, head in self.back_edges:
-            body, rest = bodies.setdefault(head, {head}), [latch]
-            while rest:
-                block = rest.pop()
+            body, pending = bodies.setdefault(head, {head}), [latch]
+            while pending:
+                block = pending.pop()
                 if block not in body:
                     body.add(block)
-                    rest += before[block]
+                    pending += predecessors[block]
         return [Loop(head, frozenset(body)) for head, body in sorted(bodies.items())]
 
-    def way(self, loop: Loop, value: Callable[[Instruction], Value]) -> list[int]:
-        """Blocks of one trip: of all ways from the head back to it those of most value, inner loops once.
+    def path(self, loop: Loop, value: Callable[[Instruction], Value]) -> list[int]:
+        """Blocks of one trip: the path of highest value from the head back to it, inner loops once.
 
         Args:
             loop: one of `loops`.
-            value: instruction → what one that is passed is worth; the first number counts most.
+            value: instruction → its value on a path; the first number counts most.
         """
         backwards = set(self.back_edges)
         worth = {block: self._worth(block, value) for block in loop.body}
@@ -110,20 +110,20 @@ class Flow:
         def visit(block: int) -> tuple[Value, int | None] | None:
             if block in best:
                 return best[block]
-            found = [(worth[block], None)] if (block, loop.head) in backwards else []
+            choices = [(worth[block], None)] if (block, loop.head) in backwards else []
             for target in self.next[block]:
                 if target in loop.body and (block, target) not in backwards and visit(target) is not None:
-                    found.append((_sum(worth[block], visit(target)[0]), target))
-            best[block] = max(found, key=lambda choice: choice[0], default=None)
+                    choices.append((_sum(worth[block], visit(target)[0]), target))
+            best[block] = max(choices, key=lambda choice: choice[0], default=None)
             return best[block]
 
         if visit(loop.head) is None:
-            raise ValueError(f"{self.function.name}: no way through the loop at {self.address(loop):#x}.")
-        way, block = [], loop.head
+            raise ValueError(f"{self.function.name}: no path through the loop at {self.address(loop):#x}.")
+        path, block = [], loop.head
         while block is not None:
-            way.append(block)
+            path.append(block)
             block = best[block][1]
-        return way
+        return path
 
     def _worth(self, block: int, value: Callable[[Instruction], Value]) -> Value:
         code = self.instructions([block])
@@ -131,24 +131,24 @@ class Flow:
         return *most, instructions - _CALL * sum(instruction.name == "CALL" for instruction in code)
 
     def address(self, loop: Loop) -> int:
-        """Where the loop begins."""
+        """Address of the loop's first instruction."""
         return self.function.code[self.blocks[loop.head].start].address
 
-    def goes_through(self, way: list[int], inner: Loop, value: Callable[[Instruction], Value]) -> bool:
-        """Whether a way makes a trip of an inner loop; else it passes the head and leaves, as if there were none."""
-        passed = sum(len(self.blocks[block]) for block in way if block in inner.body)
-        return 2 * passed > sum(len(self.blocks[block]) for block in self.way(inner, value))
+    def goes_through(self, path: list[int], inner: Loop, value: Callable[[Instruction], Value]) -> bool:
+        """Whether a path makes a trip of an inner loop; otherwise it passes the head and leaves the loop."""
+        passed = sum(len(self.blocks[block]) for block in path if block in inner.body)
+        return 2 * passed > sum(len(self.blocks[block]) for block in self.path(inner, value))
 
     def unrolled(self, loop: Loop, value: Callable[[Instruction], Value], more: Callable[[Loop], int]) -> Iterator[int]:
         """Blocks of one trip.
 
         Args:
             loop: one of `loops`.
-            value: as in `way`.
-            more: inner loop → its trips beside what is on the way.
+            value: as in `path`.
+            more: inner loop → its trips beyond those on the path.
         """
         heads = {other.head: other for other in self.loops if loop.holds(other)}
-        for block in self.way(loop, value):
+        for block in self.path(loop, value):
             if block in heads:
                 for _ in range(more(heads[block])):
                     yield from self.unrolled(heads[block], value, more)

@@ -1,4 +1,4 @@
-"""What is known of one kernel from its machine code; on Hopper how long it takes, predicted."""
+"""Figures of one kernel from its machine code; on Hopper with its predicted time."""
 
 import re
 from collections import Counter
@@ -14,30 +14,30 @@ from gpu_model.machine_code import Function, Instruction
 from tools.cached import cached
 
 TIMED = 90
-"""The architecture whose units and latencies `pipes.py` knows."""
+"""The architecture whose units and latencies are in `pipes.py`."""
 FLOOR = 256.0
-"""Clocks of a quarter for 1024 exponentials: 16 a clock and multiprocessor."""
+"""Clocks of a quarter for 1024 exponentials: 16 per clock and multiprocessor."""
 REGISTERS = 65536
-"""Of a multiprocessor, given to warps eight for each lane at a time."""
+"""Registers of a multiprocessor, allocated to warps in units of eight per lane."""
 SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-"""Of a multiprocessor (CUDA programming guide, compute capabilities)."""
+"""Shared memory of a multiprocessor (CUDA programming guide, compute capabilities)."""
 RESERVED = 1024
-"""Bytes that a block takes more than it asks for."""
+"""Bytes of shared memory that a block takes in addition to its own."""
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
 class UnknownKernelError(LookupError):
-    """Too little is known of a kernel."""
+    """The model lacks facts about a kernel."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel, and what its launch says of it."""
+    """One compiled kernel and its launch."""
 
     name: str
     form: str
-    """In words: settings and variant."""
+    """Settings and variant, as text."""
     architecture: int
     cubin: bytes
     symbol: str
@@ -46,35 +46,35 @@ class Kernel:
     """Bytes of dynamic shared memory."""
     warps: int
     tile: tuple[int, int]
-    """Queries and keys of a block at a time; of other kernels: what else it makes."""
+    """Queries and keys of a block per trip; of other kernels the two sizes of the output."""
     hints: Hints
     unrolled: int = 1
     """Tiles in one trip of the main loop."""
 
     @cached_property
     def function(self) -> Function:
-        """Its machine code."""
+        """The machine code of this kernel."""
         return machine_code.read(self.cubin, self.symbol)[self.symbol]
 
     @cached_property
     def path(self) -> HotPath:
-        """What a warp executes."""
+        """The instructions that a warp executes."""
         return find(self.function, self.hints)
 
     @property
     def scores(self) -> float:
-        """Of a warp in one trip."""
+        """Scores of a warp in one trip."""
         return prod(self.tile) * self.unrolled / self.warps
 
     @property
     def share(self) -> float:
-        """What makes numbers of one warp's trip those of 1024 scores."""
+        """Factor from one warp's trip to 1024 scores."""
         return 1024 / self.scores
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a kernel; all but registers, memory and counts of instructions is predicted."""
+    """Figures of a kernel. Registers, memory and instruction counts are read off, the rest is predicted."""
 
     name: str
     form: str
@@ -86,28 +86,28 @@ class Figures:
     warps: int
     tile: tuple[int, int]
     blocks: int
-    """That a multiprocessor has at once."""
+    """Resident blocks of a multiprocessor."""
     instructions: float
-    """That a warp issues for 1024 scores."""
+    """Instructions that a warp issues for 1024 scores."""
     by_name: dict[str, float]
-    """These instructions by what they are; products, and what is at least 1 % of them."""
+    """These instructions by name; only products, and names with at least 1 % of them."""
     exponentials: float
-    """Of the special-function unit, for each score."""
+    """Exponentials of the special-function unit per score."""
     local: float
-    """Instructions of local memory, where registers are spilled, for 1024 scores."""
+    """Local memory instructions (register spills) for 1024 scores."""
     overlap: float | None
-    """Between the last copy into shared memory and the wait for all of them, the share of what there is to do for a
-    tile; None: there is no such wait, because no copy is made or the newest may be under way."""
+    """Share of a tile's instructions between the last copy into shared memory and the wait for all copies; None: there
+    is no such wait, because there are no copies or the newest may still be in flight."""
     needs: dict[str, float]
     """Unit → its clocks for 1024 scores."""
     clocks: dict[str, float]
-    """Blocks on the multiprocessor → clocks of a quarter for 1024 scores; empty where no timing is known."""
+    """Blocks on the multiprocessor → clocks of a quarter for 1024 scores; empty if the architecture has no timing."""
     tail_clocks: dict[str, float]
-    """The same of the loop for the edges, with all blocks; empty: the kernel has none."""
+    """The same for the loop at the edges, with all blocks; empty: the kernel has no such loop."""
 
     @property
     def binding(self) -> str:
-        """The unit that is asked for most."""
+        """The unit with the most clocks."""
         return max(self.needs, key=self.needs.get)
 
     @property
@@ -117,21 +117,21 @@ class Figures:
 
     @property
     def full(self) -> float | None:
-        """Clocks with as many blocks as there can be."""
+        """Clocks with all resident blocks."""
         return self.clocks.get(str(self.blocks))
 
     @property
     def ratio(self) -> float | None:
-        """To the floor of exponentials, of a kernel that has some."""
+        """Clocks over the floor of exponentials; None for a kernel without exponentials."""
         return self.full / FLOOR if self.full and self.exponentials else None
 
 
 def of(kernel: Kernel, only_full: bool = False) -> Figures:
-    """Count and simulate, or what that gave before for the same machine code.
+    """Count and simulate, or return the cached result for the same machine code.
 
     Args:
         kernel: compiled.
-        only_full: clocks with as many blocks as there can be, and not with fewer.
+        only_full: clocks with all resident blocks only, not with fewer.
     """
     fields = {name: value for name, value in vars(kernel).items() if name in Kernel.__dataclass_fields__}
     depends_on = [*sorted(Path(__file__).parent.glob("*.py")), sha256(fields.pop("cubin")).hexdigest()]
@@ -140,7 +140,7 @@ def of(kernel: Kernel, only_full: bool = False) -> Figures:
 
 
 def read(stored: dict) -> Figures:
-    """From what `asdict` makes, and JSON."""
+    """Figures from the output of `asdict`, also after JSON."""
     return Figures(**{**stored, "tile": tuple(stored["tile"])})
 
 
@@ -161,7 +161,7 @@ def _of(kernel: Kernel, only_full: bool) -> Figures:
         blocks=blocks,
         instructions=len(path.main) * share,
         by_name=_by_name(path.main, share),
-        # A warp's instruction makes 32 of them.
+        # One instruction of a warp computes 32.
         exponentials=sum(map(is_exponential, path.main)) * 32 / kernel.scores,
         local=sum(instruction.name in ("LDL", "STL") for instruction in path.main) * share,
         overlap=overlap(path, kernel.unrolled),
@@ -172,10 +172,10 @@ def _of(kernel: Kernel, only_full: bool) -> Figures:
 
 
 def blocks_of(architecture: int, warps: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor has at once; 0 if not even one fits."""
-    of_block = -(-registers // 8) * 8 * 32 * warps
-    of_shared = SHARED_KIB[architecture] * 1024 // (shared + RESERVED)
-    return min(REGISTERS // of_block, of_shared, WARPS[architecture] // warps, BLOCKS[architecture])
+    """Resident blocks of a multiprocessor; 0 if not even one fits."""
+    block_registers = -(-registers // 8) * 8 * 32 * warps
+    by_shared = SHARED_KIB[architecture] * 1024 // (shared + RESERVED)
+    return min(REGISTERS // block_registers, by_shared, WARPS[architecture] // warps, BLOCKS[architecture])
 
 
 def _clocks(kernel: Kernel, path: list[Instruction], blocks: int, only_full: bool) -> dict[str, float]:
@@ -187,12 +187,12 @@ def _clocks(kernel: Kernel, path: list[Instruction], blocks: int, only_full: boo
 
 
 def overlap(path: HotPath, unrolled: int = 1) -> float | None:
-    """As in `Figures`."""
+    """See `Figures.overlap`."""
     code = path.main
-    copies = [place for place, instruction in enumerate(code) if instruction.name == "LDGSTS"]
+    copies = [index for index, instruction in enumerate(code) if instruction.name == "LDGSTS"]
     waits = [
-        place
-        for place, instruction in enumerate(code)
+        index
+        for index, instruction in enumerate(code)
         if instruction.name == "DEPBAR" and re.search(r"SB0, 0x0$", instruction.operands)
     ]
     if not path.is_loop or not copies or not waits:

@@ -1,4 +1,4 @@
-"""Where a kernel spends its time: its main loop, and what a warp executes in one trip of it."""
+"""The main loop of a kernel, in which it spends its time, and the instructions of a warp in one trip."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,75 +7,79 @@ from gpu_model.control_flow import Flow, Loop, Value
 from gpu_model.machine_code import Function, Instruction
 
 PRODUCTS = ("HMMA", "IMMA", "HGMMA", "UTCHMMA", "OMMA", "QMMA")
-"""Instructions of tensor cores: of warps, of Hopper's warpgroups, of Blackwell's and its consumer variants."""
+"""Tensor core instructions: of warps, of Hopper's warpgroups, of Blackwell and its consumer variants."""
 FEW = 0.5
-"""Share of the exponentials under which the loop is a wrong one. Some may be series, which look like other products."""
+"""Share of the expected exponentials below which the loop is the wrong one. Some exponentials may be computed by
+series, which look like other products."""
 
 
 class HotPathError(ValueError):
-    """A rule does not know a kernel's main loop, or the way through it."""
+    """The rules find no main loop in a kernel, or no path through it."""
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What is known of a kernel that its machine code does not tell."""
+    """Facts about a kernel that its machine code does not contain."""
 
     exponentials: float = 0.0
-    """Of a thread in one trip of the main loop: inner loops are gone through until there are so many."""
+    """Per thread in one trip of the main loop: inner loops are repeated until there are this many."""
     seeks: tuple[str, ...] = ("LDGSTS", "STS")
-    """Operations that the hot path goes for: copies of the next tile."""
+    """Operations that are on the hot path: copies of the next tile."""
     avoids: tuple[str, ...] = ()
-    """Operations in front of which it turns away."""
+    """Operations that are not on the hot path."""
     depth: int = 0
-    """Of the main loop: so many loops with products and exponentials are around it."""
+    """Number of loops with products and exponentials around the main loop."""
     trips: tuple[int, ...] = ()
-    """Of the inner loops in the order of their addresses, where the exponentials do not tell."""
+    """Trips of the inner loops in the order of their addresses, if the exponentials do not determine them."""
 
 
 @dataclass(frozen=True)
 class HotPath:
-    """What a warp executes in one trip."""
+    """Instructions of a warp in one trip."""
 
     main: list[Instruction]
     tail: list[Instruction]
-    """Of a second loop of the same kind, which takes what is left at the edges; empty: there is none."""
+    """Instructions of a second loop of the same kind, for the edges; empty: there is none."""
     is_loop: bool = True
-    """Else the kernel has no loop and is gone through once."""
+    """If false, the kernel has no loop and runs once from start to end."""
 
 
 def is_product(instruction: Instruction) -> bool:
-    """Whether it is one of tensor cores."""
+    """Whether it is a tensor core instruction."""
     return instruction.name in PRODUCTS
 
 
 def is_exponential(instruction: Instruction) -> bool:
-    """Whether it is one of the special-function unit, of the base 2."""
+    """Whether it is a base-2 exponential of the special-function unit."""
     return instruction.operation == "MUFU.EX2"
 
 
 def _is_one_of(instruction: Instruction, operations: tuple[str, ...]) -> bool:
-    """By the beginning of its operation: `IMAD.WIDE` is `IMAD.WIDE.U32` too."""
+    """Compares the beginning of the operation: `IMAD.WIDE` matches `IMAD.WIDE.U32` too."""
     return any(f"{instruction.operation}.".startswith(f"{operation}.") for operation in operations)
 
 
 def find(function: Function, hints: Hints) -> HotPath:
-    """The main loop is the outermost one with products and exponentials; of two the first, the second is the tail.
+    """The main loop is the outermost one with products and exponentials; of two, the first, and the second is the tail.
 
-    Kernels without exponentials: the outermost loop with products, else the largest; without any loop, all of it.
-    Through it goes the way with most products, then exponentials, then least of what the hints avoid and most of what
-    they seek, and then with fewest instructions: copies of the next tile are hot, masks at the edge of the grid not.
+    Without exponentials it is the outermost loop with products, else the largest loop; without any loop, the whole
+    kernel. The path through it has the most products, then the most exponentials, then the fewest operations that the
+    hints avoid and the most that they seek, then the fewest instructions: copies of the next tile are hot, masks at
+    the edge of the grid are not.
 
     Raises:
-        HotPathError: there are more than two such loops, or inner loops whose trips nothing tells, or too few
-            exponentials in a trip.
+        HotPathError: there are more than two such loops, inner loops with unknown trips, or too few exponentials in a
+            trip.
     """
     flow = Flow(function)
     outermost = _main_loops(flow, hints.depth)
     if not outermost:
         return HotPath(_straight(flow), [], is_loop=False)
     if len(outermost) > 2:
-        places = ", ".join(f"{flow.address(loop):#x}" for loop in outermost)
-        raise HotPathError(f"{function.name}: main loops at {places}; expected one, or one and one for the edges.")
+        addresses = ", ".join(f"{flow.address(loop):#x}" for loop in outermost)
+        raise HotPathError(
+            f"{function.name}: expected one main loop, or one and one for the edges, got main loops at {addresses}."
+        )
     main, *tail = (_trip(flow, loop, hints) for loop in outermost)
     return HotPath(main, tail[0] if tail else [])
 
@@ -83,9 +87,9 @@ def find(function: Function, hints: Hints) -> HotPath:
 def _main_loops(flow: Flow, depth: int) -> list[Loop]:
     code = {loop: flow.instructions(sorted(loop.body)) for loop in flow.loops}
 
-    def have(*kinds: Callable[[Instruction], bool]) -> list[Loop]:
-        found = [loop for loop in flow.loops if all(any(map(kind, code[loop])) for kind in kinds)]
-        return [loop for loop in found if sum(other.holds(loop) for other in found) == depth]
+    def have(*tests: Callable[[Instruction], bool]) -> list[Loop]:
+        matches = [loop for loop in flow.loops if all(any(map(test, code[loop])) for test in tests)]
+        return [loop for loop in matches if sum(other.holds(loop) for other in matches) == depth]
 
     loops = have(is_product, is_exponential) or have(is_product)
     largest = sorted(have(), key=lambda loop: sum(len(flow.blocks[block]) for block in loop.body))
@@ -93,9 +97,11 @@ def _main_loops(flow: Flow, depth: int) -> list[Loop]:
 
 
 def _straight(flow: Flow) -> list[Instruction]:
-    """Of a kernel without loops: from the first instruction to the first EXIT that ends all of it."""
+    """Path of a kernel without loops: from the first instruction to the first unconditional EXIT."""
     code = flow.function.code
-    end = next(place for place, found in enumerate(code) if found.name == "EXIT" and not found.predicate)
+    end = next(
+        index for index, instruction in enumerate(code) if instruction.name == "EXIT" and not instruction.predicate
+    )
     return code[: end + 1]
 
 
@@ -104,32 +110,32 @@ def _trip(flow: Flow, loop: Loop, hints: Hints) -> list[Instruction]:
 
     def value(instruction: Instruction) -> Value:
         avoided = _is_one_of(instruction, hints.avoids)
-        wanted = not avoided and _is_one_of(instruction, hints.seeks)
-        return is_product(instruction), is_exponential(instruction), -avoided, wanted, -1
+        sought = not avoided and _is_one_of(instruction, hints.seeks)
+        return is_product(instruction), is_exponential(instruction), -avoided, sought, -1
 
     more = _more_trips(flow, loop, inner, value, hints)
     trip = flow.instructions(list(flow.unrolled(loop, value, lambda other: more[other])))
-    found = sum(map(is_exponential, trip))
-    if found < FEW * hints.exponentials:
+    exponentials = sum(map(is_exponential, trip))
+    if exponentials < FEW * hints.exponentials:
         raise HotPathError(
-            f"{flow.function.name}: {found} exponentials in a trip of the loop at {flow.address(loop):#x}, expected "
-            f"{hints.exponentials:.0f}."
+            f"{flow.function.name}: expected {hints.exponentials:.0f} exponentials in a trip of the loop at "
+            f"{flow.address(loop):#x}, got {exponentials}."
         )
     return trip
 
 
 def _more_trips(flow: Flow, loop: Loop, inner: list[Loop], value: Callable, hints: Hints) -> dict[Loop, int]:
-    """How often each inner loop is gone through in one trip of the outer one, beside what is on its way."""
+    """Trips of each inner loop in one trip of the outer loop, beyond those on its path."""
     if hints.trips:
         if len(hints.trips) != len(inner):
-            places = ", ".join(f"{flow.address(other):#x}" for other in inner)
-            raise HotPathError(f"{flow.function.name}: trips of {len(hints.trips)} inner loops, found {places}.")
-        way = flow.way(loop, value)
-        on_way = (flow.goes_through(way, other, value) for other in inner)
-        return {other: trips - is_on for other, trips, is_on in zip(inner, hints.trips, on_way, strict=True)}
+            addresses = ", ".join(f"{flow.address(other):#x}" for other in inner)
+            raise HotPathError(f"{flow.function.name}: expected {len(hints.trips)} inner loops, got {addresses}.")
+        path = flow.path(loop, value)
+        on_path = (flow.goes_through(path, other, value) for other in inner)
+        return {other: trips - is_on for other, trips, is_on in zip(inner, hints.trips, on_path, strict=True)}
 
     def exponentials(of: Loop) -> int:
-        return sum(map(is_exponential, flow.instructions(flow.way(of, value))))
+        return sum(map(is_exponential, flow.instructions(flow.path(of, value))))
 
     counted = [other for other in inner if exponentials(other) and not any(o.holds(other) for o in inner)]
     inside = sum(map(exponentials, counted))
@@ -139,6 +145,6 @@ def _more_trips(flow: Flow, loop: Loop, inner: list[Loop], value: Callable, hint
         has_products = any(map(is_product, flow.instructions(sorted(other.body))))
         if has_products and not any(other == o or o.holds(other) or other.holds(o) for o in counted):
             raise HotPathError(
-                f"{flow.function.name}: nothing tells the trips of the loop of products at {flow.address(other):#x}."
+                f"{flow.function.name}: the trips of the loop of products at {flow.address(other):#x} are unknown."
             )
     return {other: more if other in counted else 0 for other in inner}

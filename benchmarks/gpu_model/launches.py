@@ -1,4 +1,4 @@
-"""What a call of an implementation launches, and the machine code of what Triton makes for it: seen on a null GPU."""
+"""Launches of an implementation's call, and the machine code that Triton compiles for it, recorded on a null GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,27 +15,27 @@ from tools import aot
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator: an order of the program, with all that it launches."""
+    """One operator that a program calls, with all its launches."""
 
     name: str
     bytes: int
-    """That it reads and writes at the least."""
+    """Minimal bytes read and written."""
     seconds: float
-    """Predicted from bytes and launches alone, as `counting.py` says."""
+    """Predicted from bytes and launches alone, as in `counting.py`."""
     launches: list[Launch]
 
 
 @dataclass
 class Recording:
-    """Of one call."""
+    """Recording of one call."""
 
     operations: list[Operation] = field(default_factory=list)
     triton: dict[str, tuple[aot.Built, dict]] = field(default_factory=dict)
-    """Kernel → what Triton compiled, and the arguments that were given by name: those of compile time."""
+    """Kernel → Triton's compiled code, and the keyword arguments, which are those of compile time."""
 
 
 class _Recorder(Watch):
-    """Watches operators one by one."""
+    """Records operators one by one."""
 
     def __init__(self) -> None:
         super().__init__(nn.Module())
@@ -45,14 +45,14 @@ class _Recorder(Watch):
     def __enter__(self) -> "_Recorder":
         run = JITFunction.run
 
-        def told(kernel: JITFunction, *args: object, **options: object) -> CompiledKernel:
+        def run_and_record(kernel: JITFunction, *args: object, **options: object) -> CompiledKernel:
             compiled = run(kernel, *args, **options)
-            made = compiled.metadata
-            built = aot.Built(compiled.asm["cubin"], made.shared, made.num_warps, made.num_stages, 0)
+            metadata = compiled.metadata
+            built = aot.Built(compiled.asm["cubin"], metadata.shared, metadata.num_warps, metadata.num_stages, 0)
             self.recording.triton[kernel.fn.__name__] = built, options
             return compiled
 
-        self._patches.enter_context(mock.patch.object(JITFunction, "run", told))
+        self._patches.enter_context(mock.patch.object(JITFunction, "run", run_and_record))
         return super().__enter__()
 
     def _add(self, name: str, tensors: list, cost: object, flops: int | None, is_light: bool) -> None:
@@ -63,11 +63,11 @@ class _Recorder(Watch):
 
 
 def record(call: Callable[[], object]) -> Recording:
-    """The second call of two: the first makes what is made once."""
+    """Record the second of two calls: the first initializes caches."""
     call()
     with counted() as counts, _Recorder() as recorder:
         call()
-    found = sum(len(operation.launches) for operation in recorder.recording.operations)
-    if found != counts.launches + counts.memsets:
-        raise RuntimeError(f"{counts.launches} launches and {counts.memsets} memsets, of which operators made {found}.")
+    recorded = sum(len(operation.launches) for operation in recorder.recording.operations)
+    if recorded != counts.launches + counts.memsets:
+        raise RuntimeError(f"{counts.launches} launches and {counts.memsets} memsets, but operators made {recorded}.")
     return recorder.recording

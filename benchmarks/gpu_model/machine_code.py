@@ -16,25 +16,25 @@ _LINE = re.compile(
 _ENCODED = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
 _TARGET = re.compile(r"(?:^|, |\s)(0x[0-9a-f]+)$")
 _NONE = 7
-"""The number that stands for no scoreboard."""
+"""Encodes "no scoreboard"."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """What the assembler has found out for the scheduler; the hardware checks no dependence by itself."""
+    """Dependences that the assembler encodes for the scheduler; the hardware checks none."""
 
     stall: int
     """Clocks until the warp may issue its next instruction."""
     sets: int | None
-    """Scoreboard that is busy until the result is there."""
+    """Scoreboard that is busy until the result is available."""
     reads: int | None
     """Scoreboard that is busy until the operands have been read."""
     waits: tuple[int, ...]
-    """Scoreboards that must not be busy."""
+    """Scoreboards that must be free first."""
 
     @classmethod
     def of(cls, upper: int) -> "Control":
-        """From the upper half of an instruction's 128 bits, of which they are bits 105 to 121."""
+        """Decode bits 105 to 121 of an instruction, from the upper half of its 128 bits."""
         bits = upper >> 41
         sets, reads = bits >> 5 & 7, bits >> 8 & 7
         waits = tuple(number for number in range(6) if bits >> 11 + number & 1)
@@ -49,34 +49,34 @@ class Instruction:
     predicate: str
     """For example `@!P0`; empty: none."""
     operation: str
-    """With all that follows it: `HMMA.16816.F32.BF16`."""
+    """With its suffixes: `HMMA.16816.F32.BF16`."""
     operands: str
     control: Control
 
     @property
     def name(self) -> str:
-        """`HMMA`."""
+        """The operation without suffixes: `HMMA`."""
         return self.operation.split(".")[0]
 
     @property
     def parts(self) -> list[str]:
-        """Of the operation after its name: `16816`, `F32`, `BF16`."""
+        """Suffixes of the operation: `16816`, `F32`, `BF16`."""
         return self.operation.split(".")[1:]
 
     @property
     def is_never(self) -> bool:
-        """Whether it only takes its turn: the assembler left it with a predicate that is false."""
+        """Whether it only takes an issue slot: the assembler gave it a predicate that is always false."""
         return self.predicate == "@!PT"
 
     @property
     def target(self) -> int | None:
-        """Address that a jump goes to."""
-        found = _TARGET.search(self.operands) if self.name in ("BRA", "CALL", "BSSY") else None
-        return int(found[1], 16) if found else None
+        """Target address of a jump."""
+        match = _TARGET.search(self.operands) if self.name in ("BRA", "CALL", "BSSY") else None
+        return int(match[1], 16) if match else None
 
     @property
     def is_always(self) -> bool:
-        """Whether a jump is taken without a condition."""
+        """Whether a jump is unconditional."""
         return self.predicate in ("", "@PT", "@UPT") and _TARGET.sub("", self.operands).strip() == ""
 
 
@@ -89,21 +89,21 @@ class Function:
 
     @cached_property
     def places(self) -> dict[int, int]:
-        """Address → place in `code`."""
-        return {instruction.address: place for place, instruction in enumerate(self.code)}
+        """Address → index in `code`."""
+        return {instruction.address: index for index, instruction in enumerate(self.code)}
 
 
 def read(cubin: bytes, function: str | None = None) -> dict[str, Function]:
-    """Functions of a compiled file by their names, or the one that is asked for.
+    """Functions of a compiled file by name, or only the requested selection.
 
     Raises:
-        RuntimeError: cuobjdump cannot read it; with its words.
+        RuntimeError: cuobjdump cannot read the file; with its message.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        one = [] if function is None else ["-fun", function]
-        run = subprocess.run([find_cuobjdump(), "-sass", *one, file.name], capture_output=True, text=True)
+        selection = [] if function is None else ["-fun", function]
+        run = subprocess.run([find_cuobjdump(), "-sass", *selection, file.name], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"cuobjdump cannot read the machine code: {run.stderr.strip()}")
     return parse(run.stdout)
@@ -118,20 +118,20 @@ def parse(listing: str) -> dict[str, Function]:
 
 
 def _instructions(listing: str) -> Iterator[Instruction]:
-    """An instruction's second line has the upper half of its bits."""
-    found = None
+    """Instructions of a listing; the second line of each has the upper half of its bits."""
+    instruction = None
     for line in listing.splitlines():
         match = _LINE.match(line)
         if match:
             address, predicate, operation, operands = match.groups()
-            found = Instruction(int(address, 16), predicate or "", operation, operands, Control.of(0))
-        elif found and (encoded := _ENCODED.search(line)):
-            yield replace(found, control=Control.of(int(encoded[1], 16)))
-            found = None
+            instruction = Instruction(int(address, 16), predicate or "", operation, operands, Control.of(0))
+        elif instruction and (encoded := _ENCODED.search(line)):
+            yield replace(instruction, control=Control.of(int(encoded[1], 16)))
+            instruction = None
 
 
 def resources(cubin: bytes) -> dict[str, dict[str, int]]:
-    """Function → `REG`, `STACK` and what else cuobjdump tells of it."""
+    """Function → `REG`, `STACK` and the other resources that cuobjdump reports."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

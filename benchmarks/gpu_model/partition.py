@@ -1,9 +1,9 @@
-"""A quarter of one of Hopper's multiprocessors that goes through the main loop of a kernel, instruction by instruction.
+"""A quarter of one of Hopper's multiprocessors, which executes the main loop of a kernel instruction by instruction.
 
-A warp issues in order: when the clocks are over that the assembler gave its last instruction, when the scoreboards that
-it must wait for are free, and when the unit takes it. One warp issues in a clock. All four quarters are taken to do the
-same, so that what they share costs four times its time. Not modelled: the cache of instructions, conflicts of banks and
-registers, atomics of shared memory, contention for the L2 cache.
+A warp issues in order: after the stall of its last instruction, when the scoreboards that it waits for are free, and
+when the unit accepts the instruction. One warp issues per clock. All four quarters are assumed to do the same, so
+shared units cost four times their time. Not modelled: the instruction cache, bank and register conflicts, atomics in
+shared memory, contention for the L2 cache.
 """
 
 import re
@@ -15,16 +15,16 @@ from gpu_model import pipes
 from gpu_model.machine_code import Instruction
 
 TRIPS = 10
-"""Of which the first two are not counted."""
+"""Trips of a simulation; the first two are not counted."""
 STAGGERS = (37.0, 150.0, 400.0)
-"""Clocks between the starts of blocks; nothing is known of them, so that the mean over a few is taken."""
+"""Clocks between the starts of blocks. They are unknown, so the mean over a few values is taken."""
 QUEUE = 8.0
-"""Clocks of work that may wait before the special-function unit."""
+"""Clocks of work that may queue before the special-function unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """An instruction as the model needs it."""
+    """An instruction, decoded for the simulation."""
 
     unit: str
     clocks: float
@@ -35,9 +35,9 @@ class _Step:
     reads: int | None
     waits: tuple[int, ...]
     event: str
-    """What else happens: see `_EVENTS`; empty: nothing."""
-    left: int
-    """Of a wait for groups: so many may still be under way."""
+    """A further effect, see `_EVENTS`; empty: none."""
+    pending: int
+    """Of a wait for groups: this many may still be in flight."""
 
 
 _EVENTS = {
@@ -57,7 +57,7 @@ def _decode(instruction: Instruction) -> _Step:
     event = "" if instruction.is_never else _EVENTS.get(instruction.name, "")
     if instruction.operation.startswith("WARPGROUP.DEPBAR"):
         event = _EVENTS["WARPGROUP.DEPBAR"]
-    left = re.search(r", (0x[0-9a-f]+)", instruction.operands) if event.startswith("wait") else None
+    pending = re.search(r", (0x[0-9a-f]+)", instruction.operands) if event.startswith("wait") else None
     if event == "product" and "gsb0" in instruction.operands:
         event = "end of products"
     fence = pipes.FENCE_OF_GPU if {"GPU", "SYS"} & set(instruction.parts) else pipes.FENCE
@@ -71,17 +71,17 @@ def _decode(instruction: Instruction) -> _Step:
         reads=control.reads,
         waits=control.waits,
         event=event,
-        left=int(left[1], 16) if left else 0,
+        pending=int(pending[1], 16) if pending else 0,
     )
 
 
 @dataclass(slots=True)
 class _Groups:
-    """Copies or products that are waited for by groups: when each is done."""
+    """Copies or products that are waited for by groups: completion times of the groups."""
 
     done: list[float] = field(default_factory=list)
     open: float = 0.0
-    """When the last of the group is done that is not ended yet."""
+    """Completion time of the last one in the group that is still open."""
 
     def add(self, at: float) -> None:
         self.open = max(self.open, at)
@@ -90,9 +90,9 @@ class _Groups:
         self.done.append(self.open or now)
         self.open = 0.0
 
-    def free(self, left: int) -> float:
-        """When no more than `left` groups are under way; groups end in their order."""
-        return self.done[-1 - left] if len(self.done) > left else 0.0
+    def free(self, pending: int) -> float:
+        """Time from which at most `pending` groups are in flight; groups complete in order."""
+        return self.done[-1 - pending] if len(self.done) > pending else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -100,34 +100,34 @@ class _Warp:
     number: int
     block: int
     ready: float
-    place: int = 0
+    position: int = 0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
     """When each scoreboard is free."""
     copies: _Groups = field(default_factory=_Groups)
     products: _Groups = field(default_factory=_Groups)
     at_barrier: float | None = None
     trips: list[float] = field(default_factory=list)
-    """When each was over."""
+    """End of each trip."""
 
 
 class _Partition:
-    """Warps and units."""
+    """Warps and units of a quarter."""
 
     def __init__(self, path: Iterable[Instruction], warps: list[_Warp], trips: int) -> None:
         self.path = [_decode(instruction) for instruction in path]
         self.warps, self.trips = warps, trips
         self.free: dict[str, float] = defaultdict(float)
-        """Unit → when it takes the next instruction."""
+        """Unit → time at which it accepts the next instruction."""
         self.now = 0.0
         self.turn = 0
 
     def run(self) -> None:
-        """Until every warp has made its trips."""
+        """Simulate until every warp has made its trips."""
         for _ in range(self.trips * len(self.path) * len(self.warps)):
             self._issue(*self._next())
 
     def _next(self) -> tuple[_Warp, float]:
-        """Who issues first, and when; of those who could at once, the one whose turn it is."""
+        """The warp that issues first, and its time; among warps that are ready now, round robin decides."""
         best, first = None, 0.0
         for offset in range(len(self.warps)):
             warp = self.warps[(self.turn + offset) % len(self.warps)]
@@ -139,30 +139,30 @@ class _Partition:
             if at <= self.now:
                 break
         if best is None:
-            raise RuntimeError("all warps wait at barriers that no other warp comes to.")
+            raise RuntimeError("all warps wait at barriers that no other warp reaches.")
         return best, first
 
     def _earliest(self, warp: _Warp) -> float:
-        step = self.path[warp.place]
+        step = self.path[warp.position]
         at = max(self.now, warp.ready)
         for board in step.waits:
             at = max(at, warp.boards[board])
         if step.event == "wait for copies":
-            at = max(at, warp.copies.free(step.left))
+            at = max(at, warp.copies.free(step.pending))
         elif step.event == "wait for products":
-            at = max(at, warp.products.free(step.left))
+            at = max(at, warp.products.free(step.pending))
         if not step.unit:
             return at
         if step.unit == "fma":
             return max(at, min(self.free["heavy"], self.free["light"]))
         if step.unit == "xu":
             return max(at, self.free["xu"] - QUEUE)
-        # What goes to memory, or is a warpgroup's, waits in queues behind the issue.
+        # Memory instructions and warpgroup products wait in queues after the issue.
         waits_here = step.unit in ("heavy", "alu") or (step.unit == "tensor" and "product" not in step.event)
         return max(at, self.free[step.unit]) if waits_here else at
 
     def _issue(self, warp: _Warp, at: float) -> None:
-        step = self.path[warp.place]
+        step = self.path[warp.position]
         done = self._work(step, at) + step.latency
         if step.event:
             self._note(warp, step, at, done)
@@ -170,19 +170,19 @@ class _Partition:
             warp.boards[step.sets] = max(warp.boards[step.sets], done)
         if step.reads is not None:
             read = at + pipes.OPERANDS
-            # A warpgroup's product reads its left operand from registers as it goes.
+            # A warpgroup's product reads its left operand from registers during execution.
             until = max(read, min(done, at + 60)) if "product" in step.event else read
             warp.boards[step.reads] = max(warp.boards[step.reads], until)
         warp.ready = max(warp.ready, at + step.stall)
         self.now = at + 1
         self.turn = warp.number + 1
-        warp.place += 1
-        if warp.place == len(self.path):
-            warp.place = 0
+        warp.position += 1
+        if warp.position == len(self.path):
+            warp.position = 0
             warp.trips.append(self.now)
 
     def _work(self, step: _Step, at: float) -> float:
-        """Keeps the unit busy; when it begins, of a warpgroup's product when it ends."""
+        """Occupy the unit and return the start time; of a warpgroup's product the end time."""
         if not step.unit:
             return at
         unit = step.unit
@@ -211,17 +211,17 @@ class _Partition:
                 self._arrive(warp, at)
 
     def _arrive(self, warp: _Warp, at: float) -> None:
-        """The barrier of a block opens some time after its last warp has come."""
+        """The barrier of a block opens some time after its last warp has arrived."""
         warp.at_barrier = at
-        block = [other for other in self.warps if other.block == warp.block]
-        if all(other.at_barrier is not None for other in block):
-            opens = max(other.at_barrier for other in block) + pipes.BARRIER
-            for other in block:
-                other.ready, other.at_barrier = max(other.ready, opens), None
+        block = [member for member in self.warps if member.block == warp.block]
+        if all(member.at_barrier is not None for member in block):
+            opens = max(member.at_barrier for member in block) + pipes.BARRIER
+            for member in block:
+                member.ready, member.at_barrier = max(member.ready, opens), None
 
 
 def simulate(path: list[Instruction], warps: int, blocks: int, stagger: float, trips: int = TRIPS) -> float:
-    """Clocks of the quarter for one trip of one warp, in the long run.
+    """Clocks of the quarter per trip of one warp, in the steady state.
 
     Args:
         path: the instructions of one trip.
@@ -231,7 +231,7 @@ def simulate(path: list[Instruction], warps: int, blocks: int, stagger: float, t
         trips: of every warp.
     """
     per_quarter = -(-warps // 4)
-    # Blocks of fewer than four warps share the quarters out among them.
+    # Blocks of fewer than four warps are spread over the quarters.
     blocks_here = -(-blocks * warps // 4) if warps < 4 else blocks
     numbers = range(blocks_here * per_quarter)
     here = [_Warp(number, number // per_quarter, stagger * (number // per_quarter)) for number in numbers]
@@ -241,5 +241,5 @@ def simulate(path: list[Instruction], warps: int, blocks: int, stagger: float, t
 
 
 def clocks(path: list[Instruction], warps: int, blocks: int) -> float:
-    """As `simulate`, the mean over some staggers."""
+    """Mean of `simulate` over some staggers."""
     return sum(simulate(path, warps, blocks, stagger) for stagger in STAGGERS) / len(STAGGERS)

@@ -1,7 +1,7 @@
-"""PyTorch's own memory-efficient attention for Hopper, out of its library.
+"""PyTorch's memory-efficient attention for Hopper, extracted from its library.
 
-It is the only fused attention there that takes values narrower than keys, and dropout: what ours are compared with. The
-library is 500 MB and has its kernels for every architecture; to take them out needs a folder of 1 GB for a while.
+It is PyTorch's only fused attention that supports values narrower than keys, and dropout; ours are compared with it.
+The library has 500 MB and contains the kernels of every architecture; extracting them needs 1 GB of disk temporarily.
 """
 
 import subprocess
@@ -17,18 +17,18 @@ from gpu_model.hot_path import Hints
 from tools.aot_cuda import find_cuobjdump
 
 TILE = 64
-"""Queries, and keys, of a tile of both."""
+"""Queries, and also keys, of a tile."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One kernel in one use: which way it goes depends on what it is called with."""
+    """One kernel in one use: the path through it depends on its arguments."""
 
     name: str
     form: str
-    """What it is called with; of `forms`."""
+    """Its arguments: `dropout`, `mask`, both or none."""
     symbol: str
-    """What its name in the machine code contains."""
+    """Part of its name in the machine code."""
     shared: int
     """Bytes of dynamic shared memory, as PyTorch launches it."""
     hints: Hints
@@ -36,8 +36,8 @@ class Peer:
 
 FORWARD = "fmha_cutlassF_bf16_aligned_64x64_rf_sm80"
 BACKWARD = "fmha_cutlassB_bf16_aligned_64x64_k64_dropout_sm80"
-# Products go over 64 channels or keys in steps of 32: two trips of their loops; those with 32 channels of values one.
-# Weights are drawn four at a time, 32 by each thread.
+# Products over 64 channels or keys take two steps of 32, each a trip of their loops; 32 value channels take one.
+# Dropout samples four weights at a time, 32 per thread.
 _FORWARD_TRIPS, _FORWARD_DRAWS = (2, 1, 2), (2, 8, 2)
 _BACKWARD_TRIPS = (2, 8, 2, 1, 1, 2, 2)
 
@@ -50,9 +50,9 @@ def _backward(form: str, hints: Hints) -> Peer:
     return Peer("memory-efficient backward", form, BACKWARD, 51456, hints)
 
 
-# Sums so far are scaled by FMUL. What draws weights has products of 64 bits and conversions (I2FP); what adds a mask
-# begins with a load, and what writes a mask's gradient, or that of queries for the last time, packs it (F2FP). In
-# backward a block waits for its turn to add up, and shows its sums to others (MEMBAR).
+# FMUL rescales the partial sums. Code that samples dropout has 64-bit products and conversions (I2FP). Code that adds a
+# mask begins with a load. Code that writes the mask's gradient, or the final gradient of queries, packs it (F2FP). In
+# backward a block waits for its turn to add its sums, and publishes them (MEMBAR).
 _ADDS_UP = ("LDGSTS", "FMUL", "IMAD.WIDE", "MEMBAR", "CCTL")
 PEERS = (
     _forward("", Hints(seeks=("LDGSTS", "FMUL"), avoids=("LDG", "BAR"), trips=_FORWARD_TRIPS)),
@@ -65,30 +65,30 @@ PEERS = (
 
 
 def kernels() -> list[Kernel]:
-    """All of `PEERS`.
+    """The kernels of all `PEERS`.
 
     Raises:
         ValueError: this PyTorch has no such kernel for Hopper.
     """
-    wanted = sorted({peer.symbol for peer in PEERS})
-    cubins = dict(zip(wanted, _taken_out(wanted), strict=True))
-    found = []
+    symbols = sorted({peer.symbol for peer in PEERS})
+    cubins = dict(zip(symbols, _extracted(symbols), strict=True))
+    extracted = []
     for peer in PEERS:
         cubin = cubins[peer.symbol]
         [symbol] = [name for name in machine_code.resources(cubin) if peer.symbol in name]
-        found.append(Kernel(peer.name, peer.form, TIMED, cubin, symbol, peer.shared, 4, (TILE, TILE), peer.hints))
-    return found
+        extracted.append(Kernel(peer.name, peer.form, TIMED, cubin, symbol, peer.shared, 4, (TILE, TILE), peer.hints))
+    return extracted
 
 
-def _taken_out(symbols: list[str]) -> list[bytes]:
-    """Machine code that has each of the kernels."""
+def _extracted(symbols: list[str]) -> list[bytes]:
+    """The machine code that contains each of the kernels."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     with tempfile.TemporaryDirectory() as folder:
         command = [find_cuobjdump(), "-xelf", f".sm_{TIMED}.cubin", str(library)]
         subprocess.run(command, cwd=folder, capture_output=True, check=True)
         cubins = [path.read_bytes() for path in sorted(Path(folder).iterdir())]
-    found = [next((cubin for cubin in cubins if symbol.encode() in cubin), None) for symbol in symbols]
-    missing = [symbol for symbol, cubin in zip(symbols, found, strict=True) if cubin is None]
+    matches = [next((cubin for cubin in cubins if symbol.encode() in cubin), None) for symbol in symbols]
+    missing = [symbol for symbol, cubin in zip(symbols, matches, strict=True) if cubin is None]
     if missing:
         raise ValueError(f"{library} of PyTorch {torch.__version__} has no {', '.join(missing)} for sm_{TIMED}.")
-    return found
+    return matches

@@ -1,14 +1,14 @@
-"""How long the attention kernels should take on an H100, predicted from their machine code without a GPU.
+"""Predicted times of the attention kernels on an H100, from their machine code, without a GPU.
 
     python benchmarks/run.py predict                                        # all kernels and problems, some minutes
     python benchmarks/run.py predict --before benchmarks/predictions/before.json
     python benchmarks/run.py predict --kernel backward_key_kernel --tiles 64,64,4,3 32,64,4,2  # one with other settings
-    python benchmarks/run.py predict --peers            # those of PyTorch anew, out of its library: takes 1 GB of disk
-    python benchmarks/run.py predict --candidates       # what `conddetr check --tune` tries, into the package
+    python benchmarks/run.py predict --peers            # PyTorch's kernels too, from its library: 1 GB of disk
+    python benchmarks/run.py predict --candidates       # writes the package's candidates of `conddetr check --tune`
 
-What a kernel's main loop asks of each unit follows from its instructions, and the clocks of one trip from a model of a
-quarter of one of Hopper's multiprocessors (benchmarks/gpu_model). Whole problems are what the implementations launch on
-a null GPU (tests/null_gpu). Nothing here is measured.
+The instructions of a kernel's main loop determine its clocks on each unit; a model of a quarter of one of Hopper's
+multiprocessors (benchmarks/gpu_model) gives the clocks of one trip. For whole problems the launches of the
+implementations are recorded on a null GPU (tests/null_gpu). Nothing here is measured.
 """
 
 import argparse
@@ -37,40 +37,40 @@ from tools import aot_cuda
 ROOT = Path(__file__).parents[2]
 
 PEERS = "torch of the peers"
-"""Whose machine code they are."""
+"""Key of the PyTorch version whose machine code the peers are."""
 console = Console(width=max(235, Console().width))
 """Wide enough for every column: on a narrower terminal lines wrap."""
 
 
 def versions() -> dict[str, str]:
-    """Of what makes the machine code, and of PyTorch, whose operators whole problems call."""
+    """Versions of the compilers, and of PyTorch, whose operators whole problems call."""
     nvcc = aot_cuda.nvcc_version().split("release ")[-1].split(",")[0] if aot_cuda.find_nvcc() else "none"
     return {"triton": metadata.version("triton"), "nvcc": nvcc, "torch": metadata.version("torch")}
 
 
 def why_no_problems() -> str | None:
-    """What is missing for whole problems, or None."""
+    """Why whole problems cannot be predicted here, or None."""
     import null_gpu
 
     return null_gpu.why_not()
 
 
 def find(architectures: list[int], main: bool, before: Predictions) -> tuple[Row, ...]:
-    """Figures of the kernels of some architectures; what is known of others stays."""
-    found = []
+    """Figures of the kernels of some architectures; those of other architectures stay."""
+    rows = []
     for architecture in architectures:
         with console.status(f"sm_{architecture} …"):
-            found += kernels.rows(architecture, main)
-    keys = {row.key for row in found}
+            rows += kernels.rows(architecture, main)
+    keys = {row.key for row in rows}
     kept = [row for row in before.kernels if row.key not in keys]
     if not main:
-        # A kernel that is gone is not kept.
+        # Kernels that no longer exist are dropped.
         kept = [row for row in kept if row.figures.architecture not in architectures]
-    return tuple(sorted((*found, *kept), key=lambda row: (row.figures.architecture != figures.TIMED, row.key[3])))
+    return tuple(sorted((*rows, *kept), key=lambda row: (row.figures.architecture != figures.TIMED, row.key[3])))
 
 
 def find_peers() -> tuple[Figures, ...]:
-    """Of PyTorch's kernels, out of its library."""
+    """Figures of PyTorch's kernels, from its library."""
     from gpu_model import peer_code
 
     with console.status("PyTorch's kernels …"):
@@ -78,13 +78,13 @@ def find_peers() -> tuple[Figures, ...]:
 
 
 def find_problems(path: Path) -> tuple[Prediction, ...]:
-    """Of all problems, in a process with a null GPU.
+    """Predictions of all problems, in a process with a null GPU.
 
     Args:
         path: a file with the figures of the peers.
 
     Raises:
-        RuntimeError: there can be no null GPU here, or the process failed; says why.
+        RuntimeError: no null GPU is possible here, or the process failed; says why.
     """
     import null_gpu
 
@@ -99,63 +99,65 @@ def find_problems(path: Path) -> tuple[Prediction, ...]:
 
 
 def problems_here(path: Path, result: Path) -> None:
-    """The same in this process."""
+    """Predict all problems in this process, and write them to `result`."""
     from gpu_model import problems
 
     peers = stored.read(path).peers
-    found = [problems.predict(one, name, peers) for one in problems.problems() for name in problems.IMPLEMENTATIONS]
-    stored.write(result, Predictions(problems=tuple(found)))
+    predictions = [
+        problems.predict(problem, name, peers) for problem in problems.problems() for name in problems.IMPLEMENTATIONS
+    ]
+    stored.write(result, Predictions(problems=tuple(predictions)))
 
 
-def show_kernels(found: Predictions, before: Predictions) -> None:
-    """A row for each."""
+def show_kernels(current: Predictions, before: Predictions) -> None:
+    """Print a table with a row per kernel, and the remarks."""
     table = Table(title="Kernels: instructions, and predicted clocks of a quarter of a multiprocessor, for 1024 scores")
-    left = ("", "kernel", "variant", "settings", "binding")
+    left_aligned = ("", "kernel", "variant", "settings", "binding")
     for name in ("", "kernel", "variant", "settings", "sm", "registers", "KiB", "blocks", "instructions", "binding",
                  "one block", "all blocks", "× floor"):  # fmt: skip
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in left_aligned else "right", no_wrap=True)
     old = before.figures()
-    longer = remarks.longer(found.figures(), old)
-    said = {}
-    for row in (*found.kernels, *(Row("PyTorch", one.form, one) for one in found.peers)):
-        again = [f"{longer[row.key]:.2f}× as long as before"] if row.key in longer else []
-        said[row.key] = "; ".join((*remarks.of(row.figures), *again))
+    longer = remarks.longer(current.figures(), old)
+    remarks_by_key = {}
+    for row in (*current.kernels, *(Row("PyTorch", peer.form, peer) for peer in current.peers)):
+        slower = [f"{longer[row.key]:.2f}× as long as before"] if row.key in longer else []
+        remarks_by_key[row.key] = "; ".join((*remarks.of(row.figures), *slower))
         form = "" if row.implementation == "PyTorch" else row.figures.form
         cells = _cells(row.figures, old.get(row.key))
         table.add_row(row.implementation, row.figures.name, row.variant, form, *cells)
     console.print(table)
-    for (implementation, name, variant, architecture), words in said.items():
-        if words:
+    for (implementation, name, variant, architecture), text in remarks_by_key.items():
+        if text:
             row = f"{implementation}, {name}{', ' if variant else ''}{variant}, sm_{architecture}"
-            console.print(f"- {row}: {words}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"- {row}: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _cells(found: Figures, before: Figures | None) -> list[str]:
+def _cells(current: Figures, before: Figures | None) -> list[str]:
     def cell(value: float | None, old: float | None, digits: int = 0) -> str:
         now = "–" if value is None else f"{value:,.{digits}f}"
         then = now if old is None else f"{old:,.{digits}f}"
         return now if now == then else f"{then} → {now}"
 
     def number(name: str, digits: int = 0) -> str:
-        return cell(getattr(found, name), getattr(before, name, None), digits)
+        return cell(getattr(current, name), getattr(before, name, None), digits)
 
-    binding = f"{found.binding} {found.needs[found.binding]:.0f}"
-    return [str(found.architecture), number("registers"), f"{found.shared / 1024:.1f}", number("blocks"),
+    binding = f"{current.binding} {current.needs[current.binding]:.0f}"
+    return [str(current.architecture), number("registers"), f"{current.shared / 1024:.1f}", number("blocks"),
             number("instructions"), binding, number("alone"), number("full"), number("ratio", 2)]  # fmt: skip
 
 
-def show_problems(found: Predictions, before: Predictions) -> None:
-    """A row for each, with the ratio to the floor and to the peer."""
-    table = Table(title="Whole problems, predicted µs (× floor, and by how much faster than PyTorch)")
-    names = list(dict.fromkeys(one.implementation for one in found.problems))
+def show_problems(current: Predictions, before: Predictions) -> None:
+    """Print a table with a row per problem, with the ratios to the floor and to the peer."""
+    table = Table(title="Whole problems, predicted µs (× floor, speed-up over PyTorch)")
+    names = list(dict.fromkeys(prediction.implementation for prediction in current.problems))
     table.add_column("problem")
     for name in ("floor", *names):
         table.add_column(name, justify="right")
-    by_key = {one.key: one for one in found.problems}
-    old = {one.key: one for one in before.problems}
-    for problem in dict.fromkeys(one.problem for one in found.problems):
+    by_key = {prediction.key: prediction for prediction in current.problems}
+    old = {prediction.key: prediction for prediction in before.problems}
+    for problem in dict.fromkeys(prediction.problem for prediction in current.problems):
         ours = [by_key[*problem, name] for name in names]
-        cells = [_problem_cell(one, old.get(one.key), ours[-1]) for one in ours]
+        cells = [_problem_cell(prediction, old.get(prediction.key), ours[-1]) for prediction in ours]
         table.add_row(_title(problem), f"{1e6 * ours[0].floor:.1f}", *cells)
     console.print(table)
 
@@ -166,58 +168,62 @@ def _title(problem: tuple[bool, bool, str, int]) -> str:
     return f"{passes}, {grid}, B = {batch}{', mixed aspect ratios' if padded else ''}"
 
 
-def _problem_cell(one: Prediction, before: Prediction | None, peer: Prediction) -> str:
-    now, then = f"{1e6 * one.seconds:,.0f}", f"{1e6 * before.seconds:,.0f}" if before else None
-    faster = "" if one is peer else f", {peer.seconds / one.seconds:.2f}×"
-    return f"{now if then in (None, now) else f'{then} → {now}'} ({one.seconds / one.floor:.1f}{faster})"
+def _problem_cell(prediction: Prediction, before: Prediction | None, peer: Prediction) -> str:
+    now, then = f"{1e6 * prediction.seconds:,.0f}", f"{1e6 * before.seconds:,.0f}" if before else None
+    faster = "" if prediction is peer else f", {peer.seconds / prediction.seconds:.2f}×"
+    return f"{now if then in (None, now) else f'{then} → {now}'} ({prediction.seconds / prediction.floor:.1f}{faster})"
 
 
 def explore(options: argparse.Namespace) -> None:
-    """One of Triton's kernels with each of some settings."""
-    found = []
+    """Print figures of one of Triton's kernels with each of some settings."""
+    rows = []
     for setting in options.tiles or [None]:
-        form = (options.width, not options.dense, options.dtype, not options.no_dropout)
-        job = triton_code.job(options.kernel, options.architectures[0], *form)
+        variant = (options.width, not options.dense, options.dtype, not options.no_dropout)
+        job = triton_code.job(options.kernel, options.architectures[0], *variant)
         job = triton_code.changed(job, setting, options=dict(options.set))
         try:
             kernel = triton_code.compiled(job, options.architectures[0])
-            one = figures.of(kernel)
+            row_figures = figures.of(kernel)
         except HotPathError as error:
             console.print(f"{setting}: {error}", style="red", markup=False)
             continue
-        found.append(Row("triton", "", one))
-        for what, numbers in (("instructions", one.by_name), ("clocks of", one.needs), ("by blocks", one.clocks)):
-            said = ", ".join(f"{name} {number:.0f}" for name, number in numbers.items())
-            console.print(f"{one.form}: {what} {said}", soft_wrap=True, highlight=False)
+        rows.append(Row("triton", "", row_figures))
+        for label, numbers in (
+            ("instructions", row_figures.by_name),
+            ("clocks of", row_figures.needs),
+            ("by blocks", row_figures.clocks),
+        ):
+            text = ", ".join(f"{name} {number:.0f}" for name, number in numbers.items())
+            console.print(f"{row_figures.form}: {label} {text}", soft_wrap=True, highlight=False)
         for instruction in kernel.path.main if options.listing else ():
             words = (f"{instruction.address:05x}", instruction.predicate, instruction.operation, instruction.operands)
             console.print(escape(" ".join(words)), highlight=False)
-    show_kernels(Predictions(kernels=tuple(found)), Predictions())
+    show_kernels(Predictions(kernels=tuple(rows)), Predictions())
 
 
 def rank_candidates() -> None:
-    """Rank launch settings, print them with their predicted clocks, and write the package's table."""
-    with console.status("launch settings of every form …"):
+    """Rank launch settings, write the package's table, and print the settings with their predicted clocks."""
+    with console.status("launch settings of every variant …"):
         ranked = ranking.rank_all()
     ranking.write(ranked)
-    table = Table(title="Candidates: predicted clocks for 1024 scores; of others than Hopper only their order counts")
+    table = Table(title="Candidates: predicted clocks for 1024 scores; except for Hopper only their order counts")
     for name, justify in (("list", "left"), ("settings", "left"), ("clocks", "right")):
         table.add_column(name, justify=justify, no_wrap=True)
-    for key, found in ranked.items():
-        for setting, clocks in found:
-            said = ", ".join(f"{name} {value}" for name, value in write_tiles(setting).items())
-            table.add_row(key, said, f"{clocks:,.0f}")
+    for key, candidates in ranked.items():
+        for setting, clocks in candidates:
+            text = ", ".join(f"{name} {value}" for name, value in write_tiles(setting).items())
+            table.add_row(key, text, f"{clocks:,.0f}")
     console.print(table)
 
 
 def tiles(text: str) -> Tiles:
-    """`64,64,4,3` or `64,64,4,3,128,ahead`: queries, keys, warps, stages, registers at most, scores a tile ahead."""
+    """Parse `64,64,4,3` or `64,64,4,3,128,ahead`: queries, keys, warps, stages, most registers, scores a tile ahead."""
     numbers = text.removesuffix(",ahead").split(",")
     return Tiles(*map(int, numbers), ahead=text.endswith(",ahead"))
 
 
 def constant(text: str) -> tuple[str, object]:
-    """`NAME=3`, `NAME=True`, `NAME=word`."""
+    """Parse `NAME=3`, `NAME=True` or `NAME=word`."""
     name, value = text.split("=")
     try:
         return name, json.loads(value.lower())
@@ -226,7 +232,7 @@ def constant(text: str) -> tuple[str, object]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options."""
+    """The command line."""
     parser = command("predict", __doc__)
     parser.add_argument(
         "--architectures",
@@ -235,21 +241,26 @@ def arguments() -> argparse.ArgumentParser:
         choices=kernels.ARCHITECTURES,
         default=kernels.ARCHITECTURES,
         metavar="SM",
-        help="default: all; clocks are known of 90 alone",
+        help="default: all; only 90 has predicted clocks",
     )
     parser.add_argument("--main", action="store_true", help="only the kernels of training, with all blocks")
     parser.add_argument("--no-problems", action="store_true", help="only kernels")
-    parser.add_argument("--peers", action="store_true", help="renew PyTorch's, which else are those of the file")
     parser.add_argument(
-        "--candidates", action="store_true", help="only rank launch settings, for the package's table of them"
+        "--peers", action="store_true", help="recompute PyTorch's kernels instead of reading them from the file"
     )
-    parser.add_argument("--before", type=Path, help="a file that this wrote before, to be shown beside")
+    parser.add_argument(
+        "--candidates", action="store_true", help="only rank launch settings, and write the package's table"
+    )
+    parser.add_argument("--before", type=Path, help="a file of an earlier run, to compare with")
     parser.add_argument("--out", type=Path, default=stored.FOLDER / "predictions.json", help="default %(default)s")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
-    one = parser.add_argument_group("one kernel of kernels/attn/triton, which is not written anywhere")
+    one = parser.add_argument_group("one kernel of kernels/attn/triton; nothing is written")
     one.add_argument("--kernel")
     one.add_argument(
-        "--tiles", nargs="+", type=tiles, help="queries,keys,warps,stages[,registers][,ahead]; default: as they ship"
+        "--tiles",
+        nargs="+",
+        type=tiles,
+        help="queries,keys,warps,stages[,registers][,ahead]; default: the shipped settings",
     )
     one.add_argument("--no-dropout", action="store_true")
     one.add_argument("--dense", action="store_true", help="dense spatial keys and a mask")
@@ -261,8 +272,8 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(words: list[str]) -> int:
-    """Predict what is asked for, write the file, print tables."""
-    # Where the null GPU is; the tests have it on their path.
+    """Predict, write the file, and print tables."""
+    # The null GPU is in tests/, which only the tests have on their path.
     sys.path.append(str(ROOT / "tests"))
     parser = arguments()
     options = parser.parse_args(words)
@@ -281,24 +292,24 @@ def main(words: list[str]) -> int:
         parser.error("nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
     reason = None if options.no_problems else why_no_problems()
     if reason is not None:
-        parser.error(f"{reason}; --no-problems leaves whole problems out")
+        parser.error(f"{reason}; --no-problems leaves out whole problems")
     committed = stored.read(options.out)
-    found = replace(
+    predictions = replace(
         committed,
         commit=commit(),
         versions={**committed.versions, **versions()},
         kernels=find(options.architectures, options.main, committed),
     )
     if options.peers or not committed.peers:
-        of = {PEERS: metadata.version("torch")}
-        found = replace(found, peers=find_peers(), versions={**found.versions, **of})
-    stored.write(options.out, found)
+        peer_version = {PEERS: metadata.version("torch")}
+        predictions = replace(predictions, peers=find_peers(), versions={**predictions.versions, **peer_version})
+    stored.write(options.out, predictions)
     if not options.no_problems:
-        found = replace(found, problems=find_problems(options.out))
-        stored.write(options.out, found)
+        predictions = replace(predictions, problems=find_problems(options.out))
+        stored.write(options.out, predictions)
     before = stored.read(options.before) if options.before else committed
-    show_kernels(found, before)
-    show_problems(found, before)
-    if before.versions != found.versions and before.versions:
-        console.print(f"before: {before.versions}; now: {found.versions}", highlight=False)
+    show_kernels(predictions, before)
+    show_problems(predictions, before)
+    if before.versions != predictions.versions and before.versions:
+        console.print(f"before: {before.versions}; now: {predictions.versions}", highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""Whole problems on an H100, predicted: what an implementation launches, each kernel by its machine code."""
+"""Predictions of whole problems on an H100: the launches of an implementation, each predicted from machine code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,19 +21,19 @@ from tools import aot_cuda
 PEER = "memory-efficient"
 IMPLEMENTATIONS = ("triton", "native", PEER)
 PRODUCTS = 990e12
-"""FLOP/s of tensor cores with 16-bit numbers, by the data sheet: for floors."""
+"""FLOP/s of tensor cores in 16 bits, from the data sheet; for floors."""
 DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
 class Walk:
-    """Which trips the blocks of a kernel make."""
+    """The trips that the blocks of a kernel make."""
 
     over: str
-    """`keys`: a block has some queries of one head and image, and all their keys go by; `queries`: the other way round;
-    `bits`: blocks share the words that say which weights are kept."""
+    """`keys`: a block has some queries of one head and image, and visits all keys; `queries`: it has some keys, and
+    visits all queries; `bits`: blocks share the words of dropout bits."""
     with_padding: bool = False
-    """Whether keys outside the valid rectangle go by too."""
+    """Whether keys outside the valid rectangle are visited too."""
 
 
 WALKS = {
@@ -59,15 +59,15 @@ WALKS = {
 }
 """Implementation → kernel → its walk."""
 STREAMS: dict[str, Callable[[Problem], int]] = {
-    # They read the gradient of dense spatial keys, for rows and for columns; the second time out of the L2 cache.
+    # They read the gradient of dense spatial keys for rows and for columns, the second time from the L2 cache.
     "backward_grid_kernel": lambda problem: problem.batch * _cells(problem) * HEADS * WIDTH * 2,
     "attn backward_lines_kernel": lambda problem: problem.batch * _cells(problem) * HEADS * WIDTH * 2,
 }
-"""Kernels that do little but read and write: problem → bytes."""
+"""Kernels bound by reads and writes → function from a problem to bytes."""
 
 
 def problems() -> list[Problem]:
-    """What is predicted: forward without dropout, and forward + backward with it."""
+    """The predicted problems: forward without dropout, and forward + backward with it."""
     sizes = [("r50", batch) for batch in (1, 2, 8, 32)] + [("dc5", 32)]
     return [
         Problem(grid, batch, torch.bfloat16, DROPOUT if backward else 0.0, padded, backward)
@@ -78,7 +78,7 @@ def problems() -> list[Problem]:
 
 
 def call(problem: Problem, implementation: str) -> Callable[[], object]:
-    """What to record. Ours are told the valid rectangle, as the model does, even if it is all of the grid."""
+    """The call to record. Ours get the valid rectangle, as in the model, even if it is the whole grid."""
     tensors = problem.make()
     if implementation == PEER:
         return Implementation(attn.forced(SDPBackend.EFFICIENT_ATTENTION, problem, tensors), tensors)
@@ -96,12 +96,12 @@ def predict(problem: Problem, implementation: str, peers: list[Figures]) -> Pred
     """Record one call, and predict each launch.
 
     Args:
-        problem: what is computed.
+        problem: the problem to compute.
         implementation: of `IMPLEMENTATIONS`.
         peers: figures of `peer_code`.
 
     Raises:
-        UnknownKernelError: an operator of ours launches something that is neither in `WALKS` nor in `STREAMS`.
+        UnknownKernelError: one of our operators launches a kernel that is neither in `WALKS` nor in `STREAMS`.
     """
     recording = record(call(problem, implementation))
     parts = [part for operation in recording.operations for part in _parts(operation, problem, recording, peers)]
@@ -119,15 +119,17 @@ def predict(problem: Problem, implementation: str, peers: list[Figures]) -> Pred
 
 
 def _parts(operation: Operation, problem: Problem, recording: Recording, peers: list[Figures]) -> list[Part]:
-    """Of an operator with kernels that are known each launch; it takes no less time than its bytes."""
-    found = [_figures(launch, problem, recording, peers) for launch in operation.launches]
-    if not any(found):
+    """Each launch of an operator whose kernels are known, else the operator; never less time than its bytes need."""
+    known_figures = [_figures(launch, problem, recording, peers) for launch in operation.launches]
+    if not any(known_figures):
         if "attention" in operation.name and operation.launches:
             names = ", ".join(short_name(launch.kernel) for launch in operation.launches)
-            raise UnknownKernelError(f"{operation.name} launches {names}: gpu_model knows none of them.")
+            raise UnknownKernelError(f"{operation.name} launches {names}: gpu_model has none of them.")
         return [Part(operation.name, operation.seconds)]
     parts = []
-    for launch, (implementation, known) in zip(operation.launches, (f or ("", None) for f in found), strict=True):
+    for launch, (implementation, known) in zip(
+        operation.launches, (f or ("", None) for f in known_figures), strict=True
+    ):
         if known is None:
             parts.append(Part(short_name(launch.kernel), LAUNCH + _bytes(launch, problem) / BANDWIDTH))
         else:
@@ -139,22 +141,22 @@ def _parts(operation: Operation, problem: Problem, recording: Recording, peers: 
 
 
 def _bytes(launch: Launch, problem: Problem) -> int:
-    """That a launch without a loop of products moves."""
+    """Bytes that a launch without a loop of products moves."""
     if launch.kernel == "memset":
         return launch.bytes
     name = cuda_code.name_of(launch.kernel)[0] if "conddetr" in launch.kernel else launch.kernel
     if name in STREAMS:
         return STREAMS[name](problem)
     raise UnknownKernelError(
-        f"{short_name(launch.kernel)} with grid {launch.grid}: an attention operator launches it, and "
-        "gpu_model/problems.py knows neither how its blocks walk (WALKS) nor how much it moves (STREAMS)."
+        f"{short_name(launch.kernel)} with grid {launch.grid}: an attention operator launches it, but "
+        "gpu_model/problems.py has neither the walk of its blocks (WALKS) nor the bytes that it moves (STREAMS)."
     )
 
 
 def _figures(
     launch: Launch, problem: Problem, recording: Recording, peers: list[Figures]
 ) -> tuple[str, Figures] | None:
-    """Implementation and figures of a kernel that has a walk."""
+    """Implementation and figures of a kernel with a walk; None for other kernels."""
     if launch.kernel in recording.triton and launch.kernel in WALKS["triton"]:
         built, options = recording.triton[launch.kernel]
         return "triton", figures.of(triton_code.kernel_of(launch.kernel, built, options, TIMED))
@@ -168,9 +170,11 @@ def _figures(
         (peer_code.BACKWARD, "memory-efficient backward"),
     ):
         if symbol in launch.kernel:
-            known = next(found for found in peers if (found.name, found.form) == (name, used))
+            known = next(peer for peer in peers if (peer.name, peer.form) == (name, used))
             if launch.bytes != known.shared:
-                raise UnknownKernelError(f"{name}: {launch.bytes} bytes of shared memory, PEERS says {known.shared}.")
+                raise UnknownKernelError(
+                    f"{name}: expected {known.shared} bytes of shared memory (PEERS), got {launch.bytes}."
+                )
             return PEER, known
     return None
 
@@ -179,35 +183,35 @@ def _cuda_kernel(launch: Launch, problem: Problem) -> Kernel:
     kernel = cuda_code.kernel(launch.kernel, _cubin(launch.kernel), TIMED, problem.dropout > 0)
     if launch.block != (32 * kernel.warps, 1, 1):
         raise UnknownKernelError(
-            f"{kernel.name}: blocks of {launch.block} threads, LAUNCHES says {kernel.warps} warps."
+            f"{kernel.name}: expected {kernel.warps} warps (LAUNCHES), got blocks of {launch.block} threads."
         )
     if problem.grid == "r50" and launch.bytes != kernel.shared:
         raise UnknownKernelError(
-            f"{kernel.name}: {launch.bytes} bytes of shared memory, LAUNCHES says {kernel.shared}."
+            f"{kernel.name}: expected {kernel.shared} bytes of shared memory (LAUNCHES), got {launch.bytes}."
         )
     return replace(kernel, shared=launch.bytes)
 
 
 @cache
 def _cubin(symbol: str) -> bytes:
-    """Machine code of one of our CUDA kernels."""
+    """Machine code that contains one of our CUDA kernels."""
     for source in aot_cuda.sources():
         cubin, _ = aot_cuda.build(source, aot_cuda.HOPPER)
         if symbol in machine_code.resources(cubin):
             return cubin
-    raise UnknownKernelError(f"{symbol} is in no csrc/*/cuda.cu: the package was built from others; build it anew.")
+    raise UnknownKernelError(f"{symbol} is in no csrc/*/cuda.cu: the package was built from other sources; rebuild it.")
 
 
 def block_scores(launch: Launch, known: Figures, walk: Walk, problem: Problem) -> list[float]:
-    """Scores of each block, in the order of launches: those of whole tiles, that at the edge counted as one.
+    """Scores of each block in launch order, in whole tiles; a tile at the edge counts as one.
 
-    Where a loop of its own has the tile at the edge, it counts by how long that takes.
+    If a separate loop handles the tile at the edge, it counts by the time of that loop.
     """
     scores = known.tile[0] * known.tile[1]
     tail = known.tail_clocks and known.tail_clocks[str(known.blocks)] / known.clocks[str(known.blocks)]
 
     def amount(items: int, size: int) -> float:
-        """Trips over so many queries or keys, times scores."""
+        """Trips over this many queries or keys, times scores."""
         if not known.tail_clocks:
             return scores * -(-items // size)
         return scores * (items // size + (tail if items % size else 0.0))
@@ -222,12 +226,12 @@ def block_scores(launch: Launch, known: Figures, walk: Walk, problem: Problem) -
     for height, width in problem.valid_cells().tolist():
         visited = _cells(problem) if walk.with_padding else height * width
         if walk.over == "keys":
-            of_head = columns * [amount(visited, known.tile[1])]
+            head_work = columns * [amount(visited, known.tile[1])]
         else:
-            # Blocks of a grid that is smaller than the keys take several tiles.
+            # If the grid is smaller than the number of key tiles, blocks take several.
             tiles = [len(range(column, -(-visited // known.tile[1]), columns)) for column in range(columns)]
-            of_head = [count * amount(problem.queries, known.tile[0]) for count in tiles]
-        work += heads * of_head
+            head_work = [count * amount(problem.queries, known.tile[0]) for count in tiles]
+        work += heads * head_work
     return work
 
 
@@ -237,7 +241,7 @@ def _cells(problem: Problem) -> int:
 
 
 def floor(problem: Problem) -> float:
-    """Seconds under which no implementation comes: of exponentials, bytes and products of what is valid."""
+    """Minimal seconds of any implementation: exponentials, bytes or products of the valid keys."""
     passes, products = (2, 7) if problem.backward else (1, 2)
     exponentials = problem.scores() * passes / (blocks.MULTIPROCESSORS * 16 * blocks.HERTZ)
     return max(exponentials, problem.size() / BANDWIDTH, 2 * problem.scores() * WIDTH * products / PRODUCTS)

@@ -1,7 +1,7 @@
-"""The few launch settings of the attention kernels that the model of the machine ranks first: what a GPU then measures.
+"""The few best launch settings of the attention kernels by the model of the machine, to be measured on a GPU.
 
-For Hopper by predicted clocks. Of other architectures no clocks are known: their settings are ranked by the machine
-code for Ampere on Hopper's units, which says how settings compare and not how long they take. None spills on any.
+Hopper is ranked by predicted clocks. For other architectures the model has no clocks: their settings are ranked by
+Ampere's machine code on Hopper's units, which compares settings but predicts no times. No setting spills.
 """
 
 import json
@@ -26,33 +26,32 @@ NOTE = (
     "is measured. `conddetr check --tune` measures them."
 )
 COUNT = 4
-"""Of each list."""
+"""Settings of each list."""
 NEAR = 1.5
-"""Times the clocks of the fastest, up to which another shape is worth more than other stages of the same one."""
+"""Largest ratio to the fastest clocks at which another shape is preferred to other stages of the same shape."""
 AMPERE = 80
-"""Stands for the others."""
+"""Represents the other architectures."""
 OTHERS = (80, 86, 89, 100, 120)
-"""On which none of the others' settings spills, or asks for more shared memory than there is."""
+"""Architectures on which these settings may not spill or exceed shared memory."""
 SMALLEST = 86
-"""Of the others that with the least shared memory and the fewest warps."""
+"""The other architecture with the least shared memory and the fewest warps."""
 FEW = 3
-"""Blocks of a multiprocessor at most, where there are few."""
+"""Most blocks of a multiprocessor in lists for few blocks."""
 WIDTH = 32
 SHAPES = ((64, 64, 4), (64, 32, 4), (64, 16, 4), (32, 64, 4), (32, 32, 4), (32, 16, 4), (128, 64, 8), (128, 32, 8))
-"""Queries, keys and warps. With more a thread has too few scores, with less a warpgroup's product is not full."""
+"""Queries, keys and warps. More warps leave a thread too few scores; fewer do not fill a warpgroup's product."""
 FORMS = ((True, True), (True, False), (False, False), (False, True))
-"""Whether keys are separable and weights dropped: first as in training, dense ones as the ahead-of-time check has them.
-"""
+"""Whether keys are separable and dropout is on: first as in training; dense ones as in the ahead-of-time check."""
 
 
 @dataclass(frozen=True)
 class List:
-    """One to make."""
+    """One list of candidates."""
 
     architecture: int
-    """90, or `AMPERE` for the others."""
+    """90, or `AMPERE` for the other architectures."""
     kernel: str
-    """Of `Launch`."""
+    """A field of `Launch`."""
     form: Form
 
     @property
@@ -62,22 +61,22 @@ class List:
 
     @property
     def has_ahead(self) -> bool:
-        """Whether scores a tile ahead are worth a try."""
+        """Whether to try scores a tile ahead."""
         return "separable" in self.key
 
 
 def lists() -> dict[str, List]:
-    """All, by name; where forms share one, it is ranked for the first of `FORMS`."""
-    found: dict[str, List] = {}
+    """All lists by key; if forms share a list, it is ranked for the first of `FORMS`."""
+    by_key: dict[str, List] = {}
     for architecture, kernel, products in product((figures.TIMED, AMPERE), KERNELS, ("half", "tf32")):
         for (separable, dropout), crowded in product(FORMS, (True, False)):
-            one = List(architecture, kernel, Form(products, WIDTH, separable, dropout, crowded))
-            found.setdefault(one.key, one)
-    return found
+            entry = List(architecture, kernel, Form(products, WIDTH, separable, dropout, crowded))
+            by_key.setdefault(entry.key, entry)
+    return by_key
 
 
 def settings(one: List) -> Iterator[attn.Tiles]:
-    """What is worth compiling beside what ships."""
+    """Settings to compile beside the shipped ones."""
     for (queries, keys, warps), stages in product(SHAPES, (2, 3) if one.form.products == "half" else (1, 3)):
         yield attn.Tiles(queries, keys, warps, stages)
     if one.has_ahead:
@@ -86,7 +85,7 @@ def settings(one: List) -> Iterator[attn.Tiles]:
 
 
 def shipped(one: List) -> attn.Tiles:
-    """What ships, for the others as on Ampere: what differs on sm_100 is tried there first without being listed."""
+    """The shipped settings, for other architectures as on Ampere; sm_100's different ones are tried there anyway."""
     form = one.form
     launch = attn.launch_settings(
         one.architecture, form.products, form.width, form.separable, form.dropout, form.crowded
@@ -95,28 +94,28 @@ def shipped(one: List) -> attn.Tiles:
 
 
 def clocks(one: List, tiles: attn.Tiles) -> float | None:
-    """Predicted, of a quarter of a multiprocessor for 1024 scores; None: it spills, or cannot be compiled."""
+    """Predicted clocks of a quarter of a multiprocessor for 1024 scores; None: it spills or does not compile."""
     architecture = one.architecture
     try:
         if not fits(one, tiles, (architecture,)):
             return None
         kernel = triton_code.compiled(_job(one, tiles, architecture), architecture)
-        found = figures.of(kernel, only_full=True)
-        if found.full and "few blocks" not in one.key:
-            return found.full
+        kernel_figures = figures.of(kernel, only_full=True)
+        if kernel_figures.full and "few blocks" not in one.key:
+            return kernel_figures.full
         smallest = architecture if architecture == figures.TIMED else SMALLEST
-        blocks = figures.blocks_of(smallest, found.warps, found.registers, found.shared)
+        blocks = figures.blocks_of(smallest, kernel_figures.warps, kernel_figures.registers, kernel_figures.shared)
         if "few blocks" in one.key:
             blocks = min(blocks, FEW)
-        return partition.clocks(kernel.path.main, found.warps, blocks) * kernel.share if blocks else None
+        return partition.clocks(kernel.path.main, kernel_figures.warps, blocks) * kernel.share if blocks else None
     except (HotPathError, CompilationError, TritonError, RuntimeError):
         return None
 
 
 def fits(one: List, tiles: attn.Tiles, architectures: tuple[int, ...]) -> bool:
-    """Whether settings spill nothing, and ask for no more shared memory than there is, on any of the architectures."""
+    """Whether settings neither spill nor exceed shared memory on any of the architectures."""
     compiled = (aot.compile_job(_job(one, tiles, architecture), architecture) for architecture in architectures)
-    return all(not found.stack_bytes and found.shared_kib <= aot.SHARED_LIMIT[found.architecture] for found in compiled)
+    return all(not job.stack_bytes and job.shared_kib <= aot.SHARED_LIMIT[job.architecture] for job in compiled)
 
 
 def _job(one: List, tiles: attn.Tiles, architecture: int) -> aot.Job:
@@ -128,21 +127,23 @@ def _job(one: List, tiles: attn.Tiles, architecture: int) -> aot.Job:
 
 
 def rank(one: List) -> tuple[str, list[tuple[attn.Tiles, float]]]:
-    """The name of a list, and its settings with their predicted clocks, the fastest first: what ships, then the fastest
-    of each shape that is not much slower than the fastest of all, then others that differ in stages or registers alone.
+    """Key of a list, and its settings with their predicted clocks, the fastest first.
+
+    Chosen are the shipped settings, then the fastest of each shape that is not much slower than the fastest of all,
+    then others that differ only in stages or registers.
     """
-    today = shipped(one)
-    found = {tiles: clocks(one, tiles) for tiles in dict.fromkeys((today, *settings(one)))}
-    ordered = sorted((tiles for tiles in found if found[tiles] is not None), key=found.get)
-    near = [tiles for tiles in ordered if found[tiles] <= NEAR * found[ordered[0]]]
+    current = shipped(one)
+    predicted = {tiles: clocks(one, tiles) for tiles in dict.fromkeys((current, *settings(one)))}
+    ordered = sorted((tiles for tiles in predicted if predicted[tiles] is not None), key=predicted.get)
+    near = [tiles for tiles in ordered if predicted[tiles] <= NEAR * predicted[ordered[0]]]
     firsts = {_shape(tiles): tiles for tiles in reversed(near)}
-    likely = [tiles for tiles in near if tiles == firsts[_shape(tiles)] and _shape(tiles) != _shape(today)]
-    chosen = [today]
+    likely = [tiles for tiles in near if tiles == firsts[_shape(tiles)] and _shape(tiles) != _shape(current)]
+    chosen = [current]
     for tiles in dict.fromkeys((*likely, *ordered)):
-        is_new = tiles != today and len(chosen) < COUNT
+        is_new = tiles != current and len(chosen) < COUNT
         if is_new and (one.architecture == figures.TIMED or fits(one, tiles, OTHERS)):
             chosen.append(tiles)
-    return one.key, [(tiles, found[tiles]) for tiles in sorted(chosen, key=found.get)]
+    return one.key, [(tiles, predicted[tiles]) for tiles in sorted(chosen, key=predicted.get)]
 
 
 def _shape(tiles: attn.Tiles) -> tuple[int, int, int, bool]:
@@ -150,16 +151,16 @@ def _shape(tiles: attn.Tiles) -> tuple[int, int, int, bool]:
 
 
 def rank_all() -> dict[str, list[tuple[attn.Tiles, float]]]:
-    """Every list, on all cores; what was compiled and simulated once is kept in build/."""
+    """Rank every list on all cores; compiled code and simulations are cached in build/."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return dict(pool.map(rank, lists().values()))
 
 
 def write(ranked: dict[str, list[tuple[attn.Tiles, float]]], path: Path = CANDIDATES) -> None:
-    """The file that the package has: a line for each setting."""
+    """Write the package's file, with one line per setting."""
     entries = []
-    for key, found in ranked.items():
-        written = [write_tiles(tiles) for tiles, _ in found]
+    for key, candidates in ranked.items():
+        written = [write_tiles(tiles) for tiles, _ in candidates]
         for stored in written:
             read_tiles(key.split(", ")[1], stored)
         lines = ",\n".join(f"   {json.dumps(stored)}" for stored in written)

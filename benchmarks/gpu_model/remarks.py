@@ -1,40 +1,43 @@
-"""What is worth a word about a kernel's figures, and about what they were before."""
+"""Remarks on a kernel's figures, and on their change since the last file."""
 
 from collections.abc import Mapping
 
 from gpu_model.figures import TIMED, Figures
 
 TWICE = 1.15
-"""Exponentials of the special-function unit for a score, from which on some are computed again. The online softmax has
-a few more than one, for what its sums shrink by."""
+"""Exponentials per score of the special-function unit above which some are recomputed. The online softmax has slightly
+more than one, to rescale its sums."""
 LITTLE = 0.25
-"""Share of a trip that copies have at least."""
+"""Minimal share of a trip that copies should have."""
 LONGER = 1.05
 
 
-def of(found: Figures) -> list[str]:
-    """In words; none if there is nothing to say."""
-    said = []
-    if found.blocks == 0:
-        said.append("not one block fits a multiprocessor")
-    if found.exponentials > TWICE:
-        said.append(f"computes exponentials {found.exponentials:.1f} times")
-    warp, group = (found.by_name.get(name, 0.0) for name in ("HMMA", "HGMMA"))
-    if found.architecture == TIMED and warp:
-        said.append("HMMA for HGMMA" + (f" ({warp:.0f} beside {group:.0f})" if group else ""))
-    if found.overlap is not None and found.overlap < LITTLE:
-        said.append(f"waits for all copies {found.overlap:.0%} of a trip after the last")
-    if found.stack or found.local:
-        said.append(f"spills: {found.stack} bytes of stack, {found.local:.0f} instructions")
-    return said
+def of(figures: Figures) -> list[str]:
+    """Remarks as text; empty if there are none."""
+    remarks = []
+    if figures.blocks == 0:
+        remarks.append("not one block fits a multiprocessor")
+    if figures.exponentials > TWICE:
+        remarks.append(f"computes exponentials {figures.exponentials:.1f} times")
+    warp_products, warpgroup_products = (figures.by_name.get(name, 0.0) for name in ("HMMA", "HGMMA"))
+    if figures.architecture == TIMED and warp_products:
+        remarks.append(
+            "HMMA instead of HGMMA"
+            + (f" ({warp_products:.0f} beside {warpgroup_products:.0f})" if warpgroup_products else "")
+        )
+    if figures.overlap is not None and figures.overlap < LITTLE:
+        remarks.append(f"waits for all copies {figures.overlap:.0%} of a trip after the last")
+    if figures.stack or figures.local:
+        remarks.append(f"spills: {figures.stack} bytes of stack, {figures.local:.0f} instructions")
+    return remarks
 
 
-def cost(found: Figures) -> float:
-    """What a kernel is compared by: clocks, or where no timing is known instructions."""
-    return found.full or found.instructions
+def cost(figures: Figures) -> float:
+    """The number by which kernels are compared: clocks, or without timing instructions."""
+    return figures.full or figures.instructions
 
 
-def longer(found: Mapping[object, Figures], before: Mapping[object, Figures]) -> dict[object, float]:
-    """Kernels that take 1.05 times as long as before, or longer, with the ratio; those that were not there are none."""
-    ratios = {key: cost(one) / cost(before[key]) for key, one in found.items() if key in before}
+def longer(current: Mapping[object, Figures], before: Mapping[object, Figures]) -> dict[object, float]:
+    """Kernels that take at least 1.05 times as long as before, with the ratio; new kernels are left out."""
+    ratios = {key: cost(figures) / cost(before[key]) for key, figures in current.items() if key in before}
     return {key: ratio for key, ratio in ratios.items() if ratio >= LONGER}

@@ -1,4 +1,4 @@
-"""The file of predictions: kernels, peers and whole problems, with the versions that they are of."""
+"""The file of predictions: kernels, peers and whole problems, with their versions."""
 
 import json
 from collections.abc import Iterable
@@ -21,18 +21,18 @@ class Row:
 
     implementation: str
     variant: str
-    """What it computes, whatever its settings: `32 channels, separable, dropout`."""
+    """What it computes, independent of its settings: `32 channels, separable, dropout`."""
     figures: Figures
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """The same before and after a change."""
+        """Key by which results before and after a change are compared."""
         return self.implementation, self.figures.name, self.variant, self.figures.architecture
 
 
 @dataclass(frozen=True)
 class Part:
-    """One launch, or one operator of which nothing but bytes is known."""
+    """One launch, or one operator of which only the bytes are known."""
 
     name: str
     seconds: float
@@ -40,72 +40,77 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one problem by one implementation."""
+    """Predicted time of one problem by one implementation."""
 
     implementation: str
     grid: str
     batch: int
     padded: bool
     backward: bool
-    """With dropout; forward alone is without."""
+    """With dropout; forward alone is without dropout."""
     seconds: float
     floor: float
-    """Seconds that nobody comes under."""
+    """Minimal seconds of any implementation."""
     launches: int
     parts: tuple[Part, ...]
 
     @property
     def problem(self) -> tuple[bool, bool, str, int]:
-        """What is computed."""
+        """The problem without the implementation."""
         return self.backward, self.padded, self.grid, self.batch
 
     @property
     def key(self) -> tuple:
-        """The same before and after a change."""
+        """Key by which results before and after a change are compared."""
         return *self.problem, self.implementation
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a file holds."""
+    """Contents of the file."""
 
     commit: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of Triton, nvcc and PyTorch, and of the PyTorch whose code the peers are."""
+    """Versions of Triton, nvcc and PyTorch, and of the PyTorch whose kernels the peers are."""
     kernels: tuple[Row, ...] = ()
     peers: tuple[Figures, ...] = ()
     problems: tuple[Prediction, ...] = ()
 
     def figures(self) -> dict[tuple, Figures]:
-        """By keys."""
+        """Figures by keys."""
         return {row.key: row.figures for row in self.kernels}
 
 
 def read(path: Path) -> Predictions:
-    """What `write` wrote; nothing where there is no file."""
+    """Read a file of `write`; empty predictions if there is no file."""
     if not path.exists():
         return Predictions()
     stored = json.loads(path.read_text())
     problems = (
-        Prediction(**{**one, "parts": tuple(Part(*part) for part in one["parts"])}) for one in stored["problems"]
+        Prediction(**{**entry, "parts": tuple(Part(*part) for part in entry["parts"])}) for entry in stored["problems"]
     )
     return Predictions(
         commit=stored["commit"],
         versions=stored["versions"],
         kernels=tuple(
-            Row(one.pop("implementation"), one.pop("variant"), figures.read(one)) for one in stored["kernels"]
+            Row(entry.pop("implementation"), entry.pop("variant"), figures.read(entry)) for entry in stored["kernels"]
         ),
         peers=tuple(map(figures.read, stored["peers"])),
         problems=tuple(problems),
     )
 
 
-def write(path: Path, found: Predictions) -> None:
-    """One line for each kernel and problem; numbers to four digits."""
-    kernels = [{"implementation": r.implementation, "variant": r.variant, **asdict(r.figures)} for r in found.kernels]
-    problems = [{**asdict(one), "parts": [(part.name, part.seconds) for part in one.parts]} for one in found.problems]
-    lists = {"kernels": kernels, "peers": map(asdict, found.peers), "problems": problems}
-    head = {"note": NOTE, "commit": found.commit, "versions": found.versions}
+def write(path: Path, predictions: Predictions) -> None:
+    """Write the file: one line per kernel and problem, numbers to four digits."""
+    kernels = [
+        {"implementation": r.implementation, "variant": r.variant, **asdict(r.figures)} for r in predictions.kernels
+    ]
+    problems = [
+        {**asdict(problem), "parts": [(part.name, part.seconds) for part in problem.parts]}
+        for problem in predictions.problems
+    ]
+    lists = {"kernels": kernels, "peers": map(asdict, predictions.peers), "problems": problems}
+    head = {"note": NOTE, "commit": predictions.commit, "versions": predictions.versions}
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
     lines += [f"{json.dumps(name)}: [\n{_listed(items)}\n]" for name, items in lists.items()]
     path.parent.mkdir(parents=True, exist_ok=True)

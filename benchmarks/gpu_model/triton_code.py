@@ -1,4 +1,4 @@
-"""The attention kernels that Triton compiles, with the settings that ship or with others."""
+"""The attention kernels that Triton compiles, with the shipped settings or with others."""
 
 from dataclasses import replace
 from math import prod
@@ -9,19 +9,19 @@ from gpu_model.figures import Kernel
 from gpu_model.hot_path import Hints
 from tools import aot
 
-ROOMS = (attn, bits)
-"""Where the kernels are."""
+MODULES = (attn, bits)
+"""Modules with the kernels."""
 WORD = 32
-"""Decisions of dropout that are one number of its kernel."""
+"""Dropout decisions in one word of its kernel."""
 
 
 def jobs(
     architecture: int, width: int = 32, separable: bool = True, dtype: str = "bf16", dropout: bool = True
 ) -> list[aot.Job]:
-    """The attention kernels of the ahead-of-time check, of one width and form, with the settings that ship."""
+    """The attention kernels of the ahead-of-time check, of one width and variant, with the shipped settings."""
     products = "half" if dtype == "bf16" else "tf32"
-    found = [job for job in aot.jobs(architecture) if job.dtype == dtype]
-    found = [job for job in found if any(hasattr(room, job.kernel) for room in ROOMS)]
+    candidates = [job for job in aot.jobs(architecture) if job.dtype == dtype]
+    candidates = [job for job in candidates if any(hasattr(module, job.kernel) for module in MODULES)]
 
     def fits(job: aot.Job) -> bool:
         options = job.options_dict()
@@ -29,9 +29,9 @@ def jobs(
             return True
         return options["PD"] == width and options["SEPARABLE"] == separable and job.variant.startswith(products)
 
-    # Where settings depend on dropout, and on how many blocks there are, a kernel comes more than once: last with many.
-    found = sorted(filter(fits, found), key=lambda job: job.options_dict().get("HAS_DROPOUT") == dropout)
-    chosen = {job.kernel: job for job in found}
+    # If settings depend on dropout and on the number of blocks, a kernel occurs several times: last with many blocks.
+    candidates = sorted(filter(fits, candidates), key=lambda job: job.options_dict().get("HAS_DROPOUT") == dropout)
+    chosen = {job.kernel: job for job in candidates}
     return [changed(job, dropout=dropout) if "HAS_DROPOUT" in job.options_dict() else job for job in chosen.values()]
 
 
@@ -46,12 +46,12 @@ def job(
     """One of `jobs`.
 
     Raises:
-        ValueError: there is no such kernel; lists those that there are.
+        ValueError: there is no such kernel; lists the kernels.
     """
-    found = {job.kernel: job for job in jobs(architecture, width, separable, dtype, dropout)}
-    if kernel not in found:
-        raise ValueError(f"kernel {kernel!r}: expected one of {', '.join(found)}.")
-    return found[kernel]
+    by_kernel = {job.kernel: job for job in jobs(architecture, width, separable, dtype, dropout)}
+    if kernel not in by_kernel:
+        raise ValueError(f"kernel {kernel!r}: expected one of {', '.join(by_kernel)}.")
+    return by_kernel[kernel]
 
 
 def changed(
@@ -63,26 +63,26 @@ def changed(
     """The same kernel with other settings.
 
     Args:
-        job: with the settings that ship.
+        job: with the shipped settings.
         tiles: launch settings.
         dropout: whether weights are dropped.
         options: any other compile-time argument.
     """
-    made = {**job.options_dict(), **(options or {})}
+    arguments = {**job.options_dict(), **(options or {})}
     if tiles is not None:
-        made |= aot.attention_settings(job.kernel, tiles)
+        arguments |= aot.attention_settings(job.kernel, tiles)
     if dropout is not None:
-        made["HAS_DROPOUT"] = dropout
-    return replace(job, options=tuple(made.items()))
+        arguments["HAS_DROPOUT"] = dropout
+    return replace(job, options=tuple(arguments.items()))
 
 
 def compiled(job: aot.Job, architecture: int) -> Kernel:
-    """Compile one job; see `Kernel`."""
+    """Compile one job."""
     return kernel_of(job.kernel, aot.build(job, architecture), job.options_dict(), architecture)
 
 
 def kernel_of(name: str, built: aot.Built, options: dict[str, object], architecture: int) -> Kernel:
-    """What Triton has compiled, with its compile-time arguments."""
+    """A kernel that Triton compiled with these compile-time arguments."""
     tile = tile_of(options)
     return Kernel(
         name=name,
@@ -98,12 +98,12 @@ def kernel_of(name: str, built: aot.Built, options: dict[str, object], architect
 
 
 def tile_of(options: dict[str, object]) -> tuple[int, int]:
-    """Of a block in one trip: queries and keys, or what else the kernel makes."""
+    """Tile of a block in one trip: queries and keys, or the two sizes of another kernel's output."""
     if "BLOCK_Q" in options:
         return options["BLOCK_Q"], options["BLOCK_N"]
     return options["BLOCK"], options.get("BLOCK_C", WORD)
 
 
 def form_of(options: dict[str, object], warps: int, stages: int) -> str:
-    """`64 × 64, 4 warps, 2 stages`."""
+    """For example `64 × 64, 4 warps, 2 stages`."""
     return f"{' × '.join(map(str, tile_of(options)))}, {warps} warps, {stages} stages"

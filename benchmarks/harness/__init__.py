@@ -1,5 +1,5 @@
-"""What every benchmark shares: checked results, interleaved timing, tables and result files.
+"""Code that all benchmarks share: checked results, interleaved timing, tables and result files.
 
-On a null GPU, which computes nothing, benchmarks go through all their steps: no number is compared, no duration is
-printed, and no file is written.
+On a null GPU, which computes nothing, benchmarks run all their steps, but compare no number, print no duration and
+write no file.
 """

@@ -1,4 +1,4 @@
-"""Problems one after the other: checked, timed, printed and written."""
+"""Run the problems of a benchmark: check, time, print, write."""
 
 import argparse
 import time
@@ -15,15 +15,15 @@ from harness.store import say_written, write_results
 
 
 def prepare(name: str, module: ModuleType, words: list[str]) -> Callable[[], None]:
-    """Read the flags of a benchmark; the answer runs it.
+    """Parse the flags of a benchmark and return the function that runs it.
 
     Args:
         name: of the benchmark and of its file.
-        module: its `Problem` says what is timed.
+        module: its `Problem` defines what is timed.
         words: of the command line.
 
     Raises:
-        SystemExit: a flag is wrong, or this machine times nothing of it.
+        SystemExit: a flag is wrong, or the benchmark does not run on this machine.
     """
     parser = arguments(name, module.__doc__, module.Problem.seconds)
     module.Problem.arguments(parser)
@@ -38,21 +38,21 @@ def prepare(name: str, module: ModuleType, words: list[str]) -> Callable[[], Non
 
 
 def arguments(name: str, documentation: str, seconds: float) -> argparse.ArgumentParser:
-    """The options that all benchmarks have."""
+    """Options of all benchmarks."""
     parser = command(name, documentation)
     parser.add_argument("--rounds", type=int, default=50 if DEVICE.type == "cuda" else 10, help="timed calls of each")
     parser.add_argument(
         "--seconds",
         type=float,
         default=seconds,
-        help=f"no new problem is begun after this while, the most important come first; default {seconds:.0f}",
+        help=f"no problem starts after this time, the most important come first; default {seconds:.0f}",
     )
     parser.add_argument("--cudagraph", action="store_true", help="time replays of CUDA graphs: no launch overhead")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """The options given; an error for one that this machine does not have."""
+    """Parse the options; an option that this machine does not support is an error."""
     options = parser.parse_args(words)
     if options.cudagraph and DEVICE.type != "cuda":
         parser.error("--cudagraph needs an NVIDIA GPU")
@@ -60,15 +60,16 @@ def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespa
 
 
 def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.Namespace) -> None:
-    """Time problem after problem, print each, and keep the result file complete after each.
+    """Time the problems one after the other; after each, print it and rewrite the result file.
 
     Args:
         name: of the benchmark and, with the suffix of `--cudagraph`, of its file.
-        runs: title → what gives its result; the most important first.
-        options: of the command line; `seconds` is the time after which no problem is begun.
+        runs: title → function that returns its result; the most important first.
+        options: of the command line; after `seconds` no problem starts.
 
     Raises:
-        SystemExit: one of ours is wrong or failed, or a whole problem; said when all else is measured and written.
+        SystemExit: one of our implementations is wrong or failed, or a whole problem failed. Raised after everything
+            else is measured and written.
     """
     name += "-cudagraph" * options.cudagraph
     results, titles, started = [], list(runs), time.monotonic()
@@ -80,14 +81,14 @@ def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.
             print_table(results[-1])
             path = write_results(name, settings, results, left_out=titles)
     if titles:
-        console.print(f"{len(titles)} problems left out after {options.seconds:.0f} s: --seconds gives more.")
-    say_written(path, "; `python benchmarks/run.py report` draws it")
-    if found := failures(results):
-        raise SystemExit("\n".join(found))
+        console.print(f"{len(titles)} problems left out after {options.seconds:.0f} s: --seconds allows more time.")
+    say_written(path, "; `python benchmarks/run.py report` plots it")
+    if faults := failures(results):
+        raise SystemExit("\n".join(faults))
 
 
 def result_of(title: str, run: Callable[[], Result]) -> Result:
-    """The result of one problem; where the problem itself fails, one without times that says why."""
+    """Result of one problem; if the problem itself fails, a result without times that gives the reason."""
     refused: dict[str, str] = {}
     with refusing(PROBLEM, refused):
         return run()
@@ -95,7 +96,7 @@ def result_of(title: str, run: Callable[[], Result]) -> Result:
 
 
 def failures(results: list[Result]) -> list[str]:
-    """One line for each of ours that is wrong or failed, and for each problem that failed as a whole."""
+    """One line per implementation of ours that is wrong or failed, and per problem that failed as a whole."""
     return [
         f"{result.title}: {name}: {why}"
         for result in results

@@ -8,6 +8,6 @@ def command(name: str, documentation: str) -> argparse.ArgumentParser:
 
     Args:
         name: after `run.py`.
-        documentation: of the module; its first line is the description.
+        documentation: the module's docstring; its first line is the description.
     """
     return argparse.ArgumentParser(prog=f"run.py {name}", description=documentation.splitlines()[0])

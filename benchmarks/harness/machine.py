@@ -1,4 +1,4 @@
-"""This machine: what it is, and what a reader of its results has to know."""
+"""This machine, and the conditions that a reader of its results needs."""
 
 import os
 import platform
@@ -17,27 +17,27 @@ from conddetr.kernels import records
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WRITTEN = ("benchmarks/results", "benchmarks/counts/*.json", "benchmarks/predictions", "docs", "kernels/measured")
-"""What benchmarks write."""
+"""Paths that benchmarks write."""
 PEERS = ("torch-linear-assignment", "flash-attn-4", "transformers")
-"""Packages beside PyTorch whose version decides what a peer is."""
+"""Packages beside PyTorch whose versions define the peers."""
 Run = Callable[[], object]
 
 
 def is_null_gpu() -> bool:
-    """Whether the GPU is the null one of the tests, which computes nothing: no time measured on it is a time."""
+    """Whether the GPU is the tests' null GPU, which computes nothing, so that no time measured on it means anything."""
     return device_name().endswith("(null)")
 
 
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32: cuDNN rounds a convolution's operands to ten bits by default.
+    """Compute float32 products and convolutions in float32: by default cuDNN rounds convolution operands to ten bits.
 
-    Both switches are PyTorch's older ones. They set the newer `fp32_precision` too; set alone, that one makes PyTorch
-    raise where inductor reads the older.
+    Both switches are PyTorch's older ones. They set the newer `fp32_precision` too. If that is set alone, PyTorch
+    raises an error where inductor reads the older ones.
     """
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     with warnings.catch_warnings():
-        # Some releases call the older switches deprecated.
+        # Some PyTorch releases warn that the older switches are deprecated.
         warnings.simplefilter("ignore")
         before = [switch.allow_tf32 for switch in switches]
         for switch in switches:
@@ -50,7 +50,7 @@ def without_tf32() -> Iterator[None]:
 
 
 def tf32() -> str:
-    """What PyTorch would use TF32 for now; "none" on a CPU, which has none."""
+    """Operations for which PyTorch uses TF32 at present; "none" on a CPU, which has no TF32."""
     if DEVICE.type != "cuda":
         return "none"
     switches = {"products": torch.backends.cuda.matmul, "convolutions": torch.backends.cudnn}
@@ -59,13 +59,13 @@ def tf32() -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """For titles of what is made of products: on a GPU float32 says that TF32 is off, see `without_tf32`."""
+    """The dtype in titles of problems with matrix products: on a GPU float32 adds that TF32 is off (`without_tf32`)."""
     is_without = DEVICE.type == "cuda" and dtype == torch.float32
     return f"{short_name(dtype)}{', TF32 off' if is_without else ''}"
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """`float32`."""
+    """For example `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -76,7 +76,7 @@ def device_name() -> str:
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, clocks and power limit of the GPU as nvidia-smi tells them; each "none" without a GPU."""
+    """Driver, clocks and power limit of the GPU as nvidia-smi reports them; each "none" without a GPU."""
     queries = {
         "driver": "driver_version",
         "SM clock": "clocks.sm",
@@ -88,27 +88,27 @@ def gpu_state() -> dict[str, str]:
     if DEVICE.type != "cuda":
         return dict.fromkeys(queries, "none")
     uuid = f"GPU-{torch.cuda.get_device_properties(DEVICE).uuid}"
-    said = _said("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(queries.values())}", "--format=csv,noheader")
-    if not said:
+    output = _output("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(queries.values())}", "--format=csv,noheader")
+    if not output:
         return dict.fromkeys(queries, "unknown")
-    return dict(zip(queries, (value.strip() for value in said.split(",")), strict=True))
+    return dict(zip(queries, (value.strip() for value in output.split(",")), strict=True))
 
 
 def commit() -> str:
-    """The commit of this checkout, "-dirty" where code differs from it.
+    """The commit of this checkout, with "-dirty" if code differs from it.
 
-    Where git is absent, or this is no checkout: the environment variable CONDDETR_COMMIT, which whoever copies the
-    code to a machine without git sets; "unknown" without it.
+    Without git or a checkout it is the environment variable CONDDETR_COMMIT, to be set when the code is copied to a
+    machine without git; "unknown" if that is not set.
     """
-    head = _said("git", "rev-parse", "--short", "HEAD")
+    head = _output("git", "rev-parse", "--short", "HEAD")
     if not head:
         return os.environ.get("CONDDETR_COMMIT") or "unknown"
     code = (":/", *(f":(top,exclude){written}" for written in WRITTEN))
-    return f"{head}{'-dirty' if _said('git', 'status', '--porcelain', '--', *code) else ''}"
+    return f"{head}{'-dirty' if _output('git', 'status', '--porcelain', '--', *code) else ''}"
 
 
-def _said(*command: str) -> str:
-    """What a program wrote, "" where it is missing or fails."""
+def _output(*command: str) -> str:
+    """Output of a program; "" if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -116,14 +116,14 @@ def _said(*command: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to know to repeat a measurement."""
+    """Conditions that a reader needs to repeat a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "device": device_name(),
         "compute capability": records.compute_capability(DEVICE),
         "CPU threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
-        # Well above the threads used: others were at work, and the times are theirs too.
+        # Well above the number of threads: other programs ran and disturbed the times.
         "load": f"{os.getloadavg()[0]:.1f}",
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -1,8 +1,8 @@
-"""Make the tables by which `backend="auto"` takes kernels on GPUs that nobody has checked, from the result files.
+"""Make the tables by which `backend="auto"` picks kernels on unchecked GPUs, from the result files.
 
     python benchmarks/run.py measured [--results DIR] [--tables DIR]
 
-One table for each architecture of which there are results: `kernels/measured/sm_90.json`. CPUs have none.
+One table per architecture with results, for example `kernels/measured/sm_90.json`. CPUs have none.
 """
 
 import json
@@ -30,7 +30,8 @@ OPERATIONS: dict[str, dict[str, str]] = {
     "conv": {"convolution pair": "convolution_pair", "convolution": "convolution"},
     "conv3x3": {"": "convolution_3x3"},
     "cost": {"": "matching_cost"},
-    "dropout": {"relu_dropout": "relu_dropout", "dropout_add": "dropout_add"},
+    # Result files of `dropout` from before `relu_dropout` had its own benchmark hold both operations.
+    "dropout": {"dropout_add": "dropout_add", "relu_dropout": "relu_dropout"},
     "errors": {"": "prediction_errors"},
     "focal": {"": "focal_loss"},
     "match": {"": "linear_assignment"},
@@ -38,26 +39,27 @@ OPERATIONS: dict[str, dict[str, str]] = {
     "position": {"": "grid_positions"},
     "prediction": {"": "predicted_boxes"},
     "query": {"": "spatial_query"},
+    "relu_dropout": {"": "relu_dropout"},
     "sine": {"sine embedding": "sine_embedding", "λ ⊙ p_s": "conditional_spatial_query"},
     "weights": {"": "prepare_weights"},
 }
-"""Benchmark → beginning of a problem's title → the public function that is timed."""
+"""Benchmark → beginning of a problem's title → the public function that it times."""
 TABLES = Path(__file__).parents[2] / "kernels" / "measured"
-"""Where the package has them; an installed one is a copy."""
+"""The package's folder of tables; an installed package has a copy."""
 OTHERS = ("torch-linear-assignment", "torchmatch", "FlashAttention-4", "FlexAttention, FLASH")
-"""Peers that need more than PyTorch: `auto` never takes one in place of a kernel that is slower."""
+"""Peers that need more than PyTorch: `auto` never uses one instead of a slower kernel."""
 KERNELS = re.compile(rf"{OURS}, (triton|native)(, (dense|separable))?")
-"""Names of implementations that the operation itself may pick; none is forced, as "not Hopper's kernel" is."""
+"""Names of implementations that the operation itself may pick. A forced one, "not Hopper's kernel", is not matched."""
 DTYPES = re.compile(r"\b(b?float16|float32|float64)\b")
 CONDITIONS = ("torch", "triton", "driver", "commit")
-"""What a table tells of a GPU's measurements, besides their dates."""
+"""Conditions of a GPU's measurements in a table, besides their dates."""
 
 
 def verdicts(benchmark: str, result: Result) -> Iterator[Verdict]:
-    """Of each of our kernels for one problem; none of those that this GPU cannot run."""
+    """Verdicts on our kernels for one problem; kernels that this GPU cannot run have none."""
     operation = next(name for title, name in OPERATIONS[benchmark].items() if result.title.startswith(title))
-    # Titles without a dtype are of costs, which are float32, and of bits, which count as that.
-    dtype = found[0] if (found := DTYPES.search(result.title)) else "float32"
+    # Titles without a dtype: costs, which are float32, and bits, which count as float32.
+    dtype = match[0] if (match := DTYPES.search(result.title)) else "float32"
     if dtype == "float64":
         return
     plain = [median(seconds) for name, seconds in result.seconds.items() if is_of_pytorch(name)]
@@ -71,23 +73,23 @@ def verdicts(benchmark: str, result: Result) -> Iterator[Verdict]:
 
 
 def is_of_pytorch(name: str) -> bool:
-    """Whether an implementation is one of those that a kernel must be faster than."""
+    """Whether a kernel must be faster than this implementation."""
     return name == f"{OURS}, eager" or not name.startswith((OURS, *OTHERS))
 
 
 def tables(results: Path) -> dict[str, Table]:
-    """Architecture → its table, of all GPUs among the results.
+    """Architecture → its table, from all GPUs among the results.
 
     Raises:
-        ValueError: results of a GPU do not tell its compute capability; names the file.
+        ValueError: results of a GPU lack its compute capability; names the file.
     """
-    of_gpus: dict[str, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    by_architecture: dict[str, dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
     environments: dict[str, list[dict[str, str]]] = defaultdict(list)
     for path in sorted(results.glob("*/*.json")):
-        # What follows a hyphen tells options of the same benchmark.
+        # After a hyphen come options of the same benchmark.
         benchmark = path.stem.split("-")[0]
         environment = json.loads(path.read_text(encoding="utf-8")).get("environment", {})
-        # A GPU that nvidia-smi says nothing of has an unknown driver, a CPU has none.
+        # Without nvidia-smi the driver of a GPU is "unknown"; a CPU has "none".
         if benchmark not in OPERATIONS or environment.get("driver", "none") == "none":
             continue
         capability = environment.get("compute capability", "none")
@@ -99,35 +101,35 @@ def tables(results: Path) -> dict[str, Table]:
         architecture = f"sm_{capability.replace('.', '')}"
         environments[environment["device"]].append(environment)
         for result in read_results(path):
-            of_gpus[architecture][environment["device"]] += verdicts(benchmark, result)
+            by_architecture[architecture][environment["device"]] += verdicts(benchmark, result)
     return {
         architecture: Table(
-            architecture, {gpu: conditions(environments[gpu]) for gpu in of_gpu}, tuple(worst_of(dict(of_gpu)))
+            architecture, {gpu: conditions(environments[gpu]) for gpu in by_gpu}, tuple(worst_of(dict(by_gpu)))
         )
-        for architecture, of_gpu in sorted(of_gpus.items())
+        for architecture, by_gpu in sorted(by_architecture.items())
     }
 
 
 def conditions(environments: list[dict[str, str]]) -> str:
     """Versions and dates of measurements, in one line."""
-    parts = [f"{key} {' and '.join(sorted({each[key] for each in environments}))}" for key in CONDITIONS]
-    days = [each["date"].partition("T")[0] for each in environments]
+    parts = [f"{key} {' and '.join(sorted({environment[key] for environment in environments}))}" for key in CONDITIONS]
+    days = [environment["date"].partition("T")[0] for environment in environments]
     return f"{', '.join(parts)}, {' to '.join(sorted({min(days), max(days)}))}"
 
 
 def combined(verdicts: list[Verdict], where: str) -> Verdict:
     """One verdict from those of several problems: the largest error and the geometric mean of the speed-ups.
 
-    Problems that were not timed do not count in the mean. It is refused for the first reason among the problems', and
-    else where the mean is below 1.
+    Problems that were not timed do not count in the mean. The verdict has the first problem's reason to refuse; without
+    any, it refuses if the mean is below 1.
 
     Args:
         verdicts: of one operation, backend and dtype; at least one.
-        where: the place of which "slower than PyTorch" is said.
+        where: ends the reason "slower than PyTorch".
     """
     errors = [verdict.error for verdict in verdicts]
     speedups = [verdict.speedup for verdict in verdicts if verdict.speedup is not None]
-    # To four digits: the last ones depend on the release of Python.
+    # To four digits: the last ones depend on the Python version.
     speedup = float(f"{geometric_mean(speedups):.4g}") if speedups else None
     refused = next((verdict.refused for verdict in verdicts if verdict.refused), "")
     if not refused and speedup is not None and speedup < 1:
@@ -136,28 +138,28 @@ def combined(verdicts: list[Verdict], where: str) -> Verdict:
 
 
 def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
-    """One verdict for each operation, backend and dtype: that of the GPU which refuses it, or gains least by it."""
-    found: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
+    """One verdict for each operation, backend and dtype: of the GPU that refuses it, or gains least from it."""
+    combined_by_key: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
     for gpu, all_verdicts in of_gpus.items():
         same: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
         for verdict in all_verdicts:
             same[verdict.operation, verdict.backend, verdict.dtype].append(verdict)
         for key, group in same.items():
-            found[key].append(combined(group, f"on {gpu}"))
-    for _, group in sorted(found.items()):
+            combined_by_key[key].append(combined(group, f"on {gpu}"))
+    for _, group in sorted(combined_by_key.items()):
         yield min(group, key=lambda verdict: (not verdict.refused, verdict.speedup or math.inf))
 
 
 def main(words: list[str]) -> None:
-    """Write a table for each architecture, and remove those without results."""
+    """Write a table for each architecture, and remove tables without results."""
     parser = command("measured", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
     parser.add_argument("--tables", type=Path, default=TABLES, help="folder that the package reads")
     options = parser.parse_args(words)
-    made = {options.tables / f"{architecture}.json": table for architecture, table in tables(options.results).items()}
-    for path in set(options.tables.glob("sm_*.json")) - made.keys():
+    files = {options.tables / f"{architecture}.json": table for architecture, table in tables(options.results).items()}
+    for path in set(options.tables.glob("sm_*.json")) - files.keys():
         path.unlink()
-    for path, table in made.items():
+    for path, table in files.items():
         write_text(path, table.to_json())
-    said = ", ".join(map(str, made)) or "no table: there are no results of GPUs"
-    console.print(f"wrote {said}", highlight=False, soft_wrap=True)
+    paths = ", ".join(map(str, files)) or "no table: there are no results of GPUs"
+    console.print(f"wrote {paths}", highlight=False, soft_wrap=True)

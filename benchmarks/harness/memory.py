@@ -1,4 +1,4 @@
-"""How much memory a call takes."""
+"""Peak memory of a call."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -12,7 +12,7 @@ from harness.result import Result
 
 
 def peaks(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, int]:
-    """Memory of each; those that fail, or run out of it, go to `refused`."""
+    """Peak memory of each call; calls that fail or run out of memory go to `refused`."""
     peaks = {}
     for name, run in runs.items():
         with refusing(name, refused):
@@ -21,7 +21,7 @@ def peaks(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, int]:
 
 
 def _peak_extra_bytes(run: Run) -> int:
-    """Of the second call: the first may compile, or keep something for good."""
+    """Of the second call: the first may compile, or allocate buffers that stay."""
     run()
     torch.cuda.synchronize()
     peak = allocated_by(run)
@@ -30,7 +30,7 @@ def _peak_extra_bytes(run: Run) -> int:
 
 
 def allocated_by(run: Run) -> int:
-    """Bytes of device memory at their highest: the allocator counts while the host queues a call, or captures it."""
+    """Peak bytes of device memory: the allocator counts while the host queues or captures a call."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -38,17 +38,17 @@ def allocated_by(run: Run) -> int:
 
 
 def with_host_memory(result: Result, runs: dict[str, Run]) -> Result:
-    """The result, its memory filled in on a CPU."""
+    """The result; on a CPU with its memory filled in."""
     if DEVICE.type == "cuda":
         return result
     return replace(result, peak_extra_bytes={name: host_peak(runs[name]) for name in result.seconds})
 
 
 def host_peak(run: Run) -> int:
-    """Bytes that PyTorch's allocator gave out during a call, at their highest."""
+    """Peak bytes that PyTorch's allocator handed out during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    # Positive when given out, negative when given back.
+    # Positive for an allocation, negative for a release.
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return max(accumulate(sizes, initial=0))

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: backbone, encoder, decoder, loss, optimizer, host.
 
-Each moment at which one part ends and the next begins is noted by a hook: of a module, of the gradient that arrives at
-a module's output, of the optimizer. Forward and backward of a part count together; prediction heads count as loss.
+Hooks record each moment at which one part ends and the next begins: hooks of modules, of the gradients that arrive at
+their outputs, and of the optimizer. Forward and backward of a part count together; prediction heads count as loss.
 """
 
 import time
@@ -16,7 +16,7 @@ NAMES = ("backbone", "encoder", "decoder", "loss", "optimizer", "host")
 
 
 class Parts:
-    """Hooks in a model and its optimizer; `remove` takes them out."""
+    """Hooks in a model and its optimizer; `remove` removes them."""
 
     def __init__(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         """
@@ -26,11 +26,11 @@ class Parts:
         """
         self._moments: list[tuple[str, float | torch.cuda.Event]] = []
         self._hooks = [modules["backbone"].register_forward_pre_hook(lambda *_: self._end("host"))]
-        # What a gradient that arrives at the output has gone through before.
-        behind = {"backbone": "encoder", "encoder": "decoder", "decoder": "loss"}
+        # The part whose backward ends when a gradient arrives at the output.
+        next_parts = {"backbone": "encoder", "encoder": "decoder", "decoder": "loss"}
         for name, module in modules.items():
-            self._hooks.append(module.register_forward_hook(self._output_hook(name, behind[name])))
-        # Norm and clipping of gradients count as the optimizer's.
+            self._hooks.append(module.register_forward_hook(self._output_hook(name, next_parts[name])))
+        # Gradient norm and clipping count as the optimizer.
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._end("optimizer")))
 
     def time(self, step: Callable[[], object]) -> dict[str, float]:
@@ -41,13 +41,13 @@ class Parts:
         self._end("host")
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
-        found = dict.fromkeys(NAMES, 0.0)
+        seconds = dict.fromkeys(NAMES, 0.0)
         for (_, before), (name, after) in zip(self._moments, self._moments[1:], strict=False):
-            found[name] += after - before if isinstance(after, float) else 1e-3 * before.elapsed_time(after)
-        return found
+            seconds[name] += after - before if isinstance(after, float) else 1e-3 * before.elapsed_time(after)
+        return seconds
 
     def remove(self) -> None:
-        """Leave model and optimizer as they were."""
+        """Restore model and optimizer."""
         for hook in self._hooks:
             hook.remove()
 
@@ -58,21 +58,21 @@ class Parts:
             moment.record()
         self._moments.append((name, moment))
 
-    def _output_hook(self, name: str, behind: str) -> Callable:
+    def _output_hook(self, name: str, next_part: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             self._end(name)
             outputs = [tensor for tensor in _tensors(output) if tensor.requires_grad]
-            # Of a backbone's stages the last is the one that is used; a decoder's reference points, which come second,
-            # get their gradient when it is through.
+            # Only the last of a backbone's stages is used. A decoder's reference points, which come second, get their
+            # gradient at the end of its backward.
             used = outputs[-1 if name == "backbone" else 0]
-            used.register_hook(lambda _: self._arrived(behind))
+            used.register_hook(lambda _: self._arrived(next_part))
 
         return hook
 
-    def _arrived(self, behind: str) -> None:
-        self._end(behind)
-        if behind == "encoder":
-            # What remains of backward is the backbone's.
+    def _arrived(self, part: str) -> None:
+        self._end(part)
+        if part == "encoder":
+            # The rest of backward is the backbone's.
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end("backbone"))
 
 

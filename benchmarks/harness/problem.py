@@ -1,4 +1,4 @@
-"""What problems share: a title, flags of the command line, and the way from inputs to a result."""
+"""Base classes of problems: a title, command-line flags, and the steps from inputs to a result."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ Forward = Callable[..., Tensor | Tensors]
 
 
 class Timed(ABC):
-    """One size of what a benchmark times. The module of each benchmark has a subclass of the name `Problem`."""
+    """One size of an operation or model to be timed. Each benchmark's module has a subclass `Problem`."""
 
     seconds: ClassVar[float] = 60
-    """No new problem is begun after this while, by default."""
+    """Default time after which no problem starts."""
     why_not: ClassVar[str | None] = None
-    """Why this machine times none; None: it does."""
+    """Why the benchmark does not run on this machine; None: it runs."""
 
     @property
     @abstractmethod
@@ -43,7 +43,7 @@ class Timed(ABC):
     @classmethod
     @abstractmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the flags beside those of all benchmarks."""
+        """Add the flags that not all benchmarks have."""
 
     @classmethod
     @abstractmethod
@@ -51,19 +51,19 @@ class Timed(ABC):
         """Every problem of these options, the most important first.
 
         Raises:
-            RefusedError: an option makes no sense here; says why.
+            RefusedError: an option does not apply here; says why.
         """
 
 
 class Checked(Timed, Generic[Inputs]):
-    """An operation whose implementations are held to an exact answer."""
+    """An operation whose implementations are compared with an exact answer."""
 
     peer_factor: ClassVar[float] = 10
-    """How many times the error of plain PyTorch a peer may have."""
+    """Largest error of a peer, in errors of plain PyTorch."""
 
     @property
     def is_random(self) -> bool:
-        """Whether dropout is on; the exact answer is without."""
+        """Whether dropout is on; the exact answer is without dropout."""
         return False
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Checked(Timed, Generic[Inputs]):
 
     @abstractmethod
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        """Everything that might compute the problem; the first is plain PyTorch."""
+        """Name → call, for everything that might compute the problem; the first is plain PyTorch."""
 
     def answer(self, run: Run) -> Tensors:
         """Outputs and gradients of a call, by name."""
@@ -80,15 +80,15 @@ class Checked(Timed, Generic[Inputs]):
 
     @abstractmethod
     def exact(self, inputs: Inputs) -> Tensors:
-        """The right answer in float64, detached."""
+        """The correct answer in float64, detached."""
 
     def work(self) -> Work | None:
-        """The least that the problem needs; None: it is not known."""
+        """Minimal work of the problem; None: unknown."""
         return None
 
     def measured(self, options: argparse.Namespace) -> Result:
         """Check all implementations, then time them."""
-        # Else dynamo stops compiling after eight problems, in silence.
+        # Without this, dynamo silently stops compiling after eight problems.
         torch.compiler.reset()
         inputs = self.make()
         runs, exact = self.implementations(inputs), self.exact(inputs)
@@ -99,25 +99,25 @@ class Checked(Timed, Generic[Inputs]):
 class Differentiated(Checked[Tensors]):
     """An operation with its gradients.
 
-    Inputs have names. Those that begin with `of_` are gradients of the outputs, in their order; the others are what
-    the operation takes, and what it differentiates by where that requires a gradient.
+    Inputs have names. Names that begin with `grad_` are gradients of the outputs, in the outputs' order. The others
+    are the operation's inputs; their gradients are computed where they require one.
     """
 
     @abstractmethod
     def forwards(self) -> dict[str, Forward]:
-        """Name → inputs by name to one output, or to several by name; the first is plain PyTorch."""
+        """Name → function from inputs by name to one output, or to outputs by name; the first is plain PyTorch."""
 
     def exact_forward(self) -> Forward:
-        """What is right in float64."""
+        """The function that computes the exact answer from float64 inputs."""
         return next(iter(self.forwards().values()))
 
     def compute(self, forward: Forward, tensors: Tensors) -> Tensors:
-        """Outputs, and gradients of all that require one."""
-        inputs = {name: x for name, x in tensors.items() if not name.startswith("of_")}
+        """Outputs, and gradients of all inputs that require one."""
+        inputs = {name: x for name, x in tensors.items() if not name.startswith("grad_")}
         out = forward(**inputs)
         outputs = out if isinstance(out, dict) else {"out": out}
         leaves = {name: x for name, x in inputs.items() if x.requires_grad}
-        upstream = [x for name, x in tensors.items() if name.startswith("of_")]
+        upstream = [x for name, x in tensors.items() if name.startswith("grad_")]
         return {**outputs, **gradients(outputs.values(), leaves, upstream)}
 
     def implementations(self, inputs: Tensors) -> dict[str, Run]:
@@ -125,46 +125,46 @@ class Differentiated(Checked[Tensors]):
         return {name: partial(self.compute, forward, inputs) for name, forward in self.forwards().items()}
 
     def exact(self, inputs: Tensors) -> Tensors:
-        """By `exact_forward`."""
+        """Computed by `exact_forward`."""
         return detached(self.compute(self.exact_forward(), wide(inputs)))
 
 
 @dataclass(frozen=True)
 class PerImages(Timed):
-    """One size: images of a step, and a dtype."""
+    """One size: images per step, and a dtype."""
 
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
-    """By default."""
+    """Default of `--dtypes`."""
 
     images: int
     dtype: torch.dtype
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Numbers of images, and dtypes."""
+        """Add the flags of numbers of images and of dtypes."""
         parser.add_argument("--images", nargs="+", type=int, default=[16, 2] if DEVICE.type == "cuda" else [2, 8])
         parser.add_argument("--dtypes", nargs="+", default=list(cls.dtypes))
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All numbers of images in all dtypes."""
+        """Every number of images in every dtype."""
         return [cls(images, getattr(torch, dtype)) for images, dtype in product(options.images, options.dtypes)]
 
 
 def gradients(outputs: Iterable[Tensor], leaves: Tensors, upstream: list[Tensor]) -> Tensors:
-    """Of the leaves, by name; of no leaves none."""
+    """Gradients of the leaves, by name; empty without leaves."""
     if not leaves:
         return {}
     return dict(zip(leaves, torch.autograd.grad(tuple(outputs), leaves.values(), upstream), strict=True))
 
 
 def wide(tensors: Tensors) -> Tensors:
-    """The same numbers in float64, as leaves."""
+    """The same values in float64, as leaves."""
     return {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in tensors.items()}
 
 
 def detached(tensors: Tensors) -> Tensors:
-    """Without their graph."""
+    """The tensors without their autograd graph."""
     return {name: x.detach() for name, x in tensors.items()}
 
 
@@ -174,21 +174,21 @@ def beside_compiled(name: str, plain: Callable) -> dict[str, Callable]:
 
 
 def ours(function: Callable, backends: Iterable[str]) -> dict[str, Callable]:
-    """An operation of ours on each of these backends."""
+    """Our operation on each of these backends."""
     return {f"{OURS}, {backend}": partial(function, backend=backend) for backend in backends}
 
 
 def against_pytorch(function: Callable, backends: Iterable[str], name: str = "PyTorch") -> dict[str, Callable]:
-    """An operation of ours on `eager`, under this name, torch.compile of that, and the operation on these backends."""
+    """Our operation on `eager` under this name, torch.compile of that, and our operation on these backends."""
     return beside_compiled(name, partial(function, backend="eager")) | ours(function, backends)
 
 
 def least(size: float, flops: float = 0, dtype: torch.dtype | None = None, needed: float | None = None) -> Work:
-    """The least of a problem that moves bytes and multiplies.
+    """Minimal work of a problem that moves bytes and multiplies.
 
     Args:
         size: bytes that are read and written.
-        flops: of its products as they are defined; 0: it has none.
+        flops: of its products as defined; 0: it has none.
         dtype: of the products.
         needed: FLOPs that the floor counts; None: all.
     """

@@ -1,4 +1,4 @@
-"""The clock of this machine, and how fast it copies, multiplies and takes exponentials."""
+"""The clock of this machine, and its rates of copies, products and exponentials."""
 
 import math
 import time
@@ -15,7 +15,7 @@ Clock = Callable[[Run], float]
 
 
 def clock() -> Clock:
-    """Calls an implementation once and returns the seconds that it took."""
+    """Returns a function that calls an implementation once and returns the seconds that it took."""
     return _device_clock() if DEVICE.type == "cuda" else _host_clock
 
 
@@ -27,17 +27,17 @@ def _host_clock(run: Run) -> float:
 
 
 def _device_clock() -> Clock:
-    """One call on a GPU, between device events, the L2 cache overwritten before it.
+    """One call on a GPU, timed by device events, after the L2 cache is overwritten.
 
-    The GPU is idle when a call begins: what it still had to do for the call before would hide this one's launches.
+    The GPU is idle when a call begins: work left from the previous call would hide the launches of this one.
     """
     size = 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    other = torch.empty(max(size, 1 << 28), dtype=torch.int8, device=DEVICE)
+    filler = torch.empty(max(size, 1 << 28), dtype=torch.int8, device=DEVICE)
     torch.cuda.synchronize()
 
     def timed(run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        other.zero_()
+        filler.zero_()
         start.record()
         run()
         end.record()
@@ -59,15 +59,15 @@ def copy_bandwidth() -> float:
 def product_rate(dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product on this device, 8192 wide on a GPU and 2048 on a CPU; the median of ten.
 
-    In float32 on a CPU: of multiply-adds in registers, where the native kernels are built. Libraries differ in how near
-    to it they come.
+    In float32 on a CPU with built native kernels, the rate of multiply-adds in registers instead. Libraries differ in
+    how close they come to it.
     """
     if DEVICE.type == "cpu" and dtype == torch.float32 and native.NOT_LOADED is None:
         return native.peak_flops()
     width = 8192 if DEVICE.type == "cuda" else 2048
-    left = torch.randn(width, width, device=DEVICE).to(dtype)
-    out = torch.empty_like(left)
-    return _rate(2 * width**3, lambda: torch.mm(left, left, out=out))
+    matrix = torch.randn(width, width, device=DEVICE).to(dtype)
+    out = torch.empty_like(matrix)
+    return _rate(2 * width**3, lambda: torch.mm(matrix, matrix, out=out))
 
 
 def _rate(amount: float, run: Run) -> float:
@@ -81,7 +81,7 @@ def _rate(amount: float, run: Run) -> float:
 def exponential_rate() -> float | None:
     """`ex2` per second at the highest clock: 16 per clock and multiprocessor (CUDA programming guide).
 
-    None on a CPU, and where the driver does not tell the clock.
+    None on a CPU, and if the driver does not report the clock.
     """
     megahertz = gpu_state()["max SM clock"].removesuffix(" MHz")
     if not megahertz.isdigit():

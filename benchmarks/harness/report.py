@@ -1,8 +1,8 @@
-"""Draw every result file, and write the tables of all of them into `README.md` of their folder.
+"""Plot every result file, and write the tables of all files into `README.md` of their folder.
 
     python benchmarks/run.py report [--results DIR]
 
-Pictures lie beside the files: `results/<device>/<name>.png`. Nothing is drawn or written that is not in a file.
+Charts are beside the files: `results/<device>/<name>.png`. Charts and tables show only what is in the files.
 """
 
 import json
@@ -24,7 +24,7 @@ from harness.show import console, milliseconds, part_rows, spread
 from harness.store import RESULTS, read_results
 
 PAGE = "README.md"
-"""Of the tables, in the folder of results."""
+"""The page of tables, in the folder of results."""
 HEAD = """# Results
 
 `python benchmarks/run.py report` writes this page from the result files beside it. [How it is measured](../README.md).
@@ -72,7 +72,7 @@ def _draw_problem(axis: plt.Axes, result: Result, names: list[str]) -> None:
 
 
 def _draw_parts(axis: plt.Axes, row: int, length: float, parts: dict[str, float]) -> None:
-    """A bar of this length cut in the proportions of the parts, each in a darker shade of it."""
+    """A bar of this length, divided in the proportions of the parts, each in a darker shade."""
     left, total = 0.0, sum(parts.values())
     for number, (name, seconds) in enumerate(parts.items()):
         width = length * seconds / total
@@ -86,13 +86,12 @@ def _draw_parts(axis: plt.Axes, row: int, length: float, parts: dict[str, float]
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of one device with times of operations; none in `paper`, which is no device, and others hold no times
-    that bars could show."""
+    """Files of one device with times that a bar chart shows. `paper` is no device and has none."""
     if folder.name == "paper":
         return []
-    others = ("tune", "data", "evaluation", "scaling", "checkpoint")
-    # What follows a hyphen tells options of the same benchmark.
-    return sorted(path for path in folder.glob("*.json") if path.stem.split("-")[0] not in others)
+    excluded = ("tune", "data", "evaluation", "scaling", "checkpoint")
+    # After a hyphen come options of the same benchmark.
+    return sorted(path for path in folder.glob("*.json") if path.stem.split("-")[0] not in excluded)
 
 
 def markdown(results: Path) -> str:
@@ -105,26 +104,26 @@ def markdown(results: Path) -> str:
 
 
 def _file_section(path: Path) -> str:
-    """Conditions, table, refusals and picture of one file."""
-    content, found = json.loads(path.read_text()), read_results(path)
+    """Conditions, table, refusals and chart of one file."""
+    content, results = json.loads(path.read_text()), read_results(path)
     environment = content["environment"]
     conditions = [f"{key} {value}" for key, value in environment.items() if key != "device" and value != "none"]
-    lines = [f"### `{path.stem}`", "", f"Median milliseconds. {', '.join(conditions)}.", "", *_table(found), ""]
-    for result in (result for result in found if result.parts):
-        lines += [f"Milliseconds of each part, measured by themselves: {result.title}.", "", *_parts_table(result), ""]
+    lines = [f"### `{path.stem}`", "", f"Median milliseconds. {', '.join(conditions)}.", "", *_table(results), ""]
+    for result in (result for result in results if result.parts):
+        lines += [f"Milliseconds of each part, from separate steps: {result.title}.", "", *_parts_table(result), ""]
     refused: dict[str, list[str]] = {}
-    for result in found:
+    for result in results:
         for name, reason in result.refused.items():
             refused.setdefault(reason, []).append(name)
     lines += [f"- {'; '.join(dict.fromkeys(names))}: {reason}" for reason, names in refused.items()]
     if content["left_out"]:
-        lines.append(f"- {len(content['left_out'])} problems were not begun in the time given.")
+        lines.append(f"- {len(content['left_out'])} problems did not start in the time given.")
     picture = f"{path.parent.name}/{path.stem}.png"
     return "\n".join([*lines, "", f"![{path.stem} on {environment['device']}]({picture})"]).replace("\n\n\n", "\n\n")
 
 
 def _table(results: list[Result]) -> list[str]:
-    """Rows: problems. Columns: implementations, ours against the best peer, the fastest against the floor."""
+    """Rows: problems. Columns: implementations, ours over the best peer, the fastest over the floor."""
     names = list(dict.fromkeys(name for result in results for name in result.seconds))
     has_ours, has_floor = any(name.startswith(OURS) for name in names), any(result.work for result in results)
     headings = ["problem", *names] + ["ours vs best peer"] * has_ours + ["fastest, × floor"] * has_floor
@@ -151,25 +150,25 @@ def _parts_table(result: Result) -> list[str]:
 
 
 def put(page: Path, begin: str, end: str, text: str) -> None:
-    """Write a text between two lines of a page, in place of what is there.
+    """Replace the text between two lines of a page.
 
     Raises:
-        SystemExit: the page has not both lines.
+        SystemExit: the page does not have both lines.
     """
     content = page.read_text(encoding="utf-8")
     if begin not in content or end not in content:
-        raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r}, between which the tables go.")
+        raise SystemExit(f"{page}: expected the lines {begin!r} and {end!r}, around the tables.")
     before, after = content.split(begin)[0], content.split(end)[1]
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def main(words: list[str]) -> None:
-    """Draw, and write."""
+    """Plot the charts and write the page."""
     parser = command("report", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of one folder per device")
     options = parser.parse_args(words)
     for path in (path for folder in sorted(options.results.iterdir()) for path in files(folder)):
-        console.print(f"drew {draw(path)}", highlight=False, soft_wrap=True)
+        console.print(f"plotted {draw(path)}", highlight=False, soft_wrap=True)
     page = options.results / PAGE
     page.write_text(markdown(options.results), encoding="utf-8")
     console.print(f"wrote {page}", highlight=False, soft_wrap=True)

@@ -13,11 +13,11 @@ from harness.result import Result, Work
 
 NOT_COMPARED = "numbers not compared: null GPU"
 console = Console(width=max(110, Console().width))
-"""Wide enough for every column: on a narrower terminal lines wrap, figures are not lost."""
+"""Wide enough for every column: on a narrower terminal lines wrap, but no figure is cut off."""
 
 
 def print_table(result: Result) -> None:
-    """One problem in the terminal."""
+    """Print the tables and refusals of one problem."""
     if is_null_gpu():
         console.print(_counted_table(result))
         console.print(NOT_COMPARED)
@@ -33,7 +33,7 @@ def print_table(result: Result) -> None:
 def rows(result: Result) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: time with spread, speed-up over the best peer, rates, memory, multiple of the floor.
 
-    "of peak": the matrix products that are needed, in this time, as a share of what the device's units can do.
+    "of peak": the rate of the necessary matrix products, as a share of the device's rate.
     """
     headings = ["implementation", "ms", "10–90 %", "vs best peer"]
     if result.work:
@@ -64,7 +64,7 @@ def rows(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def extra_mib(result: Result, name: str) -> str:
-    """Memory of an implementation, and of which moment it is."""
+    """Memory of an implementation, with "at capture" if it was measured then."""
     if name not in result.peak_extra_bytes:
         return "–"
     return f"{result.peak_extra_bytes[name] / 2**20:.1f}{' at capture' if name in result.captured else ''}"
@@ -100,8 +100,8 @@ def parts_table(result: Result) -> Table:
 
 
 def _counted_table(result: Result) -> Table:
-    """What a null GPU can tell: which implementations go through, and how much memory they take."""
-    headings, lines = ["goes through"], [[name] for name in result.seconds]
+    """The results of a null GPU: which implementations run, and how much memory they allocate."""
+    headings, lines = ["runs"], [[name] for name in result.seconds]
     if result.peak_extra_bytes:
         headings.append("extra MiB, counted")
         lines = [[name, extra_mib(result, name)] for name in result.seconds]
@@ -118,5 +118,5 @@ def _table(headings: list[str], lines: list[list[str]], title: str, caption: str
 
 
 def show(table: Table) -> None:
-    """Print a table of durations, where they are any."""
+    """Print a table of durations; on a null GPU, a line that there are none."""
     console.print("no durations: null GPU" if is_null_gpu() else table)

@@ -19,14 +19,14 @@ WARMUP = 2
 def measure(
     title: str, runs: dict[str, Run], options: argparse.Namespace, work: Work | None, refused: dict[str, str]
 ) -> Result:
-    """Time all implementations of one problem, in turn within each round, so that drift hits all alike.
+    """Time all implementations of one problem, in turn within each round, so that drift affects all equally.
 
     Args:
         title: of the problem.
-        runs: implementation → what to time.
-        options: `rounds` calls of each (fewer where they take more than 20 s in all, but 5), `cudagraph`.
+        runs: implementation → call to time.
+        options: `rounds` calls of each (at least 5 if they take more than 20 s in all), `cudagraph`.
         work: of the problem.
-        refused: implementations not among `runs`, with the reason. Those that fail now join them.
+        refused: implementations that are not in `runs`, with the reasons. The result adds those that fail here.
     """
     refused, peak = dict(refused), {}
     if options.cudagraph:
@@ -53,7 +53,7 @@ def measure(
 
 
 def _captured(runs: dict[str, Run], refused: dict[str, str]) -> tuple[dict[str, Run], dict[str, int]]:
-    """Replays of CUDA graphs, and the memory of each capture; those that cannot be captured go to `refused`."""
+    """Replays of CUDA graphs, and the memory of each capture; calls that cannot be captured go to `refused`."""
     replays, peaks = {}, {}
     for name, run in runs.items():
         with refusing(name, refused, because="no CUDA graph: "):

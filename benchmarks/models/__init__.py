@@ -1,1 +1,1 @@
-"""Benchmarks of whole models and of training, and of what training waits for: images, checkpoints, evaluation."""
+"""Benchmarks of whole models and of training, including images, checkpoints and evaluation."""

@@ -2,9 +2,9 @@
 
     python benchmarks/run.py annotations --boxes 826000
 
-Files are made up in the manner of COCO's, with polygons, seven boxes to an image: 826,000 boxes are its training set.
-Each reader runs in a process of its own, so that its peak of memory is its own; imports are not counted. The peer is
-pycocotools' `COCO(file)`, the plain one Python's `json` with a look at every entry. `scaling.py` draws the curves.
+The files are synthetic but similar to COCO's, with polygons and seven boxes per image; COCO's training set has 826,000
+boxes. Each reader runs in a separate process, so that peak memory is its own; imports are not counted. The peer is
+pycocotools' `COCO(file)`; the plain reader is Python's `json` with a check of every entry. `scaling.py` plots curves.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def make(path: Path, boxes: int) -> None:
 
 
 def plain() -> Callable[[Path], list[float]]:
-    """Python's reader, every entry looked at."""
+    """Python's `json`, with a check of every entry."""
     from conddetr.data.annotations import SECTIONS, entry_fault
 
     def read(path: Path) -> list[float]:
@@ -78,46 +78,46 @@ READERS = {"json, entry by entry": plain, "pycocotools": peer, "ours": ours}
 
 
 def read_once(reader: str, path: Path) -> None:
-    """Print what one reader took, as JSON; the process' whole work."""
+    """Print time and memory of one reader as JSON; a separate process runs this alone."""
     read = READERS[reader]()
     before, start = _peak(), time.perf_counter()
-    found = read(path)
+    values = read(path)
     seconds = time.perf_counter() - start
-    # After the clock: the same numbers from all.
-    print(json.dumps({"seconds": seconds, "bytes": _peak() - before, "boxes": len(found), "sum": float(sum(found))}))
+    # After the clock: numbers that must agree between readers.
+    print(json.dumps({"seconds": seconds, "bytes": _peak() - before, "boxes": len(values), "sum": float(sum(values))}))
 
 
 def _peak() -> int:
-    """The most bytes that this process has held. Not of `getrusage`, whose figure begins with that of its parent."""
+    """Peak bytes of this process. `getrusage` is no alternative: its figure starts with that of the parent process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def measured(boxes: int, rounds: int) -> Result:
-    """Every reader on one file; the plain one decides what is right."""
+    """Every reader on one file; the plain reader is the reference."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "annotations.json"
         make(path, boxes)
         seconds: dict[str, list[float]] = {}
         peaks: dict[str, int] = {}
         refused: dict[str, str] = {}
-        exact = None
+        expected = None
         for name in READERS:
             for _ in range(rounds):
                 command = [sys.executable, str(RUN), "annotations", "--read", name, str(path)]
-                done = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
-                exact = exact or done
-                if (done["boxes"], round(done["sum"], 3)) != (exact["boxes"], round(exact["sum"], 3)):
-                    refused[name] = "wrong answer: other boxes than Python's reader finds"
+                output = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+                expected = expected or output
+                if (output["boxes"], round(output["sum"], 3)) != (expected["boxes"], round(expected["sum"], 3)):
+                    refused[name] = "wrong answer: the boxes differ from those of Python's reader"
                     break
-                seconds.setdefault(name, []).append(done["seconds"])
-                peaks[name] = max(peaks.get(name, 0), done["bytes"])
+                seconds.setdefault(name, []).append(output["seconds"])
+                peaks[name] = max(peaks.get(name, 0), output["bytes"])
         title = f"annotation file of {boxes:,} boxes, {path.stat().st_size / 2**20:.0f} MiB"
         return Result(title, {name: s for name, s in seconds.items() if name not in refused}, None, peaks, refused)
 
 
 def main(words: list[str]) -> None:
-    """Measure files of all sizes, or of one."""
+    """Measure files of all requested sizes."""
     parser = command("annotations", __doc__)
     parser.add_argument("--boxes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--rounds", type=int, default=3)

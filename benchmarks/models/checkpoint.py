@@ -1,4 +1,4 @@
-"""What a checkpoint costs training: steps at a save, and while it is written, against steps that nothing disturbs.
+"""Cost of checkpoints in training: steps at a save and while the file is written, against undisturbed steps.
 
 python benchmarks/run.py checkpoint
 """
@@ -22,13 +22,13 @@ from harness.show import show, spread
 from harness.store import say_written, write
 
 PRESETS = {"conditional-detr-tiny": {}, "conditional-detr-r50": {"image_size": 256, "max_image_size": 256}}
-"""With the size of images: a step of the large preset takes many times longer on real ones, a save as long."""
+"""Preset → image size. Steps of the large preset take many times longer on real sizes; a save takes as long."""
 CALM = 3
-"""Steps per save that nothing disturbs."""
+"""Undisturbed steps per save."""
 
 
 def make_trainer(preset: str, sizes: dict[str, int], folder: str) -> Trainer:
-    """Of the preset, on synthetic images, with its defaults."""
+    """A trainer of the preset with its defaults, on synthetic images."""
     options = {"preset": preset, "output_dir": folder, "train_images": 64, "val_images": 1, "workers": 0, **sizes}
     run = resolve_run({**options, "pretrained_backbone": False})
     train_set, val_set = data_sets(run.data, run.model)
@@ -38,7 +38,7 @@ def make_trainer(preset: str, sizes: dict[str, int], folder: str) -> Trainer:
 
 
 def measure(trainer: Trainer, saves: int) -> dict[str, list]:
-    """Seconds of steps, by what happens meanwhile; those of `writing` in a list for every save."""
+    """Seconds of steps: `calm`, at a `save`, and during `writing`, with one list per save."""
     batches = list(trainer.loader)
     samples: dict[str, list] = {"calm": [], "save": [], "writing": []}
 
@@ -66,22 +66,22 @@ def measure(trainer: Trainer, saves: int) -> dict[str, list]:
 
 
 def check(trainer: Trainer, writer: CheckpointWriter) -> None:
-    """The file holds the weights bit for bit; what is written wrongly need not be timed."""
+    """Check that the file holds the weights bit for bit; a wrong file is not timed."""
     trainer.save(writer)
     writer.wait()
-    found = read_checkpoint(trainer.folder / LATEST)["model"]
+    weights = read_checkpoint(trainer.folder / LATEST)["model"]
     for name, value in trainer.model.state_dict().items():
-        if not torch.equal(found[name], value.cpu()):
-            raise SystemExit(f"{name} is not what was saved: not timing a wrong answer.")
+        if not torch.equal(weights[name], value.cpu()):
+            raise SystemExit(f"{name} in the file differs from the saved weights: a wrong file is not timed.")
 
 
 def main(words: list[str]) -> None:
-    """Measure, print, write the raw samples."""
+    """Measure, print, and write the raw samples."""
     parser = command("checkpoint", __doc__)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
     parser.add_argument("--saves", type=int, default=21)
     options = parser.parse_args(words)
-    table = Table(title="steps of training, ms: median (10-90 %), and against calm ones")
+    table = Table(title="training steps, ms: median (10-90 %), and ratio to calm steps")
     for column in ("preset", "MB", "calm", "at the save", "", "while it is written", "", "both", "steps"):
         table.add_column(column, justify="left" if column == "preset" else "right")
     results = []
@@ -98,10 +98,10 @@ def main(words: list[str]) -> None:
 
 
 def row(samples: dict[str, list]) -> list[str]:
-    """Cells: times, ratios of medians, and how many steps a checkpoint takes to be written."""
+    """Cells: times, ratios of medians, and the number of steps during which a checkpoint is written."""
     calm = median(samples["calm"])
-    writing = [seconds for of_save in samples["writing"] for seconds in of_save] or samples["calm"]
-    both = [mean([saved, *of_save]) for saved, of_save in zip(samples["save"], samples["writing"], strict=True)]
+    writing = [seconds for during_save in samples["writing"] for seconds in during_save] or samples["calm"]
+    both = [mean([saved, *during_save]) for saved, during_save in zip(samples["save"], samples["writing"], strict=True)]
 
     def cell(values: list[float]) -> str:
         low, high = spread(values)
@@ -110,7 +110,7 @@ def row(samples: dict[str, list]) -> list[str]:
     def ratio(values: list[float]) -> str:
         return f"{median(values) / calm:.3f}"
 
-    steps = mean(len(of_save) for of_save in samples["writing"])
+    steps = mean(len(during_save) for during_save in samples["writing"])
     parts = [cell(samples["calm"]), cell(samples["save"]), ratio(samples["save"]), cell(writing), ratio(writing)]
     return [*parts, ratio(both), f"{steps:.1f}"]
 

@@ -1,4 +1,4 @@
-"""Training images per second and core: the official chain against ours, on real images.
+"""Training images per second and core: the official transforms against ours, on real images.
 
 CONDDETR_COCO=dir python benchmarks/run.py data
 """
@@ -17,7 +17,7 @@ from harness.store import say_written, write
 
 
 def main(words: list[str]) -> None:
-    """Measure, print, write the raw samples."""
+    """Measure, print, and write the raw samples."""
     parser = command("data", __doc__)
     parser.add_argument("--coco-path", default=os.environ.get("CONDDETR_COCO"), help="COCO's 2017 layout")
     parser.add_argument("--preset", default="conditional-detr-r50", choices=list(PRESETS))
@@ -25,7 +25,7 @@ def main(words: list[str]) -> None:
     options = parser.parse_args(words)
     if not options.coco_path:
         parser.error("--coco-path or CONDDETR_COCO: name a folder in COCO's 2017 layout")
-    # The file says how many threads were used.
+    # The file records the number of threads.
     torch.set_num_threads(1)
     result = bench_data(
         coco_split(options.coco_path, "train", TrainTransform(PRESETS[options.preset])), 100, options.rounds

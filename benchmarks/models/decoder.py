@@ -41,7 +41,7 @@ class Problem(Timed):
         return f"six decoder layers, {size}, {dtype_name(self.dtype)}"
 
     def measured(self, options: argparse.Namespace) -> Result:
-        """Check all implementations, then time a training step's share of the decoder."""
+        """Check all implementations, then time the decoder's part of a training step."""
         transformers, tensors = decoders(self.dtype), make(self.batch, self.dtype)
         wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
         exact = outputs(decoders(torch.float64)["eager"], wide)
@@ -58,7 +58,7 @@ class Problem(Timed):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All dtypes."""
+        """Every dtype."""
         return [cls(options.batch, getattr(torch, dtype)) for dtype in options.dtypes]
 
 
@@ -97,13 +97,13 @@ def decode(transformer: Callable, tensors: Tensors) -> Tensor:
 
 
 def train(transformer: torch.nn.Module, tensors: Tensors) -> tuple[Tensor, ...]:
-    """Forward in training, then the gradients of all parameters in use."""
+    """Forward in training mode, then the gradients of all parameters in use."""
     out = decode(transformer, tensors)
     return torch.autograd.grad(out, list(transformer.parameters()), tensors["upstream"], allow_unused=True)
 
 
 def outputs(transformer: torch.nn.Module, tensors: Tensors) -> Tensors:
-    """What the check compares: the output without dropout."""
+    """The output without dropout, for the check."""
     transformer.eval()
     with torch.no_grad():
         return {"hidden": decode(transformer, tensors)}

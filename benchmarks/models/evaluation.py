@@ -1,4 +1,4 @@
-"""COCO's twelve numbers of 5,000 images × 100 synthetic detections, by every library that computes them.
+"""COCO metrics of 5,000 images × 100 synthetic detections, by every library that computes them.
 
 python benchmarks/run.py evaluation
 """
@@ -43,30 +43,30 @@ def synthetic(images: int, per_image: int, seed: int = 0) -> tuple[dict, Detecti
     }
     image_ids = np.arange(images).repeat(per_image)
     near = image_ids * OBJECTS + rng.integers(0, OBJECTS, len(image_ids))
-    found = boxes[near]
-    found[:, :2] += rng.normal(0, 0.1, (len(near), 2)) * found[:, 2:]
+    detected = boxes[near]
+    detected[:, :2] += rng.normal(0, 0.1, (len(near), 2)) * detected[:, 2:]
     right = rng.random(len(near)) < 0.3
     labels = np.where(right, categories[near], rng.integers(1, CLASSES + 1, len(near)))
     scores = rng.random(len(near)) * np.where(right, 1, 0.5)
-    return truth, Detections(image_ids, labels, found.astype(np.float32), scores.astype(np.float32))
+    return truth, Detections(image_ids, labels, detected.astype(np.float32), scores.astype(np.float32))
 
 
 def main(words: list[str]) -> None:
-    """Time them in turn, check that all agree, print, write the raw samples."""
+    """Time the libraries in turn, check that they agree, print, and write the raw samples."""
     parser = command("evaluation", __doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(words)
     libraries = [name for name in LIBRARIES if importlib.util.find_spec(name)]
-    truth, found = synthetic(options.images, 100)
+    truth, detections = synthetic(options.images, 100)
     samples: dict[str, list[float]] = {name: [] for name in libraries}
     expected: dict[str, float] | None = None
     for name in options.rounds * libraries:
         start = time.perf_counter()
-        metrics = coco_result(truth, found, name).metrics
+        metrics = coco_result(truth, detections, name).metrics
         samples[name].append(time.perf_counter() - start)
         expected = expected or metrics
-        # A figure of a library that disagrees is worth nothing.
+        # The time of a library with wrong metrics is meaningless.
         np.testing.assert_allclose(list(metrics.values()), list(expected.values()), atol=1e-12)
     table = Table(title=f"COCO metrics of {options.images} images × 100 detections, seconds")
     for column in ("library", "median", "fastest", "slowest", "AP"):

@@ -1,10 +1,10 @@
-"""Inference of whole models: official-style, HuggingFace's and ours, on the same weights and image.
+"""Inference of whole models: official-style, HuggingFace's and ours, with the same weights on the same image.
 
     python benchmarks/model.py
     python benchmarks/model.py --compiled               # torch.compile too: minutes more
     python benchmarks/model.py --presets conditional-detr-dc5-r50 detr-r50
 
-Everything is float32, on a GPU without TF32, for the outputs are held to those of the first within 1e-4.
+Everything is float32, on a GPU without TF32, because outputs must agree with the first one's within 1e-4.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Problem(Timed):
 
     @torch.inference_mode()
     def measured(self, options: argparse.Namespace) -> Result:
-        """Check that all give the same output, then time them."""
+        """Check that all implementations give the same output, then time them."""
         torch.compiler.reset()
         model = conddetr.build(self.preset, backend="eager").eval()
         spread_outputs(model)
@@ -70,12 +70,12 @@ class Problem(Timed):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All presets."""
+        """Every preset."""
         return [cls(preset, tuple(options.size), options.compiled) for preset in options.presets]
 
 
 def alike(runs: Runs, refused: dict[str, str]) -> Runs:
-    """Those that give the same output as the first; the others go to `refused`."""
+    """Implementations with the same output as the first; the others go to `refused`."""
     expected, good = next(iter(runs.values()))(), {}
     check_spread(expected)
     for name, function in runs.items():
@@ -87,8 +87,8 @@ def alike(runs: Runs, refused: dict[str, str]) -> Runs:
 
 
 def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
-    """The official form, whose batch norms stand alone; ours by default, as `Detector.predict` calls it for one image,
-    and its frozen copy, as `evaluate` and several images take it; then copies on other backends than `auto` takes.
+    """The official style, with separate batch norms; our default, as in `Detector.predict` of one image; our frozen
+    copy, as in `evaluate` and for several images; then copies on backends that `auto` does not pick.
     """
     default = copy.deepcopy(model)
     default.set_backend("auto")
@@ -106,30 +106,30 @@ def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs,
 
 
 def huggingface_runs(peer: nn.Module, image: Tensor, compiled: bool) -> Runs:
-    """transformers' model as it comes, and in channels-last."""
-    turned = copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    turned_image = image.contiguous(memory_format=torch.channels_last)
+    """transformers' model as shipped, and in channels-last."""
+    channels_last = copy.deepcopy(peer).to(memory_format=torch.channels_last)
+    channels_last_image = image.contiguous(memory_format=torch.channels_last)
     runs = {
         "HuggingFace as shipped": partial(huggingface_outputs, peer, image),
-        "HuggingFace, channels-last": partial(huggingface_outputs, turned, turned_image),
+        "HuggingFace, channels-last": partial(huggingface_outputs, channels_last, channels_last_image),
     }
     if compiled:
-        compiled_peer = torch.compile(turned, dynamic=False)
-        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, turned_image)
+        compiled_peer = torch.compile(channels_last, dynamic=False)
+        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, channels_last_image)
     return runs
 
 
 def accelerated_run(peer: nn.Module, image: Tensor) -> Runs:
-    """transformers' model with our kernels in it."""
+    """transformers' model with our kernels."""
     accelerated = copy.deepcopy(peer)
     conddetr.accelerate(accelerated)
     return {f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image)}
 
 
 def spread_outputs(model: conddetr.DETR) -> None:
-    """Sharper attention, weaker residual branches and random heads, in place.
+    """Sharpen attention, weaken residual branches and randomize heads, in place.
 
-    With fresh weights all queries collapse to one vector, and a wrong implementation would pass the check.
+    With initial weights all queries collapse to one vector, and a wrong implementation would pass the check.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def spread_outputs(model: conddetr.DETR) -> None:
 
 
 def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """One forward pass, under our names."""
+    """One forward pass, with our names of outputs."""
     mask = torch.ones(1, *image.shape[-2:], dtype=torch.int64, device=DEVICE)
     out = peer(pixel_values=image, pixel_mask=mask)
     return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
@@ -154,21 +154,21 @@ def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
 def check_spread(expected: dict[str, Tensor]) -> None:
     """
     Raises:
-        RefusedError: queries are so alike that a wrong answer would pass `check`.
+        RefusedError: queries are so similar that a wrong answer would pass `check`.
     """
     for name, tolerance in TOLERANCE.items():
         spread = expected[name].std(dim=1).mean().item()
         if spread < 100 * tolerance and not is_null_gpu():
-            raise RefusedError(f"{name}: queries differ by {spread:.2e} only, so the check says nothing")
+            raise RefusedError(f"{name}: queries differ by only {spread:.2e}, so the check would prove nothing")
 
 
-def check(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    """Largest difference of each output, in words.
+def check(expected: dict[str, Tensor], outputs: dict[str, Tensor]) -> str:
+    """Largest difference of each output, as text.
 
     Raises:
-        RefusedError: one is too large.
+        RefusedError: a difference is too large.
     """
-    differences = {name: (found[name] - expected[name]).abs().max().item() for name in TOLERANCE}
+    differences = {name: (outputs[name] - expected[name]).abs().max().item() for name in TOLERANCE}
     if is_null_gpu():
         return NOT_COMPARED
     for name, tolerance in TOLERANCE.items():

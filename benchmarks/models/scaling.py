@@ -1,11 +1,11 @@
-"""Time and memory of conditional attention, of a whole training step, and of reading annotations, against their size.
+"""Time and memory of attention, of whole training steps and of reading annotations, by problem size.
 
-    python benchmarks/run.py scaling               # keys from 10² to 10⁵, queries, batch; of a training step too; boxes
+    python benchmarks/run.py scaling               # keys from 10² to 10⁵, queries, batch; training steps; boxes
     python benchmarks/run.py scaling --backward    # attention with its gradients
 
-One of keys, queries and batch grows, the others are those of R50 at 800×1066. Implementations are those of
-`ops/attn.py` that need no compilation for each size, checked before timed. Annotation files are those of
-`annotations.py`, up to the size of COCO's training set. Writes results/<device>/scaling.json and, from it, scaling.png.
+One of keys, queries and batch varies, the others are those of R50 at 800×1066. Implementations are those of
+`ops/attn.py` that need no compilation per size, checked before timed. Annotation files are those of `annotations.py`,
+up to the size of COCO's training set. Writes results/<device>/scaling.json and, from it, scaling.png.
 """
 
 import argparse
@@ -47,13 +47,13 @@ attn.GRIDS.update(SQUARES)
 QUERIES = (10, 30, 100, 300, 1000, 3000)
 BATCHES = (1, 2, 4, 8, 16)
 COMPILED = ("torch.compile of it", "FlexAttention", "FlexAttention, FLASH")
-"""Compiled anew for each size: minutes, of which none would be measured."""
+"""Left out: recompiling them for each size takes minutes, none of which is measured."""
 STEP_PRESET = "conditional-detr-r50" if DEVICE.type == "cuda" else "conditional-detr-tiny"
 STEP_QUERIES = conddetr.build(STEP_PRESET).config.num_queries
 SIDE, STRIDE = (800, 32) if DEVICE.type == "cuda" else (128, 16)
-"""Of the step's images, and pixels per key of its feature map."""
+"""Side of the step's images, and pixels per key of its feature map."""
 ANNOTATION_ROUNDS = 2
-"""A file of COCO's size takes the plain reader twenty seconds."""
+"""Few, because the plain reader needs twenty seconds for a file of COCO's size."""
 
 
 def problems(backward: bool) -> dict[str, dict[int, attn.Problem]]:
@@ -78,9 +78,9 @@ def attention(problem: attn.Problem, options: argparse.Namespace) -> Result:
 
 
 def training_step(options: argparse.Namespace, batch: int = 1, side: int = SIDE, queries: int = STEP_QUERIES) -> Result:
-    """A whole step, with clipping and update, of ours and of the official-style loop; square images of noise.
+    """A whole step, with clipping and update, of our model and of the official-style loop, on square noise images.
 
-    The floor is that of the products: a backward pass has twice those of the forward pass.
+    The floor counts products: a backward pass has twice those of the forward pass.
     """
     problem = train.Problem(STEP_PRESET, batch, (side, side), torch.float32)
     images = problem.make()
@@ -107,7 +107,7 @@ def step_model(backend: str, queries: int) -> conddetr.DETR:
 
 
 def memory_floor(problem: attn.Problem) -> int:
-    """Bytes of what attention must give out: its output, and with backward the gradients of its separable inputs."""
+    """Bytes that attention must allocate: its output, and with backward the gradients of its separable inputs."""
     height, width = attn.GRIDS[problem.grid]
     rows = problem.queries
     if problem.backward:
@@ -116,7 +116,7 @@ def memory_floor(problem: attn.Problem) -> int:
 
 
 def draw(path: Path) -> Path:
-    """Time above, memory below; a column per axis; floors dashed."""
+    """Plot time above and memory below, a column per axis, with dashed floors."""
     content = json.loads(path.read_text())
     entries = content["results"]
     axes_names = list(dict.fromkeys(entry["axis"] for entry in entries))
@@ -136,7 +136,7 @@ def draw(path: Path) -> Path:
             below.plot(*zip(*bounds, strict=True), "k--", linewidth=1, label="floor")
         if floors:
             above.plot(*zip(*floors, strict=True), "k--", linewidth=1, label="floor")
-        for panel, label in ((above, "milliseconds, median"), (below, "extra memory at its peak, MiB")):
+        for panel, label in ((above, "milliseconds, median"), (below, "peak extra memory, MiB")):
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)
             panel.grid(alpha=0.3, which="both")
         above.legend(fontsize=7)
@@ -151,28 +151,28 @@ def draw(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Size:
-    """One point of the picture."""
+    """One point of the chart."""
 
     axis: str
     value: int
     run: Callable[[], Result]
     memory_floor: int = 0
-    """Bytes; 0: none is known."""
+    """Bytes; 0: unknown."""
 
     @property
     def title(self) -> str:
-        """For lists of what was left out."""
+        """Name in the list of sizes that were left out."""
         return f"{self.axis} {self.value}"
 
 
 def sizes_of(options: argparse.Namespace) -> list[Size]:
-    """Every axis' small sizes before any axis' large ones."""
+    """All sizes, the small ones of every axis first."""
     axes = [
         [
             Size(axis, value, partial(attention, problem, options), memory_floor(problem))
-            for value, problem in found.items()
+            for value, problem in by_value.items()
         ]
-        for axis, found in problems(options.backward).items()
+        for axis, by_value in problems(options.backward).items()
     ]
     step = partial(training_step, options)
     axes += [
@@ -184,11 +184,11 @@ def sizes_of(options: argparse.Namespace) -> list[Size]:
             for boxes in annotations.SIZES
         ],
     ]
-    return [size for of_rank in zip_longest(*axes) for size in of_rank if size is not None]
+    return [size for same_rank in zip_longest(*axes) for size in same_rank if size is not None]
 
 
 def entry(size: Size, result: Result) -> dict:
-    """As it stands in the result file: samples to four digits, as those of other benchmarks."""
+    """Entry of the result file; samples have four digits, as in other benchmarks."""
     seconds = {name: [float(f"{value:.4g}") for value in values] for name, values in result.seconds.items()}
     return {
         "axis": size.axis,
@@ -200,7 +200,7 @@ def entry(size: Size, result: Result) -> dict:
 
 
 def main(words: list[str]) -> None:
-    """Measure, keep the file complete after each size, draw; a wrong answer is told at the end."""
+    """Measure, rewrite the file after each size, and plot; wrong answers are reported at the end."""
     parser = arguments("scaling", __doc__, seconds=300)
     parser.set_defaults(rounds=50 if DEVICE.type == "cuda" else 5)
     parser.add_argument("--backward", action="store_true", help="attention with its gradients")

@@ -1,13 +1,13 @@
-"""A step of training whole models: official-style, HuggingFace's and ours, on the same weights, images and objects.
+"""Training steps of whole models: official-style, HuggingFace's and ours, on the same weights, images and objects.
 
     python benchmarks/train.py
     python benchmarks/train.py --presets conditional-detr-dc5-r50 detr-r50 --batch 4
     python benchmarks/train.py --compiled                # torch.compile too: minutes more
 
-The official-style step is our plain PyTorch, which the tests hold to the official numbers, with PyTorch's defaults (but
-float32 without TF32) and the official loop's look at every loss. All train the same parameters. Losses are compared,
-without dropout, before anything is timed; steps are then timed with dropout 0.1. Where their time goes is measured
-apart from that.
+The official-style step is our plain PyTorch, which the tests compare with the official numbers. It uses PyTorch's
+defaults (but float32 without TF32) and reads every loss, as the official loop does. All train the same parameters.
+Losses are compared without dropout before anything is timed; steps are timed with dropout 0.1. The time of each part is
+measured in separate steps.
 """
 
 import argparse
@@ -51,7 +51,7 @@ BREAKDOWN_STEPS = 3
 
 @dataclass(frozen=True)
 class Problem(Timed):
-    """One size: the model, and what it is trained on."""
+    """One size: the model, and its batch."""
 
     preset: str
     batch: int
@@ -68,7 +68,7 @@ class Problem(Timed):
         return f"{self.preset}, training step, {shape}, {dtype_name(self.dtype)}"
 
     def make(self) -> Batch:
-        """Noise images that fill the batch, with random objects; pinned where there is a GPU to copy to."""
+        """Noise images of the full batch size, with random objects; in pinned memory if there is a GPU."""
         generator = torch.Generator().manual_seed(0)
         samples = []
         for number in range(self.batch):
@@ -80,7 +80,7 @@ class Problem(Timed):
         return batch.pin_memory() if DEVICE.type == "cuda" else batch
 
     def work(self) -> Work:
-        """Products of forward and backward as the paper writes the model, counted without computing them."""
+        """Products of forward and backward as the paper writes the model, counted on fake tensors."""
         with FakeTensorMode():
             model = conddetr.build(self.preset, backend="eager")
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -91,7 +91,7 @@ class Problem(Timed):
         return Work(flops, 0, {"products": flops / product_rate(self.dtype)})
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 where the problem is."""
+        """Autocast to bfloat16 if the problem is in bfloat16."""
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def measured(self, options: argparse.Namespace) -> Result:
@@ -100,7 +100,7 @@ class Problem(Timed):
         runs = {name: trained.step for name, trained in alike(made, self.dtype, refused).items()}
         result = with_host_memory(measure(self.title, runs, options, self.work(), refused), runs)
         result, parts = with_capture_memory(result, made), {}
-        # Hooks inside a compiled model would cut it in pieces; a replayed graph calls none.
+        # Hooks inside a compiled model would break its graph; a replayed CUDA graph calls none.
         whole = [name for name in result.seconds if "compiled" not in name and name not in result.captured]
         for name in whole:
             with refusing(f"{name}, its parts", result.refused):
@@ -119,9 +119,9 @@ class Problem(Timed):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All presets in all dtypes with all numbers of images."""
+        """Every preset in every dtype with every number of images."""
         if options.cudagraph:
-            raise RefusedError("--cudagraph: whole steps are not captured here")
+            raise RefusedError("--cudagraph: this benchmark does not capture whole steps")
         return [
             cls(preset, batch, tuple(options.size), getattr(torch, dtype), options.compiled)
             for preset, dtype, batch in product(options.presets, options.dtypes, options.batch)
@@ -134,11 +134,11 @@ class Trained:
 
     model: nn.Module
     losses: Callable[[], dict[str, Tensor]]
-    """Unweighted, by layer, as `Criterion` names them."""
+    """Unweighted losses by layer, with the names of `Criterion`."""
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
     recorded: dict | None = None
-    """Its CUDA graphs, as `StepGraphs` keeps them; None: it captures nothing."""
+    """Its CUDA graphs in `StepGraphs`; None: it captures nothing."""
 
     def parts(self) -> dict[str, nn.Module]:
         """Backbone, encoder and decoder."""
@@ -148,7 +148,7 @@ class Trained:
 
 
 def our_losses(model: conddetr.DETR, problem: Problem, batch: Batch) -> dict[str, Tensor]:
-    """Of our model, by the criterion of its backend."""
+    """Losses of our model, by the criterion of its backend."""
     criterion = conddetr.build_criterion(model).to(DEVICE)
     with problem.autocast():
         outputs = model(batch.to(DEVICE).model_input(), valid_hw=batch.valid_hw)
@@ -156,7 +156,7 @@ def our_losses(model: conddetr.DETR, problem: Problem, batch: Batch) -> dict[str
 
 
 def huggingface_losses(peer: nn.Module, problem: Problem, batch: Batch) -> dict[str, Tensor]:
-    """Of transformers' model, by its own loss."""
+    """Losses of transformers' model, by its own loss."""
     labels = [{"class_labels": t["labels"].to(DEVICE), "boxes": t["boxes"].to(DEVICE)} for t in batch.targets]
     mask = torch.ones(len(batch), *batch.images.shape[-2:], dtype=torch.int64, device=DEVICE)
     with problem.autocast():
@@ -165,13 +165,13 @@ def huggingface_losses(peer: nn.Module, problem: Problem, batch: Batch) -> dict[
 
 
 def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool, fused: bool) -> Trained:
-    """The loop that people write.
+    """A plain training loop.
 
     Args:
         model: to be trained.
-        losses: with the total among them.
-        looks: whether the host waits for each loss to look at it, as the official loop does.
-        fused: AdamW's fused kernel, which transformers' Trainer takes; the official code has PyTorch's default.
+        losses: returns the losses, including the total.
+        looks: whether the host reads each loss and waits for it, as the official loop does.
+        fused: AdamW's fused kernel, as in transformers' Trainer; the official code uses PyTorch's default.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=1e-4, fused=fused)
@@ -189,11 +189,11 @@ def plain(model: nn.Module, losses: Callable[[], dict[str, Tensor]], looks: bool
 
 
 FORMS = {"": {}, "without CUDA graphs": {"cuda_graphs": "off"}, "compiled": {"compile": True}}
-"""Options of `TrainConfig` beside the defaults."""
+"""Changes to the defaults of `TrainConfig`."""
 
 
 def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str = "") -> Trained:
-    """The step of `conddetr train`, in one of `FORMS`; the first is what runs by default."""
+    """The step of `conddetr train`, in one of `FORMS`; the first is the default."""
     precision = "bfloat16" if problem.dtype == torch.bfloat16 else "float32"
     config = TrainConfig(lr=1e-5, precision=precision, **FORMS[form])
     stepper = Stepper(model, config, DEVICE, steps_per_epoch=1)
@@ -203,8 +203,9 @@ def ours(model: conddetr.DETR, problem: Problem, batch: Batch, form: str = "") -
 
 
 def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dict[str, Trained], dict[str, str]]:
-    """Name → implementation, all with the same weights; and why others are not there. The first is the official one;
-    `ours` is what runs by default, which has no second row under the name of the backend that it takes.
+    """Name → implementation, all with the same weights; and name → reason of those that are left out.
+
+    The first is the official one. `ours` is the default; the backend that it picks has no separate row.
     """
     reference = conddetr.build(problem.preset, backend="eager")
     spread_outputs(reference)
@@ -228,7 +229,7 @@ def implementations(problem: Problem, batch: Batch, compiled: bool) -> tuple[dic
 
 
 def huggingface(reference: conddetr.DETR, compiled: bool, refused: dict[str, str]) -> dict[str, nn.Module]:
-    """transformers' model in the forms it comes in, and accelerated; those that fail go to `refused`."""
+    """transformers' model with each of its attentions, and accelerated; those that fail go to `refused`."""
     made = {}
     with refusing("HuggingFace", refused):
         peer = huggingface_peer(reference)
@@ -246,7 +247,7 @@ def huggingface(reference: conddetr.DETR, compiled: bool, refused: dict[str, str
 
 
 def huggingface_peer(reference: conddetr.DETR) -> nn.Module:
-    """transformers' model with the same weights; what is frozen in ours is frozen."""
+    """transformers' model with the same weights and the same frozen parameters."""
     peer, _ = convert_to_huggingface(reference)
     peer.config.auxiliary_loss = True
     for name, parameter in peer.named_parameters():
@@ -256,13 +257,13 @@ def huggingface_peer(reference: conddetr.DETR) -> nn.Module:
 
 
 def alike(made: dict[str, Trained], dtype: torch.dtype, refused: dict[str, str]) -> dict[str, Trained]:
-    """Those that train as many parameters as the first and have its losses; the others go to `refused`."""
+    """Implementations that train as many parameters as the first and have its losses; the others go to `refused`."""
     first, *_ = made.values()
     expected, size, good = evaluated(first), trained_size(first), {}
     for name, trained in made.items():
         with refusing(name, refused):
             if trained_size(trained) != size:
-                raise RefusedError(f"{WRONG}it trains {trained_size(trained)} parameters, expected {size}")
+                raise RefusedError(f"{WRONG}expected {size} trained parameters, got {trained_size(trained)}")
             worst = check(expected, evaluated(trained), TOLERANCE[dtype])
             console.print(f"  {name}: {worst}", highlight=False)
             good[name] = trained
@@ -270,7 +271,7 @@ def alike(made: dict[str, Trained], dtype: torch.dtype, refused: dict[str, str])
 
 
 def trained_size(trained: Trained) -> int:
-    """How many numbers its optimizer changes."""
+    """Number of parameters that its optimizer updates."""
     return sum(p.numel() for group in trained.optimizer.param_groups for p in group["params"])
 
 
@@ -278,24 +279,24 @@ def trained_size(trained: Trained) -> int:
 def evaluated(trained: Trained) -> dict[str, float]:
     """Losses of all layers, without dropout."""
     trained.model.eval()
-    found = {name: loss.double().item() for name, loss in trained.losses().items() if name.startswith("loss_")}
+    losses = {name: loss.double().item() for name, loss in trained.losses().items() if name.startswith("loss_")}
     trained.model.train()
-    return found
+    return losses
 
 
-def check(expected: dict[str, float], found: dict[str, float], tolerance: float) -> str:
-    """The loss that differs most, in words.
+def check(expected: dict[str, float], losses: dict[str, float], tolerance: float) -> str:
+    """The loss that differs most, as text.
 
     Raises:
         RefusedError: it differs by more than `tolerance`, relatively.
     """
     if is_null_gpu():
         return NOT_COMPARED
-    differences = {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
+    differences = {name: abs(losses[name] - value) / abs(value) for name, value in expected.items()}
     worst = max(differences, key=differences.get)
     if not differences[worst] <= tolerance:
-        raise RefusedError(f"{WRONG}{worst} is {found[worst]:.6g}, expected {expected[worst]:.6g}")
-    return f"{worst} differs by {differences[worst]:.1e}, the most"
+        raise RefusedError(f"{WRONG}{worst}: expected {expected[worst]:.6g}, got {losses[worst]:.6g}")
+    return f"largest relative difference {differences[worst]:.1e}, of {worst}"
 
 
 def breakdown(trained: Trained) -> dict[str, float]:
@@ -309,13 +310,13 @@ def breakdown(trained: Trained) -> dict[str, float]:
 
 
 def with_capture_memory(result: Result, made: dict[str, Trained]) -> Result:
-    """The result, with the memory of those that replay graphs as it is when they warm up and capture."""
+    """The result, with the memory of warm-up and capture for implementations that replay graphs."""
     captured = [name for name in result.seconds if made[name].recorded is not None]
     peaks = {name: peak for name, peak in result.peak_extra_bytes.items() if name not in captured}
     for name in captured:
         with refusing(f"{name}, its memory", result.refused):
-            # Held until the next capture: without any graph PyTorch gives back the memory that all of them share, and
-            # captures into it no more.
+            # Kept until the next capture: without any graph PyTorch releases the memory pool that all graphs share, and
+            # no longer captures into it.
             before = dict(made[name].recorded)
             made[name].recorded.clear()
             torch.cuda.synchronize()

@@ -1,1 +1,1 @@
-"""Benchmarks of operations: a file for each folder of `kernels/`, of the same name."""
+"""Benchmarks of operations: one file for each folder of `kernels/`, with the same name."""

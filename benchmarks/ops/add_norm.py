@@ -1,4 +1,4 @@
-"""Bias, dropout, residual sum and layer norm, with gradients, against plain PyTorch and torch.compile of it."""
+"""Bias, dropout, residual add and layer norm, with gradients, against plain PyTorch and torch.compile of it."""
 
 import argparse
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ LEAVES = ("branch", "residual", "weight", "bias", "branch_bias")
 
 @dataclass(frozen=True)
 class Problem(Differentiated):
-    """One size: images and their tokens, and the dtype of the branch; the trunk is float32, as autocast has it."""
+    """One size: images, tokens per image, and the dtype of the branch; the trunk is float32, as under autocast."""
 
     images: int
     tokens: int
@@ -42,13 +42,13 @@ class Problem(Differentiated):
             **dict.fromkeys(LEAVES[:2], tokens),
             **dict.fromkeys(LEAVES[2:], (CHANNELS,)),
             "position": (1, *tokens[1:]),
-            **dict.fromkeys(("of_trunk", "of_out", "of_placed"), tokens),
+            **dict.fromkeys(("grad_trunk", "grad_out", "grad_placed"), tokens),
         }
-        halves = ("branch", "position", "of_out", "of_placed")
-        made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        low_precision = ("branch", "position", "grad_out", "grad_placed")
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         return {
-            name: x.to(DEVICE, self.dtype if name in halves else torch.float32).requires_grad_(name in LEAVES)
-            for name, x in made.items()
+            name: x.to(DEVICE, self.dtype if name in low_precision else torch.float32).requires_grad_(name in LEAVES)
+            for name, x in tensors.items()
         }
 
     def forwards(self) -> dict[str, Forward]:
@@ -59,15 +59,14 @@ class Problem(Differentiated):
         return partial(forward, 0.0, backend="eager")
 
     def exact(self, inputs: Tensors) -> Tensors:
-        """Of the gradient of the norm's bias there is no error to compare: it is the sum of what comes in, whatever
-        was dropped."""
-        found = super().exact(inputs)
-        found.pop("bias")
-        return found
+        """The gradient of the norm's bias is left out: with or without dropout it sums the incoming gradient."""
+        answer = super().exact(inputs)
+        answer.pop("bias")
+        return answer
 
     def work(self) -> Work:
-        """Bytes of a branch and a trunk: both read, and in backward again; three outputs, three gradients of outputs,
-        and two of inputs. Vectors and positions, which all images share, are small beside them.
+        """Bytes: branch and trunk read in each pass; three outputs, their gradients, and the gradients of two inputs.
+        Vectors and positions, which all images share, are small in comparison.
         """
         half, full = self.dtype.itemsize, torch.float32.itemsize
         per_element = 2 * (half + full) + 2 * (full + 2 * half) + half + full
@@ -76,13 +75,13 @@ class Problem(Differentiated):
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--images", nargs="+", type=int, default=[8, 2] if DEVICE.type == "cuda" else [2])
-        # The feature map of 800×1066, and the queries.
+        # Tokens of the feature map of 800×1066, and of the queries.
         parser.add_argument("--tokens", nargs="+", type=int, default=[850, 300])
         parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All of them with all."""
+        """All combinations."""
         sizes = product(options.dtypes, options.images, options.tokens)
         return [cls(images, tokens, getattr(torch, dtype)) for dtype, images, tokens in sizes]
 
@@ -90,6 +89,6 @@ class Problem(Differentiated):
 def forward(p: float, *, backend: str, **inputs: Tensor) -> Tensors:
     """Trunk, out, and out with positions, as an encoder layer uses them."""
     vectors = (inputs["weight"], inputs["bias"])
-    others = {name: inputs[name] for name in ("branch_bias", "position")}
-    outputs = add_norm(inputs["branch"], inputs["residual"], *vectors, **others, dropout_p=p, backend=backend)
+    optional = {name: inputs[name] for name in ("branch_bias", "position")}
+    outputs = add_norm(inputs["branch"], inputs["residual"], *vectors, **optional, dropout_p=p, backend=backend)
     return dict(zip(("trunk", "out", "placed"), outputs, strict=True))

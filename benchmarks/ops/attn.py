@@ -1,11 +1,11 @@
-"""Conditional attention against everything that a user could pick instead, in one process, checked before timed.
+"""Conditional attention against all alternatives that a user has, in one process, checked before timed.
 
-    python benchmarks/attn.py                      # what this machine can run, the most important problems first
+    python benchmarks/attn.py                      # all problems, the most important first
     python benchmarks/attn.py --grids r50 --batch 8 --backward --dropout 0.1
     python benchmarks/attn.py --batch 1 --cudagraph
 
-Every implementation computes the same thing from the same projected tensors: concatenation, where one needs it, is
-part of its time. Those that cannot run are listed with the reason.
+Every implementation computes the same result from the same projected tensors. If it needs them concatenated, that is
+part of its time. Implementations that cannot run are listed with the reason.
 """
 
 import argparse
@@ -57,14 +57,14 @@ class Tensors:
     padding: Tensor | None
 
     def leaves(self, separable: bool) -> dict[str, Tensor]:
-        """All that an implementation reads."""
+        """The tensors that an implementation reads."""
         spatial = ("rows", "columns") if separable else ("k_spatial",)
         return {name: getattr(self, name) for name in ("q_content", "q_spatial", "k_content", "v", *spatial)}
 
 
 @dataclass(frozen=True)
 class Problem(Checked[Tensors]):
-    """One size: what is computed, and from what."""
+    """One size, with dtype, dropout, padding and direction."""
 
     grid: str
     batch: int
@@ -96,7 +96,7 @@ class Problem(Checked[Tensors]):
         made = [torch.randn(self.batch, n, HEADS, WIDTH, generator=generator) for n in sizes]
         *made, upstream = [tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for tensor in made]
         valid = self.valid_cells().to(DEVICE) if self.padded else None
-        # What every peer starts from; made here, so that nobody is timed for it.
+        # All peers start from dense keys; they are made here, outside the timing.
         k_spatial = dense_spatial_keys(made[3], made[4]).detach().requires_grad_(self.backward)
         padding = None if valid is None else rectangle_padding(valid, height, width)
         return Tensors(*made, k_spatial, upstream.detach(), valid, padding)
@@ -106,7 +106,7 @@ class Problem(Checked[Tensors]):
         return self.dropout > 0
 
     def implementations(self, tensors: Tensors) -> dict[str, "Implementation"]:
-        """Everything that might compute the problem; the first is the official code's way."""
+        """Name → implementation; the first follows the official code."""
         content = (tensors.q_content, tensors.q_spatial, tensors.k_content)
 
         def ours(backend: str, separable: bool) -> Tensor:
@@ -133,18 +133,18 @@ class Problem(Checked[Tensors]):
             peers["FlashAttention-4"] = flash_attention_4(self, tensors)
         else:
             peers["SDPA, padded values"] = lambda: sdpa(self, tensors, pad_values=True)
-        found = {name: Implementation(attend, tensors) for name, attend in peers.items()}
+        built = {name: Implementation(attend, tensors) for name, attend in peers.items()}
         for backend, separable in product(registry.BACKENDS, (False, True)):
             if backend != "eager":
                 attend = partial(ours, backend, separable)
                 name = f"{OURS}, {backend}, {'separable' if separable else 'dense'}"
-                found[name] = Implementation(attend, tensors, separable)
+                built[name] = Implementation(attend, tensors, separable)
                 if backend == "native" and self.has_hopper_kernel():
-                    found[f"{name}, not Hopper's kernel"] = Implementation(without_hopper(attend), tensors, separable)
-        return found
+                    built[f"{name}, not Hopper's kernel"] = Implementation(without_hopper(attend), tensors, separable)
+        return built
 
     def has_hopper_kernel(self) -> bool:
-        """Whether `native` has a kernel for this GPU alone, beside that of all GPUs."""
+        """Whether `native` has a Hopper kernel for this GPU, beside the kernel for all GPUs."""
         is_hopper = DEVICE.type == "cuda" and torch.cuda.get_device_capability(DEVICE)[0] == 9
         return is_hopper and self.dtype != torch.float32 and os.environ.get("CONDDETR_HOPPER") != "0"
 
@@ -161,10 +161,10 @@ class Problem(Checked[Tensors]):
         return detached({"out": out, **gradients([out], leaves, [tensors.upstream.double()])})
 
     def work(self) -> Work:
-        """What valid keys need: padding is no work, and an implementation that computes it is only slower.
+        """Work of the valid keys: padding is not work, and an implementation that computes it is slower.
 
-        The floor counts the separable form: content scores and values alone are products over all keys. With
-        backward, scores are computed again (exponentials too) and three more products follow.
+        The floor counts the separable form, in which only content scores and values are products over all keys.
+        Backward recomputes scores and exponentials, and adds three products.
         """
         scores = self.scores()
         floors = {
@@ -176,11 +176,11 @@ class Problem(Checked[Tensors]):
         return Work(2 * scores * WIDTH * (11 if self.backward else 3), self.size(), floors)
 
     def scores(self) -> float:
-        """Of valid keys."""
+        """Number of scores of valid keys."""
         return HEADS * self.queries * self.valid_cells().double().prod(dim=1).sum().item()
 
     def size(self) -> float:
-        """Bytes of all inputs and outputs; with backward three times, once more read and once written as gradients."""
+        """Bytes of all inputs and outputs; with backward three times: read again, and gradients written."""
         valid = self.valid_cells().double()
         outputs = self.batch * self.queries
         inputs = 2 * outputs + 2 * valid.prod(dim=1).sum().item() + valid.sum().item()
@@ -194,21 +194,23 @@ class Problem(Checked[Tensors]):
         parser.add_argument("--batch", nargs="+", type=int, default=[8, 32, 1, 2] if cuda else [2, 1])
         parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
         parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
-        parser.add_argument("--backward", action=argparse.BooleanOptionalAction, help="only with, or only without")
+        parser.add_argument(
+            "--backward", action=argparse.BooleanOptionalAction, help="only with or only without backward"
+        )
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """Every problem asked for. Values that come first in each option matter most; the sum of places decides.
+        """Every problem of the options. Values that come first in an option matter most; the sum of positions decides.
 
-        Forward without dropout and backward with it are what inference and training do: they go before the others.
+        Inference is forward without dropout, training backward with dropout: these come before the others.
         """
         passes = (False, True) if options.backward is None else (options.backward,)
         ranked = []
-        for places in product(*(enumerate(values) for values in (options.grids, options.batch, options.dtypes))):
-            (_, grid), (_, batch), (_, dtype) = places
+        for positions in product(*(enumerate(values) for values in (options.grids, options.batch, options.dtypes))):
+            (_, grid), (_, batch), (_, dtype) = positions
             for dropout, backward in product(options.dropout, passes):
-                rank = sum(place for place, _ in places) + (backward != (dropout > 0))
-                # An image alone is never padded.
+                rank = sum(position for position, _ in positions) + (backward != (dropout > 0))
+                # A single image is never padded.
                 for padded in (False, True) if batch > 1 else (False,):
                     ranked.append((rank, cls(grid, batch, getattr(torch, dtype), dropout, padded, backward)))
         return [problem for _, problem in sorted(ranked, key=lambda item: item[0])]
@@ -216,7 +218,7 @@ class Problem(Checked[Tensors]):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute a problem, forward alone or with the gradients of all that it reads."""
+    """One implementation of a problem: forward, or forward with the gradients of all inputs."""
 
     attend: Attend
     tensors: Tensors
@@ -234,22 +236,22 @@ def mixed_shapes(grid: tuple[int, int], batch: int) -> Tensor:
     return (shares * torch.tensor(grid)).round().int()
 
 
-def comparable(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients in float64, the same for all: dense spatial keys' are summed to those of rows and columns.
+def comparable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output and gradients in float64. Gradients of dense spatial keys are summed to those of rows and columns.
 
-    Summed in their own dtype, as PyTorch does where it differentiates `dense_spatial_keys`.
+    The sums are in the gradients' dtype, as in PyTorch's backward of `dense_spatial_keys`.
     """
-    found = {name: tensor.detach() for name, tensor in found.items()}
-    if "k_spatial" in found:
-        dense = found.pop("k_spatial")
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    if "k_spatial" in tensors:
+        dense = tensors.pop("k_spatial")
         height, width = next(grid for grid in GRIDS.values() if grid[0] * grid[1] == dense.shape[1])
         dense = dense.unflatten(1, (height, width))
-        found |= {"rows": dense.sum(2), "columns": dense.sum(1)}
-    return {name: tensor.double() for name, tensor in found.items()}
+        tensors |= {"rows": dense.sum(2), "columns": dense.sum(1)}
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def without_hopper(attend: Attend) -> Attend:
-    """The same by the kernel of all GPUs."""
+    """The same call on the kernel for all GPUs."""
 
     def run() -> Tensor:
         os.environ["CONDDETR_HOPPER"] = "0"
@@ -262,14 +264,14 @@ def without_hopper(attend: Attend) -> Attend:
 
 
 def concatenated(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value [B, heads, n, 64 | 32] as stock attention takes them."""
+    """Query, key and value [B, heads, n, 64 | 32], the layout of stock attention."""
     query = torch.cat([tensors.q_content, tensors.q_spatial], -1).transpose(1, 2)
     key = torch.cat([tensors.k_content, tensors.k_spatial], -1).transpose(1, 2)
     return query, key, tensors.v.transpose(1, 2)
 
 
 def sdpa(problem: Problem, tensors: Tensors, pad_values: bool = False) -> Tensor:
-    """PyTorch's scaled_dot_product_attention; `pad_values` for kernels that want all widths equal."""
+    """PyTorch's scaled_dot_product_attention; `pad_values` for kernels that need equal widths."""
     query, key, value = concatenated(tensors)
     if pad_values:
         value = F.pad(value, (0, WIDTH))
@@ -278,7 +280,7 @@ def sdpa(problem: Problem, tensors: Tensors, pad_values: bool = False) -> Tensor
 
 
 def forced(backend: SDPBackend, problem: Problem, tensors: Tensors, pad_values: bool = False) -> Attend:
-    """SDPA on one backend or not at all."""
+    """SDPA on one backend; an error if that refuses."""
 
     def run() -> Tensor:
         with sdpa_kernel(backend):
@@ -288,14 +290,14 @@ def forced(backend: SDPBackend, problem: Problem, tensors: Tensors, pad_values: 
 
 
 def flex(problem: Problem, tensors: Tensors, by_flash: bool = False) -> Attend:
-    """FlexAttention with the concatenation before it, compiled: not compiled, it writes the scores.
+    """FlexAttention after concatenation, compiled: uncompiled, it writes the scores.
 
-    Padding is a block mask, made once and not timed: a model would make one per batch for all layers.
+    Padding is a block mask, made once and not timed: a model makes one per batch for all layers.
 
     Args:
-        problem: what is computed.
+        problem: the problem to compute.
         tensors: its inputs.
-        by_flash: by FlashAttention-4's kernels instead of Triton's.
+        by_flash: run FlashAttention-4's kernels instead of Triton's.
     """
     kernel_options = {"BACKEND": "FLASH"} if by_flash else None
 
@@ -316,7 +318,7 @@ def flex(problem: Problem, tensors: Tensors, by_flash: bool = False) -> Attend:
         if problem.dropout > 0:
             raise NotImplementedError("FlexAttention has no dropout on the weights.")
         if by_flash:
-            # Without the package PyTorch says so too, but after seconds of compilation.
+            # Without the package PyTorch raises too, but only after seconds of compilation.
             flash_attention_interface()
         return attend(None if tensors.padding is None else block_mask())
 
@@ -325,21 +327,21 @@ def flex(problem: Problem, tensors: Tensors, by_flash: bool = False) -> Attend:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a batch begin when padding is left out."""
+    """Starts of a batch's sequences when padding is left out."""
 
     query_starts: Tensor
     """[B + 1] int32."""
     key_starts: Tensor
     """[B + 1] int32, of valid keys."""
     longest: int
-    """Valid keys of the image with the most."""
+    """Most valid keys of an image."""
     valid: Tensor | None
-    """Index of each valid key among all keys of the batch; None: all are. Padding on the right of a grid lies between
-    its rows, so that valid keys are no prefix."""
+    """Index of each valid key among all keys of the batch; None: all are valid. Padding on the right of a grid lies
+    between its rows, so valid keys are not a prefix."""
 
     @classmethod
     def of(cls, problem: Problem) -> "Layout":
-        """Made on the host, which knows the sizes."""
+        """The layout of a problem, computed on the host, which has the sizes."""
         valid_cells, (height, width) = problem.valid_cells(), GRIDS[problem.grid]
         counts = valid_cells.prod(1)
         starts = [
@@ -353,17 +355,17 @@ class Layout:
 
 
 def packed(problem: Problem, tensors: Tensors, attend: Callable, pad_values: bool = False) -> Attend:
-    """Attention over sequences of any lengths, one behind the other, as `varlen_attn` takes them: valid keys alone.
+    """Attention over concatenated sequences of any lengths, as `varlen_attn` takes them: valid keys only.
 
-    To pick keys and values is part of the time, as every layer projects new ones; which are valid, a model would find
-    out once per batch for all layers, so that this is not.
+    Gathering keys and values is part of the time, as every layer projects new ones. Computing which keys are valid is
+    not: a model does it once per batch for all layers.
 
     Args:
-        problem: what is computed.
+        problem: the problem to compute.
         tensors: its inputs.
         attend: query, key and value [tokens, heads, width], starts of queries and keys, longest of queries and keys →
             [queries of the batch, heads, width].
-        pad_values: for kernels that want all widths equal.
+        pad_values: for kernels that need equal widths.
     """
     layout = Layout.of(problem)
 
@@ -389,7 +391,7 @@ def flash_attention_interface() -> ModuleType:
     """FlashAttention-4's Python functions.
 
     Raises:
-        ImportError: it, or what it needs, is not installed.
+        ImportError: the package or one of its dependencies is not installed.
     """
     try:
         return importlib.import_module("flash_attn.cute.interface")
@@ -398,7 +400,7 @@ def flash_attention_interface() -> ModuleType:
 
 
 def flash_attention_4(problem: Problem, tensors: Tensors) -> Attend:
-    """FlashAttention-4, over valid keys alone where there is padding."""
+    """FlashAttention-4; with padding, over valid keys only."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, max_q: int, max_k: int

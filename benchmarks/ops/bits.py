@@ -1,4 +1,4 @@
-"""Bits of dropout for attention weights, against the same in plain PyTorch and torch.compile of it."""
+"""Dropout bits of attention weights, against plain PyTorch and torch.compile of it."""
 
 import argparse
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from harness.result import Work
 
 P, HEADS, QUERIES = 0.1, 8, 300
 KEYS = {"25×34": 850, "50×67": 3350}
-"""Of images of 800×1066, at strides 32 and 16."""
+"""Keys of 800×1066 images at strides 32 and 16."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +34,26 @@ class Problem(Checked[Tensor]):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Images, heads, words, queries."""
+        """The shape of the bits: images, heads, words, queries."""
         return bits_shape(self.images, HEADS, QUERIES, KEYS[self.grid])
 
     def make(self) -> Tensor:
-        """The seed: all make the same bits of it."""
+        """The seed, from which all implementations make the same bits."""
         return torch.tensor([7], device=DEVICE)
 
     def implementations(self, seed: Tensor) -> dict[str, Run]:
         return against_pytorch(partial(dropout_bits, seed, self.shape, P), ["triton", "native"])
 
     def answer(self, run: Run) -> Tensors:
-        """Which weights are kept."""
+        """Whether each weight is kept."""
         return {"kept": unpacked(run()).float()}
 
     def exact(self, seed: Tensor) -> Tensors:
-        """By PyTorch."""
+        """Computed by PyTorch."""
         return {"kept": unpacked(dropout_bits(seed, self.shape, P, backend="eager")).double()}
 
     def work(self) -> Work:
-        """The words written, once."""
+        """Bytes: every word written once."""
         images, heads, words, queries = self.shape
         return least(4 * images * heads * words * queries)
 
@@ -64,5 +64,5 @@ class Problem(Checked[Tensor]):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All numbers of images on all grids."""
+        """Every number of images on every grid."""
         return [cls(images, grid) for grid, images in product(options.grids, options.images)]

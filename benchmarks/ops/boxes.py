@@ -1,4 +1,4 @@
-"""Losses of matched boxes and their gradient against the official way and torchvision's, checked before timed."""
+"""Losses of matched boxes and their gradient against the official code and torchvision, checked before timed."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -27,7 +27,7 @@ class Problem(PerImages, Checked[Inputs]):
         return f"matched boxes, {size}, forward + backward, {short_name(self.dtype)}"
 
     def make(self) -> Inputs:
-        """Predictions [L, B, Q, 4], objects [B, N, 4], and which object each prediction has [L, B, Q], -1: none."""
+        """Predictions [L, B, Q, 4], objects [B, N, 4], and the object of each prediction [L, B, Q], -1: none."""
         generator = torch.Generator().manual_seed(0)
         boxes = torch.rand(LAYERS, self.images, QUERIES, 4, generator=generator)
         objects = torch.rand(self.images, OBJECTS, 4, generator=generator)
@@ -37,44 +37,48 @@ class Problem(PerImages, Checked[Inputs]):
         return boxes.to(DEVICE, self.dtype).requires_grad_(), objects.to(DEVICE, self.dtype), assignment.to(DEVICE)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        ways: dict[str, Losses] = {
-            "official-style": layer_by_layer(of_diagonal),
+        losses: dict[str, Losses] = {
+            "official-style": layer_by_layer(diagonal_giou_loss),
             "torchvision, elementwise": layer_by_layer(partial(generalized_box_iou_loss, reduction="sum")),
             **ours(matched_box_loss, registry.OPERATIONS["matched_box_loss"].backends),
         }
-        return {name: partial(compute, way, *inputs) for name, way in ways.items()}
+        return {name: partial(compute, loss, *inputs) for name, loss in losses.items()}
 
     def exact(self, inputs: Inputs) -> Tensors:
-        """By the official way."""
+        """Computed as in the official code."""
         boxes, objects, assignment = inputs
         leaf = boxes.detach().double().requires_grad_()
-        return detached(compute(layer_by_layer(of_diagonal), leaf, objects.double(), assignment))
+        return detached(compute(layer_by_layer(diagonal_giou_loss), leaf, objects.double(), assignment))
 
     def work(self) -> Work:
-        """Matched boxes and objects read in each pass, assignments too; the whole gradient written once."""
+        """Bytes: matched boxes, objects and assignments read in each pass; the whole gradient written once."""
         matched = LAYERS * self.images * OBJECTS * 2 * 4 * self.dtype.itemsize
         predictions = LAYERS * self.images * QUERIES
         return least(2 * (matched + 8 * predictions) + 4 * predictions * self.dtype.itemsize)
 
 
 def layer_by_layer(giou_loss: Callable[[Tensor, Tensor], Tensor]) -> Losses:
-    """The official loop over layers, which picks the pairs first; given corners of pairs -> sum of 1 - GIoU."""
+    """The official loop over layers, which gathers the matched pairs first.
+
+    Args:
+        giou_loss: corners of both boxes of each pair → sum of 1 - GIoU.
+    """
 
     def losses(boxes: Tensor, objects: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-        found = []
-        for of_layer, of_pairs in zip(boxes, assignment, strict=True):
-            image, query = (of_pairs >= 0).nonzero(as_tuple=True)
+        layers = []
+        for layer_boxes, layer_assignment in zip(boxes, assignment, strict=True):
+            image, query = (layer_assignment >= 0).nonzero(as_tuple=True)
             dtype = torch.promote_types(boxes.dtype, torch.float32)
-            a, b = of_layer[image, query].to(dtype), objects[image, of_pairs[image, query]].to(dtype)
+            a, b = layer_boxes[image, query].to(dtype), objects[image, layer_assignment[image, query]].to(dtype)
             pairs = (box_convert(x, "cxcywh", "xyxy") for x in (a, b))
-            found.append((F.l1_loss(a, b, reduction="sum"), giou_loss(*pairs)))
-        return tuple(torch.stack(column) for column in zip(*found, strict=True))
+            layers.append((F.l1_loss(a, b, reduction="sum"), giou_loss(*pairs)))
+        return tuple(torch.stack(column) for column in zip(*layers, strict=True))
 
     return losses
 
 
-def of_diagonal(a: Tensor, b: Tensor) -> Tensor:
-    """The official way: all pairs, of which the diagonal is used."""
+def diagonal_giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """As in the official code: GIoU of all pairs, then the diagonal."""
     return (1 - generalized_box_iou(a, b).diag()).sum()
 
 

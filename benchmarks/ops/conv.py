@@ -1,9 +1,9 @@
-"""Convolutions of ResNet-50 with bias, residual sum and ReLU, against PyTorch's passes, checked before timed.
+"""Convolutions of ResNet-50 with bias, residual add and ReLU, against separate PyTorch operators, checked before timed.
 
     python benchmarks/run.py conv --size 800 1066 --batch 2
 
-Norms are folded already. On a GPU the convolution itself is cuDNN's in all of them, and torch.compile is a peer; on a
-CPU it calls the same operators as PyTorch.
+Norms are folded already. On a GPU all implementations call cuDNN for the convolution itself, and torch.compile is a
+peer. On a CPU torch.compile would call the same operators as PyTorch.
 """
 
 import argparse
@@ -25,16 +25,16 @@ class Form(NamedTuple):
     """A convolution of the network."""
 
     taken: int
-    """Channels of its input."""
+    """Input channels."""
     given: int
-    """Channels of its result."""
+    """Output channels."""
     kernel: int
     stride: int
     pixels: int
-    """Of the image, to a cell of the input."""
+    """Image pixels per cell of the input."""
     has_residual: bool = False
     before: int = 0
-    """Channels of the input of a convolution of 1×1 before it, both of which are computed; 0: there is none."""
+    """Input channels of a 1×1 convolution that is computed before it; 0: there is none."""
 
 
 FORMS = {
@@ -45,8 +45,8 @@ FORMS = {
     "pair, 1×1 and 3×3, strided": Form(128, 128, 3, 2, 4, before=256),
     "1×1, out, residual, last stage": Form(512, 2048, 1, 1, 32, has_residual=True),
 }
-GIVEN = ("of_out", "residual")
-"""Tensors that get no gradient here."""
+GIVEN = ("grad_out", "residual")
+"""Tensors without a gradient here."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Problem(Differentiated):
 
     @property
     def form(self) -> Form:
-        """All that does not depend on the size."""
+        """Everything that does not depend on the size."""
         return FORMS[self.name]
 
     @property
@@ -84,7 +84,7 @@ class Problem(Differentiated):
 
     @property
     def shape_out(self) -> tuple[int, ...]:
-        """Of the result."""
+        """Shape of the result."""
         return (self.batch, self.form.given, *(-(-cells // self.form.stride) for cells in self.cells))
 
     def make(self) -> Tensors:
@@ -94,30 +94,30 @@ class Problem(Differentiated):
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
-        made = {
+        tensors = {
             "x": normal(self.batch, form.before or form.taken, *self.cells).relu(),
             "weight": normal(form.given, form.taken, form.kernel, form.kernel) / (form.taken * form.kernel**2) ** 0.5,
-            "of_out": normal(*self.shape_out),
+            "grad_out": normal(*self.shape_out),
         }
         if form.has_residual:
-            made["residual"] = normal(*self.shape_out).relu()
+            tensors["residual"] = normal(*self.shape_out).relu()
         if form.before:
-            made["first_weight"] = normal(form.taken, form.before, 1, 1) / form.before**0.5
-        made = {name: tensor.contiguous(memory_format=torch.channels_last) for name, tensor in made.items()}
-        made["bias"] = normal(form.given)
+            tensors["first_weight"] = normal(form.taken, form.before, 1, 1) / form.before**0.5
+        tensors = {name: tensor.contiguous(memory_format=torch.channels_last) for name, tensor in tensors.items()}
+        tensors["bias"] = normal(form.given)
         if form.before:
-            made["first_bias"] = normal(form.taken)
+            tensors["first_bias"] = normal(form.taken)
         return {
             name: tensor.to(DEVICE, self.dtype).requires_grad_(self.backward and name not in GIVEN)
-            for name, tensor in made.items()
+            for name, tensor in tensors.items()
         }
 
     def work(self) -> Work:
-        """Products as the convolutions are defined, and each tensor once a pass. The floor counts a quarter of those
-        of 3×3 without stride, as minimal filtering needs them.
+        """Products as the convolutions are defined, and each tensor once per pass. The floor counts a quarter of the
+        products of 3×3 without stride, as minimal filtering needs.
         """
         tensors = self.make()
-        flops = 2 * tensors["weight"].numel() * tensors["of_out"].numel() // self.shape_out[1]
+        flops = 2 * tensors["weight"].numel() * tensors["grad_out"].numel() // self.shape_out[1]
         if self.form.before:
             flops += 2 * tensors["first_weight"].numel() * tensors["x"].numel() // self.form.before
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -127,15 +127,15 @@ class Problem(Differentiated):
         return least(size, flops, self.dtype, needed)
 
     def forwards(self) -> dict[str, Forward]:
-        ways = beside_compiled("PyTorch", self.theirs) if DEVICE.type == "cuda" else {"PyTorch": self.theirs}
-        return ways | ours(self.ours, ("eager", "triton", "auto"))
+        peers = beside_compiled("PyTorch", self.pytorch) if DEVICE.type == "cuda" else {"PyTorch": self.pytorch}
+        return peers | ours(self.ours, ("eager", "triton", "auto"))
 
     def compute(self, forward: Forward, tensors: Tensors) -> Tensors:
-        """Where no gradients are wanted, as in inference."""
+        """Without backward no graph is recorded, as in inference."""
         with torch.set_grad_enabled(self.backward):
             return super().compute(forward, tensors)
 
-    def theirs(
+    def pytorch(
         self,
         x: Tensor,
         weight: Tensor,
@@ -144,7 +144,7 @@ class Problem(Differentiated):
         first_weight: Tensor | None = None,
         first_bias: Tensor | None = None,
     ) -> Tensor:
-        """PyTorch's operators, one pass each."""
+        """PyTorch's operators, one pass over memory each."""
         if first_weight is not None:
             x = reference.convolution(x, first_weight, first_bias, (1, 1), (0, 0), (1, 1), 1, None, True)
         return reference.convolution(x, weight, bias, *self.window.values(), (1, 1), 1, residual, True)
@@ -160,7 +160,7 @@ class Problem(Differentiated):
         *,
         backend: str,
     ) -> Tensor:
-        """Ours."""
+        """Our operation."""
         if first_weight is None:
             return convolution(x, weight, bias, **self.window, residual=residual, relu=True, backend=backend)
         layers = (Layer(first_weight, first_bias), Layer(weight, bias, **self.window))
@@ -176,7 +176,7 @@ class Problem(Differentiated):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """Every convolution, with gradients first."""
+        """Every convolution; those with gradients come first."""
         return [
             cls(name, batch, tuple(options.size), backward, getattr(torch, dtype))
             for dtype, batch, backward, name in product(options.dtypes, options.batch, (True, False), FORMS)

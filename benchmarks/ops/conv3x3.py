@@ -1,8 +1,8 @@
-"""3×3 convolutions of ResNet-50, alone and with both gradients, against PyTorch's, checked before timed.
+"""3×3 convolutions of ResNet-50, forward and with both gradients, against PyTorch's, checked before timed.
 
     python benchmarks/run.py conv3x3 --size 800 1066 --batch 2
 
-On a GPU there is nothing to compare: the model's convolutions are cuDNN's there.
+On a GPU there is nothing to compare: the model uses cuDNN's convolutions there.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from harness.refusals import OURS
 from harness.result import Work
 
 STAGES = {64: 4, 128: 8, 256: 16, 512: 32}
-"""Channels of each stage → pixels of the image to a cell."""
+"""Channels of each stage → image pixels per cell."""
 
 
 @dataclass(frozen=True)
 class Problem(Checked[Tensors]):
-    """One size: a convolution in the stage with so many channels."""
+    """One size: a convolution in the stage with this many channels."""
 
     channels: int
     batch: int
@@ -55,12 +55,12 @@ class Problem(Checked[Tensors]):
         """Random x after ReLU, weight and the gradient of the output, in channels-last."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch, self.channels, *self.cells)
-        made = {
+        tensors = {
             "x": torch.randn(shape, generator=generator).relu(),
             "upstream": torch.randn(shape, generator=generator),
         }
-        made["weight"] = torch.randn(self.channels, self.channels, 3, 3, generator=generator) / self.channels**0.5
-        return {name: tensor.contiguous(memory_format=torch.channels_last) for name, tensor in made.items()}
+        tensors["weight"] = torch.randn(self.channels, self.channels, 3, 3, generator=generator) / self.channels**0.5
+        return {name: tensor.contiguous(memory_format=torch.channels_last) for name, tensor in tensors.items()}
 
     def work(self) -> Work:
         """Products as the convolution is defined; the floor counts the quarter of them that minimal filtering needs."""
@@ -73,14 +73,14 @@ class Problem(Checked[Tensors]):
     def implementations(self, tensors: Tensors) -> dict[str, Run]:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return {
-            "PyTorch, channels-last": partial(theirs, self.backward, **tensors),
-            "PyTorch, contiguous": partial(theirs, self.backward, **contiguous),
+            "PyTorch, channels-last": partial(pytorch, self.backward, **tensors),
+            "PyTorch, contiguous": partial(pytorch, self.backward, **contiguous),
             f"{OURS}, native": partial(ours, self.backward, **tensors),
         }
 
     def exact(self, tensors: Tensors) -> Tensors:
-        """By PyTorch."""
-        return theirs(self.backward, **{name: tensor.double() for name, tensor in tensors.items()})
+        """Computed by PyTorch."""
+        return pytorch(self.backward, **{name: tensor.double() for name, tensor in tensors.items()})
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -89,27 +89,27 @@ class Problem(Checked[Tensors]):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """Every stage, with gradients first."""
+        """Every stage; problems with gradients come first."""
         return [
             cls(channels, batch, tuple(options.size), backward)
             for batch, backward, channels in product(options.batch, (True, False), STAGES)
         ]
 
 
-def theirs(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> Tensors:
+def pytorch(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> Tensors:
     """PyTorch's convolution."""
     if not backward:
         return {"out": F.conv2d(x, weight, padding=1)}
     leaves = [tensor.detach().requires_grad_() for tensor in (x, weight)]
     out = F.conv2d(*leaves, padding=1)
-    of_x, of_weight = torch.autograd.grad(out, leaves, upstream)
-    return {"out": out.detach(), "of x": of_x, "of weight": of_weight}
+    x_grad, weight_grad = torch.autograd.grad(out, leaves, upstream)
+    return {"out": out.detach(), "gradient of x": x_grad, "gradient of weight": weight_grad}
 
 
 def ours(backward: bool, x: Tensor, weight: Tensor, upstream: Tensor) -> Tensors:
-    """Ours."""
-    found = {"out": convolution_3x3(x, weight, backend="native")}
+    """Our convolution."""
+    outputs = {"out": convolution_3x3(x, weight, backend="native")}
     if backward:
-        found["of x"] = convolution_3x3(upstream, weight, transposed=True, backend="native")
-        found["of weight"] = convolution_3x3_weight_gradient(x, upstream, backend="native")
-    return found
+        outputs["gradient of x"] = convolution_3x3(upstream, weight, transposed=True, backend="native")
+        outputs["gradient of weight"] = convolution_3x3_weight_gradient(x, upstream, backend="native")
+    return outputs

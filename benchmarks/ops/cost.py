@@ -1,4 +1,4 @@
-"""The matching cost of all layers and images against the official way, checked before timed."""
+"""The matching cost of all layers and images against the official code, checked before timed."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ CLASS, BBOX, GIOU = 2.0, 5.0, 2.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a cost is made of."""
+    """Inputs of the matching cost."""
 
     logits: Tensor
     """[L, B, Q, K]."""
@@ -52,34 +52,34 @@ class Problem(PerImages, Checked[Inputs]):
         return Inputs(logits, boxes, labels.to(DEVICE), objects)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        ways = {"official-style": official} | ours(our_cost, registry.OPERATIONS["matching_cost"].backends)
-        return {name: partial(way, inputs) for name, way in ways.items()}
+        costs = {"official-style": official} | ours(our_cost, registry.OPERATIONS["matching_cost"].backends)
+        return {name: partial(cost, inputs) for name, cost in costs.items()}
 
     def answer(self, run: Run) -> Tensors:
         return {"cost": run()}
 
     def exact(self, inputs: Inputs) -> Tensors:
-        """By the official way."""
+        """Computed as in the official code."""
         wide = {name: getattr(inputs, name).double() for name in ("logits", "boxes", "objects")}
         return {"cost": official(replace(inputs, **wide))}
 
     def work(self) -> Work:
-        """One logit per pair and all boxes read, the cost written once in float32."""
+        """Bytes: one logit per pair and all boxes read; the cost written once, in float32."""
         pairs = LAYERS * self.images * QUERIES * OBJECTS
         boxes = 4 * self.images * (LAYERS * QUERIES + OBJECTS)
         return least((pairs + boxes) * self.dtype.itemsize + 4 * pairs)
 
     @torch.no_grad()
     def measured(self, options: argparse.Namespace) -> Result:
-        """As of others; matching has no gradient."""
+        """As in the base class, without gradients: matching has none."""
         return super().measured(options)
 
 
 def official(inputs: Inputs) -> Tensor:
-    """[L, B, N, Q] as the official matcher does it: layer by layer, every query of the batch with every object of the
-    batch, of which the blocks on the diagonal are used."""
+    """The cost [L, B, N, Q] as in the official matcher: layer by layer, every query of the batch with every object of
+    the batch; then the blocks on the diagonal are kept."""
     labels, objects = inputs.labels.flatten(), inputs.objects.flatten(0, 1)
-    found = []
+    layers = []
     for logits, boxes in zip(inputs.logits, inputs.boxes, strict=True):
         p = logits.flatten(0, 1).sigmoid()
         negative = (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
@@ -88,12 +88,12 @@ def official(inputs: Inputs) -> Tensor:
         giou = generalized_box_iou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(objects, "cxcywh", "xyxy"))
         cost = BBOX * torch.cdist(boxes, objects, p=1) + CLASS * (positive - negative)[:, labels] - GIOU * giou
         blocks = cost.view(len(logits), QUERIES, len(logits), OBJECTS).diagonal(dim1=0, dim2=2)
-        found.append(blocks.permute(2, 1, 0))
-    return torch.stack(found)
+        layers.append(blocks.permute(2, 1, 0))
+    return torch.stack(layers)
 
 
 def our_cost(inputs: Inputs, backend: str) -> Tensor:
-    """The same by our operation."""
+    """The cost by our operation."""
     counts = torch.full((len(inputs.labels),), OBJECTS, dtype=torch.int32, device=DEVICE)
     weights = {"class_weight": CLASS, "bbox_weight": BBOX, "giou_weight": GIOU, "alpha": ALPHA, "gamma": GAMMA}
     return matching_cost(inputs.logits, inputs.boxes, inputs.labels, inputs.objects, counts, backend=backend, **weights)

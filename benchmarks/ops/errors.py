@@ -38,14 +38,14 @@ class Problem(PerImages, Checked[Inputs]):
         return logits.to(DEVICE, self.dtype), assignment.to(DEVICE), labels.to(DEVICE), counts.to(DEVICE)
 
     def implementations(self, inputs: Inputs) -> dict[str, Run]:
-        ways = against_pytorch(prediction_errors, ["triton"])
-        return {name: partial(way, *inputs) for name, way in ways.items()}
+        functions = against_pytorch(prediction_errors, ["triton"])
+        return {name: partial(function, *inputs) for name, function in functions.items()}
 
     def answer(self, run: Run) -> Tensors:
         return dict(zip(("class", "cardinality"), run(), strict=True))
 
     def exact(self, inputs: Inputs) -> Tensors:
-        """By the best class of every prediction, in float64."""
+        """Computed in float64 from the best class of every prediction."""
         logits, assignment, labels, counts = inputs
         best, is_matched = logits.argmax(-1), assignment[-1] >= 0
         is_wrong = best[-1] != labels.gather(1, assignment[-1].clamp(min=0))
@@ -53,5 +53,5 @@ class Problem(PerImages, Checked[Inputs]):
         return {"class": 100 * is_wrong[is_matched].double().mean(), "cardinality": difference.double().mean(1)}
 
     def work(self) -> Work:
-        """Logits and assignment read once; objects and errors are few."""
+        """Bytes: logits and assignment read once. Objects and errors are small."""
         return least(LAYERS * self.images * QUERIES * (CLASSES * self.dtype.itemsize + torch.int64.itemsize))

@@ -1,6 +1,6 @@
 """Focal loss and its gradient against torchvision's and torch.compile of it, checked before timed.
 
-All start from the class of each prediction; who needs a one-hot tensor makes it within its time.
+All start from the class of each prediction. Making a one-hot tensor is part of the time of those that need it.
 """
 
 from functools import partial
@@ -23,8 +23,8 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
 
     dtypes = ("float32", "bfloat16") if DEVICE.type == "cuda" else ("float32",)
     peer_factor = 1000
-    """Of torchvision's error: on a CPU torch.compile adds up the losses with a relative error of 3e-6 to 9e-6,
-    torchvision's is 1e-7. That is no wrong answer, and leaving it out would flatter ours."""
+    """In errors of torchvision: on a CPU torch.compile sums the losses with a relative error of 3e-6 to 9e-6,
+    torchvision with 1e-7. That is not wrong, and leaving it out would favour our kernels."""
 
     @property
     def title(self) -> str:
@@ -40,22 +40,22 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
         return logits.to(DEVICE, self.dtype).requires_grad_(), target.to(DEVICE)
 
     def implementations(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Run]:
-        ways = beside_compiled("torchvision", by_torchvision)
-        ways |= ours(partial(focal_loss, alpha=ALPHA, gamma=GAMMA), registry.BACKENDS)
-        return {name: partial(compute, way, *inputs) for name, way in ways.items()}
+        losses = beside_compiled("torchvision", by_torchvision)
+        losses |= ours(partial(focal_loss, alpha=ALPHA, gamma=GAMMA), registry.BACKENDS)
+        return {name: partial(compute, loss, *inputs) for name, loss in losses.items()}
 
     def exact(self, inputs: tuple[Tensor, Tensor]) -> Tensors:
-        """By torchvision."""
+        """Computed by torchvision."""
         logits, target = inputs
         return detached(compute(by_torchvision, logits.detach().double().requires_grad_(), target))
 
     def work(self) -> Work:
-        """Logits read once in each pass, their gradient written once."""
+        """Bytes: logits read once in each pass, their gradient written once."""
         return least(3 * LAYERS * self.images * QUERIES * CLASSES * self.dtype.itemsize)
 
 
 def by_torchvision(logits: Tensor, target: Tensor) -> Tensor:
-    """[L]: as the official code does it, on a one-hot tensor with one class too many, cut off."""
+    """Loss [L] as in the official code, on a one-hot tensor whose extra last class is cut off."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     one_hot = torch.zeros((*logits.shape[:-1], CLASSES + 1), dtype=logits.dtype, device=logits.device)
     one_hot.scatter_(-1, torch.where(target < 0, CLASSES, target).unsqueeze(-1), 1)

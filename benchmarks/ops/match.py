@@ -1,8 +1,8 @@
-"""Linear assignment of all layers and images against what people use instead, checked before timed.
+"""Linear assignment of all layers and images against the usual alternatives, checked before timed.
 
     python benchmarks/run.py match --images 2 --objects 7 50
 
-Costs lie on the device, where training has them: bringing them to the host is part of the time of whoever needs that.
+Costs are on the device, as in training. An implementation on the host includes the copy in its time.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from harness.problem import Checked, Tensors, ours
 
 LAYERS, QUERIES = 6, 300
 PACKAGES = {"torch-linear-assignment": "torch_linear_assignment", "torchmatch": "torchmatch"}
-"""On the package index → what is imported."""
+"""Package on the index → module to import."""
 THREADS = os.cpu_count()
 
 
 @dataclass(frozen=True)
 class Problem(Checked[Tensor]):
-    """One size: objects per image, images."""
+    """One size: objects per image, and images."""
 
     objects: int
     images: int
@@ -43,7 +43,7 @@ class Problem(Checked[Tensor]):
         return f"assignment, {problems}, {self.objects} objects in each, {QUERIES} queries"
 
     def make(self) -> Tensor:
-        """Costs [L, B, N, Q] float32, as spread as those of an untrained model's predictions."""
+        """Costs [L, B, N, Q] float32, with the spread of an untrained model's predictions."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn(LAYERS, self.images, self.objects, QUERIES, generator=generator).to(DEVICE)
 
@@ -60,11 +60,11 @@ class Problem(Checked[Tensor]):
         return runs | ours(partial(by_ours, cost, counts), registry.BACKENDS)
 
     def answer(self, run: Run) -> Tensors:
-        """The cost of each matching."""
+        """The cost of each assignment."""
         return {"cost": totals(self.make(), run())}
 
     def exact(self, cost: Tensor) -> Tensors:
-        """By scipy."""
+        """Computed by scipy."""
         return {"cost": totals(cost, by_scipy(cost, map)).double()}
 
     @classmethod
@@ -74,26 +74,26 @@ class Problem(Checked[Tensor]):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All numbers of objects."""
+        """Every number of objects."""
         return [cls(objects, options.images) for objects in options.objects]
 
 
 @cache
 def threads() -> ThreadPoolExecutor:
-    """One pool for all problems."""
+    """One thread pool for all problems."""
     return ThreadPoolExecutor(THREADS)
 
 
 def by_scipy(cost: Tensor, mapped: Callable) -> Tensors:
-    """[L, B, N, Q] -> the query of each object [L, B, N], one problem after the other as `mapped` maps."""
+    """Costs [L, B, N, Q] → the query of each object [L, B, N]; `mapped` is `map` of the problems, or a pool's."""
     solved = mapped(lambda problem: linear_sum_assignment(problem)[1], cost.flatten(0, 1).cpu().numpy())
     return {"query": torch.stack([torch.from_numpy(query) for query in solved]).view(cost.shape[:-1]).to(cost.device)}
 
 
 def by_torch_linear_assignment(cost: Tensor) -> Tensors:
-    """The same by the package torch-linear-assignment: from 0.1 on by Triton on a GPU, by scipy on a CPU; CUDA before.
+    """The same by the package torch-linear-assignment: since 0.1 Triton on a GPU and scipy on a CPU, before that CUDA.
 
-    The result file says which version it was.
+    The result file names the version.
     """
     solve = importlib.import_module(PACKAGES["torch-linear-assignment"]).batch_linear_assignment
     return {"query": solve(cost.flatten(0, 1)).view(cost.shape[:-1])}
@@ -108,17 +108,17 @@ def missing(package: str) -> None:
 
 
 def by_ours(cost: Tensor, counts: Tensor, backend: str) -> Tensors:
-    """[L, B, N, Q] -> the object of each query [L, B, Q], -1 for none."""
+    """Costs [L, B, N, Q] → the object of each query [L, B, Q], -1 for none."""
     return {"object": linear_assignment(cost, counts, backend)}
 
 
-def totals(cost: Tensor, found: Tensors) -> Tensor:
-    """Cost of each problem's assignment [L, B], summed in float64; NaN where an object got none or shares."""
+def totals(cost: Tensor, assignment: Tensors) -> Tensor:
+    """Cost of each problem's assignment [L, B], summed in float64; NaN if an object has no query, or shares one."""
     objects, queries = (torch.arange(n, device=cost.device) for n in cost.shape[-2:])
-    if "object" in found:
-        is_pair = objects[:, None] == found["object"].unsqueeze(-2)
+    if "object" in assignment:
+        is_pair = objects[:, None] == assignment["object"].unsqueeze(-2)
     else:
-        is_pair = found["query"].unsqueeze(-1) == queries
+        is_pair = assignment["query"].unsqueeze(-1) == queries
     is_matching = (is_pair.sum(-1) == 1).all(-1) & (is_pair.sum(-2) <= 1).all(-1)
     total = (cost.double() * is_pair).sum((-1, -2))
     return torch.where(is_matching, total, float("nan")).float()

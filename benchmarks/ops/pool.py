@@ -1,4 +1,4 @@
-"""Pooling behind the stem, which needs no gradient, against plain PyTorch and torch.compile of it."""
+"""Max pooling after the stem, which needs no gradient, against plain PyTorch and torch.compile of it."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from harness.problem import Checked, PerImages, Tensors, against_pytorch, least
 from harness.result import Work
 
 CHANNELS, HEIGHT, WIDTH = 64, 400, 533
-"""Behind the stem of a ResNet, of images of 800×1066."""
+"""The map after a ResNet's stem, of 800×1066 images."""
 
 
 class Problem(PerImages, Checked[Tensor]):
@@ -28,16 +28,16 @@ class Problem(PerImages, Checked[Tensor]):
         return x.contiguous(memory_format=torch.channels_last)
 
     def implementations(self, x: Tensor) -> dict[str, Run]:
-        ways = against_pytorch(max_pool, ["triton"])
-        return {name: partial(way, x) for name, way in ways.items()}
+        functions = against_pytorch(max_pool, ["triton"])
+        return {name: partial(function, x) for name, function in functions.items()}
 
     def answer(self, run: Run) -> Tensors:
         return {"out": run()}
 
     def exact(self, x: Tensor) -> Tensors:
-        """By PyTorch."""
+        """Computed by PyTorch."""
         return {"out": torch.nn.functional.max_pool2d(x.double(), 3, 2, 1)}
 
     def work(self) -> Work:
-        """The map read and a quarter of it written, once."""
+        """Bytes: the map read once, a quarter of it written."""
         return least(self.images * CHANNELS * HEIGHT * WIDTH * self.dtype.itemsize * 5 / 4)

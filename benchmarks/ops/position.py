@@ -26,7 +26,7 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
         return f"positions of a map, {size}, {short_name(self.dtype)}"
 
     def make(self) -> tuple[Tensor, Tensor]:
-        """A feature map, of which only the shape matters, and sizes of images [B, 2], the first without padding."""
+        """A feature map, whose values are not used, and sizes of images [B, 2], the first without padding."""
         generator = torch.Generator().manual_seed(0)
         least_size, greatest = torch.tensor(IMAGE) // 2, torch.tensor(IMAGE)
         valid = least_size + ((greatest - least_size) * torch.rand(self.images, 2, generator=generator)).long()
@@ -35,16 +35,16 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
 
     def implementations(self, inputs: tuple[Tensor, Tensor]) -> dict[str, Run]:
         features, valid = inputs
-        ways = against_pytorch(grid_positions, ["triton"])
-        return {name: partial(way, features, IMAGE, DIM, valid) for name, way in ways.items()}
+        functions = against_pytorch(grid_positions, ["triton"])
+        return {name: partial(function, features, IMAGE, DIM, valid) for name, function in functions.items()}
 
     def answer(self, run: Run) -> Tensors:
-        """All in numbers that can be compared."""
+        """The outputs as floats, so that they can be compared."""
         position, padding, cells = run()
         return {"position": position, "padding": padding.float(), "cells": cells.float()}
 
     def exact(self, inputs: tuple[Tensor, Tensor]) -> Tensors:
-        """By the definition, in float64, from sizes in pixels."""
+        """Computed from the definition in float64, from sizes in pixels."""
         _, valid = inputs
         cells = (valid.double() * valid.new_tensor(GRID) / valid.new_tensor(IMAGE)).ceil()
         rows, columns = (torch.arange(size, device=DEVICE) < cells[:, axis, None] for axis, size in enumerate(GRID))
@@ -57,5 +57,5 @@ class Problem(PerImages, Checked[tuple[Tensor, Tensor]]):
         return {"position": position, "padding": (~is_valid).flatten(1).double(), "cells": cells}
 
     def work(self) -> Work:
-        """Positions and padding written once; sizes are few."""
+        """Bytes: positions and padding written once. Sizes are small."""
         return least(self.images * math.prod(GRID) * (DIM * self.dtype.itemsize + torch.bool.itemsize))

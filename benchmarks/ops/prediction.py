@@ -31,15 +31,17 @@ class Problem(PerImages, Checked[Tensors]):
         return {name: x.to(DEVICE, self.dtype).requires_grad_() for name, x in made.items()}
 
     def implementations(self, tensors: Tensors) -> dict[str, Run]:
-        ways = against_pytorch(predicted_boxes, ["triton"])
-        return {name: partial(compute, way, tensors) for name, way in ways.items()}
+        functions = against_pytorch(predicted_boxes, ["triton"])
+        return {name: partial(compute, function, tensors) for name, function in functions.items()}
 
     def exact(self, tensors: Tensors) -> Tensors:
-        """By PyTorch."""
+        """Computed by PyTorch."""
         return compute(partial(predicted_boxes, backend="eager"), wide(tensors))
 
     def work(self) -> Work:
-        """Offsets read, boxes written; boxes and their gradient read, that of the offsets written; points are few."""
+        """Bytes: offsets read, boxes written; in backward boxes and their gradient read, the offsets' gradient written.
+        Points are small.
+        """
         return least(5 * LAYERS * self.images * QUERIES * 4 * self.dtype.itemsize)
 
 

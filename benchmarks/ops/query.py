@@ -1,6 +1,6 @@
-"""W (λ ⊙ p_s) + b, the conditional spatial query with its projection, against the product and `F.linear` one by one.
+"""W (λ ⊙ p_s) + b, the projected conditional spatial query, against a product and `F.linear`.
 
-Forward and backward; torch.compile of the two is there as well.
+Forward and backward; torch.compile of the two is another peer.
 """
 
 import torch
@@ -14,7 +14,7 @@ QUERIES, CHANNELS = 300, 256
 
 
 class Problem(PerImages, Differentiated):
-    """One size: images of a step, and the dtype."""
+    """One size: images per step, and the dtype."""
 
     dtypes = ("bfloat16",)
 
@@ -24,19 +24,19 @@ class Problem(PerImages, Differentiated):
         return f"projected spatial query, {size}, forward + backward, {short_name(self.dtype)}"
 
     def make(self) -> Tensors:
-        """λ of every image, p_s of all, weight and bias, and the gradient of the result."""
+        """λ of each image, p_s that all images share, weight and bias, and the gradient of the result."""
         generator = torch.Generator().manual_seed(0)
         tokens = (self.images, QUERIES, CHANNELS)
         shapes = {"transform": tokens, "embedding": tokens[1:], "weight": (CHANNELS, CHANNELS), "bias": (CHANNELS,)}
-        made = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, "of_out": tokens}.items()}
+        made = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, "grad_out": tokens}.items()}
         return {name: x.to(DEVICE, self.dtype).requires_grad_(name in shapes) for name, x in made.items()}
 
     def forwards(self) -> dict[str, Forward]:
         return against_pytorch(spatial_query, ["triton"], "product, then F.linear")
 
     def work(self) -> Work:
-        """Three products. λ read, the result written; in backward its gradient and λ read, the gradient of λ written.
-        What all images share is small beside them.
+        """Three products. λ read, the result written; in backward the result's gradient and λ read, λ's gradient
+        written. Tensors that all images share are small in comparison.
         """
         numbers = self.images * QUERIES * CHANNELS
         return least(5 * numbers * self.dtype.itemsize, 3 * 2 * numbers * CHANNELS, self.dtype)

@@ -1,6 +1,6 @@
 """Sine embedding and λ ⊙ p_s against plain PyTorch and torch.compile of it, in one process, checked before timed.
 
-python benchmarks/run.py sine --points 2400 --cudagraph        # model size, where launches decide
+python benchmarks/run.py sine --points 2400 --cudagraph        # the model's size, where launches dominate
 """
 
 import argparse
@@ -18,13 +18,13 @@ from harness.result import Work
 
 DIM = 256
 CHECKED = 4096
-"""Points held against float64; each is computed by itself, so these speak for all."""
+"""Points compared with float64; points are independent, so these represent all."""
 NAMES = {"conditional_spatial_query": "λ ⊙ p_s", "sine_embedding": "sine embedding"}
 
 
 @dataclass(frozen=True)
 class Problem(Differentiated):
-    """One size: what is computed, and from what."""
+    """One operation at one size."""
 
     operation: str
     points: int
@@ -45,20 +45,20 @@ class Problem(Differentiated):
         if self.operation == "conditional_spatial_query":
             made["transform"] = torch.randn(self.points, DIM, generator=generator)
         made = {name: tensor.to(DEVICE, self.dtype).requires_grad_(self.backward) for name, tensor in made.items()}
-        return made | {"of_out": torch.randn(self.points, DIM, generator=generator).to(DEVICE, self.dtype)}
+        return made | {"grad_out": torch.randn(self.points, DIM, generator=generator).to(DEVICE, self.dtype)}
 
     def forwards(self) -> dict[str, Forward]:
         backends = [backend for backend in registry.BACKENDS if backend != "eager"]
         return against_pytorch(embed, backends, "eager")
 
     def answer(self, run: Run) -> Tensors:
-        """Of the points that are checked."""
+        """Outputs and gradients of the checked points."""
         return {name: x[:CHECKED] for name, x in run().items()}
 
     def exact(self, inputs: Tensors) -> Tensors:
-        """Of the points that are checked."""
-        few = {name: x[:CHECKED].detach().requires_grad_(x.requires_grad) for name, x in inputs.items()}
-        return super().exact(few)
+        """Exact outputs and gradients of the checked points."""
+        checked = {name: x[:CHECKED].detach().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+        return super().exact(checked)
 
     def work(self) -> Work:
         """Bytes: inputs read and outputs written once in each pass; backward reads λ again."""
@@ -76,7 +76,7 @@ class Problem(Differentiated):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """Both operations on all numbers of points in all dtypes, forward first."""
+        """Both operations on every number of points in every dtype; forward comes first."""
         sizes = product(options.dtypes, options.points, (False, True), NAMES)
         return [cls(operation, points, getattr(torch, dtype), backward) for dtype, points, backward, operation in sizes]
 

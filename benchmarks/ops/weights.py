@@ -1,4 +1,4 @@
-"""The weights of a step with their gradients, in one pass each way, against one operation after the other."""
+"""All weights of a step and their gradients, in one pass per direction, against one operation after the other."""
 
 import argparse
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Problem(Checked[list[Recipe]]):
         return f"weights of {self.preset}, forward + backward, {short_name(self.dtype)}"
 
     def make(self) -> list[Recipe]:
-        """Every convolution with a frozen norm behind it, every linear layer with its bias; numbers are random."""
+        """Every convolution followed by a frozen norm, and every linear layer with its bias; values are random."""
         torch.manual_seed(0)
         model = conddetr.build(self.preset, num_classes=91)
         recipes: list[Recipe] = []
@@ -43,11 +43,11 @@ class Problem(Checked[list[Recipe]]):
         return recipes
 
     def implementations(self, recipes: list[Recipe]) -> dict[str, Run]:
-        ways = against_pytorch(partial(prepare_weights, dtype=self.dtype), ["triton"], "eager")
-        return {name: partial(compute, way, recipes) for name, way in ways.items()}
+        functions = against_pytorch(partial(prepare_weights, dtype=self.dtype), ["triton"], "eager")
+        return {name: partial(compute, function, recipes) for name, function in functions.items()}
 
     def exact(self, recipes: list[Recipe]) -> Tensors:
-        """One after the other."""
+        """Computed one operation after the other."""
         return compute(partial(prepare_weights, dtype=torch.float64, backend="eager"), recipes)
 
     def work(self) -> Work:
@@ -62,7 +62,7 @@ class Problem(Checked[list[Recipe]]):
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """All presets in all dtypes."""
+        """Every preset in every dtype."""
         return [cls(preset, getattr(torch, dtype)) for dtype in options.dtypes for preset in options.presets]
 
 
@@ -76,7 +76,7 @@ def parts_of(recipes: list[Recipe]) -> list[Tensor]:
 
 
 def compute(prepare: Callable[[list[Recipe]], list[Tensor]], recipes: list[Recipe]) -> Tensors:
-    """Weights, and gradients of the parameters where the gradient of every weight is the weight itself."""
+    """Weights, and gradients of the parameters if the gradient of every weight is the weight itself."""
     made = prepare(recipes)
     trained = [x for x in made if x.requires_grad]
     gradients = torch.autograd.grad(trained, parts_of(recipes), [x.detach() for x in trained])

@@ -1,1 +1,1 @@
-"""The numbers and the figure of the paper."""
+"""Tables and figures of the paper."""

@@ -1,20 +1,20 @@
-"""How fast Conditional DETR and DETR learn under one budget: AP against steps and against seconds.
+"""Convergence of Conditional DETR and DETR on the same budget: AP against steps and seconds.
 
     python benchmarks/convergence.py --small             # two CPU cores, about 20 minutes
     python benchmarks/convergence.py --gpu               # one GPU: also a long DETR and the paper's ablations
     python benchmarks/convergence.py --small --at-most 1 # one more training, then stop
 
-Backbone, width, data, loss (focal, also for DETR), optimiser, schedule and seeds are the same for all; each gets the
-best of three learning rates, by the AP50 at the end of the first seed's whole trainings. Trainings run side by side,
-on a CPU one per core, so seconds are those of one thread, on a GPU of a share of it. What is trained is kept after
-each run in `runs/convergence/<plan>.json`: interrupted and called again, the script goes on with the trainings that are
-missing or failed; without that file it begins anew. At its end it writes `results/paper/convergence-<plan>.json` and a
-picture, and to `docs/paper.md`. The best weights of the first seed stay in `runs/convergence/<plan>`, one file per
-rate. The images are the synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
+Backbone, width, data, loss (focal, also for DETR), optimizer, schedule and seeds are the same for all. Each model uses
+the best of three learning rates, by AP50 at the end of the first seed's full trainings. Trainings run in parallel: on a
+CPU one per core, so seconds are those of one thread, on a GPU those of a share of it. After each run the results are
+saved in `runs/convergence/<plan>.json`. Called again after an interruption, the script runs the trainings that are
+missing or failed; without that file it starts over. At its end it writes `results/paper/convergence-<plan>.json`, a
+chart, and its part of `docs/paper.md`. The best weights of the first seed stay in `runs/convergence/<plan>`, one file
+per rate. The images are synthetic shapes, drawn once for all trainings, or those of `--coco-path DIR`.
 
-The small plan is 10 trainings of 2400 steps, two at a time: 18 minutes at 0.09 s per step, drawing and evaluation left
-out; it took 23 in all at 0.104 s. The plan for a GPU is 93,600 steps, four at a time, of which the longest training has
-19,200 and begins as soon as its rate is known: 8 minutes where each of the four makes 50 steps per second.
+The small plan has 10 trainings of 2400 steps, two at a time: 18 minutes at 0.09 s per step without drawing and
+evaluation; it took 23 minutes in all at 0.104 s. The plan for a GPU has 93,600 steps, four trainings at a time. The
+longest has 19,200 steps and starts as soon as its rate is known: 8 minutes if each of the four makes 50 steps/s.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ from harness.store import RESULTS
 from paper.convergence_report import DOCS, METRICS, compared, publish, rate_scores, table
 
 KEPT = Path(__file__).parents[2] / "runs" / "convergence"
-"""Of each plan, the trainings so far in a file, and a folder with the weights that `figure1.py` draws."""
+"""Per plan, a file of the finished trainings, and a folder of weights for `figure1.py`."""
 GPU_PROCESSES = 4
-"""Trainings side by side on one GPU: a step of so small a model does not fill it."""
+"""Parallel trainings on one GPU: a step of such a small model does not fill it."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Arm:
     name: str
     preset: str
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Of the preset."""
+    """Changed fields of the preset."""
     seeds: int = 3
     stretch: int = 1
-    """Times the plan's epochs, with the schedule stretched likewise."""
+    """Factor on the plan's epochs and schedule."""
 
     @property
     def family(self) -> str:
@@ -90,18 +90,18 @@ ABLATIONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and for how long."""
+    """The models to train, and their budget."""
 
     name: str
     arms: tuple[Arm, ...]
     epochs: int
     lr_drop: int
     rates: tuple[float, ...] = (1.5e-4, 7e-4, 1.5e-3)
-    """Learning rates among which each family's is chosen, ascending."""
+    """Candidate learning rates of each family, ascending."""
     backend: str = "auto"
     coco_path: str = ""
     train_images: int = 1600
-    """Synthetic images per epoch; never one twice in the plan's epochs, then the same again."""
+    """Synthetic images per epoch; no image repeats within the plan's epochs, after that all repeat."""
     val_images: int = 200
     batch_size: int = 8
     eval_every: int = 2
@@ -115,7 +115,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Training:
-    """One run: of an arm, with a learning rate and a seed."""
+    """One run of an arm, with a learning rate and a seed."""
 
     arm: Arm
     lr: float
@@ -124,23 +124,23 @@ class Training:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What names it in the result file."""
+        """Its identity in the result file."""
         return {"arm": self.arm.name, "lr": self.lr, "seed": self.seed}
 
 
 def first_trainings(plan: Plan) -> list[Training]:
-    """Those that decide the learning rate of each family: its first arm, the first seed, every rate."""
+    """Trainings that determine the learning rate of each family: its first arm, the first seed, every rate."""
     return [Training(arm, lr, 0, plan.epochs) for arm in _first_arms(plan) for lr in plan.rates]
 
 
 def _first_arms(plan: Plan) -> list[Arm]:
-    """Of each family."""
+    """The first arm of each family."""
     first = {arm.family: arm for arm in reversed(plan.arms)}
     return list(reversed(first.values()))
 
 
 def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
-    """The rate of the best AP50 at the end of the first trainings, of families whose first trainings are done."""
+    """Family → rate with the best final AP50 of the first trainings, for families whose first trainings are done."""
     rates = {}
     for arm in _first_arms(plan):
         scores = rate_scores(arm.name, runs)
@@ -150,33 +150,33 @@ def chosen_rates(plan: Plan, runs: list[dict]) -> dict[str, float]:
 
 
 def trainings(plan: Plan, rates: dict[str, float]) -> list[Training]:
-    """The runs that are compared, of families whose rate is known: the longest first, so that none runs on alone at the
+    """The runs to compare, for families whose rate is known. The longest come first, so that none runs alone at the
     end; then every arm once, then again with other seeds."""
-    found = [
+    chosen = [
         Training(arm, rates[arm.family], seed, plan.epochs * arm.stretch)
         for seed in range(max(arm.seeds for arm in plan.arms))
         for arm in plan.arms
         if seed < arm.seeds and arm.family in rates
     ]
-    return sorted(found, key=lambda training: -training.epochs)
+    return sorted(chosen, key=lambda training: -training.epochs)
 
 
 def build(arm: Arm, num_classes: int, backend: str) -> conddetr.DETR:
-    """The arm's model, with sigmoid logits, focal loss and the same prior of the classes in either family.
+    """The arm's model, with sigmoid logits, focal loss and the same class prior in both families.
 
-    A DETR of one class less has as many logits as classes here: its no-object logit serves as the last class.
+    DETR is built with one class less, so that it has one logit per class: its no-object logit is the last class.
     """
     if arm.preset != DETR:
         return conddetr.build(arm.preset, num_classes=num_classes, backend=backend, **arm.overrides)
     model = conddetr.build(arm.preset, num_classes=num_classes - 1, backend=backend, **arm.overrides)
     torch.nn.init.constant_(model.class_embed.bias, -math.log((1 - 0.01) / 0.01))
-    # From here on the configuration decides about loss and scores alone.
+    # From here on the configuration only determines loss and scores.
     model.config = conddetr.build(CONDITIONAL, num_classes=num_classes).config
     return model
 
 
 class DrawnShapes(SyntheticShapes):
-    """Synthetic shapes out of the files of `draw_images`: drawing them is a quarter of a training otherwise."""
+    """Synthetic shapes from the files of `draw_images`: drawing them in training would take a quarter of its time."""
 
     def __init__(self, length: int, seed: int, image_size: int, folder: Path) -> None:
         super().__init__(length, seed, image_size)
@@ -184,13 +184,13 @@ class DrawnShapes(SyntheticShapes):
         self.objects = json.loads((folder / f"{seed}.json").read_text())
 
     def draw(self, index: int) -> tuple[np.ndarray, list[int], list[list[float]]]:
-        """As of `SyntheticShapes`; after the last image comes the first again."""
+        """As in `SyntheticShapes`; after the last image the first follows again."""
         index %= len(self.objects)
         return self.pixels[index].copy(), *self.objects[index]
 
 
 def shapes_of(plan: Plan) -> tuple[SyntheticShapes, SyntheticShapes]:
-    """Training and validation images, to be drawn."""
+    """Training and validation images, not yet drawn."""
     size = conddetr.build(CONDITIONAL).config.image_size
     return SyntheticShapes(plan.train_images, 1, size), SyntheticShapes(plan.val_images, 2, size)
 
@@ -199,20 +199,20 @@ def draw_images(plan: Plan, folder: Path, each: Callable = map) -> None:
     """Write all synthetic images of a plan: `<seed>.npy` [images, S, S, 3] uint8, `<seed>.json` labels and boxes.
 
     Args:
-        plan: whose images.
+        plan: of the images.
         folder: for the files.
-        each: `map`, or that of a pool, whose processes share the work.
+        each: `map`, or a pool's `map`, whose processes share the work.
     """
     for shapes, count in zip(shapes_of(plan), (plan.train_images * plan.epochs, plan.val_images), strict=True):
         path = folder / f"{shapes.seed}.npy"
         np.lib.format.open_memmap(path, "w+", np.uint8, (count, shapes.image_size, shapes.image_size, 3))
         parts = [range(first, min(first + 400, count)) for first in range(0, count, 400)]
-        objects = [found for part in each(partial(_draw_part, shapes, path), parts) for found in part]
+        objects = [entry for part in each(partial(_draw_part, shapes, path), parts) for entry in part]
         path.with_suffix(".json").write_text(json.dumps(objects))
 
 
 def _draw_part(shapes: SyntheticShapes, path: Path, part: range) -> list[tuple[list[int], list[list[float]]]]:
-    """Draw some images into the file; their labels and boxes."""
+    """Draw some images into the file, and return their labels and boxes."""
     pixels, objects = np.load(path, mmap_mode="r+"), []
     for index in part:
         pixels[index], labels, boxes = shapes.draw(index)
@@ -221,7 +221,7 @@ def _draw_part(shapes: SyntheticShapes, path: Path, part: range) -> list[tuple[l
 
 
 def data_sets(plan: Plan, folder: Path) -> tuple[Dataset, Dataset]:
-    """Training and validation images, the same for all; synthetic ones from the files of `draw_images`."""
+    """Training and validation images, the same for all; synthetic ones are read from the files of `draw_images`."""
     if plan.coco_path:
         config = conddetr.build(CONDITIONAL).config
         return (
@@ -233,23 +233,23 @@ def data_sets(plan: Plan, folder: Path) -> tuple[Dataset, Dataset]:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where trainings read and write."""
+    """Folders that trainings read and write."""
 
     scratch: Path
-    """Drawn images, and what a training writes; removed at the end."""
+    """Drawn images and output of trainings; removed at the end."""
     kept: Path
-    """For weights that stay."""
+    """Weights that are kept."""
 
 
 def train(plan: Plan, training: Training, folders: Folders, deadline: float = math.inf) -> dict[str, Any] | None:
-    """One training, as it stands in the result file; None where the deadline, by `time.time`, is over."""
+    """One training, as an entry of the result file; None after the deadline, by `time.time`."""
     if time.time() > deadline:
         return None
     return {**training.key, "curve": learn(plan, training, folders), "environment": environment()}
 
 
 def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, float]]:
-    """Train once; per epoch: step, seconds of training, mean loss, and AP and AP50 where evaluated."""
+    """Train once; per epoch: step, seconds of training, mean loss, and AP and AP50 if evaluated."""
     train_set, val_set = data_sets(plan, folders.scratch)
     on_gpu = DEVICE.type == "cuda"
     config = tiny_train_config(
@@ -262,13 +262,13 @@ def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, fl
         seed=training.seed,
         precision="bfloat16" if on_gpu else "float32",
         cuda_graphs=on_gpu,
-        # Real images come in many shapes and take time to load; a graph is of one shape.
+        # Real images have many shapes and take time to load; a graph has one shape.
         pad_buckets=4 if on_gpu and plan.coco_path else 0,
         workers=2 if on_gpu and plan.coco_path else 0,
     )
     torch.manual_seed(training.seed)
     model = build(training.arm, len(train_set.classes), plan.backend)
-    # Trainings run side by side: their lines would mix.
+    # Trainings run in parallel: their output would mix.
     with tempfile.TemporaryDirectory(dir=folders.scratch) as name, contextlib.redirect_stdout(io.StringIO()):
         folder = Path(name)
         Trainer(model, train_set, val_set, RunConfig(output_dir=name, train=config), DEVICE).fit()
@@ -286,9 +286,9 @@ def learn(plan: Plan, training: Training, folders: Folders) -> list[dict[str, fl
 
 
 def keep(arm: Arm, classes: list[dict], best: Path, path: Path) -> None:
-    """Save the best weights as a detector of the arm's own preset, for `figure1.py`.
+    """Save the best weights as a detector of the arm's preset, for `figure1.py`.
 
-    A DETR takes its last class for no object then, see `build`: its boxes and attention are right, its scores are not.
+    A DETR then reads its last class as no object, see `build`: its boxes and attention are right, its scores are not.
     """
     classes = classes[: len(classes) - (arm.preset == DETR)]
     model = conddetr.build(arm.preset, num_classes=len(classes), **arm.overrides)
@@ -298,22 +298,26 @@ def keep(arm: Arm, classes: list[dict], best: Path, path: Path) -> None:
 
 
 def missing(wanted: Iterable[Training], runs: list[dict]) -> list[Training]:
-    """Those that are not among the runs."""
+    """Trainings that are not among the runs."""
     return [training for training in wanted if not any(training.key.items() <= run.items() for run in runs)]
 
 
 def read(path: Path, plan: Plan) -> list[dict]:
-    """The runs in a result file of the same plan, without those that failed; none where there is no file."""
+    """Runs in a result file of the same plan, without failed ones; empty if there is no file.
+
+    Raises:
+        SystemExit: the file belongs to another plan.
+    """
     if not path.exists():
         return []
     content = json.loads(path.read_text())
     if content["plan"] != json.loads(json.dumps(asdict(plan))):
-        raise SystemExit(f"{path} is of another plan: move it away, or delete it, to begin anew.")
+        raise SystemExit(f"{path} belongs to another plan: move or delete it to start over.")
     return [run for run in content["runs"] if "failed" not in run]
 
 
 def write(path: Path, plan: Plan, runs: list[dict]) -> None:
-    """All runs; the file is complete or the old one."""
+    """Write all runs. The file is replaced as a whole, so it is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(run, ensure_ascii=False) for run in runs)
     partial = path.with_suffix(".part")
@@ -322,17 +326,17 @@ def write(path: Path, plan: Plan, runs: list[dict]) -> None:
 
 
 def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None, deadline: float, kept: Path) -> None:
-    """Train what `runs` lacks, what decides the rates first, and add it there and to the file.
+    """Train what `runs` lacks, first the trainings that determine the rates, and add results to `runs` and the file.
 
-    A training that fails is recorded as such, the others go on. Ctrl-C and SIGTERM end all processes; what was
-    finished is in the file.
+    A failed training is recorded as failed, and the others continue. Ctrl-C and SIGTERM end all processes; finished
+    trainings are in the file.
 
     Raises:
-        SystemExit: a training's process was killed.
+        SystemExit: the process of a training was killed.
     """
     if not missing(first_trainings(plan), runs) and not missing(trainings(plan, chosen_rates(plan, runs)), runs):
         return
-    # Threads of one small model wait for each other more than they help: one each, on as many cores as there are.
+    # A small model gains little from threads: each training has one, and uses one core.
     workers = GPU_PROCESSES if DEVICE.type == "cuda" else os.cpu_count()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(workers, context, _start_worker) as pool:
@@ -345,9 +349,11 @@ def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None,
             at_most = None if at_most is None else at_most - len(todo)
             submit(missing(trainings(plan, chosen_rates(plan, runs)), runs)[:at_most])
         except BrokenProcessPool as error:
-            raise SystemExit(f"A training's process was killed (memory?). {path} has the rest: call again.") from error
+            raise SystemExit(
+                f"The process of a training was killed (out of memory?). {path} has the others: run again."
+            ) from error
         except BaseException:
-            # Else leaving the pool would wait for trainings that nobody collects.
+            # Otherwise leaving the pool would wait for trainings whose results are lost.
             for process in multiprocessing.active_children():
                 process.kill()
             raise
@@ -355,7 +361,7 @@ def train_missing(path: Path, plan: Plan, runs: list[dict], at_most: int | None,
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    # Ctrl-C reaches all processes of a terminal; the main process ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -378,10 +384,10 @@ def _train_all(
 
 
 def outcome(future: Future, training: Training) -> dict[str, Any] | None:
-    """What a training returned, or `failed` with the reason.
+    """Result of a training, or `failed` with the reason.
 
     Raises:
-        BrokenProcessPool, InterruptedRunError: its process was ended; that says nothing about the training.
+        BrokenProcessPool, InterruptedRunError: its process was ended, which is no failure of the training.
     """
     error = future.exception()
     if error is None or isinstance(error, (BrokenProcessPool, InterruptedRunError)):
@@ -400,15 +406,15 @@ def line_of(run: dict) -> str:
 
 
 def main(words: list[str]) -> None:
-    """Train what is missing, then draw."""
+    """Train what is missing, then write tables and charts."""
     parser = command("convergence", __doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--small", dest="plan", action="store_const", const="small", help="two CPU cores")
     which.add_argument("--gpu", dest="plan", action="store_const", const="gpu", help="one GPU, with the ablations")
     parser.add_argument("--coco-path", default="", metavar="DIR", help="COCO's 2017 layout instead of synthetic shapes")
     parser.add_argument("--at-most", type=int, default=0, metavar="N", help="stop after N trainings; 0: train all")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="page with a place for what is found")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no training after this time")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="page with markers for the results")
     options = parser.parse_args(words)
     if options.plan == "gpu" and (DEVICE.type != "cuda" or is_null_gpu()):
         parser.error("--gpu needs an NVIDIA GPU")
@@ -421,5 +427,5 @@ def main(words: list[str]) -> None:
     if compared(runs):
         console.print(table(runs))
         write(results, plan, runs)
-        written = ", ".join(map(str, [results, *publish(results, options.docs)]))
-        console.print(f"wrote {written}", highlight=False, soft_wrap=True)
+        paths = ", ".join(map(str, [results, *publish(results, options.docs)]))
+        console.print(f"wrote {paths}", highlight=False, soft_wrap=True)

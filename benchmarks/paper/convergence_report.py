@@ -1,4 +1,4 @@
-"""What `convergence.py` found, from its result file: table, curves, and a page with what they say."""
+"""Report of `convergence.py` from its result file: table, curves, and a page."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from paper import tables
 METRICS = ("AP", "AP50")
 DOCS = Path(__file__).parents[2] / "docs" / "paper.md"
 PAPER_AP = {row.model: row.ap[0] for row in tables.TABLES[list(tables.TABLES)[2]]}
-"""Table 3; the full form is Conditional DETR itself."""
+"""Published AP of Table 3; its full form is Conditional DETR itself."""
 FAILED = -1.0
-"""In place of an AP50."""
+"""Stands for the AP50 of a failed run."""
 
 
 def evaluated(run: dict) -> list[dict[str, float]]:
@@ -29,7 +29,7 @@ def evaluated(run: dict) -> list[dict[str, float]]:
 
 
 def steps_to(runs: list[dict], metric: str, target: float) -> int | None:
-    """The first evaluated step at which the mean over runs of a metric is at least a target; None: never."""
+    """First evaluated step at which the mean of a metric over the runs reaches a target; None: never."""
     for points in zip(*map(evaluated, runs), strict=True):
         if mean(point[metric] for point in points) >= target:
             return points[0]["step"]
@@ -37,7 +37,7 @@ def steps_to(runs: list[dict], metric: str, target: float) -> int | None:
 
 
 def compared(runs: list[dict]) -> dict[str, list[dict]]:
-    """Arm → its runs at the rate that was best with the first seed; those that failed left out."""
+    """Arm → its runs at the rate that was best with the first seed, without failed ones."""
     arms: dict[str, list[dict]] = {}
     for run in runs:
         scores = rate_scores(run["arm"], runs)
@@ -47,18 +47,18 @@ def compared(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def rate_scores(arm: str, runs: list[dict]) -> dict[float, float]:
-    """Learning rate → AP50 at the end of the arm's training with the first seed; negative where that failed."""
+    """Learning rate → final AP50 of the arm's training with the first seed; negative if that failed."""
     first = [run for run in runs if run["seed"] == 0 and run["arm"] == arm]
     return {run["lr"]: FAILED if "failed" in run else run["curve"][-1]["AP50"] for run in first}
 
 
 def final(group: list[dict], metric: str) -> list[float]:
-    """Of each run, at its end."""
+    """Final value of a metric in each run."""
     return [run["curve"][-1][metric] for run in group]
 
 
 def rows(runs: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: each arm's AP at the end, mean and range over seeds, and its steps to half of the best."""
+    """Headings and cells: each arm's final AP, mean and range over seeds, and its steps to half of the best AP50."""
     arms = compared(runs)
     best = max(mean(final(group, "AP50")) for group in arms.values())
     headings = ["model", "lr", "seeds", "steps", "seconds", *METRICS, f"steps to AP50 {50 * best:.1f}"]
@@ -75,16 +75,16 @@ def rows(runs: list[dict]) -> tuple[list[str], list[list[str]]]:
 def table(runs: list[dict]) -> Table:
     """`rows` for the terminal."""
     headings, lines = rows(runs)
-    found = Table(title="AP in percent, mean (least–greatest of the seeds); last column: half of the best")
+    rendered = Table(title="AP in percent, mean (minimum–maximum over seeds); last column: half of the best")
     for heading in headings:
-        found.add_column(heading, justify="left" if heading == "model" else "right")
+        rendered.add_column(heading, justify="left" if heading == "model" else "right")
     for line in lines:
-        found.add_row(*line)
-    return found
+        rendered.add_row(*line)
+    return rendered
 
 
 def draw(path: Path, runs: list[dict]) -> Path:
-    """AP and AP50 against steps and seconds: mean over seeds, the band from the least to the greatest."""
+    """Plot AP and AP50 against steps and seconds: mean over seeds, with a band from minimum to maximum."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharey="row", sharex="col")
     for row, metric in zip(axes, METRICS, strict=True):
         for axis, unit in zip(row, ("step", "seconds"), strict=True):
@@ -110,22 +110,22 @@ def draw(path: Path, runs: list[dict]) -> Path:
 
 
 def rate_rows(plan: dict, runs: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: AP50 of the first seed at every learning rate, and which was chosen."""
+    """Headings and cells: AP50 of the first seed at every learning rate, and the chosen rate."""
     headings = ["model", *(f"{rate:g}" for rate in plan["rates"]), "chosen"]
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         scores = rate_scores(arm, runs)
         if len(scores) < len(plan["rates"]):
-            continue  # It takes the rate of its family.
+            continue  # It uses the rate of its family.
         best = max(scores, key=scores.get)
         is_edge = best in (min(plan["rates"]), max(plan["rates"]))
         cells = ["failed" if scores[rate] == FAILED else f"{100 * scores[rate]:.1f}" for rate in plan["rates"]]
-        lines.append([arm, *cells, f"{best:g}" + ", at the edge: beyond it a better one may lie" * is_edge])
+        lines.append([arm, *cells, f"{best:g}" + ", at the edge: a rate beyond it may be better" * is_edge])
     return headings, lines
 
 
 def ratios(arms: dict[str, list[dict]]) -> list[str]:
-    """How many times as many steps DETR needs as Conditional DETR, by the longest DETR there is."""
+    """Sentences on the steps that the longest DETR needs, relative to Conditional DETR."""
     slow_name = max((name for name in arms if name.startswith("DETR")), key=lambda n: _steps(arms[n]), default="")
     if not slow_name or "Conditional DETR" not in arms:
         return []
@@ -134,15 +134,15 @@ def ratios(arms: dict[str, list[dict]]) -> list[str]:
         "the smaller of both at their ends": min(mean(final(group, "AP50")) for group in (fast, slow)),
         "Conditional DETR at its end": mean(final(fast, "AP50")),
     }
-    return [_ratio(what, goal, fast, slow, slow_name) for what, goal in goals.items()]
+    return [_ratio(label, goal, fast, slow, slow_name) for label, goal in goals.items()]
 
 
-def _ratio(what: str, goal: float, fast: list[dict], slow: list[dict], slow_name: str) -> str:
+def _ratio(label: str, goal: float, fast: list[dict], slow: list[dict], slow_name: str) -> str:
     few, many = steps_to(fast, "AP50", goal), steps_to(slow, "AP50", goal)
-    begin = f"AP50 {100 * goal:.1f} ({what}): Conditional DETR after {few} steps, {slow_name} "
+    begin = f"AP50 {100 * goal:.1f} ({label}): Conditional DETR after {few} steps, {slow_name} "
     if many is None:
         return begin + f"not in {_steps(slow)}: more than {_steps(slow) / few:.1f} times as many."
-    # What was reached before the first look was reached sooner.
+    # A goal that is reached at the first evaluation may have been reached before it.
     least = "at least " * (few == evaluated(fast[0])[0]["step"])
     return begin + f"after {many}: {least}{many / few:.1f} times as many."
 
@@ -152,7 +152,7 @@ def _steps(group: list[dict]) -> int:
 
 
 def variant_rows(arms: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: arms by their final AP, the published AP of the paper's Table 3 and its order beside."""
+    """Headings and cells: arms by final AP, with the published AP of the paper's Table 3 and its rank."""
     published = {name: PAPER_AP.get(name.replace("Conditional DETR", "CSQ")) for name in arms}
     order = sorted((value for value in published.values() if value is not None), reverse=True)
     lines = []
@@ -168,7 +168,7 @@ def markdown(content: dict, picture: str) -> str:
 
     Args:
         content: of the file.
-        picture: of the curves, as a link from the page.
+        picture: link from the page to the chart of the curves.
     """
     plan, runs = content["plan"], content["runs"]
     arms = compared(runs)
@@ -193,12 +193,12 @@ def markdown(content: dict, picture: str) -> str:
 
 
 def _lines(headings: list[str], lines: list[list[str]]) -> str:
-    found = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    return "\n".join([*found, *("| " + " | ".join(line) + " |" for line in lines)])
+    head = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def publish(path: Path, docs: Path) -> list[Path]:
-    """Draw a result file, write its page beside it, and into the documentation where that has a place for it."""
+    """Plot a result file, write its page beside it, and into the documentation if that has its markers."""
     content = json.loads(path.read_text())
     picture, page = draw(path, content["runs"]), path.with_suffix(".md")
     page.write_text(f"# {path.stem}\n\n{markdown(content, picture.name)}\n", encoding="utf-8")
@@ -209,5 +209,5 @@ def publish(path: Path, docs: Path) -> list[Path]:
 
 
 def markers(stem: str) -> tuple[str, str]:
-    """The lines of the documentation between which a result file's page goes."""
+    """The lines around a result file's page in the documentation."""
     return f"<!-- written by benchmarks/convergence.py: {stem} -->", f"<!-- end of {stem} -->"

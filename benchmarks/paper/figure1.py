@@ -1,8 +1,8 @@
-"""Figure 1 of the paper: where the heads of several detectors look for the same object, below each other.
+"""Figure 1 of the paper: attention maps of several detectors for the same object, a row per detector.
 
     python benchmarks/run.py figure1 photo.jpg conditional.pt detr.pt --out runs/figure1.png
 
-Of the first detector the best detection is shown, or with --top K the K-th best; of the others the query whose box
+For the first detector it shows the best detection, or with --top K the K-th best; for the others the query whose box
 overlaps that one most. Checkpoints are ours or official ones.
 """
 
@@ -24,22 +24,22 @@ from harness.show import console
 
 
 class Shown(NamedTuple):
-    """One detector's view of the object that all show."""
+    """One detector's detections and attention maps for the object that all rows show."""
 
-    found: Detection
+    detections: Detection
     index: int
-    """Which of what it found is the object."""
+    """Index of the object among the detections."""
     maps: AttentionMaps
 
 
 def same_object(detectors: list[Detector], image: Tensor, top: int, layer: int) -> list[Shown]:
-    """What each detector found, the object that overlaps the first one's `top`-th best most, and the maps."""
-    shown, wanted = [], None
+    """Detections of each detector, the one that overlaps the first detector's `top`-th best most, and the maps."""
+    shown, reference = [], None
     for detector in detectors:
-        found, maps = detector.attention(image, None, detector.model.config.num_queries, layer)
-        if wanted is None:
-            wanted = found.boxes[top - 1]
-        shown.append(Shown(found, int(box_iou(wanted[None], found.boxes)[0].argmax()), maps))
+        detections, maps = detector.attention(image, None, detector.model.config.num_queries, layer)
+        if reference is None:
+            reference = detections.boxes[top - 1]
+        shown.append(Shown(detections, int(box_iou(reference[None], detections.boxes)[0].argmax()), maps))
     return shown
 
 
@@ -56,21 +56,21 @@ def draw(image: Tensor, titles: list[str], shown: list[Shown], kind: str) -> Fig
 
 
 def _draw_row(axes: list[Axes], image: Tensor, title: str, row: Shown, kind: int) -> None:
-    found, index, maps = row
-    box, caption = found.boxes[index], found.captions[index]
-    draw_boxes(axes[0], image, box[None], [int(found.labels[index])], [caption], title=title)
+    detections, index, maps = row
+    box, caption = detections.boxes[index], detections.captions[index]
+    draw_boxes(axes[0], image, box[None], [int(detections.labels[index])], [caption], title=title)
     axes[0].title.set_fontsize(8)
-    weights = maps.weights[kind, int(found.queries[index])]
+    weights = maps.weights[kind, int(detections.queries[index])]
     for head, panel in enumerate(axes[1 : len(weights) + 1]):
         draw_map(panel, image, box, weights[head], maps.cell)
         panel.set_title(f"head {head}", fontsize=8)
-    # Another detector has more heads.
+    # For detectors with fewer heads than others.
     for panel in axes[len(weights) + 1 :]:
         panel.axis("off")
 
 
 def titles_of(files: list[str]) -> list[str]:
-    """Names of the files without their endings, where two are equal with their folders."""
+    """Names of the files without extension; with their folders if two are equal."""
     stems = [Path(file).stem for file in files]
     if len(set(stems)) == len(stems):
         return stems
@@ -81,11 +81,11 @@ def main(words: list[str]) -> None:
     """Draw one figure."""
     parser = command("figure1", __doc__)
     parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("checkpoints", nargs="+", metavar="FILE", help="a row each")
+    parser.add_argument("checkpoints", nargs="+", metavar="FILE", help="checkpoints, one row each")
     parser.add_argument("--kind", choices=KINDS, default="spatial", help="which product; default: spatial")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K-th best detection of the first")
     parser.add_argument("--layer", type=int, default=-1, help="decoder layer, from 0; default: the last")
-    parser.add_argument("--out", default="runs/figure1.png", metavar="FILE", help="the picture")
+    parser.add_argument("--out", default="runs/figure1.png", metavar="FILE", help="output image")
     options = parser.parse_args(words)
     image = read_image(options.image)
     shown = same_object(

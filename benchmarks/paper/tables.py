@@ -1,12 +1,12 @@
-"""Tables 1, 2 and 3 of the Conditional DETR paper: published figures, and ours measured beside them.
+"""Tables 1, 2 and 3 of the Conditional DETR paper: published and measured figures.
 
-    python benchmarks/tables.py                          # image sizes of CONDDETR_COCO, else those of a sample
+    python benchmarks/tables.py                          # image sizes of CONDDETR_COCO, else of a sample
     python benchmarks/tables.py --weights-dir DIR        # also AP, from checkpoints DIR/<model>-<epochs>.pth
 
-A multiply-add counts as one; only convolutions and matrix products count, those of attention included, as in the DETR
-and the Conditional DETR papers. The forward pass of one image, averaged over validation images resized to a short side
-of 800 and a long side of at most 1333. Nothing is computed for it: PyTorch runs on tensors without values. Published
-figures are those of the paper (arXiv 2108.06152).
+A multiply-add counts as one; only convolutions and matrix products count, including attention's, as in the DETR and
+Conditional DETR papers. The count is the forward pass of one image, averaged over validation images resized to a short
+side of 800 and a long side of at most 1333. It runs on shapes alone (fake tensors). Published figures are those of the
+paper (arXiv 2108.06152).
 
 Writes results/paper/tables.json and, from it, tables.md.
 """
@@ -49,7 +49,7 @@ SAMPLE = (
     "424×640:1 423×640:1 432×640:1 640×425:1 500×351:1 640×428:1 511×640:1 240×320:1 333×500:1 640×383:1 "
     "406×640:1 414×640:1 371×640:1 400×640:1 334×500:1"
 )
-"""height×width:images of a sample of COCO's validation images."""
+"""Sample of COCO's validation images, as height×width:images."""
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 Sizes = dict[tuple[int, int], int]
 
@@ -64,7 +64,7 @@ class Row:
     parameters: int | None
     """In millions."""
     ap: tuple[float, ...]
-    """As `COLUMNS`; Table 3 has AP alone."""
+    """In the order of `COLUMNS`; Table 3 has only AP."""
     measured_as: str = ""
     """Key of `MODELS`; empty: published only."""
 
@@ -117,7 +117,7 @@ TABLES: dict[str, list[Row]] = {
         *_rows(*_CONDITIONAL_DC5_R101, _DC5_R101_50, (75, 45.6, 66.5, 48.8, 25.5, 49.7, 63.3), _DC5_R101_108),
         *_rows("Deformable DETR-R50-SS", 78, 34, "deformable-detr-r50-ss", (50, 39.4, 59.6, 42.3, 20.6, 43.0, 55.5)),
         *_rows(
-            # Its pre-training is another; the detector is DETR's.
+            # Only its pre-training differs; the detector is DETR.
             *("UP-DETR-R50", 86, 41, "detr-r50"),
             (150, 40.5, 60.8, 42.6, 19.0, 44.4, 60.0),
             (300, 42.8, 63.0, 45.3, 20.8, 47.1, 61.7),
@@ -166,7 +166,7 @@ TABLES: dict[str, list[Row]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What was counted of one model."""
+    """Counts of one model."""
 
     parameters: int | None = None
     gflops: float | None = None
@@ -174,24 +174,28 @@ class Measured:
     executed_gflops: float | None = None
     """With the fused kernels and separable spatial keys."""
     decoder_gflops: float | None = None
-    """The decoder's part of `gflops`, where it explains a difference."""
+    """The decoder's part of `gflops`, if it explains a difference."""
     images: int = 0
-    """Over which the count is averaged."""
+    """Number of images over which the count is averaged."""
     not_measured: str = ""
     """Why there is no count."""
 
 
 def count(run: Callable[[], object], module: str = "Global") -> float:
-    """Multiply-adds, in 10⁹, of the convolutions and matrix products of a call: of all, or of one module's part, which
-    is named by the class of the model and the path in it."""
-    # In its plain form attention is two products, which are counted; fused ones are known for some devices only.
+    """Multiply-adds, in 10⁹, of the convolutions and matrix products of a call.
+
+    Args:
+        run: the call.
+        module: counts only this module: class of the model, then the path in it.
+    """
+    # Plain attention is two products, which are counted. Fused attention has formulas for some devices only.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return sum(counter.get_flop_counts()[module].values()) / 2e9
 
 
 def average(passes: Callable[[int, int], object], sizes: Sizes) -> float:
-    """`count` of a forward pass, given height and width of its image, averaged over images."""
+    """Mean over images of `count` of a forward pass, which takes the image's height and width."""
     total = sum(images * count(partial(passes, *size)) for size, images in sizes.items())
     return total / sum(sizes.values())
 
@@ -203,7 +207,7 @@ def size_of(model: nn.Module) -> int:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Triton kernels are chosen on a CPU too. None is launched: the fake implementations know what they return."""
+    """Let `triton` run on a CPU. No kernel is launched: the fake implementations return the shapes."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -215,7 +219,7 @@ def interpreted() -> Iterator[None]:
 
 
 def ours(sizes: Sizes, preset: str, **overrides: str) -> Measured:
-    """A preset of this project."""
+    """Counts of a preset of this project."""
 
     def gflops(backend: str) -> float:
         model = conddetr.build(preset, backend=backend, **overrides).requires_grad_(False)
@@ -231,7 +235,7 @@ def ours(sizes: Sizes, preset: str, **overrides: str) -> Measured:
 
 
 def faster_rcnn(sizes: Sizes, backbone: str) -> Measured:
-    """torchvision's; the second stage has the 1000 proposals that it keeps at most."""
+    """Counts of torchvision's model; its second stage has 1000 proposals, the most that it keeps."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
@@ -242,7 +246,7 @@ def faster_rcnn(sizes: Sizes, backbone: str) -> Measured:
         proposals = torch.empty(model.rpn.post_nms_top_n(), 256, 7, 7)
 
         def forward(height: int, width: int) -> None:
-            # Its own transform pads to multiples of 32.
+            # The model's transform pads to multiples of 32.
             image = torch.empty(1, 3, -(-height // 32) * 32, -(-width // 32) * 32)
             model.rpn.head(list(model.backbone(image).values()))
             model.roi_heads.box_predictor(model.roi_heads.box_head(proposals))
@@ -251,8 +255,8 @@ def faster_rcnn(sizes: Sizes, backbone: str) -> Measured:
 
 
 def deformable_detr(sizes: Sizes, **options: object) -> Measured:
-    """HuggingFace's. It needs values, so it is really computed: for the least and the greatest area, between which the
-    count is all but linear."""
+    """Counts of HuggingFace's model. It needs values, so it is computed for the smallest and the largest area; between
+    these the count is nearly linear."""
     if not (find_spec("transformers") and find_spec("timm")):
         return Measured(not_measured="needs transformers and timm")
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
@@ -289,24 +293,24 @@ def image_sizes(root: str | None) -> Sizes:
     """Resized height and width → number of images, the most frequent first.
 
     Args:
-        root: folder in COCO's 2017 layout, whose first 100 validation images are taken, as the DETR paper does; None:
+        root: folder in COCO's 2017 layout; its first 100 validation images are used, as in the DETR paper. None:
             `SAMPLE`.
     """
     if root:
         annotations = json.loads((Path(root) / "annotations" / "instances_val2017.json").read_text(encoding="utf-8"))
         images = sorted(annotations["images"], key=lambda image: image["id"])[:100]
-        found = Counter((image["height"], image["width"]) for image in images)
+        original = Counter((image["height"], image["width"]) for image in images)
     else:
         parsed = (re.fullmatch(r"(\d+)×(\d+):(\d+)", entry).groups() for entry in SAMPLE.split())
-        found = Counter({(int(height), int(width)): int(images) for height, width, images in parsed})
+        original = Counter({(int(height), int(width)): int(images) for height, width, images in parsed})
     resized: Counter = Counter()
-    for (height, width), images in found.items():
+    for (height, width), images in original.items():
         resized[resized_shape(height, width, SHORT_SIDE, LONG_SIDE)] += images
     return dict(resized.most_common())
 
 
 def checkpoint(folder: Path, row: Row) -> Path:
-    """Where the weights of a row are looked for."""
+    """Path of a row's weights."""
     name = row.model.lower().replace(" ", "-")
     if row.model.startswith("CSQ"):
         name = row.measured_as.replace("csq=", "conditional-detr-r50-csq-")
@@ -314,7 +318,7 @@ def checkpoint(folder: Path, row: Row) -> Path:
 
 
 def evaluated(file: Path, coco: str) -> tuple[float, ...]:
-    """AP in percent, as `COLUMNS`, of a checkpoint on COCO's validation images.
+    """AP in percent of a checkpoint on COCO's validation images, in the order of `COLUMNS`.
 
     Raises:
         ValueError: the file is neither ours nor an official one.
@@ -322,57 +326,59 @@ def evaluated(file: Path, coco: str) -> tuple[float, ...]:
     detector = conddetr.Detector.from_checkpoint(file)
     config = detector.model.config
     images = coco_split(coco, "val", EvalTransform(config))
-    # As published, in float32; with dilation, padding beside another image costs AP.
+    # As published, in float32. With dilation, padding in a batch costs AP.
     batch_size = 1 if config.dilation else 2
-    found = evaluate(detector.model, detector.classes, images, detector.device, batch_size, precision="float32").metrics
-    return tuple(100 * found[name] for name in COLUMNS)
+    metrics = evaluate(
+        detector.model, detector.classes, images, detector.device, batch_size, precision="float32"
+    ).metrics
+    return tuple(100 * metrics[name] for name in COLUMNS)
 
 
 def evaluate_all(folder: Path, coco: str) -> dict[str, tuple[float, ...]]:
-    """`<model>, <epochs>` → AP of every row whose weights are there and can be read; each file once."""
-    found: dict[Path, tuple[float, ...]] = {}
+    """`<model>, <epochs>` → AP of every row whose weights exist and can be read; each file is evaluated once."""
+    by_file: dict[Path, tuple[float, ...]] = {}
     rows = {f"{row.model}, {row.epochs}": checkpoint(folder, row) for rows in TABLES.values() for row in rows}
     for file in sorted(set(rows.values())):
         try:
             if file.exists():
-                found[file] = evaluated(file, coco)
+                by_file[file] = evaluated(file, coco)
         except ValueError as error:
             console.print(f"{file} is left out: {error}", highlight=False, soft_wrap=True)
-    return {name: found[file] for name, file in rows.items() if file in found}
+    return {name: by_file[file] for name, file in rows.items() if file in by_file}
 
 
 def content_of(measured: dict[str, Measured], ap: dict[str, tuple[float, ...]], sizes: Sizes, source: str) -> dict:
-    """What the result file holds: all that `markdown` and `print_tables` show."""
+    """Content of the result file: everything that `markdown` and `print_tables` show."""
     return {
         "environment": environment(),
         "image sizes": {"from": source, "images": {f"{height}×{width}": n for (height, width), n in sizes.items()}},
-        "measured": {name: asdict(found) for name, found in measured.items()},
+        "measured": {name: asdict(counts) for name, counts in measured.items()},
         "measured AP": ap,
         "tables": {title: [asdict(row) for row in rows] for title, rows in TABLES.items()},
     }
 
 
 def lines_of(content: dict, title: str, most: int = len(COLUMNS)) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of one table, with at most that many columns of published AP, and as many of measured AP where
-    there are any."""
+    """Headings and cells of one table, with at most `most` columns of published AP, and as many of measured AP if there
+    are any."""
     rows = content["tables"][title]
     names = COLUMNS[:most][: len(rows[0]["ap"])]
-    known = [content["measured AP"].get(f"{row['model']}, {row['epochs']}") for row in rows]
-    own = COLUMNS[:most] if any(known) else COLUMNS[:1]
+    measured_ap = [content["measured AP"].get(f"{row['model']}, {row['epochs']}") for row in rows]
+    measured_columns = COLUMNS[:most] if any(measured_ap) else COLUMNS[:1]
     headings = ["model", "epochs", "GFLOPs, paper", "measured", "difference", "executed"]
-    headings += ["M parameters, paper", "measured", *names, *(f"{name}, measured" for name in own)]
+    headings += ["M parameters, paper", "measured", *names, *(f"{name}, measured" for name in measured_columns)]
     lines = []
-    for row, ap in zip(rows, known, strict=True):
-        found = content["measured"].get(row["measured_as"], {})
-        gflops, parameters = found.get("gflops"), found.get("parameters")
+    for row, ap in zip(rows, measured_ap, strict=True):
+        counts = content["measured"].get(row["measured_as"], {})
+        gflops, parameters = counts.get("gflops"), counts.get("parameters")
         lines.append(
             [
                 *(row["model"], str(row["epochs"]), f"{row['gflops']:g}", _cell(gflops, "published only")),
-                *(difference(gflops, row["gflops"]) or "–", _cell(found.get("executed_gflops"))),
+                *(difference(gflops, row["gflops"]) or "–", _cell(counts.get("executed_gflops"))),
                 "–" if row["parameters"] is None else str(row["parameters"]),
                 _cell(parameters and 1e-6 * parameters, "published only"),
                 *(f"{value:.1f}" for value in row["ap"][: len(names)]),
-                *(_cell(ap and ap[column]) for column in range(len(own))),
+                *(_cell(ap and ap[column]) for column in range(len(measured_columns))),
             ]
         )
     return headings, lines
@@ -383,20 +389,20 @@ def _cell(value: float | None, absent: str = "–") -> str:
 
 
 def difference(measured: float | None, published: float) -> str:
-    """In percent, with its sign; empty: nothing was measured."""
+    """Difference in percent, with its sign; empty: nothing was measured."""
     return "" if measured is None else f"{100 * (measured / published - 1):+.1f} %"
 
 
 def notes_of(content: dict) -> list[str]:
-    """What explains the tables and their differences, with the figures of these."""
+    """Notes that explain the tables and their differences, with figures."""
     rows = {row["measured_as"]: row for rows in content["tables"].values() for row in rows}
 
     def differences(*names: str, without: str = "") -> str:
         parts = []
         for name in names:
-            found = content["measured"].get(name, {})
-            gflops, less = found.get("gflops"), found.get(without) or 0
-            parts.append(difference(gflops and gflops - less, rows[name]["gflops"]) or "not measured")
+            counts = content["measured"].get(name, {})
+            gflops, subtracted = counts.get("gflops"), counts.get(without) or 0
+            parts.append(difference(gflops and gflops - subtracted, rows[name]["gflops"]) or "not measured")
         return " and ".join(parts)
 
     single_scale = ("deformable-detr-r50-ss", "deformable-detr-dc5-r50-ss")
@@ -406,23 +412,24 @@ def notes_of(content: dict) -> list[str]:
     padded = sum(images * -(-height // 32) * -(-width // 32) * 32**2 for height, width, images in sizes)
     return [
         "GFLOPs: multiply-adds, in 10⁹, of convolutions and matrix products; `executed`: with the Triton kernels, "
-        "which take spatial keys projected as rows and columns instead of cell by cell.",
-        f"Faster RCNN: torchvision's, {differences('faster-rcnn-fpn-r50', 'faster-rcnn-fpn-r101')} off the published "
-        f"count. It pads images to multiples of 32, here {difference(padded, area)} of area, and its second stage has "
-        "1000 proposals here, the most that it keeps; how many the published count had is not known.",
-        "Deformable DETR: HuggingFace's; sampling is no matrix product and not counted. With several scales "
-        f"{differences('deformable-detr-r50')} off the published count; the single-scale models are "
-        f"{differences(*single_scale)} off it, by about their decoders: without those they are "
-        f"{differences(*single_scale, without='decoder_gflops')} off (with several scales "
-        f"{differences('deformable-detr-r50', without='decoder_gflops')}). That the published count of the "
-        "single-scale models left their decoders out is a guess.",
-        "TSP-FCOS and TSP-RCNN: published only, no maintained implementation is known.",
+        "which project spatial keys as rows and columns instead of cell by cell.",
+        f"Faster RCNN: torchvision's; it differs by {differences('faster-rcnn-fpn-r50', 'faster-rcnn-fpn-r101')} "
+        f"from the published count. It pads images to multiples of 32, here {difference(padded, area)} of area, and "
+        "its second stage has 1000 proposals here, the most that it keeps; the number in the published count is "
+        "unknown.",
+        "Deformable DETR: HuggingFace's; sampling is not a matrix product and is not counted. The multi-scale "
+        f"model differs by {differences('deformable-detr-r50')} from the published count, the single-scale models by "
+        f"{differences(*single_scale)}, about their decoders: without these the difference is "
+        f"{differences(*single_scale, without='decoder_gflops')} (multi-scale "
+        f"{differences('deformable-detr-r50', without='decoder_gflops')}). Presumably the published count of the "
+        "single-scale models omits the decoders; this is a guess.",
+        "TSP-FCOS and TSP-RCNN: published only; no maintained implementation is known.",
         "UP-DETR: the detector is DETR's; its pre-training is not part of this project.",
     ]
 
 
 def markdown(content: dict) -> str:
-    """The page of all tables."""
+    """The page with all tables."""
     sizes = content["image sizes"]
     images = sum(sizes["images"].values())
     environment = content["environment"]
@@ -436,16 +443,16 @@ def markdown(content: dict) -> str:
         rows = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
         page += [f"## {title}", "\n".join([*rows, *("| " + " | ".join(line) + " |" for line in lines)])]
     reasons: dict[str, list[str]] = {}
-    for name, found in content["measured"].items():
-        if found["not_measured"]:
-            reasons.setdefault(found["not_measured"], []).append(name)
+    for name, counts in content["measured"].items():
+        if counts["not_measured"]:
+            reasons.setdefault(counts["not_measured"], []).append(name)
     notes = [*notes_of(content), *(f"{', '.join(names)}: {why}." for why, names in reasons.items())]
     page.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(page) + "\n"
 
 
 def print_tables(content: dict) -> None:
-    """All tables in the terminal."""
+    """Print all tables."""
     for title in content["tables"]:
         headings, lines = lines_of(content, title, most=1)
         table = Table(title=title)
@@ -457,7 +464,7 @@ def print_tables(content: dict) -> None:
 
 
 def write(content: dict, folder: Path) -> None:
-    """`tables.json` and `tables.md`."""
+    """Write `tables.json` and `tables.md`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tables.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "tables.md").write_text(markdown(content), encoding="utf-8")
@@ -465,7 +472,7 @@ def write(content: dict, folder: Path) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Count, evaluate what there are weights of, print and write."""
+    """Count, evaluate models whose weights exist, print and write."""
     parser = command("tables", __doc__)
     parser.add_argument("--weights-dir", type=Path, metavar="DIR", help="holds <model>-<epochs>.pth; needs COCO")
     options = parser.parse_args(words)
@@ -478,7 +485,7 @@ def main(words: list[str]) -> None:
     folder = RESULTS / "paper"
     content = content_of(measured, {}, sizes, source)
     if options.weights_dir:
-        # Evaluation takes long: what is counted is kept, whatever becomes of it.
+        # Evaluation takes long: counts are written first, in case it fails.
         write(content, folder)
         content["measured AP"] = evaluate_all(options.weights_dir, coco)
     print_tables(content)

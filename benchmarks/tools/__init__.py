@@ -1,1 +1,1 @@
-"""Tools for working on kernels, which are not installed: ahead-of-time compilation, search of launch settings."""
+"""Tools for developing kernels, not installed: ahead-of-time compilation, search of launch settings."""

@@ -1,8 +1,8 @@
-"""Compile every Triton kernel ahead of time, for every architecture, without a GPU, and read what came out.
+"""Compile every Triton kernel ahead of time for every architecture, without a GPU, and check the machine code.
 
     python benchmarks/run.py aot [--architectures 80 90] [--one-form] [--out table.json]
 
-The compiler and cuobjdump are those that the triton package ships. What was compiled once is cached in build/.
+The compiler and cuobjdump come from the triton package. Results are cached in build/.
 """
 
 import json
@@ -51,7 +51,7 @@ SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one block may use (CUDA programming guide, compute capabilities)."""
 
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
-"""Products of tensor cores in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
+"""Tensor core products in PTX: of Ampere, Ada and consumer Blackwell; of Hopper; of Blackwell."""
 
 PRODUCTS = (
     "forward_kernel",
@@ -60,9 +60,9 @@ PRODUCTS = (
     "spatial_query_kernel",
     "spatial_query_backward_kernel",
 )
-"""The kernels that are made of such."""
+"""Kernels with tensor core products."""
 
-ROOMS = (
+MODULES = (
     add_norm,
     attn,
     boxes,
@@ -80,7 +80,7 @@ ROOMS = (
     query,
     weights,
 )
-"""Where the kernels are."""
+"""Modules with the kernels."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one job."""
+    """Figures of one compiled job."""
 
     kernel: str
     variant: str
@@ -107,16 +107,16 @@ class Compiled:
     architecture: int
     registers: int
     stack_bytes: int
-    """Of local memory: what spilled registers and indexed arrays take."""
+    """Local memory of spilled registers and indexed arrays."""
     shared_kib: float
     tensor_core_instructions: int
-    """In PTX; the assembler makes one instruction of each."""
+    """In PTX; the assembler translates each to one instruction."""
 
 
 def jobs(architecture: int) -> Iterator[Job]:
-    """Every kernel with the settings for an architecture: in all forms at the model's widths, in one at wider ones.
+    """Every kernel with the settings for an architecture: all variants at the model's widths, one at wider ones.
 
-    float16 compiles to the instructions of bfloat16 and is left out.
+    float16 compiles to the same instructions as bfloat16 and is left out.
     """
     for products, dtype in (("half", "bf16"), ("tf32", "fp32"), ("ieee", "fp32")):
         for width in (32, 64, 128):
@@ -141,14 +141,14 @@ def jobs(architecture: int) -> Iterator[Job]:
 
 
 def spatial_query_jobs() -> Iterator[Job]:
-    """The projected spatial query, for every number of images that has tiles of its own."""
-    forms = [("half", "bf16", images) for images in (8, 1, 2, 4, 32)] + [("tf32", "fp32", 8), ("ieee", "fp32", 8)]
-    wanted = dict.fromkeys(("OF_TRANSFORM", "OF_EMBEDDING", "OF_WEIGHT"), True)
-    for products, dtype, images in forms:
+    """The projected spatial query, for every number of images with separate tiles."""
+    variants = [("half", "bf16", images) for images in (8, 1, 2, 4, 32)] + [("tf32", "fp32", 8), ("ieee", "fp32", 8)]
+    gradients = dict.fromkeys(("OF_TRANSFORM", "OF_EMBEDDING", "OF_WEIGHT"), True)
+    for products, dtype, images in variants:
         sizes = {"CHANNELS": 256, "OUTPUTS": 256, "PRECISION": "tf32" if products == "tf32" else "ieee"}
         for kernel, backward, more in (
             ("spatial_query_kernel", False, {}),
-            ("spatial_query_backward_kernel", True, wanted),
+            ("spatial_query_backward_kernel", True, gradients),
         ):
             launch = query.launch(images, torch.float32 if dtype == "fp32" else torch.bfloat16, backward)
             options = {**sizes, **more, **launch}
@@ -156,31 +156,31 @@ def spatial_query_jobs() -> Iterator[Job]:
 
 
 def residual_jobs() -> Iterator[Job]:
-    """The kernels beside the products of a transformer layer, with dropout: at the model's widths and the widest."""
+    """The kernels around the products of a transformer layer, with dropout, at the model's widths and the widest."""
     for dtype, channels in (("bf16", 256), ("fp32", MAX_CHANNELS)):
         outputs = dict.fromkeys(("HAS_BIAS", "HAS_POSITION", "HAS_DROPOUT", "HAS_TRUNK", "HAS_OUT", "SAVES"), True)
         options = {**add_norm.launch(channels, add_norm.FORWARD_ELEMENTS), **outputs}
         yield Job("add_norm_kernel", f"{channels} channels", dtype, tuple(options.items()))
-        wanted = {"GRADIENTS": 4, "HAS_DROPOUT": True, "HAS_BRANCH": True, "HAS_RESIDUAL": True, "VECTORS": 3}
-        options = {**add_norm.launch(channels, add_norm.BACKWARD_ELEMENTS), **wanted}
+        switches = {"GRADIENTS": 4, "HAS_DROPOUT": True, "HAS_BRANCH": True, "HAS_RESIDUAL": True, "VECTORS": 3}
+        options = {**add_norm.launch(channels, add_norm.BACKWARD_ELEMENTS), **switches}
         yield Job("add_norm_backward_kernel", f"{channels} channels", dtype, tuple(options.items()))
     for dtype in ("bf16", "fp32"):
-        for kernel, wanted in (
+        for kernel, switches in (
             ("relu_dropout_kernel", ("HAS_BIAS", "HAS_DROPOUT")),
             ("relu_dropout_backward_kernel", ("HAS_BIAS",)),
         ):
-            options = {**dropout.launch(2048), **dict.fromkeys(wanted, True)}
+            options = {**dropout.launch(2048), **dict.fromkeys(switches, True)}
             yield Job(kernel, "2048 channels", dtype, tuple(options.items()))
 
 
 def weight_jobs() -> Iterator[Job]:
-    """What makes the weights of a step, and brings their gradients back."""
+    """The kernels that prepare the weights of a step, and their backward."""
     yield Job("prepare_kernel", "", "bf16", (("BLOCK", weights.BLOCK),))
     yield Job("prepare_backward_kernel", "", "bf16", tuple(weights.BACKWARD_SIZES.items()))
 
 
 def convolution_jobs() -> Iterator[Job]:
-    """What stands around a convolution of 256 channels."""
+    """The kernels around a convolution of 256 channels, and pooling."""
     sizes = {"UNIT": conv.UNIT, "BLOCK": conv.BLOCK}
     for variant, residual in (("residual", True), ("", False)):
         options = {"HAS_SHIFT": True, "HAS_ADDEND": residual, "CHANNELS": 256, **sizes}
@@ -207,7 +207,7 @@ def loss_jobs() -> Iterator[Job]:
 
 
 def jobs_in_one_form(architecture: int) -> Iterator[Job]:
-    """The first of `jobs` of every kernel: the model's width and form, in bfloat16 where the kernel has it."""
+    """The first of `jobs` of every kernel: the model's width and variant, in bfloat16 if the kernel supports it."""
     seen = set()
     for job in jobs(architecture):
         if job.kernel not in seen:
@@ -222,16 +222,16 @@ def _attention_jobs(architecture: int, products: str, dtype: str, width: int, is
         "backward_query_kernel": launch.backward_query,
         "backward_key_kernel": launch.backward_key,
     }
-    form = "separable, valid_cells" if is_separable else "dense, mask"
+    keys = "separable, valid_cells" if is_separable else "dense, mask"
     for kernel, tile in tiles.items():
         dropout = ", dropout" * is_separable
         options = _attention_options(kernel, tile, products, width, is_separable, is_separable)
-        yield Job(kernel, f"{products}, {width}, {form}{dropout}", dtype, options)
+        yield Job(kernel, f"{products}, {width}, {keys}{dropout}", dtype, options)
     for crowded in (False, True):
         without = attn.launch_settings(architecture, products, width, is_separable, False, crowded).forward
         if without != launch.forward:
             options = _attention_options("forward_kernel", without, products, width, is_separable, False)
-            yield Job("forward_kernel", f"{products}, {width}, {form}{', crowded' * crowded}", dtype, options)
+            yield Job("forward_kernel", f"{products}, {width}, {keys}{', crowded' * crowded}", dtype, options)
 
 
 def _attention_options(
@@ -251,7 +251,7 @@ def _attention_options(
 
 
 def attention_settings(kernel: str, tile: attn.Tiles) -> dict[str, object]:
-    """What launch settings are to the compiler."""
+    """Launch settings as compile-time arguments."""
     settings = {"BLOCK_Q": tile.queries, "BLOCK_N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
     settings |= {"AHEAD": tile.ahead} if kernel == "forward_kernel" else {}
     return {**settings, "maxnreg": tile.registers}
@@ -263,7 +263,7 @@ def compile_job(job: Job, architecture: int) -> Compiled:
 
 
 def _depends_on(job: Job, architecture: int) -> list[Path | str]:
-    folders = [Path(room.__file__).parent for room in (*ROOMS, common)]
+    folders = [Path(module.__file__).parent for module in (*MODULES, common)]
     sources = [path for folder in folders for path in sorted(folder.glob("*.py"))]
     return [*sources, Path(registry.__file__), Path(__file__), triton.__version__, repr(job), str(architecture)]
 
@@ -285,7 +285,7 @@ def _compile_now(job: Job, architecture: int) -> Compiled:
 
 @dataclass(frozen=True)
 class Built:
-    """The machine code of one job, and what its launch needs to know."""
+    """The machine code of one job, and the figures that its launch needs."""
 
     cubin: bytes
     shared: int
@@ -302,16 +302,16 @@ def build(job: Job, architecture: int) -> Built:
     def build_now() -> dict[str, object]:
         compiled = _triton_compile(job, architecture)
         products = len(TENSOR_CORE.findall(compiled.asm["ptx"]))
-        made = compiled.metadata
-        found = Built(compiled.asm["cubin"], made.shared, made.num_warps, made.num_stages, products)
-        return {**asdict(found), "cubin": b64encode(found.cubin).decode()}
+        metadata = compiled.metadata
+        stored = Built(compiled.asm["cubin"], metadata.shared, metadata.num_warps, metadata.num_stages, products)
+        return {**asdict(stored), "cubin": b64encode(stored.cubin).decode()}
 
-    found = cached("cubin", _depends_on(job, architecture), build_now)
-    return Built(**{**found, "cubin": b64decode(found["cubin"])})
+    stored = cached("cubin", _depends_on(job, architecture), build_now)
+    return Built(**{**stored, "cubin": b64decode(stored["cubin"])})
 
 
 def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
-    function = next(getattr(room, job.kernel) for room in ROOMS if hasattr(room, job.kernel))
+    function = next(getattr(module, job.kernel) for module in MODULES if hasattr(module, job.kernel))
     options = job.options_dict()
     compiler = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     launch = {name: options.pop(name) for name in compiler if name in options}
@@ -320,7 +320,7 @@ def _triton_compile(job: Job, architecture: int) -> CompiledKernel:
 
 
 def _arguments(names: list[str], dtype: str, options: dict[str, object]) -> tuple[dict, dict, dict]:
-    """The kinds of arguments, the values of those known while compiling, and what is known of the others.
+    """Types of the arguments, values of compile-time arguments, and attributes of the others.
 
     Tensors are 16-byte aligned and the strides of the model's tensors are multiples of 16.
     """
@@ -344,7 +344,7 @@ def _arguments(names: list[str], dtype: str, options: dict[str, object]) -> tupl
 
 
 def _operands(dtype: str, is_separable: bool) -> Operands:
-    """The kinds of the tensors of attention."""
+    """Types of attention's tensors."""
     rows = Rows(f"*{dtype}", "i32", "i32", "i32")
     return Operands(rows, rows, rows, rows, rows if is_separable else "constexpr", rows)
 
@@ -376,7 +376,7 @@ def _kind(name: str, dtype: str, options: dict[str, object]) -> str:
 
 
 def _resource_usage(cubin: bytes) -> str:
-    """Registers and stack of a compiled kernel, as cuobjdump prints them; to disassemble it takes 200 times as long."""
+    """Registers and stack of a compiled kernel, as cuobjdump prints them; disassembly takes 200 times as long."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -385,31 +385,33 @@ def _resource_usage(cubin: bytes) -> str:
 
 
 def compile_all(architectures: tuple[int, ...] = ARCHITECTURES, one_form: bool = False) -> list[Compiled]:
-    """Every job for every architecture, on all cores; with `one_form` every kernel in one form only, on one core."""
+    """Every job for every architecture, on all cores; with `one_form` one variant per kernel, on one core."""
     chosen = jobs_in_one_form if one_form else jobs
     work = [(job, architecture) for architecture in architectures for job in chosen(architecture)]
     if one_form:
-        # They are few: to start processes would take longer.
+        # For few jobs, starting processes would take longer.
         return [compile_job(*job) for job in work]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_job, *zip(*work, strict=True)))
 
 
-def problems(found: Compiled) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
+def problems(compiled: Compiled) -> list[str]:
+    """Defects of a compiled kernel; empty if there are none."""
     wrong = []
-    if found.stack_bytes:
-        wrong.append(f"{found.stack_bytes} bytes of stack")
-    if found.shared_kib > SHARED_LIMIT[found.architecture]:
-        wrong.append(f"{found.shared_kib:.0f} KiB of shared memory, the limit is {SHARED_LIMIT[found.architecture]}")
-    is_product = found.kernel in PRODUCTS and "ieee" not in found.variant
-    if is_product and not found.tensor_core_instructions:
+    if compiled.stack_bytes:
+        wrong.append(f"{compiled.stack_bytes} bytes of stack")
+    if compiled.shared_kib > SHARED_LIMIT[compiled.architecture]:
+        wrong.append(
+            f"{compiled.shared_kib:.0f} KiB of shared memory, the limit is {SHARED_LIMIT[compiled.architecture]}"
+        )
+    is_product = compiled.kernel in PRODUCTS and "ieee" not in compiled.variant
+    if is_product and not compiled.tensor_core_instructions:
         wrong.append("no tensor core instruction")
     return wrong
 
 
 def main(words: list[str]) -> int:
-    """Compile, print the table, write it if asked; status 1 if anything is wrong."""
+    """Compile, print the table, write it if requested; the exit status is 1 if a kernel has a defect."""
     from rich.console import Console
     from rich.table import Table
 
@@ -424,11 +426,11 @@ def main(words: list[str]) -> int:
     table = Table(title=f"Triton {triton.__version__}")
     for name in ("kernel", "variant", "dtype", "sm", "registers", "stack", "shared KiB", "tensor core", ""):
         table.add_column(name)
-    for found in compiled:
-        cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in asdict(found).values()]
-        table.add_row(*cells, "; ".join(problems(found)))
+    for kernel in compiled:
+        cells = [f"{value:.1f}" if isinstance(value, float) else str(value) for value in asdict(kernel).values()]
+        table.add_row(*cells, "; ".join(problems(kernel)))
     Console(width=150).print(table)
     if options.out:
-        content = {"triton": triton.__version__, "kernels": [asdict(found) for found in compiled]}
+        content = {"triton": triton.__version__, "kernels": [asdict(kernel) for kernel in compiled]}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
-    return int(any(problems(found) for found in compiled))
+    return int(any(problems(kernel) for kernel in compiled))

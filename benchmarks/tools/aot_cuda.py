@@ -1,8 +1,8 @@
-"""Compile every CUDA source of csrc/ for every architecture, without a GPU, and read what came out.
+"""Compile every CUDA source of csrc/ for every architecture, without a GPU, and check the machine code.
 
     python benchmarks/run.py aot_cuda [--architectures 80 90a] [--out table.json]
 
-Needs nvcc and a source checkout; cuobjdump is that of the triton package. What was compiled once is cached in build/.
+Needs nvcc and a source checkout; cuobjdump comes from the triton package. Results are cached in build/.
 """
 
 import json
@@ -24,12 +24,12 @@ from harness.command import command
 from tools.cached import ROOT, cached
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-# As in setup.py, which cannot be imported.
+# The same as in setup.py, which cannot be imported.
 FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-DUSE_CUDA")
 FLAGS += ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 REGISTER_LIMIT = 255
 HOPPER = "90a"
-"""Where kernels with `hopper` in their names are. For other architectures they are empty."""
+"""Architecture of kernels with `hopper` in their names. For others these kernels are empty."""
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -40,7 +40,7 @@ ENTRY = re.compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel."""
+    """Figures of one compiled kernel."""
 
     kernel: str
     architecture: str
@@ -50,20 +50,20 @@ class Compiled:
     local_instructions: int
     tensor_core_instructions: int
     serialized: bool = False
-    """Whether the compiler makes each asynchronous product wait for the one before."""
+    """Whether the compiler makes each asynchronous product wait for the previous one."""
 
 
 def find_nvcc() -> str | None:
-    """The compiler: that of CUDA_HOME, else the one on the path."""
+    """nvcc of CUDA_HOME, else on the path; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     return str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
 
 
 def find_cuobjdump() -> Path:
-    """The disassembler that the triton package ships.
+    """The disassembler of the triton package.
 
     Raises:
-        ImportError: there is no such package.
+        ImportError: the package is not installed.
     """
     import triton
 
@@ -71,7 +71,7 @@ def find_cuobjdump() -> Path:
 
 
 def sources() -> list[Path]:
-    """csrc/*/cuda.cu."""
+    """All files csrc/*/cuda.cu."""
     return sorted((ROOT / "csrc").glob("*/cuda.cu"))
 
 
@@ -79,7 +79,7 @@ def compile_source(source: Path, architecture: str) -> list[Compiled]:
     """Every kernel of one source for one architecture.
 
     Raises:
-        RuntimeError: it does not compile; with the compiler's words.
+        RuntimeError: the source does not compile; with the compiler's messages.
     """
     cubin, messages = build(source, architecture)
 
@@ -94,10 +94,10 @@ def compile_source(source: Path, architecture: str) -> list[Compiled]:
 
 
 def build(source: Path, architecture: str) -> tuple[bytes, str]:
-    """The machine code of one source for one architecture, and what the compiler says of it.
+    """The machine code of one source for one architecture, and the compiler's messages.
 
     Raises:
-        RuntimeError: it does not compile; with the compiler's words.
+        RuntimeError: the source does not compile; with the compiler's messages.
     """
     command = [find_nvcc(), *FLAGS, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-cubin"]
     command += [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}", str(source)]
@@ -117,7 +117,7 @@ def build(source: Path, architecture: str) -> tuple[bytes, str]:
 
 @cache
 def nvcc_version() -> str:
-    """As the compiler tells it."""
+    """Output of `nvcc --version`."""
     return subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
@@ -150,7 +150,7 @@ def read(messages: str, cubin: Path, architecture: str) -> list[Compiled]:
 
 
 def readable(name: str) -> str:
-    """A mangled kernel name in short: `attn hopper_forward_kernel bf16 separable dropout`."""
+    """Short form of a mangled kernel name: `attn hopper_forward_kernel bf16 separable dropout`."""
     mangled = r"conddetr\d+([a-z_]+)\d+([a-z_]+_kernel)(?:I(13__nv_bfloat16|6__half|f)((?:Lb[01]E)*)E)?"
     operation, kernel, number, switches = re.search(mangled, name).groups()
     words = [operation, kernel, {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}.get(number, "")]
@@ -159,19 +159,19 @@ def readable(name: str) -> str:
     return " ".join(filter(None, words))
 
 
-def problems(found: Compiled) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
+def problems(compiled: Compiled) -> list[str]:
+    """Defects of a compiled kernel; empty if there are none."""
     wrong = []
-    if found.stack_bytes or found.spilled_bytes or found.local_instructions:
-        local = f"{found.stack_bytes} bytes of stack, {found.spilled_bytes} spilled"
-        wrong.append(f"{local}, {found.local_instructions} local memory instructions")
-    if found.registers > REGISTER_LIMIT:
-        wrong.append(f"{found.registers} registers, the limit is {REGISTER_LIMIT}")
-    is_product = found.kernel.startswith("attn") and "lines" not in found.kernel
-    if is_product and "fp32" not in found.kernel and not found.tensor_core_instructions:
+    if compiled.stack_bytes or compiled.spilled_bytes or compiled.local_instructions:
+        local = f"{compiled.stack_bytes} bytes of stack, {compiled.spilled_bytes} spilled"
+        wrong.append(f"{local}, {compiled.local_instructions} local memory instructions")
+    if compiled.registers > REGISTER_LIMIT:
+        wrong.append(f"{compiled.registers} registers, the limit is {REGISTER_LIMIT}")
+    is_product = compiled.kernel.startswith("attn") and "lines" not in compiled.kernel
+    if is_product and "fp32" not in compiled.kernel and not compiled.tensor_core_instructions:
         wrong.append("no tensor core instruction")
-    if found.serialized:
-        wrong.append("products wait for each other")
+    if compiled.serialized:
+        wrong.append("asynchronous products are serialized")
     return wrong
 
 
@@ -183,7 +183,7 @@ def compile_all(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Compiled
 
 
 def main(words: list[str]) -> int:
-    """Compile, print the table, write it if asked; status 1 if anything is wrong."""
+    """Compile, print the table, write it if requested; the exit status is 1 if a kernel has a defect."""
     from rich.console import Console
     from rich.table import Table
 
@@ -197,9 +197,9 @@ def main(words: list[str]) -> int:
     table = Table(title="csrc/*/cuda.cu")
     for name in ("kernel", "sm", "registers", "stack", "spilled", "local", "tensor core", "serialized", ""):
         table.add_column(name)
-    for found in compiled:
-        table.add_row(*map(str, asdict(found).values()), "; ".join(problems(found)))
+    for kernel in compiled:
+        table.add_row(*map(str, asdict(kernel).values()), "; ".join(problems(kernel)))
     Console(width=150).print(table)
     if options.out:
-        options.out.write_text(json.dumps([asdict(found) for found in compiled], indent=1) + "\n")
-    return int(any(problems(found) for found in compiled))
+        options.out.write_text(json.dumps([asdict(kernel) for kernel in compiled], indent=1) + "\n")
+    return int(any(problems(kernel) for kernel in compiled))

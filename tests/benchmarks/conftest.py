@@ -1,4 +1,4 @@
-"""Benchmarks on a null GPU are whole programs: `test_null_gpu.py` runs them. Here figures and answers are tested."""
+"""Tests of figures and answers. On a null GPU, `test_null_gpu.py` runs benchmarks as whole programs instead."""
 
 import null_gpu
 import pytest

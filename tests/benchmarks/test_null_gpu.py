@@ -1,4 +1,4 @@
-"""On a null GPU benchmarks go through to their end, and leave no figure behind."""
+"""On a null GPU benchmarks run to the end and write no figures."""
 
 import re
 import subprocess
@@ -18,27 +18,27 @@ pytestmark = [
 
 
 def run(command: str) -> str:
-    """What a benchmark prints; it must end well."""
+    """Output of a benchmark, which must succeed."""
     words = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *command.split(), "--seconds", "1"]
-    done = subprocess.run(words, capture_output=True, text=True, env=null_gpu.environment(), cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    result = subprocess.run(words, capture_output=True, text=True, env=null_gpu.environment(), cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
-def test_a_benchmark_goes_through_to_its_end_and_leaves_no_figure():
+def test_benchmark_runs_to_the_end_without_figures():
     """A flight's rehearsal (`tests/test_flight.py`) runs the others."""
     before = sorted(store.RESULTS.iterdir())
-    said = run("sine --cudagraph --points 2400")
-    assert "wrote no result file: null GPU" in said
-    assert "ours, triton" in said
-    assert "at capture" in said
-    assert not re.search(r"\bms\b|GB/s|TFLOP|× floor", said)
+    output = run("sine --cudagraph --points 2400")
+    assert "wrote no result file: null GPU" in output
+    assert "ours, triton" in output
+    assert "at capture" in output
+    assert not re.search(r"\bms\b|GB/s|TFLOP|× floor", output)
     assert sorted(store.RESULTS.iterdir()) == before
 
 
-def test_compiled_peers_go_through_or_say_why_not():
-    said = run("attn --grids r50 --batch 2 --dtypes bfloat16 --dropout 0 --no-backward")
-    went_through, refused = said.split(show.NOT_COMPARED)[:2]
+def test_compiled_peers_run_or_are_refused_with_a_reason():
+    output = run("attn --grids r50 --batch 2 --dtypes bfloat16 --dropout 0 --no-backward")
+    timed, refused = output.split(show.NOT_COMPARED)[:2]
     for name in ("torch.compile of it", "FlexAttention", "varlen_attn, flash, padded values"):
-        assert f"│ {name} " in went_through
-    assert "FlexAttention, FLASH: " in refused or "│ FlexAttention, FLASH " in went_through
+        assert f"│ {name} " in timed
+    assert "FlexAttention, FLASH: " in refused or "│ FlexAttention, FLASH " in timed

@@ -1,4 +1,4 @@
-"""One command runs what is named, and its thin entries say the same."""
+"""One command runs the named benchmarks, and the thin entry scripts call it."""
 
 import importlib
 import types
@@ -11,14 +11,14 @@ from harness.problem import Timed
 from harness.result import Result
 
 
-def module(told, fault=None, why_not=None):
-    """A benchmark of one problem, which notes the options that it is timed with."""
+def module(calls, fault=None, why_not=None):
+    """A benchmark of one problem; it appends the options of each run to `calls`."""
 
     class Problem(Timed):
         title = "one"
 
         def measured(self, options):
-            told.append(options)
+            calls.append(options)
             if fault:
                 raise fault
             return Result("one", {"peer": [1.0]})
@@ -37,46 +37,46 @@ def module(told, fault=None, why_not=None):
 
 @pytest.fixture
 def benchmarks(monkeypatch, tmp_path):
-    """Three operations: a good one, one whose kernel is wrong, one that this machine cannot time."""
-    told = {name: [] for name in ("good", "bad", "other")}
-    found = {
-        "good": module(told["good"]),
-        "bad": module(told["bad"], RuntimeError("out of luck")),
-        "other": module(told["other"], why_not="no GPU here"),
+    """Three operations: a good one, one that fails, one that does not run on this machine."""
+    calls = {name: [] for name in ("good", "bad", "other")}
+    modules = {
+        "good": module(calls["good"]),
+        "bad": module(calls["bad"], RuntimeError("out of luck")),
+        "other": module(calls["other"], why_not="no GPU here"),
     }
-    monkeypatch.setattr(run, "OPERATIONS", dict.fromkeys(found, "ops"))
-    monkeypatch.setattr(run, "TIMED", dict.fromkeys(found, "ops"))
-    monkeypatch.setattr(run, "imported", found.__getitem__)
+    monkeypatch.setattr(run, "OPERATIONS", dict.fromkeys(modules, "ops"))
+    monkeypatch.setattr(run, "TIMED", dict.fromkeys(modules, "ops"))
+    monkeypatch.setattr(run, "imported", modules.__getitem__)
     monkeypatch.setattr(store, "RESULTS", tmp_path)
-    return told
+    return calls
 
 
-def test_flags_are_for_each_that_is_named(benchmarks, tmp_path):
+def test_flags_apply_to_each_named_benchmark(benchmarks, tmp_path):
     assert run.main(["good", "good", "--points", "3", "--rounds", "2"]) == 0
     [options] = benchmarks["good"]
     assert (options.points, options.rounds, options.seconds) == (3, 2, 60)
     assert [path.name for path in tmp_path.glob("*/*")] == ["good.json"]
 
 
-def test_one_that_fails_does_not_cost_the_next(benchmarks, capsys):
+def test_failure_does_not_stop_the_next_benchmark(benchmarks, capsys):
     assert run.main(["bad", "good"]) == 1
     assert len(benchmarks["good"]) == 1
-    said = capsys.readouterr()
-    assert "one: the problem itself: failed: out of luck" in said.out
-    assert said.err.splitlines()[-1] == "failed: bad"
+    printed = capsys.readouterr()
+    assert "one: the problem itself: failed: out of luck" in printed.out
+    assert printed.err.splitlines()[-1] == "failed: bad"
 
 
-def test_all_operations_are_those_of_this_machine(benchmarks, capsys):
+def test_ops_leaves_out_benchmarks_that_do_not_run_here(benchmarks, capsys):
     assert run.main(["ops"]) == 1
     assert [len(times) for times in benchmarks.values()] == [1, 1, 0]
     assert "other: no GPU here" in capsys.readouterr().out
-    # Named by itself it is an error.
+    # Named explicitly, it is an error.
     with pytest.raises(SystemExit):
         run.main(["other"])
     assert "run.py other: error: no GPU here" in capsys.readouterr().err
 
 
-def test_a_wrong_flag_ends_all_before_anything_is_timed(benchmarks, capsys):
+def test_wrong_flag_is_an_error_before_anything_is_timed(benchmarks, capsys):
     with pytest.raises(SystemExit):
         run.main(["good", "bad", "--images", "3"])
     assert "run.py good: error: unrecognized arguments: --images 3" in capsys.readouterr().err
@@ -84,25 +84,28 @@ def test_a_wrong_flag_ends_all_before_anything_is_timed(benchmarks, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [(["nothing"], "there is no benchmark nothing"), (["sine", "report"], "report is named alone, got sine report")],
+    ("words", "message"),
+    [
+        (["nothing"], "there is no benchmark nothing"),
+        (["sine", "report"], "report must be named alone, got sine report"),
+    ],
 )
-def test_names_are_those_of_files(words, said, capsys):
+def test_wrong_names_are_refused(words, message, capsys):
     assert run.main(words) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*run.TIMED, *run.PROGRAMS])
 def test_every_name_has_its_module(name):
-    """Without the sources nothing could be imported at its turn."""
+    """The module imports, and has a `Problem` or a `main`."""
     if name in ("tune", "aot", "aot_cuda", "predict"):
         pytest.importorskip("triton", reason="the package triton is not installed")
-    found = importlib.import_module(f"{(run.TIMED | run.PROGRAMS)[name]}.{name}")
-    assert issubclass(found.Problem, Timed) if name in run.TIMED else callable(found.main)
+    module = importlib.import_module(f"{(run.TIMED | run.PROGRAMS)[name]}.{name}")
+    assert issubclass(module.Problem, Timed) if name in run.TIMED else callable(module.main)
 
 
-def test_every_operation_of_the_package_is_timed():
-    """By the name of the folder in `kernels/`."""
+def test_measured_covers_every_operation_benchmark():
+    """Names are those of the files in `benchmarks/ops`."""
     from harness.measured import OPERATIONS
 
     assert OPERATIONS.keys() == run.OPERATIONS.keys()
@@ -110,12 +113,12 @@ def test_every_operation_of_the_package_is_timed():
 
 @pytest.mark.parametrize("name", ["attn", "train", "model", "tables", "convergence"])
 def test_thin_entries_run_their_name(name, monkeypatch):
-    """`python benchmarks/attn.py` and the like."""
+    """For example `python benchmarks/attn.py`."""
     import runpy
 
-    told = []
-    monkeypatch.setattr(run, "main", lambda words: told.append(words) or 0)
+    calls = []
+    monkeypatch.setattr(run, "main", lambda words: calls.append(words) or 0)
     monkeypatch.setattr("sys.argv", [f"{name}.py", "--rounds", "1"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(run.HERE / f"{name}.py"), run_name="__main__")
-    assert told == [[name, "--rounds", "1"]]
+    assert calls == [[name, "--rounds", "1"]]

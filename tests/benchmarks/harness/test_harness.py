@@ -1,4 +1,4 @@
-"""Timing, refusals, result files, tables, and the page that is written from them."""
+"""Timing, refusals, result files, tables, and the generated page of results."""
 
 import argparse
 import ast
@@ -22,7 +22,7 @@ WORK = Work(flops=4e9, bytes=2e8, floors={"bytes": 1e-3, "products": 2e-3})
 RESULT = Result("one", {"peer": [4e-3] * 5, "slow peer": [8e-3] * 5, "ours": [3e-3] * 5}, WORK)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="calls on a GPU are timed by its own events")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="calls on a GPU are timed by device events")
 def test_samples_are_the_time_of_the_call():
     result = timing.measure("sleep", {"long": lambda: time.sleep(0.02), "short": lambda: None}, OPTIONS, None, {})
     assert [len(samples) for samples in result.seconds.values()] == [4, 4]
@@ -30,7 +30,7 @@ def test_samples_are_the_time_of_the_call():
     assert min(result.seconds["short"]) < 0.01
 
 
-def test_too_little_memory_is_a_refusal(monkeypatch):
+def test_out_of_memory_is_a_refusal(monkeypatch):
     def peak(run):
         if run is None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nand much more")
@@ -42,7 +42,7 @@ def test_too_little_memory_is_a_refusal(monkeypatch):
     assert refused == {"other": "not installed", "big": "CUDA out of memory. Tried to allocate 9 GiB."}
 
 
-def test_reasons_are_pytorchs_own():
+def test_reasons_are_quoted_from_pytorch():
     def forced():
         warnings.warn("Flash attention kernel not used because: (Triggered internally at sdp.h:1.)", stacklevel=1)
         warnings.warn("Flash attention does not support a mask. (Triggered internally at sdp.h:2.)", stacklevel=1)
@@ -57,7 +57,7 @@ def test_reasons_are_pytorchs_own():
     assert refused == {"flash": "Flash attention does not support a mask.", "big": "out of memory"}
 
 
-def test_ours_is_held_to_twice_the_error_and_a_peer_to_ten_times():
+def test_ours_may_have_twice_the_error_and_a_peer_ten_times():
     def off(by):
         return lambda: {"out": torch.full((3,), 1.0 + by)}
 
@@ -77,8 +77,8 @@ def raising(error):
     return run
 
 
-def test_whatever_one_raises_the_others_go_on(capsys):
-    """Peers assert, and Triton's errors are no RuntimeErrors."""
+def test_no_exception_stops_the_other_implementations(capsys):
+    """Peers use assertions, and Triton's errors are no RuntimeErrors."""
     quoted = triton.CompilationError("def kernel():\n    a + b", ast.parse("a + b").body[0], None)
     quoted.__cause__ = ValueError("shapes\ndo not match")
     errors = {
@@ -99,23 +99,23 @@ def test_whatever_one_raises_the_others_go_on(capsys):
         "peer, compiled": "ValueError: do not match",
         "ours, absent": "backend 'native' cannot run here: not built.",
     }
-    # Nobody expects ours to fail: where it did is shown, and it is told at the end.
+    # A failure of ours is unexpected: the traceback is printed, and the failure is reported at the end.
     assert "in run\n    raise error" in capsys.readouterr().err
     result = Result("one", {}, refused={**refused, "ours, too large": too_large})
     assert benchmark.failures([result]) == [f"one: ours, too large: {too_large}"]
 
 
-def test_without_its_reference_nothing_is_right():
+def test_nothing_is_correct_without_its_reference():
     exact = {"out": torch.ones(3, dtype=torch.float64)}
     for spoiled in (raising(RuntimeError("out of luck")), lambda: {"out": torch.full((3,), torch.nan)}):
         runs = {"eager": spoiled, "ours": lambda: {"out": torch.ones(3)}}
         good, refused = check.usable(runs, lambda call: call(), exact, is_random=False)
         assert good == {}
-        assert refused["ours"] == "not checked: eager, which it is held to, is refused"
+        assert refused["ours"] == "not checked: eager, which it is compared with, is refused"
         assert len(benchmark.failures([Result("one", {}, refused=refused)])) == 1
 
 
-def test_one_that_fails_while_it_is_timed_leaves_the_others():
+def test_failure_during_timing_does_not_affect_the_others():
     calls = iter(range(100))
 
     def breaks():
@@ -127,7 +127,7 @@ def test_one_that_fails_while_it_is_timed_leaves_the_others():
     assert result.refused == {"breaks": "broken"}
 
 
-def test_failures_are_told_when_all_is_written(tmp_path, monkeypatch):
+def test_failures_are_reported_after_everything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     wrong = Result("wrong", {"peer": [1.0]}, refused={"ours": "wrong answer: by far", "peer 2": "too old"})
     runs = {"broken": raising(MemoryError("too little")), "wrong": lambda: wrong, "right": lambda: RESULT}
@@ -139,23 +139,23 @@ def test_failures_are_told_when_all_is_written(tmp_path, monkeypatch):
     ]
     (path,) = tmp_path.glob("*/*")
     assert [result.title for result in store.read_results(path)] == ["broken", "wrong", "one"]
-    # Of what has no times the page has an empty row.
+    # A problem without times has an empty row on the page.
     assert "| broken | – | – | – |" in report.markdown(tmp_path)
     assert report.draw(path).exists()
 
 
 class Device:
-    """`torch.cuda` as far as the clock uses it: everything that is asked of it, in order."""
+    """The part of `torch.cuda` that the clock uses; records the calls in order."""
 
     def __init__(self, monkeypatch):
-        self.asked = []
+        self.calls = []
         monkeypatch.setattr(rates, "DEVICE", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(L2_cache_size=1))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.asked.append("wait"))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append("wait"))
         monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
 
     def record(self):
-        self.asked.append("event")
+        self.calls.append("event")
 
     def elapsed_time(self, end):
         return 3.0
@@ -165,13 +165,13 @@ def test_the_gpu_is_idle_when_a_call_begins(monkeypatch):
     device = Device(monkeypatch)
     timed = rates._device_clock()
     for name in ("one", "other"):
-        assert timed(lambda name=name: device.asked.append(name)) == 3e-3
-    assert device.asked == ["wait", "event", "one", "event", "wait", "event", "other", "event", "wait"]
+        assert timed(lambda name=name: device.calls.append(name)) == 3e-3
+    assert device.calls == ["wait", "event", "one", "event", "wait", "event", "other", "event", "wait"]
 
 
 @pytest.fixture(params=[True, False])
 def switch(request):
-    """What both of PyTorch's switches for TF32 stand at."""
+    """The setting of both of PyTorch's TF32 switches."""
     switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:
@@ -181,12 +181,12 @@ def switch(request):
         switch.allow_tf32 = was
 
 
-def test_tf32_is_off_inside_and_as_before_outside(switch, monkeypatch):
+def test_tf32_is_off_inside_and_restored_outside(switch, monkeypatch):
     conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
     monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
     outside = (conv.fp32_precision, matmul.fp32_precision)
     with contextlib.suppress(ZeroDivisionError), machine.without_tf32():
-        # Both generations of switches agree, which PyTorch demands of whoever reads the older.
+        # Both generations of switches agree; PyTorch requires that when the older ones are read.
         assert (torch.backends.cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
         assert "tf32" not in (conv.fp32_precision, matmul.fp32_precision)
         assert machine.tf32() == "off"
@@ -195,7 +195,7 @@ def test_tf32_is_off_inside_and_as_before_outside(switch, monkeypatch):
     assert machine.tf32() == ("on for products and convolutions" if switch else "off")
 
 
-def test_a_reader_sees_that_tf32_is_off(monkeypatch):
+def test_titles_and_environment_report_tf32(monkeypatch):
     monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
     assert machine.dtype_name(torch.float32) == "float32, TF32 off"
     assert machine.dtype_name(torch.bfloat16) == "bfloat16"
@@ -204,7 +204,7 @@ def test_a_reader_sees_that_tf32_is_off(monkeypatch):
     assert machine.environment()["TF32"] == "none"
 
 
-def test_results_are_of_runs_without_tf32(switch, tmp_path, monkeypatch):
+def test_benchmarks_run_without_tf32(switch, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     seen = []
 
@@ -217,8 +217,8 @@ def test_results_are_of_runs_without_tf32(switch, tmp_path, monkeypatch):
     assert torch.backends.cudnn.allow_tf32 == switch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch gives its reasons on a GPU only")
-def test_flash_says_why_it_refuses_a_mask():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch gives its reasons only on a GPU")
+def test_flash_gives_its_reason_against_a_mask():
     from ops import attn
 
     problem = attn.Problem("r50", 2, torch.bfloat16, 0.0, padded=True, backward=False)
@@ -228,7 +228,7 @@ def test_flash_says_why_it_refuses_a_mask():
     assert "mask" in reason
 
 
-def test_table():
+def test_table_of_one_result():
     headings, lines = show.rows(RESULT)
     assert headings == ["implementation", "ms", "10–90 %", "vs best peer", "TFLOP/s", "GB/s", "× floor", "of peak"]
     assert lines[0] == ["peer", "4", "4–4", "1.00", "1", "50", "2.00", "50%"]
@@ -236,14 +236,14 @@ def test_table():
     assert show.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
 
 
-def test_memory_says_when_it_is_that_of_a_capture():
+def test_memory_at_capture_is_marked():
     memory = {"slow peer": 2**20, "ours": 2**21}
     result = Result("one", RESULT.seconds, None, memory, captured=["ours"])
     headings, lines = show.rows(result)
     assert [line[headings.index("extra MiB")] for line in lines] == ["–", "1.0", "2.0 at capture"]
 
 
-def test_a_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
+def test_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "device_name", lambda: "NVIDIA H100 80GB HBM3 (null)")
     exact = {"out": torch.ones(3, dtype=torch.float64)}
@@ -254,20 +254,20 @@ def test_a_null_gpu_has_no_figures(tmp_path, monkeypatch, capsys):
     assert result.seconds == {"eager": [], "ours": []}
     assert rates._rate(1e9, lambda: None) == math.inf
     benchmark.run_all("some", {"one": lambda: result}, argparse.Namespace(cudagraph=False, seconds=60.0))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("one", "eager", "ours", "peer: too old", show.NOT_COMPARED, "wrote no result file: null GPU"):
-        assert part in said
-    assert "ms" not in said
+        assert part in printed
+    assert "ms" not in printed
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_result_is_of_a_null_gpu():
+def test_no_committed_result_is_from_a_null_gpu():
     assert [folder.name for folder in store.RESULTS.iterdir() if folder.name.endswith("-null")] == []
 
 
-def test_time_is_up(tmp_path, monkeypatch):
+def test_no_problem_starts_after_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
-    runs = {"first": lambda: RESULT, "second": lambda: pytest.fail("begun after the time was up")}
+    runs = {"first": lambda: RESULT, "second": lambda: pytest.fail("started after the time limit")}
     benchmark.run_all("some", runs, argparse.Namespace(cudagraph=False, seconds=0.0))
     (path,) = tmp_path.glob("*/*")
     assert path.name == "some.json"
@@ -275,9 +275,9 @@ def test_time_is_up(tmp_path, monkeypatch):
     assert store.read_results(path) == [RESULT]
 
 
-def test_a_machine_without_git_and_nvidia_smi(monkeypatch):
+def test_environment_without_git_and_nvidia_smi(monkeypatch):
     monkeypatch.delenv("CONDDETR_COMMIT", raising=False)
-    monkeypatch.setattr(machine, "_said", lambda *command: "1234567" if command[1] == "rev-parse" else "")
+    monkeypatch.setattr(machine, "_output", lambda *command: "1234567" if command[1] == "rev-parse" else "")
     assert machine.commit() == "1234567"
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
@@ -297,7 +297,7 @@ def test_samples_keep_four_digits(tmp_path, monkeypatch):
     assert '"peer": [ 0.001235, 2.0 ]' in path.read_text()
 
 
-def test_picture_and_tables_come_from_the_file(tmp_path, monkeypatch):
+def test_chart_and_tables_come_from_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "RESULTS", tmp_path)
     results = [RESULT, Result("two", {"peer": [1.0] * 3}, refused={"ours": "too wide"})]
     path = store.write_results("some", {}, results, [])
@@ -308,6 +308,6 @@ def test_picture_and_tables_come_from_the_file(tmp_path, monkeypatch):
     assert report.draw(path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_shows_the_committed_results():
-    shown = (store.RESULTS / report.PAGE).read_text()
-    assert shown == report.markdown(store.RESULTS), "run: python benchmarks/run.py report"
+def test_page_shows_the_committed_results():
+    page = (store.RESULTS / report.PAGE).read_text()
+    assert page == report.markdown(store.RESULTS), "run: python benchmarks/run.py report"

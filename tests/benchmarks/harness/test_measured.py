@@ -1,4 +1,4 @@
-"""Tables of what was measured on an architecture, made from result files."""
+"""Tables of measurements per architecture, made from result files."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from conddetr.kernels.records import Table, Verdict
 from harness import measured, refusals, store
 from harness.measured import combined, is_of_pytorch, tables
 from harness.result import Result
-from ops import attn, conv, dropout, sine
+from ops import attn, conv, dropout, relu_dropout, sine
 
 H100 = {
     "date": "2026-11-29T12:00:00+00:00",
@@ -32,7 +32,7 @@ CANNOT = "backend 'triton' cannot run here: its kernels run on NVIDIA GPUs."
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes a result file as a benchmark does on the machine of an environment."""
+    """Writes a result file as a benchmark does on a machine with the given environment."""
     monkeypatch.setattr(store, "RESULTS", tmp_path)
 
     def written(environment: dict[str, str], benchmark: str, *results: Result):
@@ -44,27 +44,27 @@ def write(tmp_path, monkeypatch):
     return written
 
 
-def test_a_table_has_the_mean_speedup_over_the_best_of_pytorch(write, tmp_path):
+def test_table_has_mean_speedup_over_the_best_of_pytorch(write, tmp_path):
     forward = {
         "official eager": [8.0, 8.0, 8.0],
         # The median, not the mean.
         "SDPA": [4.0, 4.0, 40.0],
-        # Neither comes with PyTorch.
+        # These two do not come with PyTorch.
         "FlashAttention-4": [0.1] * 3,
         "FlexAttention, FLASH": [0.1] * 3,
         "ours, triton, dense": [2.0, 2.0, 2.0],
         "ours, triton, separable": [1.0, 1.0, 1.0],
         "ours, native, dense": [5.0, 5.0, 5.0],
-        # What this GPU would not take by itself.
+        # The operation does not pick this kernel on this GPU.
         "ours, native, dense, not Hopper's kernel": [0.1] * 3,
     }
     backward = {"SDPA": [6.0], "ours, triton, dense": [3.0], "ours, triton, separable": [2.0]}
     backward["ours, native, dense"] = [6.0]
     write(H100, "attn", Result(FORWARD, forward), Result(BACKWARD, backward))
-    # A replay of a graph is one problem more.
+    # A replayed graph counts as a separate problem.
     write(H100, "attn-cudagraph", Result(FORWARD, {"SDPA": [1.0], "ours, triton, dense": [1.0]}))
     write(CPU, "attn", Result(FORWARD, {"SDPA": [1.0], "ours, native, dense": [0.5]}))
-    # Whole models are no operations.
+    # Whole models are not operations.
     write(H100, "train", Result("conditional-detr-r50", {"peer": [1.0], "ours, triton": [0.5]}))
     [(architecture, table)] = tables(tmp_path).items()
     assert (architecture, table.architecture) == ("sm_90", "sm_90")
@@ -81,7 +81,7 @@ def test_a_table_has_the_mean_speedup_over_the_best_of_pytorch(write, tmp_path):
     assert native.refused == "it is slower than PyTorch on NVIDIA H100 80GB HBM3: 0.89× its speed."
 
 
-def test_a_wrong_kernel_is_refused_whatever_its_speed(write, tmp_path):
+def test_wrong_kernel_is_refused_at_any_speed(write, tmp_path):
     wrong = f"{refusals.WRONG}error of out 3.0e-01, eager 1.0e-03"
     results = [
         Result("pooling, 2×64×400×533, float32", {"PyTorch": [2.0], "ours, triton": [1.0]}),
@@ -93,26 +93,26 @@ def test_a_wrong_kernel_is_refused_whatever_its_speed(write, tmp_path):
     assert verdict.speedup == 2.0
 
 
-def test_what_cannot_run_or_was_not_compared_has_no_verdict(write, tmp_path):
+def test_kernel_that_cannot_run_or_was_not_compared_has_no_verdict(write, tmp_path):
     refused = {"ours, triton": CANNOT, "SDPA": f"{refusals.WRONG}of a peer", refusals.PROBLEM: f"{refusals.FAILED}it"}
     write(H100, "pool", Result("pooling, 2×64×400×533, float32", {"PyTorch": [2.0]}, refused=refused))
     write(H100, "focal", Result("focal loss, 6 layers, float64", {"torchvision": [2.0], "ours, triton": [1.0]}))
     assert tables(tmp_path)["sm_90"].verdicts == ()
 
 
-def test_without_a_peer_there_is_no_speedup(write, tmp_path):
+def test_no_speedup_without_a_peer(write, tmp_path):
     write(H100, "pool", Result("pooling, 2×64×400×533, float32", {"ours, triton": [1.0]}))
     assert tables(tmp_path)["sm_90"].verdicts == (Verdict("max_pool", "triton", "float32", "", None, None),)
 
 
-def test_plain_pytorch_of_ours_counts_and_what_auto_took_does_not(write, tmp_path):
+def test_our_eager_counts_as_a_peer_and_auto_does_not(write, tmp_path):
     seconds = {"PyTorch": [4.0], "ours, eager": [3.0], "ours, auto": [0.5], "ours, triton": [1.0]}
     write(H100, "conv", Result("convolution 1×1, in, 8×256×200×267, forward, float32, TF32 off", seconds))
     [verdict] = tables(tmp_path)["sm_90"].verdicts
     assert (verdict.operation, verdict.dtype, verdict.speedup) == ("convolution", "float32", 3.0)
 
 
-def test_of_two_gpus_of_an_architecture_the_worse_counts(write, tmp_path):
+def test_worse_of_two_gpus_of_an_architecture_counts(write, tmp_path):
     title = "pooling, 2×64×400×533, float32"
     write(H100, "pool", Result(title, {"PyTorch": [4.0], "ours, triton": [1.0]}))
     write(PCIE, "pool", Result(title, {"PyTorch": [3.0], "ours, triton": [1.0]}))
@@ -129,9 +129,9 @@ def test_each_architecture_has_its_own_table(write, tmp_path):
     a100 = {**H100, "device": "NVIDIA A100-SXM4-80GB", "compute capability": "8.0", "driver": "unknown"}
     write(H100, "pool", Result(title, {"PyTorch": [4.0], "ours, triton": [1.0]}))
     write(a100, "pool", Result(title, {"PyTorch": [2.0], "ours, triton": [1.0]}))
-    found = tables(tmp_path)
-    assert {name: table.verdicts[0].speedup for name, table in found.items()} == {"sm_80": 2.0, "sm_90": 4.0}
-    assert list(found["sm_80"].gpus) == [a100["device"]]
+    by_architecture = tables(tmp_path)
+    assert {name: table.verdicts[0].speedup for name, table in by_architecture.items()} == {"sm_80": 2.0, "sm_90": 4.0}
+    assert list(by_architecture["sm_80"].gpus) == [a100["device"]]
 
 
 @pytest.mark.parametrize("capability", [None, "none", "90"])
@@ -149,34 +149,36 @@ def test_results_of_a_gpu_without_its_capability_are_an_error(write, tmp_path, c
         ("attn", attn.Problem("r50", 2, torch.float16, 0.1, True, True), "conditional_attention"),
         ("conv", conv.Problem("pair, 1×1 and 3×3, strided", 2, (800, 1066), True), "convolution_pair"),
         ("conv", conv.Problem("3×3", 2, (800, 1066), True), "convolution"),
-        ("dropout", dropout.Problem("relu_dropout", 600, torch.bfloat16), "relu_dropout"),
-        ("dropout", dropout.Problem("dropout_add", 600, torch.bfloat16), "dropout_add"),
+        ("dropout", dropout.Problem(600, torch.bfloat16), "dropout_add"),
+        ("relu_dropout", relu_dropout.Problem(600, torch.bfloat16), "relu_dropout"),
+        # The title is the same in older result files, which hold both operations.
+        ("dropout", relu_dropout.Problem(600, torch.bfloat16), "relu_dropout"),
         ("sine", sine.Problem("sine_embedding", 100, torch.float32, True), "sine_embedding"),
         ("sine", sine.Problem("conditional_spatial_query", 100, torch.float32, True), "conditional_spatial_query"),
     ],
 )
-def test_a_title_tells_operation_and_dtype(stem, problem, operation):
+def test_title_determines_operation_and_dtype(stem, problem, operation):
     [verdict] = measured.verdicts(stem, Result(problem.title, {"peer": [2.0], "ours, triton": [1.0]}))
     assert verdict.operation == operation
     assert verdict.dtype == str(problem.dtype).removeprefix("torch.")
 
 
-def test_every_operation_is_one_of_the_table():
-    """But a pair of convolutions, which is chosen as they are; nor is anything left out that runs on a GPU."""
+def test_operations_are_those_of_the_registry():
+    """Except a pair of convolutions, which has no choice of its own. Every operation that runs on a GPU is included."""
     timed = {operation for by_title in measured.OPERATIONS.values() for operation in by_title.values()}
-    # The gradient is timed with its convolution.
+    # The gradient is timed together with its convolution.
     untimed = {"self_attention", "convolution_3x3_weight_gradient"}
     assert timed - {"convolution_pair"} == set(registry.OPERATIONS) - untimed
 
 
-def test_names_of_implementations():
+def test_only_peers_count_as_pytorch():
     ours = ("ours, triton", "ours, native, dense", "ours, auto", "ours, triton, compiled")
     assert [name for name in (*ours, *measured.OTHERS) if is_of_pytorch(name)] == []
     peers = ("official eager", "torch.compile of it", "SDPA, cuDNN", "FlexAttention", "varlen_attn", "ours, eager")
     assert all(is_of_pytorch(name) for name in peers)
 
 
-def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, capsys):
+def test_command_writes_tables_and_removes_old_ones(write, tmp_path, capsys):
     write(H100, "pool", Result("pooling, float32", {"PyTorch": [4.0], "ours, triton": [1.0]}))
     folder = tmp_path / "tables"
     folder.mkdir()
@@ -187,24 +189,24 @@ def test_the_command_writes_tables_and_removes_old_ones(write, tmp_path, capsys)
     assert str(folder / "sm_90.json") in capsys.readouterr().out
 
 
-def test_the_shipped_tables_are_those_of_the_committed_results():
+def test_shipped_tables_match_the_committed_results():
     shipped = {path.stem: Table.from_json(path.read_bytes()) for path in measured.TABLES.glob("*")}
     assert shipped == tables(store.RESULTS), "run: python benchmarks/run.py measured"
 
 
-def test_several_problems_have_one_verdict():
-    one, other, untimed = (
+def test_problems_are_combined_into_one_verdict():
+    fast, equal, untimed = (
         dataclasses.replace(GOOD, error=error, speedup=speedup)
         for error, speedup in ((0.2, 4.0), (0.9, 1.0), (0.1, None))
     )
     # The mean of 4 and 1 is that of their logarithms.
-    assert combined([one, other, untimed], "here") == dataclasses.replace(GOOD, error=0.9, speedup=2.0)
-    # Of equal times none is the slower, however the mean is rounded.
+    assert combined([fast, equal, untimed], "here") == dataclasses.replace(GOOD, error=0.9, speedup=2.0)
+    # With equal times neither is slower, however the mean is rounded.
     even = [dataclasses.replace(GOOD, speedup=speedup) for speedup in (7.0, 1 / 7.0)]
     assert (combined(even, "here").speedup, combined(even, "here").refused) == (1.0, "")
     assert combined([untimed], "here").speedup is None
-    slow = combined([dataclasses.replace(GOOD, speedup=speedup) for speedup in (0.5, 1.28)], "on this one")
-    assert slow.refused == "it is slower than PyTorch on this one: 0.80× its speed."
+    slow = combined([dataclasses.replace(GOOD, speedup=speedup) for speedup in (0.5, 1.28)], "on this GPU")
+    assert slow.refused == "it is slower than PyTorch on this GPU: 0.80× its speed."
     wrong = dataclasses.replace(GOOD, refused="it is wrong.", error=math.nan)
-    found = combined([one, wrong, other], "here")
-    assert (found.refused, found.error) == ("it is wrong.", None)
+    verdict = combined([fast, wrong, equal], "here")
+    assert (verdict.refused, verdict.error) == ("it is wrong.", None)

@@ -1,4 +1,4 @@
-"""Readers of annotation files are compared on the same numbers, each in a process of its own."""
+"""The benchmark of annotation readers compares them on the same numbers, each in a separate process."""
 
 import json
 
@@ -9,13 +9,13 @@ from harness.benchmark import failures
 from models import annotations
 
 
-def test_a_file_is_as_large_as_asked_for(tmp_path):
+def test_file_has_the_requested_number_of_boxes(tmp_path):
     annotations.make(tmp_path / "x.json", 20)
-    found = read_annotations(tmp_path / "x.json")
-    assert (len(found), len(found.boxes), len(found.categories)) == (3, 20, 80)
+    annotation_set = read_annotations(tmp_path / "x.json")
+    assert (len(annotation_set), len(annotation_set.boxes), len(annotation_set.categories)) == (3, 20, 80)
 
 
-def test_all_readers_find_the_same():
+def test_all_readers_agree():
     pytest.importorskip("pycocotools")
     result = annotations.measured(50, rounds=1)
     assert set(result.seconds) == set(annotations.READERS)
@@ -23,13 +23,13 @@ def test_all_readers_find_the_same():
     assert all(seconds > 0 for [seconds] in result.seconds.values())
 
 
-def test_a_wrong_reader_is_refused(monkeypatch):
+def test_wrong_reader_is_refused(monkeypatch):
     def answers(command, **_):
         boxes = 4 if "ours" in command else 5
-        found = {"seconds": 1.0, "bytes": 8, "boxes": boxes, "sum": 2.0}
-        return type("Done", (), {"stdout": b"noise\n" + json.dumps(found).encode()})
+        output = {"seconds": 1.0, "bytes": 8, "boxes": boxes, "sum": 2.0}
+        return type("Done", (), {"stdout": b"noise\n" + json.dumps(output).encode()})
 
     monkeypatch.setattr(annotations.subprocess, "run", answers)
     result = annotations.measured(5, rounds=2)
     assert set(result.seconds) == {"json, entry by entry", "pycocotools"}
-    assert failures([result]) == [f"{result.title}: ours: wrong answer: other boxes than Python's reader finds"]
+    assert failures([result]) == [f"{result.title}: ours: wrong answer: the boxes differ from those of Python's reader"]

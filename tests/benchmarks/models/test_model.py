@@ -1,4 +1,4 @@
-"""The benchmark of inference times equal outputs only."""
+"""The benchmark of inference times only models with equal outputs."""
 
 import argparse
 
@@ -24,7 +24,7 @@ def test_smoke(benchmark, monkeypatch):
     assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
 
 
-def test_a_wrong_answer_is_not_timed():
+def test_wrong_answer_is_not_timed():
     right = {"pred_logits": torch.randn(1, 9, 4), "pred_boxes": torch.rand(1, 9, 4)}
     wrong = {**right, "pred_boxes": right["pred_boxes"] + 2e-5}
     refused = {}
@@ -32,12 +32,12 @@ def test_a_wrong_answer_is_not_timed():
     assert list(model.alike(runs, refused)) == ["official", "same"]
     assert refused["ours"].startswith("wrong answer: pred_boxes differs by 2.0")
     assert refused["peer"] == "ZeroDivisionError: division by zero"
-    alike = {name: value[:, :1].expand_as(value) for name, value in right.items()}
-    with pytest.raises(RefusedError, match="the check says nothing"):
-        model.alike({"official": lambda: alike}, refused)
+    collapsed = {name: value[:, :1].expand_as(value) for name, value in right.items()}
+    with pytest.raises(RefusedError, match="the check would prove nothing"):
+        model.alike({"official": lambda: collapsed}, refused)
 
 
-def test_the_official_form_is_not_folded():
+def test_official_style_is_not_folded():
     reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=5).eval()
     runs, _ = model.our_runs(reference, torch.randn(1, 3, 64, 64), compiled=False)
     with torch.inference_mode():
@@ -46,15 +46,15 @@ def test_the_official_form_is_not_folded():
     assert runs["ours"].func.backend == runs["ours, frozen copy"].func.backend == "auto"
     assert runs["ours"].func.fusion is None
     assert len(runs["ours, eager"].func.fusion.fused) == 17
-    for found in outputs.values():
-        torch.testing.assert_close(found, outputs["official-style eager"], atol=1e-4, rtol=0)
+    for logits in outputs.values():
+        torch.testing.assert_close(logits, outputs["official-style eager"], atol=1e-4, rtol=0)
 
 
 def test_outputs_are_compared_without_tf32(monkeypatch):
-    """As PyTorch's switch stands by default, folded batch norms look wrong."""
+    """With PyTorch's default TF32 switch, folded batch norms would be refused as wrong."""
     tf32.plant(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    # As on a GPU, where no convolution is ours.
+    # As on a GPU, where we have no convolution kernel.
     monkeypatch.setattr(conv, "is_plain", lambda tensors: False)
     reference = conddetr.build("conditional-detr-r50", backend="eager", **SMALL, num_queries=20).eval()
     model.spread_outputs(reference)

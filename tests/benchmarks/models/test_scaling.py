@@ -1,4 +1,4 @@
-"""Attention is measured at every size, its memory too, and drawn from the file."""
+"""Time and memory of attention at every size are measured, and plotted from the file."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from ops import attn
 OPTIONS = argparse.Namespace(rounds=3, cudagraph=False)
 
 
-def test_one_size(monkeypatch):
-    # Measuring the machine takes seconds, Triton's interpreter too.
+def test_attention_at_one_size(monkeypatch):
+    # Measuring the machine takes seconds, and so does Triton's interpreter.
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(rates, "copy_bandwidth", lambda: 1e10)
     monkeypatch.setattr(rates, "product_rate", lambda dtype: 1e11)
@@ -28,7 +28,7 @@ def test_one_size(monkeypatch):
     assert not set(scaling.COMPILED) & set(result.seconds)
 
 
-def test_axes_grow():
+def test_values_of_the_axes():
     axes = scaling.problems(backward=False)
     keys = [attn.GRIDS[problem.grid] for problem in axes["keys"].values()]
     assert [height * width for height, width in keys] == list(axes["keys"])
@@ -37,7 +37,7 @@ def test_axes_grow():
     assert [problem.queries for problem in axes["queries"].values()] == list(axes["queries"])
 
 
-def test_memory_at_its_highest():
+def test_peak_memory():
     def run():
         first = torch.ones(1 << 18)
         second = 2 * first
@@ -48,7 +48,7 @@ def test_memory_at_its_highest():
     assert host_peak(run) == pytest.approx(2 * 2**20, rel=1e-3)
 
 
-def test_picture(tmp_path):
+def test_chart(tmp_path):
     work = Work(1.0, 1.0, {"bytes": 1e-4})
     results = [
         Result("a", {"peer": [1e-3], "ours": [2e-3]}, work, {"peer": 2**21, "ours": 2**10}),
@@ -63,18 +63,18 @@ def test_picture(tmp_path):
     assert scaling.draw(path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_step_is_timed_beside_the_official_one(monkeypatch):
+def test_training_step_is_timed_beside_the_official_one(monkeypatch):
     monkeypatch.setattr(scaling, "product_rate", lambda dtype: 1e11)
     one, two = (scaling.training_step(OPTIONS, batch=batch) for batch in (1, 2))
     assert list(one.seconds) == ["official-style eager", "ours, auto"]
     assert one.peak_extra_bytes["ours, auto"] > 0
-    # Of a multiply-add two FLOPs, and of a forward pass three times as many with the backward pass.
+    # Two FLOPs per multiply-add; forward and backward have three times the FLOPs of forward.
     assert one.work.flops == pytest.approx(6 * 1e9 * conddetr.presets()["conditional-detr-tiny"].gflops, rel=0.01)
     # Positions are projected once for all images.
     assert 1.9 * one.work.flops < two.work.flops < 2 * one.work.flops
 
 
-def test_a_wrong_answer_does_not_end_the_others(tmp_path, monkeypatch):
+def test_wrong_answer_does_not_stop_the_other_sizes(tmp_path, monkeypatch):
     def wrong():
         raise RuntimeError("no inputs")
 

@@ -1,4 +1,4 @@
-"""The benchmark of training steps times equal steps only, and knows where their time goes."""
+"""The benchmark of training steps times only equal steps, and splits their time into parts."""
 
 import argparse
 import re
@@ -26,24 +26,24 @@ def test_smoke(benchmark, monkeypatch):
         assert all(seconds > 0 for seconds in parts.values()), name
 
 
-def test_another_loss_is_not_timed():
-    made, _ = train.implementations(PROBLEM, PROBLEM.make(), compiled=False)
-    assert made["ours"].model.config == conddetr.build(PROBLEM.preset).config
-    first = next(iter(made.values()))
-    other = train.plain(first.model, lambda: {k: 1.1 * v for k, v in first.losses().items()}, True, False)
+def test_different_loss_is_not_timed():
+    implementations, _ = train.implementations(PROBLEM, PROBLEM.make(), compiled=False)
+    assert implementations["ours"].model.config == conddetr.build(PROBLEM.preset).config
+    first = next(iter(implementations.values()))
+    changed = train.plain(first.model, lambda: {k: 1.1 * v for k, v in first.losses().items()}, True, False)
     broken = train.plain(first.model, lambda: 1 / 0, True, False)
     first.model.bbox_embed.requires_grad_(False)
     fewer = train.plain(first.model, first.losses, True, False)
     refused = {}
-    every = {"first": first, "ours": other, "broken": broken, "fewer": fewer, "again": first}
-    assert list(train.alike(every, torch.float32, refused)) == ["first", "again"]
-    assert re.fullmatch(r"wrong answer: loss_\w+ is .*, expected .*", refused["ours"])
+    cases = {"first": first, "ours": changed, "broken": broken, "fewer": fewer, "again": first}
+    assert list(train.alike(cases, torch.float32, refused)) == ["first", "again"]
+    assert re.fullmatch(r"wrong answer: loss_\w+: expected .*, got .*", refused["ours"])
     assert refused["broken"] == "ZeroDivisionError: division by zero"
-    assert re.fullmatch(r"wrong answer: it trains \d+ parameters, expected \d+", refused["fewer"])
+    assert re.fullmatch(r"wrong answer: expected \d+ trained parameters, got \d+", refused["fewer"])
 
 
 class Clock:
-    """Time that passes only where a test says so, so that nothing depends on how busy the machine is."""
+    """A clock that only `sleep` advances, so that the test does not depend on the machine's load."""
 
     def __init__(self):
         self.now = 0.0
@@ -55,9 +55,9 @@ class Clock:
         self.now += seconds
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU time is the device's own")
-def test_parts_are_told_apart(monkeypatch):
-    """Layers that sleep, forward and backward, for times of which no sum of some equals another's."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU parts are timed by the device")
+def test_times_of_parts(monkeypatch):
+    """Layers sleep in forward and backward, for times of which no two sums are equal."""
     clock = Clock()
     monkeypatch.setattr("harness.parts.time", clock)
 

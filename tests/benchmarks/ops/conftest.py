@@ -1,4 +1,4 @@
-"""What takes seconds and is not tested here is left out."""
+"""Fixtures that leave out slow steps that are not tested here."""
 
 import argparse
 
@@ -10,13 +10,13 @@ from harness import rates
 
 @pytest.fixture
 def options():
-    """Of the command line."""
+    """Command-line options of a short run."""
     return argparse.Namespace(rounds=3, cudagraph=False)
 
 
 @pytest.fixture
 def known_rates(monkeypatch):
-    """The machine is not measured, and nothing is interpreted."""
+    """Fixed rates instead of measured ones, and no Triton interpreter."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(rates, "copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(rates, "product_rate", lambda dtype: 1e12)
@@ -24,5 +24,5 @@ def known_rates(monkeypatch):
 
 @pytest.fixture
 def quick(known_rates, monkeypatch):
-    """Nothing is compiled either."""
+    """`known_rates`, and no compilation."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)

@@ -1,4 +1,4 @@
-"""The benchmark of attention times right answers only, and counts what they need."""
+"""The benchmark of attention times only correct answers, and counts their work."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ from harness.result import Result
 from ops import attn
 
 COMPILED = ("torch.compile of it", "FlexAttention", "FlexAttention, FLASH")
-"""Left out: they need a compiler, and seconds each."""
+"""Left out: each needs a compiler and takes seconds."""
 
 
 def problem(**changes):
@@ -31,10 +31,10 @@ def checked(runs, tensors, is_random=False):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchmark, known_rates):
-    one = problem(backward=backward)
-    tensors = one.make()
-    runs = {name: run for name, run in one.implementations(tensors).items() if name not in COMPILED}
+def test_every_implementation_is_correct_or_refused_with_a_reason(backward, benchmark, known_rates):
+    case = problem(backward=backward)
+    tensors = case.make()
+    runs = {name: run for name, run in case.implementations(tensors).items() if name not in COMPILED}
     good, refused = checked(runs, tensors)
     assert {"official eager", "SDPA"} <= set(good)
     assert set(good) | set(refused) == set(runs)
@@ -43,23 +43,23 @@ def test_every_implementation_is_right_or_refused_with_a_reason(backward, benchm
 
 
 @pytest.mark.parametrize("spoiled", ["out", "k_content", "k_spatial"])
-def test_a_wrong_answer_is_not_timed(spoiled):
+def test_wrong_answer_is_not_timed(spoiled):
     tensors = problem(backward=True).make()
     eager = problem().implementations(tensors)["official eager"]
 
     def wrong():
-        found = eager()
-        return {name: tensor + 1e-3 if name == spoiled else tensor for name, tensor in found.items()}
+        outputs = eager()
+        return {name: tensor + 1e-3 if name == spoiled else tensor for name, tensor in outputs.items()}
 
     good, refused = checked({"official eager": eager, "ours": wrong, "peer": wrong}, tensors)
     assert set(good) == {"official eager"}
     assert all(reason.startswith("wrong answer: error of ") for reason in refused.values())
-    # A peer may be wrong; that ours is stays no secret.
+    # A peer may be wrong; a wrong answer of ours is reported.
     [failure] = failures([Result("one", {}, refused=refused)])
     assert failure.startswith("one: ours: wrong answer: error of ")
 
 
-def test_forgotten_dropout_is_not_timed():
+def test_missing_dropout_is_not_timed():
     tensors = problem().make()
     runs = {f"p = {p}": problem(dropout=p).implementations(tensors)["official eager"] for p in (0.1, 0.0)}
     assert checked(runs, tensors, is_random=True)[1]["p = 0.0"].startswith("wrong answer: error of out ")
@@ -67,7 +67,7 @@ def test_forgotten_dropout_is_not_timed():
     assert set(checked(runs, tensors, is_random=True)[0]) == set(runs)
 
 
-def test_flex_attention_says_that_it_has_no_dropout():
+def test_flex_attention_is_refused_with_dropout():
     tensors = problem().make()
     runs = {"FlexAttention": problem(dropout=0.1).implementations(tensors)["FlexAttention"]}
     assert checked(runs, tensors, is_random=True)[1] == {
@@ -76,34 +76,34 @@ def test_flex_attention_says_that_it_has_no_dropout():
 
 
 def by_sequence(query, key, value, query_starts, key_starts, longest_query, longest_key):
-    """What `varlen_attn` computes, one image after the other."""
-    found = []
+    """The result of `varlen_attn`, one image after the other."""
+    outputs = []
     for image in range(len(query_starts) - 1):
         queries, keys = (slice(*starts[image : image + 2].tolist()) for starts in (query_starts, key_starts))
         assert queries.stop - queries.start <= longest_query
         assert keys.stop - keys.start <= longest_key
         parts = (x[taken].transpose(0, 1) for x, taken in ((query, queries), (key, keys), (value, keys)))
-        found.append(F.scaled_dot_product_attention(*parts).transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(F.scaled_dot_product_attention(*parts).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_packed_keys_give_the_same_answer(padded):
-    one = problem(padded=padded, backward=True)
-    tensors = one.make()
-    runs = {"official eager": one.implementations(tensors)["official eager"]}
+def test_packed_keys_give_the_same_result(padded):
+    case = problem(padded=padded, backward=True)
+    tensors = case.make()
+    runs = {"official eager": case.implementations(tensors)["official eager"]}
     for name, pad_values in (("packed", False), ("packed, padded values", True)):
-        attend = attn.packed(one, tensors, by_sequence, pad_values)
+        attend = attn.packed(case, tensors, by_sequence, pad_values)
         runs[name] = attn.Implementation(attend, tensors)
     assert checked(runs, tensors)[1] == {}
-    layout = attn.Layout.of(one)
+    layout = attn.Layout.of(case)
     assert layout.key_starts.tolist() == [0, 25 * 34, 25 * 34 + 25 * (19 if padded else 34)]
     with pytest.raises(NotImplementedError, match="no dropout"):
         attn.packed(problem(dropout=0.1), tensors, by_sequence)()
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_flash_attention_4_is_called_as_its_interface_wants(padded, monkeypatch):
+def test_flash_attention_4_is_called_with_its_arguments(padded, monkeypatch):
     """Its package needs a GPU; a stand-in with its arguments computes on the CPU."""
 
     def flash_attn_func(q, k, v):
@@ -114,10 +114,10 @@ def test_flash_attention_4_is_called_as_its_interface_wants(padded, monkeypatch)
         assert padded
         return by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), None
 
-    one = problem(padded=padded)
-    tensors = one.make()
-    peer = attn.Implementation(attn.flash_attention_4(one, tensors), tensors)
-    runs = {"official eager": one.implementations(tensors)["official eager"], "FlashAttention-4": peer}
+    case = problem(padded=padded)
+    tensors = case.make()
+    peer = attn.Implementation(attn.flash_attention_4(case, tensors), tensors)
+    runs = {"official eager": case.implementations(tensors)["official eager"], "FlashAttention-4": peer}
     if importlib.util.find_spec("flash_attn") is None:
         reason = "not installed (pip install flash-attn-4): No module named 'flash_attn'"
         assert checked(runs, tensors)[1] == {"FlashAttention-4": reason}
@@ -129,18 +129,18 @@ def test_flash_attention_4_is_called_as_its_interface_wants(padded, monkeypatch)
     assert checked(runs, tensors)[1] == {}
 
 
-def test_pytorch_knows_the_backend_that_is_asked_for():
+def test_pytorch_has_the_flash_backend_of_flex_attention():
     assert "FLASH" in typing.get_args(typing.get_type_hints(FlexKernelOptions)["BACKEND"])
 
 
-def test_padding_is_really_there():
+def test_padded_problem_has_padding():
     tensors = problem().make()
     assert tensors.valid_cells.tolist() == [[25, 34], [25, 19]]
     assert int(tensors.padding.sum()) == 25 * 15
 
 
 def test_work_of_the_design_notes(monkeypatch):
-    """H100: about 18 µs of exponentials and 14 µs of bytes at 3 TB/s; padding is no work."""
+    """H100: about 18 µs of exponentials and 14 µs of bytes at 3 TB/s; padding is not work."""
     monkeypatch.setattr(rates, "exponential_rate", lambda: 132 * 16 * 1.755e9)
     monkeypatch.setattr(rates, "copy_bandwidth", lambda: 3e12)
     monkeypatch.setattr(rates, "product_rate", lambda dtype: 1e15)
@@ -153,11 +153,11 @@ def test_work_of_the_design_notes(monkeypatch):
     assert padded.flops / full.flops == pytest.approx((1 + 19 / 34 + 21 / 25 + 26 / 34) / 4)
 
 
-def test_the_most_important_problems_come_first():
+def test_most_important_problems_come_first():
     options = gpu_options()
-    found = attn.Problem.asked_for(options)
-    assert len(found) == len(set(found)) == 2 * 2 * (4 + 3 * 8)
-    assert found[:4] == [
+    problems = attn.Problem.asked_for(options)
+    assert len(problems) == len(set(problems)) == 2 * 2 * (4 + 3 * 8)
+    assert problems[:4] == [
         problem(batch=8, dtype=torch.bfloat16, dropout=p, padded=padded, backward=p > 0)
         for p in (0.0, 0.1)
         for padded in (False, True)

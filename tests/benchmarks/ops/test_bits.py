@@ -1,4 +1,4 @@
-"""The benchmark of dropout's bits times right answers only."""
+"""The benchmark of dropout bits times only correct answers."""
 
 from ops import bits
 

@@ -1,4 +1,4 @@
-"""The benchmark of the matching cost times right answers only."""
+"""The benchmark of the matching cost times only correct answers."""
 
 import torch
 
@@ -13,7 +13,7 @@ def test_smoke(benchmark, options, quick):
     assert result.work.bytes == 4 * (2 * pairs + coordinates)
 
 
-def test_blocks_of_other_images_are_left_out():
+def test_cost_of_an_image_ignores_other_images():
     inputs = cost.Problem(3, torch.float32).make()
     alone = [
         cost.official(

@@ -1,4 +1,4 @@
-"""The benchmark of the focal loss times right answers only, and counts their bytes."""
+"""The benchmark of the focal loss times only correct answers, and counts their bytes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The benchmark of the assignment times optimal matchings only."""
+"""The benchmark of the assignment times only optimal matchings."""
 
 import sys
 
@@ -14,8 +14,8 @@ def test_smoke(benchmark, options, quick):
     assert {len(samples) for samples in result.seconds.values()} == {3}
 
 
-def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monkeypatch, options):
-    """A stand-in with its one function: costs [B, workers, tasks] -> task of each worker [B, workers]."""
+def test_torch_linear_assignment_is_a_peer_if_installed(tmp_path, monkeypatch, options):
+    """A stand-in with its one function: costs [B, workers, tasks] → task of each worker [B, workers]."""
     lines = (
         "import torch",
         "from scipy.optimize import linear_sum_assignment",
@@ -32,7 +32,7 @@ def test_torch_linear_assignment_is_a_peer_where_it_is_installed(tmp_path, monke
     assert "torch-linear-assignment" in machine.environment()
 
 
-def test_totals_know_what_a_matching_is():
+def test_totals_are_nan_for_invalid_matchings():
     cost = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]]])
     for right in ({"query": torch.tensor([[[2, 0]]])}, {"object": torch.tensor([[[1, -1, 0]]])}):
         assert match.totals(cost, right).tolist() == [[12.0]]

@@ -1,4 +1,4 @@
-"""The benchmark of the pooling times right answers only."""
+"""The benchmark of max pooling times only correct answers."""
 
 import torch
 
@@ -10,5 +10,5 @@ def test_smoke(benchmark, monkeypatch, options, quick):
     problem = pool.Problem(2, torch.float32)
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"PyTorch", "torch.compile of it"} <= set(result.seconds)
-    # The map read and a quarter written.
+    # The map is read, and a quarter of it written.
     assert result.work.bytes == 2 * 64 * 8 * 533 * 5

@@ -1,4 +1,4 @@
-"""The benchmark of positions times right answers only, and counts their bytes."""
+"""The benchmark of positions times only correct answers, and counts their bytes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_smoke(is_right, benchmark, monkeypatch, options, quick):
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert "PyTorch" in result.seconds
     assert ("torch.compile of it" in result.seconds) == is_right
-    # 256 numbers and whether it is padding, of each cell of three images.
+    # 256 numbers and the padding flag for each cell of three images.
     assert result.work.bytes == 3 * 25 * 34 * (256 * 4 + 1)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the predicted boxes times right answers only."""
+"""The benchmark of predicted boxes times only correct answers."""
 
 import torch
 
@@ -9,5 +9,5 @@ def test_smoke(benchmark, options, quick):
     problem = prediction.Problem(2, torch.float32)
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"PyTorch", "torch.compile of it"} <= set(result.seconds)
-    # Five times 3600 boxes.
+    # 3600 boxes, five times.
     assert result.work.bytes == 5 * 3600 * 16

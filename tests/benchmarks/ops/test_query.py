@@ -1,4 +1,4 @@
-"""The benchmark of the projected spatial query: right answers only are timed, and work is counted right."""
+"""The benchmark of the projected spatial query: only correct answers are timed, and work is counted."""
 
 import torch
 
@@ -10,6 +10,6 @@ def test_smoke(benchmark, monkeypatch, options, quick):
     problem = query.Problem(2, torch.float32)
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"product, then F.linear", "torch.compile of it"} <= set(result.seconds)
-    # λ, the result, its gradient, λ again, the gradient of λ; a product forward, two backward.
+    # λ, the result, its gradient, λ again, the gradient of λ; one product in forward, two in backward.
     assert result.work.bytes == 5 * 4 * 2 * 7 * 256
     assert result.work.flops == 3 * 2 * 14 * 256 * 256

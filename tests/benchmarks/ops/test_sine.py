@@ -1,4 +1,4 @@
-"""The benchmark of the sine embedding times right answers only, and counts their bytes."""
+"""The benchmark of the sine embedding times only correct answers, and counts their bytes."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ def test_smoke(problem, benchmark, options, quick):
 
 
 def test_bytes(known_rates):
-    """Float32, one point: 256 channels written; λ read; in backward the gradients in and out, and λ again."""
+    """One point in float32: 256 channels written and λ read; in backward both gradients, and λ again."""
 
     def size(operation, backward):
         return sine.Problem(operation, 1, torch.float32, backward).work().bytes
@@ -31,13 +31,13 @@ def test_bytes(known_rates):
     assert size("conditional_spatial_query", True) == 4 * (5 * 256 + 3 * 2)
 
 
-def test_a_wrong_gradient_is_not_timed():
+def test_wrong_gradient_is_not_timed():
     tensors = SMALL[1].make()
     right = partial(SMALL[1].compute, partial(sine.embed, backend="eager"), tensors)
 
     def wrong():
-        found = right()
-        return {**found, "points": 1.01 * found["points"]}
+        outputs = right()
+        return {**outputs, "points": 1.01 * outputs["points"]}
 
     _, refused = usable({"eager": right, "ours": wrong}, lambda call: call(), right(), is_random=False)
     assert refused["ours"].startswith("wrong answer: error of points ")

@@ -1,4 +1,4 @@
-"""The benchmark of a step's weights: right answers only are timed, and bytes are counted right."""
+"""The benchmark of a step's weights: only correct answers are timed, and bytes are counted."""
 
 import torch
 
@@ -10,5 +10,5 @@ def test_smoke(benchmark, options, quick):
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
     assert {"eager", "torch.compile of it"} <= set(result.seconds)
     numbers = sum(part.numel() for part in weights.parts_of(problem.make()))
-    # Four bytes of a parameter and two of a weight, in both directions.
+    # Four bytes per parameter and two per weight, in both directions.
     assert result.work.bytes == 2 * (4 + 2) * numbers > 1e6

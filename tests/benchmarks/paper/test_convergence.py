@@ -1,4 +1,4 @@
-"""The comparison is fair, goes on where it stopped, and draws what is in its file."""
+"""The comparison is fair, resumes after an interruption, and reports what is in its file."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def test_both_families_have_the_same_loss_and_prior():
     assert models[1](images)["pred_logits"].shape == (2, 25, 3)
 
 
-def test_the_rate_of_a_family_is_that_of_the_best_first_training():
+def test_rate_of_a_family_is_that_of_its_best_first_training():
     scores = dict(zip(PLAN.rates, (0.2, 0.4, 0.1), strict=True))
     best = PLAN.rates[1]
     runs = [run("DETR", lr, 0, [9, 8], [0.5, score]) for lr, score in scores.items()]
@@ -46,13 +46,13 @@ def test_the_rate_of_a_family_is_that_of_the_best_first_training():
     ]
 
 
-def test_a_rate_that_fails_is_not_chosen():
+def test_failed_rate_is_not_chosen():
     runs = [run("DETR", lr, 0, [9], [0.0]) for lr in PLAN.rates[1:]]
     runs.append({"arm": "DETR", "lr": PLAN.rates[0], "seed": 0, "failed": "FloatingPointError: loss"})
     assert convergence.chosen_rates(PLAN, runs) == {"detr-tiny": PLAN.rates[1]}
 
 
-def test_the_longest_training_begins_first():
+def test_longest_training_starts_first():
     plan = replace(PLAN, arms=convergence.PAIR + convergence.ABLATIONS)
     todo = convergence.trainings(plan, {"detr-tiny": 1e-3, "conditional-detr-tiny": 1e-3})
     assert todo[0].epochs == 8 * plan.epochs
@@ -71,29 +71,29 @@ def test_drawn_images_are_those_of_the_set(tmp_path):
     assert (train_set.draw(33)[0] == train_set.draw(1)[0]).all()
 
 
-def test_a_training_is_kept_and_not_repeated(tmp_path):
+def test_training_is_saved_and_not_repeated(tmp_path):
     convergence.draw_images(PLAN, tmp_path)
     training = convergence.trainings(PLAN, {"detr-tiny": 7e-4})[0]
-    found = convergence.train(PLAN, training, convergence.Folders(tmp_path, tmp_path / "kept"))
-    assert [point["step"] for point in found["curve"]] == [2, 4]
-    assert all(0 <= point["AP"] <= point["AP50"] <= 1 and point["seconds"] > 0 for point in found["curve"])
+    result = convergence.train(PLAN, training, convergence.Folders(tmp_path, tmp_path / "kept"))
+    assert [point["step"] for point in result["curve"]] == [2, 4]
+    assert all(0 <= point["AP"] <= point["AP50"] <= 1 and point["seconds"] > 0 for point in result["curve"])
     detector = conddetr.Detector.from_checkpoint(tmp_path / "kept" / "detr-tiny-0.0007.pt")
     assert detector.model.config.family == "detr"
     path = tmp_path / "runs.json"
-    convergence.write(path, PLAN, [found, {**training.key, "seed": 1, "failed": "reason"}])
-    assert convergence.read(path, PLAN) == [found]
+    convergence.write(path, PLAN, [result, {**training.key, "seed": 1, "failed": "reason"}])
+    assert convergence.read(path, PLAN) == [result]
     assert convergence.missing([training], convergence.read(path, PLAN)) == []
     for other in (replace(PLAN, epochs=3), replace(PLAN, rates=(1.0,))):
         with pytest.raises(SystemExit, match="another plan"):
             convergence.read(path, other)
 
 
-def test_no_training_begins_after_the_deadline(tmp_path):
+def test_no_training_starts_after_the_deadline(tmp_path):
     folders = convergence.Folders(tmp_path, tmp_path)
     assert convergence.train(PLAN, convergence.first_trainings(PLAN)[0], folders, deadline=0.0) is None
 
 
-def test_one_failure_leaves_the_others(tmp_path, monkeypatch):
+def test_failure_does_not_stop_the_other_trainings(tmp_path, monkeypatch):
     def train(plan, training, folders, deadline):
         if training.lr == plan.rates[0]:
             raise FloatingPointError("the loss")
@@ -105,11 +105,11 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch):
     with ThreadPoolExecutor(1) as pool:
         convergence._train_all(pool, convergence.Folders(tmp_path, tmp_path), path, PLAN, runs, 0.0, todo)
     assert len(runs) == 6
-    assert sum("failed" in found for found in runs) == 2
+    assert sum("failed" in entry for entry in runs) == 2
     assert len(convergence.read(path, PLAN)) == 4
 
 
-def test_an_interrupted_training_did_not_fail():
+def test_interrupted_training_is_not_a_failure():
     future = Future()
     future.set_exception(InterruptedRunError("SIGTERM came"))
     with pytest.raises(InterruptedRunError):
@@ -122,7 +122,7 @@ def test_steps_to_a_score():
     assert convergence_report.steps_to(runs, "AP50", 0.95) is None
 
 
-def test_how_many_times_as_many_steps():
+def test_ratios_of_steps():
     fast = [run("Conditional DETR", 1, 0, [3, 2, 1], [0.1, 0.6, 0.9])]
     arms = {"Conditional DETR": fast, "DETR": [run("DETR", 1, 0, [3, 2, 1], [0.1, 0.2, 0.5])]}
     same, most = convergence_report.ratios(arms)
@@ -135,36 +135,36 @@ def test_how_many_times_as_many_steps():
     assert "at least" in convergence_report.ratios(arms)[0]
 
 
-def test_the_page_says_what_was_chosen_and_the_order():
+def test_page_has_chosen_rates_and_order():
     environment = {"device": "some", "torch": "2", "commit": "abc"}
     runs = [run("DETR", lr, 0, [9], [score]) for lr, score in zip(PLAN.rates, (0.1, 0.15, 0.2), strict=True)]
-    runs = [{**found, "environment": environment} for found in runs]
+    runs = [{**entry, "environment": environment} for entry in runs]
     scores = {"Conditional DETR": 0.4, "CSQ-C": 0.6}
     runs += [{**run(name, 1, 0, [3], [score]), "environment": environment} for name, score in scores.items()]
     runs.append({"arm": "CSQ-T", "lr": 1, "seed": 0, "failed": "OSError: disk"})
     page = convergence_report.markdown({"plan": convergence.asdict(PLAN), "runs": runs}, "some.png")
     assert "| DETR | 10.0 | 15.0 | 20.0 | 0.0015, at the edge" in page
-    place = page.index
-    assert place("| CSQ-C | 30.0 | 37.1 | 2 |") < place("| Conditional DETR | 20.0 | 40.9 | 1 |")
+    index = page.index
+    assert index("| CSQ-C | 30.0 | 37.1 | 2 |") < index("| Conditional DETR | 20.0 | 40.9 | 1 |")
     assert "- failed: CSQ-T, 1, seed 0: OSError: disk" in page
 
 
 @pytest.mark.parametrize("path", sorted((store.RESULTS / "paper").glob("convergence-*.json")), ids=lambda p: p.stem)
-def test_the_committed_page_is_that_of_the_committed_runs(path):
+def test_committed_page_matches_the_committed_runs(path):
     page = convergence_report.markdown(json.loads(path.read_text()), f"{path.stem}.png")
     assert path.with_suffix(".md").read_text() == f"# {path.stem}\n\n{page}\n"
 
 
 @pytest.fixture
 def sigterm_restored():
-    """What a command line changes for its own process must not outlive its test: later tests fork this one."""
+    """Restores the handler that `main` sets for its process: later tests fork this process."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
-def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys, sigterm_restored):
+def test_main_trains_reports_and_resumes(tmp_path, monkeypatch, capsys, sigterm_restored):
     plan = replace(PLAN, epochs=1, rates=(7e-4,), arms=tuple(replace(arm, seeds=1) for arm in convergence.PAIR))
     monkeypatch.setattr(convergence, "PLANS", {"small": plan})
     monkeypatch.setattr(convergence, "RESULTS", tmp_path)
@@ -180,17 +180,17 @@ def test_main_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys, sigterm_re
     assert results.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "| Conditional DETR | 0.0007 | 1 | 2 |" in docs.read_text()
     assert "old" not in docs.read_text()
-    # Nothing is missing: no training begins.
+    # Nothing is missing: no training starts.
     monkeypatch.setattr(convergence, "ProcessPoolExecutor", None)
     convergence.main(words)
     assert results.read_text() == first
-    # What was published, perhaps by another machine, is no beginning.
+    # Published results, perhaps of another machine, are not resumed.
     (tmp_path / "kept" / "small.json").unlink()
     with pytest.raises(TypeError):
         convergence.main(words)
 
 
-def test_picture_and_table(tmp_path):
+def test_chart_and_table(tmp_path):
     runs = [run(name, 1, seed, [3, 2], [0.1, 0.2 + seed]) for name in ("a", "b") for seed in (0, 0.5)]
     runs.append(run("a", 2, 0, [3, 3], [0.0, 0.1]))
     assert convergence_report.draw(tmp_path / "some.json", runs).read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The figure compares the same object in all detectors."""
+"""The figure shows the same object for all detectors."""
 
 import pytest
 import torch
@@ -21,17 +21,17 @@ def test_every_row_shows_the_same_object(detectors):
     image = torch.rand(3, 90, 120)
     shown = figure1.same_object(detectors, image, top=2, layer=0)
     assert shown[0][1] == 1
-    wanted = shown[0][0].boxes[1]
-    found, index, maps = shown[1]
-    assert len(found.boxes) == 25
-    assert box_iou(wanted[None], found.boxes)[0, index] == box_iou(wanted[None], found.boxes).max()
+    reference = shown[0][0].boxes[1]
+    detections, index, maps = shown[1]
+    assert len(detections.boxes) == 25
+    assert box_iou(reference[None], detections.boxes)[0, index] == box_iou(reference[None], detections.boxes).max()
     assert maps.layer == 0
     figure = figure1.draw(image, ["one", "other"], shown, "spatial")
     assert len(figure.axes) == 2 * (1 + 4)
     assert figure.axes[0].get_title() == "one"
 
 
-def test_titles_differ():
+def test_titles_are_unique():
     assert figure1.titles_of(["runs/a.pt", "runs/b.pt"]) == ["a", "b"]
     assert figure1.titles_of(["runs/detr/best.pt", "runs/conditional/best.pt"]) == ["detr/best", "conditional/best"]
 

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles without a GPU, and the machine code is what it should be."""
+"""CUDA sources compile without a GPU, and their machine code is as expected."""
 
 from itertools import product
 
@@ -22,12 +22,12 @@ def compiled(architecture):
     return aot_cuda.compile_all((architecture,))
 
 
-def test_nothing_is_in_local_memory(compiled):
-    wrong = [f"{found.kernel} for sm_{found.architecture}: {aot_cuda.problems(found)}" for found in compiled]
+def test_no_kernel_has_defects(compiled):
+    wrong = [f"{kernel.kernel} for sm_{kernel.architecture}: {aot_cuda.problems(kernel)}" for kernel in compiled]
     assert not [line for line in wrong if not line.endswith("[]")]
 
 
-def test_every_kernel_is_there_once(compiled, architecture):
+def test_every_kernel_is_compiled_once(compiled, architecture):
     expected = {"bits fill_kernel"}
     for dtype in ("bf16", "fp16", "fp32"):
         expected |= {f"sine {kernel} {dtype}" for kernel in ("forward_kernel", "backward_kernel")}
@@ -51,7 +51,7 @@ def test_blocks_of_hopper_kernels_fit_a_multiprocessor(compiled, architecture):
         assert 128 * blocks[name.split()[1]] * count <= 64 * 1024, name
 
 
-def test_problems_are_seen():
+def test_defects_are_detected():
     good = aot_cuda.Compiled("attn forward_kernel bf16 dense", "80", 168, 0, 0, 0, 96)
     assert not aot_cuda.problems(good)
     spilled = aot_cuda.Compiled("attn forward_kernel bf16 dense", "80", 168, 16, 24, 4, 0)
@@ -60,4 +60,4 @@ def test_problems_are_seen():
         "no tensor core instruction",
     ]
     serialized = aot_cuda.Compiled("attn hopper_forward_kernel bf16 dense", "90a", 120, 0, 0, 0, 8, serialized=True)
-    assert aot_cuda.problems(serialized) == ["products wait for each other"]
+    assert aot_cuda.problems(serialized) == ["asynchronous products are serialized"]

@@ -1,4 +1,4 @@
-"""What was made once is not made again, until something that it depends on changes."""
+"""A cached result is reused until one of its inputs changes."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_made_again_only_after_a_change(checkout):
+def test_result_is_recomputed_only_after_a_change(checkout):
     source, calls = checkout / "kernel.py", []
 
     def make():
@@ -22,21 +22,21 @@ def test_made_again_only_after_a_change(checkout):
 
     source.write_text("one")
     first = cached("aot", [source, "3.9"], make)
-    # As JSON has it, whether it was made now or before.
+    # Always as read from JSON, whether it is new or cached.
     assert first == cached("aot", [source, "3.9"], make) == {"registers": [1], "kernel": ["a", None]}
     cached("aot", [source, "3.10"], make)
     source.write_text("two")
     cached("aot", [source, "3.9"], make)
     cached("other", [source, "3.9"], make)
     assert calls == ["one", "one", "two", "two"]
-    # The same letters in other parts are something else.
+    # The same letters split into other parts are different inputs.
     cached("aot", ["ab", "c"], make)
     cached("aot", ["a", "bc"], make)
     assert len(calls) == 6
     assert {path.suffix for path in (checkout / "build").glob("*/*")} == {".json"}
 
 
-def test_a_failure_is_not_cached(checkout):
+def test_failure_is_not_cached(checkout):
     def fail():
         raise RuntimeError("does not compile")
 
