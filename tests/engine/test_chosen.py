@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from said_and_ran import said_and_ran
+from announced_paths import announced_and_recorded
 from small_runs import finish, small_trainer, start_ranks
 
 import conddetr
@@ -148,7 +148,7 @@ def test_sizes_that_kernels_do_not_take_are_said(on_gpu):
 def test_what_is_said_is_what_runs(preset, backend, precision, trains):
     if backend == "native" and native.NOT_LOADED is not None:
         pytest.skip(str(native.NOT_LOADED))
-    said, ran = said_and_ran(preset, "cpu", precision, trains=trains, backend=backend)
+    said, ran = announced_and_recorded(preset, "cpu", precision, trains=trains, backend=backend)
     assert said == ran
 
 

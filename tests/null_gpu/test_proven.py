@@ -3,7 +3,7 @@
 import proven
 import pytest
 import torch
-from said_and_ran import said_and_ran
+from announced_paths import announced_and_recorded
 from torch.utils.checkpoint import checkpoint
 
 import conddetr
@@ -91,5 +91,5 @@ def test_what_is_said_is_what_runs(backend, refused, preset, precision, options,
         pytest.skip("it is an error there")
     record = None if refused is None else proven.everything(torch.device("cuda"), **refused)
     with records.pretend(record):
-        said, ran = said_and_ran(preset, "cuda", precision, trains=trains, backend=backend, **options)
+        said, ran = announced_and_recorded(preset, "cuda", precision, trains=trains, backend=backend, **options)
     assert said == ran
