@@ -160,8 +160,8 @@ def cuda_runtime(cuda: str) -> list[str]:
     """
     import torch
 
-    ours, theirs = ([int(part) for part in name.split(".")[:2]] for name in (release(cuda), torch.version.cuda or "0"))
-    if ours[0] == theirs[0] and ours <= theirs:
+    built, loaded = ([int(part) for part in name.split(".")[:2]] for name in (release(cuda), torch.version.cuda or "0"))
+    if built[0] == loaded[0] and built <= loaded:
         return ["-lcudart", f"-Wl,-rpath,{cuda}/lib64"]
     return ["-lcudart_static", "-ldl", "-lrt"]
 

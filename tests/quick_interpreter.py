@@ -26,7 +26,7 @@ def _patch_builtin(package: ModuleType | type, builder: object, scope: object) -
 
 
 def install() -> None:
-    """Replace the interpreter's search, if this release has the one that is replaced."""
+    """Replace the interpreter's search, if its source has the expected line."""
     searching_line = "for name, member in inspect.getmembers(pkg):"
     if searching_line in inspect.getsource(interpreter._patch_builtin):
         interpreter._patch_builtin = _patch_builtin

@@ -192,7 +192,7 @@ def test_inductors_kernels_are_counted():
     )
     eager = watched(model, lambda: model(x).sum().backward())
     if torch.__version__ < (2, 12):
-        pytest.skip("this PyTorch runs no compiled code while operators are watched: the table says –")
+        pytest.skip("this PyTorch runs no compiled code while operators are watched: the table shows –")
     model.compile()
     model(x).sum().backward()
     with counted() as plain:
