@@ -1,4 +1,4 @@
-"""C source of stubs for the CUDA libraries that PyTorch calls (cuBLAS, cuDNN, NCCL and others). They only succeed.
+"""C source of stubs for cuBLAS, cuDNN, NCCL and other CUDA libraries that PyTorch calls; they only return success.
 
 The functions' names are read from PyTorch's libraries, so that every release gets the stubs that it needs. The stubs
 are loaded before the CUDA libraries and replace their functions; functions without a stub stay the libraries'.

@@ -71,7 +71,7 @@ def count_step(stepper, batch):
     ],
     ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs", "triton, defaults of train"],
 )
-def test_step_never_waits_and_launches_no_more_than_before(options, launches, copies, graphs):
+def test_step_never_waits_and_has_the_counted_launches(options, launches, copies, graphs):
     """A change that adds a launch, a copy or a wait fails here; after a change that saves some, lower the number."""
     skip_unless_built(options["backend"])
     counts = count_step(make_stepper(**options), make_batch())
@@ -158,7 +158,7 @@ def test_batches_of_workers_that_reuse_memory_are_not_mixed_up():
 
 
 def test_mixed_sizes_compile_nothing_new():
-    """Grids have 1, 16 and other numbers of cells, for each kind of which Triton would compile a kernel."""
+    """Grids have 1, 16 and other numbers of cells, for which Triton could compile separate kernels."""
     stepper = make_stepper()
     for step in range(2):
         stepper([make_batch(80, 112)], step)
