@@ -1,7 +1,7 @@
-"""MkDocs hooks: the site mirrors the repository, so the links of a page work on the forge and on the site alike.
+"""MkDocs hooks: the site mirrors the repository, so the links of a page work both on the forge and on the site.
 
-Every file keeps its path. Pages are the Markdown files of the root and of `docs/`, and whatever files they link to:
-Markdown and pictures as they are, a source file as a page that shows it, a folder as a page that lists its files.
+Every file keeps its path. The site has the Markdown files of the root and of `docs/`, and all files that they link to:
+Markdown and pictures unchanged, a source file as a page that shows it, a folder as a page that lists its files.
 """
 
 import logging
@@ -18,15 +18,15 @@ ROOT = Path(__file__).parent.parent
 MARKDOWN_LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 # href, src, srcset.
 HTML_LINK = re.compile(r'(?<=(?:ref|src|set)=")[^"#]+')
-AS_THEY_ARE = {".css", ".md", ".jpg", ".png", ".svg"}
+UNCHANGED = {".css", ".md", ".jpg", ".png", ".svg"}
 LANGUAGES = {".cff": "yaml", ".cuh": "cuda", ".cu": "cuda", ".h": "cpp", ".py": "python"}
-"""Names that the highlighter does not derive from the suffix itself."""
-# Below `mkdocs`: --strict counts its warnings.
+"""Names that the highlighter does not derive from the suffix."""
+# A logger below `mkdocs`, whose warnings --strict counts.
 log = logging.getLogger("mkdocs.mirror")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The files of the site: those of the theme, and the pages with what they link to."""
+    """The files of the site: the theme's, the pages, and the files that pages link to."""
     mirrored = Files([file for file in files if file.src_dir != config.docs_dir])
     for stylesheet in (ROOT / "docs").glob("*.css"):
         mirrored.append(site_file(stylesheet, config))
@@ -43,9 +43,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def site_file(path: Path, config: MkDocsConfig) -> File:
-    """A file of the repository as one of the site; a page is made for a source file and for a folder."""
+    """The site's file for a file of the repository; a source file or a folder gets a generated page."""
     name = path.relative_to(ROOT).as_posix()
-    if path.suffix in AS_THEY_ARE:
+    if path.suffix in UNCHANGED:
         return File(name, str(ROOT), config.site_dir, use_directory_urls=False)
     if path.is_dir():
         body = "\n".join(f"- `{child.name}`" for child in sorted(path.iterdir()) if child.name != "__pycache__")
@@ -65,7 +65,7 @@ def linked(page: Path) -> Iterator[Path]:
 
 
 def find(page: Path, target: str) -> Path | None:
-    """The file or folder that a link leads to, the README of a folder that has one; None where it is elsewhere."""
+    """The file or folder that a link leads to, or a folder's README; None if it is not in the repository."""
     path = Path(os.path.normpath(page.parent / target))
     if (path / "README.md").is_file():
         path /= "README.md"
@@ -73,7 +73,7 @@ def find(page: Path, target: str) -> Path | None:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str | None:
-    """Its links, those to source files and folders leading to the pages that show them."""
+    """The page with its links to source files and folders replaced by links to the pages that show them."""
     if page.file.generated_by:
         return None
     source = ROOT / page.file.src_uri
@@ -97,6 +97,6 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str | None:
 
 
 def relative(path: Path, page: Path) -> str:
-    """The page of the site that shows a path, seen from another page."""
+    """The page of the site that shows a path, relative to another page."""
     name = Path(os.path.relpath(path, page.parent)).as_posix()
-    return name if path.suffix in AS_THEY_ARE else f"{name}.md"
+    return name if path.suffix in UNCHANGED else f"{name}.md"

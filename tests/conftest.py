@@ -32,14 +32,14 @@ pytest.register_assert_rewrite("small_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: processes that share the files are then done at about the same time."""
+    """Run the slowest files first, so that parallel workers finish at about the same time."""
     longest = ("test_null_gpu.py", "test_flight.py", "test_aot.py", "test_compile.py", "test_golden.py", "test_attn.py")
     items.sort(key=lambda item: [*longest, item.path.name].index(item.path.name))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """On a null GPU tests run up to where they compare what was computed, which is nothing; all else must hold."""
+    """On a null GPU, skip a test that compares numbers at its first failed comparison; other errors still fail it."""
     marker = pyfuncitem.get_closest_marker("compares_numbers")
     if not null_gpu.IS_RUNNING or marker is None:
         return (yield)
@@ -51,8 +51,8 @@ def pytest_pyfunc_call(pyfuncitem):
         pytest.skip(f"a null GPU computes nothing to compare ({type(error).__name__})")
 
 
-# What is float32 in a test is float32: cuDNN would round the inputs of convolutions to TF32's ten bits, and pick
-# algorithms that differ from run to run.
+# Without these settings cuDNN would round the inputs of float32 convolutions to TF32's ten bits, and choose algorithms
+# that differ from run to run.
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cudnn.deterministic = True
 
@@ -63,12 +63,12 @@ def _seeded():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _records_of_their_own(tmp_path_factory):
-    """Which kernels the user's GPU is known to run does not decide what tests do, and they add nothing to it."""
+def _separate_records(tmp_path_factory):
+    """Tests neither read nor change the user's records of checked kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONDDETR_CACHE", str(tmp_path_factory.mktemp("cache")))
         if torch.cuda.is_available():
-            # Here kernels are tested, also where `auto` is to take them.
+            # All kernels count as proven, so that tests of `auto` run them.
             device = torch.device("cuda")
             records.save(device, proven.everything(device))
         yield
@@ -90,7 +90,7 @@ def tiny_model() -> conddetr.DETR:
 
 
 class SmallCoco:
-    """A folder in COCO's layout with a few noise images, and an annotation file that a test can spoil."""
+    """A folder in COCO's layout with a few noise images, and an annotation file that a test can damage."""
 
     categories = ({"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "toothbrush"})
 
@@ -133,6 +133,6 @@ class SmallCoco:
 
 @pytest.fixture
 def small_coco(tmp_path) -> SmallCoco:
-    """Four training images with one dog each, and two of validation beside them."""
+    """Four training images and two validation images, with one dog each."""
     SmallCoco(tmp_path / "coco", "val", count=2)
     return SmallCoco(tmp_path / "coco")

@@ -1,9 +1,9 @@
-"""Takes the project to an NVIDIA GPU, and brings back what was found there: `make gpu`. See docs/gpu.md.
+"""Tests and measures the project on an NVIDIA GPU, and packs the results: `make gpu`. See docs/gpu.md.
 
     python tests/fly.py [--flight 2] [--limit SECONDS] [--steps NAME…] [--out FOLDER] [--commit HASH]
 
-Steps in order of worth, each with a time limit; one that fails or is late costs none of the next. After each, all there
-is so far lies in a few flat files in one folder. Nothing is fetched from a network.
+Steps run in order of importance, each with a time limit. A step that fails or is late does not stop the others. After
+each step the results so far are packed into a few files in one folder. Nothing is loaded from a network.
 """
 
 import argparse
@@ -24,52 +24,52 @@ from flight.runner import ROOT, Flight
 from flight.steps import Setup, Step, first_flight, second_flight
 
 FLIGHTS = {1: (first_flight, 390.0), 2: (second_flight, 240.0)}
-"""Number → its steps, and the seconds that it may take."""
+"""Number → steps, and the time limit in seconds."""
 
 
 def main() -> None:
-    """Fly as the options say."""
-    listen()
+    """Run the flight that the options choose."""
+    handle_signals()
     options = parse()
     with tempfile.TemporaryDirectory(prefix="flight-") as folder:
         work = Path(folder)
         steps = choose(options, work)
         if options.native:
-            put_native(options.native)
+            install_native(options.native)
         if options.triton_cache:
-            print(f"{unpack_cache(options.triton_cache, work / 'triton-cache')} kernels come compiled")
+            print(f"{unpack_cache(options.triton_cache, work / 'triton-cache')} kernels are compiled already")
         about = {"flight": options.flight, "commit": options.commit, "started": now(), "rehearsal": options.rehearse}
-        Flight(steps, options.out.resolve(), work, environment(options, work), options.limit, about).fly()
+        Flight(steps, options.out.resolve(), work, environment(options, work), options.limit, about).run()
     print(f"in {options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
 
 
 def parse() -> argparse.Namespace:
-    """The options, complete; an error for what is not there."""
+    """The options with their defaults; an error for a missing file or a missing GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--flight", type=int, choices=FLIGHTS, default=1, help="1: everything; 2: with the corrections")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of the whole flight; default: 390, second 240")
-    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these; --list names them")
-    parser.add_argument("--list", action="store_true", help="print the steps, and run none")
-    parser.add_argument("--out", type=Path, help="folder of what comes back; default: build/flight-1, or -2")
-    parser.add_argument("--commit", help="of this checkout, for result files; default: what git says")
-    parser.add_argument("--native", type=Path, metavar="FILE", help="ready-made conddetr/_C….so; default: it is built")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="packages to install, pycocotools for example")
+    parser.add_argument("--flight", type=int, choices=FLIGHTS, default=1, help="1: everything; 2: after corrections")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="for the whole flight; default: 390, second 240")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="run these steps only; --list prints their names")
+    parser.add_argument("--list", action="store_true", help="print the steps and exit")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: build/flight-1, or -2")
+    parser.add_argument("--commit", help="commit of this checkout, for result files; default: git's")
+    parser.add_argument("--native", type=Path, metavar="FILE", help="prebuilt conddetr/_C….so; default: build it")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels to install, for example pycocotools")
     parser.add_argument("--triton-cache", type=Path, metavar="FILE", help="triton-cache.tar.gz of an earlier flight")
-    parser.add_argument("--failed", type=Path, metavar="FILE", help="junit.xml of an earlier flight: only what failed")
-    parser.add_argument("--rehearse", action="store_true", help="small sizes: tries the way, measures nothing")
-    parser.add_argument("--patience", type=float, default=1.0, help="factor of every step's limit, for slow machines")
+    parser.add_argument("--failed", type=Path, metavar="FILE", help="junit.xml of a flight: run only its failed tests")
+    parser.add_argument("--rehearse", action="store_true", help="small sizes: run every step, measure nothing")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies each step's limit, for slow machines")
     options = parser.parse_args()
     for path in (options.native, options.wheels, options.triton_cache, options.failed):
         if path is not None and not path.exists():
-            parser.error(f"{path}: there is no such file or folder")
+            parser.error(f"{path}: no such file or folder")
     options.limit = options.limit or FLIGHTS[options.flight][1]
     options.out = options.out or ROOT / "build" / f"flight-{options.flight}"
     options.commit = options.commit or git_commit()
     if options.native and not options.native.name.endswith(sysconfig.get_config_var("EXT_SUFFIX")):
-        print(f"{options.native.name} is not for this Python, the extension is built")
+        print(f"{options.native.name} is not for this Python: the extension is built here")
         options.native = None
     if not options.list and gpus() == 0:
-        parser.error("there is no NVIDIA GPU here: its driver does not load, or shows none")
+        parser.error("no NVIDIA GPU: the driver does not load, or lists none")
     return options
 
 
@@ -89,26 +89,26 @@ def choose(options: argparse.Namespace, work: Path) -> list[Step]:
     return [replace(step, seconds=options.patience * step.seconds) for step in steps]
 
 
-def listen() -> None:
-    """Have signals end the step that runs, with this process."""
-    # Steps inherit it: a shell may have its children ignore Ctrl-C, by which steps are asked to come to an end.
+def handle_signals() -> None:
+    """Make SIGINT and SIGTERM end this process and the running step."""
+    # Steps inherit this. A shell may make its children ignore Ctrl-C, which interrupts a step at its limit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def put_native(file: Path) -> None:
-    """Copy a ready-made extension into the package."""
+def install_native(file: Path) -> None:
+    """Copy a prebuilt extension into the package."""
     target = ROOT / "conddetr" / file.name
     if not (target.exists() and target.samefile(file)):
-        # A library that some process has loaded is replaced, not overwritten.
+        # Replaced, not overwritten: a process may have loaded the library.
         shutil.copyfile(file, target.with_suffix(".part"))
         target.with_suffix(".part").replace(target)
 
 
 def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
-    """Of every step."""
+    """The environment of every step."""
     inherited = dict(os.environ)
-    # This checkout without being installed, which needs packages that a GPU's Python may lack.
+    # Imports this checkout without installing it, which would need packages that the Python there may lack.
     paths = [str(ROOT / "tests" / "flight" / "link"), str(work / "wheels"), inherited.get("PYTHONPATH", "")]
     return {
         **inherited,
@@ -116,7 +116,7 @@ def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(work / "triton-cache"),
         "CONDDETR_CACHE": str(work / "cache"),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        # What a step wrote before it was killed is kept.
+        # Keeps the output of a step that is killed.
         "PYTHONUNBUFFERED": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "HF_HUB_OFFLINE": "1",
@@ -124,7 +124,7 @@ def environment(options: argparse.Namespace, work: Path) -> dict[str, str]:
 
 
 def gpus() -> int:
-    """NVIDIA GPUs that the driver shows; asked without PyTorch, which takes seconds to import."""
+    """Number of NVIDIA GPUs that the driver lists; without PyTorch, which takes seconds to import."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -135,7 +135,7 @@ def gpus() -> int:
 
 
 def git_commit() -> str:
-    """The commit that is checked out, "unknown" where git does not say."""
+    """The commit that is checked out, or "unknown"."""
     try:
         run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     except OSError:

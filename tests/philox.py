@@ -1,11 +1,11 @@
-"""The random numbers of all our kernels, in plain Python."""
+"""The random number generator of all our kernels, in plain Python."""
 
 import torch
 from torch import Tensor
 
 
 def philox(seed: int, counter: int) -> list[int]:
-    """Philox4x32-10 as its authors write it down."""
+    """Philox4x32-10 as its authors define it."""
     c, k = [counter & 0xFFFFFFFF, counter >> 32, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -15,7 +15,7 @@ def philox(seed: int, counter: int) -> list[int]:
 
 
 def is_kept(seed: int, rows: int, channels: int, p: float) -> Tensor:
-    """[rows, channels] bool: what dropout leaves, where each row begins with a counter of its own."""
+    """[rows, channels] bool: the elements that dropout keeps. Each row starts with a new counter."""
     groups = -(-channels // 4)
     numbers = torch.tensor([number for counter in range(rows * groups) for number in philox(seed, counter)])
     uniform = (numbers >> 8).double() / 2**24

@@ -1,4 +1,4 @@
-"""Records of checked kernels as a test or a count of launches wants them; nothing was checked."""
+"""Records that count kernels as proven without a check, for tests and for counts of launches."""
 
 from datetime import datetime
 
@@ -9,11 +9,11 @@ from conddetr.kernels.records import Record, Verdict, identity, save
 
 
 def everything(device: torch.device, **refused: str) -> Record:
-    """A record that lets `auto` take all kernels of a device.
+    """A record with which `auto` runs every kernel on a device.
 
     Args:
-        device: whose identity the record has.
-        refused: operation → why its kernels are not to be taken after all.
+        device: the device that the record identifies.
+        refused: operation → reason why `auto` does not run its kernels.
     """
     dtypes = ("float32", "bfloat16", "float16")
     verdicts = [

@@ -1,4 +1,4 @@
-"""What stands for CUDA graphs in tests without a GPU."""
+"""A substitute for CUDA graphs in tests without a GPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +8,7 @@ from conddetr.capture import CudaCapture
 
 
 class Recorder(TorchDispatchMode):
-    """Notes operations with their tensors; done again, they write to the memory of the first time."""
+    """Records operations with their tensors; a replay writes to the memory of the first run."""
 
     def __init__(self):
         super().__init__()
@@ -23,13 +23,13 @@ class Recorder(TorchDispatchMode):
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             for operator, args, kwargs, out in self.calls:
                 again = operator(*args, **kwargs)
-                for own, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                    if isinstance(own, torch.Tensor):
-                        own.copy_(value)
+                for recorded, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(recorded, torch.Tensor):
+                        recorded.copy_(value)
 
 
 def record(device):
-    """As `CudaCapture`, on a CPU."""
+    """`CudaCapture` for a CPU."""
 
     def capture(run):
         with torch.random.fork_rng([]), Recorder() as recorder:

@@ -1,8 +1,8 @@
-"""compute-sanitizer over our kernels in a few of their tests, one line per tool; exit status 1 on a finding.
+"""Runs a few kernel tests under compute-sanitizer and prints one line per tool; exits with status 1 on a finding.
 
     python tests/sanitize.py [--seconds 40]
 
-A machine whose GPU the tool refuses, or without the tool, is no finding: the line says so.
+A missing tool, or a GPU that the tool does not support, is not a finding: the line says so.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from flight.processes import run_whole
 
 ROOT = Path(__file__).parent.parent
-# Not initcheck: it takes for unwritten what was written by kernels that it was told to pass over, PyTorch's.
+# Not initcheck: it skips PyTorch's kernels, and reports the memory that they wrote as uninitialised.
 TOOLS = ("memcheck", "racecheck")
 TESTS = (
     "tests/kernels/test_attn.py",
@@ -32,22 +32,22 @@ TESTS = (
     "dense_keys or strided or clamped or shape1-20 or small_losses or 7-dtype0 or no_class or layers_share",
 )
 FINDING = 86
-"""Exit status that compute-sanitizer is told to give on a finding; pytest has none so high."""
+"""Exit status of compute-sanitizer on a finding; pytest has none this high."""
 
 
 def verdict(status: int, output: str) -> tuple[bool, str]:
-    """Whether a run is no reason to stop, and what to say of it.
+    """Whether a run is acceptable, and the text to print.
 
     Args:
         status: exit status of compute-sanitizer.
-        output: all that it and the tests wrote.
+        output: its output and that of the tests.
     """
-    # Before the status: on a device that it refuses, every call fails afterwards.
+    # Before the status: on an unsupported device, every later call fails.
     if "Device not supported" in output:
-        return True, "not checked: the tool says that it does not support this device"
+        return True, "not checked: the tool does not support this device"
     if status == FINDING:
-        found = [line for line in output.splitlines() if line.startswith("=========")]
-        return False, "\n".join(["found:", *found[:40]])
+        findings = [line for line in output.splitlines() if line.startswith("=========")]
+        return False, "\n".join(["findings:", *findings[:40]])
     summary = re.search(r"=+ (.*SUMMARY: .*)", output)
     if status == 0 and summary:
         return True, summary[1]
@@ -65,31 +65,31 @@ def kernels() -> set[str]:
 
 
 def check(program: str, seconds: float, tool: str) -> tuple[bool, str]:
-    """One tool over the tests, killed with all that belongs to it when its time is up."""
-    # A kernel is checked if its mangled name contains one of these. With PyTorch's kernels it would take minutes.
+    """Run the tests under one tool; at the time limit, kill it with everything that it started."""
+    # Checks kernels whose mangled name contains one of these. With PyTorch's kernels it would take minutes.
     filters = [word for name in sorted(kernels()) for word in ("--kernel-name", f"kns={name}")]
     command = [program, "--tool", tool, "--error-exitcode", str(FINDING), *filters]
-    # Without torch's cache every tensor is an allocation of its own, whose bounds are checked.
+    # Without PyTorch's caching allocator every tensor is a separate allocation, whose bounds are checked.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.txt"
         ended = run_whole([*command, sys.executable, "-m", "pytest", "-q", *TESTS], seconds, output, environment, ROOT)
         if ended.status is None:
-            return True, f"not finished in {seconds:.0f} s (--seconds gives more); nothing is said of these kernels"
+            return True, f"not finished in {seconds:.0f} s: these kernels are not checked (--seconds raises the limit)"
         return verdict(ended.status, output.read_text(errors="replace"))
 
 
 def main() -> None:
-    """Run every tool."""
+    """Run both tools."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=40, help="for each tool; default 40")
     options = parser.parse_args()
     folders = [os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if program is None:
-        print("compute-sanitizer: not checked: it is not on the PATH nor in CUDA_HOME/bin (it comes with CUDA)")
+        print("compute-sanitizer: not checked: it is neither on the PATH nor in CUDA_HOME/bin (CUDA contains it)")
         return
-    # At the same time: most of it is the host's, and nothing is timed.
+    # In parallel: most of the work is the host's, and nothing is timed.
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(partial(check, program, options.seconds), TOOLS))
     for tool, (_, text) in zip(TOOLS, results, strict=True):

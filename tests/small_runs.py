@@ -30,7 +30,7 @@ from conddetr.interrupt import InterruptedRunError
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LIMIT = 600.0
-"""Seconds after which a process hangs; a busy machine may take many times as long as a quiet one."""
+"""Seconds after which a process counts as hung; a busy machine may need many times as long as a quiet one."""
 PRELOADED = [
     "conddetr.engine.trainer",
     "conddetr.data.synthetic",
@@ -41,7 +41,7 @@ PRELOADED = [
     "torch._dynamo",
     "torch.utils.tensorboard",
 ]
-"""What a run imports late; a module that is not installed is passed over."""
+"""Modules that a run imports late; those that are not installed are skipped."""
 SMALL_MODEL = {
     "hidden_dim": 16,
     "num_heads": 2,
@@ -60,7 +60,7 @@ def small_trainer(
     model_options: dict | None = None,
     **options: object,
 ) -> Trainer:
-    """A trainer of a tiny model on synthetic shapes; `options` are those of `TrainConfig`."""
+    """A trainer of a tiny model on synthetic shapes; `options` are fields of `TrainConfig`."""
     device = torch.device("cpu")
     torch.manual_seed(0)
     model = conddetr.build("conditional-detr-tiny", num_classes=3, **{**SMALL_MODEL, **(model_options or {})})
@@ -77,12 +77,12 @@ def batches(run: Trainer, count: int) -> list[Batch]:
 
 
 def counter() -> ctypes.c_int:
-    """A number that processes share, without a lock that a killed process would keep."""
+    """A counter that processes share, without a lock, which a killed process would keep."""
     return CONTEXT.RawValue(ctypes.c_int, 0)
 
 
 def run_to_the_end(folder: Path, options: dict, steps: ctypes.c_int) -> None:
-    """Train with `small_trainer`, going on where a killed run stopped; counts its steps in `steps`."""
+    """Train with `small_trainer`, resuming a killed run; counts its steps in `steps`."""
     torch.set_num_threads(1)
     with process_group("cpu"):
         trainer = small_trainer(folder, **options)
@@ -100,7 +100,7 @@ def run_to_the_end(folder: Path, options: dict, steps: ctypes.c_int) -> None:
 
 
 def stop_in_evaluation(folder: Path, options: dict) -> None:
-    """Train; when the last rank has evaluated its first batch it gets SIGTERM. Then no rank may evaluate another."""
+    """Train. The last rank gets SIGTERM after its first evaluated batch; then no rank may evaluate another."""
     torch.set_num_threads(1)
     with process_group("cpu"):
         trainer, evaluated = small_trainer(folder, **options), []
@@ -122,27 +122,27 @@ def stop_in_evaluation(folder: Path, options: dict) -> None:
 def steps_of_a_resnet(file: Path, family: str, batches_per_step: int) -> None:
     """Two steps on fixed batches of four images, shared by all ranks; saves gradients and losses.
 
-    The norms of the ResNet are frozen, so images of a batch do not see each other. Every second image, so every image
-    of the second rank of two, has no object.
+    The ResNet's norms are frozen, so images of a batch do not affect each other. Every second image has no object: with
+    two ranks, every image of the second one.
     """
     torch.set_num_threads(1)
     with process_group("cpu") as device:
         torch.manual_seed(0)
         small = {**SMALL_MODEL, "num_classes": 3, "dropout": 0.0, "decoder_layers": 2}
-        # In float64: in float32 rounding, which differs from CPU to CPU, can carry a value across the kink of a ReLU.
+        # In float32, rounding differs from CPU to CPU and can move a value across the kink of a ReLU.
         model = conddetr.build(f"{family}-r50", **small).train().double()
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
-        # The learning rate is next to nothing: Adam's division would turn rounding into differences.
+        # The learning rate is tiny, because Adam's division would turn rounding errors into differences.
         config = TrainConfig(lr=1e-7, lr_backbone=1e-7, clip_max_norm=0.0)
         stepper = Stepper(model, config, device, steps_per_epoch=2)
         shapes = SyntheticShapes(8, seed=1, image_size=64)
         samples = [shapes.load(index, shapes.plan(index, augmentation_generator(0, 0, index))) for index in range(8)]
         for _, target in samples[1::2]:
             target.update(labels=target["labels"][:0], boxes=target["boxes"][:0])
-        for step, whole in enumerate((samples[:4], samples[4:])):
-            mine = whole[rank() :: world_size()]
-            size = len(mine) // batches_per_step
-            stepper([collate(mine[first : first + size]) for first in range(0, len(mine), size)], step)
+        for step, step_samples in enumerate((samples[:4], samples[4:])):
+            rank_samples = step_samples[rank() :: world_size()]
+            size = len(rank_samples) // batches_per_step
+            stepper([collate(rank_samples[first : first + size]) for first in range(0, len(rank_samples), size)], step)
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         losses = {name: value for name, value in stepper.epoch_means().items() if name.startswith("loss")}
         if rank() == 0:
@@ -150,7 +150,7 @@ def steps_of_a_resnet(file: Path, family: str, batches_per_step: int) -> None:
 
 
 def command_line(folder: Path, arguments: list[str]) -> None:
-    """Run `conddetr` as one rank; what it prints goes to `printed-RANK` in the folder."""
+    """Run `conddetr` as one rank; its output goes to `printed-RANK` in the folder."""
     torch.set_num_threads(1)
     with open(folder / f"printed-{os.environ['RANK']}", "w") as file, contextlib.redirect_stdout(file):
         status = main(arguments)
@@ -158,7 +158,7 @@ def command_line(folder: Path, arguments: list[str]) -> None:
 
 
 def hold_folder(folder: Path, worker: ctypes.c_int) -> None:
-    """Hold a folder with a process beside this one, as one that loads images; both stay until they are killed."""
+    """Lock a folder, with a child process like a data loader's; both run until they are killed."""
     with sole_run(folder):
         child = os.fork()
         if child:
@@ -175,7 +175,7 @@ def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
 
 
 def free_port() -> int:
-    """A port where processes of this machine can meet."""
+    """A free port for processes of this machine to meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -194,28 +194,28 @@ def _as_rank(number: int, size: int, port: int, function: Callable[..., None], *
 
 
 def wait_for_steps(process: BaseProcess, steps: ctypes.c_int, target: int) -> None:
-    """Return when the process has done so many steps, or has ended."""
+    """Wait until the process has done `target` steps, or has ended."""
     while process.is_alive() and steps.value < target:
         time.sleep(0.001)
 
 
 def finish(*processes: BaseProcess) -> None:
-    """Wait for processes that must end well."""
+    """Wait for processes, which must exit with status 0."""
     for process in processes:
         process.join(LIMIT)
         assert process.exitcode == 0
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Everything that two runs saved and logged is equal bit for bit, but for the clock."""
-    contents = [{name: read_checkpoint(folder / name) for name in (BEST, LATEST)} for folder in (found, expected)]
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Everything that two runs saved and logged is equal bit for bit, except times."""
+    contents = [{name: read_checkpoint(folder / name) for name in (BEST, LATEST)} for folder in (actual, expected)]
     logs = [
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (found, expected)
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (actual, expected)
     ]
     for files in contents:
         del files[LATEST]["seconds"]
         for content in files.values():
-            # How often is saved, and who loads images, changes nothing.
+            # The save interval and the number of workers must not change anything.
             del content["run"]["output_dir"], content["run"]["train"]["save_every_steps"]
             del content["run"]["train"]["workers"]
     for record in logs[0] + logs[1]:
@@ -224,16 +224,16 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert_equal(*contents)
 
 
-def assert_equal(found: object, expected: object) -> None:
+def assert_equal(actual: object, expected: object) -> None:
     """Equality of nested dicts and lists with tensors in them."""
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            assert_equal(found[key], value)
+            assert_equal(actual[key], value)
     elif isinstance(expected, (list, tuple)):
-        for one, other in zip(found, expected, strict=True):
-            assert_equal(one, other)
+        for actual_item, expected_item in zip(actual, expected, strict=True):
+            assert_equal(actual_item, expected_item)
     elif isinstance(expected, torch.Tensor):
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
     else:
-        assert found == expected
+        assert actual == expected

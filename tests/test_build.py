@@ -1,4 +1,4 @@
-"""The native library, and the flags that it is built with (docs/building.md)."""
+"""The native library and its build flags (docs/building.md)."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ needs_library = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(nat
 
 
 def run_setup(**environment):
-    """setup.py with other flags; `--version` stops before anything is compiled."""
+    """Run setup.py with these build flags; `--version` ends it before anything is compiled."""
     command = [sys.executable, "setup.py", "-q", "--version"]
     rest = {name: value for name, value in os.environ.items() if not name.startswith(("CONDDETR_", "CUDA_", "CXX"))}
     return subprocess.run(command, cwd=ROOT, env={**rest, **environment}, capture_output=True, text=True)
@@ -33,29 +33,29 @@ def run_setup(**environment):
         ({"CONDDETR_CUDA": "yes"}, "CONDDETR_CUDA: expected 0, 1 or nothing, got 'yes'"),
     ],
 )
-def test_what_was_asked_for_and_is_missing_is_an_error(flags, message):
+def test_missing_tool_of_a_requested_part_is_an_error(flags, message):
     run = run_setup(**flags)
     assert run.returncode == 1
     assert message in run.stderr
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "warning"),
     [
-        ({"CXX": "no-such-compiler"}, "conddetr: no C++ compiler was found, building without; if you want it, install"),
+        ({"CXX": "no-such-compiler"}, "conddetr: no C++ compiler was found, building without one; to use one, install"),
         ({"CUDA_HOME": "/nowhere", "CONDDETR_NATIVE": "0"}, ""),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(flags, said):
+def test_missing_tool_is_reported_in_one_line(flags, warning):
     run = run_setup(**flags)
     assert run.returncode == 0, run.stderr
     ours = [line for line in run.stderr.splitlines() if line.startswith("conddetr:")]
-    assert len(ours) == bool(said)
-    assert all(line.startswith(said) for line in ours)
+    assert len(ours) == bool(warning)
+    assert all(line.startswith(warning) for line in ours)
 
 
 def test_tables_are_installed(tmp_path):
-    """Of the whole tree only what the package's layout shows in."""
+    """Builds a copy of the files that define the package's layout."""
     source = tmp_path / "source"
     for folder in ("conddetr", "kernels"):
         (source / folder).mkdir(parents=True)
@@ -95,9 +95,9 @@ def test_build_info():
         "linear_assignment",
     ],
 )
-def test_schemas_are_those_of_the_other_kernels(name):
-    ours, theirs = (getattr(operators.of(backend), name).default for backend in ("native", "triton"))
-    assert str(ours._schema).replace("conddetr_native::", "conddetr::") == str(theirs._schema)
+def test_native_and_triton_schemas_agree(name):
+    native_op, triton_op = (getattr(operators.of(backend), name).default for backend in ("native", "triton"))
+    assert str(native_op._schema).replace("conddetr_native::", "conddetr::") == str(triton_op._schema)
 
 
 @pytest.mark.parametrize(
@@ -113,18 +113,18 @@ def test_schemas_are_those_of_the_other_kernels(name):
     ids=str,
 )
 def test_machine_code_of_the_default_build(capability, code, monkeypatch):
-    """CUDA's rules: machine code runs within its family, sm_90a on that one alone, PTX on all that is newer."""
+    """CUDA's rules: machine code runs within its major version, sm_90a only on 9.0, PTX on all newer GPUs."""
     monkeypatch.setattr(native, "_BUILT", [((8, 0), "", True), ((9, 0), "a", False)])
     assert native.machine_code(capability) == code
 
 
-def test_without_ptx_newer_gpus_have_nothing(monkeypatch):
+def test_without_ptx_newer_gpus_have_no_code(monkeypatch):
     monkeypatch.setattr(native, "_BUILT", [((8, 0), "", False), ((9, 0), "a", True)])
     assert native.machine_code((10, 0)) is None
 
 
-def test_the_runtime_that_pytorch_has_loaded_is_taken_where_it_can_serve():
-    """A PyTorch of the same CUDA release, not older than the toolkit; else the extension brings its own."""
+def test_compatible_cuda_runtime_of_pytorch_is_linked():
+    """PyTorch's runtime must be of the toolkit's major version and not older; otherwise ours is linked statically."""
     code = """
 import setuptools, torch
 setuptools.setup = lambda **_: None
@@ -139,8 +139,8 @@ for toolkit, pytorch in (("13.0", "13.0"), ("13.0", "13.2"), ("13.2", "13.0"), (
 
 
 @needs_library
-def test_what_was_built_is_in_the_library():
-    """cuobjdump lists the machine code and the PTX that `build_info` tells of."""
+def test_library_contains_what_build_info_reports():
+    """cuobjdump lists the machine code and the PTX that `build_info` reports."""
     info = native.build_info()
     if info["cuda"] is None:
         pytest.skip("the native kernels were built without CUDA")
@@ -155,7 +155,7 @@ def test_what_was_built_is_in_the_library():
     assert set(re.findall(r"\.sm_(\w+)\.ptx", listed[1])) == with_ptx
 
 
-def test_without_the_library_a_request_says_what_to_do():
+def test_request_without_the_library_names_the_reason():
     code = (
         "import torch; from conddetr.kernels import registry; cpu = torch.device('cpu')\n"
         "assert registry.OPERATIONS['sine_embedding'].choose('auto', cpu, torch.float32).backend == 'eager'\n"
@@ -174,7 +174,7 @@ def test_dtypes_without_native_kernels():
 
 
 @needs_library
-def test_peak_is_that_of_the_widest_vectors():
+def test_peak_uses_the_widest_vectors():
     library = importlib.import_module("conddetr._C")
     level, threads = library.cpu_level(), torch.get_num_threads()
     torch.set_num_threads(1)
@@ -185,7 +185,7 @@ def test_peak_is_that_of_the_widest_vectors():
     finally:
         library.use_cpu_level(level)
         torch.set_num_threads(threads)
-    # Two and four times as wide; on a busy machine a rate may come out at less, but never at more than it is.
+    # The vectors are two and four times as wide. A busy machine can lower a measured rate, but never raise it.
     assert 1e9 < best < 1e12
     if level != "plain":
         assert plain < 0.9 * best

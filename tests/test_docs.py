@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, its commands exist, its links lead somewhere."""
+"""The documentation: its Python runs, its commands exist, its links lead to existing files."""
 
 import json
 import os
@@ -21,31 +21,31 @@ from conddetr.engine.log import read_log
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-WAY = ROOT / "docs" / "commands.md"
-"""Has a whole way from images to an exported file."""
+COMMANDS = ROOT / "docs" / "commands.md"
+"""The page with all steps from images to an exported file."""
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 OTHER_PROGRAMS = ("pip", "pytest")
 POWER_CUT = "timeout --signal KILL 30 "
-"""How that way kills a run."""
+"""How that page kills a run."""
 BUDGET = {"bench-data": ["--count", "4", "--rounds", "1"], "eval": ["--workers", "0"]}
-"""Flags that make a command shorter and change nothing else."""
+"""Flags with which a command takes less time and does the same otherwise."""
 
 
 def blocks(page: Path, language: str) -> str:
-    """All code blocks of a language, joined: later ones build on earlier ones."""
+    """All code blocks of a language, joined, because later blocks build on earlier ones."""
     return "\n".join(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE))
 
 
 def commands() -> list[tuple[str, str]]:
-    """Page and line of every shell command, those of `code` in running text that begin with our program too."""
-    found = []
+    """Page and line of every shell command, including `conddetr …` in running text."""
+    entries = []
     for page in PAGES:
         lines = blocks(page, "sh").replace("\\\n", " ").splitlines()
         lines += re.findall(r"`(conddetr [^`]*)`", page.read_text())
         lines = [line.split("#")[0].strip().removeprefix(POWER_CUT) for line in lines]
-        found += [(page.name, line) for line in lines if line]
-    return found
+        entries += [(page.name, line) for line in lines if line]
+    return entries
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
@@ -71,11 +71,11 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, tiny_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [README, WAY], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, COMMANDS], ids=lambda page: page.stem)
 def test_commands_lead_from_images_to_detections(page, coco_path, tmp_path, monkeypatch, capsys):
-    """The lines of a page in their order, on fewer epochs and rounds; the power cut comes with the first checkpoint.
+    """Runs a page's lines in order, with fewer epochs and rounds; the power cut comes with the first checkpoint.
 
-    Not the check of the kernels: whether one is fast depends on what else the machine does.
+    Leaves out `conddetr check`, whose result depends on the load of the machine.
     """
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
     onnx = pytest.importorskip("onnx", reason="reads the exported file")
@@ -97,7 +97,7 @@ def test_commands_lead_from_images_to_detections(page, coco_path, tmp_path, monk
     assert [record["epoch"] for record in read_log(Path("runs/train/log.jsonl"))] == [0, 1, 2]
     assert "AP50" in printed["eval"]
     pictures = [Path("runs/predict") / f"{image.stem}.png"]
-    if page == WAY:
+    if page == COMMANDS:
         assert list(printed)[4:] == ["attention", "export", "bench-data", "env"]
         assert "resuming from runs/train/checkpoint" in printed["train"]
         assert json.loads(Path("report.json").read_text())["ok"]
@@ -111,7 +111,7 @@ def test_commands_lead_from_images_to_detections(page, coco_path, tmp_path, monk
 
 
 def train_until_killed(words: list[str], checkpoint: Path) -> None:
-    """Train in a process of its own, which is killed when there is a checkpoint; fails if it ends before."""
+    """Train in a separate process and kill it at the first checkpoint; fails if it ends before."""
     run = subprocess.Popen([sys.executable, "-m", "conddetr", *words], stdout=subprocess.DEVNULL)
     while run.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
@@ -143,32 +143,32 @@ def test_commands_exist(page, line):
 
 
 def scripts(words: list[str]) -> list[Path]:
-    """The files whose flags a command of Python may have; a benchmark's are those of its own file and the harness."""
+    """The files that define the flags of a Python command; a benchmark's flags are in its file and in the harness."""
     folder, _, name = words[0].rpartition("/")
     if folder != "benchmarks":
         return [ROOT / folder / name / "__main__.py" if (ROOT / folder / name).is_dir() else ROOT / words[0]]
     assert (ROOT / words[0]).exists()
     benchmark = words[1] if name == "run.py" else name.removesuffix(".py")
-    [own] = (ROOT / "benchmarks").glob(f"*/{benchmark}.py")
-    return [own, *(ROOT / "benchmarks" / "harness").glob("*.py")]
+    [file] = (ROOT / "benchmarks").glob(f"*/{benchmark}.py")
+    return [file, *(ROOT / "benchmarks" / "harness").glob("*.py")]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(("target", "is_on_photos"), [("demo", True), ("test-all", False)])
-def test_the_demonstration_is_on_real_images_where_it_is_asked_for(target, is_on_photos):
-    """What make would run; `make test-all COCO=dir` demonstrates on shapes, and tests on the images."""
-    # Without what the make that runs the tests hands down.
+def test_demonstration_uses_real_images_only_on_request(target, is_on_photos):
+    """In a dry run of make: `make test-all COCO=dir` runs the demonstration on shapes and the tests on the images."""
+    # Without the variables of a make that runs these tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "-n", target, "COCO=/some"]
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    [demo] = [line for line in said.splitlines() if "/conddetr demo" in line]
+    plan = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    [demo] = [line for line in plan.splitlines() if "/conddetr demo" in line]
     assert ('--coco-path "/some"' in demo) == is_on_photos
-    assert ('CONDDETR_COCO="/some"' in said) != is_on_photos
+    assert ('CONDDETR_COCO="/some"' in plan) != is_on_photos
 
 
 def check_command_line(words: list[str]) -> None:
-    """Fails for a command or a flag that the command line does not know."""
-    # A command alone, as text mentions it, lacks what it requires; it must exist.
+    """Fail for an unknown command or flag."""
+    # A command that text mentions without arguments need only exist.
     if len(words) == 1:
         words = [*words, "--help"]
     try:
@@ -179,9 +179,9 @@ def check_command_line(words: list[str]) -> None:
         assert unknown == []
 
 
-def variables(*places: str) -> set[str]:
-    """The environment variables that source files below these places read."""
-    files = [file for place in places for file in (ROOT / place, *(ROOT / place).rglob("*"))]
+def variables(*paths: str) -> set[str]:
+    """The environment variables that source files at or below these paths read."""
+    files = [file for path in paths for file in (ROOT / path, *(ROOT / path).rglob("*"))]
     text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"))
     return set(re.findall(r"""(?:environ(?:\.get\(|\.setdefault\(|\[)|getenv\()["']([A-Z_]+)["']""", text)) - {"PATH"}
 
@@ -197,7 +197,7 @@ def test_environment_variables_are_listed_once():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_files(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""Rehearsals of a flight: with planted failures, and on a null GPU to its end; and the parts of it by themselves."""
+"""Flights (docs/gpu.md) with planted failures, whole flights on a null GPU, and tests of the parts."""
 
 import json
 import os
@@ -23,27 +23,27 @@ from conddetr.kernels import native
 
 
 def python(name, seconds, code):
-    """A step that runs this code, by a Python that starts at once."""
+    """A step that runs this code in a Python that starts quickly."""
     return Step(name, (sys.executable, "-I", "-S", "-c", textwrap.dedent(code)), seconds, f"{name} as planted")
 
 
-def fly(tmp_path, steps, limit=120.0):
-    """The flight, flown, its results in `tmp_path / "out"`; its table by step."""
+def run_flight(tmp_path, steps, limit=120.0):
+    """Run a flight, with results in `tmp_path / "out"`; returns it and its table by step."""
     flight = Flight(steps, tmp_path / "out", tmp_path / "work", dict(os.environ), limit, {})
-    flight.fly()
+    flight.run()
     table = json.loads((tmp_path / "out" / "steps.json").read_text())
     return flight, {entry["step"]: entry for entry in table["steps"]}
 
 
 def is_alive(process):
-    """Whether it runs; one that ended and that nobody has asked for yet does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-# In a session of its own: no signal to the group reaches it.
+# In a new session, so that no signal to the group reaches it.
 SLEEPER = """
     import signal, subprocess, time
     sleeper = subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -51,7 +51,7 @@ SLEEPER = """
 """
 
 
-def test_planted_failures_cost_nothing_but_themselves(tmp_path):
+def test_failed_steps_do_not_stop_the_others(tmp_path):
     pids = [tmp_path / "of_hanging.txt", tmp_path / "of_leaving.txt"]
     steps = [
         python("failing", 30, "print('about to fail'); raise SystemExit(3)"),
@@ -63,10 +63,10 @@ def test_planted_failures_cost_nothing_but_themselves(tmp_path):
         python("talking", 60, "print('first'); print(100_000_000 * 'x'); print('last')"),
         python("leaving", 30, SLEEPER.format(file=str(pids[1]))),
         Step("missing", ("/no/such/program",), 30, "does not start"),
-        python("environment", 30, "print('what there is')"),
+        python("environment", 30, "print('the machine')"),
         python("reporting", 30, f"open({str(tmp_path / 'work' / 'junit.xml')!r}, 'w').write('<testsuites/>')"),
     ]
-    flight, table = fly(tmp_path, steps)
+    flight, table = run_flight(tmp_path, steps)
     expected = ["failed", "late", "done", "done", "failed", "done", "done"]
     assert [entry["status"] for entry in table.values()] == expected
     assert (table["failing"]["exit status"], table["missing"]["exit status"]) == (3, 127)
@@ -80,14 +80,14 @@ def test_planted_failures_cost_nothing_but_themselves(tmp_path):
     assert "about to fail\n" in log
     assert "/no/such/program: cannot be started" in log
     assert "===== talking" in log
-    # The head and the tail of what was said, and how much lies between them.
+    # The head and the tail of the output, and the number of bytes between them.
     assert re.search(r"\nfirst\nx+\n\[… [\d,]+ bytes left out …\]\nx+\nlast\n", log)
     assert 100_000_000 - runner.LOGS < table["talking"]["bytes of log left out"] < 100_000_000
-    assert files["environment.txt"].read_text() == "what there is\n"
+    assert files["environment.txt"].read_text() == "the machine\n"
     assert flight.seconds < 120
 
 
-def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
+def test_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
     code = f"""
         import time
         try:
@@ -99,7 +99,7 @@ def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
     waits = []
 
     class Child(subprocess.Popen):
-        """Is late as soon as it is ready, however long that takes, and has as long as it needs to end."""
+        """Times out when the step is ready, however long that takes, and then waits until the step ends."""
 
         def wait(self, timeout=None):
             waits.append(timeout)
@@ -110,10 +110,10 @@ def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(subprocess, "Popen", Child)
-    # As in the background of a shell.
+    # As a shell does for background processes.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        _, table = fly(tmp_path, [python("waiting", 100, code)])
+        _, table = run_flight(tmp_path, [python("waiting", 100, code)])
     finally:
         signal.signal(signal.SIGINT, before)
     assert table["waiting"]["status"] == "late"
@@ -121,12 +121,12 @@ def test_a_late_step_is_interrupted_before_it_is_killed(tmp_path, monkeypatch):
     assert waits == [100.0 - processes.GRACE, processes.GRACE]
 
 
-def test_the_limit_of_the_flight_holds_for_its_steps(tmp_path):
+def test_limit_of_the_flight_bounds_its_steps(tmp_path):
     steps = [
         python("long", 6, "import time; time.sleep(600)"),
         python("longer", 1000, "print('not reached')"),
     ]
-    flight, table = fly(tmp_path, steps, limit=2)
+    flight, table = run_flight(tmp_path, steps, limit=2)
     assert table["long"]["status"] == "late"
     assert table["long"]["limit"] <= 2
     assert table["longer"]["status"] == "left out"
@@ -143,20 +143,20 @@ def test_results_are_packed_after_every_step(tmp_path):
         for name in ("log.jsonl", "curves.png", "checkpoint.pt"):
             open(os.path.join({str(work / "training")!r}, name), "w").write(name)
     """
-    looking = f"import tarfile; print(*tarfile.open({str(out / 'results.tar.gz')!r}).getnames())"
-    fly(tmp_path, [python("training", 30, training), python("environment", 30, looking)])
+    listing = f"import tarfile; print(*tarfile.open({str(out / 'results.tar.gz')!r}).getnames())"
+    run_flight(tmp_path, [python("training", 30, training), python("environment", 30, listing)])
     assert set((out / "environment.txt").read_text().split()) == {"training/log.jsonl", "training/curves.png"}
 
 
-def test_a_file_that_is_too_large_does_not_come_back(tmp_path):
+def test_too_large_file_does_not_come_back(tmp_path):
     report = tmp_path / "work" / "junit.xml"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "junit.xml").write_text("of an earlier flight")
-    _, table = fly(tmp_path, [python("tests", 30, f"open({str(report)!r}, 'w').truncate({16 << 20})")])
+    _, table = run_flight(tmp_path, [python("tests", 30, f"open({str(report)!r}, 'w').truncate({16 << 20})")])
     assert table["tests"]["status"] == "done"
     assert set(os.listdir(tmp_path / "out")) == {"steps.json", "log.txt"}
-    said = "junit.xml does not come back: 16.0 MiB"
-    assert said in (tmp_path / "out" / "log.txt").read_text()
+    message = "junit.xml does not come back: 16.0 MiB"
+    assert message in (tmp_path / "out" / "log.txt").read_text()
 
 
 def test_names_and_number_of_files():
@@ -164,8 +164,8 @@ def test_names_and_number_of_files():
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in FILES)
 
 
-def test_a_killed_run_leaves_nothing_whatever_it_did_to_its_children(tmp_path):
-    """A run within a run, as the sanitizers are one within a flight: the outer one ends both."""
+def test_killed_run_leaves_no_process(tmp_path):
+    """A run within a run, as the sanitizers are within a flight: the outer run kills both."""
     inner = f"""
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -181,14 +181,14 @@ def test_a_killed_run_leaves_nothing_whatever_it_did_to_its_children(tmp_path):
     assert ended.survivors == 0
 
 
-def test_a_flight_that_is_terminated_ends_its_step(tmp_path):
+def test_terminated_flight_kills_its_step(tmp_path):
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
         import fly
         from pathlib import Path
         from flight.processes import run_whole
-        fly.listen()
+        fly.handle_signals()
         run_whole(["sh", "-c", "echo $$ > {tmp_path}/pid; sleep 600"], 600, Path({str(tmp_path / "log.txt")!r}))
     """
     outer = subprocess.Popen((sys.executable, "-I", "-S", "-c", textwrap.dedent(code)))
@@ -205,17 +205,17 @@ def test_capped_files_keep_their_ends(size, tmp_path):
     path = tmp_path / "log.txt"
     path.write_bytes(content)
     left_out = packing.cap(path, 1000)
-    found = path.read_bytes()
+    capped = path.read_bytes()
     assert left_out == max(0, size - 1000)
     if left_out == 0:
-        assert found == content
+        assert capped == content
     else:
-        assert found.startswith(content[:500])
-        assert found.endswith(content[-500:])
+        assert capped.startswith(content[:500])
+        assert capped.endswith(content[-500:])
 
 
-def test_a_packed_triton_cache_is_found_elsewhere(tmp_path, monkeypatch):
-    """By Triton itself, which notes full paths; stages of compilation, most of the bytes, stay behind."""
+def test_packed_triton_cache_works_in_another_folder(tmp_path, monkeypatch):
+    """Triton reads it although it stores full paths; compilation stages, most of the bytes, are left out."""
     cache = pytest.importorskip("triton.runtime.cache", reason="the package triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a"))
     written = cache.FileCacheManager("KEY")
@@ -225,13 +225,13 @@ def test_a_packed_triton_cache_is_found_elsewhere(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "a")
     assert packing.unpack_cache(tmp_path / "cache.tar.gz", tmp_path / "b") == 1
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "b"))
-    found = cache.FileCacheManager("KEY").get_group("kernel.json")
-    assert found.keys() == {"kernel.cubin", "kernel.json"}
-    assert Path(found["kernel.cubin"]).read_bytes() == b"code"
+    files = cache.FileCacheManager("KEY").get_group("kernel.json")
+    assert files.keys() == {"kernel.cubin", "kernel.json"}
+    assert Path(files["kernel.cubin"]).read_bytes() == b"code"
 
 
-def test_failed_tests_are_run_again(tmp_path):
-    """Node ids out of a report of pytest's, given to pytest: those that failed, and no others."""
+def test_failed_tests_run_again(tmp_path):
+    """Pytest runs the node ids of its own report: the failed tests and no others."""
     (tmp_path / "test_it.py").write_text(
         "import pytest\n\n"
         "@pytest.mark.parametrize('x', ['a::b', 'c [d]-1.5', 'good', 'no'])\n"
@@ -250,19 +250,19 @@ def test_failed_tests_are_run_again(tmp_path):
     assert re.search(r"2 failed, 1 error in", again)
 
 
-def test_no_failed_tests_are_no_step(tmp_path):
+def test_without_failed_tests_there_is_no_test_step(tmp_path):
     report = tmp_path / "junit.xml"
     report.write_text("<testsuites><testsuite><testcase file='a.py' name='test_a'/></testsuite></testsuites>")
     steps = second_flight(Setup(sys.executable, tmp_path, failed=report))
     assert "tests" not in {step.name for step in steps}
 
 
-def test_all_tests_of_a_gpu_are_flown():
-    """Every file with such tests is in a folder of the selection, or named there."""
+def test_flights_select_all_gpu_tests():
+    """Every file with tests marked `gpu` is in the selection, or in a folder of it."""
     marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
-    flown = [ROOT / place for place in DEVICE_TESTS]
+    selected = [ROOT / folder for folder in DEVICE_TESTS]
     assert len(marked) > 10
-    assert [path for path in marked if not any(path.is_relative_to(place) for place in flown)] == [Path(__file__)]
+    assert [path for path in marked if not any(path.is_relative_to(folder) for folder in selected)] == [Path(__file__)]
 
 
 def test_limits_of_the_steps_fit_those_of_the_flights(tmp_path):
@@ -273,8 +273,8 @@ def test_limits_of_the_steps_fit_those_of_the_flights(tmp_path):
     assert second_flight(setup)[-1].name == "sanitizers"
 
 
-def test_a_checkout_is_imported_without_being_installed(tmp_path):
-    """Another one than that which is installed here, from a third folder."""
+def test_checkout_is_imported_without_being_installed(tmp_path):
+    """A second checkout, imported from a third folder while this one is installed."""
     link = tmp_path / "tests" / "flight" / "link"
     shutil.copytree(ROOT / "tests" / "flight" / "link", link)
     for folder in ("conddetr", "kernels"):
@@ -283,8 +283,8 @@ def test_a_checkout_is_imported_without_being_installed(tmp_path):
     code = "import conddetr.kernels; print(conddetr.__file__, conddetr.kernels.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(link)}
     command = (sys.executable, "-c", code)
-    found = subprocess.run(command, cwd=tmp_path / "tests", env=environment, capture_output=True, text=True)
-    assert found.stdout.split() == [str(tmp_path / folder / "__init__.py") for folder in ("conddetr", "kernels")]
+    run = subprocess.run(command, cwd=tmp_path / "tests", env=environment, capture_output=True, text=True)
+    assert run.stdout.split() == [str(tmp_path / folder / "__init__.py") for folder in ("conddetr", "kernels")]
 
 
 def fly_py(*arguments, **options):
@@ -299,22 +299,22 @@ def test_command_line(tmp_path):
     without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     refused = fly_py("--out", tmp_path / "out", "--steps", "none-such", env=without_gpu)
     assert refused.returncode == 2
-    assert "there is no NVIDIA GPU here" in refused.stderr
+    assert "no NVIDIA GPU: the driver" in refused.stderr
     assert not (tmp_path / "out").exists()
-    assert "no-such.tar.gz: there is no such file" in fly_py("--triton-cache", "no-such.tar.gz").stderr
+    assert "no-such.tar.gz: no such file" in fly_py("--triton-cache", "no-such.tar.gz").stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(null_gpu.why_not() is not None, reason=str(null_gpu.why_not()))
 @pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
-def test_both_flights_reach_their_end_on_a_null_gpu(tmp_path):
-    """Every step of both: numbers are refused there, nothing else fails, and no time becomes a result."""
+def test_both_flights_complete_on_a_null_gpu(tmp_path):
+    """All their steps succeed there, and benchmarks neither print times nor write result files."""
     import conddetr._C
 
     before = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
     options = ["--rehearse", "--patience", "30", "--limit", "5400", "--native", conddetr._C.__file__]
     first, second = tmp_path / "first", tmp_path / "second"
-    # Compiling by inductor is no step of a flight, and would take most of the time.
+    # No step of a flight tests inductor, whose compilation would take most of the time.
     environment = {**null_gpu.environment(), "TORCH_COMPILE_DISABLE": "1"}
     for number, out in ((1, first), (2, second)):
         if number == 2:

@@ -1,4 +1,4 @@
-"""No module of the package imports itself through others: imports have a direction."""
+"""The package has no import cycles."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -18,25 +18,25 @@ MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imports_of(tree: ast.AST) -> set[str]:
-    """The modules that one imports from when it runs, at its top or in functions."""
-    found = set()
+    """The package's modules that a module imports at run time, at its top or in functions."""
+    modules = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inner & MODULES.keys() or {node.module}
+            modules |= inner & MODULES.keys() or {node.module}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & MODULES.keys()
-        found |= imports_of(node)
-    # The package itself is asked for its version alone.
-    return found - {"conddetr"}
+            modules |= {alias.name for alias in node.names} & MODULES.keys()
+        modules |= imports_of(node)
+    # The package itself is imported only for its version.
+    return modules - {"conddetr"}
 
 
 GRAPH = {name: imports_of(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
 
 
-def test_no_import_comes_back():
+def test_imports_have_no_cycle():
     try:
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:

@@ -1,4 +1,4 @@
-"""The host's side of GPU code: tests that run in another process, which has GPUs that do nothing (tests/null_gpu)."""
+"""The host side of GPU code, tested in another process with GPUs that do nothing (tests/null_gpu)."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def run_tests(*selection, devices=1, python=sys.executable):
-    """Run tests on null GPUs; they must pass, and there must be some."""
+    """Run tests on null GPUs; at least one must run, and all must pass."""
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *selection]
     launcher = [python, "tests/null_gpu", "--devices", str(devices)]
     run = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True)
@@ -24,31 +24,31 @@ def run_tests(*selection, devices=1, python=sys.executable):
     assert " passed" in run.stdout.splitlines()[-1]
 
 
-def test_what_holds_on_two_null_gpus():
+def test_fast_tests_pass_on_two_null_gpus():
     run_tests("tests/null_gpu", devices=2)
 
 
 @pytest.mark.slow
-def test_what_takes_longer_on_two_null_gpus():
+def test_slow_tests_pass_on_two_null_gpus():
     run_tests("tests/null_gpu", "-m", "slow", devices=2)
 
 
 @pytest.mark.slow
-def test_the_host_side_of_all_device_tests():
-    # Without the model's hooks one by one: on the host each asks for what the others do.
+def test_host_side_of_all_device_tests():
+    # Without the tests of single hooks, which do the same work on the host.
     run_tests("tests", "-m", "gpu", "-k", "not test_hooks_fire")
 
 
 @pytest.mark.slow
-def test_the_command_line_and_the_detector():
-    """They take a GPU where there is one, without being asked. Export works on the CPU; its device tests run above."""
+def test_command_line_and_detector():
+    """Both use a GPU by default. Export runs on the CPU; its device tests run above."""
     run_tests("tests/test_cli.py", "tests/test_detector.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", [("tests/null_gpu",), ("tests", "-m", "gpu")], ids=["on two", "device tests"])
-def test_the_oldest_pytorch(selection):
-    """Another Python's PyTorch and Triton: its kernels compile, and the host's side holds."""
+def test_oldest_pytorch(selection):
+    """With another Python's PyTorch and Triton kernels compile, and the host side works."""
     python = os.environ.get("CONDDETR_OLDEST_PYTHON")
     if not python:
         pytest.skip("CONDDETR_OLDEST_PYTHON is not set: it names a Python with PyTorch 2.11 and this package")

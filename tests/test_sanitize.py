@@ -1,4 +1,4 @@
-"""What is asked of compute-sanitizer, and what is made of its answers, whose lines are those of its manual."""
+"""The command for compute-sanitizer, and verdicts on its output, with lines from its manual."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from conddetr.kernels import native
 
 
 @pytest.mark.parametrize(
-    ("status", "output", "is_fine", "said"),
+    ("status", "output", "is_fine", "expected"),
     [
         (0, "5 passed\n========= ERROR SUMMARY: 0 errors", True, "ERROR SUMMARY: 0 errors"),
         (0, "========= RACECHECK SUMMARY: 0 hazards displayed", True, "RACECHECK SUMMARY: 0 hazards"),
@@ -20,14 +20,14 @@ from conddetr.kernels import native
         (0, "5 passed", False, "failed with status 0"),
     ],
 )
-def test_verdict(status, output, is_fine, said):
-    found = sanitize.verdict(status, output)
-    assert found[0] is is_fine
-    assert said in found[1]
+def test_verdict(status, output, is_fine, expected):
+    verdict = sanitize.verdict(status, output)
+    assert verdict[0] is is_fine
+    assert expected in verdict[1]
 
 
-def test_what_is_late_is_killed_with_all_that_it_started(tmp_path):
-    """A tool that hangs in a child of its child, as pytest below compute-sanitizer does."""
+def test_late_tool_is_killed_with_all_its_processes(tmp_path):
+    """The tool hangs in a child of its child, as pytest under compute-sanitizer could."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         "#!/bin/sh\ntrap '' INT\n"
@@ -35,9 +35,9 @@ def test_what_is_late_is_killed_with_all_that_it_started(tmp_path):
         f"sh -c 'setsid sleep 600 & echo $! > {tmp_path}/pid; wait'\n"
     )
     program.chmod(0o755)
-    is_fine, said = sanitize.check(str(program), 2, "memcheck")
+    is_fine, text = sanitize.check(str(program), 2, "memcheck")
     assert is_fine
-    assert said == "not finished in 2 s (--seconds gives more); nothing is said of these kernels"
+    assert text == "not finished in 2 s: these kernels are not checked (--seconds raises the limit)"
     process = Path("/proc") / (tmp_path / "pid").read_text().strip()
     assert not process.exists() or ") Z " in (process / "stat").read_text()
     arguments = (tmp_path / "arguments").read_text()
@@ -45,8 +45,8 @@ def test_what_is_late_is_killed_with_all_that_it_started(tmp_path):
     assert " --kernel-name kns=match_kernel " in arguments
 
 
-def test_every_kernel_of_ours_is_checked():
-    """Those that are compiled ahead of time, and those of the built library, whose mangled names are in it."""
+def test_all_our_kernels_are_checked():
+    """Both the kernels compiled ahead of time and those of the built library, which contains their mangled names."""
     aot = pytest.importorskip("tools.aot", reason="the package triton is not installed")
     names = sanitize.kernels()
     assert {job.kernel for job in aot.jobs(90)} <= names

@@ -1,4 +1,4 @@
-"""The documentation as a site: links work as they do in the repository, and one that leads nowhere stops the build."""
+"""The documentation site: links work as in the repository, and a broken link stops the build."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ PAGE = """# Guide
 
 @pytest.fixture
 def make_site(tmp_path):
-    """Build the site of a small repository with this page; returns the folder of its pages."""
+    """A function that builds the site of a small repository with a page, and returns the folder of the site."""
 
     def make(page: str) -> Path:
         for folder in ("docs", "source", "other"):
@@ -33,8 +33,8 @@ def make_site(tmp_path):
         (tmp_path / "docs" / "guide.md").write_text(page)
         (tmp_path / "docs" / "dot.png").write_bytes(b"a picture")
         config = (ROOT / "mkdocs.yml").read_text()
-        kept = [re.search(rf"^{key}:.*\n(?: .*\n)*", config, re.MULTILINE)[0] for key in ("hooks", "validation")]
-        text = "".join(["site_name: small\nuse_directory_urls: false\nplugins: []\n", *kept])
+        sections = [re.search(rf"^{key}:.*\n(?: .*\n)*", config, re.MULTILINE)[0] for key in ("hooks", "validation")]
+        text = "".join(["site_name: small\nuse_directory_urls: false\nplugins: []\n", *sections])
         (tmp_path / "mkdocs.yml").write_text(text)
         build(load_config(str(tmp_path / "mkdocs.yml"), strict=True))
         return tmp_path / "site"
@@ -46,18 +46,18 @@ def test_links_lead_to_the_pages_of_files_and_folders(make_site):
     site = make_site(PAGE)
     text = (site / "docs" / "guide.html").read_text()
     links = re.findall(r'(?:href|src)="([^"#]+)"', text[text.index("<h1") :])
-    wanted = ["../index.html", "../source/op.py.html", "../source.html", "../other/index.html", "dot.png"]
-    assert [link for link in links if link in wanted] == [*wanted, "../index.html", "dot.png", "../source/op.py.html"]
-    for link in wanted:
+    targets = ["../index.html", "../source/op.py.html", "../source.html", "../other/index.html", "dot.png"]
+    assert [link for link in links if link in targets] == [*targets, "../index.html", "dot.png", "../source/op.py.html"]
+    for link in targets:
         assert (site / "docs" / link).is_file(), link
     assert "[no](nowhere.md)" in re.sub(r"<[^>]*>", "", (site / "source" / "op.py.html").read_text())
     assert "op.py" in (site / "source.html").read_text()
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "broken",
     ["[page](nowhere.md)", "[anchor](#nowhere)", "[other](../README.md#nowhere)", '<img src="nowhere.png">'],
 )
-def test_a_link_that_leads_nowhere_stops_the_build(make_site, wrong):
+def test_broken_link_stops_the_build(make_site, broken):
     with pytest.raises(Abort):
-        make_site(f"{PAGE}\n{wrong}\n")
+        make_site(f"{PAGE}\n{broken}\n")

@@ -1,4 +1,4 @@
-"""What cuDNN does to float32 convolutions by default, planted on a CPU: inputs rounded to ten bits of mantissa."""
+"""Simulates cuDNN's default for float32 convolutions on a CPU: inputs are rounded to ten bits of mantissa."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from torch.nn import functional as F
 
 
 def rounded(x: Tensor) -> Tensor:
-    """float32 to the nearest number with ten bits of mantissa."""
+    """float32 rounded to the nearest number with ten bits of mantissa."""
     bits = x.contiguous().view(torch.int32)
-    # Half of the last bit that stays is added first; at a tie the even neighbour wins.
+    # Half of the last kept bit is added first; a tie rounds to even.
     bits = (bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF
     return bits.view(torch.float32)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions round as cuDNN's do, wherever PyTorch's switch for it is on."""
+    """Make convolutions round their inputs as cuDNN's do, while PyTorch's switch for TF32 is on."""
     exact = F.conv2d
 
     def conv2d(x: Tensor, weight: Tensor, *options: object, **more: object) -> Tensor:

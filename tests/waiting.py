@@ -1,4 +1,4 @@
-"""Tests that a step makes the host wait for nothing."""
+"""Checks that a step never makes the host wait for the device."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class RefusesToWait(TorchDispatchMode):
-    """Raises at every operation that would make the host wait for a GPU: whatever needs to know a value."""
+    """Raises at every operation that would make the host wait for a GPU, because it needs a value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         needs_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
@@ -23,7 +23,7 @@ class RefusesToWait(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_synchronisation():
-    """On a GPU PyTorch itself refuses."""
+    """Make PyTorch raise an error at every synchronisation, if there is a GPU."""
     if not torch.cuda.is_available():
         yield
         return

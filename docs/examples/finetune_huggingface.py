@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> dict:
     """Train, print and return the losses and the seconds per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("coco", type=Path, metavar="COCO_FOLDER")
-    parser.add_argument("--checkpoint", help="a model of HuggingFace's hub to start from; default: a tiny one, random")
+    parser.add_argument("--checkpoint", help="a model on HuggingFace's hub to start from; default: a tiny random one")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--size", type=int, default=320, help="short side of the images in pixels")
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result = trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = result.metrics["train_runtime"] / options.steps
-    print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; {seconds:.3f} s a step")
+    print(f"loss {losses[0]:.3f} at the first step, {losses[-1]:.3f} at the last; {seconds:.3f} s per step")
     return {"losses": losses, "seconds": seconds}
 
 

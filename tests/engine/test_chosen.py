@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from said_and_ran import said_and_ran
+from announced_paths import announced_and_recorded
 from small_runs import finish, small_trainer, start_ranks
 
 import conddetr
@@ -150,7 +150,7 @@ def test_unsupported_sizes_are_the_reason(on_gpu):
 def test_reported_implementations_are_those_that_run(preset, backend, precision, trains):
     if backend == "native" and native.NOT_LOADED is not None:
         pytest.skip(str(native.NOT_LOADED))
-    reported, executed = said_and_ran(preset, "cpu", precision, trains=trains, backend=backend)
+    reported, executed = announced_and_recorded(preset, "cpu", precision, trains=trains, backend=backend)
     assert reported == executed
 
 

@@ -1,1 +1,1 @@
-"""What `tests/fly.py` is made of: the steps of a flight, what runs them, and the programs that only it needs."""
+"""The parts of `tests/fly.py`: the steps of a flight, their runner, and the programs of some steps."""

@@ -1,4 +1,4 @@
-"""Prints what a reader of results asks of the machine, the quickest first; fails where PyTorch sees no GPU."""
+"""Describes the machine for readers of the results, quickest part first; fails if PyTorch sees no GPU."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from importlib import metadata
 
 
 def main() -> None:
-    """Each part by itself: the next may never end."""
+    """Print each part at once, because the next may never end."""
     print(f"Python {platform.python_version()} ({sys.executable}), {platform.platform()}, {os.cpu_count()} CPUs")
     show("nvidia-smi")
     show("nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE")
     show("nvcc", "--version")
-    packages = {f"{found.metadata['Name']} {found.version}" for found in metadata.distributions()}
+    packages = {f"{package.metadata['Name']} {package.version}" for package in metadata.distributions()}
     print("packages:", ", ".join(sorted(packages, key=str.lower)), flush=True)
 
     start = time.perf_counter()
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def show(*command: str) -> None:
-    """What a program says, or why it says nothing."""
+    """Print a program's output, or why it has none."""
     try:
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""What comes back from a flight: a few flat files that are small enough to be carried."""
+"""Packs a flight's results into a few files that are small enough to be copied."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LARGEST = 16 << 20
-"""Bytes; every file is smaller."""
+"""Limit in bytes; every file is smaller."""
 
 
 def cap(path: Path, most: int) -> int:
-    """Shorten a file to about `most` bytes, its head and its tail; returns how many bytes were left out."""
+    """Cut a file to its head and tail, about `most` bytes together; returns the number of bytes left out."""
     size = path.stat().st_size
     if size <= most:
         return 0
@@ -25,15 +25,15 @@ def cap(path: Path, most: int) -> int:
 
 
 def pack(files: Iterable[Path], root: Path, target: Path) -> None:
-    """An archive of files, named as they are below `root`."""
-    # Packed after every step, on time that costs: fast, not small.
+    """Write an archive of files, named by their paths below `root`."""
+    # Packing is part of the flight's time limit: speed matters more than size.
     with tarfile.open(target, "w:gz", compresslevel=1) as archive:
         for path in sorted(files):
             archive.add(path, path.relative_to(root))
 
 
 def fits(path: Path) -> str | None:
-    """None, or why a file cannot come back."""
+    """None, or the reason why a file cannot come back."""
     size = path.stat().st_size
     if size < LARGEST:
         return None
@@ -41,20 +41,20 @@ def fits(path: Path) -> str | None:
 
 
 def launchable(cache: Path) -> list[Path]:
-    """Of Triton's cache what launching needs: machine code and its description, not the stages of compilation."""
+    """The files of Triton's cache that a launch needs: machine code and its description, not compilation stages."""
     return [path for path in cache.glob("*/*") if path.suffix in (".cubin", ".json", ".so")]
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """Put a packed Triton cache in place; returns the number of kernels.
+    """Unpack a Triton cache; returns the number of kernels.
 
-    Triton notes in `__grp__….json` the full path of each file that belongs to a kernel, and takes none of them if one
-    is missing: they are written anew, with what is there.
+    Triton stores the full path of each file of a kernel in `__grp__….json`, and uses none of them if one is missing.
+    These paths are rewritten for the files that exist.
     """
     shutil.unpack_archive(archive, cache, "gztar", filter="data")
     groups = list(cache.glob("*/__grp__*.json"))
     for group in groups:
         names = json.loads(group.read_text())["child_paths"]
-        there = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
-        group.write_text(json.dumps({"child_paths": there}))
+        paths = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
+        group.write_text(json.dumps({"child_paths": paths}))
     return len(groups)

@@ -1,4 +1,4 @@
-"""Commands with a time limit, killed whole: with all that they started, in whatever session that is."""
+"""Commands with a time limit, killed with everything that they started, in any session."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRACE = 3.0
-"""Seconds before its limit when a command gets the signal of Ctrl-C: pytest writes its report then."""
+"""Seconds before its limit at which a command gets SIGINT, as by Ctrl-C, so that pytest writes its report."""
 DYING = 5.0
-"""Seconds that a killed process may take to go. One that waits for a driver may never do."""
+"""Seconds that a killed process may take to end. A process that waits for a driver may never end."""
 NOT_STARTED = 127
 """Exit status of a command that cannot be started, as in a shell."""
 
@@ -23,10 +23,10 @@ class Ended:
     """How a command ended."""
 
     status: int | None
-    """Exit status, negative: killed by that signal; None: the time was up."""
+    """Exit status; negative: killed by that signal; None: killed at the limit."""
     seconds: float
     survivors: int
-    """Processes of it that did not die."""
+    """Number of its processes that did not end."""
 
 
 def run_whole(
@@ -36,16 +36,16 @@ def run_whole(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> Ended:
-    """Run a command for so many seconds at most; at its end nothing that it started lives on.
+    """Run a command with a time limit, then kill every process that it started.
 
     Args:
         command: program and arguments.
-        seconds: after which it is killed. A little before, it is interrupted as by Ctrl-C.
-        output: file for what it writes.
-        environment: of the command; default: this process's.
-        folder: where it runs; default: here.
+        seconds: time limit, at which it is killed. A little before, it is interrupted as by Ctrl-C.
+        output: file for its output.
+        environment: the command's environment; default: this process's.
+        folder: working directory; default: this process's.
     """
-    # Children inherit it, in sessions of their own too. The name differs, so that runs within runs keep all marks.
+    # Children inherit the mark, in new sessions too. Every run has another name, so that nested runs keep all marks.
     mark = f"RUN_WHOLE_{uuid.uuid4().hex}"
     environment = {**(os.environ if environment is None else environment), mark: "1"}
     start, status, child = time.monotonic(), NOT_STARTED, None
@@ -59,19 +59,19 @@ def run_whole(
                 env=environment,
                 cwd=folder,
                 start_new_session=True,
-                preexec_fn=_heed_interrupts,
+                preexec_fn=_restore_interrupts,
             )
             status = _wait(child, seconds)
         except OSError as error:
             file.write(f"{command[0]}: cannot be started: {error}\n".encode())
         finally:
-            # Also if a signal came while it was started.
+            # Also after a signal during the start.
             survivors = _kill(child, mark)
     return Ended(status, time.monotonic() - start, survivors)
 
 
-def _heed_interrupts() -> None:
-    """A shell that starts us in the background ignores Ctrl-C for all that we start."""
+def _restore_interrupts() -> None:
+    """Restore SIGINT, which a shell ignores for a background process and its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -86,28 +86,28 @@ def _wait(child: subprocess.Popen, seconds: float) -> int | None:
 
 
 def _kill(child: subprocess.Popen | None, mark: str) -> int:
-    """Kill the group and all that is marked, until there is nothing left; how many are left all the same."""
-    # A program may have overwritten its environment, or have left the group, but hardly both.
+    """Kill the process group and all marked processes; returns the number of those that do not end."""
+    # A program may have overwritten its environment or left the group, but hardly both.
     with suppress(ProcessLookupError):
         if child is not None:
             os.killpg(child.pid, signal.SIGKILL)
     until = time.monotonic() + DYING
-    while (left := _marked(mark)) and time.monotonic() < until:
-        for process in left:
+    while (survivors := _marked(mark)) and time.monotonic() < until:
+        for process in survivors:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
     if child is not None:
         child.poll()
-    return len(left)
+    return len(survivors)
 
 
 def _marked(mark: str) -> list[int]:
-    """Processes whose environment has this variable; none where the system does not show them (Linux does)."""
-    found = []
+    """Ids of the processes whose environment has this variable; empty where /proc does not exist."""
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
-        # Processes end while one looks, and others' are not shown.
+        # Processes may end meanwhile, and those of other users are not readable.
         with suppress(OSError):
             if mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+                processes.append(int(folder.name))
+    return processes

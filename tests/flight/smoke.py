@@ -1,10 +1,9 @@
-"""First contact with a GPU: every operation by every backend that runs on it, forward and backward, against eager.
+"""Smoke test on a GPU: every operation on every backend that runs there, forward and backward, compared with eager.
 
     python tests/flight/smoke.py
 
-One line for each, then one for a training step that is captured in a CUDA graph while a DataLoader pins batches beside
-it. Exit status 1 if anything failed. The bounds are loose: the tests have the tight ones. On a null GPU, which has no
-numbers, none are compared.
+Prints one line for each, then one for training steps in a CUDA graph while a DataLoader pins batches. Exits with status
+1 if anything failed. The bounds are loose; the tests have tight ones. On a null GPU no numbers are compared.
 """
 
 import argparse
@@ -29,9 +28,9 @@ from conddetr.kernels.weights import FrozenNorm, Replicas, Shift, Weight
 
 DEVICE = torch.device("cuda")
 BOUND = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""Largest difference from eager, relative to the largest number of the tensor."""
+"""Largest difference from eager, relative to the tensor's largest number."""
 RARE = 1e-9
-"""A probability of dropout with which nothing is dropped, so that results can be compared."""
+"""Dropout probability at which nothing is dropped, so that results can be compared."""
 HAS_NUMBERS = "NULL_GPU" not in os.environ
 
 
@@ -41,22 +40,22 @@ class Case:
 
     operation: Callable[..., Tensor | tuple[Tensor, ...]]
     leaves: list[Tensor]
-    """What it is differentiated by; its first arguments."""
+    """Its first arguments, which get gradients."""
     others: list = field(default_factory=list)
     options: dict = field(default_factory=dict)
     note: str = ""
 
     @property
     def title(self) -> str:
-        """Name, what is special, dtype."""
+        """Operation, note and dtype."""
         dtype = str((self.leaves or self.others)[0].dtype).removeprefix("torch.")
         return ", ".join(filter(None, (self.operation.__name__, self.note, dtype)))
 
     def run(self, backend: str) -> list[Tensor]:
-        """Outputs, then the gradients of their weighted sum where there are any."""
+        """Outputs, then the gradients of their weighted sum, if any."""
         leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
-        found = self.operation(*leaves, *self.others, **self.options, backend=backend)
-        outputs = list(found) if isinstance(found, tuple) else [found]
+        result = self.operation(*leaves, *self.others, **self.options, backend=backend)
+        outputs = list(result) if isinstance(result, tuple) else [result]
         if leaves and outputs[0].requires_grad:
             generator = torch.Generator(DEVICE).manual_seed(1)
             weights = [torch.rand(out.shape, generator=generator, device=DEVICE) for out in outputs]
@@ -66,7 +65,7 @@ class Case:
 
 
 def attend(q_content: Tensor, q_spatial: Tensor, k_content: Tensor, v: Tensor, *spatial: Tensor, **options) -> Tensor:
-    """Attention with its spatial keys as arguments of their own: rows and columns, or dense ones."""
+    """Attention with its spatial keys as separate arguments: rows and columns, or dense keys."""
     keys = spatial if len(spatial) == 2 else spatial[0]
     return kernels.conditional_attention(q_content, q_spatial, k_content, keys, v, **options)
 
@@ -74,13 +73,13 @@ def attend(q_content: Tensor, q_spatial: Tensor, k_content: Tensor, v: Tensor, *
 def convolve_twice(
     x: Tensor, weight: Tensor, bias: Tensor, other_weight: Tensor, other_bias: Tensor, backend: str
 ) -> Tensor:
-    """A pair of convolutions with its tensors as arguments of their own, the second strided."""
+    """A pair of convolutions with its tensors as separate arguments; the second is strided."""
     layers = (Layer(weight, bias), Layer(other_weight, other_bias, stride=(2, 2), padding=(1, 1)))
     return kernels.convolution_pair(x, *layers, backend=backend)
 
 
 def weigh(weight: Tensor, other: Tensor, bias: Tensor, norm: FrozenNorm, backend: str) -> tuple[Tensor, ...]:
-    """Weights of a step from arguments of their own: a folded convolution, a stack, replicas."""
+    """Weights of a step from separate arguments: a folded convolution, a stack, replicas."""
     recipes = [Weight((weight,), norm), Shift(norm), Weight((other, other)), Replicas(bias)]
     return tuple(kernels.prepare_weights(recipes, torch.float32, backend))
 
@@ -141,41 +140,41 @@ def cases() -> Iterator[Case]:
 
 
 def check(case: Case, backend: str) -> bool:
-    """Run a case and say how it went; False if it failed."""
+    """Run a case and print its result; False if it failed."""
     title = f"{case.title}, {backend}"
     try:
-        found = case.run(backend)
+        results = case.run(backend)
         torch.cuda.synchronize()
     except BackendError as error:
         print(f"none    {title}: {error}", flush=True)
         return True
     except Exception as error:
-        # Anything may come out of a first contact, and the next operation is another matter.
+        # Any error may occur here, and the next operation may run all the same.
         print(f"FAILED  {title}: {type(error).__name__}: {error}", flush=True)
         return False
     if not HAS_NUMBERS:
         print(f"ran     {title}", flush=True)
         return True
-    worst = max(difference(a, b) for a, b in zip(found, case.run("eager"), strict=True))
+    worst = max(difference(a, b) for a, b in zip(results, case.run("eager"), strict=True))
     bound = BOUND[(case.leaves or case.others)[0].dtype]
-    # So that NaN is no success.
+    # Written so that NaN fails.
     is_right = worst <= bound
     print(f"{'ok    ' if is_right else 'FAILED'}  {title}: differs by {worst:.1e}, bound {bound:.0e}", flush=True)
     return is_right
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Largest, relative to the largest number expected."""
-    found, expected = found.double(), expected.double()
-    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected number."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
 def captured_training() -> bool:
-    """A few steps in bfloat16, forward to backward captured in a CUDA graph, batches pinned beside it."""
+    """Train a few steps in bfloat16, in a CUDA graph, while a loader pins batches; False if that fails."""
     title = "training, bfloat16, CUDA graphs, a loader that pins"
     torch.manual_seed(0)
     try:
-        # By name: nothing is proven yet.
+        # Requested by name, because no kernel is proven yet.
         model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="triton").to(DEVICE).train()
         loader = make_loader(SyntheticShapes(32, 0), 4, train=True, workers=2, device=DEVICE)
         stepper = Stepper(model, TrainConfig(precision="bfloat16", cuda_graphs=True), DEVICE, len(loader))
@@ -193,7 +192,7 @@ def captured_training() -> bool:
 
 
 def is_usable() -> bool:
-    """Whether the device still takes work: after an illegal access it takes none from this process."""
+    """Whether the device still works: after an illegal access it fails every call of this process."""
     try:
         torch.zeros(1, device=DEVICE)
         torch.cuda.synchronize()
@@ -203,10 +202,10 @@ def is_usable() -> bool:
 
 
 def main() -> None:
-    """Check everything, in a process anew after one that a kernel has spoilt."""
+    """Run all checks; after a kernel that made the device fail, continue in a new process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--skip", type=int, default=0, help="checks that are done")
-    parser.add_argument("--failed", type=int, default=0, help="of them, those that failed")
+    parser.add_argument("--skip", type=int, default=0, help="number of checks already done")
+    parser.add_argument("--failed", type=int, default=0, help="number of them that failed")
     options = parser.parse_args()
     failed = options.failed
     if not HAS_NUMBERS:

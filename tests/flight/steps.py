@@ -1,4 +1,4 @@
-"""The steps of the two flights, in order of worth, each with the seconds that it may take."""
+"""The steps of the two flights, in order of importance, each with its time limit."""
 
 import importlib.util
 import os
@@ -20,16 +20,16 @@ DEVICE_TESTS = (
     "tests/test_cli.py",
     "tests/test_graphed.py",
 )
-"""Where the tests are that are marked `gpu`: those that a CUDA device changes."""
+"""Files and folders with tests marked `gpu`: tests that behave differently on a CUDA device."""
 DEVICE_ONLY = (
     "-m",
     "gpu",
     "-k",
     "not (test_match and native) and not instruction_set and not pretended_gpu",
 )
-"""What of them runs on the CPU alone is left out."""
+"""Options that leave out tests of the CPU alone."""
 PROCESSES = 12
-"""That share the tests, where pytest-xdist is installed."""
+"""Number of processes that share the tests, if pytest-xdist is installed."""
 SMALL = {
     "train": ("--size", "96", "128", "--batch", "1", "--rounds", "1"),
     "attn": ("--grids", "r50", "--batch", "1", "--dtypes", "bfloat16", "--dropout", "0.1", "--rounds", "1"),
@@ -37,7 +37,7 @@ SMALL = {
     "model": ("--size", "96", "128", "--rounds", "1"),
     "tune": ("--seconds", "1"),
 }
-"""Benchmark → options with which it is over soon, and says nothing."""
+"""Benchmark → options with which it ends soon and measures nothing."""
 KERNELS = ("sine", "match", "focal", "boxes", "cost", "prediction", "errors", "position", "pool", "bits", "query")
 """Benchmarks of the small kernels."""
 SMALL_TESTS = ("tests/kernels/test_sine.py", "tests/kernels/test_boxes.py", "tests/engine/test_graphs.py")
@@ -50,7 +50,7 @@ class Step:
     name: str
     command: tuple[str, ...]
     seconds: float
-    """After which it is killed."""
+    """Time limit, at which it is killed."""
     purpose: str
 
 
@@ -59,17 +59,17 @@ class Setup:
     """What the commands depend on."""
 
     python: str
-    """The interpreter whose PyTorch is meant."""
+    """The interpreter with the PyTorch to test."""
     work: Path
-    """Folder for what steps leave: `junit.xml`, `results/`, `triton-cache/`, `wheels/`."""
+    """Folder that steps write to: `junit.xml`, `results/`, `triton-cache/`, `wheels/`."""
     has_native: bool = False
-    """Whether the extension is in place; else it is built."""
+    """Whether the extension is built already."""
     wheels: Path | None = None
     """Folder of wheels to install."""
     failed: Path | None = None
-    """The `junit.xml` of an earlier flight, whose failed tests are run again; None: all tests are run."""
+    """The `junit.xml` of an earlier flight, whose failed tests run again; None: all tests run."""
     small: bool = False
-    """Small sizes: to rehearse, not to measure."""
+    """Whether sizes are small: to rehearse, not to measure."""
 
     def script(self, path: str, *arguments: str | Path) -> tuple[str, ...]:
         """The command of a script of this repository."""
@@ -81,7 +81,7 @@ class Setup:
 
 
 def first_flight(setup: Setup) -> list[Step]:
-    """Does it run, is it right, how fast is it; 390 s where the extension need not be built."""
+    """Whether everything runs, whether it is right, and how fast it is; 390 s if the extension is built already."""
     attention = setup.benchmark("attn", "--seconds", "22")
     decoder = setup.benchmark("decoder", "--dtypes", "bfloat16")
     return [
@@ -100,9 +100,9 @@ def first_flight(setup: Setup) -> list[Step]:
 
 
 def second_flight(setup: Setup) -> list[Step]:
-    """What is left to know, with the corrected code and the first flight's Triton cache; 240 s."""
+    """Failed tests again, then further measurements, with the first flight's Triton cache; 240 s."""
     replays = setup.benchmark("attn", "--cudagraph", "--seconds", "18", "--grids", "r50", "--dtypes", "bfloat16")
-    # The last ones given count: two batch sizes also where sizes are small.
+    # The last option wins: two batch sizes, also with small sizes.
     replays = (*replays, "--batch", "1", "2")
     failed = _failed_tests(setup.failed) if setup.failed else DEVICE_TESTS
     sanitizers = setup.script("tests/sanitize.py", "--seconds", "30")
@@ -119,7 +119,7 @@ def second_flight(setup: Setup) -> list[Step]:
 
 
 def device_tests(setup: Setup, selection: tuple[str, ...]) -> Step:
-    """A selection of tests, shared by processes where that is possible."""
+    """A selection of tests, run in parallel if pytest-xdist is installed."""
     if setup.small:
         selection = SMALL_TESTS
     shared: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ def device_tests(setup: Setup, selection: tuple[str, ...]) -> Step:
 
 
 def _preparation(setup: Setup) -> list[Step]:
-    """Wheels and extension in place, and what the machine is."""
+    """Install the wheels, build the extension, describe the machine."""
     steps = []
     if setup.wheels:
         names = sorted({path.name.split("-")[0] for path in setup.wheels.glob("*.whl")})
@@ -143,16 +143,16 @@ def _preparation(setup: Setup) -> list[Step]:
         command = (setup.python, *pip, "--target", str(setup.work / "wheels"), *names)
         steps.append(Step("wheels", command, 10, "packages that this Python lacks"))
     if not setup.has_native:
-        steps.append(Step("extension", setup.script("tests/flight/build.py"), 120, "CUDA kernels for this GPU alone"))
+        steps.append(Step("extension", setup.script("tests/flight/build.py"), 120, "CUDA kernels for this GPU only"))
     environment = setup.script("tests/flight/environment.py")
-    return [*steps, Step("environment", environment, 15, "what this machine is, and what runs on it")]
+    return [*steps, Step("environment", environment, 15, "the machine, and the backends that run on it")]
 
 
 def _check(setup: Setup, seconds: float) -> Step:
-    """What `auto` may take from here on; to rehearse, all kernels count as proven."""
+    """Checks the kernels, so that `auto` runs them from here on; in a rehearsal all count as proven."""
     check = (setup.python, "-m", "conddetr", "check", "--short", "--device", "cuda")
     command = setup.script("tests/proven.py") if setup.small else check
-    return Step("check", command, seconds, "which kernels auto takes on this GPU")
+    return Step("check", command, seconds, "which kernels auto runs on this GPU")
 
 
 def _train_benchmark(setup: Setup, seconds: float) -> Step:
@@ -160,7 +160,7 @@ def _train_benchmark(setup: Setup, seconds: float) -> Step:
 
 
 def _small_benchmarks(setup: Setup) -> tuple[str, ...]:
-    """All in one process, since each would spend most of its time importing PyTorch."""
+    """All in one process, because each would spend most of its time importing PyTorch."""
     options = ("--seconds", "1", "--rounds", "1") if setup.small else ("--seconds", "3")
     return setup.script("benchmarks/run.py", *KERNELS, *options)
 
@@ -183,12 +183,12 @@ def _training(setup: Setup) -> tuple[str, ...]:
 
 def _pictures(setup: Setup) -> Step:
     command = setup.script("benchmarks/run.py", "report", "--results", setup.work / "results")
-    return Step("pictures", command, 10, "result files drawn")
+    return Step("pictures", command, 10, "charts of the result files")
 
 
 def _failed_tests(report: Path) -> tuple[str, ...]:
-    """Node ids of the tests that a `junit.xml` of the kind xunit1 says failed."""
+    """Node ids of the failed tests in a `junit.xml` of the family xunit1."""
     cases = ElementTree.parse(report).iter("testcase")
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    # What could not be collected has no file.
+    # A module that could not be collected has no file.
     return tuple(f"{case.get('file')}::{case.get('name')}" for case in failed if case.get("file"))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Become the program."""
-    # Python puts this folder on its path, not the one that the package lies in.
+    """Replace this process with the program."""
+    # Python puts this folder on its path, but the package is found from the folder above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from null_gpu.build import environment, why_not
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--devices", type=int, default=1, help="how many GPUs it has; default 1")
+    parser.add_argument("--devices", type=int, default=1, help="number of GPUs; default 1")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the program and its arguments")
     options = parser.parse_args()
     if not options.command:

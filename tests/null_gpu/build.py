@@ -1,4 +1,4 @@
-"""Builds the null GPU, and tells how a program is run with it."""
+"""Builds the null GPU, and returns the environment in which a program uses it."""
 
 import hashlib
 import importlib.util
@@ -17,7 +17,7 @@ IS_RUNNING = os.environ.get("NULL_GPU") == "1"
 
 
 def why_not() -> str | None:
-    """What is missing to build it here, or None."""
+    """The reason why it cannot be built here, or None."""
     if importlib.util.find_spec("torch") is None or not (_torch_libraries() / "libtorch_cuda.so").exists():
         return "a null GPU needs a PyTorch that was built for CUDA"
     if _toolkit() is None:
@@ -27,10 +27,10 @@ def why_not() -> str | None:
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a program that is to have so many null GPUs.
+    """The environment of a program with this many null GPUs.
 
     Raises:
-        RuntimeError: it cannot be built here; says why.
+        RuntimeError: it cannot be built here; the message is the reason.
     """
     folder = _library().parent
     before = {name: os.environ.get(name, "") for name in ("LD_PRELOAD", "LD_LIBRARY_PATH")}
@@ -38,12 +38,12 @@ def environment(devices: int = 1) -> dict[str, str]:
         **os.environ,
         "NULL_GPU": "1",
         "NULL_GPU_DEVICES": str(devices),
-        # Under the driver's own name: whoever loads libcuda.so.1 later gets this one, with the same counts.
+        # It has the driver's name, so that a later load of libcuda.so.1 returns this library, with the same counts.
         "LD_PRELOAD": ":".join(filter(None, (str(folder / "libcuda.so.1"), before["LD_PRELOAD"]))),
         "LD_LIBRARY_PATH": ":".join(filter(None, (str(folder), before["LD_LIBRARY_PATH"]))),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_INTERPRET": "0",
-        # cuDNN's own attention finds no plan without a GPU: PyTorch then takes its other kernels.
+        # cuDNN's attention finds no plan without a GPU; PyTorch then prefers its other kernels.
         "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     }
 
@@ -53,14 +53,14 @@ def _torch_libraries() -> Path:
 
 
 def _toolkit() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, or the usual folder."""
+    """The CUDA toolkit: CUDA_HOME, or the usual folder; None if it has no headers."""
     folder = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
     return folder if (folder / "include" / "cuda_runtime_api.h").exists() else None
 
 
 @cache
 def _library() -> Path:
-    """The shared library, compiled again only after a change of it or of PyTorch."""
+    """The shared library, compiled again only if its sources or PyTorch changed."""
     reason = why_not()
     if reason is not None:
         raise RuntimeError(reason)
@@ -74,14 +74,14 @@ def _library() -> Path:
         partial.mkdir(parents=True, exist_ok=True)
         stub_source = partial / "stubs.c"
         stub_source.write_text(stubs.source(_torch_libraries()))
-        # Prototypes are the toolkit's own, so that a wrong one does not compile. Stubs and unused arguments warn.
+        # The prototypes are the toolkit's, so that a wrong one does not compile. -w: stubs and unused arguments warn.
         command = ["cc", "-std=gnu17", "-O1", "-w", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", f"-I{HERE}"]
         command += [f"-I{_toolkit() / 'include'}", *map(str, sources), str(stub_source)]
         run = subprocess.run([*command, "-o", str(partial / library.name), "-ldl"], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"the null GPU does not compile:\n{run.stderr}")
         library.parent.mkdir(exist_ok=True)
-        # In one move: somebody else may be building it too.
+        # Atomic, because another process may be building it too.
         (partial / library.name).replace(library)
         shutil.rmtree(partial)
     return library

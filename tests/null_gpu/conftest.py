@@ -1,4 +1,4 @@
-"""These tests need null GPUs; `tests/test_null_gpu.py` runs them where they are."""
+"""These tests need null GPUs; `tests/test_null_gpu.py` runs them in a process that has some."""
 
 import null_gpu
 

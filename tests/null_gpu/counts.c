@@ -1,4 +1,4 @@
-// Counts of launches by kernel, of waits, of copies; as JSON for whoever asks.
+// Counts launches by kernel, waits and copies, and returns them as JSON.
 #include "null_gpu.h"
 
 #include <stdio.h>
@@ -13,7 +13,7 @@ static struct {
   long launches;
 } kernels[SLOTS];
 
-// What was launched or cleared since the last reset, in order; later ones than LOGGED are counted only.
+// Launches and clearings of memory since the last reset, in order; those after the first LOGGED are only counted.
 enum { LOGGED = 1 << 14 };
 static struct {
   const void *kernel;
@@ -33,7 +33,7 @@ static int slot_of(const void *kernel) {
 void name_kernel(const void *kernel, const char *name) {
   pthread_mutex_lock(&books);
   const int slot = slot_of(kernel);
-  // A handle's address may have been another kernel's before.
+  // The handle may have the address of an earlier kernel.
   if (kernels[slot].name == NULL || strcmp(kernels[slot].name, name) != 0) kernels[slot].name = strdup(name);
   pthread_mutex_unlock(&books);
 }
@@ -56,7 +56,7 @@ void count_launch(const void *kernel, dim3 grid, dim3 block, size_t shared) {
   pthread_mutex_unlock(&books);
 }
 
-// A call of a library that would launch at least one kernel; `name` lives as long as the process.
+// A library call that would launch at least one kernel; `name` must live as long as the process.
 void null_gpu_library_call(const char *name) {
   name_kernel(name, name);
   count_launch(name, (dim3){0}, (dim3){0}, 0);
@@ -79,7 +79,7 @@ void null_gpu_reset(void) {
   pthread_mutex_unlock(&books);
 }
 
-// Launches, waits, and copies and memsets so far: what can be asked after every operation.
+// Launches, waits, and copies with memsets so far; fast enough for a call after every operation.
 void null_gpu_totals(long totals[3]) {
   pthread_mutex_lock(&books);
   totals[0] = counts.launches;
@@ -115,7 +115,7 @@ static void write_counts(FILE *file) {
   }
   fprintf(file, "\"launches_by_device\": [");
   for (int i = 0; i < device_count(); i++) fprintf(file, "%s%ld", i ? ", " : "", counts.launches_by_device[i]);
-  // A list, not an object: one name may be that of several kernels.
+  // A list, not an object: several kernels may have one name.
   fprintf(file, "], \"kernels\": [");
   const char *separator = "";
   for (int slot = 0; slot < SLOTS; slot++) {
@@ -150,5 +150,6 @@ static char *as_text(void (*write)(FILE *)) {
 // The counts as JSON; the caller frees it.
 char *null_gpu_counts(void) { return as_text(write_counts); }
 
-// The log as JSON: kernel, grid, block, bytes of dynamic shared memory, of a memset those cleared; the caller frees it.
+// The log as JSON: kernel, grid, block, bytes of dynamic shared memory (of a memset: bytes cleared); the caller frees
+// it.
 char *null_gpu_log(void) { return as_text(write_log); }

@@ -1,4 +1,4 @@
-"""What a block of code asks of the null GPU: launches, waits, copies, memory."""
+"""Counts of a block of code on the null GPU: launches, waits, copies, memory."""
 
 import ctypes
 import json
@@ -16,13 +16,13 @@ class Counts:
     """All zeros until the block ends."""
 
     launches: int = 0
-    """Kernels, and calls of libraries that launch at least one. Those of a replayed graph are not in it."""
+    """Kernels, and library calls that launch at least one; without the launches within a replayed graph."""
     launches_by_device: list[int] = field(default_factory=list)
     kernels: Counter = field(default_factory=Counter)
-    """Launches by the kernel's name, mangled where it is C++."""
+    """Launches by kernel name; C++ names are mangled."""
     graph_launches: int = 0
     waits: int = 0
-    """Calls with which the host waits for the device: synchronisations and blocking copies."""
+    """Calls in which the host waits for the device: synchronisations and blocking copies."""
     to_device: int = 0
     """Copies from the host."""
     from_device: int = 0
@@ -31,19 +31,19 @@ class Counts:
     bytes_from_device: int = 0
     bytes_within_device: int = 0
     memsets: int = 0
-    """Orders to clear memory, which are no launches here, although a GPU works for each."""
+    """Calls that clear memory. They do not count as launches, although a GPU works for each."""
     allocations: int = 0
-    """Of the runtime, pinned memory included; the caching allocator makes few."""
+    """Allocations by the runtime, including pinned memory; the caching allocator makes few."""
     modules: int = 0
-    """Kernels that were compiled at run time, and loaded."""
+    """Kernels compiled at run time and loaded."""
     refused_in_capture: int = 0
-    """Calls that a capture of a CUDA graph forbids."""
+    """Calls that the capture of a CUDA graph forbids."""
     peak_bytes: int = 0
-    """Of PyTorch's allocator on the current device; libraries' workspaces are none here."""
+    """Peak of PyTorch's allocator on the current device; libraries' workspaces are empty here."""
 
 
 class Totals(NamedTuple):
-    """What there was since the last block of `counted` began."""
+    """Counts since the last block of `counted` began."""
 
     launches: int
     waits: int
@@ -52,29 +52,29 @@ class Totals(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel, one call of a library (an empty grid), or one order to clear memory (`memset`)."""
+    """One kernel, one library call (an empty grid), or one call that clears memory (`memset`)."""
 
     kernel: str
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     bytes: int
-    """Of dynamic shared memory; of a memset those that it clears."""
+    """Dynamic shared memory; for a memset the bytes that it clears."""
 
 
 def launched() -> list[Launch]:
-    """What there was since the last block of `counted` began, in order.
+    """Launches since the last block of `counted` began, in order.
 
     Raises:
-        RuntimeError: there was more than the null GPU keeps, 16384.
+        RuntimeError: there were 16384 or more, and the null GPU keeps no more.
     """
-    found = [Launch(name, tuple(grid), tuple(block), size) for name, grid, block, size in _told("null_gpu_log")]
-    if len(found) == 1 << 14:
+    launches = [Launch(name, tuple(grid), tuple(block), size) for name, grid, block, size in _read_json("null_gpu_log")]
+    if len(launches) == 1 << 14:
         raise RuntimeError("the null GPU keeps 16384 launches, there were more: begin another block of `counted`")
-    return found
+    return launches
 
 
 def totals() -> Totals:
-    """Quick to ask, so that what happened between two moments can be told."""
+    """Totals so far; fast enough to read after every operation."""
     numbers = (ctypes.c_long * 3)()
     ctypes.CDLL(None).null_gpu_totals(numbers)
     return Totals(*numbers)
@@ -82,25 +82,25 @@ def totals() -> Totals:
 
 @contextmanager
 def counted() -> Iterator[Counts]:
-    """Counts of the block, filled in at its end. Needs a process that has null GPUs."""
+    """Counts of a block, filled in at its end. Needs a process with null GPUs."""
     counts = Counts()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     ctypes.CDLL(None).null_gpu_reset()
     yield counts
-    found = _told("null_gpu_counts")
+    values = _read_json("null_gpu_counts")
     kernels: Counter = Counter()
-    for name, launches in found.pop("kernels"):
+    for name, launches in values.pop("kernels"):
         kernels[name] += launches
-    vars(counts).update(found, kernels=kernels, peak_bytes=torch.cuda.max_memory_allocated())
+    vars(counts).update(values, kernels=kernels, peak_bytes=torch.cuda.max_memory_allocated())
 
 
-def _told(function: str) -> object:
-    """What a function of the null GPU writes as JSON."""
+def _read_json(function: str) -> object:
+    """The value that a function of the null GPU returns as JSON."""
     library = ctypes.CDLL(None)
-    told = getattr(library, function)
-    told.restype = ctypes.c_void_p
-    address = told()
-    found = json.loads(ctypes.string_at(address))
+    write = getattr(library, function)
+    write.restype = ctypes.c_void_p
+    address = write()
+    value = json.loads(ctypes.string_at(address))
     library.free(ctypes.c_void_p(address))
-    return found
+    return value

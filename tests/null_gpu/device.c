@@ -1,4 +1,4 @@
-// What the devices are: NULL_GPU_DEVICES times one H100, with the figures of its data sheet.
+// The devices: NULL_GPU_DEVICES H100s, with the figures of the data sheet.
 #include "null_gpu.h"
 
 #include <stdio.h>
@@ -32,30 +32,30 @@ int device_attribute(int attribute) {
   }
 }
 
-cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *found, int device) {
-  memset(found, 0, sizeof *found);
-  strcpy(found->name, DEVICE_NAME);
-  found->major = 9;
-  found->totalGlobalMem = DEVICE_BYTES;
-  found->sharedMemPerBlock = device_attribute(cudaDevAttrMaxSharedMemoryPerBlock);
-  found->sharedMemPerBlockOptin = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  found->sharedMemPerMultiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  found->regsPerBlock = found->regsPerMultiprocessor = device_attribute(cudaDevAttrMaxRegistersPerBlock);
-  found->warpSize = 32;
-  found->maxThreadsPerBlock = 1024;
-  found->maxThreadsPerMultiProcessor = 2048;
-  found->maxBlocksPerMultiProcessor = 32;
-  found->maxThreadsDim[0] = found->maxThreadsDim[1] = 1024;
-  found->maxThreadsDim[2] = 64;
-  found->maxGridSize[0] = 0x7fffffff;
-  found->maxGridSize[1] = found->maxGridSize[2] = 65535;
-  found->multiProcessorCount = device_attribute(cudaDevAttrMultiProcessorCount);
-  found->l2CacheSize = device_attribute(cudaDevAttrL2CacheSize);
-  found->memoryBusWidth = device_attribute(cudaDevAttrGlobalMemoryBusWidth);
-  found->concurrentKernels = found->unifiedAddressing = 1;
-  found->asyncEngineCount = 3;
-  found->textureAlignment = 512;
-  found->uuid.bytes[0] = (char)device;
+cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int device) {
+  memset(properties, 0, sizeof *properties);
+  strcpy(properties->name, DEVICE_NAME);
+  properties->major = 9;
+  properties->totalGlobalMem = DEVICE_BYTES;
+  properties->sharedMemPerBlock = device_attribute(cudaDevAttrMaxSharedMemoryPerBlock);
+  properties->sharedMemPerBlockOptin = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  properties->sharedMemPerMultiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  properties->regsPerBlock = properties->regsPerMultiprocessor = device_attribute(cudaDevAttrMaxRegistersPerBlock);
+  properties->warpSize = 32;
+  properties->maxThreadsPerBlock = 1024;
+  properties->maxThreadsPerMultiProcessor = 2048;
+  properties->maxBlocksPerMultiProcessor = 32;
+  properties->maxThreadsDim[0] = properties->maxThreadsDim[1] = 1024;
+  properties->maxThreadsDim[2] = 64;
+  properties->maxGridSize[0] = 0x7fffffff;
+  properties->maxGridSize[1] = properties->maxGridSize[2] = 65535;
+  properties->multiProcessorCount = device_attribute(cudaDevAttrMultiProcessorCount);
+  properties->l2CacheSize = device_attribute(cudaDevAttrL2CacheSize);
+  properties->memoryBusWidth = device_attribute(cudaDevAttrGlobalMemoryBusWidth);
+  properties->concurrentKernels = properties->unifiedAddressing = 1;
+  properties->asyncEngineCount = 3;
+  properties->textureAlignment = 512;
+  properties->uuid.bytes[0] = (char)device;
   return cudaSuccess;
 }
 
@@ -122,7 +122,7 @@ cudaError_t cudaDeviceEnablePeerAccess(int device, unsigned flags) { return cuda
 cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
 cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
-// Every error is returned where it happens; none stays.
+// Every error is returned where it occurs; none is kept.
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
 

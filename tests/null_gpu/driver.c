@@ -1,4 +1,4 @@
-// The driver, as far as PyTorch, Triton, torch.compile and libraries call it; the same devices, streams and counts.
+// The driver functions that PyTorch, Triton, torch.compile and libraries call; devices, streams and counts are shared.
 #include "null_gpu.h"
 
 #include <dlfcn.h>
@@ -179,7 +179,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     memset(value, 0, sizeof(int));
     return CUDA_SUCCESS;
   }
-  // Triton asks this of every tensor: one of the host is an error, as it is on a GPU.
+  // Triton calls this for every tensor: a host tensor is an error, as on a GPU.
   if (owner_of((const void *)address) == PAGEABLE) return CUDA_ERROR_INVALID_VALUE;
   *(CUdeviceptr *)value = address;
   return CUDA_SUCCESS;
@@ -205,8 +205,8 @@ CUresult cuGetProcAddress(const char *symbol, void **function, int version, cuui
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult *status) {
-  CUdriverProcAddressQueryResult found;
-  cuGetProcAddress(symbol, function, (int)version, flags, &found);
+  CUdriverProcAddressQueryResult result;
+  cuGetProcAddress(symbol, function, (int)version, flags, &result);
   if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

@@ -1,7 +1,7 @@
-// Kernels of the runtime: their names are kept when a library registers them, and a launch is checked and counted.
+// Kernels of the runtime: names are stored when a library registers them; launches are checked and counted.
 #include "null_gpu.h"
 
-// Something that is not NULL, for whoever wants a handle.
+// A new handle: any address that is not NULL.
 void *handle(void) { return calloc(1, 64); }
 
 cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
@@ -15,7 +15,7 @@ cudaError_t launch_kernel(const void *kernel, dim3 grid, dim3 block, size_t shar
 
 static bool is_too_much(int bytes) { return bytes > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// What nvcc's <<<>>> becomes: the configuration waits here for the stub of the kernel.
+// nvcc compiles <<<>>> to these calls: the configuration is stored here for the kernel's stub.
 static __thread struct {
   dim3 grid, block;
   size_t shared;
@@ -84,11 +84,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *launch, const void *ke
   return launch_kernel(kernel, launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, launch->stream);
 }
 
-cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *found, const void *kernel) {
-  memset(found, 0, sizeof *found);
-  found->numRegs = 64;
-  found->maxThreadsPerBlock = 1024;
-  found->binaryVersion = found->ptxVersion = 90;
+cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *kernel) {
+  memset(attributes, 0, sizeof *attributes);
+  attributes->numRegs = 64;
+  attributes->maxThreadsPerBlock = 1024;
+  attributes->binaryVersion = attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 

@@ -1,5 +1,5 @@
-// Device memory is the host's, in pages that cost nothing until somebody writes them. Nothing that a kernel should have
-// computed is there, so what is copied to the host is zeros.
+// Device memory is host memory, in pages that cost nothing until they are written. Kernels compute nothing, so every
+// copy to the host is zeros.
 #include "null_gpu.h"
 
 #include <sys/mman.h>
@@ -49,16 +49,16 @@ static cudaError_t release(void *address) {
   return cudaSuccess;
 }
 
-// The block that an address lies in, or -1.
+// The block that contains an address, or -1.
 static int block_of(const void *address) {
-  int found = -1;
+  int block = -1;
   pthread_mutex_lock(&books);
-  for (int slot = 0; slot < block_count && found < 0; slot++) {
+  for (int slot = 0; slot < block_count && block < 0; slot++) {
     const char *start = blocks[slot].start, *at = address;
-    if (start != NULL && at >= start && at < start + blocks[slot].size) found = slot;
+    if (start != NULL && at >= start && at < start + blocks[slot].size) block = slot;
   }
   pthread_mutex_unlock(&books);
-  return found;
+  return block;
 }
 
 enum Owner owner_of(const void *address) {
@@ -103,12 +103,12 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
   return cudaSuccess;
 }
 
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *address) {
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *address) {
   static const enum cudaMemoryType types[] = {cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice};
-  memset(found, 0, sizeof *found);
-  found->type = types[owner_of(address)];
-  found->device = device_of(address);
-  found->devicePointer = found->hostPointer = (void *)address;
+  memset(attributes, 0, sizeof *attributes);
+  attributes->type = types[owner_of(address)];
+  attributes->device = device_of(address);
+  attributes->devicePointer = attributes->hostPointer = (void *)address;
   return cudaSuccess;
 }
 
@@ -127,7 +127,7 @@ static void count_copy(size_t size, enum cudaMemcpyKind kind) {
   pthread_mutex_unlock(&books);
 }
 
-// Only what the host will see is written; what lies on the device nobody reads.
+// Only copies to the host are written; device memory is never read.
 static void copy(void *target, size_t size, enum cudaMemcpyKind kind) {
   count_copy(size, kind);
   if (kind == cudaMemcpyDeviceToHost) memset(target, 0, size);

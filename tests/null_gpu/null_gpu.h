@@ -1,4 +1,4 @@
-// What the parts of the null GPU share. README.md says what it is.
+// Declarations that the parts of the null GPU share. See README.md.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@
 #define DEVICE_BYTES (80ull << 30)
 enum { MAX_DEVICES = 8 };
 
-// What happened since the last reset. Guarded by `books`, as all that is shared between threads.
+// Counts since the last reset. Guarded by `books`, like everything that threads share.
 typedef struct {
   long launches, launches_by_device[MAX_DEVICES];
   long graph_launches;
@@ -27,7 +27,7 @@ typedef struct {
 
 extern Counts counts;
 extern pthread_mutex_t books;
-// The device that is current in this thread.
+// This thread's current device.
 extern __thread int current_device;
 
 #define COUNT(what)               \
@@ -37,7 +37,7 @@ extern __thread int current_device;
     pthread_mutex_unlock(&books); \
   } while (0)
 
-// counts.c: kernels are known by an address, of the host's function or of a handle.
+// counts.c: a kernel is identified by an address, of the host function or of a handle.
 void name_kernel(const void *kernel, const char *name);
 void count_launch(const void *kernel, dim3 grid, dim3 block, size_t shared);
 void count_memset(size_t bytes);
@@ -46,20 +46,20 @@ void count_memset(size_t bytes);
 int device_count(void);
 int device_attribute(int attribute);
 
-// streams.c: what a capture forbids.
+// streams.c: calls that a capture forbids.
 bool is_captured(cudaStream_t stream);
-// 0 where a stream of `device` may be used with the current device, else the error that CUDA gives.
+// 0 if a stream belongs to the current device, else CUDA's error.
 cudaError_t check_stream(cudaStream_t stream);
-// Counts and returns the error of a call that a capture forbids.
+// Counts a call that a capture forbids, and returns its error.
 cudaError_t refused(void);
-// Whether this thread may make a call that CUDA calls potentially unsafe while somebody captures.
+// Whether a running capture forbids this thread the calls that CUDA names potentially unsafe.
 bool is_unsafe(void);
 #define REFUSE_IF_UNSAFE()             \
   do {                                 \
     if (is_unsafe()) return refused(); \
   } while (0)
 
-// memory.c: whose an address is.
+// memory.c: the owner of an address.
 enum Owner { PAGEABLE, PINNED, DEVICE };
 enum Owner owner_of(const void *address);
 // The device of an address, or -1.

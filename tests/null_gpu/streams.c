@@ -1,4 +1,4 @@
-// Streams, events and captures: nothing runs on them, but what CUDA forbids during a capture is refused as CUDA does.
+// Streams, events and captures: nothing runs on them, but calls that CUDA forbids during a capture are refused.
 #include "null_gpu.h"
 
 typedef struct {
@@ -21,7 +21,7 @@ static struct {
   int count;
 } capture;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
-// Default streams have small numbers for handles, and cannot be captured.
+// The handles of default streams are small numbers; these streams cannot be captured.
 static bool is_default(cudaStream_t stream) { return (size_t)stream < 16; }
 static Stream *stream_of(cudaStream_t stream) { return (Stream *)stream; }
 
@@ -66,7 +66,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
 
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
-// Not freed: PyTorch keeps its streams for ever, and a stream that is used after this would crash.
+// Not freed: PyTorch keeps its streams forever, and use of a freed stream would crash.
 cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaSuccess; }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -87,7 +87,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  // A stream that waits for a captured event is captured from then on.
+  // A stream that waits for a captured event joins the capture.
   if (capture.runs && event != NULL && ((Event *)event)->captured && !is_default(stream)) {
     join_capture(stream_of(stream));
   }
@@ -183,7 +183,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-// Not zero, by which callers divide. It is no time: see README.md.
+// Not zero, because callers divide by it. It is not a measured time: see README.md.
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) {
   *milliseconds = 0.01f;
   return cudaSuccess;

@@ -1,4 +1,4 @@
-"""What a ResNet-50 asks of the device: one launch a convolution, with bias, residual sum and ReLU, and no wait."""
+"""Launches of a ResNet-50: one per convolution, with bias, residual add and ReLU; the host never waits."""
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ from null_gpu.counts import counted
 CONVOLUTIONS, SHORTCUTS = 53, 4
 RELU = CONVOLUTIONS - SHORTCUTS
 TRAINED = 42
-"""Convolutions of the last three stages, of which 39 end in ReLU."""
+"""Convolutions of the last three stages; 39 of them end in ReLU."""
 STRIDED = 3
-"""Residual blocks of these stages that make the map smaller."""
+"""Residual blocks of these stages that reduce the resolution."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _any_algorithm(monkeypatch):
 
 
 def make_folded(body, dtype):
-    """Folded weights as leaves: the stem and the first stage do not train."""
+    """Folded weights as leaves; the stem and the first stage are frozen."""
     table = {}
 
     def folded(conv, norm):
@@ -47,7 +47,7 @@ def make_body():
 
 
 def count(body, folded):
-    """Counts of forward and of backward, and the paths, when each form of a convolution was tried before."""
+    """Counts of forward and backward, and the paths, after a pass in which each kind of convolution was tried."""
     images = torch.zeros(2, 3, 64, 96, device="cuda")
     list(resnet.stages(body, images, "triton", folded))
     with counted() as forward, conddetr.record_paths() as paths:
@@ -60,19 +60,19 @@ def count(body, folded):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_training_launches_one_kernel_a_convolution(dtype, monkeypatch):
+def test_training_launches_one_kernel_per_convolution(dtype, monkeypatch):
     monkeypatch.setattr(resnet, "KEPT", 0)
     body = make_body()
     forward, backward, paths = count(body, make_folded(body, dtype))
     assert paths["convolution"] == {gpu.CUDNN: RELU, "eager": SHORTCUTS}
     # The images' copy, the pooling, and the sums of the shortcuts' biases.
     assert forward.launches == CONVOLUTIONS + 3
-    # Of the first block the input needs no gradient: two convolutions less. Before each stride a map is made again.
+    # The first block's input needs no gradient: two convolutions less. Before each stride a map is computed again.
     assert backward.launches == TRAINED + (TRAINED - 2) + STRIDED + backward.kernels["relu_backward_kernel"]
     assert backward.kernels["relu_backward_kernel"] == TRAINED - 3
 
 
-def test_what_cudnn_must_not_do_is_one_pass_more(monkeypatch):
+def test_without_cudnns_fusion_there_is_one_more_pass(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     body = make_body()
     forward, _, paths = count(body, make_folded(body, torch.bfloat16))
@@ -91,13 +91,13 @@ def test_weights_are_folded_in_the_dtype_of_autocast():
     assert {p.grad.dtype for p in body.layer3.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("form", ["a dtype of its own", "moved", "autocast"])
-def test_the_frozen_copy_casts_no_weights(form):
+@pytest.mark.parametrize("variant", ["a dtype of its own", "moved", "autocast"])
+def test_frozen_copy_casts_no_weights(variant):
     body = ResNetBody([3, 4, 6, 3], False, "triton")
-    copied, _ = fused_copy(body, torch.bfloat16 if form != "moved" else None)
-    copied = copied.cuda() if form != "moved" else copied.to("cuda", torch.bfloat16)
-    images = torch.zeros(1, 3, 64, 96, device="cuda", dtype=torch.bfloat16 if form == "moved" else torch.float32)
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=form == "autocast"):
+    copied, _ = fused_copy(body, torch.bfloat16 if variant != "moved" else None)
+    copied = copied.cuda() if variant != "moved" else copied.to("cuda", torch.bfloat16)
+    images = torch.zeros(1, 3, 64, 96, device="cuda", dtype=torch.bfloat16 if variant == "moved" else torch.float32)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=variant == "autocast"):
         for _ in range(2):
             with counted() as counts:
                 copied(images)
@@ -106,7 +106,7 @@ def test_the_frozen_copy_casts_no_weights(form):
     assert counts.launches == CONVOLUTIONS + 2
 
 
-def test_a_graph_records_what_was_tried_before_it():
+def test_graph_records_paths_tried_before_it():
     x = torch.zeros(1, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
     weight, bias = torch.zeros(24, 32, 1, 1, device="cuda"), torch.zeros(24, device="cuda")
     for path, reason in (("triton", "not tried before"), (gpu.CUDNN, None)):

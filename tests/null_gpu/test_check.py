@@ -1,4 +1,4 @@
-"""The check of kernels on a GPU that computes nothing: everything is refused, and nothing breaks."""
+"""The check of kernels on a GPU that computes nothing: every kernel is refused, and nothing crashes."""
 
 import importlib
 
@@ -23,26 +23,26 @@ def _no_record(monkeypatch, tmp_path):
     records.forget()
 
 
-def test_a_gpu_that_cannot_add_up_has_nothing_checked():
+def test_on_a_gpu_with_wrong_sums_all_kernels_are_refused():
     report = check.examine("cuda")
     refused = {x.refused for x in report.record.verdicts}
     assert refused == {"plain PyTorch computes wrong sums on cuda:0."}
     assert {x.operation for x in report.record.verdicts} >= {"add_norm", "conditional_attention", "linear_assignment"}
     assert report.compilation is None
-    # One line says so of all.
-    said = [line for line in summary(report) if line.startswith("REFUSED")]
-    assert said == [f"REFUSED: {len(report.record.verdicts)} kernels: {refused.pop()}"]
+    # One line covers all kernels.
+    lines = [line for line in summary(report) if line.startswith("REFUSED")]
+    assert lines == [f"REFUSED: {len(report.record.verdicts)} kernels: {refused.pop()}"]
 
 
-def test_tuning_where_nothing_is_right_ends_and_records_nothing(capsys, monkeypatch):
+def test_tuning_on_a_gpu_with_wrong_sums_records_nothing(capsys, monkeypatch):
     assert main(["check", "--tune", "--short", "--device", "cuda"]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "left out: no setting is tuned: plain PyTorch computes wrong sums on cuda:0." in said
     assert records.load(torch.device("cuda:0")).tuned == {}
 
 
-def test_settings_whose_results_are_none_are_left_out(monkeypatch):
-    """As if the device could add up: each setting is launched, and none is taken."""
+def test_settings_with_wrong_results_are_left_out(monkeypatch):
+    """As if the device computed sums: each setting is launched, and none is chosen."""
     every, subjects, settings_of = check.problems, tuning.subjects, tuning.settings_of
     monkeypatch.setattr(check, "problems", lambda images: [x for x in every(images) if x.operation == "max_pool"])
     monkeypatch.setattr(check, "compile_kernels", lambda *_: 1.5)
@@ -59,8 +59,8 @@ def test_settings_whose_results_are_none_are_left_out(monkeypatch):
     )
 
 
-def test_settings_are_captured_and_compiled_before(monkeypatch):
-    """What is timed is a CUDA graph; what compiles it before launches every setting."""
+def test_settings_are_compiled_before_they_are_captured(monkeypatch):
+    """Every setting is launched once, which compiles it; then a CUDA graph is timed."""
     device = torch.device("cuda:0")
     settings_of = tuning.settings_of
     monkeypatch.setattr(tuning, "settings_of", lambda *arguments: settings_of(*arguments)[:2])
@@ -73,15 +73,15 @@ def test_settings_are_captured_and_compiled_before(monkeypatch):
         assert len(set(launched)) == 2
         launched.clear()
         inputs = subject.inputs(device)
-        way = tuning._captured(lambda: triton.forward(inputs), device)
+        replay = tuning._captured(lambda: triton.forward(inputs), device)
         assert len(launched) == 1 + tuning.CALLS
-        way()
-        assert len(tuning.seconds_of([way], device)) == 1
+        replay()
+        assert len(tuning.seconds_of([replay], device)) == 1
     assert len(launched) == 1 + tuning.CALLS, "a replay launches nothing"
 
 
-def test_results_that_are_none_are_refused(monkeypatch):
-    """As if the device could add up: every step runs, on one operation of each kind, after it was compiled."""
+def test_wrong_results_are_refused(monkeypatch):
+    """As if the device computed sums: every step runs, on one operation of each kind, after compilation."""
     chosen = {"dropout_bits", "focal_loss", "linear_assignment", "max_pool"}
     every = check.problems
     monkeypatch.setattr(check, "problems", lambda images: [x for x in every(images) if x.operation in chosen])

@@ -1,4 +1,4 @@
-"""The counts themselves: what is one launch of a library, and what is none."""
+"""The null GPU's counts: which library calls are launches, and what the totals and the log contain."""
 
 import ctypes
 
@@ -18,7 +18,7 @@ def numbers(*shape):
 
 
 def launched(operation):
-    """Launches by the kernel's name in the second call: the first makes handles."""
+    """Launches by kernel name in the second call; the first creates handles."""
     operation()
     with counted() as counts:
         operation()
@@ -26,15 +26,15 @@ def launched(operation):
     return dict(counts.kernels)
 
 
-def test_a_product_is_one_launch():
-    """cublasLt describes a product by a dozen calls before it computes it by one."""
+def test_product_is_one_launch():
+    """cublasLt describes a product in a dozen calls, then computes it in one."""
     x, weight, bias = numbers(300, 64), numbers(128, 64), numbers(128)
     assert launched(lambda: F.linear(x, weight, bias)) == {"cublasLtMatmul": 1}
     assert launched(lambda: x @ weight.t()) == {"cublasGemmEx": 1}
     assert launched(lambda: torch.mv(weight.float(), x[0].float()))["cublasSgemv_v2"] == 1
 
 
-def test_a_convolution_is_one_launch_each_way():
+def test_convolution_is_one_launch_for_each_result():
     x, weight, bias = numbers(2, 64, 16, 16), numbers(64, 64, 3, 3), numbers(64)
     window = (ONE, ONE, ONE, 1)
     convolutions = (
@@ -49,7 +49,7 @@ def test_a_convolution_is_one_launch_each_way():
     assert launched(lambda: backward(*gradients)) == {"cudnn": 2}
 
 
-def test_batch_norm_of_cudnn_is_one_launch():
+def test_cudnn_batch_norm_is_one_launch():
     x, weight = numbers(2, 64, 16, 16).float(), torch.ones(64, device="cuda")
     options = (None, None, True, 0.1, 1e-5)
     assert launched(lambda: torch.ops.aten.cudnn_batch_norm(x, weight, weight, *options)) == {
@@ -58,11 +58,11 @@ def test_batch_norm_of_cudnn_is_one_launch():
 
 
 def clear(tensor):
-    """As some releases of PyTorch do for `zero_`, where others launch a kernel."""
+    """Clear memory as some PyTorch releases do in `zero_`; others launch a kernel."""
     assert ctypes.CDLL(None).cudaMemset(ctypes.c_void_p(tensor.data_ptr()), 0, ctypes.c_size_t(tensor.nbytes)) == 0
 
 
-def test_clearing_memory_is_counted_apart():
+def test_clearing_memory_is_counted_separately():
     x = numbers(1 << 12)
     with counted() as counts:
         clear(x)
@@ -75,8 +75,8 @@ def test_totals_are_those_of_the_block():
         x + 1
         x.cpu()
         clear(x)
-        found = totals()
-    assert found == (counts.launches, counts.waits, counts.from_device + counts.memsets) == (1, 1, 2)
+        result = totals()
+    assert result == (counts.launches, counts.waits, counts.from_device + counts.memsets) == (1, 1, 2)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def fill_kernel(out, size: tl.constexpr):
     tl.store(out + tl.program_id(0) * size + tl.arange(0, size), 1.0)
 
 
-def test_launches_are_told_in_order_with_their_grids():
+def test_launches_are_logged_in_order_with_their_grids():
     x = numbers(1 << 10)
     fill_kernel[(4, 2)](x, 128, num_warps=2)
     with counted():

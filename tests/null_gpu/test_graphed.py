@@ -1,4 +1,4 @@
-"""Graphs of modules: what a replay asks of a GPU, and what is found out before anything is recorded."""
+"""CUDA graphs of modules: launches of a replay, and modules that are refused before anything is recorded."""
 
 import copy
 
@@ -12,7 +12,7 @@ from null_gpu.counts import counted
 
 
 class Model(nn.Module):
-    """Trained, and replayed."""
+    """Two layers, computed by a graph if there is one."""
 
     def __init__(self, inner=None):
         super().__init__()
@@ -23,19 +23,19 @@ class Model(nn.Module):
         return [self.outer(self.inner(x).relu())]
 
     def forward(self, x):
-        found = self.graphs(self, self.compute, [x])
-        return self.compute(x) if found is None else found
+        result = self.graphs(self, self.compute, [x])
+        return self.compute(x) if result is None else result
 
 
 class Waits(nn.Module):
-    """A layer that asks for a value."""
+    """A layer that reads a value on the host."""
 
     def forward(self, x):
         return x / x.abs().max().item()
 
 
-class AskInBackward(torch.autograd.Function):
-    """Of the gradient."""
+class ReadInBackward(torch.autograd.Function):
+    """Reads the gradient's sum on the host."""
 
     @staticmethod
     def forward(ctx, x):
@@ -47,28 +47,28 @@ class AskInBackward(torch.autograd.Function):
 
 
 class WaitsInBackward(nn.Module):
-    """A layer whose gradient depends on a value."""
+    """A layer whose backward pass reads a value on the host."""
 
     def forward(self, x):
-        return AskInBackward.apply(x)
+        return ReadInBackward.apply(x)
 
 
 def step(model, device="cuda"):
     model(torch.zeros(4, 8, device=device))[0].sum().backward()
 
 
-def test_a_trained_module_is_two_launches():
+def test_training_step_of_a_module_is_two_launches():
     model = Model().cuda()
     step(model)
     with counted() as counts:
         step(model)
     assert (counts.graph_launches, counts.waits) == (2, 0)
-    # The sum and its gradient, the second layer's gradients added up where those of the first step are.
+    # The sum and its gradient, and the addition of the gradients to those of the first step.
     assert counts.launches <= 8
     assert model.graphs.bytes > 0
 
 
-def test_a_frozen_copy_is_one_launch():
+def test_frozen_copy_is_one_launch():
     model = conddetr.build("conditional-detr-tiny", num_classes=3, backend="auto").cuda().eval()
     images = torch.zeros(1, 3, 128, 128, device="cuda")
     for options in ({}, {"dtype": torch.bfloat16}):
@@ -83,7 +83,7 @@ def test_a_frozen_copy_is_one_launch():
 
 
 class LayerDrop(nn.Module):
-    """A layer that is left out at random."""
+    """A layer that is skipped at random."""
 
     def forward(self, x):
         return x if torch.rand(()) < 0.5 else 2 * x
@@ -97,20 +97,20 @@ class LayerDrop(nn.Module):
         (LayerDrop, "the host draws random numbers"),
     ],
 )
-def test_what_cannot_be_recorded_is_found_before(outer, reason, caplog):
+def test_module_that_cannot_be_recorded_is_refused_before(outer, reason, caplog):
     model = Model(outer()).cuda()
     for _ in range(2):
         step(model)
     assert model.graphs.refused.startswith(reason)
     assert len(model.graphs) == 0
     assert model.inner.weight.grad is not None
-    # PyTorch can go on drawing random numbers, which a recording that fails would end.
+    # PyTorch still draws random numbers, which it would not after a failed recording.
     torch.rand(2, device="cuda")
     assert caplog.text.count("running without") == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_than_the_current_one():
+def test_graphs_on_a_device_that_is_not_current():
     model = Model().to("cuda:1")
     for _ in range(2):
         step(model, "cuda:1")

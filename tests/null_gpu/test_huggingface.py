@@ -1,4 +1,4 @@
-"""Accelerated models of HuggingFace: what a training step asks of a GPU."""
+"""Accelerated HuggingFace models: launches and waits of a training step, and dtypes of outputs."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import small_batch, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as hf_modeling
 
 import conddetr
 from null_gpu.counts import counted
 
-if not hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+if not hasattr(hf_modeling, "ConditionalDetrDecoderCrossAttention"):
     pytest.skip("the encoder of transformers before 5 is left as it is", allow_module_level=True)
 
 
 def count_step(model, autocast):
-    """What the third step asks for: the first compiles, the second makes what is made once."""
+    """Counts of the third step: the first compiles, the second creates what is created once."""
     model.cuda().train()
     inputs = small_batch()
     pixels, mask = (inputs[name].cuda() for name in ("pixel_values", "pixel_mask"))
@@ -38,7 +38,7 @@ def count_step(model, autocast):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("is_hooked", [False, True])
-def test_a_step_waits_for_nothing(is_hooked, autocast):
+def test_step_never_waits(is_hooked, autocast):
     model = small_model(auxiliary_loss=True, dropout=0.1)
     conddetr.accelerate(model)
     if is_hooked:
@@ -47,16 +47,16 @@ def test_a_step_waits_for_nothing(is_hooked, autocast):
     assert count_step(model, autocast).waits == 0
 
 
-def test_a_small_step_launches_few_kernels():
-    """As it was counted, and a few for other versions; the backbone is called as it is."""
+def test_small_step_launches_few_kernels():
+    """The counted number, and a few more for other versions; the backbone is left as it is."""
     model = small_model(dropout=0.1)
     conddetr.accelerate(model)
     assert count_step(model, autocast=True).launches <= 600
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_step_with_graphs_launches_two_and_the_loss(autocast):
-    """As it was counted, and a few for other versions."""
+def test_step_with_graphs_launches_two_graphs_and_the_loss(autocast):
+    """The counted number, and a few more for other versions."""
     model = small_model(auxiliary_loss=True, dropout=0.1)
     conddetr.accelerate(model, graphs=True)
     counts = count_step(model, autocast)
@@ -70,8 +70,8 @@ def test_outputs_have_the_dtypes_of_transformers(auxiliary_loss, autocast):
     model = small_model(auxiliary_loss=auxiliary_loss).cuda()
     names = ("last_hidden_state", "encoder_last_hidden_state", "logits", "pred_boxes")
     dtypes = []
-    for accelerates in (False, True):
-        if accelerates:
+    for is_accelerated in (False, True):
+        if is_accelerated:
             conddetr.accelerate(model)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast), conddetr.record_paths() as paths:
             out = model(small_batch()["pixel_values"].cuda())

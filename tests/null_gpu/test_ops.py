@@ -1,4 +1,4 @@
-"""Every operation by every backend: launches on its tensors' device, and a host that waits for nothing."""
+"""Every operation on every backend: launches on its tensors' device, and a host that never waits."""
 
 import importlib
 from pathlib import Path
@@ -103,7 +103,7 @@ def replicas(device, channels):
 
 
 def norm(device, backend):
-    """As in a training in bfloat16; the sum is of all outputs, so it is no launch of theirs."""
+    """As in training with bfloat16. Returns the sum of all outputs, which is not one of our launches."""
     tokens = (BATCH, QUERIES, 256)
     branch = numbers(device, *tokens).bfloat16()
     vectors = [replicas(device, 256) for _ in range(3)]
@@ -116,7 +116,7 @@ def hidden(device, backend):
 
 
 def convolved(device, backend):
-    """In odd sizes, used twice."""
+    """In odd sizes, with an output that is used twice."""
     x, residual = (numbers(device, BATCH, 5, 7, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
     weights = (numbers(device, 5, 5, 3, 3), numbers(device, 5))
     options = {"padding": (1, 1), "residual": residual, "relu": True, "uses": 2}
@@ -142,7 +142,7 @@ def step_weights(device, backend):
     norm = FrozenNorm(*(numbers(device, 5).detach() for _ in range(4)), 1e-5)
     recipes = [Weight((numbers(device, 5, 4, 3, 3),), norm), Shift(norm)]
     recipes += [Weight((numbers(device, 3, 4), numbers(device, 2, 4))), Replicas(numbers(device, 6))]
-    return sum(made.float().sum() for made in prepare_weights(recipes, torch.bfloat16, backend))
+    return sum(weight.float().sum() for weight in prepare_weights(recipes, torch.bfloat16, backend))
 
 
 def errors(device, backend):
@@ -182,21 +182,21 @@ def skip_unless_built(backend):
     if native.NOT_LOADED or native.build_info()["cuda"] is None:
         pytest.skip("the native kernels were built without CUDA")
     if b"libcudart.so" not in Path(importlib.import_module("conddetr._C").__file__).read_bytes():
-        pytest.skip("the extension has a CUDA runtime of its own, which a null GPU cannot stand in for")
+        pytest.skip("the extension contains a CUDA runtime, which a null GPU cannot replace")
 
 
 @pytest.mark.parametrize(("operation", "backend"), CASES, ids=lambda case: getattr(case, "__name__", case))
 @pytest.mark.parametrize("index", [0, 1])
 def test_launches_on_the_device_of_the_tensors(operation, backend, index):
-    """Device 0 is the current one throughout."""
+    """Device 0 stays the current one."""
     skip_unless_built(backend)
     device = torch.device("cuda", index)
     with counted() as counts:
-        found = operation(device, backend)
-        if found.requires_grad:
-            found.sum().backward()
+        result = operation(device, backend)
+        if result.requires_grad:
+            result.sum().backward()
     assert torch.cuda.current_device() == 0
-    assert found.device == device
+    assert result.device == device
     assert counts.launches == counts.launches_by_device[index] > 0
     ours = [name for name in counts.kernels if name.endswith("_kernel") or "conddetr" in name]
     assert ours, f"none of {list(counts.kernels)} is a kernel of this project"
@@ -207,7 +207,7 @@ def test_launches_on_the_device_of_the_tensors(operation, backend, index):
     ("batch", "has_dropout", "keys", "registers"), [(8, False, 64, None), (32, False, 32, 96), (32, True, 64, 128)]
 )
 def test_attention_in_triton_fills_a_hopper(batch, has_dropout, keys, registers):
-    """Of 300 queries and 8 heads, B = 8 is three blocks for each of 132 multiprocessors, and B = 32 is ten."""
+    """300 queries and 8 heads give each of 132 multiprocessors about three blocks at B = 8, and ten at B = 32."""
     triton_attention = importlib.import_module("conddetr.kernels.attn.triton")
     device = torch.device("cuda")
     assert torch.cuda.get_device_capability(device) == (9, 0)
@@ -218,8 +218,8 @@ def test_attention_in_triton_fills_a_hopper(batch, has_dropout, keys, registers)
     assert (tiles.queries, tiles.keys, tiles.registers) == (64, keys, registers)
 
 
-def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
-    """Whatever uses the result, and with the seed given, however it is aligned."""
+def test_norm_and_hidden_dropout_are_one_launch_per_direction():
+    """For all uses of the result, and for a given seed at any alignment."""
     device = torch.device("cuda")
     seeds = torch.zeros(3, dtype=torch.int64, device=device)
     vectors = [replicas(device, 256) for _ in range(3)]
@@ -238,11 +238,11 @@ def test_a_layers_norm_and_hidden_dropout_are_one_launch_each_way():
         assert dict(counts.kernels) == {"add_norm_kernel": 1, "relu_dropout_kernel": 1}
         assert dict(counts_back.kernels) == {"add_norm_backward_kernel": 1, "relu_dropout_backward_kernel": 1}
         modules.append(counts.modules + counts_back.modules)
-    assert modules[1:] == [0, 0], "nothing is compiled anew"
+    assert modules[1:] == [0, 0], "a kernel was compiled again"
 
 
-def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
-    """The kernel's, and PyTorch's for the weight; the gradient of a bias for every row is the result's."""
+def test_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
+    """Backward is our kernel and PyTorch's product for the weight; a bias for every row has the output's gradient."""
     device = torch.device("cuda")
     shapes = ((BATCH, QUERIES, 256), (QUERIES, 256), (256, 256))
     scale, p_s, weight = (numbers(device, *shape).bfloat16() for shape in shapes)
@@ -256,8 +256,8 @@ def test_a_projected_spatial_query_is_one_launch_and_two_for_its_gradients():
     assert counts_back.launches == 2
 
 
-def test_a_projected_spatial_query_in_float32_is_cublas_s():
-    """Unless the kernel is asked for."""
+def test_projected_spatial_query_in_float32_runs_on_cublas():
+    """Unless the kernel is requested by name."""
     device = torch.device("cuda")
     operation = registry.OPERATIONS["spatial_query"]
     choice = operation.choose("auto", device, torch.float32)
@@ -269,7 +269,7 @@ def test_a_projected_spatial_query_in_float32_is_cublas_s():
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
 def test_compiles_without_a_graph_break(backend):
-    """The choice of the backend is traced too."""
+    """The choice of the backend is traced as well."""
     skip_unless_built(backend)
     compiled = torch.compile(conditional_attention, backend="aot_eager", fullgraph=True)
     with counted() as counts:
@@ -278,7 +278,7 @@ def test_compiles_without_a_graph_break(backend):
     assert counts.waits == 0
 
 
-def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
+def test_gpu_without_code_in_the_build_is_refused(monkeypatch):
     skip_unless_built("native")
     device = torch.device("cuda")
     assert native.why_not(device, torch.float32) is None
@@ -287,8 +287,8 @@ def test_a_gpu_that_the_build_has_no_code_for(monkeypatch):
         registry.OPERATIONS["conditional_attention"].choose("native", device, torch.float32)
 
 
-def test_weights_in_a_capture_of_somebody_else_are_made_one_by_one():
-    """Nobody would fill the tables of the one kernel after that capture."""
+def test_weights_in_a_foreign_capture_are_prepared_one_by_one():
+    """After such a capture nothing would fill the tables of the kernel that prepares all at once."""
     weight = numbers("cuda", 3, 4)
     prepare_weights([Weight((weight,))], torch.bfloat16)
     graph = torch.cuda.CUDAGraph()

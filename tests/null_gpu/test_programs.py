@@ -1,4 +1,4 @@
-"""Whole commands on a GPU: training with evaluation, going on, evaluation, prediction; two processes."""
+"""Whole commands on a GPU: training with evaluation, resuming, evaluation, prediction; two processes."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from conddetr.kernels import native
 from null_gpu.counts import counted
 
 SMALL = ["--train-images", "24", "--val-images", "4", "--batch-size", "4", "--epochs", "2", "--backend", "auto"]
-BY_ITSELF = ["--precision", "bfloat16", "--preflight"]
+WITH_GRAPHS = ["--precision", "bfloat16", "--preflight"]
 
 
 @pytest.fixture
 def train(tmp_path):
-    """Runs `conddetr train` on a GPU; returns what its log says of each epoch."""
+    """A function that runs `conddetr train` on a GPU and returns the entries of its log, one per epoch."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
     def run(*options):
@@ -32,20 +32,20 @@ def train(tmp_path):
 
 
 def needed_waits(epochs, steps, evaluated, graphs):
-    """What a training waits for, and how often: nothing else makes its host wait."""
+    """What the host waits for in a training, and how often; it waits for nothing else."""
     return {
-        "the report of the step before": steps,
+        "the previous step's report": steps,
         "before, while and after a graph is recorded": 3 * graphs,
         "a checkpoint's copy, in the thread that writes it": epochs + 1,
-        "detections of the batch before": evaluated,
+        "the previous batch's detections": evaluated,
     }
 
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(["--no-cuda-graphs"], marks=pytest.mark.slow, id="plain"), pytest.param(BY_ITSELF, id="graphs")],
+    [pytest.param(["--no-cuda-graphs"], marks=pytest.mark.slow, id="plain"), pytest.param(WITH_GRAPHS, id="graphs")],
 )
-def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path, capsys):
+def test_training_with_workers_evaluates_and_resumes(train, options, tmp_path, capsys):
     with counted() as counts:
         first = train("--workers", "2", *options)
     said = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path, c
     assert ("preflight: 4 images of" in said) == ("--preflight" in options)
     assert ("CUDA graphs: batches come in 1 shape, at most 32 graphs" in said) == has_graphs
     assert counts.refused_in_capture == 0
-    # Six steps an epoch.
+    # Six steps per epoch.
     assert counts.graph_launches == 12 * has_graphs
     assert counts.waits == sum(needed_waits(epochs=2, steps=12, evaluated=1, graphs=has_graphs).values())
     assert {"AP", "AP50", "gpu_memory_gib"} <= set(first[-1])
@@ -70,7 +70,7 @@ def test_training_with_workers_evaluates_and_goes_on(train, options, tmp_path, c
     assert list((tmp_path / "drawn").glob("*.png"))
 
 
-def test_the_machine_is_described(capsys):
+def test_machine_is_described(capsys):
     assert main(["env"]) == 0
     said = capsys.readouterr().out
     assert f"({torch.cuda.get_device_name()})" in said
@@ -79,12 +79,12 @@ def test_the_machine_is_described(capsys):
 
 
 @pytest.mark.slow
-def test_each_process_trains_on_its_own_gpu():
-    """Two of them, with gradients summed by NCCL."""
+def test_each_process_trains_on_a_separate_gpu():
+    """In two processes, with gradients summed by NCCL."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "null_gpu.two_processes"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     run = subprocess.run([sys.executable, "-m", *launcher], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    said = sorted(line.split()[1:] for line in run.stdout.splitlines() if line.startswith("counted"))
-    launches = [(int(number), int(first) > 0, int(second) > 0, int(sums) >= 3) for number, first, second, sums in said]
+    rows = sorted(line.split()[1:] for line in run.stdout.splitlines() if line.startswith("counted"))
+    launches = [(int(number), int(first) > 0, int(second) > 0, int(sums) >= 3) for number, first, second, sums in rows]
     assert launches == [(0, True, False, True), (1, False, True, True)]

@@ -1,9 +1,9 @@
-"""What a model runs on a GPU whose kernels are proven, and on one where nothing is."""
+"""Backends of a model on a GPU with proven kernels, and on a GPU without."""
 
 import proven
 import pytest
 import torch
-from said_and_ran import said_and_ran
+from announced_paths import announced_and_recorded
 from torch.utils.checkpoint import checkpoint
 
 import conddetr
@@ -14,66 +14,66 @@ OURS = ("add_norm", "conditional_attention", "prepare_weights", "relu_dropout", 
 
 def paths_of(backend: str) -> dict:
     model = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=2, backend=backend).cuda()
-    with conddetr.record_paths() as found, torch.autocast("cuda", torch.bfloat16):
+    with conddetr.record_paths() as paths, torch.autocast("cuda", torch.bfloat16):
         model(torch.zeros(1, 3, 128, 160, device="cuda"))
-    return found
+    return paths
 
 
-def test_auto_is_plain_modules_where_nothing_is_proven():
+def test_auto_runs_plain_modules_if_nothing_is_proven():
     with records.pretend(None):
-        found = paths_of("auto")
-    assert set(found["backbone"]) == {"modules"}
-    assert {path for name in OURS for path in found.get(name, {})} == {"eager"}
-    assert "conddetr check" in found.reasons["conditional_attention"]["triton"]
+        paths = paths_of("auto")
+    assert set(paths["backbone"]) == {"modules"}
+    assert {path for name in OURS for path in paths.get(name, {})} == {"eager"}
+    assert "conddetr check" in paths.reasons["conditional_attention"]["triton"]
 
 
 @pytest.mark.parametrize(("backend", "is_proven"), [("auto", True), ("triton", False)])
-def test_kernels_run_where_they_are_proven_or_asked_for_by_name(backend, is_proven):
+def test_kernels_run_if_proven_or_requested_by_name(backend, is_proven):
     device = torch.device("cuda")
     with records.pretend(proven.everything(device) if is_proven else None):
-        found = paths_of(backend)
-    assert set(found["backbone"]) == {"norms folded before"}
-    assert all(set(found[name]) == {"triton"} for name in OURS)
+        paths = paths_of(backend)
+    assert set(paths["backbone"]) == {"norms folded before"}
+    assert all(set(paths[name]) == {"triton"} for name in OURS)
 
 
-def test_what_is_refused_alone_is_pytorchs():
+def test_only_a_refused_operation_falls_back_to_pytorch():
     device = torch.device("cuda")
     with records.pretend(proven.everything(device, add_norm="its numbers are wrong.")):
-        found = paths_of("auto")
-    assert set(found["add_norm"]) == {"eager"}
-    assert found.reasons["add_norm"]["triton"] == "its numbers are wrong."
-    assert all(set(found[name]) == {"triton"} for name in OURS if name != "add_norm")
+        paths = paths_of("auto")
+    assert set(paths["add_norm"]) == {"eager"}
+    assert paths.reasons["add_norm"]["triton"] == "its numbers are wrong."
+    assert all(set(paths[name]) == {"triton"} for name in OURS if name != "add_norm")
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_a_checkpoint_computes_the_backbone_again_by_what_computed_it(backend):
-    """Autograd's own thread does not know that it is within the model."""
+def test_checkpoint_recomputes_the_backbone_on_the_same_path(backend):
+    """Although autograd's thread does not have the model's context."""
     model = conddetr.build("conditional-detr-r50", encoder_layers=1, decoder_layers=1, backend=backend).cuda()
     body = model.backbone[0].body
     call = body.forward
     body.forward = lambda images: checkpoint(call, images, use_reentrant=False)
-    found = []
+    recorded = []
     with records.pretend(None):
         with conddetr.record_paths() as paths:
             boxes = model(torch.zeros(1, 3, 64, 64, device="cuda"))["pred_boxes"]
-            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+            recorded.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
         with conddetr.record_paths() as paths:
             boxes.sum().backward()
-            found.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
-    assert found[0] == found[1]
-    assert ("modules" in found[0]["backbone"]) == (backend == "auto")
+            recorded.append({name: dict(paths[name]) for name in ("backbone", "convolution") if name in paths})
+    assert recorded[0] == recorded[1]
+    assert ("modules" in recorded[0]["backbone"]) == (backend == "auto")
 
 
-KINDS = [
+MODELS = [
     ("conditional-detr-r50", "bfloat16", {}),
     ("conditional-detr-tiny", "float32", {"hidden_dim": 16, "num_heads": 2}),
     ("detr-r50", "float32", {}),
 ]
-"""Preset, precision, options; heads of 8 channels are for no kernel."""
+"""Preset, precision, options; no kernel supports heads of 8 channels."""
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize(("preset", "precision", "options"), KINDS)
+@pytest.mark.parametrize(("preset", "precision", "options"), MODELS)
 @pytest.mark.parametrize(
     ("backend", "refused"),
     [
@@ -86,10 +86,12 @@ KINDS = [
         ("eager", {}),
     ],
 )
-def test_what_is_said_is_what_runs(backend, refused, preset, precision, options, trains):
+def test_announced_backends_are_those_that_run(backend, refused, preset, precision, options, trains):
     if backend == "triton" and options:
-        pytest.skip("it is an error there")
+        pytest.skip("the backend raises an error for these options")
     record = None if refused is None else proven.everything(torch.device("cuda"), **refused)
     with records.pretend(record):
-        said, ran = said_and_ran(preset, "cuda", precision, trains=trains, backend=backend, **options)
-    assert said == ran
+        announced, recorded = announced_and_recorded(
+            preset, "cuda", precision, trains=trains, backend=backend, **options
+        )
+    assert announced == recorded

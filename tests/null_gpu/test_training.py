@@ -1,4 +1,4 @@
-"""Training: what a step asks of the device, recorded steps beside a loader that pins memory, mixed sizes, two GPUs."""
+"""Training: launches of a step, recorded steps beside a loader that pins memory, mixed sizes, two GPUs."""
 
 import threading
 
@@ -17,13 +17,13 @@ from null_gpu.counts import counted
 from null_gpu.test_ops import skip_unless_built
 
 MODEL = {**SMALL_MODEL, "hidden_dim": 32, "num_heads": 1, "num_classes": 3, "dropout": 0.1}
-"""A head as wide as CUDA kernels want it."""
+"""With a head of a width that CUDA kernels support."""
 COUNTED_WITH = ("2.15", "3.9")
-"""Releases of PyTorch and Triton for which the numbers of launches and copies below were counted."""
+"""Releases of PyTorch and Triton with which the launches and copies below were counted."""
 
 
 def make_batch(height=64, width=64, padded=True):
-    """Two images with three objects each; the second is smaller where the batch is padded."""
+    """Two images with three objects each; the second is smaller if the batch is padded."""
     samples = []
     for number in range(2):
         image = torch.zeros(3, height - 8 * number * padded, width, dtype=torch.uint8)
@@ -40,20 +40,20 @@ def make_stepper(device="cuda", backend="triton", cuda_graphs="off", precision="
 
 
 def count_step(stepper, batch):
-    """What the third step asks for: the first compiles, the second makes the optimizer's state.
+    """Counts of the third step: the first compiles, the second creates the optimizer's state.
 
-    Where gradients lie the allocator decides. If it is where those of the second step lay, the table of their addresses
-    is on the device already; so copies are counted without it.
+    The allocator may give the gradients the addresses that they had in the second step. The table of their addresses is
+    then on the device already, so copies are counted without it.
     """
     for step in range(2):
         stepper([batch], step)
-    # Each step reads what the one before reported; it has arrived by then, but that would count as a wait.
+    # Each step reads the previous step's report. It has arrived by then, but reading it would count as a wait.
     stepper.flush()
     before = addresses._copied.cache_info().misses
     with counted() as counts:
         stepper([batch], 2)
     tables = addresses._copied.cache_info().misses - before
-    assert tables in (0, 1), "parameters lie where they did"
+    assert tables in (0, 1), "a parameter's address changed"
     counts.to_device -= tables
     stepper.flush()
     assert stepper.skipped == 0
@@ -69,10 +69,10 @@ def count_step(stepper, batch):
         ({"backend": "triton", "cuda_graphs": "on", "ema_decay": 0.9}, 2, 3, 1),
         ({"backend": "triton", "cuda_graphs": "auto", "precision": "auto"}, 2, 3, 1),
     ],
-    ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs", "triton, as train does it"],
+    ids=["triton", "triton, bfloat16", "native", "triton, CUDA graphs", "triton, defaults of train"],
 )
-def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, copies, graphs):
-    """A change that adds a launch, a copy or a wait shows here; one that saves some lowers the number."""
+def test_step_never_waits_and_has_the_counted_launches(options, launches, copies, graphs):
+    """A change that adds a launch, a copy or a wait fails here; after a change that saves some, lower the number."""
     skip_unless_built(options["backend"])
     counts = count_step(make_stepper(**options), make_batch())
     assert counts.waits == 0
@@ -80,22 +80,22 @@ def test_a_step_waits_for_nothing_and_launches_what_it_did(options, launches, co
     assert counts.modules == 0, "a kernel was compiled in the third step"
     assert counts.graph_launches == graphs
     if (torch.__version__[:4], triton.__version__[:3]) != COUNTED_WITH:
-        pytest.skip(f"{counts.launches} launches; the number to hold was counted with {COUNTED_WITH}")
+        pytest.skip(f"{counts.launches} launches; the expected number was counted with {COUNTED_WITH}")
     assert (counts.launches, counts.to_device) == (launches, copies)
 
 
-def test_a_gpu_of_this_kind_trains_in_bfloat16_by_itself():
+def test_hopper_trains_in_bfloat16_by_default():
     assert make_stepper(precision="auto").config.precision == "bfloat16"
     assert make_stepper("cpu", precision="auto").config.precision == "float32"
 
 
-def test_eager_matching_is_seen_to_wait():
-    """That the count of waits is not always zero."""
+def test_wait_of_eager_matching_is_counted():
+    """Shows that the count of waits is not always zero."""
     assert count_step(make_stepper(backend="eager"), make_batch()).waits > 0
 
 
 class Pinning:
-    """A hook of the model that has another thread pin memory, as a DataLoader's does at any time."""
+    """A hook of the model that pins memory in another thread, as a DataLoader's thread does at any time."""
 
     def __init__(self, model):
         self.pinned, self.errors = [], []
@@ -115,7 +115,7 @@ class Pinning:
 
 
 def record_three_sizes():
-    """Counts, what the other thread met, and how many graphs there are."""
+    """Counts, the hook with the other thread's errors, and the number of graphs."""
     stepper = make_stepper(cuda_graphs="auto")
     loader = Pinning(stepper.model)
     with counted() as counts:
@@ -132,16 +132,16 @@ def test_steps_are_recorded_while_a_loader_pins_memory():
     assert counts.refused_in_capture == 0
 
 
-def test_recording_that_forbids_other_threads_to_pin_is_seen(monkeypatch):
-    """PyTorch's default: the null GPU refuses as CUDA does."""
+def test_recording_that_forbids_other_threads_to_pin_is_detected(monkeypatch):
+    """With PyTorch's default mode the null GPU refuses these calls, as CUDA does."""
     record = torch.cuda.graph
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, capture_error_mode, **options: record(*args, **options))
     counts, loader, _ = record_three_sizes()
     assert counts.refused_in_capture == len(loader.errors) == 3
 
 
-def test_batches_of_workers_that_use_memory_again_are_not_mixed_up():
-    """Pinned copies of what two workers load, all of them kept, also after an epoch that was left."""
+def test_batches_of_workers_that_reuse_memory_are_not_mixed_up():
+    """Pinned copies of the batches of two workers, all of them kept, after an epoch that was not finished."""
     shapes = SyntheticShapes(64, seed=1, image_size=64)
     plain = make_loader(shapes, 4, train=True)
     pinned = make_loader(shapes, 4, train=True, workers=2, device=torch.device("cuda"))
@@ -158,7 +158,7 @@ def test_batches_of_workers_that_use_memory_again_are_not_mixed_up():
 
 
 def test_mixed_sizes_compile_nothing_new():
-    """Sides that give grids of 1, 16, and other numbers of cells: Triton would compile for each kind of them."""
+    """Grids have 1, 16 and other numbers of cells, for which Triton could compile separate kernels."""
     stepper = make_stepper()
     for step in range(2):
         stepper([make_batch(80, 112)], step)
@@ -171,7 +171,7 @@ def test_mixed_sizes_compile_nothing_new():
 
 
 @pytest.mark.parametrize("cuda_graphs", ["off", "on"])
-def test_training_on_the_second_gpu_leaves_the_first_alone(cuda_graphs):
+def test_training_on_the_second_gpu_launches_nothing_on_the_first(cuda_graphs):
     stepper = make_stepper("cuda:1", cuda_graphs=cuda_graphs)
     with counted() as counts:
         for step in range(3):

@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_writable", [True, False])
-def test_one_process_checks_and_all_choose_alike(tmp_path, is_writable):
+def test_one_process_checks_and_all_choose_the_same(tmp_path, is_writable):
     cache = tmp_path / "cache"
     if not is_writable:
         cache.touch()
@@ -21,8 +21,8 @@ def test_one_process_checks_and_all_choose_alike(tmp_path, is_writable):
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.count("short check on ") == 1
     assert run.stderr.count("cannot be written to") == (not is_writable)
-    one, other = ((tmp_path / f"rank-{number}").read_text() for number in range(2))
-    assert one == other
-    assert one.startswith("True ")
-    assert "attention: PyTorch (" in one
+    first, second = ((tmp_path / f"rank-{number}").read_text() for number in range(2))
+    assert first == second
+    assert first.startswith("True ")
+    assert "attention: PyTorch (" in first
     assert len(list(cache.glob("checked/*.json"))) == is_writable

@@ -1,6 +1,6 @@
-"""A program for torchrun: the check before a run, in two processes that have a null GPU each.
+"""A program for torchrun: the check before a run, in two processes with a null GPU each.
 
-Nothing is right there, so everything is refused, in both processes alike.
+All numbers are wrong there, so every kernel is refused, in both processes.
 """
 
 import sys
@@ -13,12 +13,12 @@ from conddetr.kernels import records
 
 
 def main() -> None:
-    """Check, and write what this process then chooses to a file of its own."""
+    """Check, and write this process's choices to a separate file."""
     with process_group("cuda") as device:
         prove(device, "auto")
-        found = chosen(PRESETS["conditional-detr-r50"], "auto", device, "bfloat16", trains=True).line()
+        choices = chosen(PRESETS["conditional-detr-r50"], "auto", device, "bfloat16", trains=True).line()
         refused = [verdict.refused for verdict in records.load(device).verdicts]
-        Path(sys.argv[1], f"rank-{rank()}").write_text(f"{all(refused)} {len(refused)} {found}")
+        Path(sys.argv[1], f"rank-{rank()}").write_text(f"{all(refused)} {len(refused)} {choices}")
 
 
 if __name__ == "__main__":

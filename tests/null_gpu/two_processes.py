@@ -1,7 +1,7 @@
-"""A program for torchrun: one step of training in each process, which prints where it launched.
+"""A program for torchrun: one training step in each process, which prints the devices that it launched on.
 
-A second step would not come to its end: before it, gradients are sorted anew by what the other process sent, and on a
-null GPU that is zeros.
+A second step would never end: before it, gradients are sorted by data from the other process, which are zeros on a null
+GPU.
 """
 
 import torch
@@ -12,8 +12,8 @@ from null_gpu.test_training import make_batch, make_stepper
 
 
 def main() -> None:
-    """Train, and say `rank launches_by_device collectives` in one line."""
-    # It compares shapes that another process sent: zeros, on a null GPU.
+    """Train, and print `rank launches_by_device collectives` in one line."""
+    # It compares shapes from another process, which are zeros on a null GPU.
     torch.nn.parallel.distributed._verify_param_shape_across_processes = lambda *_: None
     with process_group("cuda") as device, counted() as counts:
         stepper = make_stepper(device)

@@ -1,6 +1,6 @@
-"""Makes `conddetr` this checkout in every Python that starts with this folder on PYTHONPATH; nothing is installed.
+"""Makes every Python with this folder on PYTHONPATH import `conddetr` from this checkout; nothing is installed.
 
-`kernels/` is installed as `conddetr.kernels`, so that the checkout on the path would not be enough.
+`kernels/` is installed as `conddetr.kernels`, so the checkout on the path would not be enough.
 """
 
 import sys
@@ -17,12 +17,12 @@ class Checkout:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """What Python asks of everything in `sys.meta_path`."""
+        """The spec of one of the two packages; Python calls this for every entry of `sys.meta_path`."""
         folder = PACKAGES.get(name)
         if folder is None:
             return None
         return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
-# First: another checkout may be installed.
+# In first position, because another checkout may be installed.
 sys.meta_path.insert(0, Checkout)

@@ -1,4 +1,4 @@
-"""What a model computes with, as the line at the start of a run says it, and as it is recorded."""
+"""Backends of a model's parts: as the line at the start of a run announces them, and as they are recorded."""
 
 import torch
 
@@ -13,20 +13,22 @@ from conddetr.kernels.paths import Paths
 SMALL = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20, "num_classes": 4}
 
 
-def said_and_ran(
+def announced_and_recorded(
     preset: str, device: str, precision: str, *, trains: bool, **options: object
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Part of a run -> by what, twice: a step of a training, or an image through a model and its frozen copy.
+    """Part of a run → its backend, as announced and as recorded.
 
-    `options` are those of the model.
+    Runs a training step, or an image through a model and its frozen copy. `options` are the model's.
     """
-    place = torch.device(device)
+    target_device = torch.device(device)
     torch.manual_seed(0)
-    model = conddetr.build(preset, **{**SMALL, **options}).to(place)
-    said = chosen(model.config, model.backend, place, precision, trains=trains)
+    model = conddetr.build(preset, **{**SMALL, **options}).to(target_device)
+    announced = chosen(model.config, model.backend, target_device, precision, trains=trains)
     with conddetr.record_paths() as paths:
-        _train(model, place, precision) if trains else _predict(model, place, precision)
-    return {name: part.by for name, part in said.parts.items()}, _by_part(paths, place, model.config.family, trains)
+        _train(model, target_device, precision) if trains else _predict(model, target_device, precision)
+    return {name: part.by for name, part in announced.parts.items()}, _by_part(
+        paths, target_device, model.config.family, trains
+    )
 
 
 def _train(model: conddetr.DETR, device: torch.device, precision: str) -> None:
@@ -52,20 +54,20 @@ def _train(model: conddetr.DETR, device: torch.device, precision: str) -> None:
 def _predict(model: conddetr.DETR, device: torch.device, precision: str) -> None:
     images = torch.zeros(1, 3, 64, 96, device=device)
     model.eval()
-    for called in (model, for_inference(model, precision)):
-        with torch.inference_mode(), autocast(called, precision):
-            called(images)
+    for variant in (model, for_inference(model, precision)):
+        with torch.inference_mode(), autocast(variant, precision):
+            variant(images)
 
 
 def _by_part(paths: Paths, device: torch.device, family: str, trains: bool) -> dict[str, str]:
-    found = {"attention": _only(paths.get("conditional_attention", {"eager": 1}))}
+    backends = {"attention": _only(paths.get("conditional_attention", {"eager": 1}))}
     if trains:
-        found["matching"] = _only(paths["linear_assignment"])
-        found["loss"] = _only(paths["matched_box_loss" if family == "detr" else "focal_loss"])
+        backends["matching"] = _only(paths["linear_assignment"])
+        backends["loss"] = _only(paths["matched_box_loss" if family == "detr" else "focal_loss"])
     ours = {"native"} if device.type == "cpu" else {"triton", "cuDNN, fused"}
     name = "native" if device.type == "cpu" else "channels-last"
-    found["backbone"] = name if ours & set(paths.get("convolution", {})) else PYTORCH
-    return found
+    backends["backbone"] = name if ours & set(paths.get("convolution", {})) else PYTORCH
+    return backends
 
 
 def _only(counts: dict[str, int]) -> str:
