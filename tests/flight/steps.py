@@ -25,7 +25,7 @@ DEVICE_ONLY = (
     "-m",
     "gpu",
     "-k",
-    "not (test_match and native) and not instruction_set and not pretended_gpu",
+    "not (test_match and native) and not instruction_set and not simulated_gpu",
 )
 """Options that leave out tests of the CPU alone."""
 PROCESSES = 12
