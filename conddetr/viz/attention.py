@@ -91,7 +91,7 @@ def _weights(products: Products, num_heads: int) -> Tensor:
     return torch.cat([attention_weights(query, key, None, products.scale) for query, key in pairs]).transpose(1, 2)
 
 
-def attention_figure(image: Tensor, found: Detection, index: int, maps: AttentionMaps) -> Figure:
+def attention_figure(image: Tensor, detections: Detection, index: int, maps: AttentionMaps) -> Figure:
     """The paper's figure for one detection: rows of spatial, content and combined maps, one column per head.
 
     A map's colour scale ends at its own peak, or at four times the uniform weight if the peak is lower, so that a flat
@@ -99,11 +99,11 @@ def attention_figure(image: Tensor, found: Detection, index: int, maps: Attentio
 
     Args:
         image: [3, H, W] uint8 or float in [0, 1].
-        found: detections in that image.
+        detections: detections in that image.
         index: of the detection to show.
         maps: from `attention_maps`, of the same image.
     """
-    query, box, caption = int(found.queries[index]), found.boxes[index], found.captions[index]
+    query, box, caption = int(detections.queries[index]), detections.boxes[index], detections.captions[index]
     weights = maps.weights[:, query]
     heads = weights.shape[1]
     aspect = min(max(image.shape[-2] / image.shape[-1], 0.4), 2.0)
@@ -113,7 +113,7 @@ def attention_figure(image: Tensor, found: Detection, index: int, maps: Attentio
     title = f"{name} · query {query} · decoder layer {maps.layer}"
     figure.suptitle(title, fontsize=11, family=families, parse_math=False)
     grid = figure.add_gridspec(3, heads + 1, width_ratios=[2.4] + [1.0] * heads)
-    draw_boxes(figure.add_subplot(grid[:, 0]), image, box[None], [int(found.labels[index])], [caption])
+    draw_boxes(figure.add_subplot(grid[:, 0]), image, box[None], [int(detections.labels[index])], [caption])
     for row, (kind, formula) in enumerate(zip(KINDS, (*maps.formulas, "sum of both"), strict=True)):
         for head in range(heads):
             axes = figure.add_subplot(grid[row, head + 1])
