@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from conddetr.capture import MAX_GRAPHS, WARMUP, CudaCapture, Run, aside, bytes_of, reserved, views
@@ -307,7 +308,7 @@ class _Replay(torch.autograd.Function):
     """Replays both graphs, and copies their results and gradients for autograd."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, recorded: Recorded, current: Pass, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, recorded: Recorded, current: Pass, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.recorded, ctx.current = recorded, current
         ctx.set_materialize_grads(False)
         recorded.forward()
@@ -319,7 +320,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.current.is_done:
             raise RuntimeError(
                 "This is a second backward pass from the outputs of one call, but a CUDA graph keeps the activations "

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ NOT_LOADED = _load()
 # Read once: torch.compile traces `why_not`, and cannot trace a call of the library.
 _INFO = importlib.import_module("conddetr._C").build_info() if NOT_LOADED is None else {}
 _ARCHITECTURE = re.compile(r"(\d+)(\d)([af]?)(\+PTX)?")
-_BUILT = [_ARCHITECTURE.fullmatch(name).groups() for name in _INFO.get("architectures", [])]
-_BUILT = [((int(major), int(minor)), suffix, ptx is not None) for major, minor, suffix, ptx in _BUILT]
+_MATCHES = [match for name in _INFO.get("architectures", []) if (match := _ARCHITECTURE.fullmatch(name))]
+_BUILT = [((int(match[1]), int(match[2])), match[3], match[4] is not None) for match in _MATCHES]
 """Compute capability, suffix, and whether PTX exists, for every architecture of the build."""
 
 
@@ -83,7 +84,7 @@ def machine_code(capability: tuple[int, int]) -> str | None:
     return None if newest is None else f"PTX of compute_{newest[0]}{newest[1]}"
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Compiler, CUDA version or None, GPU architectures, flags, and the instruction sets of the CPU kernels.
 
     Raises:

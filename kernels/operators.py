@@ -11,10 +11,9 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import native
 from conddetr.kernels.registry import HAS_TRITON, BackendError
@@ -66,7 +65,7 @@ def register(
         fake, backward, setup, flops, is_gradient: see `Description`.
     """
     _DESCRIPTIONS[name] = Description(fake, backward, setup, flops, is_gradient)
-    if schema is not None:
+    if schema is not None and launch is not None:
         torch.library.define(f"conddetr::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"conddetr::{name}", ("cpu", "cuda"), on_their_device(launch))
         describe("conddetr", name)
@@ -103,12 +102,12 @@ def launcher(package: str, function: str) -> Callable:
     return lambda *inputs: getattr(kernels(), function)(*inputs)
 
 
-def of(backend: str) -> object:
+def of(backend: str) -> Any:
     """The namespace `torch.ops.…` of a backend other than eager."""
     return torch.ops.conddetr_native if backend == "native" else torch.ops.conddetr
 
 
-def call(operator: Callable, *arguments: object) -> object:
+def call(operator: Callable, *arguments: object) -> Any:
     """Call an operator. Without recording of gradients, PyTorch's autograd layer in Python is skipped."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*arguments)
@@ -141,7 +140,7 @@ def first_derivatives(name: str) -> Callable[[Callable], Callable]:
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
-        def run(ctx: FunctionCtx, *grads: torch.Tensor | None) -> tuple:
+        def run(ctx: Any, *grads: torch.Tensor | None) -> tuple:
             with torch.no_grad():
                 gradients = backward(ctx, *grads)
             differentiated = [grad for grad in grads if grad is not None and grad.requires_grad]
@@ -158,12 +157,12 @@ class _Refusal(torch.autograd.Function):
     """Returns gradients unchanged; differentiating them raises an error."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, differentiated: torch.Tensor, *gradients: torch.Tensor | None) -> tuple:
+    def forward(ctx: Any, name: str, differentiated: torch.Tensor, *gradients: torch.Tensor | None) -> tuple:
         ctx.name = name
         return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *_: object) -> None:
+    def backward(ctx: Any, *_: object) -> None:
         raise BackendError(FIRST_DERIVATIVES.format(ctx.name))
 
 

@@ -5,10 +5,10 @@ again. Stacking computes nothing, so it is no operation: it has neither backends
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import registry
 
@@ -31,21 +31,21 @@ def unstacked(x: Tensor) -> tuple[Tensor, ...]:
 
 class _Stack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
         return _join(parts)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return unstacked(grad)
 
 
 class _Unstack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
         return x.unbind()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return stacked(grads)
 
 

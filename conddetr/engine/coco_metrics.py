@@ -49,8 +49,8 @@ class Detections:
     def join(cls, parts: "Iterable[Detections]") -> "Detections":
         """The detections of all parts, sorted by image id; the order within an image is kept."""
         empty = cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.float32))
-        columns = zip(*(vars(part).values() for part in (empty, *parts)), strict=True)
-        columns = [np.concatenate(column) for column in columns]
+        rows = [vars(part).values() for part in (empty, *parts)]
+        columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
         order = np.argsort(columns[0], kind="stable")
         return cls(*(column[order] for column in columns))
 
@@ -148,8 +148,9 @@ def coco_result(
     if "annotations" not in ground_truth:
         raise ValueError(f"{source} has no list 'annotations': there is nothing to compare detections with.")
     truth, kept = _renumbered(ground_truth, detections, source)
+    columns: dict[int, list[float]] = {}
     if len(kept) == 0:
-        metrics, columns = _metrics_without_detections(truth), {}
+        metrics = _metrics_without_detections(truth)
     else:
         with collection_paused(), contextlib.redirect_stdout(io.StringIO()):
             metrics, columns = _accumulated(truth, kept, library)

@@ -5,10 +5,10 @@ Autocast changes nothing here: all arithmetic is float32, or float64 for float64
 
 from functools import reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.add_norm import reference
@@ -186,7 +186,7 @@ def _fake_backward(*inputs: object) -> tuple[Tensor, ...]:
     return *maps, normalized.new_empty((vectors, replicas, normalized.shape[-1]), dtype=torch.float32)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     branch, residual, weight, bias, branch_bias, _, seed, ctx.dropout_p, *_ = inputs
     ctx.dtypes = (branch.dtype, residual.dtype)
     # Their gradients need shape and dtype only.
@@ -196,7 +196,7 @@ def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of branch, residual and the three vectors; None for all other inputs of the operator."""
     weight, seed, normalized, rstd = ctx.saved_tensors
     # Without gradients of outputs that were not requested: those are empty.
@@ -239,7 +239,7 @@ class AddNorm(torch.autograd.Function):
     """The operator with outputs that share memory, which PyTorch forbids for an operator itself."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: object) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: object) -> tuple[Tensor, ...]:
         """Takes the operator's inputs up to eps, then trunks and outs."""
         *inputs, trunks, outs = inputs
         branch, residual, *_ = inputs
@@ -251,7 +251,7 @@ class AddNorm(torch.autograd.Function):
         return tuple(x.view_as(x) for x in _shared(trunk, out, placed, inputs[5], trunks, outs))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns one None fewer than the operator's backward, because the operator has one more input."""
         return _differentiate(torch.ops.conddetr, ctx, *gradients)[:-1]
 

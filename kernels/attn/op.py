@@ -5,10 +5,10 @@ Autocast changes nothing here: all five tensors share one dtype, which the resul
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.attn import reference
@@ -184,13 +184,13 @@ def _backward_flops(*inputs: object, **_: object) -> int:
     return 2 * _flops(*inputs)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of the operator's inputs, from the gradient of its first result."""
     *tensors, out, lse = ctx.saved_tensors
     given = Inputs(*tensors, ctx.scale, ctx.dropout_p)
@@ -204,7 +204,7 @@ class ConditionalAttention(torch.autograd.Function):
     """Triton's operator, recorded with less work for the host."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
+    def forward(ctx: Any, *inputs: object) -> Tensor:
         """Takes the operator's inputs, returns its first result."""
         out, lse = operators.call(torch.ops.conddetr.conditional_attention.default, *inputs)
         *tensors, ctx.scale, ctx.dropout_p = inputs

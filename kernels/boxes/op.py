@@ -3,9 +3,10 @@
 Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.boxes import reference
@@ -63,11 +64,11 @@ def _fake_backward(grad: Tensor, boxes: Tensor, objects: Tensor, assignment: Ten
     return torch.empty_like(boxes)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     return ops.matched_box_loss_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 

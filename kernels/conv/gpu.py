@@ -6,11 +6,11 @@ output has in a residual network, and zeroes them where ReLU returned zero.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.conv import reference
@@ -83,7 +83,7 @@ class ConvolutionReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -100,7 +100,7 @@ class ConvolutionReLU(torch.autograd.Function):
         return y if uses == 1 else (y, y.view_as(y))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight, bias and residual."""
         x, weight, y = ctx.saved_tensors
         if all(grad is None for grad in grads):
@@ -115,7 +115,7 @@ class ConvolutionPair(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -131,7 +131,7 @@ class ConvolutionPair(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weights and biases."""
         x, weight, bias, other_weight, y = ctx.saved_tensors
         # Autocast may be on for backward alone, but the map must equal that of forward.

@@ -5,11 +5,11 @@ Elsewhere, and if anything is cast or traced, the reference runs.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.conv import reference
@@ -113,7 +113,7 @@ class ConvolutionByProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -127,7 +127,7 @@ class ConvolutionByProducts(torch.autograd.Function):
         return F.conv2d(x, weight, bias, *ctx.window)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None

@@ -3,6 +3,8 @@
 Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def _check(logits: Tensor, boxes: Tensor, labels: Tensor, objects: Tensor, count
         raise ValueError(f"activation: expected sigmoid or softmax, got {activation!r}.")
 
 
-def _fake(*inputs: object) -> Tensor:
+def _fake(*inputs: Any) -> Tensor:
     logits, labels = inputs[0], inputs[2]
     layers, batch, queries, _ = logits.shape
     return logits.new_empty((layers, batch, labels.shape[1], queries), dtype=torch.float32)

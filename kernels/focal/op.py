@@ -3,9 +3,10 @@
 Autocast changes nothing here: all arithmetic is float32, or float64 for float64 inputs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.focal import reference
@@ -90,12 +91,12 @@ def _fake_backward(grad: Tensor, logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.alpha, ctx.gamma = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     grad = ops.focal_loss_backward(grad.contiguous(), *ctx.saved_tensors, ctx.alpha, ctx.gamma)
     return grad, None, None, None, None
 

@@ -31,12 +31,12 @@ def linear_assignment(cost: Tensor, counts: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
 
     *leading, capacity, queries = cost.shape
-    problems = cost.detach().cpu().reshape(-1, capacity, queries)
+    costs = cost.detach().cpu().reshape(-1, capacity, queries)
     # Inside transforms of torch.func a tensor has values, but no memory to share.
-    problems = problems.numpy() if not registry.transforms() else np.array(problems.tolist())
-    counts = counts.tolist()
+    problems = costs.numpy() if not registry.transforms() else np.array(costs.tolist())
+    numbers = counts.tolist()
     assignment = np.full((len(problems), queries), -1, dtype=np.int64)
     for number, problem in enumerate(problems):
-        index, query = linear_sum_assignment(rank_non_finite(problem[: counts[number % len(counts)]]))
+        index, query = linear_sum_assignment(rank_non_finite(problem[: numbers[number % len(numbers)]]))
         assignment[number, query] = index
     return torch.from_numpy(assignment).reshape(*leading, queries).to(cost.device)

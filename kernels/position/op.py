@@ -48,11 +48,11 @@ def grid_positions(
         RuntimeError: the requested backend cannot run here; says why.
     """
     _check(features, dim, valid_hw)
-    size = tuple(features.shape[-2:])
-    choice = OPERATION.choose(backend, features.device, features.dtype, *size)
+    height, width = features.shape[-2:]
+    choice = OPERATION.choose(backend, features.device, features.dtype, height, width)
     paths.note("grid_positions", choice.backend, choice.refused)
     if choice.backend == "eager":
-        position, padding, cells = reference.grid_positions(valid_hw, image_size, size, dim, features.device)
+        position, padding, cells = reference.grid_positions(valid_hw, image_size, (height, width), dim, features.device)
         return position.to(features.dtype), padding, cells
     valid = None if valid_hw is None else valid_hw.contiguous()
     position, padding, cells = torch.ops.conddetr.grid_positions(features, valid, *image_size, dim)

@@ -1,8 +1,9 @@
 """Predicted boxes: the public function, its checks, and the operator behind the kernels."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.prediction import reference
@@ -53,13 +54,13 @@ def _fake_backward(grad: Tensor, boxes: Tensor, points: Tensor, dtype: torch.dty
     return torch.empty_like(boxes, dtype=dtype), torch.empty_like(points)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     offsets, points = inputs
     ctx.dtype = offsets.dtype
     ctx.save_for_backward(output, points)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return ops.predicted_boxes_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype)
 
 

@@ -6,10 +6,10 @@ Autocast changes nothing in them: all tensors have the step's dtype. Sums are fl
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.query import reference
@@ -84,13 +84,13 @@ def _fake_backward(
     return tuple(transform.new_empty(shape if needed else 0) for shape, needed in zip(shapes, wanted, strict=True))
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, bias = inputs
     ctx.bias_dim = bias.dim()
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     transform, embedding, weight = ctx.saved_tensors
     *wanted, needs_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
@@ -109,7 +109,7 @@ class SpatialQuery(torch.autograd.Function):
     """The operator, recorded with less work for the host."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         """Takes the operator's inputs, returns its result."""
         output = operators.call(torch.ops.conddetr.spatial_query.default, *inputs)
         _setup(ctx, inputs, output)
@@ -123,7 +123,7 @@ def _flops(transform: list[int], embedding: list[int], weight: list[int], *_: ob
     return 2 * transform[0] * transform[1] * weight[0] * weight[1]
 
 
-def _backward_flops(grad: list[int], *shapes: object, **_: object) -> int:
+def _backward_flops(grad: list[int], *shapes: list[int], **_: object) -> int:
     """Operations of one of backward's two products; the other is PyTorch's."""
     return _flops(*shapes[:3])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -108,7 +108,7 @@ def remembered(function: Answer) -> Answer:
     """`functools.cache` for functions that depend on records: the cache is cleared whenever records change."""
     cached = functools.cache(function)
     _remembering.append(cached.cache_clear)
-    return cached
+    return cast(Answer, cached)
 
 
 def _drop_answers() -> None:

@@ -70,15 +70,14 @@ def source(operation: str, backend: str, device: torch.device, dtype: torch.dtyp
 def _proof(operation: str, backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Verdict] | None:
     """The source of a verdict, and the verdict."""
     key = (operation, backend, _name(dtype))
-    record = memory.load(device)
-    for candidate in record.verdicts if record else ():
-        if candidate.key == key:
-            return f"checked on {record.identity.get('device', 'this device')}", candidate
-    table = memory.table(device)
-    for candidate in table.verdicts if table else ():
-        if candidate.key == key:
-            return f"measured on {table.architecture}", candidate
-    return None
+    record, table = memory.load(device), memory.table(device)
+    proofs: list[tuple[str, Verdict]] = []
+    if record is not None:
+        device_name = record.identity.get("device", "this device")
+        proofs += [(f"checked on {device_name}", verdict) for verdict in record.verdicts]
+    if table is not None:
+        proofs += [(f"measured on {table.architecture}", verdict) for verdict in table.verdicts]
+    return next((proof for proof in proofs if proof[1].key == key), None)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,10 +5,10 @@ each way. On CPUs the native dropout applies ReLU too (`cpu/dropout`).
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.common.launch import REPLICAS
@@ -87,14 +87,14 @@ def _fake_backward(grad: Tensor, out: Tensor, p: float, replicas: int) -> tuple[
     return torch.empty_like(out), out.new_empty((replicas, channels), dtype=torch.float32)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, bias, _, ctx.p = inputs
     # Its gradient needs shape and dtype only.
     ctx.bias = None if bias is None else (bias.shape, bias.dtype)
     ctx.save_for_backward(output)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (output,) = ctx.saved_tensors
     backward = ops.relu_dropout_backward.default
     if not ctx.needs_input_grad[1]:
@@ -111,7 +111,7 @@ class ReLUDropout(torch.autograd.Function):
     """The operator, recorded with less work for the host."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs: object) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Takes the operator's inputs, returns its result."""
         output = operators.call(torch.ops.conddetr.relu_dropout.default, *inputs)
         _setup(ctx, inputs, output)

@@ -3,9 +3,10 @@
 Autocast changes nothing here: phases are float32 for every input dtype, and the result has the promoted input dtype.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.sine import reference
@@ -92,12 +93,12 @@ def _fake_backward(
     return torch.empty_like(points), points.new_empty(0) if transform is None else torch.empty_like(transform)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     points, transform, ctx.dim, ctx.temperature = inputs
     ctx.save_for_backward(points, transform)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple:
     points, transform = ctx.saved_tensors
     gradients = ops.sine_embedding_backward(grad.contiguous(), points, transform, ctx.dim, ctx.temperature)
     return gradients[0], None if transform is None else gradients[1], None, None

@@ -4,9 +4,10 @@ PyTorch's autocast casts each weight and each gradient with a separate kernel: h
 a microsecond of work.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import addresses, operators, paths, registry
 from conddetr.kernels.weights import layout, reference
@@ -128,7 +129,7 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, recipes: list[Recipe], which: list[int], dtype: torch.dtype, *parts: Tensor
+        ctx: Any, recipes: list[Recipe], which: list[int], dtype: torch.dtype, *parts: Tensor
     ) -> tuple[Tensor, ...]:
         """`which`: for each result the number of its recipe."""
         from conddetr.kernels.weights import triton
@@ -142,7 +143,7 @@ class _Prepare(torch.autograd.Function):
 
     @staticmethod
     @operators.first_derivatives("prepare_weights")
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         from conddetr.kernels.weights import triton
 
         # Gradients of results that are not trained are None.

@@ -1,12 +1,11 @@
 """Functions that encoder and decoder layers share: linear layers, residual branches, the feed-forward network."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import add_norm, relu_dropout
 from conddetr.kernels.weights import Recipe
@@ -58,7 +57,7 @@ class _Linear(torch.autograd.Function):
     """A linear layer with a bias for every row and an optional ReLU."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
         # Not `F.linear`: in some versions of PyTorch it returns a view, which must not be changed in place.
         out = x.new_empty(*x.shape[:-1], len(weight))
         product = torch._addmm_activation if relu else torch.addmm
@@ -67,7 +66,7 @@ class _Linear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, activated = ctx.saved_tensors
         if activated is not None:
             grad = torch.ops.aten.threshold_backward(grad, activated, 0)
@@ -187,7 +186,7 @@ class AddToFirst(torch.autograd.Function):
     """Add in place to the first channels of a tensor without other users: neither it nor its gradient is split."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, addend: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, addend: Tensor) -> Tensor:
         """x [..., C] and addend [..., c], c ≤ C, which images may share -> x."""
         ctx.shape = addend.shape
         x[..., : addend.shape[-1]].add_(addend)
@@ -195,6 +194,6 @@ class AddToFirst(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, and its first channels."""
         return grad, grad[..., : ctx.shape[-1]].sum_to_size(ctx.shape)

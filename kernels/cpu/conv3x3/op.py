@@ -5,9 +5,10 @@ CPUs, where PyTorch does them all; on GPUs cuDNN chooses its algorithm. Gradient
 same kinds.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, registry
 from conddetr.kernels.cpu.conv3x3 import reference
@@ -127,12 +128,12 @@ def _convolve(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     return torch.ops.conddetr_native.convolution_3x3(x, weight, None, transposed, False)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, _, ctx.transposed, relu = inputs
     ctx.save_for_backward(x, weight, output if relu else None)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, out = ctx.saved_tensors
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -148,11 +149,11 @@ def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor 
     return grad_x, grad_weight, grad_bias, None, None
 
 
-def _setup_weight(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_weight(ops: object, ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_weight(ops: Any, ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of weights is linear in x and in grad."""
     x, grad = ctx.saved_tensors
     grad_x = _convolve(grad, upstream, True) if ctx.needs_input_grad[0] else None

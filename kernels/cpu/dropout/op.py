@@ -5,9 +5,10 @@ takes longer than the products. On GPUs dropout before a sum is PyTorch's (`add_
 operator can apply ReLU too, for `relu_dropout`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from conddetr.kernels import operators, paths, registry
 from conddetr.kernels.common.seed import fresh_seed
@@ -64,13 +65,13 @@ def _fake(x: Tensor, residual: Tensor | None, seed: Tensor, p: float, relu: bool
     return torch.empty_like(x)
 
 
-def _setup(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, residual, seed, ctx.p, ctx.relu = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(seed, output if ctx.relu else None)
 
 
-def _differentiate(ops: object, ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ops: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     seed, output = ctx.saved_tensors
     if ctx.relu:
         # A positive output means that x was positive and kept.
