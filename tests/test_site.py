@@ -32,6 +32,7 @@ def make_site(tmp_path):
         (tmp_path / "source" / "op.py").write_text('"""Not a link: [no](nowhere.md)."""\n')
         (tmp_path / "docs" / "guide.md").write_text(page)
         (tmp_path / "docs" / "dot.png").write_bytes(b"a picture")
+        (tmp_path / "docs" / "site.css").write_text("/* a style */")
         config = (ROOT / "mkdocs.yml").read_text()
         sections = [re.search(rf"^{key}:.*\n(?: .*\n)*", config, re.MULTILINE)[0] for key in ("hooks", "validation")]
         text = "".join(["site_name: small\nuse_directory_urls: false\nplugins: []\n", *sections])
@@ -48,7 +49,7 @@ def test_links_lead_to_the_pages_of_files_and_folders(make_site):
     links = re.findall(r'(?:href|src)="([^"#]+)"', text[text.index("<h1") :])
     targets = ["../index.html", "../source/op.py.html", "../source.html", "../other/index.html", "dot.png"]
     assert [link for link in links if link in targets] == [*targets, "../index.html", "dot.png", "../source/op.py.html"]
-    for link in targets:
+    for link in [*targets, "site.css"]:
         assert (site / "docs" / link).is_file(), link
     assert "[no](nowhere.md)" in re.sub(r"<[^>]*>", "", (site / "source" / "op.py.html").read_text())
     assert "op.py" in (site / "source.html").read_text()

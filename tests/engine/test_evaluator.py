@@ -216,10 +216,10 @@ def test_ids_of_any_size_are_kept_apart(library, images, first_annotation):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_libraries_get_the_info_that_old_versions_read(library, monkeypatch):
     """pycocotools 2.0.9 and 2.0.10 read `info` of the annotations when they load results."""
-    package = pytest.importorskip(library)
-    load_results = package.COCO.loadRes if hasattr(package, "COCO") else package.coco.COCO.loadRes
+    module = pytest.importorskip("pycocotools.coco" if library == "pycocotools" else library)
+    load_results = module.COCO.loadRes
     monkeypatch.setattr(
-        package.COCO if hasattr(package, "COCO") else package.coco.COCO,
+        module.COCO,
         "loadRes",
         lambda self, detections: load_results(self, detections) if "info" in self.dataset else pytest.fail("no info"),
     )

@@ -1,6 +1,7 @@
 """`accelerate(model, graphs=True)`: the same training with its body replayed, and calls without graphs."""
 
 import copy
+from inspect import signature
 
 import pytest
 import torch
@@ -89,6 +90,8 @@ def test_call_that_requests_more_runs_without_graphs(options, reason, caplog):
 
 def test_gradient_checkpointing_runs_without_graphs(caplog):
     *_, graphed = models()
+    if not graphed.supports_gradient_checkpointing:
+        pytest.skip("transformers before 5 has no gradient checkpointing for this model")
     graphed.gradient_checkpointing_enable()
     assert run_and_record(graphed)[0] == {"called without": 1}
     assert "gradient checkpointing is on" in caplog.text
@@ -105,6 +108,8 @@ def test_evaluation_runs_as_before(caplog):
 
 def test_additional_argument_of_the_trainer_is_irrelevant():
     *_, graphed = models()
+    if "kwargs" not in signature(graphed.forward).parameters:
+        pytest.skip("the Trainer of transformers before 5 gives this model no additional argument")
     run_and_record(graphed)
     assert run_and_record(graphed, num_items_in_batch=torch.tensor(7))[0] == {"replayed": 1}
 
