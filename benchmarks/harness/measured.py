@@ -137,10 +137,10 @@ def combined(verdicts: list[Verdict], where: str) -> Verdict:
     return replace(verdicts[0], refused=refused, error=None if None in errors else max(errors), speedup=speedup)
 
 
-def worst_of(of_gpus: dict[str, list[Verdict]]) -> Iterator[Verdict]:
+def worst_of(verdicts_by_gpu: dict[str, list[Verdict]]) -> Iterator[Verdict]:
     """One verdict for each operation, backend and dtype: of the GPU that refuses it, or gains least from it."""
     combined_by_key: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
-    for gpu, all_verdicts in of_gpus.items():
+    for gpu, all_verdicts in verdicts_by_gpu.items():
         same: dict[tuple[str, str, str], list[Verdict]] = defaultdict(list)
         for verdict in all_verdicts:
             same[verdict.operation, verdict.backend, verdict.dtype].append(verdict)

@@ -167,13 +167,13 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     return chosen, notes
 
 
-def _check_preset(of_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+def _check_preset(in_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
     """Refuse a preset if the file sets model options of another preset, which would override it."""
-    described = [option.name for option in fields(ModelConfig) if option.name in of_file]
-    named = flags.get("preset", of_file.get("preset"))
-    if described and of_file.get("preset", named) != named:
+    described = [option.name for option in fields(ModelConfig) if option.name in in_file]
+    named = flags.get("preset", in_file.get("preset"))
+    if described and in_file.get("preset", named) != named:
         raise ValueError(
-            f"--preset {named}: the configuration file is for {of_file['preset']} and sets {len(described)} options "
+            f"--preset {named}: the configuration file is for {in_file['preset']} and sets {len(described)} options "
             f"of its model, first {described[0]!r}: remove preset and model from the file."
         )
 

@@ -126,7 +126,7 @@ def preset_name(family: str, backbone: str, dilation: bool) -> str:
 
 PRESETS: dict[str, ModelConfig] = {
     preset_name(family, size["backbone"], size.get("dilation", False)): ModelConfig(
-        **{"family": family, **FAMILIES[family].of_presets, **size}
+        **{"family": family, **FAMILIES[family].preset_options, **size}
     )
     for family in FAMILIES
     for size in _SIZES

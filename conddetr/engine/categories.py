@@ -7,7 +7,7 @@ from collections import Counter
 log = logging.getLogger(__name__)
 
 
-def category_ids_of(classes: list[dict], of_data: list[dict], by_name: bool = False) -> list[int]:
+def category_ids_of(classes: list[dict], categories: list[dict], by_name: bool = False) -> list[int]:
     """The data set's category id of every label of a model.
 
     Categories match if ids and names are the same. If ids differ, but no id has two names, categories are matched by
@@ -15,7 +15,7 @@ def category_ids_of(classes: list[dict], of_data: list[dict], by_name: bool = Fa
     official checkpoints, are matched by id, also with a warning.
 
     Args:
-        classes, of_data: `id` and `name` of every label of the model, and of every category of the data set.
+        classes, categories: `id` and `name` of every label of the model, and of every category of the data set.
         by_name: match by name and ignore ids.
 
     Raises:
@@ -24,12 +24,12 @@ def category_ids_of(classes: list[dict], of_data: list[dict], by_name: bool = Fa
     """
     ids = [category["id"] for category in classes]
     names_by_id = {category["id"]: category["name"] for category in classes}
-    differing = [category for category in of_data if names_by_id.get(category["id"]) != category["name"]]
+    differing = [category for category in categories if names_by_id.get(category["id"]) != category["name"]]
     if not differing:
         return ids
     first = differing[0]
     if all(_is_nameless(category) for category in classes) and all(
-        category["id"] in names_by_id for category in of_data
+        category["id"] in names_by_id for category in categories
     ):
         log.warning(
             "The model's classes have no names: they are matched by id, id %s is %r.", first["id"], first["name"]
@@ -43,7 +43,7 @@ def category_ids_of(classes: list[dict], of_data: list[dict], by_name: bool = Fa
             f"model ({len(clashing)} such ids): use the annotations that the model was trained on, or, if the same "
             "names mean the same classes, match them by name (--classes-by-name, by_name=True)."
         )
-    return _ids_by_name(classes, of_data)
+    return _ids_by_name(classes, categories)
 
 
 def _is_nameless(category: dict) -> bool:
@@ -51,10 +51,10 @@ def _is_nameless(category: dict) -> bool:
     return category["name"] in (f"{category['id']}", f"LABEL_{category['id']}")
 
 
-def _ids_by_name(classes: list[dict], of_data: list[dict]) -> list[int]:
+def _ids_by_name(classes: list[dict], categories: list[dict]) -> list[int]:
     """As `category_ids_of`, by names alone; labels that the data set lacks get unused ids."""
-    names, ids = Counter(category["name"] for category in classes), {c["name"]: c["id"] for c in of_data}
-    for category in of_data:
+    names, ids = Counter(category["name"] for category in classes), {c["name"]: c["id"] for c in categories}
+    for category in categories:
         if names[category["name"]] == 0:
             raise ValueError(
                 f"The data set has a category that the model lacks, id {category['id']} ({category['name']!r}): "
@@ -65,7 +65,7 @@ def _ids_by_name(classes: list[dict], of_data: list[dict]) -> list[int]:
                 f"Two categories have the name {category['name']!r}, and their ids do not distinguish them: use "
                 "unique names in the data set and in the model."
             )
-    first = of_data[0]
+    first = categories[0]
     log.warning(
         "The data set and the model number their classes differently: they are matched by name, %r is id %s.",
         first["name"],

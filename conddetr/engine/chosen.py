@@ -86,9 +86,9 @@ def chosen(
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     parts = {"attention": _attention(model, backend, device, dtype)}
     if trains:
-        of_losses = loss_backend(backend)
-        parts["matching"] = _part("linear_assignment", of_losses, device, torch.float32, model.num_queries)
-        parts["loss"] = _part(PARTS[model.family].loss_operation, of_losses, device, torch.float32)
+        loss_choice = loss_backend(backend)
+        parts["matching"] = _part("linear_assignment", loss_choice, device, torch.float32, model.num_queries)
+        parts["loss"] = _part(PARTS[model.family].loss_operation, loss_choice, device, torch.float32)
     parts["backbone"] = Part(f"{PYTORCH}, compiled") if compiled else _backbone(model, backend, device, dtype)
     left_out = _left_out(device, dtype) if backend == "auto" else ()
     return Chosen(parts, precision, float32_products(device), left_out)

@@ -162,7 +162,7 @@ class StepGraphs:
 
     def _recorded(self, window: Sequence[Batch], packed: Sequence[PackedTargets], tensors: tuple) -> _Recorded:
         inputs = _Inputs(*tensors, self._limits.device)
-        window, packed, normalizer, numbers = inputs.of_step(window, packed)
+        window, packed, normalizer, numbers = inputs.step_inputs(window, packed)
         results: list[Tensor] = []
 
         def run() -> None:
@@ -213,7 +213,7 @@ class _Inputs:
         for destination, value in zip(self._pictures, images, strict=True):
             destination.copy_(value, non_blocking=True)
 
-    def of_step(
+    def step_inputs(
         self, window: Sequence[Batch], packed: Sequence[PackedTargets]
     ) -> tuple[list[Batch], list[PackedTargets], Tensor, Tensor]:
         """The arguments of a step that reads these inputs; the inverse of `_tensors`."""

@@ -119,7 +119,7 @@ def _note_shared_images(train_set: "CocoDetection", val_set: "CocoDetection") ->
 
 def evaluation_set(
     chosen: Mapping[str, Any],
-    of_run: DataConfig | None,
+    training_data: DataConfig | None,
     classes: Sequence[dict[str, Any]],
     model: ModelConfig,
     split: str = "val",
@@ -130,8 +130,8 @@ def evaluation_set(
     images. With `val_fraction`, or on the detector's own training data: the images that training holds out.
 
     Args:
-        chosen: fields of `DataConfig`; if they name no images, they override fields of `of_run`.
-        of_run: the detector's training data, if known.
+        chosen: fields of `DataConfig`; if they name no images, they override fields of `training_data`.
+        training_data: the detector's training data, if known.
         classes: the detector's classes.
         model: the detector's configuration.
         split: `val` or `test` of a `dataset`.
@@ -147,7 +147,7 @@ def evaluation_set(
     from conddetr.data.synthetic import SyntheticShapes
     from conddetr.data.transforms import EvalTransform
 
-    data = _evaluation_data(chosen, of_run, classes)
+    data = _evaluation_data(chosen, training_data, classes)
     transform = EvalTransform(model)
     if split != "val" and data.kind != "dataset":
         raise ValueError(unused("split", data.kind))
@@ -169,7 +169,7 @@ def evaluation_set(
 
 
 def _evaluation_data(
-    chosen: Mapping[str, Any], of_run: DataConfig | None, classes: Sequence[dict[str, Any]]
+    chosen: Mapping[str, Any], training_data: DataConfig | None, classes: Sequence[dict[str, Any]]
 ) -> DataConfig:
     """The data that `evaluation_set` reads; a file to be evaluated completely is its `val_annotations`."""
     from conddetr.data.synthetic import CLASSES
@@ -180,7 +180,9 @@ def _evaluation_data(
             raise ValueError(f"Unknown data option {name!r}.{nearest(name, known)}")
     if chosen.get("val_annotations"):
         folder = (
-            chosen.get("val_folder") or chosen.get("images") or (of_run.val_folder or of_run.images if of_run else "")
+            chosen.get("val_folder")
+            or chosen.get("images")
+            or (training_data.val_folder or training_data.images if training_data else "")
         )
         data = DataConfig(annotations=chosen["val_annotations"], images=folder)
         used = {"val_annotations", "val_folder" if chosen.get("val_folder") else "images"}
@@ -189,8 +191,8 @@ def _evaluation_data(
         used = {"annotations": {"annotations", "images", "val_fraction"}, "dataset": {"dataset", "val_fraction"}}.get(
             data.kind, {data.kind}
         )
-    elif of_run is not None:
-        data, used = replace(of_run, **chosen), _changeable(of_run)
+    elif training_data is not None:
+        data, used = replace(training_data, **chosen), _changeable(training_data)
     else:
         names = [category["name"] for category in classes]
         data, used = DataConfig(**chosen), _OF_SHAPES
@@ -221,9 +223,9 @@ def official_evaluation(data: DataConfig, chosen: Collection[str]) -> dict[str, 
         ValueError: an option has no effect with the others.
     """
     data.check_used()
-    of_training = {"train_images"} | ({"annotations", "val_fraction"} if data.val_annotations else set())
-    of_training |= {"images"} if data.val_folder else set()
-    given = {name: value for name, value in asdict(data).items() if name in chosen and name not in of_training}
+    training_only = {"train_images"} | ({"annotations", "val_fraction"} if data.val_annotations else set())
+    training_only |= {"images"} if data.val_folder else set()
+    given = {name: value for name, value in asdict(data).items() if name in chosen and name not in training_only}
     default = asdict(DataConfig())
     keeps_share = data.kind == "annotations"
     return {
@@ -237,12 +239,12 @@ _OF_SHAPES = {"train_images", "val_images"}
 """Options of synthetic shapes; a script may pass the same options to `evaluate` as to `train`."""
 
 
-def _changeable(of_run: DataConfig) -> set[str]:
+def _changeable(training_data: DataConfig) -> set[str]:
     """Options that may override a training's data: which of its images are evaluated, or where they are."""
-    if of_run.val_annotations:
-        return {"val_folder"} if of_run.val_folder else {"val_folder", "images"}
+    if training_data.val_annotations:
+        return {"val_folder"} if training_data.val_folder else {"val_folder", "images"}
     by_kind = {"synthetic": _OF_SHAPES, "annotations": {"images", "val_fraction"}, "dataset": {"val_fraction"}}
-    return by_kind.get(of_run.kind, set())
+    return by_kind.get(training_data.kind, set())
 
 
 def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:

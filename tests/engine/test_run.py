@@ -42,8 +42,8 @@ def own(small_coco):
 OWN_FILE = DataConfig(annotations="x", images="y", val_annotations="z", val_folder="f")
 
 
-def evaluated(chosen, of_run=None):
-    return evaluation_set(chosen, of_run, SHAPES, MODEL)
+def evaluated(chosen, training_data=None):
+    return evaluation_set(chosen, training_data, SHAPES, MODEL)
 
 
 def test_all_images_of_a_named_file_are_evaluated(folder, own):
@@ -52,9 +52,9 @@ def test_all_images_of_a_named_file_are_evaluated(folder, own):
     assert evaluated(own).image_ids == [100, 101]
     assert evaluated({"val_annotations": own["val_annotations"], "images": own["val_folder"]}).image_ids == [100, 101]
     # Independent of the detector's training data.
-    for of_run in (DataConfig(), DataConfig(coco_path="/nowhere"), DataConfig(**folder)):
-        assert evaluated(own, of_run).source == own["val_annotations"]
-        assert len(evaluated(folder, of_run)) == 10
+    for training_data in (DataConfig(), DataConfig(coco_path="/nowhere"), DataConfig(**folder)):
+        assert evaluated(own, training_data).source == own["val_annotations"]
+        assert len(evaluated(folder, training_data)) == 10
 
 
 def test_held_out_images_are_described_as_a_part(folder):
@@ -70,16 +70,16 @@ def test_held_out_images_are_described_as_a_part(folder):
 
 
 def test_validation_file_of_the_training_is_the_default(folder, own):
-    of_run = DataConfig(**folder, **own)
-    assert evaluated({}, of_run).source == own["val_annotations"]
-    assert data_sets(of_run, MODEL)[1].source == own["val_annotations"]
+    training_data = DataConfig(**folder, **own)
+    assert evaluated({}, training_data).source == own["val_annotations"]
+    assert data_sets(training_data, MODEL)[1].source == own["val_annotations"]
 
 
 def test_validation_images_may_have_moved(folder, own, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(own["val_folder"], moved)
-    of_run = DataConfig(**folder, **own)
-    assert evaluated({"val_folder": str(moved)}, of_run).image_dir == moved
+    training_data = DataConfig(**folder, **own)
+    assert evaluated({"val_folder": str(moved)}, training_data).image_dir == moved
     one_folder = DataConfig(**folder, val_annotations=own["val_annotations"])
     for name in ("images", "val_folder"):
         assert evaluated({name: str(moved)}, one_folder).image_dir == moved
@@ -163,7 +163,7 @@ def test_training_options_without_effect_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "of_run", "message"),
+    ("chosen", "training_data", "message"),
     [
         ({"images": "x"}, None, "annotations is missing"),
         ({"images": "x"}, DataConfig(), "annotations is missing"),
@@ -185,9 +185,9 @@ def test_training_options_without_effect_are_refused(options, message):
         ({"annotation": "x"}, None, r"Unknown data option 'annotation'\. Did you mean 'annotations'"),
     ],
 )
-def test_evaluation_options_without_effect_are_refused(chosen, of_run, message):
+def test_evaluation_options_without_effect_are_refused(chosen, training_data, message):
     with pytest.raises(ValueError, match=message):
-        evaluated(chosen, of_run)
+        evaluated(chosen, training_data)
 
 
 def test_splits_with_different_categories_are_refused(small_coco, own):

@@ -14,9 +14,9 @@ from conddetr.kernels import registry
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import run, small_batch, small_dab, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
-IS_OLD = hasattr(theirs, "DetrAttention")
+IS_OLD = hasattr(modeling, "DetrAttention")
 """Before transformers 5: the decoder layers hold the projections."""
 
 

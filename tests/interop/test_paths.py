@@ -11,9 +11,9 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
 
 from small_huggingface import small_batch, small_dab, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
-IS_OLD = hasattr(theirs, "DetrAttention")
+IS_OLD = hasattr(modeling, "DetrAttention")
 TIMM = {"use_timm_backbone": True, "backbone": "resnet18", "backbone_config": None}
 SDPA = {"PyTorch's scaled_dot_product_attention"}
 OURS = {"conditional_attention"}

@@ -7,12 +7,12 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import small_batch, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as hf_modeling
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 import conddetr
 from null_gpu.counts import counted
 
-if not hasattr(hf_modeling, "ConditionalDetrDecoderCrossAttention"):
+if not hasattr(modeling, "ConditionalDetrDecoderCrossAttention"):
     pytest.skip("the encoder of transformers before 5 is left as it is", allow_module_level=True)
 
 

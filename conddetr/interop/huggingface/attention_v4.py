@@ -1,7 +1,7 @@
 """transformers 4.5x (tested: 4.57) and 5.0: the decoder layers hold the projections; attention is matrix products."""
 
 from torch import Tensor
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
 from conddetr.interop.huggingface.calls import is_plain_call, runs_ours
@@ -11,7 +11,7 @@ from conddetr.kernels import paths
 from conddetr.model.attention import self_attention
 
 
-class EncoderSelfAttention(theirs.DetrAttention):
+class EncoderSelfAttention(modeling.DetrAttention):
     """PyTorch's fused attention; ours on a CPU."""
 
     def forward(
@@ -42,7 +42,7 @@ class EncoderSelfAttention(theirs.DetrAttention):
         return self.out_proj(attended), None
 
 
-class DecoderAttention(theirs.ConditionalDetrAttention):
+class DecoderAttention(modeling.ConditionalDetrAttention):
     """Self-attention of the queries, or conditional cross-attention: then queries and keys are twice as wide, and
     each head has its content half first, its spatial half after it.
     """
@@ -74,7 +74,7 @@ class DecoderAttention(theirs.ConditionalDetrAttention):
         return self.out_proj(attended), None
 
 
-class Decoder(theirs.ConditionalDetrDecoder):
+class Decoder(modeling.ConditionalDetrDecoder):
     """The sine embedding runs in one kernel; the mask of the keys is a view, made without waiting for the device."""
 
     def forward(
@@ -89,7 +89,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
-    ) -> theirs.ConditionalDetrDecoderOutput | tuple:
+    ) -> modeling.ConditionalDetrDecoderOutput | tuple:
         """As the base class, which documents the arguments."""
         options = {
             "output_attentions": output_attentions,
@@ -119,4 +119,4 @@ class Decoder(theirs.ConditionalDetrDecoder):
             object_queries,
             query_position_embeddings,
         )
-        return theirs.ConditionalDetrDecoderOutput(**fields)
+        return modeling.ConditionalDetrDecoderOutput(**fields)

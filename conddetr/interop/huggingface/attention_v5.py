@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
 from conddetr.interop.huggingface.calls import as_shipped, asking_waits, is_plain_call, runs_ours, wants_more
@@ -19,7 +19,7 @@ _KNOWN_MASKS = ("eager", "sdpa", "conddetr")
 """Attention implementations that take the masks of `mask_of_keys`."""
 
 
-class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
+class EncoderSelfAttention(modeling.ConditionalDetrSelfAttention):
     """Native kernels on a CPU; elsewhere the model's `attn_implementation`."""
 
     def forward(
@@ -37,7 +37,7 @@ class EncoderSelfAttention(theirs.ConditionalDetrSelfAttention):
         return _attend(self, self.q_proj(positioned), self.k_proj(positioned), hidden_states, attention_mask), None
 
 
-class DecoderSelfAttention(theirs.ConditionalDetrDecoderSelfAttention):
+class DecoderSelfAttention(modeling.ConditionalDetrDecoderSelfAttention):
     """Like `EncoderSelfAttention`, for the queries."""
 
     def forward(
@@ -70,7 +70,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, tokens: Tensor, mask:
     return module.o_proj(attended)
 
 
-class EncoderLayer(theirs.ConditionalDetrEncoderLayer):
+class EncoderLayer(modeling.ConditionalDetrEncoderLayer):
     """On a GPU it does not wait for the check that all values are finite."""
 
     def forward(
@@ -106,18 +106,18 @@ def _finite(tokens: Tensor) -> Tensor:
 
 _ENCODER_KINDS = frozenset(
     (
-        theirs.ConditionalDetrEncoderLayer,
+        modeling.ConditionalDetrEncoderLayer,
         EncoderLayer,
-        theirs.ConditionalDetrSelfAttention,
+        modeling.ConditionalDetrSelfAttention,
         EncoderSelfAttention,
-        theirs.ConditionalDetrMLP,
+        modeling.ConditionalDetrMLP,
         nn.ReLU,
     )
 )
 """Classes of the parts of encoder layers that fused operations support."""
 
 
-class Encoder(theirs.ConditionalDetrEncoder):
+class Encoder(modeling.ConditionalDetrEncoder):
     """Fused operations on a GPU; else its layers, whose mask is a view, made without waiting for the device."""
 
     backend: str
@@ -141,8 +141,8 @@ class Encoder(theirs.ConditionalDetrEncoder):
                 return BaseModelOutput(last_hidden_state=memory)
         paths.note("encoder", "modules")
         if needs_original or not asking_waits(inputs_embeds):
-            with as_shipped(self, theirs.ConditionalDetrEncoder):
-                return theirs.ConditionalDetrEncoder.forward(
+            with as_shipped(self, modeling.ConditionalDetrEncoder):
+                return modeling.ConditionalDetrEncoder.forward(
                     self, inputs_embeds, attention_mask, spatial_position_embeddings, **kwargs
                 )
 
@@ -154,7 +154,7 @@ class Encoder(theirs.ConditionalDetrEncoder):
         return BaseModelOutput(last_hidden_state=tokens)
 
 
-class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
+class CrossAttention(modeling.ConditionalDetrDecoderCrossAttention):
     """Concatenates nothing and writes no scores. Requested attention maps come from transformers."""
 
     def forward(
@@ -210,12 +210,12 @@ class CrossAttention(theirs.ConditionalDetrDecoderCrossAttention):
 
 _DECODER_KINDS = frozenset(
     (
-        theirs.ConditionalDetrDecoderLayer,
-        theirs.ConditionalDetrDecoderSelfAttention,
+        modeling.ConditionalDetrDecoderLayer,
+        modeling.ConditionalDetrDecoderSelfAttention,
         DecoderSelfAttention,
         CrossAttention,
-        theirs.ConditionalDetrMLP,
-        theirs.ConditionalDetrMLPPredictionHead,
+        modeling.ConditionalDetrMLP,
+        modeling.ConditionalDetrMLPPredictionHead,
         nn.ModuleList,
         nn.ReLU,
     )
@@ -223,7 +223,7 @@ _DECODER_KINDS = frozenset(
 """Like `_ENCODER_KINDS`, for the decoder."""
 
 
-class Decoder(theirs.ConditionalDetrDecoder):
+class Decoder(modeling.ConditionalDetrDecoder):
     """The sine embedding runs in one kernel; the mask of the keys is a view, made without waiting for the device."""
 
     def forward(
@@ -235,15 +235,15 @@ class Decoder(theirs.ConditionalDetrDecoder):
         spatial_position_embeddings: Tensor | None = None,
         object_queries_position_embeddings: Tensor | None = None,
         **kwargs: object,
-    ) -> theirs.ConditionalDetrDecoderOutput:
+    ) -> modeling.ConditionalDetrDecoderOutput:
         """As the base class, which documents the arguments."""
         implementation = self.config._attn_implementation
         is_plain = is_plain_call(self, encoder_hidden_states, encoder_attention_mask, kwargs)
         has_known_mask = implementation in _KNOWN_MASKS
         if not (is_plain and has_known_mask and runs_ours(self.backend, encoder_hidden_states)):
             paths.note("decoder", "transformers' own")
-            with as_shipped(self, theirs.ConditionalDetrDecoder):
-                return theirs.ConditionalDetrDecoder.forward(
+            with as_shipped(self, modeling.ConditionalDetrDecoder):
+                return modeling.ConditionalDetrDecoder.forward(
                     self,
                     inputs_embeds,
                     attention_mask,
@@ -258,7 +258,7 @@ class Decoder(theirs.ConditionalDetrDecoder):
         with registry.demanded(self.backend):
             fields = fast_decoder.decode(self, inputs_embeds, encoder_hidden_states, *inputs, _DECODER_KINDS)
         if fields is not None:
-            return theirs.ConditionalDetrDecoderOutput(**fields)
+            return modeling.ConditionalDetrDecoderOutput(**fields)
         dtype = inputs_embeds.dtype if implementation == "eager" else None
         fields = decode(
             self,
@@ -269,4 +269,4 @@ class Decoder(theirs.ConditionalDetrDecoder):
             object_queries_position_embeddings,
             **kwargs,
         )
-        return theirs.ConditionalDetrDecoderOutput(**fields)
+        return modeling.ConditionalDetrDecoderOutput(**fields)

@@ -1,7 +1,7 @@
 """timm's plain ResNets with frozen batch norm: the norm is folded into the convolution, also in training."""
 
 from torch import Tensor, nn
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
@@ -13,7 +13,7 @@ Maps = list[tuple[Tensor, Tensor]]
 """For each stage, the feature map and its mask [B, h, w] bool."""
 
 
-class ConvEncoder(theirs.ConditionalDetrConvEncoder):
+class ConvEncoder(modeling.ConditionalDetrConvEncoder):
     """In channels-last, with norms folded within the graph."""
 
     backend: str

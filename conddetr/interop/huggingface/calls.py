@@ -46,12 +46,12 @@ def wants_more(config: object, options: dict) -> bool:
 
 
 @contextmanager
-def as_shipped(module: nn.Module, theirs: type[nn.Module]) -> Iterator[None]:
+def as_shipped(module: nn.Module, original: type[nn.Module]) -> Iterator[None]:
     """Give the module transformers' own class meanwhile: transformers records outputs of layers by the class's name."""
     accelerated = type(module)
-    module.__class__ = theirs
+    module.__class__ = original
     try:
         yield
     finally:
-        if accelerated is not theirs:  # else another thread is inside, which restores the class
+        if accelerated is not original:  # else another thread is inside, which restores the class
             module.__class__ = accelerated

@@ -4,7 +4,7 @@ Its sine embedding stays: it embeds boxes, is recomputed in every layer and scal
 """
 
 from torch import Tensor
-from transformers.models.dab_detr import modeling_dab_detr as theirs
+from transformers.models.dab_detr import modeling_dab_detr as modeling
 
 from conddetr.interop.huggingface.attention import as_under_autocast, cross_attention
 from conddetr.interop.huggingface.backbone import Maps, encode
@@ -14,7 +14,7 @@ from conddetr.kernels import paths, registry
 from conddetr.model.attention import self_attention
 
 
-class ConvEncoder(theirs.DabDetrConvEncoder):
+class ConvEncoder(modeling.DabDetrConvEncoder):
     """In channels-last, with norms folded within the graph."""
 
     backend: str
@@ -26,7 +26,7 @@ class ConvEncoder(theirs.DabDetrConvEncoder):
         return super().forward(pixel_values, pixel_mask) if maps is None else maps
 
 
-class EncoderSelfAttention(theirs.DetrAttention):
+class EncoderSelfAttention(modeling.DetrAttention):
     """PyTorch's fused attention; ours on a CPU."""
 
     def forward(
@@ -48,7 +48,7 @@ class EncoderSelfAttention(theirs.DetrAttention):
         return self.out_proj(attended), None
 
 
-class CrossAttention(theirs.DabDetrAttention):
+class CrossAttention(modeling.DabDetrAttention):
     """Conditional cross-attention: queries and keys are twice as wide as values, and each head has its content half
     first, its spatial half after it.
     """
@@ -78,6 +78,6 @@ class CrossAttention(theirs.DabDetrAttention):
         return self.output_proj(attended), None
 
 
-def is_cross_attention(module: theirs.DabDetrAttention) -> bool:
+def is_cross_attention(module: modeling.DabDetrAttention) -> bool:
     """Whether this is the cross-attention to the image; the queries' self-attention has the same class."""
     return module.embed_dim == 2 * module.output_dim

@@ -1,7 +1,7 @@
 """transformers' Conditional DETR without its heads as CUDA graphs: forward and backward, one pair per padded shape."""
 
 from torch import Tensor, is_grad_enabled, nn
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from conddetr.capture import MAX_GRAPHS
 from conddetr.graphed import Graphs
@@ -13,14 +13,14 @@ _IRRELEVANT = frozenset(("return_dict", "num_items_in_batch"))
 """Keywords that do not change the model's outputs; the second is from transformers' Trainer."""
 
 
-class Model(theirs.ConditionalDetrModel):
+class Model(modeling.ConditionalDetrModel):
     """In training both passes are replayed, unless a call requests more than its outputs."""
 
     graphs: Graphs | None
 
     def forward(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, *others: object, **kwargs: object
-    ) -> theirs.ConditionalDetrModelOutput:
+    ) -> modeling.ConditionalDetrModelOutput:
         """As the base class, which documents the arguments."""
         outputs = None
         if self.graphs is not None and self.training and is_grad_enabled():
@@ -40,7 +40,7 @@ def graph_body(model: nn.Module, graphs: bool, report: AccelerationReport) -> No
         if type(body) is Model:
             change(body, graphs=None)
         return
-    if type(body) not in (theirs.ConditionalDetrModel, Model):
+    if type(body) not in (modeling.ConditionalDetrModel, Model):
         report.left.append(Part("graphs of the body", 1, f"{type(body).__name__} is another class and stays"))
         return
     change(body, Model, graphs=Graphs())

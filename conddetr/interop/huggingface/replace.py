@@ -13,7 +13,7 @@ from functools import partial
 import transformers
 from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 from conddetr.interop.changes import change
 from conddetr.interop.hooks import has_own_forward, report_hooks
@@ -80,7 +80,7 @@ def replacements(model: nn.Module) -> list[Replacement]:
             Replacement("encoder self-attention", dab_detr.EncoderSelfAttention, FUSED_ATTENTION),
             Replacement("cross-attention", dab_detr.CrossAttention, is_meant=dab_detr.is_cross_attention),
         ]
-    if hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+    if hasattr(modeling, "ConditionalDetrDecoderCrossAttention"):
         from conddetr.interop.huggingface import attention_v5 as structure
 
         attention = [
@@ -88,7 +88,7 @@ def replacements(model: nn.Module) -> list[Replacement]:
             Replacement("encoder layer", structure.EncoderLayer, NO_WAIT),
             Replacement("cross-attention", structure.CrossAttention),
         ]
-    elif hasattr(theirs, "ConditionalDetrAttention") and hasattr(theirs, "DetrAttention"):
+    elif hasattr(modeling, "ConditionalDetrAttention") and hasattr(modeling, "DetrAttention"):
         from conddetr.interop.huggingface import attention_v4 as structure
 
         attention = [
@@ -128,7 +128,7 @@ def accelerate_model(
         graph_body(model, graphs, report)
     if _is_dab(model):
         _report_dab(model, report)
-    elif hasattr(theirs, "ConditionalDetrSelfAttention"):
+    elif hasattr(modeling, "ConditionalDetrSelfAttention"):
         _replace_self_attention(model, backend, choice, report)
     report_hooks(model, report, _fallback(model, backend))
 
@@ -172,7 +172,7 @@ def _report_dab(model: nn.Module, report: AccelerationReport) -> None:
 
 
 def _self_attention() -> list[Replacement]:
-    if not hasattr(theirs, "ConditionalDetrSelfAttention"):
+    if not hasattr(modeling, "ConditionalDetrSelfAttention"):
         return []
     from conddetr.interop.huggingface import attention_v5 as structure
 

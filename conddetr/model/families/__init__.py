@@ -24,7 +24,7 @@ class Family:
     """Extra logits after those of the classes: 1 for a no-object class, else 0."""
     own_options: tuple[str, ...]
     """Fields of `ModelConfig` that the other families do not have."""
-    of_presets: Mapping[str, Any]
+    preset_options: Mapping[str, Any]
     """Fields of `ModelConfig` in which its presets differ from the defaults."""
     known_by: str
     """Name, within a decoder layer, of a tensor that every layer of this family has and no other family does."""
@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
         activation="sigmoid",
         no_object_logits=0,
         own_options=("csq", "reference_points"),
-        of_presets={},
+        preset_options={},
         known_by="ca_qcontent_proj.weight",
     ),
     "detr": Family(
@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
         activation="softmax",
         no_object_logits=1,
         own_options=("cross_attention_positions",),
-        of_presets={"num_queries": 100, "class_weight": 1.0, "class_cost": 1.0},
+        preset_options={"num_queries": 100, "class_weight": 1.0, "class_cost": 1.0},
         known_by="multihead_attn.in_proj_weight",
     ),
 }

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from small_huggingface import batch, run, small_config, small_model  # noqa: E402
 from transformers import ConditionalDetrForObjectDetection  # noqa: E402
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss  # noqa: E402
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling  # noqa: E402
 
 from conddetr.interop.huggingface import attention, loss  # noqa: E402
 from conddetr.interop.huggingface.loss import detection_loss  # noqa: E402
@@ -73,7 +73,7 @@ def test_backbone_of_timm_is_exact_in_float64(name):
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
     model = small_model(use_timm_backbone=True, backbone=name, backbone_config=None).double().train()
     for module in model.modules():
-        if isinstance(module, theirs.ConditionalDetrFrozenBatchNorm2d):
+        if isinstance(module, modeling.ConditionalDetrFrozenBatchNorm2d):
             for buffer in (module.weight, module.running_var, module.bias, module.running_mean):
                 buffer.uniform_(0.5, 1.5)
     inputs = batch(True, torch.float64)
@@ -89,7 +89,7 @@ def test_backbone_of_timm_is_exact_in_float64(name):
     with torch.no_grad():
         first = model(**inputs).logits
         assert torch.allclose(first, before["logits"], rtol=1e-8, atol=1e-8)
-        next(m for m in model.modules() if isinstance(m, theirs.ConditionalDetrConvEncoder)).model["bn1"].bias += 1
+        next(m for m in model.modules() if isinstance(m, modeling.ConditionalDetrConvEncoder)).model["bn1"].bias += 1
         second = model(**inputs).logits
     assert not torch.allclose(second, first, atol=1e-3)
     assert torch.allclose(second, run(model, inputs)["logits"], rtol=1e-8, atol=1e-8)
@@ -156,11 +156,11 @@ def test_state_dict_class_copies_and_pickles_stay():
 def test_self_attention_is_native_on_cpus_only():
     model = small_model()
     names = {"encoder self-attention", "decoder self-attention"}
-    if hasattr(theirs, "DetrAttention"):
+    if hasattr(modeling, "DetrAttention"):
         names = {"encoder self-attention", "decoder attention"}
     assert names <= {part.name for part in accelerate(model, "native").replaced}
     model(**batch(True)).loss.backward()
-    if not hasattr(theirs, "DetrAttention"):
+    if not hasattr(modeling, "DetrAttention"):
         assert names <= {part.name for part in accelerate(model, "eager").left}
 
 
@@ -245,12 +245,12 @@ def test_loss_equals_the_loss_of_transformers(counts, has_auxiliary):
 
 def test_unsupported_parts_are_left_and_listed(monkeypatch):
     model = small_model(focal_alpha=0.5)
-    monkeypatch.setattr(theirs.ConditionalDetrDecoder, "forward", lambda self, something_new: something_new)
+    monkeypatch.setattr(modeling.ConditionalDetrDecoder, "forward", lambda self, something_new: something_new)
     report = accelerate(model, "eager")
     notes = {part.name: part.note for part in report.left}
     assert "something_new" in notes["sine embedding, λ ⊙ p_s"]
     assert "focal_alpha 0.5" in notes["matcher and loss"]
-    assert type(model.model.decoder) is theirs.ConditionalDetrDecoder
+    assert type(model.model.decoder) is modeling.ConditionalDetrDecoder
     assert model.loss_function is DeformableDetrForObjectDetectionLoss
     assert "left as it was  matcher and loss" in str(report)
 

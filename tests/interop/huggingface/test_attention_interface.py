@@ -14,9 +14,9 @@ from conddetr.kernels import native, registry
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import run, small_batch, small_model  # noqa: E402
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs  # noqa: E402
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling  # noqa: E402
 
-CAN_REGISTER = hasattr(theirs, "ALL_ATTENTION_FUNCTIONS")
+CAN_REGISTER = hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 needs_choice = pytest.mark.skipif(not CAN_REGISTER, reason="transformers before 5 has no choice of attention")
 needs_native = pytest.mark.skipif(native.NOT_LOADED is not None, reason=str(native.NOT_LOADED))
 
@@ -124,7 +124,7 @@ def test_registration_can_be_combined_with_accelerate():
 def test_a_mask_of_pairs_is_respected():
     """Our kernels mask keys only, so PyTorch's attention takes it."""
     conddetr.register_attention()
-    ours, eager = transformers.AttentionInterface()["conddetr"], theirs.eager_attention_forward
+    ours, eager = transformers.AttentionInterface()["conddetr"], modeling.eager_attention_forward
     module = SimpleNamespace(is_causal=False, training=False)
     query, key, value = torch.randn(2, 4, 5, 32), torch.randn(2, 4, 7, 32), torch.randn(2, 4, 7, 16)
     allowed = torch.rand(2, 1, 5, 7) > 0.3
@@ -163,7 +163,7 @@ def test_attention_of_other_models_is_refused(is_causal, heads, options, reason)
 def test_old_transformers_and_unknown_backend_raise_errors(monkeypatch):
     with pytest.raises(ValueError, match=r"backend: expected one of auto, .* got 'fast'"):
         conddetr.register_attention("fast")
-    monkeypatch.delattr(theirs, "ALL_ATTENTION_FUNCTIONS", raising=False)
+    monkeypatch.delattr(modeling, "ALL_ATTENTION_FUNCTIONS", raising=False)
     with pytest.raises(
         RuntimeError, match=rf"transformers {transformers.__version__} has no choice of attention .*accelerate\(model"
     ):

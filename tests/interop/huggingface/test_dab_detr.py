@@ -10,7 +10,7 @@ from conddetr.kernels import native, registry
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import run, small_batch, small_dab
-from transformers.models.dab_detr import modeling_dab_detr as theirs
+from transformers.models.dab_detr import modeling_dab_detr as modeling
 
 from conddetr.interop.huggingface import attention, dab_detr
 
@@ -57,7 +57,7 @@ def test_report_lists_the_code_that_runs(monkeypatch):
     ]  # fmt: skip
     assert {part.name for part in report.left} == {"decoder self-attention", "sine embedding", "backbone"}
     kinds = [type(module) for module in model.modules()]
-    assert kinds.count(dab_detr.CrossAttention) == kinds.count(theirs.DabDetrAttention) == 3
+    assert kinds.count(dab_detr.CrossAttention) == kinds.count(modeling.DabDetrAttention) == 3
 
     calls = []
 

@@ -12,13 +12,13 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 
 from small_huggingface import run, small_batch, small_config, small_model
 from transformers import ConditionalDetrForObjectDetection
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 import conddetr
 from conddetr.kernels import registry
 from conddetr.model.fast import layers as fast_layers
 
-if not hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+if not hasattr(modeling, "ConditionalDetrDecoderCrossAttention"):
     pytest.skip("before transformers 5 the layers are called as modules", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ pytest.importorskip("transformers", reason="transformers is not installed (pip i
 
 from recorder import CAPTURE
 from small_huggingface import run, small_batch, small_dab, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 import conddetr
 from conddetr.graphed import Graphs
@@ -122,7 +122,7 @@ def test_graphs_can_be_switched_off_and_undone():
     conddetr.accelerate(model)
     assert model.model.graphs is None
     conddetr.decelerate(model)
-    assert type(model.model) is theirs.ConditionalDetrModel
+    assert type(model.model) is modeling.ConditionalDetrModel
     assert "graphs" not in vars(model.model)
 
 

@@ -6,11 +6,11 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
 
 from small_huggingface import batch, run, small_model
-from transformers.models.conditional_detr import modeling_conditional_detr as theirs
+from transformers.models.conditional_detr import modeling_conditional_detr as modeling
 
 import conddetr
 
-if not hasattr(theirs, "ConditionalDetrDecoderCrossAttention"):
+if not hasattr(modeling, "ConditionalDetrDecoderCrossAttention"):
     pytest.skip("the encoder of transformers before 5 is not replaced", allow_module_level=True)
 
 from conddetr.interop.huggingface import attention_v5 as structure
