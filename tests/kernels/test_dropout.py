@@ -155,5 +155,5 @@ def test_errors():
         dropout_add(x, x[0], P)
     with pytest.raises(registry.BackendError, match="no kernels of this backend"):
         dropout_add(x, x, P, "triton")
-    with pytest.raises(RuntimeError, match="no residual with it"):
+    with pytest.raises(RuntimeError, match="expected no residual with ReLU"):
         operator(x, 1, x, relu=True)

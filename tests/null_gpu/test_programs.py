@@ -51,7 +51,7 @@ def test_training_with_workers_evaluates_and_resumes(train, options, tmp_path, c
     said = capsys.readouterr().out
     has_graphs = "--no-cuda-graphs" not in options
     assert ("preflight: 4 images of" in said) == ("--preflight" in options)
-    assert ("CUDA graphs: batches come in 1 shape, at most 32 graphs" in said) == has_graphs
+    assert ("CUDA graphs: batches come in 1 shape, each is recorded" in said) == has_graphs
     assert counts.refused_in_capture == 0
     # Six steps per epoch.
     assert counts.graph_launches == 12 * has_graphs
