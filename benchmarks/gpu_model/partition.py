@@ -37,7 +37,7 @@ class _Step:
     event: str
     """A further effect, see `_EVENTS`; empty: none."""
     pending: int
-    """Of a wait for groups: this many may still be in flight."""
+    """Groups of copies that may still be in flight after a wait for groups."""
 
 
 _EVENTS = {

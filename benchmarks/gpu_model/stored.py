@@ -21,7 +21,7 @@ class Row:
 
     implementation: str
     variant: str
-    """What it computes, independent of its settings: `32 channels, separable, dropout`."""
+    """Its computation, independent of its settings: `32 channels, separable, dropout`."""
     figures: Figures
 
     @property

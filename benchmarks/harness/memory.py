@@ -21,7 +21,7 @@ def peaks(runs: dict[str, Run], refused: dict[str, str]) -> dict[str, int]:
 
 
 def _peak_extra_bytes(run: Run) -> int:
-    """Of the second call: the first may compile, or allocate buffers that stay."""
+    """Measured in the second call: the first may compile, or allocate buffers that stay."""
     run()
     torch.cuda.synchronize()
     peak = allocated_by(run)

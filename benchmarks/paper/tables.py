@@ -170,7 +170,7 @@ class Measured:
 
     parameters: int | None = None
     gflops: float | None = None
-    """Of the algorithm as the paper writes it."""
+    """For the algorithm as the paper writes it."""
     executed_gflops: float | None = None
     """With the fused kernels and separable spatial keys."""
     decoder_gflops: float | None = None

@@ -31,7 +31,7 @@ class PublicWeights:
     repository: str = ""
     """On HuggingFace's hub; empty: the file is downloaded by hand, from the page."""
     sha256: str = ""
-    """Of the file, in full or its first digits; empty: unknown."""
+    """The file's checksum, in full or its first digits; empty: unknown."""
     license: str = "Apache-2.0"
     classes: str = "COCO's category ids, 91 with the unused ones"
     tried: bool = False

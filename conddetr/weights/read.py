@@ -43,7 +43,7 @@ class Weights:
     state: dict[str, Tensor]
     """Under our names."""
     config: configs.ModelConfig | None = None
-    """Of one of our checkpoints."""
+    """The configuration in one of our checkpoints; None: it is another file."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig` that another checkpoint states."""
     classes: list[dict[str, Any]] | None = None
@@ -51,7 +51,7 @@ class Weights:
     run: dict[str, Any] | None = None
     """Configuration of the training run."""
     metrics: dict[str, float] | None = None
-    """Of the last evaluation in training."""
+    """Metrics of the last evaluation in training."""
     notes: list[str] = field(default_factory=list)
     """How the weights were found, if it is not obvious."""
     ignored: list[str] = field(default_factory=list)

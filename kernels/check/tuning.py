@@ -47,7 +47,7 @@ class Choice:
     fastest: Tiles
     shipped: Tiles
     speedup: float | None
-    """Of the kernel's pass, relative to the shipped settings; None: the shipped settings are not correct here."""
+    """Speed-up of the kernel's pass over the shipped settings; None: the shipped settings are not correct here."""
 
 
 @dataclass

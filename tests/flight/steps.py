@@ -56,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the commands depend on."""
+    """The options of a flight that its commands depend on."""
 
     python: str
     """The interpreter with the PyTorch to test."""
