@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -41,6 +42,9 @@ def process_group(device: str = "") -> Iterator[torch.device]:
         yield target
     finally:
         dist.destroy_process_group()
+        # Gloo's thread needs Python's global lock (GIL) to free its last tensors. In PyTorch 2.11, freeing a
+        # DistributedDataParallel waits for that thread while it holds the lock: a deadlock, if it came first.
+        time.sleep(0.1)
 
 
 def _has_group() -> bool:
