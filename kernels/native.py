@@ -30,9 +30,16 @@ NOT_LOADED = _load()
 """The reason why native kernels are missing; None if they are loaded."""
 # Read once: torch.compile traces `why_not`, and cannot trace a call of the library.
 _INFO = importlib.import_module("conddetr._C").build_info() if NOT_LOADED is None else {}
-_ARCHITECTURE = re.compile(r"(\d+)(\d)([af]?)(\+PTX)?")
-_MATCHES = [match for name in _INFO.get("architectures", []) if (match := _ARCHITECTURE.fullmatch(name))]
-_BUILT = [((int(match[1]), int(match[2])), match[3], match[4] is not None) for match in _MATCHES]
+
+
+def _parsed(architecture: str) -> tuple[tuple[int, int], str, bool]:
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", architecture)
+    if match is None:
+        raise ValueError(f"The native kernels were built for {architecture!r}, which is no GPU architecture.")
+    return (int(match[1]), int(match[2])), match[3], match[4] is not None
+
+
+_BUILT = [_parsed(name) for name in _INFO.get("architectures", [])]
 """Compute capability, suffix, and whether PTX exists, for every architecture of the build."""
 
 

@@ -65,7 +65,9 @@ def register(
         fake, backward, setup, flops, is_gradient: see `Description`.
     """
     _DESCRIPTIONS[name] = Description(fake, backward, setup, flops, is_gradient)
-    if schema is not None and launch is not None:
+    if schema is not None:
+        if launch is None:
+            raise ValueError(f"{name}: a schema needs `launch`.")
         torch.library.define(f"conddetr::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.impl(f"conddetr::{name}", ("cpu", "cuda"), on_their_device(launch))
         describe("conddetr", name)

@@ -30,8 +30,7 @@ OPERATIONS: dict[str, dict[str, str]] = {
     "conv": {"convolution pair": "convolution_pair", "convolution": "convolution"},
     "conv3x3": {"": "convolution_3x3"},
     "cost": {"": "matching_cost"},
-    # Result files of `dropout` from before `relu_dropout` had its own benchmark hold both operations.
-    "dropout": {"dropout_add": "dropout_add", "relu_dropout": "relu_dropout"},
+    "dropout": {"": "dropout_add"},
     "errors": {"": "prediction_errors"},
     "focal": {"": "focal_loss"},
     "match": {"": "linear_assignment"},

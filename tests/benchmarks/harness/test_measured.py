@@ -151,8 +151,6 @@ def test_results_of_a_gpu_without_its_capability_are_an_error(write, tmp_path, c
         ("conv", conv.Problem("3×3", 2, (800, 1066), True), "convolution"),
         ("dropout", dropout.Problem(600, torch.bfloat16), "dropout_add"),
         ("relu_dropout", relu_dropout.Problem(600, torch.bfloat16), "relu_dropout"),
-        # The title is the same in older result files, which hold both operations.
-        ("dropout", relu_dropout.Problem(600, torch.bfloat16), "relu_dropout"),
         ("sine", sine.Problem("sine_embedding", 100, torch.float32, True), "sine_embedding"),
         ("sine", sine.Problem("conditional_spatial_query", 100, torch.float32, True), "conditional_spatial_query"),
     ],
