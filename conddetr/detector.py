@@ -150,8 +150,8 @@ class Detector:
         A detector with weights starts from them, without its class head if the classes differ.
 
         Args:
-            options: fields of `RunConfig`, `DataConfig` and `TrainConfig` in `conddetr.config`: the options of
-                `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
+            options: fields of `RunConfig`, `DataConfig`, `TrainConfig` and `AugmentConfig` in `conddetr.config`: the
+                options of `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
 
         Returns:
             COCO's twelve metrics of the last evaluation.

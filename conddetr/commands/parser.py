@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, NoReturn, get_args
 
 from conddetr.config import PRESETS, Backend, Precision
-from conddetr.config.flags import add_data_options, add_options
+from conddetr.config.flags import add_augment_options, add_data_options, add_options
 from conddetr.engine.progress import StandardOutput
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_export,
         _add_demo,
         _add_validate_data,
+        _add_show_data,
         _add_bench_data,
         _add_env,
         _add_check,
@@ -152,6 +153,33 @@ def _add_validate_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--fix", metavar="OUT.json", help="write a cleaned copy of --annotations to this file, and list the changes"
     )
     parser.add_argument("--processes", type=int, help="number of processes that read images; default: one per core")
+
+
+def _add_show_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = commands.add_parser(
+        "show-data",
+        help="draw training images as training will see them",
+        allow_abbrev=False,
+        description="Draw training images with their boxes, each beside the versions that the first epochs of a "
+        "training with this seed see. Data and augmentation options are those of train.",
+    )
+    parser.set_defaults(module="show_data")
+    add_data_options(parser)
+    add_augment_options(parser)
+    parser.add_argument(
+        "--preset",
+        default="",
+        metavar="NAME",
+        help="the preset whose image sizes are used; default: as for train",
+    )
+    parser.add_argument("--count", type=int, default=8, help="number of images, chosen at random by the seed")
+    parser.add_argument("--versions", type=int, default=6, help="epochs that are shown of each image")
+    parser.add_argument("--seed", type=int, default=42, help="as for train; another seed also chooses other images")
+    parser.add_argument(
+        "--out",
+        default="runs/show-data",
+        help="folder for the pictures; only pictures of the same images that show-data drew earlier are replaced",
+    )
 
 
 def _add_bench_data(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from conddetr.config.augment import AugmentConfig
 from conddetr.config.checks import nearest, plain_type
 from conddetr.config.model import ModelConfig
 from conddetr.config.run import DataConfig, option_help, option_types, read_config
@@ -103,13 +104,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `DataConfig`; `chosen_data` reads them."""
-    _add_flags(parser, {option.name: plain_type(option.type) for option in fields(DataConfig)})
+    _add_flags(parser, _types_of(DataConfig))
+
+
+def add_augment_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of `AugmentConfig`; `chosen_augment` reads them."""
+    _add_flags(parser, _types_of(AugmentConfig))
 
 
 def chosen_data(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of `DataConfig` that were given as flags of `add_data_options`."""
+    return _chosen(options, DataConfig)
+
+
+def chosen_augment(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `AugmentConfig` that were given as flags of `add_augment_options`."""
+    return _chosen(options, AugmentConfig)
+
+
+def _types_of(section: type) -> dict[str, type]:
+    return {option.name: plain_type(option.type) for option in fields(section)}
+
+
+def _chosen(options: argparse.Namespace, section: type) -> dict[str, Any]:
     given = vars(options)
-    return {option.name: given[option.name] for option in fields(DataConfig) if option.name in given}
+    return {option.name: given[option.name] for option in fields(section) if option.name in given}
 
 
 def _add_flags(parser: argparse.ArgumentParser, types: Mapping[str, type]) -> None:
@@ -143,7 +162,7 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
 
     Raises:
         ValueError: an official flag requests a feature that is not implemented; the message names it. Or the file and
-            `--preset` describe different models.
+            `--preset` describe different models, or the file and `--augment` different augmentations.
         FileNotFoundError: no such configuration file.
     """
     given = vars(options)
@@ -158,6 +177,7 @@ def chosen_options(options: argparse.Namespace) -> tuple[dict[str, Any], list[st
     chosen = read_config(options.config) if options.config else {}
     flags = {name: given[name] for name in option_types() if name in given}
     _check_preset(chosen, flags)
+    _check_augment(chosen, flags)
     chosen = {**chosen, **flags}
     if "official_flag" in given and "precision" not in chosen:
         chosen["precision"] = "float32"
@@ -175,6 +195,17 @@ def _check_preset(in_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
         raise ValueError(
             f"--preset {named}: the configuration file is for {in_file['preset']} and sets {len(described)} options "
             f"of its model, first {described[0]!r}: remove preset and model from the file."
+        )
+
+
+def _check_augment(in_file: Mapping[str, Any], flags: Mapping[str, Any]) -> None:
+    """Refuse a set of augmentations if the file sets switches of another set, which would override it."""
+    switches = [option.name for option in fields(AugmentConfig) if option.name in in_file and option.name != "augment"]
+    named = flags.get("augment", in_file.get("augment"))
+    if switches and in_file.get("augment", named) != named:
+        raise ValueError(
+            f"--augment {named}: the configuration file is for {in_file['augment']} and sets {len(switches)} of its "
+            f"switches, first {switches[0]!r}: remove the section augment from the file."
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conddetr.config import model as models
+from conddetr.config.augment import AugmentConfig, shapes_augment
 from conddetr.config.build import Backend, Precision, check_build
 from conddetr.config.checks import check_values, nearest, plain_type
 from conddetr.config.model import ModelConfig
@@ -221,13 +222,14 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, as stored in checkpoints and in `config.json`; `resolve_run` reads them again."""
         return asdict(self)
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "augment": AugmentConfig}
 
 
 def option_types() -> dict[str, type]:
@@ -253,7 +255,7 @@ def option_help() -> dict[str, str]:
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, with the sections `model`, `data` and `train` merged into the others.
+    """Options by name, with the sections `model`, `data`, `train` and `augment` merged into the others.
 
     Raises:
         ValueError: an option is given twice.
@@ -272,8 +274,8 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     """A checked run from options by name; absent options take the preset's defaults.
 
     Args:
-        values: options of `RunConfig`, `ModelConfig`, `DataConfig` and `TrainConfig`, flat or under the keys
-            `model`, `data` and `train`.
+        values: options of `RunConfig`, `ModelConfig`, `DataConfig`, `TrainConfig` and `AugmentConfig`, flat or under
+            the keys `model`, `data`, `train` and `augment`.
 
     Raises:
         ValueError: unknown option (with the nearest name), an option given twice, a wrong type, a value out of range.
@@ -288,7 +290,8 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     def part(section: type) -> dict[str, Any]:
         return {option.name: flat[option.name] for option in fields(section) if option.name in flat}
 
-    run = part(RunConfig)
+    # The section `augment` has an option of that name.
+    run = {name: value for name, value in part(RunConfig).items() if name not in SECTIONS}
     data = DataConfig(**part(DataConfig))
     has_images = data.dataset or data.coco_path or data.annotations or data.val_annotations
     default = "conditional-detr-r50" if has_images else "conditional-detr-tiny"
@@ -298,8 +301,9 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     # A ResNet from random weights learns little; the tiny backbone has no pretrained weights.
     run.setdefault("pretrained_backbone", not is_tiny)
     train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
+    augment = (AugmentConfig if has_images else shapes_augment)(**part(AugmentConfig))
     run["preset"] = models.preset_name(model.family, model.backbone, model.dilation)
-    resolved = RunConfig(model=model, data=data, train=train, **run)
+    resolved = RunConfig(model=model, data=data, train=train, augment=augment, **run)
     check_build(model.backbone, resolved.backend, resolved.pretrained_backbone)
     check_values(resolved, "Run option")
     return resolved

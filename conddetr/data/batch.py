@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from conddetr.config.checks import check_least
+from conddetr.data.augment.plans import Mosaic, Plan
 from conddetr.data.images import to_model_input
-from conddetr.data.transforms import Plan, augmentation_generator
+from conddetr.data.transforms import augmentation_generator
 from conddetr.processes import can_start_workers, ignore_interrupts, interrupts_held
 
 PREFETCH = 2
@@ -135,7 +136,7 @@ class BatchPlan:
     """One batch before it is loaded."""
 
     indices: list[int]
-    plans: list[Plan]
+    plans: list[Plan | Mosaic]
     shape: tuple[int, int]
     """(H, W) to pad to."""
 
@@ -222,14 +223,14 @@ class EpochBatches(Sampler[BatchPlan]):
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
 
-    def _plan(self, index: int) -> Plan:
+    def _plan(self, index: int) -> Plan | Mosaic:
         return self.dataset.plan(index, augmentation_generator(self.seed, self.epoch, index))
 
-    def _shape(self, plans: list[Plan]) -> tuple[int, int]:
+    def _shape(self, plans: list[Plan | Mosaic]) -> tuple[int, int]:
         height, width = max(plan.height for plan in plans), max(plan.width for plan in plans)
         return _smallest_fit(self.shapes, height, width) if self.shapes else (height, width)
 
-    def _grouped(self, indices: list[int], plans: dict[int, Plan], size: int) -> list[list[int]]:
+    def _grouped(self, indices: list[int], plans: dict[int, Plan | Mosaic], size: int) -> list[list[int]]:
         """Full batches of one shape each, in the order of their last images; then the remainders by shape."""
         groups: dict[tuple[int, int], list[int]] = {shape: [] for shape in self.shapes}
         full = []
@@ -384,7 +385,7 @@ def _bucket_shapes(dataset: Dataset, seed: int, count: int) -> list[tuple[int, i
     return sorted(set(shapes), key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def _sample_plans(dataset: Dataset, seed: int) -> list[Plan]:
+def _sample_plans(dataset: Dataset, seed: int) -> list[Plan | Mosaic]:
     step = max(1, len(dataset) // _SHAPE_SAMPLES)
     return [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(0, len(dataset), step)]
 

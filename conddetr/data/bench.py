@@ -12,10 +12,12 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.transforms import functional as official
 
+from conddetr.config.augment import AugmentConfig
 from conddetr.config.checks import check_least
+from conddetr.data.augment.plans import Plan
 from conddetr.data.coco import CocoDetection
 from conddetr.data.images import MEAN, STD, read_reduced, to_model_input
-from conddetr.data.transforms import Plan, augmentation_generator
+from conddetr.data.transforms import augmentation_generator
 
 MAX_LEVELS = 2.0
 """Limit for the difference of any pixel from the official chain's, in grey levels (of 255), if a file is decoded whole.
@@ -81,17 +83,19 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
     """Time both chains in turn, on one thread, after checking that they agree.
 
     Args:
-        dataset: with a `TrainTransform`.
+        dataset: with a `TrainTransform` of the set `paper`.
         images: number of images to use at most, from the first on.
         rounds: passes over the images.
         seed: for the augmentation.
 
     Raises:
-        ValueError: `images` or `rounds` below 1; an image is missing or damaged, or the chains disagree by more than
-            `MAX_LEVELS` or `MEAN_LEVELS`; names the image.
+        ValueError: `images` or `rounds` below 1; an augmentation that the official chain does not have; an image is
+            missing or damaged, or the chains disagree by more than `MAX_LEVELS` or `MEAN_LEVELS`; names the image.
     """
     check_least("images", images, 1)
     check_least("rounds", rounds, 1)
+    if dataset.augment.switches() != AugmentConfig("paper").switches():
+        raise ValueError(f"augment: the official chain has only 'paper', got {dataset.augment}.")
     count = min(images, len(dataset))
     plans = [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(count)]
 

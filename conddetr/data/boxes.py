@@ -1,4 +1,6 @@
-"""Meaning of a box's four numbers: x, y, width, height in pixels (correct), or fractions or two corners (wrong)."""
+"""Meaning of a box's four numbers: x, y, width, height in pixels (correct), or fractions or two corners (wrong); and
+whether they refer to the upright image, or to the image before its EXIF tag turns it.
+"""
 
 from dataclasses import dataclass
 
@@ -85,3 +87,31 @@ def _likeliest(boxes: np.ndarray) -> tuple[str, np.ndarray]:
     # The first one of equals.
     numbers = max(candidates, key=lambda name: count_inside(candidates[name]))
     return numbers, candidates[numbers]
+
+
+def stored_fault(
+    boxes: np.ndarray, annotated: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
+) -> str | None:
+    """Why annotations whose size differs from the upright image's cannot be used; None if they clearly refer to the
+    image as stored.
+
+    Args:
+        boxes: [n, 4] xywh in pixels.
+        annotated, upright, stored: (height, width) in the annotations, of the image turned by its EXIF tag, and of the
+            image as stored.
+    """
+    if annotated != stored:
+        return "Boxes would be misplaced: correct the annotations, or replace the file with the right one."
+    fits = {name: _fit(boxes, size) for name, size in (("stored", stored), ("upright", upright))}
+    if len(boxes) and (fits["upright"] or not fits["stored"]):
+        inside = "both ways" if all(fits.values()) else "only upright" if fits["upright"] else "neither way"
+        return (
+            f"That is the size as stored, before the EXIF tag turns the image, and the boxes fit {inside}. Write the "
+            "upright size, or save the image without the tag."
+        )
+    return None
+
+
+def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether no box exceeds the image by more than the tolerance."""
+    return not reaches_out(boxes, np.array([size])).any()

@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_dtype
 
+from conddetr.config.augment import AugmentConfig
 from conddetr.data.annotations import Annotations, read_annotations
-from conddetr.data.boxes import box_readings, reaches_out
+from conddetr.data.augment.draws import integer
+from conddetr.data.augment.plans import Mosaic, Plan
+from conddetr.data.boxes import box_readings, stored_fault
 from conddetr.data.images import image_sizes, read_reduced, to_model_input
 from conddetr.data.layouts import Layout, find_layout
 from conddetr.data.names import find_image
-from conddetr.data.transforms import EvalTransform, Plan, TrainTransform, apply, augmentation_generator
+from conddetr.data.transforms import EvalTransform, TrainTransform, apply, assemble, augmentation_generator
 
 log = logging.getLogger(__name__)
 
@@ -120,39 +123,65 @@ class CocoDetection(Dataset):
         folder = self.image_dir.resolve()
         return (os.path.join(folder, name) for name in self._annotations.names)
 
-    def plan(self, index: int, generator: Random) -> Plan:
+    @property
+    def augment(self) -> AugmentConfig:
+        """How the images are augmented."""
+        return self.transform.augment
+
+    def plan(self, index: int, generator: Random) -> Plan | Mosaic:
         """Sample the augmentation of an image; nothing is read."""
-        return self.transform.plan(*self._annotations.sizes[index].tolist(), generator)
+        augment = self.transform.augment
+        if augment.mosaic and generator.random() < augment.mosaic:
+            indices = [index, *(integer(0, len(self) - 1, generator) for _ in range(3))]
+            mosaic = self.transform.plan_mosaic(indices, self._annotations.sizes[indices].tolist(), generator)
+            if mosaic is not None:
+                return mosaic
+        boxes = self.objects_of(index)[0] if augment.crop == "keep-boxes" else None
+        return self.transform.plan(*self._annotations.sizes[index].tolist(), generator, boxes)
+
+    def whole_plan(self, index: int) -> Plan:
+        """The plan that changes nothing of an image."""
+        return Plan(False, None, *self._annotations.sizes[index].tolist())
+
+    def objects_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image's objects to train on: boxes [n, 4] float64, xyxy in pixels of the image, and labels [n] int64."""
+        rows = slice(*self._offsets[index : index + 2].tolist())
+        boxes = _clipped(self._annotations.boxes[rows], *self._annotations.sizes[index].tolist())
+        keep = _has_area(boxes) & ~self._annotations.crowds[rows]
+        return boxes[keep], self._labels[self._annotations.category_of[rows][keep]]
 
     def largest_shape(self) -> tuple[int, int]:
         """Short and long side, in pixels, that no planned image exceeds."""
         return self.transform.largest_shape()
 
-    def load(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
-        """Read an image and apply a plan.
+    def load(self, index: int, plan: Plan | Mosaic) -> tuple[Tensor, dict]:
+        """Read an image and apply a plan; for a mosaic, read its four images.
 
         Returns:
             [3, plan.height, plan.width] uint8, and the target: `labels` [n] int64, `boxes` [n, 4] cxcywh in [0, 1],
-            `image_id`, `original_size` (height, width).
+            `image_id`, `original_size` (height, width). The last two are those of the image with this index.
 
         Raises:
             FileNotFoundError, ValueError: the image is missing or damaged, or its size differs from the annotations';
                 names the file and the image id.
         """
+        if isinstance(plan, Mosaic):
+            return assemble([self._sample(*part) for part in zip(plan.indices, plan.tiles, strict=True)], plan)
+        return apply(*self._sample(index, plan), plan)
+
+    def _sample(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
+        """An image as it is decoded for a plan, and its target with boxes xyxy in pixels of that image."""
         image = self._read(index, plan)
         height, width = self._annotations.sizes[index].tolist()
-        rows = slice(*self._offsets[index : index + 2].tolist())
-        boxes = _clipped(self._annotations.boxes[rows], height, width)
-        keep = _has_area(boxes) & ~self._annotations.crowds[rows]
+        boxes, labels = self.objects_of(index)
         # Boxes are in pixels of the file; the image may be decoded at reduced size.
         ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height], dtype=torch.float32).repeat(2)
-        target = {
-            "labels": torch.from_numpy(self._labels[self._annotations.category_of[rows][keep]]),
-            "boxes": torch.from_numpy(boxes[keep].astype(np.float32)) * ratio,
+        return image, {
+            "labels": torch.from_numpy(labels),
+            "boxes": torch.from_numpy(boxes.astype(np.float32)) * ratio,
             "image_id": int(self._annotations.image_ids[index]),
             "original_size": (height, width),
         }
-        return apply(image, target, plan)
 
     def ground_truth(self) -> dict:
         """The annotations of these images in COCO's format, for evaluation."""
@@ -230,34 +259,6 @@ class CocoDetection(Dataset):
                 f"Image file {path}: the annotations give height × width {stored[0]}×{stored[1]}, but the upright "
                 f"image has {upright[0]}×{upright[1]}. {fault}"
             )
-
-
-def stored_fault(
-    boxes: np.ndarray, annotated: tuple[int, int], upright: tuple[int, int], stored: tuple[int, int]
-) -> str | None:
-    """Why annotations whose size differs from the upright image's cannot be used; None if they clearly refer to the
-    image as stored.
-
-    Args:
-        boxes: [n, 4] xywh in pixels.
-        annotated, upright, stored: (height, width) in the annotations, of the image turned by its EXIF tag, and of the
-            image as stored.
-    """
-    if annotated != stored:
-        return "Boxes would be misplaced: correct the annotations, or replace the file with the right one."
-    fits = {name: _fit(boxes, size) for name, size in (("stored", stored), ("upright", upright))}
-    if len(boxes) and (fits["upright"] or not fits["stored"]):
-        inside = "both ways" if all(fits.values()) else "only upright" if fits["upright"] else "neither way"
-        return (
-            f"That is the size as stored, before the EXIF tag turns the image, and the boxes fit {inside}. Write the "
-            "upright size, or save the image without the tag."
-        )
-    return None
-
-
-def _fit(boxes: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether no box exceeds the image by more than the tolerance."""
-    return not reaches_out(boxes, np.array([size])).any()
 
 
 def load_annotations(path: str | Path) -> dict:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from conddetr.config.augment import AugmentConfig
+from conddetr.data.augment.plans import Plan
 from conddetr.data.images import to_model_input
-from conddetr.data.transforms import Plan
 
 CLASSES = ("disk", "square", "triangle")
 MAX_SHAPES = 4
@@ -28,6 +29,7 @@ class SyntheticShapes(Dataset):
 
     endless = True
     is_annotated = True
+    augment = AugmentConfig("none")
 
     def __init__(self, length: int, seed: int, image_size: int = 128) -> None:
         """
@@ -59,6 +61,10 @@ class SyntheticShapes(Dataset):
     def plan(self, index: int, generator: Random | None = None) -> Plan:
         """A plan that changes nothing, because every image is new."""
         return Plan(False, None, self.image_size, self.image_size)
+
+    def whole_plan(self, index: int) -> Plan:
+        """As `plan`."""
+        return self.plan(index)
 
     def largest_shape(self) -> tuple[int, int]:
         """Short and long side of every image, in pixels."""

@@ -3,97 +3,138 @@
 The augmentation of an image is planned first, from its size and a generator alone, and applied later. So the shapes of
 a whole epoch are known before an image is read, and a plan does not depend on the process that reads the image.
 
-Source: DETR section A.4; `make_coco_transforms` of `datasets/coco.py` in the official code.
+Source of `paper`: DETR section A.4; `make_coco_transforms` of `datasets/coco.py` in the official code. The other parts
+are in `conddetr.data.augment`.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
+import torch
 from torch import Tensor
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.v2 import functional as F
 
 from conddetr.config import ModelConfig
+from conddetr.config.augment import AugmentConfig, AugmentSet
+from conddetr.data.augment.colour import apply_colour, plan_colour
+from conddetr.data.augment.crops import plan_crop, plan_jitter
+from conddetr.data.augment.draws import choice, coin, integer
+from conddetr.data.augment.mosaic import plan_mosaic
+from conddetr.data.augment.plans import Crop, Mosaic, Plan
 from conddetr.data.images import resized_shape
 
 _REFERENCE_SIZE = 800
 _SCALES = tuple(range(480, 801, 32))
 _CROP_SCALES = (400, 500, 600)
 _CROP_RANGE = (384, 600)
-
-
-@dataclass(frozen=True)
-class Crop:
-    """A resize to (`height`, `width`), then the rectangle [top, top + rows) × [left, left + columns) of it; pixels."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    rows: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps of one image's augmentation, in this order."""
-
-    flip: bool
-    """Mirror left and right."""
-    crop: Crop | None
-    height: int
-    """Height of the result, in pixels."""
-    width: int
-
-    def first_size(self) -> tuple[int, int]:
-        """Height and width of the first resize, in pixels."""
-        return (self.height, self.width) if self.crop is None else (self.crop.height, self.crop.width)
+LEAST_SIDE = 1.0
+"""Pixels. Large-scale jitter and mosaics drop smaller boxes, as torchvision's `SanitizeBoundingBoxes` does."""
 
 
 class TrainTransform:
-    """Random flip, then either a multi-scale resize, or a resize, a random crop and that resize.
+    """The augmentation of training images; `AugmentConfig` describes its parts.
 
-    All sizes are the official ones times `config.image_size` / 800.
+    Sizes of the multi-scale resize and of the random crop are the official ones times `config.image_size` / 800.
     """
 
     reduced_decoding = True
     """JPEGs much larger than their target are decoded at 1/2, 1/4, 1/8; pixels differ slightly, see `read_reduced`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, augment: AugmentConfig | AugmentSet = "paper") -> None:
+        """
+        Args:
+            config: the model's configuration, which gives the sizes.
+            augment: what to do; the name of a set stands for the set.
+        """
+        self.augment = AugmentConfig(augment) if isinstance(augment, str) else augment
         factor = config.image_size / _REFERENCE_SIZE
         self.scales = [round(size * factor) for size in _SCALES]
         self.crop_scales = [round(size * factor) for size in _CROP_SCALES]
         self.crop_range = [round(size * factor) for size in _CROP_RANGE]
-        self.max_size = config.max_image_size
+        self.short_side, self.max_size = config.image_size, config.max_image_size
 
-    def plan(self, height: int, width: int, generator: random.Random) -> Plan:
-        """Sample the augmentation of an image of this size."""
-        flip = _coin(generator)
-        crop = self._plan_crop(height, width, generator) if _coin(generator) else None
-        size = (height, width) if crop is None else (crop.rows, crop.columns)
-        return Plan(flip, crop, *resized_shape(*size, _choice(self.scales, generator), self.max_size))
+    def plan(self, height: int, width: int, generator: random.Random, boxes: np.ndarray | None = None) -> Plan:
+        """Sample the augmentation of an image of this size.
+
+        Args:
+            height, width: of the image, in pixels.
+            generator: the source of all choices.
+            boxes: [n, 4] xyxy in pixels of the image. Only crops that keep boxes need them.
+
+        Raises:
+            ValueError: the boxes are needed and not given.
+        """
+        augment = self.augment
+        flip = augment.flip and coin(generator)
+        if augment.crop != "keep-boxes":
+            boxes = np.empty((0, 4))
+        elif boxes is None:
+            raise ValueError("boxes: crops that keep boxes need them, got None.")
+        elif flip:
+            boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
+        crop = self._plan_crop(height, width, boxes, generator)
+        size = self._plan_size(*((height, width) if crop is None else (crop.rows, crop.columns)), generator)
+        least_side = 0.0
+        if augment.resize == "large-scale-jitter":
+            least_side = LEAST_SIDE
+            whole = Crop(height, width, 0, 0, height, width, resizes=False)
+            part, *size = plan_jitter(crop or whole, size, boxes, generator)
+            crop = None if part == whole else part
+        return Plan(flip, crop, *size, plan_colour(generator) if augment.colour else None, least_side)
+
+    def plan_mosaic(
+        self, indices: Sequence[int], sizes: Sequence[tuple[int, int]], generator: random.Random
+    ) -> Mosaic | None:
+        """Sample a mosaic of four images of these sizes, as large as the first would be at scale 1; None: too small."""
+        size = self._plan_size(*sizes[0], generator)
+        if min(size) < 2:
+            return None
+        mosaic = plan_mosaic(indices, sizes, size, self.augment.flip, generator)
+        return replace(mosaic, colour=plan_colour(generator)) if self.augment.colour else mosaic
 
     def __call__(self, image: Tensor, target: dict, generator: random.Random) -> tuple[Tensor, dict]:
-        """Plan and apply; arguments and result as in `apply`."""
-        return apply(image, target, self.plan(*image.shape[-2:], generator))
+        """Plan and apply; arguments and result as in `apply`.
+
+        Raises:
+            ValueError: mosaics are on, which need a data set.
+        """
+        if self.augment.mosaic:
+            raise ValueError("A mosaic needs other images of a data set: call the data set's `plan` and `load`.")
+        return apply(image, target, self.plan(*image.shape[-2:], generator, target["boxes"].double().numpy()))
 
     def largest_shape(self) -> tuple[int, int]:
         """Short and long side, in pixels, that no result exceeds."""
-        return max(self.scales), self.max_size
+        return max(self.scales) if self.augment.resize == "multi-scale" else self.short_side, self.max_size
 
-    def _plan_crop(self, height: int, width: int, generator: random.Random) -> Crop:
-        short_side = _choice(self.crop_scales, generator)
+    def _plan_size(self, height: int, width: int, generator: random.Random) -> tuple[int, int]:
+        """Height and width to which a part of an image is resized, before large-scale jitter."""
+        short_side = choice(self.scales, generator) if self.augment.resize == "multi-scale" else self.short_side
+        return resized_shape(height, width, short_side, self.max_size)
+
+    def _plan_crop(self, height: int, width: int, boxes: np.ndarray, generator: random.Random) -> Crop | None:
+        if self.augment.crop == "keep-boxes":
+            return plan_crop(height, width, boxes, generator)
+        is_cropped = self.augment.crop == "random" and coin(generator)
+        return self._plan_random_crop(height, width, generator) if is_cropped else None
+
+    def _plan_random_crop(self, height: int, width: int, generator: random.Random) -> Crop:
+        short_side = choice(self.crop_scales, generator)
         # The first resize has no official bound; this one keeps a 1×2000 strip from a side of a million pixels.
         resized = resized_shape(height, width, short_side, 8 * short_side)
         low, high = self.crop_range
-        rows, columns = (_integer(min(low, side), min(side, high), generator) for side in resized)
-        top = _integer(0, resized[0] - rows, generator)
-        left = _integer(0, resized[1] - columns, generator)
+        rows, columns = (integer(min(low, side), min(side, high), generator) for side in resized)
+        top = integer(0, resized[0] - rows, generator)
+        left = integer(0, resized[1] - columns, generator)
         return Crop(*resized, top, left, rows, columns)
 
 
 class EvalTransform:
     """Resize to the short side of the configuration; nothing random."""
+
+    augment = AugmentConfig("none")
 
     def __init__(self, config: ModelConfig, reduced_decoding: bool = False) -> None:
         """
@@ -104,8 +145,10 @@ class EvalTransform:
         self.short_side, self.max_size = config.image_size, config.max_image_size
         self.reduced_decoding = reduced_decoding
 
-    def plan(self, height: int, width: int, generator: random.Random | None = None) -> Plan:
-        """The resize of an image of this size; `generator` is not used."""
+    def plan(
+        self, height: int, width: int, generator: random.Random | None = None, boxes: np.ndarray | None = None
+    ) -> Plan:
+        """The resize of an image of this size; `generator` and `boxes` are not used."""
         return Plan(False, None, *resized_shape(height, width, self.short_side, self.max_size))
 
     def __call__(self, image: Tensor, target: dict, generator: random.Random | None = None) -> tuple[Tensor, dict]:
@@ -121,27 +164,48 @@ def apply(image: Tensor, target: dict, plan: Plan) -> tuple[Tensor, dict]:
     """Apply a plan to an image and its boxes.
 
     Args:
-        image: [3, H, W] uint8, with the size that the plan was made for.
+        image: [3, H, W] uint8, with the size that the plan was made for, or decoded at a reduced one.
         target: `labels` [n] int64 and `boxes` [n, 4] float32, xyxy in pixels; other entries are passed on.
 
     Returns:
-        image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes without area after
-        the crop are dropped, with their labels.
+        image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes that the plan drops,
+        and those without area after the crop, are dropped with their labels.
     """
-    boxes = target["boxes"]
-    if plan.flip:
-        image, boxes = _flip(image, boxes)
-    if plan.crop is not None:
-        image, boxes = _resize(image, boxes, plan.crop.height, plan.crop.width)
-        image, boxes = _crop(image, boxes, plan.crop)
-    image, boxes = _resize(image, boxes, plan.height, plan.width)
-    return image, finish({**target, "boxes": boxes}, plan.height, plan.width)
+    image, boxes = _place(image, target["boxes"], plan)
+    image = image if plan.colour is None else apply_colour(image, plan.colour)
+    return image, finish({**target, "boxes": boxes}, plan.height, plan.width, plan.least_side)
 
 
-def finish(target: dict, height: int, width: int) -> dict:
-    """Boxes from xyxy in pixels of a height × width image to cxcywh in [0, 1]; boxes without area are dropped."""
+def assemble(samples: Sequence[tuple[Tensor, dict]], mosaic: Mosaic) -> tuple[Tensor, dict]:
+    """Put the four images of a mosaic together, with their boxes.
+
+    Args:
+        samples: image and target of each, as `apply` takes them.
+
+    Returns:
+        image [3, mosaic.height, mosaic.width] uint8; the first image's target with the `labels` of all images, and
+        their `boxes` cxcywh in [0, 1]. Boxes with less than a pixel of height or width left are dropped.
+    """
+    canvas = torch.empty(mosaic.height, mosaic.width, 3, dtype=torch.uint8).permute(2, 0, 1)
+    boxes = []
+    for number, ((image, target), tile) in enumerate(zip(samples, mosaic.tiles, strict=True)):
+        top = mosaic.height - tile.height if number >= 2 else 0
+        left = mosaic.width - tile.width if number % 2 else 0
+        part, inside = _place(image, target["boxes"], tile)
+        canvas[:, top : top + tile.height, left : left + tile.width] = part
+        boxes.append(inside + inside.new_tensor([left, top, left, top]))
+    canvas = canvas if mosaic.colour is None else apply_colour(canvas, mosaic.colour)
+    labels = torch.cat([target["labels"] for _, target in samples])
+    target = {**samples[0][1], "labels": labels, "boxes": torch.cat(boxes)}
+    return canvas, finish(target, mosaic.height, mosaic.width, LEAST_SIDE)
+
+
+def finish(target: dict, height: int, width: int, least_side: float = 0.0) -> dict:
+    """Boxes from xyxy in pixels of a height × width image to cxcywh in [0, 1]; boxes without area, and those with a
+    side below `least_side` pixels, are dropped."""
     boxes = target["boxes"]
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    keep = ((sides > 0) & (sides >= least_side)).all(dim=1)
     scale = boxes.new_tensor([width, height, width, height])
     boxes = box_convert(boxes[keep], "xyxy", "cxcywh") / scale
     return {**target, "boxes": boxes, "labels": target["labels"][keep]}
@@ -153,6 +217,17 @@ def augmentation_generator(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random((seed << 96) | (epoch << 64) | index)
 
 
+def _place(image: Tensor, boxes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Flip, crop and resize; boxes are xyxy in pixels, before and after. Dropped boxes have no area."""
+    if plan.flip:
+        image, boxes = _flip(image, boxes)
+    if plan.crop is not None:
+        if plan.crop.resizes:
+            image, boxes = _resize(image, boxes, plan.crop.height, plan.crop.width)
+        image, boxes = _crop(image, boxes, plan.crop)
+    return _resize(image, boxes, plan.height, plan.width)
+
+
 def _flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     boxes = boxes.clone()
     boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
@@ -160,26 +235,32 @@ def _flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _crop(image: Tensor, boxes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
-    boxes = boxes - boxes.new_tensor([crop.left, crop.top, crop.left, crop.top])
-    boxes = clip_boxes_to_image(boxes, (crop.rows, crop.columns))
-    part = F.crop(image, crop.top, crop.left, crop.rows, crop.columns)
+    if crop.by_centre:
+        boxes = boxes * _is_centred(boxes, image.shape[-2:], crop)[:, None]
+    # Not whole numbers if the image was decoded at reduced size; boxes then move with the pixels that remain.
+    top, rows = _interval(crop.top, crop.rows, crop.height, image.shape[-2])
+    left, columns = _interval(crop.left, crop.columns, crop.width, image.shape[-1])
+    boxes = boxes - boxes.new_tensor([left, top, left, top])
+    boxes = clip_boxes_to_image(boxes, (rows, columns))
+    part = F.crop(image, top, left, rows, columns)
     # A copy: torch would make the colours of a part of interleaved rows planar, and resize them in twice the time.
     return part.permute(1, 2, 0).contiguous().permute(2, 0, 1), boxes
+
+
+def _is_centred(boxes: Tensor, size: Sequence[int], crop: Crop) -> Tensor:
+    """[n] bool: whether the centre of each box, in pixels of an image of this size, is in the rectangle."""
+    x = (boxes[:, 0] + boxes[:, 2]) / 2 * (crop.width / size[1])
+    y = (boxes[:, 1] + boxes[:, 3]) / 2 * (crop.height / size[0])
+    in_columns = (crop.left <= x) & (x < crop.left + crop.columns)
+    return in_columns & (crop.top <= y) & (y < crop.top + crop.rows)
+
+
+def _interval(start: int, length: int, planned: int, side: int) -> tuple[int, int]:
+    """Start and length of a part of a side, in whole pixels of an image with `side` instead of `planned` pixels."""
+    first = min(round(start * side / planned), side - 1)
+    return first, max(1, round((start + length) * side / planned) - first)
 
 
 def _resize(image: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     ratio = boxes.new_tensor([width / image.shape[-1], height / image.shape[-2]]).repeat(2)
     return F.resize(image, [height, width], antialias=True), boxes * ratio
-
-
-def _coin(generator: random.Random) -> bool:
-    return generator.random() < 0.5
-
-
-def _integer(low: int, high: int, generator: random.Random) -> int:
-    """Uniform in [low, high], from `random()` alone, the only method that Python promises not to change."""
-    return low + int(generator.random() * (high - low + 1))
-
-
-def _choice(values: list[int], generator: random.Random) -> int:
-    return values[_integer(0, len(values) - 1, generator)]

@@ -18,8 +18,7 @@ from rich.text import Text
 
 from conddetr.config.checks import check_least
 from conddetr.data.annotations import SECTIONS, Annotations, Scan, scan
-from conddetr.data.boxes import BoxReading, box_readings, reaches_out
-from conddetr.data.coco import stored_fault
+from conddetr.data.boxes import BoxReading, box_readings, reaches_out, stored_fault
 from conddetr.data.images import ImageSizes, ImageTooLargeError, PixelError, image_sizes, read_image
 from conddetr.data.names import find_image
 from conddetr.processes import can_start_workers, cores, ignore_interrupts, interrupts_held

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from conddetr.config import ModelConfig, nearest
+from conddetr.config.augment import AugmentConfig, shapes_augment
 from conddetr.config.run import DataConfig, RunConfig, unused
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
@@ -29,12 +30,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageSet"]:
+def data_sets(
+    data: DataConfig, model: ModelConfig, augment: AugmentConfig | None = None
+) -> tuple["ImageSet", "ImageSet"]:
     """Training and validation set.
 
+    Args:
+        data: where the images are.
+        model: the model's configuration, which gives the sizes.
+        augment: how training images are augmented; default: `paper`, and synthetic shapes never.
+
     Raises:
-        ValueError: an option has no effect with the others; the two sets have different categories; there is nothing to
-            train on; or as `CocoDetection`.
+        ValueError: an option has no effect with the others, or synthetic shapes would be augmented; the two sets have
+            different categories; there is nothing to train on; or as `CocoDetection`.
         FileNotFoundError: as `CocoDetection`.
     """
     from conddetr.data.coco import coco_split, folder_sets, layout_sets
@@ -44,8 +52,10 @@ def data_sets(data: DataConfig, model: ModelConfig) -> tuple["ImageSet", "ImageS
     from conddetr.engine.categories import check_splits
 
     data.check_used()
-    transforms = TrainTransform(model), EvalTransform(model)
+    transforms = TrainTransform(model, augment or "paper"), EvalTransform(model)
     if data.kind == "synthetic":
+        if augment not in (None, AugmentConfig()):
+            shapes_augment(**augment.switches())
         size = model.image_size
         return SyntheticShapes(data.train_images, 1, size), SyntheticShapes(data.val_images, 2, size)
     if data.kind == "dataset":
@@ -263,7 +273,7 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
     """
     with distributed.process_group(run.device) as device, sole_run(run.output_dir):
-        train_set, val_set = data_sets(run.data, run.model)
+        train_set, val_set = data_sets(run.data, run.model, run.augment)
         resume = _file_to_resume(run)
         # A resumed run and named weights replace the pretrained backbone.
         weights = None if resume else start or (run.weights and locate(run.weights, run.preset))

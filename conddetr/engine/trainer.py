@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from conddetr.capture import MAX_GRAPHS
+from conddetr.config.augment import AugmentConfig
 from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch, make_loader
 from conddetr.data.sets import ImageSet
@@ -83,7 +84,7 @@ class Trainer:
         prove(device, model.backend)
         pad_buckets = buckets(model.config, model.backend, run.train, device)
         self.config = replace(run.train, pad_buckets=pad_buckets, precision=precision)
-        self.run = replace(run, model=model.config, backend=model.backend, train=self.config)
+        self.run = replace(run, model=model.config, backend=model.backend, train=self.config, augment=train_set.augment)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
         self.is_main = distributed.is_main()
@@ -195,8 +196,11 @@ class Trainer:
 
     def _check_same_batches(self, path: Path, content: dict) -> None:
         relevant = ("batch_size", "accumulate", "seed", "pad_buckets")
-        saved = {**{name: content["run"]["train"].get(name) for name in relevant}, **content["data"]}
+        # Older checkpoints have no section `augment`.
+        augment = content["run"].get("augment", asdict(AugmentConfig("none" if self.train_set.endless else "paper")))
+        saved = {**{name: content["run"]["train"].get(name) for name in relevant}, **content["data"], **augment}
         current = {**{name: getattr(self.config, name) for name in relevant}, **self._data()}
+        current |= self.train_set.augment.switches()
         differing = _differences(saved, current)
         if differing:
             raise ValueError(

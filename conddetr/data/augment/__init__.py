@@ -1,0 +1,1 @@
+"""The parts of an augmentation: each is planned from a generator alone, and applied later."""
