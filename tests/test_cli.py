@@ -373,6 +373,13 @@ def test_conflicting_models_and_repeated_options_are_errors(tmp_path, capsys):
     chosen, _ = chosen_options(parser.parse_args(["--config", str(file), "--preset", "detr-r101"]))
     assert (resolve_run(chosen).preset, resolve_run(chosen).model.num_queries) == ("detr-r101", 7)
 
+    file.write_text(json.dumps(resolve_run({"coco_path": "coco"}).to_dict()))
+    with pytest.raises(ValueError, match="--augment strong: the configuration file is for paper and sets 5 of its"):
+        chosen_options(parser.parse_args(["--config", str(file), "--augment", "strong"]))
+    flags = ["--config", str(file), "--augment", "paper", "--no-flip", "--mosaic", "0.5"]
+    augment = resolve_run(chosen_options(parser.parse_args(flags))[0]).augment
+    assert (augment.flip, augment.crop, augment.mosaic) == (False, "random", 0.5)
+
     file = tmp_path / "run.toml"
     file.write_text("lr = 0.5\n[train]\nlr = 0.1\n")
     assert main(["train", "--config", str(file), "--lr", "0.2"]) == 2

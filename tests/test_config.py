@@ -8,6 +8,7 @@ import torch
 
 import conddetr
 from conddetr.config import PRESETS, from_dict, resolve
+from conddetr.config.augment import AugmentConfig
 from conddetr.config.run import resolve_run
 from conddetr.zoo import gflops
 from tools.cached import ROOT, cached
@@ -57,6 +58,43 @@ def test_errors_name_run_options_out_of_range(options, message):
 def test_former_switch_is_read_from_older_files():
     values = [resolve_run({"cuda_graphs": value}).train.cuda_graphs for value in (True, False, "auto")]
     assert values == ["on", "off", "auto"]
+
+
+def test_a_set_of_augmentations_gives_the_switches_that_are_not_given():
+    run = resolve_run({"coco_path": "coco", "augment": "strong", "colour": False})
+    assert run.to_dict()["augment"] == {
+        "augment": "strong",
+        "flip": True,
+        "resize": "large-scale-jitter",
+        "crop": "keep-boxes",
+        "colour": False,
+        "mosaic": 0.0,
+    }
+    assert resolve_run(run.to_dict()) == run
+    assert resolve_run({"coco_path": "coco"}).augment == AugmentConfig() == AugmentConfig("paper")
+    assert resolve_run({"coco_path": "coco", "augment": {"augment": "none", "mosaic": 1}}).augment.mosaic == 1
+    # Synthetic shapes are never augmented, and the configuration shows that.
+    shapes = resolve_run({})
+    assert shapes.augment == AugmentConfig("none")
+    assert resolve_run(shapes.to_dict()) == shapes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augment": "storng"}, "Augmentation option augment: unknown value 'storng'. Did you mean 'strong'"),
+        ({"augment": "strong"}, "augment: synthetic shapes .* are never augmented, expected 'none', got 'strong'"),
+        ({"flip": True}, "flip: synthetic shapes .* are never augmented, expected False, got True: leave it out"),
+        ({"coco_path": "coco", "crop": "keep"}, "crop: unknown value 'keep'. Did you mean 'keep-boxes'"),
+        ({"coco_path": "coco", "colour": 1}, "Augmentation option colour: expected bool, got int 1"),
+        ({"coco_path": "coco", "mosaic": -0.1}, "Augmentation option mosaic: expected a number from 0 to 1, got -0.1"),
+        ({"coco_path": "coco", "color": True}, "Unknown option 'color'. Did you mean 'colour'"),
+        ({"augment": {"flip": False}, "flip": True}, "option 'flip' is given twice"),
+    ],
+)
+def test_errors_name_wrong_augmentations(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_run(options)
 
 
 def test_unknown_preset_suggests_the_nearest():

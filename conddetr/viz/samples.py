@@ -111,7 +111,7 @@ def _labelled(image: Tensor, target: dict) -> LabelledImage:
 
 
 def sample_figure(sample: Sample, names: Sequence[str]) -> Figure:
-    """The image at the left, and its versions beside it, all at one scale; titles give height × width in pixels.
+    """The image at the left, and its versions beside it, each filling its cell; titles give height × width in pixels.
 
     Args:
         sample: from `samples`.
@@ -121,12 +121,9 @@ def sample_figure(sample: Sample, names: Sequence[str]) -> Figure:
     figure = Figure(figsize=(SIDE * (ROWS + columns), SIDE * ROWS), layout="constrained")
     grid = figure.add_gridspec(ROWS, ROWS + columns)
     _draw(figure.add_subplot(grid[:, :ROWS]), sample.original, names, "image")
-    sides = [max(version.image.shape[dim] for version in sample.versions) for dim in (1, 2) if sample.versions]
     for number, version in enumerate(sample.versions):
         row, column = divmod(number, columns)
-        axes = figure.add_subplot(grid[row, ROWS + column])
-        _draw(axes, version, names, f"epoch {number + 1}")
-        axes.set(xlim=(-0.5, sides[1] - 0.5), ylim=(sides[0] - 0.5, -0.5))
+        _draw(figure.add_subplot(grid[row, ROWS + column]), version, names, f"epoch {number + 1}")
     return figure
 
 

@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
-from small_runs import assert_equal
+from small_runs import SMALL_MODEL, assert_equal
 from small_runs import small_trainer as trainer
 
 import conddetr
-from conddetr.config.run import RunConfig
+from conddetr.config import resolve
+from conddetr.config.augment import AugmentConfig
+from conddetr.config.run import RunConfig, TrainConfig
+from conddetr.data.coco import coco_split
 from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.transforms import TrainTransform
 from conddetr.engine.checkpoint import CheckpointWriter, read_checkpoint
 from conddetr.engine.trainer import Trainer
 
@@ -152,6 +156,35 @@ def test_checkpoints_that_do_not_fit_are_not_resumed(tmp_path):
     other.train_set.classes = [{"id": 5, "name": "star"}, *other.train_set.classes[1:]]
     with pytest.raises(ValueError, match=r"first that differs was id 1 'disk', is id 5 'star'.*--weights"):
         other.resume(file)
+
+
+def test_a_run_resumes_inside_an_epoch_with_its_augmentation_only(small_coco, tmp_path):
+    def start(folder, augment):
+        transforms = [TrainTransform(resolve("conditional-detr-tiny", **SMALL_MODEL), augment) for _ in range(2)]
+        sets = [coco_split(small_coco.root, "train", transform) for transform in transforms]
+        torch.manual_seed(0)
+        model = conddetr.build("conditional-detr-tiny", num_classes=3, **SMALL_MODEL)
+        config = TrainConfig(epochs=1, batch_size=1, workers=0, save_every_steps=2)
+        return Trainer(model, *sets, RunConfig(output_dir=str(folder), train=config), torch.device("cpu"))
+
+    strong = AugmentConfig("strong", mosaic=0.5)
+    whole = start(tmp_path / "whole", strong)
+    assert whole.run.augment == strong
+    whole.fit()
+    stopped = start(tmp_path / "stopped", strong)
+    stopped._finish_epoch = lambda *args, **options: pytest.fail("stop here")
+    with pytest.raises(pytest.fail.Exception):
+        stopped.fit()
+    file = tmp_path / "stopped" / "checkpoint.pt"
+    assert read_checkpoint(file)["position"]["batch"] in (2, 4)
+    with pytest.raises(ValueError, match="batches would now be different: resize was 'large-scale-jitter', is 'multi"):
+        start(tmp_path / "stopped", "paper").resume(file)
+    with pytest.raises(ValueError, match=r"batches would now be different: mosaic was 0\.5, is 0\.0"):
+        start(tmp_path / "stopped", "strong").resume(file)
+    resumed = start(tmp_path / "stopped", strong)
+    resumed.resume(file)
+    resumed.fit()
+    assert_equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
 def test_learning_rates_follow_the_schedule(tmp_path):
