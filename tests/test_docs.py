@@ -93,12 +93,13 @@ def test_commands_lead_from_images_to_detections(page, coco_path, tmp_path, monk
             continue
         assert main([*words, *BUDGET.get(words[0], [])]) == 0, line
         printed[words[0]] = capsys.readouterr().out
-    assert list(printed)[:4] == ["validate-data", "train", "eval", "predict"]
+    assert [name for name in printed if name != "show-data"][:4] == ["validate-data", "train", "eval", "predict"]
     assert [record["epoch"] for record in read_log(Path("runs/train/log.jsonl"))] == [0, 1, 2]
     assert "AP50" in printed["eval"]
     pictures = [Path("runs/predict") / f"{image.stem}.png"]
     if page == COMMANDS:
-        assert list(printed)[4:] == ["attention", "export", "bench-data", "env"]
+        assert list(printed)[5:] == ["attention", "export", "bench-data", "env"]
+        assert "boxes dropped" in printed["show-data"]
         assert "resuming from runs/train/checkpoint" in printed["train"]
         assert json.loads(Path("report.json").read_text())["ok"]
         assert {"image_id", "bbox"} < json.loads(Path("detections.json").read_text())[0].keys()

@@ -198,6 +198,22 @@ def test_crops_that_keep_boxes_are_sampled_like_torchvision():
     assert np.mean([crop.rows * crop.columns for crop in crops if crop]) == pytest.approx(area, rel=0.12)
 
 
+@pytest.mark.parametrize("resize", ["fixed", "large-scale-jitter"])
+def test_crops_keep_exactly_the_objects_whose_centre_is_inside(resize):
+    boxes = [(0, 0, 50, 40), (60, 50, 90, 120), (100, 10, 190, 30)]
+    transform = TrainTransform(LARGE, AugmentConfig("none", resize=resize, crop="keep-boxes"))
+    kept = set()
+    for seed in range(150):
+        plan = transform.plan(130, 200, Random(seed), np.array(boxes, float))
+        crop = plan.crop or Crop(130, 200, 0, 0, 130, 200)
+        rows, columns = range(crop.top, crop.top + crop.rows), range(crop.left, crop.left + crop.columns)
+        inside = [n for n, (x0, y0, x1, y1) in enumerate(boxes) if (x0 + x1) // 2 in columns and (y0 + y1) // 2 in rows]
+        assert inside
+        assert apply(*sample(130, 200, boxes), replace(plan, height=130, width=200))[1]["labels"].tolist() == inside
+        kept.add(tuple(inside))
+    assert {(0,), (1,), (2,), (0, 1, 2)} <= kept
+
+
 def test_without_objects_nothing_is_cropped_away():
     transform = TrainTransform(LARGE, "strong")
     assert all(plan_crop(300, 400, np.empty((0, 4)), Random(seed)) is None for seed in range(50))
