@@ -64,6 +64,10 @@ class TrainConfig:
     the model's number of queries."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    patience: int = 0
+    """End the run after this many evaluations in a row without a better AP, as if all epochs were done; 0: never."""
+    min_delta: float = 0.0
+    """Gain of AP, in [0, 1], that an evaluation must exceed to count as better for `patience`; 0.001 is 0.1 percent."""
     save_every: int = 0
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500
@@ -106,8 +110,11 @@ class TrainConfig:
                 "Training option check_finite: `always` makes the host wait for the device, which cuda_graphs `on` "
                 "cannot do."
             )
-        if self.ema_decay >= 1:
-            raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
+        for name in ("ema_decay", "min_delta"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"Training option {name}: expected a value in [0, 1), got {getattr(self, name)}.")
+        if self.min_delta and not self.patience:
+            raise ValueError("Training option min_delta has no effect without patience: leave it out.")
 
 
 def tiny_train_config(**overrides: Any) -> TrainConfig:

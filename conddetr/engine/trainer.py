@@ -9,9 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,12 +22,14 @@ from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_l
 from conddetr.engine.chosen import Chosen, chosen, prove
 from conddetr.engine.coco_metrics import CocoResult, coco_library
 from conddetr.engine.distributed import StopRequest
+from conddetr.engine.early_stopping import EarlyStopping
 from conddetr.engine.evaluator import evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, say
+from conddetr.engine.same_run import check_same_batches, check_same_model
 from conddetr.engine.step import Stepper
 from conddetr.engine.tables import percent
 from conddetr.files import write_text
@@ -68,12 +68,18 @@ class Trainer:
             device: where to train.
 
         Raises:
-            ValueError: the model's number of classes is not the data set's, or there are fewer images than in a batch.
+            ValueError: the model's number of classes is not the data set's; there are fewer images than in a batch; or
+                `patience` is set and the validation set has no objects.
         """
         if model.config.num_classes != len(train_set.classes):
             raise ValueError(
                 f"num_classes: expected {len(train_set.classes)} as the data set has, "
                 f"got {model.config.num_classes} of the model."
+            )
+        if run.train.patience and getattr(val_set, "objects", None) == 0:
+            raise ValueError(
+                "Training option patience: the validation set has no objects, so there is no AP that could rise: leave "
+                "it out, or name other validation images."
             )
         self.model, self.device = model.to(device, non_blocking=True), device
         self._requested_precision = run.train.precision
@@ -109,6 +115,7 @@ class Trainer:
         self.seconds = 0.0
         """Training time so far, without evaluation."""
         self.best_ap = -1.0
+        self.early_stopping = EarlyStopping()
         self.metrics: dict[str, float] = {}
         """Metrics of the last evaluation."""
         self.result: CocoResult | None = None
@@ -150,10 +157,10 @@ class Trainer:
                 f"Checkpoint {path} cannot be resumed: it has no {absent[0]!r}, only weights. "
                 f"Start from them with --weights {path}."
             )
-        self._check_same_model(path, content)
+        check_same_model(path, content, self.train_set.classes, self.model.config)
         position = Position(**content["position"])
         if position.batch:
-            self._check_same_batches(path, content)
+            check_same_batches(path, content, self.config, self._data())
         else:
             # With other batches an epoch has another number of steps, and the schedule counts epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
@@ -166,6 +173,8 @@ class Trainer:
         self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
+        # Older checkpoints lack it: the count starts with the next evaluation.
+        self.early_stopping = EarlyStopping(**content.get("early_stopping", {}))
 
     def _keep_precision(self, saved: str) -> None:
         """Use the saved run's precision if `auto` allows it and the devices support it."""
@@ -177,32 +186,6 @@ class Trainer:
             is_requested = self._requested_precision != "auto"
             reason = "as requested" if is_requested else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
             self.changes.append(f"precision was {saved}, is {precision}: {reason}")
-
-    def _check_same_model(self, path: Path, content: dict) -> None:
-        advice = f"To start a new run from the weights that fit: --weights {path}."
-        saved, current = content["classes"], self.train_set.classes
-        if saved != current:
-            differing = [pair for pair in zip_longest(saved, current) if pair[0] != pair[1]]
-            was, now = (f"id {c['id']} {c['name']!r}" if c else "none" for c in differing[0])
-            raise ValueError(
-                f"Checkpoint {path} cannot be resumed: it has {len(saved)} classes, the data set has {len(current)}; "
-                f"the first that differs was {was}, is {now}. {advice}"
-            )
-        current = self.model.config.to_dict()
-        differing = _differences(content["config"], current)
-        if differing:
-            raise ValueError(f"Checkpoint {path} is of another model: {differing}. {advice}")
-
-    def _check_same_batches(self, path: Path, content: dict) -> None:
-        relevant = ("batch_size", "accumulate", "seed", "pad_buckets")
-        saved = {**{name: content["run"]["train"].get(name) for name in relevant}, **content["data"]}
-        current = {**{name: getattr(self.config, name) for name in relevant}, **self._data()}
-        differing = _differences(saved, current)
-        if differing:
-            raise ValueError(
-                f"Checkpoint {path} was saved inside an epoch, and its batches would now be different: {differing}. "
-                f"Resume it with the saved values, or from the end of an epoch."
-            )
 
     def _data(self) -> dict[str, int]:
         return {"images": len(self.train_set), "processes": distributed.world_size()}
@@ -222,11 +205,10 @@ class Trainer:
             raise FileExistsError(
                 f"{self.folder / LATEST} is from an earlier run: resume it, delete it or name another folder."
             )
-        if self.position.epoch >= self.config.epochs:
+        if reason := self._why_complete():
             # Killed after the last save, or restarted by a scheduler: not an error.
             if self.is_main:
-                done = f"{self.position.epoch} epochs of {self.config.epochs}"
-                say(f"{self.resumed_from} holds {done}: nothing to train.")
+                say(f"{self.resumed_from} holds {reason}: nothing to train.")
             return self.metrics
         if self.config.preflight:
             self._preflight()
@@ -241,12 +223,22 @@ class Trainer:
                 if stop == STOP_SIGNAL:
                     self.save(writer)
                     self._interrupt(request, writer)
-                self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME)
-                if stop == STOP_TIME:
+                if self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME):
                     break
             if log is not None:
                 log.close()
         return self.metrics
+
+    def _why_complete(self) -> str:
+        """The finished epochs of a complete run, and why it ended early if it did; empty: it is not complete."""
+        done = f"{self.position.epoch} epochs of {self.config.epochs}"
+        if self.position.epoch >= self.config.epochs:
+            return done
+        return f"{done}; {self._stopping_line()}" if self.early_stopping.is_over(self.config.patience) else ""
+
+    def _stopping_line(self) -> str:
+        count, patience = self.early_stopping.evaluations, self.config.patience
+        return f"{count} evaluations in a row without a better AP end the run (patience {patience}; 0: no limit)"
 
     def _preflight(self) -> None:
         line = preflight(
@@ -319,8 +311,8 @@ class Trainer:
 
     def _finish_epoch(
         self, log: RunLog | None, writer: CheckpointWriter, request: StopRequest, out_of_time: bool
-    ) -> None:
-        """Evaluate if it is due, log, and save."""
+    ) -> bool:
+        """Evaluate if it is due, log, and save. Returns whether the run ends, on which all processes agree."""
         request.watch()
         epoch = self.position.epoch
         is_last = out_of_time or epoch + 1 == self.config.epochs
@@ -331,8 +323,12 @@ class Trainer:
             self.save(writer)
             self.metrics = self._evaluate(request, writer)
             record.update(self.metrics)
-            is_best = self.metrics.get("AP", -1.0) > self.best_ap
-            self.best_ap = max(self.best_ap, self.metrics.get("AP", -1.0))
+            # Only the first process has metrics.
+            ap = self.metrics.get("AP", -1.0)
+            is_best = ap > self.best_ap
+            self.best_ap = max(self.best_ap, ap)
+            self.early_stopping.update(ap, self.config.min_delta)
+            is_last |= distributed.any_of(self.early_stopping.is_over(self.config.patience), self.device)
         self.stepper.start_epoch()
         self.position = Position(epoch + 1, 0, self.position.step)
         # The record first: a run that is killed before the save evaluates again when it resumes, and replaces it.
@@ -341,6 +337,9 @@ class Trainer:
             self._print(record)
         keep = self.config.save_every > 0 and (epoch + 1) % self.config.save_every == 0
         self.save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
+        if self.is_main and self.early_stopping.is_over(self.config.patience):
+            say(self._stopping_line())
+        return is_last
 
     def _record(self) -> dict[str, float]:
         images, seconds = self._speed
@@ -398,6 +397,7 @@ class Trainer:
             "data": self._data(),
             "seconds": self.seconds,
             "best_ap": self.best_ap,
+            "early_stopping": asdict(self.early_stopping),
             "metrics": self.metrics,
             "run": self.run.to_dict(),
             "chosen": self.chosen.to_dict(),
@@ -435,9 +435,3 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             window = []
     if window:
         yield window
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
-    """`name was …, is …` for every value that differs."""
-    names = [name for name in current if saved.get(name) != current[name]]
-    return ", ".join(f"{name} was {saved.get(name)!r}, is {current[name]!r}" for name in names)
