@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from conddetr.config import lists
 from conddetr.config import model as models
 from conddetr.config.build import Backend, Precision, check_build
 from conddetr.config.checks import check_values, nearest, plain_type
@@ -36,8 +37,14 @@ class TrainConfig:
     """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
     """Learning rate of the backbone."""
+    lr_patterns: str = ""
+    """Other learning rates for some parameters, e.g. `backbone.0.body.layer4=5e-6, heads=1e-3`: parts or patterns as in
+    `freeze`; the first that matches applies. A table in a TOML file is accepted too."""
+    freeze: str = ""
+    """What is not trained: `backbone`, `encoder`, `decoder`, `heads`, names of modules or parameters, or patterns of
+    names such as `*.norm?.*`, separated by commas."""
     schedule: Literal["step", "cosine"] = "step"
-    """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they decay to zero."""
+    """`step`: all learning rates are divided by ten every `lr_drop` epochs; `cosine`: they decay to zero."""
     lr_drop: int = 40
     """Epochs between the divisions by ten of the `step` schedule."""
     warmup_steps: int = 0
@@ -94,7 +101,13 @@ class TrainConfig:
         if isinstance(self.cuda_graphs, bool):
             # Older files have true or false.
             object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
+        if isinstance(self.lr_patterns, Mapping):
+            # A table of a TOML file.
+            text = ", ".join(f"{pattern}={rate}" for pattern, rate in self.lr_patterns.items())
+            object.__setattr__(self, "lr_patterns", text)
         check_values(self, "Training option")
+        lists.entries("Training option freeze", self.freeze)
+        lists.rates("Training option lr_patterns", self.lr_patterns)
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
         for option in fields(self):
             least = 1 if option.name in at_least_one else -1 if option.name == "pad_buckets" else 0

@@ -1,4 +1,4 @@
-"""Checks that a saved run and a configured one have the same model, and inside an epoch the same batches."""
+"""A saved run and a configured one: whether one continues the other, and what changes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -57,6 +57,21 @@ def check_same_batches(path: Path, content: Mapping[str, Any], config: TrainConf
             f"Checkpoint {path} was saved inside an epoch, and its batches would now be different: {changes}. "
             f"Resume it with the saved values, or from the end of an epoch."
         )
+
+
+def parameter_changes(saved: Mapping[str, Any], config: TrainConfig, added: int) -> list[str]:
+    """Lines about other frozen parameters and learning rates than in the saved run.
+
+    Args:
+        saved: its `TrainConfig` as a dict; older ones lack these options.
+        config: how the configured run trains.
+        added: number of its trained parameters that the saved run did not train.
+    """
+    options = ((name, saved.get(name, ""), getattr(config, name)) for name in ("freeze", "lr_patterns"))
+    changes = [f"{name} was {was!r}, is {now!r}" for name, was, now in options if was != now]
+    if added:
+        changes.append(f"{added} parameter tensors were not trained before: AdamW has no moments for them yet")
+    return changes
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:

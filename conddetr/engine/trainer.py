@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from conddetr.capture import MAX_GRAPHS
+from conddetr.config import lists
 from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch, make_loader
 from conddetr.data.sets import ImageSet
@@ -26,10 +27,11 @@ from conddetr.engine.early_stopping import EarlyStopping
 from conddetr.engine.evaluator import evaluate
 from conddetr.engine.graphs import buckets
 from conddetr.engine.log import RunLog
+from conddetr.engine.parameters import describe_rates
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, say
-from conddetr.engine.same_run import check_same_batches, check_same_model
+from conddetr.engine.same_run import check_same_batches, check_same_model, parameter_changes
 from conddetr.engine.step import Stepper
 from conddetr.engine.tables import percent
 from conddetr.files import write_text
@@ -164,7 +166,8 @@ class Trainer:
         else:
             # With other batches an epoch has another number of steps, and the schedule counts epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
-        self.stepper.load_state(content)
+        added = self.stepper.load_state(content)
+        self.changes += parameter_changes(content["run"]["train"], self.config, added)
         self._keep_precision(content["run"]["train"].get("precision", "float32"))
         # Older checkpoints have the backend in the model's configuration.
         was, now = content["run"].get("backend", content["config"].get("backend")), self.model.backend
@@ -213,9 +216,10 @@ class Trainer:
         if self.config.preflight:
             self._preflight()
         if self.is_main:
-            say(self.chosen.line())
-            if line := self._graphs_line():
-                say(line)
+            rates = describe_rates(self.model, self.config, self.stepper.groups)
+            for line in (self.stepper.frozen.describe(), rates, self.chosen.line(), self._graphs_line()):
+                if line:
+                    say(line)
         with StopRequest() as request, CheckpointWriter() as writer:
             log = self._open_log() if self.is_main else None
             while self.position.epoch < self.config.epochs:
@@ -271,7 +275,7 @@ class Trainer:
 
     def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
         """Train the rest of the epoch; returns the request to stop that all processes agree on."""
-        self.model.train()
+        self.stepper.train_mode()
         self.loader.sampler.set_epoch(self.position.epoch, self.position.batch)
         images, before, start = 0, self.seconds, time.perf_counter()
         title = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
@@ -343,11 +347,9 @@ class Trainer:
 
     def _record(self) -> dict[str, float]:
         images, seconds = self._speed
-        rates = self.stepper.learning_rates(self.position.step - 1)
         record = {
             "step": self.position.step,
-            "lr": rates[0],
-            "lr_backbone": rates[1],
+            **self._rates(),
             **self.stepper.epoch_means(),
             "skipped_steps": self.stepper.skipped,
             "seconds": self.seconds,
@@ -359,6 +361,12 @@ class Trainer:
             record["cuda_graphs"] = len(self.stepper.graphs.recorded)
             record["cuda_graphs_gib"] = self.stepper.graphs.bytes / 2**30
         return record
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of the last step: `lr`, `lr_backbone`, and one for each of `lr_patterns`."""
+        patterns = [f"lr_pattern/{pattern}" for pattern in lists.rates("lr_patterns", self.config.lr_patterns)]
+        rates = self.stepper.learning_rates(self.position.step - 1)
+        return dict(zip(("lr", "lr_backbone", *patterns), rates, strict=True))
 
     def _evaluate(self, request: StopRequest, writer: CheckpointWriter) -> dict[str, float]:
         """The twelve metrics; empty on all ranks but 0. A signal to any process ends the run after the batch."""
