@@ -15,9 +15,11 @@ from typing import Any, Literal
 from conddetr.config import lists
 from conddetr.config import model as models
 from conddetr.config.build import Backend, Precision, check_build
-from conddetr.config.checks import check_values, nearest, plain_type
+from conddetr.config.checks import check_value, check_values, nearest, plain_type
 from conddetr.config.model import ModelConfig
 from conddetr.files import read_text
+
+Logger = Literal["tensorboard", "wandb", "mlflow"]
 
 _LARGEST_SEED = 2**63 - 1
 """Largest seed that PyTorch accepts."""
@@ -236,11 +238,19 @@ class RunConfig:
     """Implementation of the operations. `auto`: the best that can run; `triton` or `native`: an error if it cannot run;
     `eager`: the reference in plain PyTorch, with every module called and nothing folded. Weights are loaded with
     `auto`, independent of the backend that trained them, unless another one is requested."""
+    log_to: str = ""
+    """Send each epoch's record to these too, besides `log.jsonl`: `tensorboard`, `wandb`, `mlflow`, separated by
+    commas."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_value("Run option log_to", self.log_to, str)
+        for name in lists.entries("Run option log_to", self.log_to):
+            check_value("Run option log_to", name, Logger)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, as stored in checkpoints and in `config.json`; `resolve_run` reads them again."""

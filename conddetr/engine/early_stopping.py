@@ -28,3 +28,10 @@ class EarlyStopping:
     def is_over(self, patience: int) -> bool:
         """Whether the run ends: `patience` evaluations in a row were not better. With 0 it never ends early."""
         return 0 < patience <= self.evaluations
+
+    def describe(self, patience: int) -> str:
+        """Why the run ends; empty: it does not."""
+        if not self.is_over(patience):
+            return ""
+        count = self.evaluations
+        return f"{count} evaluations in a row without a better AP end the run (patience {patience}; 0: no limit)"

@@ -13,6 +13,7 @@ from conddetr.config.run import DataConfig, RunConfig, unused
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.lock import sole_run
+from conddetr.engine.loggers import RunLogger
 from conddetr.engine.parameters import Frozen, freeze, matches
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
@@ -248,20 +249,26 @@ def _changeable(training_data: DataConfig) -> set[str]:
     return by_kind.get(training_data.kind, set())
 
 
-def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:
+def train(
+    run: RunConfig,
+    start: dict[str, Any] | None = None,
+    show_config: bool = True,
+    loggers: Sequence[RunLogger] = (),
+) -> Trainer:
     """Train as configured; under torchrun, together with the other processes.
 
     Args:
         run: from `resolve_run`.
         start: weights to start from, as a checkpoint's content, instead of the file `run.weights`.
         show_config: print the whole configuration at the start.
+        loggers: receive the run's records too, beside those that `run.log_to` names.
 
     Returns:
         The trainer, after training.
 
     Raises:
         FileExistsError: another run trains in the folder; the message names it.
-        OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
+        ImportError, OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
     """
     with distributed.process_group(run.device) as device, sole_run(run.output_dir):
         train_set, val_set = data_sets(run.data, run.model)
@@ -281,7 +288,7 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
             say(f"starting from weights: {report}")
         if not resume:
             _note_random_parts(frozen, report, run.pretrained_backbone)
-        trainer = Trainer(model, train_set, val_set, run, device)
+        trainer = Trainer(model, train_set, val_set, run, device, loggers)
         if resume:
             trainer.resume(resume)
             if trainer.is_main:

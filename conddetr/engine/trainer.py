@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,14 +26,15 @@ from conddetr.engine.distributed import StopRequest
 from conddetr.engine.early_stopping import EarlyStopping
 from conddetr.engine.evaluator import evaluate
 from conddetr.engine.graphs import buckets
+from conddetr.engine.lines import bar_note, epoch_line, graphs_line
 from conddetr.engine.log import RunLog
+from conddetr.engine.loggers import Loggers, RunLogger, make_loggers
 from conddetr.engine.parameters import describe_rates
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, say
 from conddetr.engine.same_run import check_same_batches, check_same_model, parameter_changes
 from conddetr.engine.step import Stepper
-from conddetr.engine.tables import percent
 from conddetr.files import write_text
 from conddetr.interrupt import InterruptedRunError
 from conddetr.model.detr import DETR
@@ -60,7 +61,13 @@ class Trainer:
     """
 
     def __init__(
-        self, model: DETR, train_set: ImageSet, val_set: ImageSet, run: RunConfig, device: torch.device
+        self,
+        model: DETR,
+        train_set: ImageSet,
+        val_set: ImageSet,
+        run: RunConfig,
+        device: torch.device,
+        loggers: Sequence[RunLogger] = (),
     ) -> None:
         """
         Args:
@@ -68,8 +75,10 @@ class Trainer:
             train_set, val_set: `CocoDetection` or `SyntheticShapes`.
             run: how to train, and the folder to write to, created if absent.
             device: where to train.
+            loggers: receive the records too, beside those that `run.log_to` names; the first process uses its own.
 
         Raises:
+            ImportError: the package of a logger is not installed.
             ValueError: the model's number of classes is not the data set's; there are fewer images than in a batch; or
                 `patience` is set and the validation set has no objects.
         """
@@ -83,6 +92,9 @@ class Trainer:
                 "Training option patience: the validation set has no objects, so there is no AP that could rise: leave "
                 "it out, or name other validation images."
             )
+        self.is_main = distributed.is_main()
+        """Whether this process writes the run's files."""
+        self.loggers = [*make_loggers(run.log_to), *loggers] if self.is_main else []
         self.model, self.device = model.to(device, non_blocking=True), device
         self._requested_precision = run.train.precision
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
@@ -94,8 +106,6 @@ class Trainer:
         self.run = replace(run, model=model.config, backend=model.backend, train=self.config)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
-        self.is_main = distributed.is_main()
-        """Whether this process writes the run's files."""
         self.loader = make_loader(
             train_set,
             self.config.batch_size,
@@ -216,12 +226,9 @@ class Trainer:
         if self.config.preflight:
             self._preflight()
         if self.is_main:
-            rates = describe_rates(self.model, self.config, self.stepper.groups)
-            for line in (self.stepper.frozen.describe(), rates, self.chosen.line(), self._graphs_line()):
-                if line:
-                    say(line)
-        with StopRequest() as request, CheckpointWriter() as writer:
-            log = self._open_log() if self.is_main else None
+            self._say_start()
+        with self._start_loggers() as loggers, StopRequest() as request, CheckpointWriter() as writer:
+            log = self._open_log(loggers) if self.is_main else None
             while self.position.epoch < self.config.epochs:
                 stop = self._train_epoch(request, writer)
                 if stop == STOP_SIGNAL:
@@ -229,8 +236,6 @@ class Trainer:
                     self._interrupt(request, writer)
                 if self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME):
                     break
-            if log is not None:
-                log.close()
         return self.metrics
 
     def _why_complete(self) -> str:
@@ -238,11 +243,8 @@ class Trainer:
         done = f"{self.position.epoch} epochs of {self.config.epochs}"
         if self.position.epoch >= self.config.epochs:
             return done
-        return f"{done}; {self._stopping_line()}" if self.early_stopping.is_over(self.config.patience) else ""
-
-    def _stopping_line(self) -> str:
-        count, patience = self.early_stopping.evaluations, self.config.patience
-        return f"{count} evaluations in a row without a better AP end the run (patience {patience}; 0: no limit)"
+        line = self.early_stopping.describe(self.config.patience)
+        return f"{done}; {line}" if line else ""
 
     def _preflight(self) -> None:
         line = preflight(
@@ -257,21 +259,22 @@ class Trainer:
         if self.is_main:
             say(line)
 
-    def _graphs_line(self) -> str:
-        """One line that says whether steps are recorded; empty: graphs do not apply."""
-        graphs = self.stepper.graphs
-        reason = self.stepper.why_no_graphs if graphs is None else graphs.refused
-        if reason:
-            return f"without CUDA graphs: {reason}" if self.device.type == "cuda" else ""
-        if graphs is None:
-            return ""
-        shapes = len(self.loader.sampler.shapes)
-        known = f"batches come in {shapes} shape{'s' * (shapes > 1)}" if shapes else "batches come in any shape"
-        return f"CUDA graphs: {known}, each is recorded when it first occurs, at most {MAX_GRAPHS}"
+    def _say_start(self) -> None:
+        stepper, shapes = self.stepper, len(self.loader.sampler.shapes)
+        rates = describe_rates(self.model, self.config, stepper.groups)
+        graphs = graphs_line(stepper.graphs, stepper.why_no_graphs, shapes, self.device)
+        for line in (stepper.frozen.describe(), rates, self.chosen.line(), graphs):
+            if line:
+                say(line)
 
-    def _open_log(self) -> RunLog:
+    def _start_loggers(self) -> Loggers:
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return Loggers(self.loggers, self.run.to_dict(), self.folder, self.position.epoch, bool(self.resumed_from))
+
+    def _open_log(self, loggers: Loggers) -> RunLog:
         write_text(self.folder / "config.json", json.dumps(self.run.to_dict(), indent=1) + "\n")
-        return RunLog(self.folder, self.position.epoch)
+        return RunLog(self.folder, self.position.epoch, loggers)
 
     def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
         """Train the rest of the epoch; returns the request to stop that all processes agree on."""
@@ -298,6 +301,9 @@ class Trainer:
         self.seconds = before + time.perf_counter() - start
         self._speed = (images, self.seconds - before)
         return self.stepper.stop
+
+    def _note(self) -> str:
+        return bar_note(self.stepper.means, self.stepper.skipped, self.device)
 
     def _stop_request(self, request: StopRequest) -> float:
         if request.name:
@@ -338,11 +344,11 @@ class Trainer:
         # The record first: a run that is killed before the save evaluates again when it resumes, and replaces it.
         if log is not None:
             log.write(record, is_last)
-            self._print(record)
+            say(epoch_line(record, self.config.epochs))
         keep = self.config.save_every > 0 and (epoch + 1) % self.config.save_every == 0
         self.save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
-        if self.is_main and self.early_stopping.is_over(self.config.patience):
-            say(self._stopping_line())
+        if self.is_main and (line := self.early_stopping.describe(self.config.patience)):
+            say(line)
         return is_last
 
     def _record(self) -> dict[str, float]:
@@ -411,26 +417,6 @@ class Trainer:
             "chosen": self.chosen.to_dict(),
         }
         writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
-
-    def _note(self) -> str:
-        """Note of the progress bar: mean losses so far, skipped steps and memory."""
-        shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
-        means = self.stepper.means
-        parts = [f"{title} {means[name]:.3f}" for title, name in shown.items() if name in means]
-        if self.stepper.skipped:
-            parts.append(f"{self.stepper.skipped} skipped")
-        if self.device.type == "cuda":
-            parts.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
-        return "  ".join(parts)
-
-    def _print(self, record: dict[str, float]) -> None:
-        line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  loss {record['loss']:.3f}"
-        line += f"  {record['images_per_second']:.1f} images/s  {self.seconds:.0f} s"
-        if record.get("cuda_graphs"):
-            line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
-        if "AP" in record:
-            line += f"  AP {percent(record['AP'])}  AP50 {percent(record['AP50'])}"
-        say(line)
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -89,11 +89,13 @@ def test_patience_counts_evaluations_not_epochs(tmp_path):
     assert epochs_in_log(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
-def test_two_processes_end_together(tmp_path):
+def test_two_processes_end_together_and_the_first_one_logs(tmp_path):
     """Only the first has the metrics. Without training AP stays as it is, and the second evaluation ends the run."""
+    pytest.importorskip("tensorboard", reason="counts its files")
     options = {"images": 8, "epochs": 5, "patience": 1, "lr": 0.0, "lr_backbone": 0.0, "eval_every": 2}
-    finish(*start_ranks(2, run_to_the_end, tmp_path, options, counter()))
+    finish(*start_ranks(2, run_to_the_end, tmp_path, {**options, "log_to": "tensorboard"}, counter()))
     assert read_checkpoint(tmp_path / "checkpoint.pt")["position"]["epoch"] == 4
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
 def test_patience_without_objects_to_measure_is_refused(tmp_path):
