@@ -19,7 +19,7 @@ from conddetr.config.checks import check_value, check_values, nearest, plain_typ
 from conddetr.config.model import ModelConfig
 from conddetr.files import read_text
 
-Logger = Literal["tensorboard", "wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 _LARGEST_SEED = 2**63 - 1
 """Largest seed that PyTorch accepts."""
@@ -250,7 +250,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_value("Run option log_to", self.log_to, str)
         for name in lists.entries("Run option log_to", self.log_to):
-            check_value("Run option log_to", name, Logger)
+            check_value("Run option log_to", name, LoggerName)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, as stored in checkpoints and in `config.json`; `resolve_run` reads them again."""

@@ -204,13 +204,17 @@ class Trainer:
         return {"images": len(self.train_set), "processes": distributed.world_size()}
 
     def fit(self) -> dict[str, float]:
-        """Train to the end; returns the metrics of the last evaluation. A complete run stays as it is.
+        """Train to the last epoch, or until `patience` or `time_limit` ends the run; a complete run stays as it is.
+
+        Returns:
+            The metrics of the last evaluation.
 
         Raises:
             FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
             FloatingPointError: more steps than may be skipped were not finite; names the first such tensor and images.
             InterruptedRunError: SIGTERM or SIGINT was received; the state is saved.
             ModuleNotFoundError: no library for COCO's metrics is installed.
+            Any error of a logger's `start`.
         """
         # Every run ends with an evaluation, so a missing library is reported now, not after the last epoch.
         coco_library()

@@ -40,7 +40,7 @@ class MlflowLogger:
         self._sent = Sent(folder / "mlflow.json", first_epoch, resumed)
         try:
             self._client = mlflow.MlflowClient()
-            self._start(_options(run), folder.name)
+            self._start(_options(run), folder.resolve().name)
         except MlflowException as error:
             raise ValueError(
                 f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({str(error).strip().splitlines()[0]}). Set "

@@ -28,7 +28,7 @@ class WandbLogger:
         self._sent = Sent(folder / "wandb.json", first_epoch, resumed)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "conddetr"),
-            name=os.environ.get("WANDB_NAME", folder.name),
+            name=os.environ.get("WANDB_NAME", folder.resolve().name),
             dir=os.environ.get("WANDB_DIR", str(folder)),
             id=self._sent.run or None,
             resume="allow",

@@ -117,6 +117,6 @@ from pathlib import Path
 small_trainer(Path({str(tmp_path)!r}), images=4, epochs=1).fit()
 print(sorted({{"tensorboard", "torch.utils.tensorboard", "wandb", "mlflow"}} & sys.modules.keys()))
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
