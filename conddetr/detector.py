@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from conddetr.config.run import DataConfig
     from conddetr.data.images import ImageLike
     from conddetr.engine.coco_metrics import CocoResult
+    from conddetr.engine.loggers import RunLogger
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
 
@@ -144,12 +145,14 @@ class Detector:
                 f"A frozen copy (Detector.fused) cannot be {done}: use the detector that it was made from."
             )
 
-    def train(self, **options: Any) -> dict[str, float]:
+    def train(self, *, loggers: "Sequence[RunLogger]" = (), **options: Any) -> dict[str, float]:
         """Train on a data set and write checkpoints, log and curves into a folder; the detector is then ready to use.
 
         A detector with weights starts from them, without its class head if the classes differ.
 
         Args:
+            loggers: objects with the methods of `conddetr.engine.loggers.RunLogger`, which receive the record of each
+                epoch; the option `log_to` names TensorBoard, W&B and MLflow.
             options: fields of `RunConfig`, `DataConfig`, `TrainConfig` and `AugmentConfig` in `conddetr.config`: the
                 options of `conddetr train`, e.g. `coco_path="coco", epochs=50, output_dir="runs/mine", resume="auto"`.
 
@@ -160,6 +163,7 @@ class Detector:
             ValueError: unknown option (with the nearest name) or a wrong value; the data set or a checkpoint does
                 not fit; or this is a copy made by `fused`.
             OSError: a file is missing or cannot be written.
+            ImportError: the package of a logger is not installed.
             FloatingPointError: losses remain not finite; the message names the first such tensor and the images.
         """
         from conddetr.config.run import flatten, resolve_run
@@ -170,7 +174,7 @@ class Detector:
         options_of_detector = {**self._options, "device": str(self.device), "precision": self._precision}
         run = resolve_run({**options_of_detector, **flatten(options)})
         content = {"model": self._model.state_dict(), "classes": self.classes} if self._model else None
-        trainer = train(run, start=content)
+        trainer = train(run, start=content, loggers=loggers)
         self.device = trainer.device
         self._model, self.classes = trainer.trained.eval(), trainer.train_set.classes
         self.config = self._model.config

@@ -39,7 +39,6 @@ PRELOADED = [
     "pycocotools.cocoeval",
     "scipy.optimize",
     "torch._dynamo",
-    "torch.utils.tensorboard",
 ]
 """Modules that a run imports late; those that are not installed are skipped."""
 SMALL_MODEL = {
@@ -58,13 +57,14 @@ def small_trainer(
     folder: Path,
     images: int = 16,
     model_options: dict | None = None,
+    log_to: str = "",
     **options: object,
 ) -> Trainer:
     """A trainer of a tiny model on synthetic shapes; `options` are fields of `TrainConfig`."""
     device = torch.device("cpu")
     torch.manual_seed(0)
     model = conddetr.build("conditional-detr-tiny", num_classes=3, **{**SMALL_MODEL, **(model_options or {})})
-    run = RunConfig(output_dir=str(folder), train=TrainConfig(**{**SMALL_TRAINING, **options}))
+    run = RunConfig(output_dir=str(folder), log_to=log_to, train=TrainConfig(**{**SMALL_TRAINING, **options}))
     size = model.config.image_size
     return Trainer(model, SyntheticShapes(images, 1, size), SyntheticShapes(4, 2, size), run, device)
 

@@ -9,7 +9,7 @@ import torch
 import conddetr
 from conddetr.config import PRESETS, from_dict, resolve
 from conddetr.config.augment import AugmentConfig
-from conddetr.config.run import resolve_run
+from conddetr.config.run import read_config, resolve_run
 from conddetr.zoo import gflops
 from tools.cached import ROOT, cached
 
@@ -45,6 +45,18 @@ def test_errors_name_bad_overrides(overrides, message):
         ({"check_finite": "always", "cuda_graphs": True}, "`always` makes the host wait for the device, which"),
         ({"cuda_graphs": "onn"}, "cuda_graphs: unknown value 'onn'. Did you mean 'on'"),
         ({"seed": 2**63}, r"seed: expected at most 9223372036854775807 \(2\^63 - 1\), got 9223372036854775808"),
+        ({"freeze": "encoder,,heads"}, "freeze: expected entries separated by single commas, got 'encoder,,heads'"),
+        ({"freeze": "encoder, encoder"}, "freeze: 'encoder' is given twice"),
+        ({"lr_patterns": "heads"}, "lr_patterns: expected PATTERN=RATE with a positive learning rate, got 'heads'"),
+        ({"lr_patterns": "heads=0"}, "got 'heads=0'. To hold parameters still, use freeze"),
+        ({"lr_patterns": {"heads": True}}, "got 'heads=True'"),
+        ({"lr_patterns": "heads=1, heads=2"}, "lr_patterns: 'heads' is given twice"),
+        ({"log_to": "tensorbord"}, "log_to: unknown value 'tensorbord'. Did you mean 'tensorboard'"),
+        ({"log_to": "wandb,wandb"}, "log_to: 'wandb' is given twice"),
+        ({"log_to": True}, "log_to: expected str, got bool True"),
+        ({"patience": -1}, "patience: expected at least 0, got -1"),
+        ({"patience": 2, "min_delta": 1.0}, r"min_delta: expected a value in \[0, 1\), got 1.0"),
+        ({"min_delta": 0.001}, "min_delta has no effect without patience"),
         ({"pad_buckets": -2}, "pad_buckets: expected at least -1, got -2"),
         ({"train_images": 0}, "Data option train_images: expected at least 1, got 0"),
         ({"val_images": -3}, "Data option val_images: expected at least 1, got -3"),
@@ -53,6 +65,14 @@ def test_errors_name_bad_overrides(overrides, message):
 def test_errors_name_run_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         resolve_run(options)
+
+
+def test_table_of_learning_rates_is_read_from_toml(tmp_path):
+    (tmp_path / "run.toml").write_text('[train.lr_patterns]\n"*.norm?.*" = 5e-6\nheads = 0.001\n')
+    run = resolve_run(read_config(tmp_path / "run.toml"))
+    assert run.train.lr_patterns == "*.norm?.*=5e-06, heads=0.001"
+    # It is stored as text, which means the same.
+    assert resolve_run(run.to_dict()) == run
 
 
 def test_former_switch_is_read_from_older_files():

@@ -12,12 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from conddetr.config import lists
 from conddetr.config import model as models
 from conddetr.config.augment import AugmentConfig, shapes_augment
 from conddetr.config.build import Backend, Precision, check_build
-from conddetr.config.checks import check_values, nearest, plain_type
+from conddetr.config.checks import check_value, check_values, nearest, plain_type
 from conddetr.config.model import ModelConfig
 from conddetr.files import read_text
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 _LARGEST_SEED = 2**63 - 1
 """Largest seed that PyTorch accepts."""
@@ -37,8 +40,14 @@ class TrainConfig:
     """Learning rate of everything but the backbone."""
     lr_backbone: float = 1e-5
     """Learning rate of the backbone."""
+    lr_patterns: str = ""
+    """Other learning rates for some parameters, e.g. `backbone.0.body.layer4=5e-6, heads=1e-3`: parts or patterns as in
+    `freeze`; the first that matches applies. A table in a TOML file is accepted too."""
+    freeze: str = ""
+    """What is not trained: `backbone`, `encoder`, `decoder`, `heads`, names of modules or parameters, or patterns of
+    names such as `*.norm?.*`, separated by commas."""
     schedule: Literal["step", "cosine"] = "step"
-    """`step`: both learning rates are divided by ten every `lr_drop` epochs; `cosine`: they decay to zero."""
+    """`step`: all learning rates are divided by ten every `lr_drop` epochs; `cosine`: they decay to zero."""
     lr_drop: int = 40
     """Epochs between the divisions by ten of the `step` schedule."""
     warmup_steps: int = 0
@@ -65,6 +74,10 @@ class TrainConfig:
     the model's number of queries."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
+    patience: int = 0
+    """End the run after this many evaluations in a row without a better AP, as if all epochs were done; 0: never."""
+    min_delta: float = 0.0
+    """Gain of AP, in [0, 1], that an evaluation must exceed to count as better for `patience`; 0.001 is 0.1 percent."""
     save_every: int = 0
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500
@@ -91,7 +104,13 @@ class TrainConfig:
         if isinstance(self.cuda_graphs, bool):
             # Older files have true or false.
             object.__setattr__(self, "cuda_graphs", "on" if self.cuda_graphs else "off")
+        if isinstance(self.lr_patterns, Mapping):
+            # A table of a TOML file.
+            text = ", ".join(f"{pattern}={rate}" for pattern, rate in self.lr_patterns.items())
+            object.__setattr__(self, "lr_patterns", text)
         check_values(self, "Training option")
+        lists.entries("Training option freeze", self.freeze)
+        lists.rates("Training option lr_patterns", self.lr_patterns)
         at_least_one = ("epochs", "batch_size", "accumulate", "lr_drop", "eval_every", "ema_ramp")
         for option in fields(self):
             least = 1 if option.name in at_least_one else -1 if option.name == "pad_buckets" else 0
@@ -107,8 +126,11 @@ class TrainConfig:
                 "Training option check_finite: `always` makes the host wait for the device, which cuda_graphs `on` "
                 "cannot do."
             )
-        if self.ema_decay >= 1:
-            raise ValueError(f"Training option ema_decay: expected a value in [0, 1), got {self.ema_decay}.")
+        for name in ("ema_decay", "min_delta"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"Training option {name}: expected a value in [0, 1), got {getattr(self, name)}.")
+        if self.min_delta and not self.patience:
+            raise ValueError("Training option min_delta has no effect without patience: leave it out.")
 
 
 def tiny_train_config(**overrides: Any) -> TrainConfig:
@@ -217,12 +239,20 @@ class RunConfig:
     """Implementation of the operations. `auto`: the best that can run; `triton` or `native`: an error if it cannot run;
     `eager`: the reference in plain PyTorch, with every module called and nothing folded. Weights are loaded with
     `auto`, independent of the backend that trained them, unless another one is requested."""
+    log_to: str = ""
+    """Send each epoch's record to these too, besides `log.jsonl`: `tensorboard`, `wandb`, `mlflow`, separated by
+    commas."""
     eval: bool = False
     """Only evaluate the checkpoint that `resume` names."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        check_value("Run option log_to", self.log_to, str)
+        for name in lists.entries("Run option log_to", self.log_to):
+            check_value("Run option log_to", name, LoggerName)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, as stored in checkpoints and in `config.json`; `resolve_run` reads them again."""

@@ -4,36 +4,86 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from conddetr.config.lists import rates
 from conddetr.config.run import TrainConfig
+from conddetr.engine.parameters import Groups, group_parameters
 from conddetr.model.detr import DETR
 
 
-def make_optimizer(model: DETR, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW with one learning rate for the backbone and another for the rest; frozen parameters left out."""
-    groups: dict[bool, list[Tensor]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("backbone.")].append(parameter)
+def base_rates(config: TrainConfig) -> list[float]:
+    """Learning rates of the groups of `group_parameters`, before the schedule."""
+    return [config.lr, config.lr_backbone, *rates("Training option lr_patterns", config.lr_patterns).values()]
+
+
+def make_optimizer(model: DETR, config: TrainConfig, groups: Groups | None = None) -> torch.optim.AdamW:
+    """Fused AdamW with a learning rate for each group of parameters.
+
+    Args:
+        model: the model to train.
+        config: how to train.
+        groups: from `group_parameters`, computed if not given.
+    """
+    parameters = dict(model.named_parameters())
+    groups = group_parameters(model, config) if groups is None else groups
     return torch.optim.AdamW(
-        [{"params": groups[False]}, {"params": groups[True], "lr": config.lr_backbone}],
+        [
+            {"params": [parameters[name] for name in names], "lr": rate}
+            for names, rate in zip(groups, base_rates(config), strict=True)
+        ],
         lr=config.lr,
         weight_decay=config.weight_decay,
         fused=True,
     )
 
 
+def load_optimizer(optimizer: torch.optim.AdamW, groups: Groups, saved: dict, saved_groups: Groups | None) -> int:
+    """Restore the state that was saved for each parameter's name; options stay those of the configuration.
+
+    Args:
+        optimizer: from `make_optimizer`.
+        groups: its groups.
+        saved: `state_dict` of an optimizer that may have other groups.
+        saved_groups: the groups of that one; None: not known, from a checkpoint of before they were stored.
+
+    Returns:
+        The number of parameters that the saved optimizer did not have, which start without moments.
+
+    Raises:
+        ValueError: the saved groups are not known and cannot be the optimizer's.
+    """
+    current, before = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if saved_groups is None:
+        sizes, saved_sizes = ([len(group["params"]) for group in part] for part in (current, before))
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"The saved optimizer has groups of {saved_sizes} parameters, this one of {sizes}, and the checkpoint "
+                "does not name them: resume without freeze and lr_patterns, or start a new run from its weights."
+            )
+        saved_groups = groups
+    indices = dict(zip(chain(*saved_groups), chain(*(group["params"] for group in before)), strict=True))
+    names = list(chain(*groups))
+    saved_states = ((number, saved["state"].get(indices.get(name))) for number, name in enumerate(names))
+    state = {number: values for number, values in saved_states if values is not None}
+    if groups == saved_groups:
+        # As it was saved, so that a run resumed before its next step saves the same.
+        current = [{**group, "lr": old["lr"]} for group, old in zip(current, before, strict=True)]
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": current})
+    return sum(name not in indices for name in names)
+
+
 @contextlib.contextmanager
-def rates_on_device(optimizer: torch.optim.AdamW, rates: Tensor) -> Iterator[None]:
+def rates_on_device(optimizer: torch.optim.AdamW, current: Tensor) -> Iterator[None]:
     """Let the optimizer read its learning rates from a device tensor, [groups] float32, so that a recorded step uses
     the current ones. Afterwards they are numbers again, as checkpoints store them.
     """
-    is_captured = rates.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_captured = current.is_cuda and torch.cuda.is_current_stream_capturing()
     before = [{name: group[name] for name in ("lr", "capturable")} for group in optimizer.param_groups]
-    for group, rate in zip(optimizer.param_groups, rates.unbind(), strict=True):
+    for group, rate in zip(optimizer.param_groups, current.unbind(), strict=True):
         group.update(lr=rate, capturable=is_captured)
     try:
         yield
@@ -43,7 +93,7 @@ def rates_on_device(optimizer: torch.optim.AdamW, rates: Tensor) -> Iterator[Non
 
 
 def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Factor of both learning rates in step `step`, counted from 0 over the whole run.
+    """Factor of all learning rates in step `step`, counted from 0 over the whole run.
 
     It depends on the step alone, so there is no state to save.
     """
@@ -55,10 +105,10 @@ def schedule_factor(config: TrainConfig, step: int, steps_per_epoch: int) -> flo
     return warmup * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def learning_rates(config: TrainConfig, step: int, steps_per_epoch: int) -> tuple[float, float]:
-    """Learning rates of transformer and backbone, the groups of `make_optimizer`; arguments as `schedule_factor`."""
+def learning_rates(config: TrainConfig, step: int, steps_per_epoch: int) -> tuple[float, ...]:
+    """Learning rates of the groups of `group_parameters` in a step; arguments as `schedule_factor`."""
     factor = schedule_factor(config, step, steps_per_epoch)
-    return config.lr * factor, config.lr_backbone * factor
+    return tuple(rate * factor for rate in base_rates(config))
 
 
 class MovingAverage:

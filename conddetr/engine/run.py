@@ -14,10 +14,12 @@ from conddetr.config.run import DataConfig, RunConfig, unused
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, has_run
 from conddetr.engine.lock import sole_run
+from conddetr.engine.loggers import RunLogger
+from conddetr.engine.parameters import Frozen, freeze, matches
 from conddetr.engine.progress import say
 from conddetr.engine.trainer import Trainer
 from conddetr.model.detr import DETR
-from conddetr.weights.load import start_from
+from conddetr.weights.load import LoadReport, start_from
 from conddetr.weights.public import locate
 from conddetr.zoo import build, gflops
 
@@ -257,20 +259,26 @@ def _changeable(training_data: DataConfig) -> set[str]:
     return by_kind.get(training_data.kind, set())
 
 
-def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool = True) -> Trainer:
+def train(
+    run: RunConfig,
+    start: dict[str, Any] | None = None,
+    show_config: bool = True,
+    loggers: Sequence[RunLogger] = (),
+) -> Trainer:
     """Train as configured; under torchrun, together with the other processes.
 
     Args:
         run: from `resolve_run`.
         start: weights to start from, as a checkpoint's content, instead of the file `run.weights`.
         show_config: print the whole configuration at the start.
+        loggers: receive the run's records too, beside those that `run.log_to` names.
 
     Returns:
         The trainer, after training.
 
     Raises:
         FileExistsError: another run trains in the folder; the message names it.
-        OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
+        ImportError, OSError, ValueError, FloatingPointError, InterruptedRunError: see `Trainer`.
     """
     with distributed.process_group(run.device) as device, sole_run(run.output_dir):
         train_set, val_set = data_sets(run.data, run.model, run.augment)
@@ -281,19 +289,44 @@ def train(run: RunConfig, start: dict[str, Any] | None = None, show_config: bool
         torch.manual_seed(run.train.seed)
         build_options = {"backend": run.backend, "pretrained_backbone": run.pretrained_backbone}
         model = build(run.preset, **build_options, **{**run.model.to_dict(), "num_classes": len(train_set.classes)})
+        # The trainer does this too. Here it is early enough for the printed numbers, and for an error before any work.
+        frozen = freeze(model, run.train.freeze)
         if distributed.is_main():
             _print_start(run, model, train_set, val_set, show_config)
-        if weights:
-            report = start_from(model, train_set.classes, weights)
-            if distributed.is_main():
-                say(f"starting from weights: {report}")
-        trainer = Trainer(model, train_set, val_set, run, device)
+        report = start_from(model, train_set.classes, weights) if weights else None
+        if report and distributed.is_main():
+            say(f"starting from weights: {report}")
+        if not resume:
+            _note_random_parts(frozen, report, run.pretrained_backbone)
+        trainer = Trainer(model, train_set, val_set, run, device, loggers)
         if resume:
             trainer.resume(resume)
             if trainer.is_main:
                 _print_resumed(trainer)
         trainer.fit()
     return trainer
+
+
+def _note_random_parts(frozen: Frozen, report: LoadReport | None, pretrained_backbone: bool) -> None:
+    """Warn if frozen parameters hold random values, which will stay.
+
+    Args:
+        frozen: the frozen parameters.
+        report: of loading weights to start from; None: there are none.
+        pretrained_backbone: whether the backbone is pretrained.
+    """
+    names = [name for own in frozen.names.values() for name in own]
+    if report is not None:
+        names = [name for name in names if any(entry.startswith(f"{name}:") for entry in report.mismatched)]
+    elif pretrained_backbone:
+        names = [name for name in names if not matches("backbone", name)]
+    if names and distributed.is_main():
+        log.warning(
+            "%d frozen parameter tensors hold random values and keep them, first %s: start from trained weights "
+            "(--weights), or do not freeze them.",
+            len(names),
+            names[0],
+        )
 
 
 def _file_to_resume(run: RunConfig) -> Path | None:

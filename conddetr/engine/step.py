@@ -23,7 +23,8 @@ from conddetr.engine import distributed
 from conddetr.engine.arrival import Arrival
 from conddetr.engine.graphs import Limits, StepGraphs, why_no_graphs
 from conddetr.engine.guard import NormStatistics, find_cause, poisoned_losses
-from conddetr.engine.optim import MovingAverage, learning_rates, make_optimizer, rates_on_device
+from conddetr.engine.optim import MovingAverage, learning_rates, load_optimizer, make_optimizer, rates_on_device
+from conddetr.engine.parameters import freeze, group_parameters
 from conddetr.engine.precision import has_bfloat16, resolve_precision
 from conddetr.loss.matcher import NonFiniteCostError
 from conddetr.loss.targets import PackedTargets
@@ -45,7 +46,8 @@ class Stepper:
             steps_per_epoch: for the learning rate schedule.
 
         Raises:
-            ValueError: `cuda_graphs` is `on`, and steps cannot be recorded here; the message says why.
+            ValueError: `cuda_graphs` is `on`, and steps cannot be recorded here; the message says why. Or as
+                `freeze` and `group_parameters`.
         """
         self.model, self.device = model, device
         precision = resolve_precision(config.precision, has_bfloat16(device))
@@ -55,7 +57,10 @@ class Stepper:
         max_targets = config.max_targets or None
         criterion = build_criterion(model, max_targets=max_targets, check_finite=check_finite)
         self.criterion = criterion.to(device, non_blocking=True)
-        self.optimizer = make_optimizer(model, config)
+        self.frozen = freeze(model, config.freeze)
+        self.groups = group_parameters(model, config)
+        """Names of the trained parameters, by group of the optimizer."""
+        self.optimizer = make_optimizer(model, config, self.groups)
         self.average = MovingAverage(model, config.ema_decay, config.ema_ramp) if config.ema_decay else None
         if config.compile:
             model.compile()
@@ -129,8 +134,8 @@ class Stepper:
         """As `_plain_step`, with everything that changes between steps on the device: [0, stop, rates, weight]."""
         parts = zip(window, packed, strict=True)
         losses = [partial(self._losses_of_packed, batch, targets, normalizer) for batch, targets in parts]
-        with rates_on_device(self.optimizer, numbers[2:4]):
-            return self._step(losses, numbers[:2].clone(), numbers[4])
+        with rates_on_device(self.optimizer, numbers[2:-1]):
+            return self._step(losses, numbers[:2].clone(), numbers[-1])
 
     def _step(self, losses: Sequence[Callable[[], dict[str, Tensor]]], flags: Tensor, weight: float | Tensor) -> Tensor:
         """One step; each of `losses` computes the losses of a batch. Returns its report without waiting for it."""
@@ -162,8 +167,16 @@ class Stepper:
         self._read()
         return losses
 
+    def train_mode(self) -> None:
+        """Put the model into training mode, but for frozen modules."""
+        self.model.train()
+        self.frozen.eval()
+
     def loss_of(self, batch: Batch) -> Tensor:
-        """The total loss of one batch, as a step computes it, without other processes."""
+        """The total loss of one batch, as a step computes it, without other processes. Frozen modules stay in
+        evaluation mode.
+        """
+        self.frozen.eval()
         normalizer = self._normalizer([batch], self.device)
         return self._losses(self.model, batch.to(self.device), normalizer)["loss"]
 
@@ -247,8 +260,8 @@ class Stepper:
         if distributed.is_main():
             log.warning("%s Skipped, %d of at most %d.", message, self.skipped, allowed)
 
-    def learning_rates(self, step: int) -> tuple[float, float]:
-        """Learning rates of transformer and backbone in a step."""
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """Learning rates of the optimizer's groups in a step."""
         return learning_rates(self.config, step, self.steps_per_epoch)
 
     def flush(self) -> None:
@@ -276,29 +289,33 @@ class Stepper:
             "model": self.model.state_dict(keep_vars=True),
             "ema": self.average.model.state_dict(keep_vars=True) if self.average else {},
             "optimizer": self.optimizer.state_dict(),
+            "groups": self.groups,
             "skipped": self.skipped,
             # Other processes cannot read this GPU. In one process, the copy for the file is made later without waiting.
             "sums": distributed.gather(self._sums.cpu() if distributed.world_size() > 1 else self._sums),
             "names": self._names,
         }
 
-    def load_state(self, state: dict) -> None:
-        """Restore the result of `state`; the optimizer's options stay those of the configuration."""
+    def load_state(self, state: dict) -> int:
+        """Restore the result of `state`; arguments and errors as `load_optimizer`.
+
+        Returns:
+            The number of trained parameters that the saved optimizer did not have.
+        """
         if self.graphs is not None:
             # They read the optimizer's old state.
             self.graphs.clear()
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.model.load_state_dict(state["ema"] or state["model"])
-        current, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
-        groups = [{**a, "lr": b["lr"], "params": b["params"]} for a, b in zip(current, saved, strict=True)]
-        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        added = load_optimizer(self.optimizer, self.groups, state["optimizer"], state.get("groups"))
         self.skipped = state["skipped"]
         # Inside an epoch a run resumes with the same number of processes. At the end of an epoch the sums are zero.
         if len(state["sums"]) == distributed.world_size():
             self._sums = state["sums"][distributed.rank()].to(self.device)
             self._names = list(state["names"])
             self.means = self._means(state["sums"][distributed.rank()].tolist())
+        return added
 
 
 def _distributed(model: DETR, device: torch.device) -> nn.Module:

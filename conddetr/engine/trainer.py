@@ -7,16 +7,14 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from conddetr.capture import MAX_GRAPHS
-from conddetr.config.augment import AugmentConfig
+from conddetr.config import lists
 from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch, make_loader
 from conddetr.data.sets import ImageSet
@@ -25,14 +23,18 @@ from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_l
 from conddetr.engine.chosen import Chosen, chosen, prove
 from conddetr.engine.coco_metrics import CocoResult, coco_library
 from conddetr.engine.distributed import StopRequest
+from conddetr.engine.early_stopping import EarlyStopping
 from conddetr.engine.evaluator import evaluate
 from conddetr.engine.graphs import buckets
+from conddetr.engine.lines import bar_note, epoch_line, graphs_line
 from conddetr.engine.log import RunLog
+from conddetr.engine.loggers import Loggers, RunLogger, make_loggers
+from conddetr.engine.parameters import describe_rates
 from conddetr.engine.precision import WITHOUT_BFLOAT16, has_bfloat16, resolve_precision
 from conddetr.engine.preflight import preflight
 from conddetr.engine.progress import Progress, say
+from conddetr.engine.same_run import check_same_batches, check_same_model, parameter_changes
 from conddetr.engine.step import Stepper
-from conddetr.engine.tables import percent
 from conddetr.files import write_text
 from conddetr.interrupt import InterruptedRunError
 from conddetr.model.detr import DETR
@@ -59,7 +61,13 @@ class Trainer:
     """
 
     def __init__(
-        self, model: DETR, train_set: ImageSet, val_set: ImageSet, run: RunConfig, device: torch.device
+        self,
+        model: DETR,
+        train_set: ImageSet,
+        val_set: ImageSet,
+        run: RunConfig,
+        device: torch.device,
+        loggers: Sequence[RunLogger] = (),
     ) -> None:
         """
         Args:
@@ -67,15 +75,26 @@ class Trainer:
             train_set, val_set: `CocoDetection` or `SyntheticShapes`.
             run: how to train, and the folder to write to, created if absent.
             device: where to train.
+            loggers: receive the records too, beside those that `run.log_to` names; the first process uses its own.
 
         Raises:
-            ValueError: the model's number of classes is not the data set's, or there are fewer images than in a batch.
+            ImportError: the package of a logger is not installed.
+            ValueError: the model's number of classes is not the data set's; there are fewer images than in a batch; or
+                `patience` is set and the validation set has no objects.
         """
         if model.config.num_classes != len(train_set.classes):
             raise ValueError(
                 f"num_classes: expected {len(train_set.classes)} as the data set has, "
                 f"got {model.config.num_classes} of the model."
             )
+        if run.train.patience and getattr(val_set, "objects", None) == 0:
+            raise ValueError(
+                "Training option patience: the validation set has no objects, so there is no AP that could rise: leave "
+                "it out, or name other validation images."
+            )
+        self.is_main = distributed.is_main()
+        """Whether this process writes the run's files."""
+        self.loggers = [*make_loggers(run.log_to), *loggers] if self.is_main else []
         self.model, self.device = model.to(device, non_blocking=True), device
         self._requested_precision = run.train.precision
         self._has_bfloat16 = not distributed.any_of(not has_bfloat16(device), device)
@@ -87,8 +106,6 @@ class Trainer:
         self.run = replace(run, model=model.config, backend=model.backend, train=self.config, augment=train_set.augment)
         self.train_set, self.val_set = train_set, val_set
         self.folder = Path(run.output_dir)
-        self.is_main = distributed.is_main()
-        """Whether this process writes the run's files."""
         self.loader = make_loader(
             train_set,
             self.config.batch_size,
@@ -110,6 +127,7 @@ class Trainer:
         self.seconds = 0.0
         """Training time so far, without evaluation."""
         self.best_ap = -1.0
+        self.early_stopping = EarlyStopping()
         self.metrics: dict[str, float] = {}
         """Metrics of the last evaluation."""
         self.result: CocoResult | None = None
@@ -151,14 +169,15 @@ class Trainer:
                 f"Checkpoint {path} cannot be resumed: it has no {absent[0]!r}, only weights. "
                 f"Start from them with --weights {path}."
             )
-        self._check_same_model(path, content)
+        check_same_model(path, content, self.train_set.classes, self.model.config)
         position = Position(**content["position"])
         if position.batch:
-            self._check_same_batches(path, content)
+            check_same_batches(path, content, self.config, self.train_set, distributed.world_size())
         else:
             # With other batches an epoch has another number of steps, and the schedule counts epochs.
             position.step = position.epoch * self.stepper.steps_per_epoch
-        self.stepper.load_state(content)
+        added = self.stepper.load_state(content)
+        self.changes += parameter_changes(content["run"]["train"], self.config, added)
         self._keep_precision(content["run"]["train"].get("precision", "float32"))
         # Older checkpoints have the backend in the model's configuration.
         was, now = content["run"].get("backend", content["config"].get("backend")), self.model.backend
@@ -167,6 +186,8 @@ class Trainer:
         self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]
+        # Older checkpoints lack it: the count starts with the next evaluation.
+        self.early_stopping = EarlyStopping(**content.get("early_stopping", {}))
 
     def _keep_precision(self, saved: str) -> None:
         """Use the saved run's precision if `auto` allows it and the devices support it."""
@@ -179,46 +200,21 @@ class Trainer:
             reason = "as requested" if is_requested else f"{WITHOUT_BFLOAT16}; --precision {saved} keeps it"
             self.changes.append(f"precision was {saved}, is {precision}: {reason}")
 
-    def _check_same_model(self, path: Path, content: dict) -> None:
-        advice = f"To start a new run from the weights that fit: --weights {path}."
-        saved, current = content["classes"], self.train_set.classes
-        if saved != current:
-            differing = [pair for pair in zip_longest(saved, current) if pair[0] != pair[1]]
-            was, now = (f"id {c['id']} {c['name']!r}" if c else "none" for c in differing[0])
-            raise ValueError(
-                f"Checkpoint {path} cannot be resumed: it has {len(saved)} classes, the data set has {len(current)}; "
-                f"the first that differs was {was}, is {now}. {advice}"
-            )
-        current = self.model.config.to_dict()
-        differing = _differences(content["config"], current)
-        if differing:
-            raise ValueError(f"Checkpoint {path} is of another model: {differing}. {advice}")
-
-    def _check_same_batches(self, path: Path, content: dict) -> None:
-        relevant = ("batch_size", "accumulate", "seed", "pad_buckets")
-        # Older checkpoints have no section `augment`.
-        augment = content["run"].get("augment", asdict(AugmentConfig("none" if self.train_set.endless else "paper")))
-        saved = {**{name: content["run"]["train"].get(name) for name in relevant}, **content["data"], **augment}
-        current = {**{name: getattr(self.config, name) for name in relevant}, **self._data()}
-        current |= self.train_set.augment.switches()
-        differing = _differences(saved, current)
-        if differing:
-            raise ValueError(
-                f"Checkpoint {path} was saved inside an epoch, and its batches would now be different: {differing}. "
-                f"Resume it with the saved values, or from the end of an epoch."
-            )
-
     def _data(self) -> dict[str, int]:
         return {"images": len(self.train_set), "processes": distributed.world_size()}
 
     def fit(self) -> dict[str, float]:
-        """Train to the end; returns the metrics of the last evaluation. A complete run stays as it is.
+        """Train to the last epoch, or until `patience` or `time_limit` ends the run; a complete run stays as it is.
+
+        Returns:
+            The metrics of the last evaluation.
 
         Raises:
             FileExistsError: the folder holds another run's checkpoint, which would be overwritten.
             FloatingPointError: more steps than may be skipped were not finite; names the first such tensor and images.
             InterruptedRunError: SIGTERM or SIGINT was received; the state is saved.
             ModuleNotFoundError: no library for COCO's metrics is installed.
+            Any error of a logger's `start`.
         """
         # Every run ends with an evaluation, so a missing library is reported now, not after the last epoch.
         coco_library()
@@ -226,31 +222,33 @@ class Trainer:
             raise FileExistsError(
                 f"{self.folder / LATEST} is from an earlier run: resume it, delete it or name another folder."
             )
-        if self.position.epoch >= self.config.epochs:
+        if reason := self._why_complete():
             # Killed after the last save, or restarted by a scheduler: not an error.
             if self.is_main:
-                done = f"{self.position.epoch} epochs of {self.config.epochs}"
-                say(f"{self.resumed_from} holds {done}: nothing to train.")
+                say(f"{self.resumed_from} holds {reason}: nothing to train.")
             return self.metrics
         if self.config.preflight:
             self._preflight()
         if self.is_main:
-            say(self.chosen.line())
-            if line := self._graphs_line():
-                say(line)
-        with StopRequest() as request, CheckpointWriter() as writer:
-            log = self._open_log() if self.is_main else None
+            self._say_start()
+        with self._start_loggers() as loggers, StopRequest() as request, CheckpointWriter() as writer:
+            log = self._open_log(loggers) if self.is_main else None
             while self.position.epoch < self.config.epochs:
                 stop = self._train_epoch(request, writer)
                 if stop == STOP_SIGNAL:
                     self.save(writer)
                     self._interrupt(request, writer)
-                self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME)
-                if stop == STOP_TIME:
+                if self._finish_epoch(log, writer, request, out_of_time=stop == STOP_TIME):
                     break
-            if log is not None:
-                log.close()
         return self.metrics
+
+    def _why_complete(self) -> str:
+        """The finished epochs of a complete run, and why it ended early if it did; empty: it is not complete."""
+        done = f"{self.position.epoch} epochs of {self.config.epochs}"
+        if self.position.epoch >= self.config.epochs:
+            return done
+        line = self.early_stopping.describe(self.config.patience)
+        return f"{done}; {line}" if line else ""
 
     def _preflight(self) -> None:
         line = preflight(
@@ -265,25 +263,26 @@ class Trainer:
         if self.is_main:
             say(line)
 
-    def _graphs_line(self) -> str:
-        """One line that says whether steps are recorded; empty: graphs do not apply."""
-        graphs = self.stepper.graphs
-        reason = self.stepper.why_no_graphs if graphs is None else graphs.refused
-        if reason:
-            return f"without CUDA graphs: {reason}" if self.device.type == "cuda" else ""
-        if graphs is None:
-            return ""
-        shapes = len(self.loader.sampler.shapes)
-        known = f"batches come in {shapes} shape{'s' * (shapes > 1)}" if shapes else "batches come in any shape"
-        return f"CUDA graphs: {known}, each is recorded when it first occurs, at most {MAX_GRAPHS}"
+    def _say_start(self) -> None:
+        stepper, shapes = self.stepper, len(self.loader.sampler.shapes)
+        rates = describe_rates(self.model, self.config, stepper.groups)
+        graphs = graphs_line(stepper.graphs, stepper.why_no_graphs, shapes, self.device)
+        for line in (stepper.frozen.describe(), rates, self.chosen.line(), graphs):
+            if line:
+                say(line)
 
-    def _open_log(self) -> RunLog:
+    def _start_loggers(self) -> Loggers:
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return Loggers(self.loggers, self.run.to_dict(), self.folder, self.position.epoch, bool(self.resumed_from))
+
+    def _open_log(self, loggers: Loggers) -> RunLog:
         write_text(self.folder / "config.json", json.dumps(self.run.to_dict(), indent=1) + "\n")
-        return RunLog(self.folder, self.position.epoch)
+        return RunLog(self.folder, self.position.epoch, loggers)
 
     def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
         """Train the rest of the epoch; returns the request to stop that all processes agree on."""
-        self.model.train()
+        self.stepper.train_mode()
         self.loader.sampler.set_epoch(self.position.epoch, self.position.batch)
         images, before, start = 0, self.seconds, time.perf_counter()
         title = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
@@ -307,6 +306,9 @@ class Trainer:
         self._speed = (images, self.seconds - before)
         return self.stepper.stop
 
+    def _note(self) -> str:
+        return bar_note(self.stepper.means, self.stepper.skipped, self.device)
+
     def _stop_request(self, request: StopRequest) -> float:
         if request.name:
             return STOP_SIGNAL
@@ -323,8 +325,8 @@ class Trainer:
 
     def _finish_epoch(
         self, log: RunLog | None, writer: CheckpointWriter, request: StopRequest, out_of_time: bool
-    ) -> None:
-        """Evaluate if it is due, log, and save."""
+    ) -> bool:
+        """Evaluate if it is due, log, and save. Returns whether the run ends, on which all processes agree."""
         request.watch()
         epoch = self.position.epoch
         is_last = out_of_time or epoch + 1 == self.config.epochs
@@ -335,24 +337,29 @@ class Trainer:
             self.save(writer)
             self.metrics = self._evaluate(request, writer)
             record.update(self.metrics)
-            is_best = self.metrics.get("AP", -1.0) > self.best_ap
-            self.best_ap = max(self.best_ap, self.metrics.get("AP", -1.0))
+            # Only the first process has metrics.
+            ap = self.metrics.get("AP", -1.0)
+            is_best = ap > self.best_ap
+            self.best_ap = max(self.best_ap, ap)
+            self.early_stopping.update(ap, self.config.min_delta)
+            is_last |= distributed.any_of(self.early_stopping.is_over(self.config.patience), self.device)
         self.stepper.start_epoch()
         self.position = Position(epoch + 1, 0, self.position.step)
         # The record first: a run that is killed before the save evaluates again when it resumes, and replaces it.
         if log is not None:
             log.write(record, is_last)
-            self._print(record)
+            say(epoch_line(record, self.config.epochs))
         keep = self.config.save_every > 0 and (epoch + 1) % self.config.save_every == 0
         self.save(writer, epoch=epoch + 1, is_best=is_best, keep=keep)
+        if self.is_main and (line := self.early_stopping.describe(self.config.patience)):
+            say(line)
+        return is_last
 
     def _record(self) -> dict[str, float]:
         images, seconds = self._speed
-        rates = self.stepper.learning_rates(self.position.step - 1)
         record = {
             "step": self.position.step,
-            "lr": rates[0],
-            "lr_backbone": rates[1],
+            **self._rates(),
             **self.stepper.epoch_means(),
             "skipped_steps": self.stepper.skipped,
             "seconds": self.seconds,
@@ -364,6 +371,12 @@ class Trainer:
             record["cuda_graphs"] = len(self.stepper.graphs.recorded)
             record["cuda_graphs_gib"] = self.stepper.graphs.bytes / 2**30
         return record
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of the last step: `lr`, `lr_backbone`, and one for each of `lr_patterns`."""
+        patterns = [f"lr_pattern/{pattern}" for pattern in lists.rates("lr_patterns", self.config.lr_patterns)]
+        rates = self.stepper.learning_rates(self.position.step - 1)
+        return dict(zip(("lr", "lr_backbone", *patterns), rates, strict=True))
 
     def _evaluate(self, request: StopRequest, writer: CheckpointWriter) -> dict[str, float]:
         """The twelve metrics; empty on all ranks but 0. A signal to any process ends the run after the batch."""
@@ -402,31 +415,12 @@ class Trainer:
             "data": self._data(),
             "seconds": self.seconds,
             "best_ap": self.best_ap,
+            "early_stopping": asdict(self.early_stopping),
             "metrics": self.metrics,
             "run": self.run.to_dict(),
             "chosen": self.chosen.to_dict(),
         }
         writer.submit(functools.partial(save_run, self.folder, epoch=epoch, is_best=is_best, keep=keep), content)
-
-    def _note(self) -> str:
-        """Note of the progress bar: mean losses so far, skipped steps and memory."""
-        shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
-        means = self.stepper.means
-        parts = [f"{title} {means[name]:.3f}" for title, name in shown.items() if name in means]
-        if self.stepper.skipped:
-            parts.append(f"{self.stepper.skipped} skipped")
-        if self.device.type == "cuda":
-            parts.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
-        return "  ".join(parts)
-
-    def _print(self, record: dict[str, float]) -> None:
-        line = f"epoch {record['epoch'] + 1}/{self.config.epochs}  loss {record['loss']:.3f}"
-        line += f"  {record['images_per_second']:.1f} images/s  {self.seconds:.0f} s"
-        if record.get("cuda_graphs"):
-            line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
-        if "AP" in record:
-            line += f"  AP {percent(record['AP'])}  AP50 {percent(record['AP50'])}"
-        say(line)
 
 
 def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -439,9 +433,3 @@ def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
             window = []
     if window:
         yield window
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any]) -> str:
-    """`name was …, is …` for every value that differs."""
-    names = [name for name in current if saved.get(name) != current[name]]
-    return ", ".join(f"{name} was {saved.get(name)!r}, is {current[name]!r}" for name in names)

@@ -64,6 +64,19 @@ def test_recorded_steps_equal_plain_steps(tmp_path, options, accumulate):
     assert all(type(rate) is float for rate in rates)
 
 
+def test_recorded_steps_have_the_rate_of_each_pattern(tmp_path):
+    rates = {"lr_patterns": f"heads={2**-9}, backbone.0.stages.3={2**-12}", "freeze": "encoder", "warmup_steps": 4}
+    plain, graphed = (small_trainer(tmp_path / name, **RATES, **rates) for name in "ab")
+    recorded(graphed)
+    for run in (plain, graphed):
+        run.stepper.train_mode()
+        for step, batch in enumerate(batches(run, 2)):
+            run.stepper([batch], step)
+        run.stepper.flush()
+    assert len(graphed.stepper.graphs.recorded) == 1
+    assert_equal(graphed.stepper.state(), plain.stepper.state())
+
+
 def test_step_that_is_not_finite_is_undone_and_explained(tmp_path, caplog):
     run = small_trainer(tmp_path, **RATES, ema_decay=0.9)
     recorded(run)
