@@ -134,4 +134,4 @@ def _iou_function() -> Callable[[np.ndarray, np.ndarray, list[int]], np.ndarray]
         from faster_coco_eval.core.mask import iou
     else:
         from pycocotools.mask import iou
-    return iou  # type: ignore[no-any-return]
+    return iou
