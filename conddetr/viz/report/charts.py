@@ -1,7 +1,6 @@
 """Line charts of a report as SVG paths. Colours and fonts are in the style sheet."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,11 +106,11 @@ def threshold_chart(quality: Quality) -> Chart:
     return Chart("score threshold", "", lines, x_max, step, mark)
 
 
-def _path(x: Sequence[float] | np.ndarray, y: np.ndarray, x_max: float) -> str:
+def _path(x: np.ndarray, y: np.ndarray, x_max: float) -> str:
     """An SVG path; NaN leaves a gap."""
     chart, parts, starts = Chart("", "", [], x_max), [], True
-    for across, up in zip(np.asarray(x).tolist(), y.tolist(), strict=True):
-        if up == up:
+    for across, up in zip(x.tolist(), y.tolist(), strict=True):
+        if not math.isnan(up):
             parts.append(f"{'M' if starts else 'L'}{chart.x(across):g} {chart.y(up):g}")
-        starts = up != up
+        starts = math.isnan(up)
     return "".join(parts)

@@ -16,7 +16,7 @@ from conddetr.viz.report.pictures import Picture
 MAX_TABLE_CLASSES = 20
 """The confusion matrix of at most this many classes is a table with counts; that of more classes is a picture."""
 MAX_DRAWN_CLASSES = 100
-"""The confusion matrix of more classes is not drawn: its cells would be smaller than a pixel of a phone."""
+"""The confusion matrix of more classes is not drawn, because it would be too fine to read."""
 MAX_PAIRS = 20
 """Confused pairs of classes that are listed."""
 
@@ -73,7 +73,7 @@ def render(
         classes=_class_rows(result, quality),
         recall_chart=recall_chart(quality),
         threshold_chart=threshold_chart(quality),
-        matrix=_matrix_rows(quality.confusion),
+        matrix=_matrix_rows(quality.confusion) if len(quality.objects) <= MAX_DRAWN_CLASSES else [],
         pairs=_confused_pairs(quality),
         kinds=[(name, counts[name], _KINDS[name]) for name in KINDS],
         most=max(1, *counts.values()),
