@@ -217,7 +217,11 @@ kernel_packages = ["conddetr.kernels"] + [f"conddetr.kernels.{name}" for name in
 setup(
     packages=detector_packages + kernel_packages,
     package_dir={"conddetr": "conddetr", "conddetr.kernels": "kernels"},
-    package_data={"conddetr": ["py.typed"], "conddetr.kernels": ["measured/*.json", "attn/triton/*.json"]},
+    package_data={
+        "conddetr": ["py.typed"],
+        "conddetr.kernels": ["measured/*.json", "attn/triton/*.json"],
+        "conddetr.viz.report": ["*.css", "*.html", "*.js"],
+    },
     ext_modules=native_extension(),
     cmdclass={"build_ext": BuildNative},
 )

@@ -21,7 +21,7 @@ from conddetr.weights.public import locate
 if TYPE_CHECKING:
     from conddetr.config.run import DataConfig
     from conddetr.data.images import ImageLike
-    from conddetr.engine.coco_metrics import CocoResult
+    from conddetr.engine.coco_metrics import Detections
     from conddetr.engine.loggers import RunLogger
     from conddetr.export import ExportReport
     from conddetr.viz.attention import AttentionMaps
@@ -196,6 +196,7 @@ class Detector:
         workers: int = 2,
         classes_by_name: bool = False,
         split: str = "val",
+        report: str | Path | None = None,
         **data: Any,
     ) -> dict[str, float]:
         """COCO's twelve metrics: on all images of an annotation file that is named, otherwise on validation images. One
@@ -206,6 +207,8 @@ class Detector:
             workers: processes that load images.
             classes_by_name: match classes by name and ignore their ids in the data set.
             split: `val` or `test` of a `dataset`.
+            report: an HTML file to write, with curves, the best score threshold, the confusion matrix and pictures of
+                the worst errors; an older report is replaced.
             data: fields of `DataConfig` in `conddetr.config`, e.g. `coco_path="coco"`, or `annotations` and
                 `images`; default: the validation images of its training.
 
@@ -216,25 +219,35 @@ class Detector:
         Raises:
             ValueError: unknown option, or one that has no effect with the others; `batch_size` below 1 or `workers`
                 below 0; no data is named and the training data is not known; the data set has classes that the detector
-                lacks, or an id with another name.
+                lacks, or an id with another name; `report` does not end in `.html` or is another file.
             FileNotFoundError: no such data set.
+            OSError: `report` cannot be written.
         """
         from conddetr.data.batch import check_loading
-        from conddetr.engine.evaluator import evaluate
+        from conddetr.engine.coco_metrics import coco_library, coco_result
+        from conddetr.engine.evaluator import detect
         from conddetr.engine.progress import say
         from conddetr.engine.run import evaluation_set
+        from conddetr.viz.report import check_report_target, facts, write_report
 
         check_loading(batch_size, workers)
+        if report is not None:
+            check_report_target("report", report)
         val_set = evaluation_set(data, self.data, self.classes, self.model.config, split)
         if not val_set.is_annotated:
             raise ValueError(
                 f"{val_set.source} has no list 'annotations': there is nothing to compare detections with."
             )
         options: dict[str, Any] = {"by_name": classes_by_name, "precision": self.precision}
-        result = evaluate(self.model, self.classes, val_set, self.device, batch_size, workers, **options)
-        # It is None only with several processes.
-        result = cast("CocoResult", result)
+        coco_library()
+        detections = detect(self.model, self.classes, val_set, self.device, batch_size, workers, **options)
+        # They are None only with several processes.
+        detections = cast("Detections", detections)
+        truth = val_set.ground_truth()
+        result = coco_result(truth, detections, source=val_set.source)
         say(result.describe())
+        if report is not None:
+            say(write_report(report, result, truth, detections, val_set, facts(self)))
         return result.metrics
 
     def save(self, path: str | Path) -> Path:

@@ -77,6 +77,37 @@ def test_eval_prints_and_writes_the_metrics(trained, tmp_path, capsys):
     assert "triangle" in capsys.readouterr().out
 
 
+def test_eval_writes_a_report_beside_the_checkpoint_or_to_a_file(trained, tmp_path, capsys):
+    shutil.copy(trained / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    command = ["eval", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--workers", "0", "--device", "cpu"]
+    assert main([*command, "--report"]) == 0
+    assert f"wrote {tmp_path / 'report.html'}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path / "checkpoint.pt") in page
+    assert "synthetic shapes of seed 2" in page
+    # The older one is replaced.
+    (tmp_path / "report.html").write_text(page[: len(page) // 2])
+    assert main([*command, "--report", str(tmp_path / "report.html")]) == 0
+    assert (tmp_path / "report.html").read_text() == page
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "report.html"]
+
+
+def test_report_without_annotations_is_an_error_before_the_evaluation(trained, small_coco, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "detect", lambda *_, **__: pytest.fail("detected"))
+    small_coco.content["categories"] = SyntheticShapes(1, 1).classes
+    del small_coco.content["annotations"]
+    small_coco.write()
+    data = ["--images", str(small_coco.images), "--annotations", str(small_coco.file)]
+    report, results = small_coco.root / "report.html", small_coco.root / "results.json"
+    command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), "--device", "cpu", *data]
+    assert main([*command, "--report", str(report), "--results", str(results)]) == 2
+    errors = capsys.readouterr().err
+    assert "has no list 'annotations', so there is nothing to compare detections with" in errors
+    assert "--results FILE without --report writes the detections" in errors
+    assert not report.exists()
+    assert not results.exists()
+
+
 def test_two_processes_give_the_metrics_of_one(trained, tmp_path):
     command = ["--device", "cpu", "--val-images", "7", "--batch-size", "2", "--workers", "0"]
     command = ["eval", "--checkpoint", str(trained / "checkpoint.pt"), *command]
@@ -84,6 +115,7 @@ def test_two_processes_give_the_metrics_of_one(trained, tmp_path):
         main([*command, "--out", str(tmp_path / "one.json"), "--results", str(tmp_path / "one-detections.json")]) == 0
     )
     outputs = ["--out", str(tmp_path / "two.json"), "--results", str(tmp_path / "two-detections.json")]
+    outputs += ["--report", str(tmp_path / "two.html")]
     finish(*start_ranks(2, command_line, tmp_path, [*command, *outputs]))
     metrics, metrics_of_two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert metrics_of_two.pop("data") == metrics.pop("data")
@@ -92,6 +124,7 @@ def test_two_processes_give_the_metrics_of_one(trained, tmp_path):
     assert [detection["image_id"] for detection in double] == [detection["image_id"] for detection in single]
     assert len({detection["image_id"] for detection in single}) == 7
     assert "AP50" in (tmp_path / "printed-0").read_text()
+    assert f"wrote {tmp_path / 'two.html'}" in (tmp_path / "printed-0").read_text()
     assert (tmp_path / "printed-1").read_text() == ""
 
     official = ["train", "--eval", "--resume", str(trained / "checkpoint.pt"), "--device", "cpu", "--val-images", "7"]
@@ -515,6 +548,11 @@ def test_written_configuration_is_read_back_equal(tmp_path):
         # Output files are checked before the work.
         (["eval", "--checkpoint", "/no.pt", "--out", "/"], "--out /: expected a name for a JSON file, got a folder"),
         (["eval", "--checkpoint", "/no.pt", "--results", __file__], "the file exists and is not JSON"),
+        (["eval", "--checkpoint", "/no.pt", "--report", "/no.pt"], "--report /no.pt: expected a name ending in .html"),
+        (
+            ["eval", "--checkpoint", "/no.pt", "--report", "--out", "//report.html"],
+            "--report /report.html: this is also //report.html",
+        ),
         (["validate-data", "--images", "/", "--annotations", "/no.json", "--report", __file__], "is not JSON"),
         (["validate-data", "--images", "/", "--annotations", "/no.json", "--fix", __file__], "is not JSON"),
         # Numbers are checked before any file.

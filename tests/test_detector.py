@@ -273,7 +273,11 @@ def test_train_evaluate_save_and_train_again(tmp_path):
         detector.train(epoch=3)
     metrics = detector.train(output_dir=str(tmp_path / "a"), epochs=1, **data)
     # By default, evaluation is on the validation images of its training.
-    assert detector.evaluate(workers=0) == pytest.approx(metrics)
+    page = tmp_path / "quality.html"
+    assert detector.evaluate(workers=0, report=page) == pytest.approx(metrics)
+    assert "Quality of a detector" in page.read_text()
+    with pytest.raises(ValueError, match=r"report .*a: expected a name ending in \.html"):
+        detector.evaluate(workers=0, report=tmp_path / "a")
     assert detector.data.val_images == 4
     resumed = conddetr.Detector.from_checkpoint(tmp_path / "a" / "checkpoint.pt", device="cpu")
     assert resumed.data == detector.data

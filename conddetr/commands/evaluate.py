@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from conddetr.commands.shared import print_chosen
 from conddetr.config.flags import chosen_data
 from conddetr.config.run import unused
 from conddetr.data.batch import check_loading
+from conddetr.data.sets import ImageSet
 from conddetr.detector import Detector
 from conddetr.engine import distributed
-from conddetr.engine.coco_metrics import CocoResult, coco_library, coco_result
+from conddetr.engine.coco_metrics import CocoResult, Detections, coco_library, coco_result
 from conddetr.engine.evaluator import detect
 from conddetr.engine.progress import say, show
 from conddetr.engine.run import evaluation_set
 from conddetr.engine.tables import class_table, metrics_table
 from conddetr.files import check_json_target, refuse_overwriting, write_text
+from conddetr.viz.report import check_report_target, facts, report_beside, write_report
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,10 +33,16 @@ def run(options: argparse.Namespace) -> None:
     check_json_target("--out", options.out)
     refuse_overwriting("--results", options.results, inputs)
     refuse_overwriting("--out", options.out, (*inputs, options.results))
+    report = report_beside(options.checkpoint) if options.report == "" else options.report
+    if report:
+        check_report_target("--report", report)
+        refuse_overwriting("--report", report, (*inputs, options.results, options.out))
     loading = options.batch_size, options.workers
-    result = coco_numbers(*source, data, *loading, options.results, options.classes_by_name, options.split)
-    if result is None:
+    choice = options.results, options.classes_by_name, options.split
+    evaluation = evaluate_checkpoint(*source, data, *loading, *choice, needs_annotations=bool(report))
+    if evaluation is None:
         return
+    result = evaluation.result
     data = {"source": result.source, "images": result.images, "objects": result.objects, "library": result.library}
     per_class = {"per_class": [vars(row) for row in result.per_class]} if options.per_class else {}
     content = {**result.metrics, "data": data, **per_class}
@@ -46,9 +55,24 @@ def run(options: argparse.Namespace) -> None:
         # The file is written even if the pipe of the output ends early; the metrics are shown even if writing fails.
         if options.out:
             write_text(options.out, json.dumps(content, indent=1) + "\n")
+        if report:
+            about = {"checkpoint": options.checkpoint, **facts(evaluation.detector)}
+            say(write_report(report, result, evaluation.truth, evaluation.detections, evaluation.dataset, about))
 
 
-def coco_numbers(
+@dataclass(frozen=True)
+class Evaluation:
+    """COCO metrics of a checkpoint, and what they were computed from."""
+
+    result: CocoResult
+    detector: Detector
+    dataset: ImageSet
+    truth: dict
+    """Ground truth in COCO's format."""
+    detections: Detections
+
+
+def evaluate_checkpoint(
     checkpoint: str | Path,
     preset: str | None,
     device: str | None,
@@ -60,11 +84,15 @@ def coco_numbers(
     results: str | None = None,
     by_name: bool = False,
     split: str = "val",
-) -> CocoResult | None:
+    needs_annotations: bool = False,
+) -> Evaluation | None:
     """COCO metrics of a checkpoint, together with torchrun's other processes; None on all ranks but 0, and if the
     images have no annotations.
 
     `data` and `split` are those of `evaluation_set`, `by_name` that of `detect`; detections are written to `results`.
+
+    Raises:
+        ValueError: the images have no annotations, and either `needs_annotations` or no `results`.
     """
 
     check_loading(batch_size, workers)
@@ -74,10 +102,11 @@ def coco_numbers(
         # A missing library is reported now, not after the detections are computed.
         if val_set.is_annotated:
             coco_library()
-        elif not results:
+        elif needs_annotations or not results:
             raise ValueError(
                 f"Annotation file {val_set.annotation_file} has no list 'annotations', so there is nothing to compare "
-                "detections with; --results FILE writes the detections."
+                f"detections with; --results FILE{' without --report' if needs_annotations else ''} writes the "
+                "detections."
             )
         print_chosen(detector, process_device)
         group = distributed.rank(), distributed.world_size()
@@ -93,4 +122,5 @@ def coco_numbers(
     if not val_set.is_annotated:
         say(f"{val_set.source} has no annotations: there are no metrics.")
         return None
-    return coco_result(val_set.ground_truth(), detections, source=val_set.source)
+    truth = val_set.ground_truth()
+    return Evaluation(coco_result(truth, detections, source=val_set.source), detector, val_set, truth, detections)

@@ -84,6 +84,14 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--per-class", action="store_true", help="also print a table of the classes, and write it to --out"
     )
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="also write a page with curves, the best score threshold, the confusion matrix and the worst errors; "
+        "default: report.html beside the checkpoint; an older report is replaced",
+    )
 
 
 def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from conddetr.commands.evaluate import coco_numbers
+from conddetr.commands.evaluate import evaluate_checkpoint
 from conddetr.config.flags import chosen_options
 from conddetr.config.run import resolve_run
 from conddetr.engine.checkpoint import LATEST
@@ -31,9 +31,10 @@ def run(options: argparse.Namespace) -> None:
         # Weights do not show dilation: for an official file without arguments it comes from the flags.
         preset = run.preset if {"preset", "family", "backbone", "dilation"} & chosen.keys() else None
         source = checkpoint, preset, run.device, run.backend, run.train.precision
-        result = coco_numbers(*source, data, run.train.batch_size, run.train.workers)
-        if result is None:
+        evaluation = evaluate_checkpoint(*source, data, run.train.batch_size, run.train.workers)
+        if evaluation is None:
             return
+        result = evaluation.result
         metrics = result.metrics
     else:
         raise ValueError("--eval needs --resume FILE: the checkpoint to evaluate.")

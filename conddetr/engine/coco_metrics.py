@@ -147,7 +147,7 @@ def coco_result(
     library = coco_library(library)
     if "annotations" not in ground_truth:
         raise ValueError(f"{source} has no list 'annotations': there is nothing to compare detections with.")
-    truth, kept = _renumbered(ground_truth, detections, source)
+    truth, kept = renumbered(ground_truth, detections, source)
     columns: dict[int, list[float]] = {}
     if len(kept) == 0:
         metrics = _metrics_without_detections(truth)
@@ -164,7 +164,7 @@ def coco_result(
     return CocoResult(metrics, per_class, source, *counts, f"{library.replace('_', '-')} {version}")
 
 
-def _renumbered(ground_truth: dict, detections: Detections, source: str) -> tuple[dict, Detections]:
+def renumbered(ground_truth: dict, detections: Detections, source: str) -> tuple[dict, Detections]:
     """Ground truth and detections with images, annotations and categories renumbered from 1 in their order.
 
     Drops detections of other categories.
