@@ -14,7 +14,7 @@ from conddetr import (
 
 if TYPE_CHECKING:
     from conddetr.config import ModelConfig
-    from conddetr.detection import Detection
+    from conddetr.detection import Detection, Prediction
     from conddetr.detector import Detector
     from conddetr.interop.accelerate import accelerate, accelerated, decelerate
     from conddetr.interop.huggingface.attention_interface import register_attention
@@ -32,6 +32,7 @@ __all__ = [
     "Detector",
     "LoadReport",
     "ModelConfig",
+    "Prediction",
     "Preset",
     "accelerate",
     "accelerated",
@@ -53,6 +54,7 @@ _HOMES = {
     "Detector": "detector",
     "LoadReport": "weights.load",
     "ModelConfig": "config",
+    "Prediction": "detection",
     "Preset": "zoo",
     "accelerate": "interop.accelerate",
     "accelerated": "interop.accelerate",

@@ -1,5 +1,6 @@
 """Atomic writing of files, and reading of text files in several Unicode encodings."""
 
+import abc
 import codecs
 import contextlib
 import errno
@@ -8,8 +9,11 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError
+
+from conddetr import interrupt
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if hasattr(errno, "EDQUOT") else (errno.ENOSPC, errno.EFBIG)
 """System errors for lack of space: a full disk, a quota, a maximum file size."""
@@ -50,6 +54,37 @@ def atomic_file(path: str | Path, partial: str | Path | None = None) -> Iterator
         os.replace(partial, path)
         # The new name is safe only after the folder is on disk too.
         _flush_folder(path.parent)
+
+
+class KeptFile(abc.ABC):
+    """A file that is written in parts, within a `with` block.
+
+    Leaving the block completes the file, also after an exception such as Ctrl-C: it then holds all parts before. If the
+    file itself cannot be written, its path keeps the old content.
+    """
+
+    def __init__(self, path: str | Path, partial: str | Path | None = None) -> None:
+        """`path`, `partial`: as for `atomic_file`."""
+        self.path, self._partial = Path(path), partial
+        self.is_complete = False
+        """Whether the file is written."""
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            partial = stack.enter_context(atomic_file(self.path, self._partial))
+            self._open(partial, stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Without the block's exception: only an error of closing the file discards it.
+        with interrupt.deferred():
+            self._stack.close()
+            self.is_complete = True
+
+    @abc.abstractmethod
+    def _open(self, partial: Path, stack: contextlib.ExitStack) -> None:
+        """Open the temporary file. Its end is written, and it is closed, by callbacks of the stack."""
 
 
 def refuse_overwriting(option: str, path: str | Path | None, others: Iterable[str | Path | None]) -> None:

@@ -4,10 +4,12 @@ The package imports this module first; it imports nothing slow. In a process of 
 SIGINT then ends the process silently, as it ends most programs, until `raise_again` is called.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
 
 
@@ -19,6 +21,26 @@ def raise_again() -> None:
     """Make SIGINT raise KeyboardInterrupt again if importing this module changed that."""
     if _ENDS_AT_ONCE and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Ctrl-C inside raises its KeyboardInterrupt at the end, for work that must not stop halfway.
+
+    Other handlers, and other threads than the main one, are left as they are.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def _end_at_once() -> bool:

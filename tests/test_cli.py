@@ -2,13 +2,17 @@
 
 import argparse
 import contextlib
+import csv
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from golden_rule import rule_model
@@ -22,9 +26,11 @@ from conddetr.config import Backend, resolve
 from conddetr.config.flags import add_options, chosen_options
 from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.video import Video
 from conddetr.engine.coco_metrics import METRICS, Detections
 from conddetr.engine.progress import console
 from conddetr.kernels import registry
+from conddetr.viz.pictures import PictureFolder
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -243,7 +249,10 @@ def test_predict_on_a_folder_draws_its_images(predict, tmp_path):
     (tmp_path / "photos/._a.jpg").write_bytes(b"of another system")
     status, printed, errors = predict("photos", "--out", "photos", "--threshold", "1")
     assert (status, errors) == (0, "")
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["attention", "photos/a.jpg", "photos/b.PNG"]
+    assert [line.split(":")[0] for line in printed.splitlines()[:-1]] == ["attention", "photos/a.jpg", "photos/b.PNG"]
+    assert re.fullmatch(
+        r"2 images, 0 objects, 0 unreadable; [\d.]+ images/s \(reading, model, drawing\)", printed.splitlines()[-1]
+    )
     # Pictures that `predict` drew are not input images.
     before = sorted(path.name for path in (tmp_path / "photos").iterdir())
     status, printed, _ = predict("photos", "--out", "photos", "--threshold", "1")
@@ -262,10 +271,11 @@ def test_images_are_drawn_despite_a_damaged_one(predict, tmp_path):
     status, printed, errors = predict("a.png", "b.png", "c.png", "--out", "drawn", "--threshold", "1")
     assert status == 2
     assert list(grays(tmp_path / "drawn")) == ["a.png", "c.png"]
-    assert [line.split(":")[0] for line in printed.splitlines()] == ["attention", "a.png", "b.png", "c.png"]
-    assert "1 of 3 images cannot be read, first: Image file b.png" in errors
+    assert [line.split(":")[0] for line in printed.splitlines()[:-1]] == ["attention", "a.png", "b.png", "c.png"]
+    assert printed.splitlines()[-1].startswith("2 images, 0 objects, 1 unreadable; ")
+    assert "1 of 3 inputs cannot be read, first: Image file b.png" in errors
     status, printed, errors = predict("b.png", "--out", "drawn")
-    assert (status, len(printed.splitlines())) == (2, 1)
+    assert (status, len(printed.splitlines())) == (2, 2)
     assert errors.startswith("conddetr predict: Image file b.png: ")
 
 
@@ -275,6 +285,145 @@ def test_paths_are_used_and_printed_unchanged(predict, tmp_path):
         status, printed, _ = predict(name, "--out", f"{name}[/b]", "--threshold", "1")
         assert status == 0
         assert f"{name}: 0 objects; wrote {name}[/b]/" in printed
+
+
+def write_video(path, count=6):
+    """A video of gray frames; skips the test without OpenCV."""
+    cv2 = pytest.importorskip("cv2", reason="videos need OpenCV (pip install 'conddetr[video]')")
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5.0, (64, 48))
+    for index in range(count):
+        writer.write(np.full((48, 64, 3), 10 * index, np.uint8))
+    writer.release()
+    return path
+
+
+def test_predict_writes_the_objects_of_images_and_videos(predict, tmp_path):
+    write_image(tmp_path / "photos/a.png", 50)
+    write_video(tmp_path / "clip.avi")
+    files = ["--results", "objects.csv", "--results", "objects.json"]
+    options = ["--threshold", "0", "--top-k", "3", "--batch-size", "2", "--every", "2", "--out", "drawn"]
+    status, printed, errors = predict("photos/a.png", "clip.avi", *files, *options)
+    assert (status, errors) == (0, "")
+    lines = printed.splitlines()
+    assert lines[1:5] == [
+        "photos/a.png: 3 objects; wrote drawn/a.png",
+        "clip.avi: 3 frames, 9 objects; wrote drawn/clip.mp4",
+        "wrote objects.csv",
+        "wrote objects.json",
+    ]
+    assert lines[5].startswith("4 images and frames, 12 objects, 0 unreadable; ")
+    with open("objects.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    places = [("photos/a.png", "", "")] + [("clip.avi", str(index), f"{index / 5:.3f}") for index in (0, 2, 4)]
+    assert [(row["image"], row["frame"], row["time"]) for row in rows[::3]] == places
+    content = json.loads((tmp_path / "objects.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "clip.avi#0", "clip.avi#2", "clip.avi#4"]
+    assert [entry["score"] for entry in content["annotations"]] == pytest.approx(
+        [float(row["score"]) for row in rows], abs=1e-6
+    )
+    with Video(tmp_path / "drawn/clip.mp4") as drawn:
+        assert [frame.image.shape for frame in drawn] == [(3, 48, 64)] * 3
+    # Again: the drawn video is replaced, as pictures are; another one of the same name is not.
+    assert predict("clip.avi", *options)[1].splitlines()[1].endswith("wrote drawn/clip.mp4")
+    (tmp_path / "other").mkdir()
+    write_video(tmp_path / "other/clip.avi")
+    assert predict("other/clip.avi", *options)[1].splitlines()[1].endswith("wrote drawn/clip-2.mp4")
+    before = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert before == ["a.png", "clip-2.mp4", "clip.mp4"]
+    status, printed, _ = predict("clip.avi", "--no-pictures", "--max-frames", "4")
+    assert printed.splitlines()[1].startswith("clip.avi: 4 frames, ")
+    assert printed.splitlines()[2].endswith(" images/s (reading, model)")
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == before
+
+
+def test_predict_goes_on_after_a_damaged_video(predict, tmp_path):
+    path = write_video(tmp_path / "clip.avi", 20)
+    path.write_bytes(path.read_bytes()[: int(0.8 * path.stat().st_size)])
+    write_image(tmp_path / "a.png", 50)
+    status, printed, errors = predict("clip.avi", "a.png", "--results", "objects.csv", "--threshold", "1")
+    assert status == 2
+    assert re.search(r"inputs cannot be read, first: Video clip\.avi: truncated or damaged: \d+ of about 20", errors)
+    assert "a.png: 0 objects; wrote" in printed
+    assert re.search(r"clip\.avi: \d+ frames, 0 objects; wrote runs/predict/clip\.mp4", printed)
+    assert "1 unreadable" in printed.splitlines()[-1]
+
+
+def test_results_have_the_image_ids_of_annotations(predict, small_coco, tmp_path):
+    files = ["--annotations", str(small_coco.file), "--results", "objects.json"]
+    folder = str(small_coco.images)
+    status, _, errors = predict(folder, *files, "--no-pictures")
+    assert status == 2
+    assert "Category id 3 is 'dog' in the data set and 'triangle' in the model" in errors
+    names = ("triangle", "square", "disk")
+    small_coco.content["categories"] = [{"id": 1 + index, "name": name} for index, name in enumerate(names)]
+    small_coco.content["annotations"] = []
+    small_coco.write()
+    files += ["--classes-by-name"]
+    assert predict(folder, *files, "--no-pictures", "--threshold", "0", "--top-k", "2")[0] == 0
+    results = json.loads((tmp_path / "objects.json").read_text())
+    assert [entry["image_id"] for entry in results] == [100, 100, 101, 101, 102, 102, 103, 103]
+    assert predict(folder, "--results", "objects.csv", "--no-pictures", "--threshold", "0", "--top-k", "2")[0] == 0
+    with open("objects.csv", newline="", encoding="utf-8") as file:
+        assert [names[entry["category_id"] - 1] for entry in results] == [row["class"] for row in csv.DictReader(file)]
+    write_image(tmp_path / "other.png", 50)
+    status, _, errors = predict("other.png", *files)
+    assert status == 2
+    assert "no image has the file name other.png: its results need an image id" in errors
+
+
+def test_an_interrupted_prediction_leaves_valid_files(predict, tmp_path, monkeypatch):
+    for index in range(4):
+        write_image(tmp_path / f"{index}.png", 50)
+    save = PictureFolder.save
+
+    def interrupted(self, figure, image, ending=""):
+        if image.name == "2.png":
+            raise KeyboardInterrupt
+        return save(self, figure, image, ending)
+
+    monkeypatch.setattr(PictureFolder, "save", interrupted)
+    files = ["--results", "objects.csv", "--results", "objects.json"]
+    names = [f"{index}.png" for index in range(4)]
+    status, printed, errors = predict(*names, *files, "--threshold", "0", "--top-k", "1")
+    assert (status, errors) == (130, "conddetr predict: interrupted.\n")
+    assert printed.splitlines()[-1].startswith("3 images, 3 objects, 0 unreadable; ")
+    assert printed.splitlines()[-3:-1] == ["wrote objects.csv", "wrote objects.json"]
+    assert len(json.loads((tmp_path / "objects.json").read_text())["annotations"]) == 3
+    assert len((tmp_path / "objects.csv").read_text().splitlines()) == 4
+
+
+def test_ctrl_c_is_the_end_of_a_camera(predict, tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2", reason="cameras need OpenCV (pip install 'conddetr[video]')")
+
+    class Camera:
+        """Sends Ctrl-C with its twentieth frame."""
+
+        count = 0
+
+        def isOpened(self):  # noqa: N802
+            return True
+
+        def get(self, _):
+            return -1.0
+
+        def read(self):
+            self.count += 1
+            if self.count == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            return True, np.zeros((48, 64, 3), np.uint8)
+
+        def release(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "VideoCapture", lambda _: Camera())
+        status, printed, errors = predict("camera:0", "--results", "objects.json", "--threshold", "0", "--top-k", "1")
+    assert (status, errors) == (0, "")
+    frames = int(re.search(r"^camera:0: (\d+) frames, \1 objects; wrote runs/predict/camera-0\.mp4$", printed, re.M)[1])
+    assert 10 < frames < 40
+    assert len(json.loads((tmp_path / "objects.json").read_text())["images"]) == frames
+    with Video(tmp_path / "runs/predict/camera-0.mp4") as drawn:
+        assert len(list(drawn)) >= frames
 
 
 # On a null GPU all detections are of query 0.
@@ -564,6 +713,34 @@ def test_written_configuration_is_read_back_equal(tmp_path):
             "threshold: expected a number from",
         ),
         (["predict", "a.jpg", "--checkpoint", "/nowhere.pt", "--threshold", "nan"], "from 0 to 1, got nan"),
+        (["predict", "a.jpg", "--checkpoint", "x", "--top-k", "0"], "top_k: expected at least 1, got 0"),
+        (["predict", "a.jpg", "--checkpoint", "x", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (["predict", "a.jpg", "--checkpoint", "x", "--every", "0"], "every: expected at least 1, got 0"),
+        (["predict", "a.jpg", "--checkpoint", "x", "--max-frames", "0"], "max_frames: expected at least 1, got 0"),
+        (["predict", __file__, "--checkpoint", "x", "--every", "2"], "--every: expected a video or a camera, got only"),
+        (
+            ["predict", __file__, "--checkpoint", "x", "--no-pictures", "--out", "y"],
+            "--out y: nothing is written there",
+        ),
+        (["predict", __file__, "--checkpoint", "x", "--annotations", "y"], "--annotations: it gives the image ids of"),
+        (["predict", __file__, "--checkpoint", "x", "--results", "y.txt"], "a name ending in .json or .csv"),
+        (["predict", __file__, "--checkpoint", "/no.csv", "--results", "//no.csv"], "this is also /no.csv"),
+        (
+            ["predict", __file__, "--checkpoint", "x", "--results", "y.csv", "--results", "./y.csv"],
+            "--results ./y.csv: this is also y.csv",
+        ),
+        (
+            ["predict", __file__, "--checkpoint", "x", "--graphs", "--device", "cpu"],
+            "graphs need an NVIDIA GPU, got the",
+        ),
+        (
+            ["predict", __file__, "--checkpoint", "x", "--graphs", "--compile"],
+            "--graphs and --compile: expected at most",
+        ),
+        (
+            ["predict", __file__, "--checkpoint", "x", "--compile", "--backend", "eager"],
+            "--compile: expected another backend than eager",
+        ),
         (["demo", "--seconds", "0"], "--seconds: expected more than 0, got 0"),
         (["demo", "--seconds", "nan"], "--seconds: expected more than 0, got nan"),
         (

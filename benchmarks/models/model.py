@@ -1,8 +1,12 @@
-"""Inference of whole models: official-style, HuggingFace's and ours, with the same weights on the same image.
+"""Inference of whole models: official-style, HuggingFace's and ours, with the same weights on the same images.
 
     python benchmarks/model.py
     python benchmarks/model.py --compiled               # torch.compile too: minutes more
     python benchmarks/model.py --presets conditional-detr-dc5-r50 detr-r50
+    python benchmarks/model.py --images 1 16            # latency and throughput; on two CPU cores half an hour
+
+One image gives the latency, a batch the throughput: its images/s are the number of images over the time. Reading and
+resizing are not included.
 
 Everything is float32, on a GPU without TF32, because outputs must agree with the first one's within 1e-4.
 """
@@ -12,6 +16,7 @@ import copy
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Self
 
 import torch
@@ -34,16 +39,18 @@ Runs = dict[str, partial]
 
 @dataclass(frozen=True)
 class Problem(Timed):
-    """One model, and the size of the image."""
+    """One model, the size of the images, and their number."""
 
     preset: str
     size: tuple[int, int]
     compiled: bool
     """torch.compile too."""
+    images: int = 1
 
     @property
     def title(self) -> str:
-        return f"{self.preset}, forward, 1×3×{self.size[0]}×{self.size[1]}, {dtype_name(torch.float32)}"
+        shape = f"{self.images}×3×{self.size[0]}×{self.size[1]}"
+        return f"{self.preset}, forward, {shape}, {dtype_name(torch.float32)}"
 
     @torch.inference_mode()
     def measured(self, options: argparse.Namespace) -> Result:
@@ -52,26 +59,33 @@ class Problem(Timed):
         model = conddetr.build(self.preset, backend="eager").eval()
         spread_outputs(model)
         model = model.to(DEVICE)
-        image = torch.randn(1, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-        runs, refused = our_runs(model, image, self.compiled)
+        images = torch.randn(self.images, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        runs, refused = our_runs(model, images, self.compiled)
         with refusing("HuggingFace", refused):
             peer, _ = convert_to_huggingface(model)
-            runs |= huggingface_runs(peer, image, self.compiled)
+            runs |= huggingface_runs(peer, images, self.compiled)
             with refusing(f"{OURS}, HuggingFace accelerated", refused):
-                runs |= accelerated_run(peer, image)
+                runs |= accelerated_run(peer, images)
         good = alike(runs, refused)
-        return with_host_memory(replace(measure(self.title, good, options, None, refused), images=1), good)
+        return with_host_memory(replace(measure(self.title, good, options, None, refused), images=self.images), good)
 
     @classmethod
     def arguments(cls, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--presets", nargs="+", choices=list(conddetr.presets()), default=["conditional-detr-r50"])
         parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], metavar=("H", "W"))
+        default = [1, 16] if DEVICE.type == "cuda" else [1]
+        parser.add_argument(
+            "--images", nargs="+", type=int, default=default, help="images per call; default: %(default)s"
+        )
         parser.add_argument("--compiled", action="store_true", help="torch.compile of HuggingFace's and of ours too")
 
     @classmethod
     def asked_for(cls, options: argparse.Namespace) -> list[Self]:
-        """Every preset."""
-        return [cls(preset, tuple(options.size), options.compiled) for preset in options.presets]
+        """Every preset with every number of images."""
+        if min(options.images) < 1:
+            raise RefusedError(f"--images: expected at least 1, got {min(options.images)}")
+        pairs = product(options.presets, options.images)
+        return [cls(preset, tuple(options.size), options.compiled, images) for preset, images in pairs]
 
 
 def alike(runs: Runs, refused: dict[str, str]) -> Runs:
@@ -86,44 +100,44 @@ def alike(runs: Runs, refused: dict[str, str]) -> Runs:
     return good
 
 
-def our_runs(model: conddetr.DETR, image: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
+def our_runs(model: conddetr.DETR, images: Tensor, compiled: bool) -> tuple[Runs, dict[str, str]]:
     """The official style, with separate batch norms; our default, as in `Detector.predict` of one image; our frozen
     copy, as in `evaluate` and for several images; then copies on backends that `auto` does not pick.
     """
     default = copy.deepcopy(model)
     default.set_backend("auto")
-    runs: Runs = {"official-style eager": partial(model, image), OURS: partial(default, image)}
+    runs: Runs = {"official-style eager": partial(model, images), OURS: partial(default, images)}
     refused, by_default = {}, registry.OPERATIONS["conditional_attention"].choose("auto", DEVICE, model.dtype).backend
     for backend in ("auto", *(name for name in registry.BACKENDS if name != by_default)):
         title = f"{OURS}, frozen copy" if backend == "auto" else f"{OURS}, {backend}"
         with refusing(title, refused):
             registry.OPERATIONS["conditional_attention"].choose(backend, DEVICE, model.dtype)
             fused = model.fused(backend)
-            runs[title] = partial(fused, image)
+            runs[title] = partial(fused, images)
             if compiled and backend != "eager":
-                runs[f"{title}, compiled"] = partial(torch.compile(fused, dynamic=False), image)
+                runs[f"{title}, compiled"] = partial(torch.compile(fused, dynamic=False), images)
     return runs, refused
 
 
-def huggingface_runs(peer: nn.Module, image: Tensor, compiled: bool) -> Runs:
+def huggingface_runs(peer: nn.Module, images: Tensor, compiled: bool) -> Runs:
     """transformers' model as shipped, and in channels-last."""
     channels_last = copy.deepcopy(peer).to(memory_format=torch.channels_last)
-    channels_last_image = image.contiguous(memory_format=torch.channels_last)
+    channels_last_images = images.contiguous(memory_format=torch.channels_last)
     runs = {
-        "HuggingFace as shipped": partial(huggingface_outputs, peer, image),
-        "HuggingFace, channels-last": partial(huggingface_outputs, channels_last, channels_last_image),
+        "HuggingFace as shipped": partial(huggingface_outputs, peer, images),
+        "HuggingFace, channels-last": partial(huggingface_outputs, channels_last, channels_last_images),
     }
     if compiled:
         compiled_peer = torch.compile(channels_last, dynamic=False)
-        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, channels_last_image)
+        runs["HuggingFace, channels-last, compiled"] = partial(huggingface_outputs, compiled_peer, channels_last_images)
     return runs
 
 
-def accelerated_run(peer: nn.Module, image: Tensor) -> Runs:
+def accelerated_run(peer: nn.Module, images: Tensor) -> Runs:
     """transformers' model with our kernels."""
     accelerated = copy.deepcopy(peer)
     conddetr.accelerate(accelerated)
-    return {f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, image)}
+    return {f"{OURS}, HuggingFace accelerated": partial(huggingface_outputs, accelerated, images)}
 
 
 def spread_outputs(model: conddetr.DETR) -> None:
@@ -144,10 +158,10 @@ def spread_outputs(model: conddetr.DETR) -> None:
                 value.copy_(1.6 / value.shape[1] ** 0.5 * torch.randn(value.shape, generator=generator))
 
 
-def huggingface_outputs(peer: nn.Module, image: Tensor) -> dict[str, Tensor]:
+def huggingface_outputs(peer: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """One forward pass, with our names of outputs."""
-    mask = torch.ones(1, *image.shape[-2:], dtype=torch.int64, device=DEVICE)
-    out = peer(pixel_values=image, pixel_mask=mask)
+    mask = torch.ones(len(images), *images.shape[-2:], dtype=torch.int64, device=DEVICE)
+    out = peer(pixel_values=images, pixel_mask=mask)
     return {"pred_logits": out.logits, "pred_boxes": out.pred_boxes}
 
 

@@ -95,18 +95,53 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    parser = commands.add_parser("predict", help="draw detections on images")
+    parser = commands.add_parser(
+        "predict",
+        help="detect objects in images, videos and cameras",
+        description="Detect objects in images, videos and cameras; draw them, and write them to files. Ctrl-C ends a "
+        "camera. The files are complete after Ctrl-C too.",
+    )
     parser.set_defaults(module="predict")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, or a folder of images")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="INPUT",
+        help="an image or a video file; a folder of images; a pattern in quotes, such as 'photos/**/*.jpg'; camera:N; "
+        "or an address such as rtsp://HOST/PATH",
+    )
     _add_checkpoint(parser)
     _add_device(parser)
     _add_computing(parser)
+    parser.add_argument("--batch-size", type=int, default=1, help="maximum images per forward pass; default: 1")
+    parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile first: minutes")
+    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, on an NVIDIA GPU")
+    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is kept; default: 0.5")
+    parser.add_argument("--top-k", type=int, default=100, help="maximum objects per image; default: 100")
     parser.add_argument(
         "--out",
-        default="runs/predict",
-        help="folder for the drawn images; only pictures of the same images that predict drew earlier are replaced",
+        help="folder for the drawn images and videos; only pictures of the same images that predict drew earlier are "
+        "replaced; default: runs/predict",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="smallest score that is drawn")
+    parser.add_argument("--no-pictures", action="store_true", help="draw nothing")
+    parser.add_argument(
+        "--results",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="also write the objects to FILE.csv, or to FILE.json, a data set in COCO's format with scores; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="COCO annotations of the images: FILE.json of --results then has COCO's results format, with their image "
+        "ids, by file name",
+    )
+    parser.add_argument(
+        "--classes-by-name", action="store_true", help="match classes with --annotations by name and ignore their ids"
+    )
+    parser.add_argument("--every", type=int, metavar="N", help="read every N-th frame of a video")
+    parser.add_argument("--max-frames", type=int, metavar="N", help="end a video or a camera after N frames")
 
 
 def _add_attention(commands: "argparse._SubParsersAction[_Parser]") -> None:

@@ -39,6 +39,11 @@ def lettering(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [_drawable(text) for text in texts], list(families)
 
 
+def family_of(character: str) -> str:
+    """The font family that draws a character of a text that `lettering` returned."""
+    return _family_of.get(character) or str(rcParams["font.family"][0])
+
+
 def _is_letter(character: str) -> bool:
     """Whether a character needs a font lookup: it is not ASCII, no control character and no surrogate."""
     return not character.isascii() and unicodedata.category(character) not in ("Cc", "Cs")

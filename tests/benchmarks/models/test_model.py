@@ -18,10 +18,22 @@ SMALL = {"encoder_layers": 1, "decoder_layers": 1}
 def test_smoke(benchmark, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = argparse.Namespace(rounds=3, cudagraph=False)
-    problem = model.Problem("conditional-detr-tiny", (64, 96), compiled=False)
+    problem = model.Problem("conditional-detr-tiny", (64, 96), compiled=False, images=2)
     result = benchmark.pedantic(problem.measured, (options,), rounds=1)
+    assert "2×3×64×96" in result.title
+    assert result.images == 2
     assert {"official-style eager", "ours", "ours, frozen copy", "ours, eager"} <= set(result.seconds)
     assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
+
+
+def test_every_number_of_images_is_a_problem():
+    parser = argparse.ArgumentParser()
+    model.Problem.arguments(parser)
+    problems = model.Problem.asked_for(parser.parse_args(["--images", "1", "16"]))
+    assert [problem.images for problem in problems] == [1, 16]
+    assert len({problem.title for problem in problems}) == 2
+    with pytest.raises(RefusedError, match="--images: expected at least 1, got 0"):
+        model.Problem.asked_for(parser.parse_args(["--images", "0"]))
 
 
 def test_wrong_answer_is_not_timed():

@@ -1,0 +1,44 @@
+"""Boxes and captions on frames of a video."""
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+
+from conddetr.viz.frames import drawn_frame
+
+IMAGE = torch.full((3, 240, 320), 100, dtype=torch.uint8)
+ORANGE = [round(255 * part) for part in colormaps["tab10"](1)[:3]]
+
+
+def test_a_box_is_drawn_at_its_pixels():
+    before = IMAGE.clone()
+    pixels = drawn_frame(IMAGE, torch.tensor([[40.0, 100.0, 200.0, 220.0]]), [11], ["cat 0.51"])
+    assert pixels.shape == (240, 320, 3)
+    assert torch.equal(IMAGE, before)
+    is_line = (pixels == ORANGE).all(-1)
+    assert is_line[100:220, 40].all()
+    assert is_line[220, 40:200].all()
+    changed = (pixels != 100).any(-1)
+    assert not changed[103:217, 43:197].any()
+    assert not changed[:, :39].any()
+    # The caption is above the box, white on the box's colour.
+    assert (pixels[80:100] > 240).all(-1).any()
+
+
+def test_a_caption_without_room_above_is_inside_the_frame():
+    for box in ([-20.0, -30.0, 100.0, 200.0], [5.0, 2.0, 100.0, 200.0]):
+        pixels = drawn_frame(IMAGE, torch.tensor([box]), [1], ["cat 0.51"])
+        assert (pixels[:20] > 240).all(-1).sum() > 10
+
+
+def test_captions_differ_in_every_script():
+    boxes = torch.tensor([[40.0, 100.0, 200.0, 220.0]])
+    first, second, plain = (drawn_frame(IMAGE, boxes, [1], [text]) for text in ("Ёлка", "café", ""))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, plain)
+
+
+def test_corners_in_the_wrong_order_are_drawn_too():
+    """Boxes of an untrained model may be empty."""
+    pixels = drawn_frame(IMAGE, torch.tensor([[50.0, 50.0, 50.0, 49.9]]), [1], ["x"])
+    assert (pixels[50, 50] == ORANGE).all()
