@@ -297,7 +297,7 @@ def train(
         if report and distributed.is_main():
             say(f"starting from weights: {report}")
         if not resume:
-            _note_random_parts(frozen, report, run.pretrained_backbone)
+            note_random_parts(frozen, report, run.pretrained_backbone)
         trainer = Trainer(model, train_set, val_set, run, device, loggers)
         if resume:
             trainer.resume(resume)
@@ -307,7 +307,7 @@ def train(
     return trainer
 
 
-def _note_random_parts(frozen: Frozen, report: LoadReport | None, pretrained_backbone: bool) -> None:
+def note_random_parts(frozen: Frozen, report: LoadReport | None, pretrained_backbone: bool) -> None:
     """Warn if frozen parameters hold random values, which will stay.
 
     Args:

@@ -16,7 +16,9 @@ from conddetr.config.run import TrainConfig
 from conddetr.engine.checkpoint import read_checkpoint
 from conddetr.engine.log import read_log
 from conddetr.engine.optim import load_optimizer, make_optimizer
-from conddetr.engine.parameters import freeze, group_parameters
+from conddetr.engine.parameters import Frozen, freeze, group_parameters
+from conddetr.engine.run import note_random_parts
+from conddetr.weights.load import LoadReport
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
 
@@ -176,3 +178,25 @@ def test_checkpoints_of_before_groups_were_stored_resume_with_the_same_groups_on
     other = TrainConfig(lr_patterns="heads=1")
     with pytest.raises(ValueError, match="does not name them: resume without freeze and lr_patterns"):
         load_optimizer(make_optimizer(model, other), group_parameters(model, other), saved, None)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "report", "pretrained_backbone", "first"),
+    [
+        ("encoder", None, True, "12 frozen parameter tensors hold random values and keep them, first transformer.enc"),
+        ("backbone", None, True, ""),
+        ("backbone", None, False, "15 frozen parameter tensors hold random values and keep them, first backbone.0"),
+        ("*", LoadReport(), False, ""),
+        (
+            "*",
+            LoadReport(mismatched=["class_embed.bias: expected (3,), got (91,)"]),
+            False,
+            "1 frozen .* class_embed.b",
+        ),
+    ],
+)
+def test_frozen_parts_with_random_values_are_a_warning(caplog, frozen, report, pretrained_backbone, first):
+    names = [name for name, _ in MODELS["detr"].named_parameters()]
+    own = {frozen: [name for name in names if frozen == "*" or means(frozen, name)]}
+    note_random_parts(Frozen(own, {}, []), report, pretrained_backbone)
+    assert re.match(first, caplog.messages[0]) if first else not caplog.messages
