@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image, ImageOps
@@ -97,7 +98,8 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
     if dataset.augment.switches() != AugmentConfig("paper").switches():
         raise ValueError(f"augment: the official chain has only 'paper', got {dataset.augment}.")
     count = min(images, len(dataset))
-    plans = [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(count)]
+    # `paper` has no mosaics.
+    plans = [cast(Plan, dataset.plan(index, augmentation_generator(seed, 0, index))) for index in range(count)]
 
     def ours(index: int) -> Tensor:
         return to_model_input(dataset.load(index, plans[index])[0])

@@ -15,6 +15,7 @@ from conddetr.config.checks import check_least
 from conddetr.data.augment.plans import Mosaic
 from conddetr.data.images import to_model_input
 from conddetr.data.sets import ImageSet
+from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
 from conddetr.viz.boxes import denormalize, draw_boxes
 from conddetr.viz.pictures import PictureFolder
@@ -91,13 +92,15 @@ def samples(dataset: ImageSet, count: int = 8, versions: int = 6, seed: int = 42
     check_least("count", count, 1)
     check_least("versions", versions, 1)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return (_sample(dataset, index, 0 if dataset.endless else versions, seed) for index in order[:count].tolist())
+    return (_sample(dataset, index, versions, seed) for index in order[:count].tolist())
 
 
 def _sample(dataset: ImageSet, index: int, versions: int, seed: int) -> Sample:
+    original = _labelled(*dataset.load(index, dataset.whole_plan(index)))
+    if isinstance(dataset, SyntheticShapes):
+        return Sample(index, original, [], 0)
     plans = [dataset.plan(index, augmentation_generator(seed, epoch, index)) for epoch in range(versions)]
     sources = [source for plan in plans for source in (plan.indices if isinstance(plan, Mosaic) else [index])]
-    original = _labelled(*dataset.load(index, dataset.whole_plan(index)))
     seen = [_labelled(*dataset.load(index, plan)) for plan in plans]
     objects = sum(len(dataset.objects_of(source)[1]) for source in sources)
     return Sample(index, original, seen, objects - sum(len(version.labels) for version in seen))
@@ -141,11 +144,11 @@ def draw_samples(dataset: ImageSet, folder: str | Path, count: int = 8, versions
     Raises:
         NotADirectoryError: the folder is a file.
     """
-    names = [category["name"] for category in dataset.classes]
+    names = [str(category["name"]) for category in dataset.classes]
     pictures = PictureFolder(folder, "show-data", [])
     drawn = Drawn([])
     for sample in samples(dataset, count, versions, seed):
-        path = Path(f"shapes-{sample.index}") if dataset.endless else dataset.path(sample.index)
+        path = Path(f"shapes-{sample.index}") if isinstance(dataset, SyntheticShapes) else dataset.path(sample.index)
         drawn.files.append(pictures.save(sample_figure(sample, names), path))
         drawn.objects += len(sample.original.labels)
         drawn.versions += len(sample.versions)

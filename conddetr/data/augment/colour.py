@@ -36,9 +36,11 @@ class Colour:
 
 def plan_colour(generator: Random) -> Colour:
     """Sample a change; each part has probability 1/2."""
-    factors = [uniform(*limits, generator) if coin(generator) else 1.0 for limits in (BRIGHTNESS, CONTRAST, SATURATION)]
+    brightness, contrast, saturation = (
+        uniform(*limits, generator) if coin(generator) else 1.0 for limits in (BRIGHTNESS, CONTRAST, SATURATION)
+    )
     hue = uniform(*HUE, generator) if coin(generator) else 0.0
-    return Colour(*factors, hue, coin(generator))
+    return Colour(brightness, contrast, saturation, hue, coin(generator))
 
 
 def apply_colour(image: Tensor, colour: Colour) -> Tensor:
