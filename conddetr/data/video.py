@@ -165,7 +165,7 @@ class VideoFile(KeptFile):
         Args:
             path: ending in `.mp4`.
             fps: frames per second.
-            height, width: of every frame, in pixels.
+            height, width: of every frame, in pixels. OpenCV leaves out the last row or column of an odd size.
             is_live: repeat frames such that the video has the speed of their times: a detector may be slower than a
                 camera.
             marks: for `conddetr.drawn.has_marks`.

@@ -187,6 +187,13 @@ def test_a_written_video_has_the_frames(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.mp4"]
 
 
+def test_frames_of_odd_sizes_are_written(tmp_path):
+    with VideoFile(tmp_path / "a.mp4", FPS, 49, 65, False, {}) as file:
+        for index in range(4):
+            file.add(np.full((49, 65, 3), gray(index), np.uint8), 0.0)
+    assert grays(tmp_path / "a.mp4") == pytest.approx([gray(index) for index in range(4)], abs=LOSS)
+
+
 def test_frames_of_a_slow_detector_are_repeated(tmp_path):
     """The video of a camera has the camera's speed."""
     values = written(tmp_path / "a.mp4", [0.0, 0.31, 0.35, 0.8], is_live=True)
