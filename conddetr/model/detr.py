@@ -91,6 +91,8 @@ class DETR(nn.Module):
         """Report of a frozen copy that `fused` made; None: this is an ordinary model."""
         self.autocast: torch.dtype | None = None
         """The dtype of the autocast that a frozen copy turns on itself; None: autocast is the caller's choice."""
+        self.recomputes = False
+        """Whether activations are recomputed in backward; `checkpoint_activations` changes it in all parts."""
         self.graphs: Graphs | None = None
         """The CUDA graphs of a frozen copy, one for each signature of the inputs; None: its modules are called."""
         dim = config.hidden_dim
@@ -201,6 +203,7 @@ class DETR(nn.Module):
         library is asked by its `set_grad_checkpointing`, as timm's have it. A part that cannot recompute keeps its
         activations, and a warning names it.
         """
+        self.recomputes = on
         for name in ("backbone.0", "transformer.encoder", "transformer.decoder"):
             part = self.get_submodule(name)
             reason = switch_recomputation(part, on)
