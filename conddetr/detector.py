@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -483,11 +483,31 @@ class Detector:
         chosen = list(rows)[:top_k] if queries is None else queries
         return self._detection(detections, [rows[query] for query in chosen]), maps
 
-    def export(self, path: str | Path, format: str = "onnx", size: tuple[int, int] | None = None) -> "ExportReport":
+    def export(
+        self,
+        path: str | Path,
+        format: str = "onnx",
+        size: tuple[int, int] | None = None,
+        *,
+        postprocess: bool = False,
+        top_k: int = 100,
+        precision: Literal["float32", "float16"] = "float32",
+        check_with: Literal["", "openvino"] = "",
+    ) -> "ExportReport":
         """Write a file that runs without this package and check it against the model; see `conddetr.export.export`."""
         from conddetr.export import export
 
-        return export(self.model, path, format, size, self.classes)
+        return export(
+            self.model,
+            path,
+            format,
+            size,
+            self.classes,
+            postprocess=postprocess,
+            top_k=top_k,
+            precision=precision,
+            check_with=check_with,
+        )
 
 
 def _options_of(model: DETR) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def limit(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
         return min(allowed, free + torch.cuda.memory_reserved(device))
     available, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
     if available is None or own is None:
