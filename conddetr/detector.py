@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -542,11 +542,31 @@ class Detector:
         chosen = list(rows)[:top_k] if queries is None else queries
         return detection_of(detections, [rows[query] for query in chosen], self.classes), maps
 
-    def export(self, path: str | Path, format: str = "onnx", size: tuple[int, int] | None = None) -> "ExportReport":
+    def export(
+        self,
+        path: str | Path,
+        format: str = "onnx",
+        size: tuple[int, int] | None = None,
+        *,
+        postprocess: bool = False,
+        top_k: int = 100,
+        precision: Literal["float32", "float16"] = "float32",
+        check_with: Literal["", "openvino"] = "",
+    ) -> "ExportReport":
         """Write a file that runs without this package and check it against the model; see `conddetr.export.export`."""
         from conddetr.export import export
 
-        return export(self.model, path, format, size, self.classes)
+        return export(
+            self.model,
+            path,
+            format,
+            size,
+            self.classes,
+            postprocess=postprocess,
+            top_k=top_k,
+            precision=precision,
+            check_with=check_with,
+        )
 
 
 def _options_of(model: DETR) -> dict[str, Any]:

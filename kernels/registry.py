@@ -196,6 +196,13 @@ def demanded(backend: str) -> AbstractContextManager[None]:
     return nullcontext() if backend in ("auto", "eager") or torch.compiler.is_compiling() else _demanded()
 
 
+def present_demand() -> Callable[[], AbstractContextManager[None]]:
+    """A function that makes contexts with the present state of `demanded`, for work that runs again later: backward
+    runs in a thread of its own.
+    """
+    return _demanded if _is_demanded.get() else nullcontext
+
+
 @contextmanager
 def _demanded() -> Iterator[None]:
     token = _is_demanded.set(True)

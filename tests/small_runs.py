@@ -149,6 +149,20 @@ def steps_of_a_resnet(file: Path, family: str, batches_per_step: int) -> None:
             torch.save({"gradients": gradients, "losses": losses}, file)
 
 
+def recomputing_ranks(file: Path) -> None:
+    """A step of two accumulated batches on each rank, without and with activation checkpointing; saves the weights."""
+    torch.set_num_threads(1)
+    with process_group("cpu"):
+        results = []
+        for recomputes in (False, True):
+            run = small_trainer(file.parent, checkpoint_activations=recomputes, lr=1e-2)
+            run.stepper(batches(run, 4)[2 * rank() :][:2], 0)
+            run.stepper.flush()
+            results.append(run.model.state_dict())
+        if rank() == 0:
+            torch.save(results, file)
+
+
 def command_line(folder: Path, arguments: list[str]) -> None:
     """Run `conddetr` as one rank; its output goes to `printed-RANK` in the folder."""
     torch.set_num_threads(1)

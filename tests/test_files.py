@@ -19,7 +19,7 @@ from conddetr.engine.checkpoint import (
 )
 from conddetr.engine.coco_metrics import Detections
 from conddetr.engine.log import RunLog
-from conddetr.export import _save_torch
+from conddetr.export.files import Interface, save_torch
 from conddetr.files import atomic_file, write_text
 from conddetr.viz.boxes import save_figure
 
@@ -66,7 +66,7 @@ WRITERS = {
 def write_program(path):
     program = torch.export.export(torch.nn.Linear(200, 200), (torch.zeros(1, 200),))
     with atomic_file(path) as partial:
-        _save_torch(program, partial, {}, "{}")
+        save_torch(program, partial, Interface({}, ()), "{}")
 
 
 def write_packed(path):

@@ -164,6 +164,24 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--format", default="onnx", choices=("torch", "onnx"), help="default: onnx")
     parser.add_argument("--out", metavar="FILE", help="default: runs/export/model.onnx, or model.pt2 for torch")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fix the image size; default: any")
+    parser.add_argument(
+        "--with-postprocess",
+        action="store_true",
+        help="the file takes the images' sizes too and returns scores, labels and boxes in pixels",
+    )
+    parser.add_argument("--top-k", type=int, help="detections per image of --with-postprocess; default: 100")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "float16"),
+        help="float16: weights and computation of convolutions and linear layers; default: float32",
+    )
+    parser.add_argument(
+        "--check",
+        default="",
+        choices=("openvino",),
+        help="compare the ONNX file, run by this program too, with the model; default: onnxruntime alone",
+    )
 
 
 def _add_demo(commands: "argparse._SubParsersAction[_Parser]") -> None:

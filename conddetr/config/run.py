@@ -66,6 +66,9 @@ class TrainConfig:
     it can."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
+    checkpoint_activations: bool = False
+    """Compute activations of encoder layers, decoder layers and backbone stages again in backward, instead of keeping
+    them: less memory, more time, the same results."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record whole steps as one CUDA graph per batch shape. This needs one process with an NVIDIA GPU, and backend
     `auto` or `triton`. `auto`: if that is possible, else one line says why not; `on`: else an error; `off`."""
@@ -125,6 +128,11 @@ class TrainConfig:
             raise ValueError(
                 "Training option check_finite: `always` makes the host wait for the device, which cuda_graphs `on` "
                 "cannot do."
+            )
+        if self.checkpoint_activations and self.compile:
+            raise ValueError(
+                "Training option checkpoint_activations: a compiled model chooses itself what it recomputes. Leave out "
+                "checkpoint_activations or compile."
             )
         for name in ("ema_decay", "min_delta"):
             if getattr(self, name) >= 1:

@@ -45,6 +45,8 @@ def why_no_graphs(model: ModelConfig, backend: str, train: TrainConfig, device: 
         return f"predictions would be matched on the host, and a graph cannot wait for the host ({why})"
     if train.check_finite == "always":
         return "check_finite `always` makes the host wait for the device, which a graph cannot do"
+    if train.checkpoint_activations:
+        return "activations are recomputed (checkpoint_activations), which was never tested inside graphs"
     if train.cuda_graphs == "auto" and train.compile:
         return "the model is compiled"
     return None

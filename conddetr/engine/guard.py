@@ -1,7 +1,8 @@
 """Handling of losses and gradients that are not finite: undo the step on the device, and name the cause."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -83,19 +84,29 @@ def _first_in_batch(model: DETR, criterion: Criterion, batch: Batch, normalizer:
     if cause:
         return cause
     causes: list[str] = []
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # The hooks stay until the gradients exist: recomputed activations must take the same path as in the forward pass.
+    with _watched(model, causes):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
+            outputs = torch.func.functional_call(model, buffers, (images,), {"valid_hw": batch.valid_hw})
+        return causes[0] if causes else _first_in_losses(model, criterion, batch, normalizer, outputs)
+
+
+@contextmanager
+def _watched(model: DETR, causes: list[str]) -> Iterator[None]:
+    """Append each output of a module that is not finite to `causes`."""
     hooks = [
         module.register_forward_hook(lambda module, args, output, name=name: causes.extend(_bad_output(name, output)))
         for name, module in model.named_modules()
     ]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-            outputs = torch.func.functional_call(model, buffers, (images,), {"valid_hw": batch.valid_hw})
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    if causes:
-        return causes[0]
+
+
+def _first_in_losses(model: DETR, criterion: Criterion, batch: Batch, normalizer: Tensor, outputs: dict) -> str:
     try:
         losses = criterion(outputs, batch.targets, normalizer)
     except NonFiniteCostError as error:

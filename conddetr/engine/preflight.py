@@ -1,26 +1,26 @@
 """Runs the largest batch before training, so that too little memory shows after seconds, not after hours."""
 
 import math
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-
-try:
-    import resource
-except ImportError:
-    # Windows lacks it.
-    resource = None
+from torch import Tensor
 
 from conddetr.data.batch import Batch
+from conddetr.engine import memory
+from conddetr.model.detr import DETR
 
 OBJECTS = 100
 """Objects per image of the batch, more than almost any real image has; at most one per query."""
+MOST_TRIALS = 8
+"""Batch sizes that are tried to find one that fits."""
 
 
 def preflight(
-    model: nn.Module,
+    model: DETR,
     loss_of: Callable[[Batch], Tensor],
     optimizer: torch.optim.Optimizer,
     shape: tuple[int, int],
@@ -30,10 +30,12 @@ def preflight(
 ) -> str:
     """Run one forward and backward pass of the largest possible batch in training mode.
 
-    Weights, buffers, gradients and torch's random state do not change.
+    If it does not fit into memory, smaller batches are tried, and the same batch with activation checkpointing. On a
+    CPU, where a system ends processes that need too much, a batch is not tried if batches of one and of two images
+    predict that it does not fit. Weights, buffers, gradients and torch's random state do not change.
 
     Args:
-        model: a `DETR` on `device`.
+        model: on `device`.
         loss_of: the training forward pass of one batch on `device`; returns the total loss and raises no errors itself.
         optimizer: AdamW for the model; its two moments, allocated by the first step, must fit in memory too.
         shape: (H, W) of the images, `loader.sampler.largest_shape()`.
@@ -42,59 +44,177 @@ def preflight(
         max_targets: largest number of objects per image that the criterion takes; 0: no limit.
 
     Returns:
-        The batch and its memory use, in one line.
+        The batch, its memory use and an estimate of the largest batch, in one line.
 
     Raises:
-        ValueError: memory does not suffice; the message says how much is needed and what to lower.
+        ValueError: memory does not suffice; the message says which batch fits, whether `checkpoint_activations` helps,
+            and what to lower.
     """
     objects = min(OBJECTS, model.config.num_queries, max_targets or OBJECTS)
-    batch = worst_batch(shape, batch_size, objects, device)
-    description = f"{batch_size} images of {shape[0]}×{shape[1]} with {batch.counts[0]} objects each"
-    is_cuda = device.type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
+    make_batch = partial(worst_batch, shape, objects=objects, device=device)
+    # A resumed run has its moments already: they are part of the memory in use.
+    parameters = [] if optimizer.state else [p for group in optimizer.param_groups for p in group["params"]]
+    moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
+    limit = memory.limit(device)
+    trials = Trials(model, loss_of, make_batch, device, moments, math.inf if limit is None else limit)
+    description = f"preflight: {batch_size} images of {shape[0]}×{shape[1]} with {objects} objects each"
+    with _unchanged(model, device):
+        if not trials.fits(batch_size):
+            raise ValueError(_too_much(description, trials, batch_size))
+        if memory.peak(device) is None:
+            return f"{description} fit in memory; this system does not report memory use"
+        used = f"{(trials.needed(batch_size) - moments) / 2**30:.2f}"
+        there = "" if limit is None else f" of {limit / 2**30:.1f}"
+        return (
+            f"{description} take {used}{there} GiB at most on {device}, AdamW's moments {moments / 2**30:.2f} GiB "
+            f"more; {_estimate(trials, batch_size)}"
+        )
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Memory that batches of several sizes need, each measured once."""
+
+    model: DETR
+    loss_of: Callable[[Batch], Tensor]
+    """The training forward pass of one batch."""
+    make_batch: Callable[[int], Batch]
+    """Takes a number of images."""
+    device: torch.device
+    moments: int
+    """Bytes that the optimizer will allocate."""
+    limit: float
+    """Bytes that may be used; infinity: not known."""
+    measured: dict[int, float] = field(default_factory=dict)
+    """Number of images → bytes."""
+
+    def fits(self, size: int) -> bool:
+        """Whether a batch of this many images fits."""
+        return self.needed(size) <= self.limit
+
+    def needed(self, size: int) -> float:
+        """Bytes that a batch needs, with the optimizer's moments; infinity: more than there is."""
+        if self.is_predicted(size):
+            return self._predicted(size)
+        if size not in self.measured:
+            self.measured[size] = self._run(size) + self.moments
+        return self.measured[size]
+
+    def is_predicted(self, size: int) -> bool:
+        """Whether this batch is not run, because it is predicted to need more memory than there is."""
+        if self.device.type == "cuda" or self.limit == math.inf or size == 1:
+            return False
+        return not self.fits(1) or (size > 2 and self._predicted(size) > self.limit)
+
+    def _predicted(self, size: int) -> float:
+        """From the line through one and two images."""
+        if not self.fits(1):
+            return math.inf
+        one, two = self.needed(1), self.needed(2)
+        return one + (size - 1) * (two - one) if two < math.inf else two
+
+    def _run(self, size: int) -> float:
+        """Peak of one step without update; infinity if the memory does not suffice, 0 if it is not reported."""
+        memory.reset_peak(self.device)
+        is_exhausted = False
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                self.loss_of(self.make_batch(size)).backward()
+        except RuntimeError as error:
+            if not memory.is_exhausted(error):
+                raise
+            is_exhausted = True
+        # Outside the except block, where no exception keeps the tensors of its frames alive.
+        self.model.zero_grad(set_to_none=True)
+        used = memory.peak(self.device) or 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return math.inf if is_exhausted else used
+
+
+@contextmanager
+def _unchanged(model: DETR, device: torch.device) -> Iterator[None]:
+    """Training mode; at the end mode, buffers and recomputation are as before, and there are no gradients."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng([device] if is_cuda else []):
-            loss_of(batch).backward()
-        used = torch.cuda.max_memory_allocated(device) if is_cuda else _peak_bytes()
-    except torch.OutOfMemoryError as error:
-        raise ValueError(_too_much(description, _total(device), device)) from error
+        yield
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-        if is_cuda:
+        if device.type == "cuda":
             torch.cuda.empty_cache()
-    # A resumed run has its moments already: they are part of the memory in use.
-    parameters = [] if optimizer.state else [p for group in optimizer.param_groups for p in group["params"]]
-    moments = 2 * sum(p.numel() * p.element_size() for p in parameters)
-    if used is None:
-        return f"preflight: {description} fit in memory; this system does not report memory use"
-    total = _total(device)
-    if used + moments > total:
-        needed = f"which take {used / 2**30:.2f} GiB, and AdamW's moments, {moments / 2**30:.2f} GiB more,"
-        raise ValueError(_too_much(f"{description}, {needed}", total, device))
-    limit = f" of {total / 2**30:.1f}" if is_cuda else ""
+
+
+def _estimate(trials: Trials, size: int) -> str:
+    """The largest batch that should fit, from the line through two batches."""
+    if trials.limit == math.inf:
+        return "how much there is, this system does not report"
+    first, second = (1, size) if size > 1 else (1, 2)
+    if not trials.fits(second):
+        return "2 images do not fit"
+    per_image = (trials.needed(second) - trials.needed(first)) / (second - first)
+    if per_image <= 0:
+        return f"{first} and {second} images need the same, too little to estimate the largest batch"
+    most = second + int((trials.limit - trials.needed(second)) / per_image)
+    return f"estimated from {first} and {second} images: up to {most} fit"
+
+
+def _too_much(description: str, trials: Trials, size: int) -> str:
+    """Error message for a batch that does not fit."""
+    low, high = largest(trials.fits, size)
+    smaller = f"{low} take {_gibibytes(trials, low)} and fit" if low else "not even one fits"
+    if 1 < high < size:
+        smaller += f", {high} do not"
     return (
-        f"preflight: {description} take {used / 2**30:.2f}{limit} GiB at most on {device}, "
-        f"AdamW's moments {moments / 2**30:.2f} GiB more"
+        f"{description} do not fit into the {trials.limit / 2**30:.1f} GiB of {trials.device}: they need "
+        f"{_gibibytes(trials, size)}; {smaller}.{_with_recomputation(trials, size)} Lower batch_size (and accumulate "
+        "gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
     )
 
 
-def _total(device: torch.device) -> float:
-    """Bytes of memory of a GPU; infinity on other devices, where a process's limit is unknown."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+def _gibibytes(trials: Trials, size: int) -> str:
+    """What a batch needs, and how it is known."""
+    if trials.needed(size) == math.inf:
+        return "more"
+    amount = f"{trials.needed(size) / 2**30:.2f} GiB"
+    parts = ["with AdamW's moments"] if trials.moments else []
+    parts += ["estimated from 1 and 2 images"] if trials.is_predicted(size) else []
+    return f"{amount} ({', '.join(parts)})" if parts else amount
 
 
-def _too_much(description: str, total: float, device: torch.device) -> str:
-    return (
-        f"preflight: {description} do not fit into the {total / 2**30:.1f} GiB of {device}. Lower batch_size (and "
-        "accumulate gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
-    )
+def largest(fits: Callable[[int], bool], size: int) -> tuple[int, int]:
+    """The largest batch that fits (0: none) and the smallest that does not, as far as few trials find them.
+
+    Args:
+        fits: whether a number of images fits.
+        size: a number that does not fit.
+    """
+    low, high, tried = size // 2, size, 1
+    while low and not fits(low):
+        low, high, tried = low // 2, low, tried + 1
+    while low and high - low > 1 and tried < MOST_TRIALS:
+        middle, tried = (low + high) // 2, tried + 1
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
+
+
+def _with_recomputation(trials: Trials, size: int) -> str:
+    """A sentence that says whether the batch fits with activation checkpointing; empty if it is on already."""
+    model = trials.model
+    # A compiled model cannot have it.
+    if model.recomputes or model._compiled_call_impl is not None:
+        return ""
+    trials = replace(trials, measured={})
+    model.checkpoint_activations(True)
+    try:
+        verb = "fit" if trials.fits(size) else "do not fit either"
+        return f" With checkpoint_activations {size} images need {_gibibytes(trials, size)} and {verb}."
+    finally:
+        model.checkpoint_activations(False)
 
 
 def worst_batch(shape: tuple[int, int], batch_size: int, objects: int, device: torch.device) -> Batch:
@@ -118,11 +238,3 @@ def worst_batch(shape: tuple[int, int], batch_size: int, objects: int, device: t
         padded=True,
     )
     return batch.to(device)
-
-
-def _peak_bytes() -> int | None:
-    """Peak memory of this process in bytes; None: not known."""
-    if resource is None:
-        return None
-    # In KiB, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -55,6 +55,7 @@ class Stepper:
         self.steps_per_epoch = steps_per_epoch
         check_finite = {"auto": None, "always": True, "never": False}[config.check_finite]
         max_targets = config.max_targets or None
+        model.checkpoint_activations(config.checkpoint_activations)
         criterion = build_criterion(model, max_targets=max_targets, check_finite=check_finite)
         self.criterion = criterion.to(device, non_blocking=True)
         self.frozen = freeze(model, config.freeze)

@@ -1,10 +1,23 @@
 """Self-attention of projected tokens [B, N, C]."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conddetr.kernels import conditional_attention, paths
+from conddetr.kernels import conditional_attention, paths, registry
 from conddetr.kernels.registry import OPERATIONS
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """Restrict PyTorch's attention to its math kernel where its fused kernels lack derivatives.
+
+    They have no tangents, and on CPUs no second derivatives; with dropout no fused kernel runs on CPUs anyway.
+    """
+    is_recording = device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 
 def attends_natively(backend: str, tokens: Tensor) -> bool:

@@ -12,6 +12,8 @@ from conddetr.config import ModelConfig
 from conddetr.kernels import paths, registry
 from conddetr.model import resnet
 from conddetr.model.layers import channels_last
+from conddetr.model.plain import why_not_plain
+from conddetr.model.recompute import recomputed
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class ResNetBody(ResNet):
         )
         del self.avgpool, self.fc
         self.backend = backend
+        self.recomputes = False
+        """Whether backward recomputes the activations of each stage; see `DETR.checkpoint_activations`."""
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 2048, ⌈H/32⌉, ⌈W/32⌉] (/16 with dilation)."""
@@ -48,7 +52,9 @@ class ResNetBody(ResNet):
                 return features
         resnet.note_modules(self.conv1)
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for name in resnet.STAGES:
+            x = recomputed(self, "backbone stage", getattr(self, name), x)
+        return x
 
 
 class ResNetBackbone(nn.Module):
@@ -99,6 +105,8 @@ class TinyBackbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.recomputes = False
+        """Whether backward recomputes the activations of each stage; see `DETR.checkpoint_activations`."""
         self.stages = nn.Sequential(
             _conv_norm_relu(3, 16, stride=2),
             _conv_norm_relu(16, 32, stride=2),
@@ -113,7 +121,11 @@ class TinyBackbone(nn.Module):
             # On CPUs convolutions of few channels are faster in channels-last.
             images = channels_last(images)
         paths.note("backbone", "modules")
-        return self.stages(images)
+        is_plain = type(self.stages) is nn.Sequential and why_not_plain(self.stages) is None
+        x = images
+        for stage in self.stages if is_plain else [self.stages]:
+            x = recomputed(self, "backbone stage", stage, x)
+        return x
 
 
 def _conv_norm_relu(channels_in: int, channels: int, stride: int) -> nn.Sequential:

@@ -3,18 +3,19 @@
 Source: DETR section 3 and Conditional DETR section 3; parameter names are those of the official code.
 """
 
+import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conddetr.config import ModelConfig, check_build
 from conddetr.graphed import Graphs
 from conddetr.kernels import grid_positions, predicted_boxes, registry
 from conddetr.kernels.stack import unstacked
+from conddetr.model.attention import attention_kernels
 from conddetr.model.backbone import build_backbone
 from conddetr.model.families.table import PARTS
 from conddetr.model.fast import make_plan
@@ -23,7 +24,10 @@ from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import table
 from conddetr.model.position import sine_position_encoding
+from conddetr.model.recompute import switch_recomputation
 from conddetr.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 _HERE = "conddetr.model."
 
@@ -87,6 +91,8 @@ class DETR(nn.Module):
         """Report of a frozen copy that `fused` made; None: this is an ordinary model."""
         self.autocast: torch.dtype | None = None
         """The dtype of the autocast that a frozen copy turns on itself; None: autocast is the caller's choice."""
+        self.recomputes = False
+        """Whether activations are recomputed in backward; `checkpoint_activations` changes it in all parts."""
         self.graphs: Graphs | None = None
         """The CUDA graphs of a frozen copy, one for each signature of the inputs; None: its modules are called."""
         dim = config.hidden_dim
@@ -138,7 +144,7 @@ class DETR(nn.Module):
             tokens, transformer = self.input_proj(features).flatten(2).transpose(1, 2), self.transformer
         else:
             tokens, transformer = plan.tokens(features), plan.transformer
-        with _attention_kernels(tokens):
+        with attention_kernels(tokens.device):
             hidden, reference = transformer(tokens, grid, position, object_query)
         # The heads are small and boxes need the precision: float32 even under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
@@ -189,6 +195,21 @@ class DETR(nn.Module):
             if is_ours and module is not self and hasattr(module, "backend"):
                 yield module
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Recompute the activations of encoder layers, decoder layers and backbone stages in backward, or keep them.
+
+        Training then needs less memory and more time; results and gradients stay the same
+        (`conddetr.model.recompute`). The setting applies to parts that this model has now. A backbone from another
+        library is asked by its `set_grad_checkpointing`, as timm's have it. A part that cannot recompute keeps its
+        activations, and a warning names it.
+        """
+        self.recomputes = on
+        for name in ("backbone.0", "transformer.encoder", "transformer.decoder"):
+            part = self.get_submodule(name)
+            reason = switch_recomputation(part, on)
+            if reason and on:
+                log.warning("The activations of %s (%s) are kept: %s.", name, type(part).__name__, reason)
+
     def train(self, mode: bool = True) -> "DETR":
         """Same as `nn.Module.train`.
 
@@ -227,15 +248,6 @@ class DETR(nn.Module):
         if self.config.aux_loss:
             output["aux_outputs"] = layers
         return output
-
-
-def _attention_kernels(tokens: Tensor) -> AbstractContextManager:
-    """Restrict PyTorch's attention to its math kernel where its fused kernels lack derivatives.
-
-    They have no tangents, and on CPUs no second derivatives; with dropout no fused kernel runs on CPUs anyway.
-    """
-    is_recording = tokens.device.type == "cpu" and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if is_recording or registry.transforms() else nullcontext()
 
 
 def _check_input(

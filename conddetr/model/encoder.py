@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from conddetr.config import ModelConfig
 from conddetr.model.attention import self_attention
 from conddetr.model.layers import FeedForward, initialize_xavier
+from conddetr.model.recompute import recomputed
 
 
 class EncoderSelfAttention(nn.MultiheadAttention):
@@ -46,11 +47,13 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
+        self.recomputes = False
+        """Whether backward recomputes the activations of each layer; see `DETR.checkpoint_activations`."""
         self.layers = nn.ModuleList(EncoderLayer(config, backend) for _ in range(config.encoder_layers))
         initialize_xavier(self)
 
     def forward(self, tokens: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
         """tokens [B, N, C], position [B or 1, N, C], padding [B, N] bool -> memory [B, N, C]."""
         for layer in self.layers:
-            tokens = layer(tokens, padding, position)
+            tokens = recomputed(self, "encoder layer", layer, tokens, padding, position)
         return tokens

@@ -35,19 +35,30 @@ def postprocess(
         raise ValueError(f"sizes: expected shape {(len(logits), 2)}, got {tuple(sizes.shape)}.")
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}.")
+    if activation not in ("sigmoid", "softmax"):
+        raise ValueError(f"activation: expected 'sigmoid' or 'softmax', got {activation!r}.")
+    return [
+        dict(zip(("scores", "labels", "boxes", "queries"), image, strict=True))
+        for image in zip(*best_detections(logits, boxes, sizes, top_k, activation), strict=True)
+    ]
+
+
+def best_detections(
+    logits: Tensor, boxes: Tensor, sizes: Tensor, top_k: int, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Same as `postprocess` for checked arguments, on tensors alone, so that it can be traced.
+
+    Returns:
+        scores [B, n], labels [B, n] int64, boxes [B, n, 4] and queries [B, n] int64.
+    """
     if activation == "sigmoid":
         scores, index = logits.sigmoid().flatten(1).topk(min(top_k, logits[0].numel()), dim=1)
         query, labels = index // logits.shape[-1], index % logits.shape[-1]
-    elif activation == "softmax":
+    else:
         best, best_label = logits.softmax(-1)[..., :-1].max(-1)
         scores, query = best.topk(min(top_k, best.shape[1]), dim=1)
         labels = best_label.gather(1, query)
-    else:
-        raise ValueError(f"activation: expected 'sigmoid' or 'softmax', got {activation!r}.")
-    height, width = sizes.to(dtype).unbind(1)
+    height, width = sizes.to(boxes.dtype).unbind(1)
     boxes = box_convert(boxes, "cxcywh", "xyxy").gather(1, query.unsqueeze(-1).expand(-1, -1, 4))
     boxes = boxes * torch.stack([width, height, width, height], dim=1).unsqueeze(1)
-    return [
-        dict(zip(("scores", "labels", "boxes", "queries"), image, strict=True))
-        for image in zip(scores, labels, boxes, query, strict=True)
-    ]
+    return scores, labels, boxes, query

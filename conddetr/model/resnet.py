@@ -23,6 +23,7 @@ from conddetr.kernels.conv import Layer
 from conddetr.kernels.registry import OPERATIONS
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import why_not_plain
+from conddetr.model.recompute import recomputed
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 CONVOLUTIONS = {"BasicBlock": 2, "Bottleneck": 3}
@@ -64,14 +65,19 @@ def stages(body: nn.Module, images: Tensor, backend: str, folded: Folded | None 
     # Two tensors for the next block's branch and shortcut, so that no extra kernel sums their gradients.
     maps = (x, x)
     for stage in parts:
-        for module, is_plain in stage:
-            if is_plain:
-                maps = _residual_block(module, maps, mode)
-            else:
-                note_modules(module)
-                x = module(maps[0])
-                maps = (x, x)
+        maps = recomputed(body, "backbone stage", partial(_stage, stage, mode), *maps)
         yield maps[0]
+
+
+def _stage(parts: "list[_Part]", mode: "_Mode", *maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the parts of a stage on two equal maps; returns two equal maps."""
+    for module, is_plain in parts:
+        if is_plain:
+            maps = _residual_block(module, maps, mode)
+        else:
+            note_modules(module)
+            maps = (module(maps[0]),) * 2
+    return maps
 
 
 class _Part(NamedTuple):

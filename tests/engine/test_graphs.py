@@ -226,6 +226,9 @@ def test_reasons_why_steps_cannot_be_recorded(tmp_path, monkeypatch):
     assert why_no_graphs(config, "auto", TrainConfig(compile=True), cuda) == "the model is compiled"
     assert why_no_graphs(config, "auto", TrainConfig(compile=True, cuda_graphs="on"), cuda) is None
     assert "check_finite" in why_no_graphs(config, "auto", TrainConfig(check_finite="always"), cuda)
+    for mode in ("auto", "on"):
+        recomputing = TrainConfig(checkpoint_activations=True, cuda_graphs=mode)
+        assert "activations are recomputed" in why_no_graphs(config, "auto", recomputing, cuda)
     assert buckets(config, "auto", default, cuda) == 4
     assert buckets(config, "auto", TrainConfig(pad_buckets=0), cuda) == 0
     assert buckets(config, "auto", TrainConfig(pad_buckets=7), CPU) == 7

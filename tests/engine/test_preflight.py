@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_runs import batches, small_trainer
 
 import conddetr
 from conddetr.data.batch import make_loader
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.engine import preflight as module
-from conddetr.engine.preflight import preflight
+from conddetr.engine import memory
+from conddetr.engine.preflight import MOST_TRIALS, largest, preflight
 
 CPU = torch.device("cpu")
+GIB = 2**30
 
 
 def loss_with(model, seen):
@@ -35,7 +38,7 @@ def test_largest_batch_runs_and_nothing_changes():
     assert loader.sampler.largest_shape() == (128, 128)
     optimizer = torch.optim.AdamW(model.parameters())
     line = preflight(model, loss_with(model, seen), optimizer, loader.sampler.largest_shape(), 2, CPU)
-    assert seen == [(True, (2, 3, 128, 128), (25, 25))]
+    assert seen[-1] == (True, (2, 3, 128, 128), (25, 25))
     assert line.startswith("preflight: 2 images of 128×128 with 25 objects each take ")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
@@ -43,16 +46,103 @@ def test_largest_batch_runs_and_nothing_changes():
     assert not model.training
 
 
-def test_error_for_too_little_memory_says_what_to_lower(monkeypatch):
-    model = conddetr.build("conditional-detr-tiny", num_classes=3)
+class Machine:
+    """A machine on which a batch needs 1 GiB and 2 GiB per image, or half of that with recomputation."""
 
-    def exhausted(batch):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    def __init__(self, monkeypatch, has):
+        self.model = conddetr.build("conditional-detr-tiny", num_classes=3)
+        self.has, self.tried, self.peak = has, [], 0
+        monkeypatch.setattr(memory, "limit", lambda device: None if has is None else has * GIB)
+        monkeypatch.setattr(memory, "peak", lambda device: self.peak)
 
-    monkeypatch.setattr(module, "_total", lambda device: 80 * 2**30)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"64 images of 800×1333 .* do not fit into the 80\.0 GiB of cpu. Lower batch"):
-        preflight(model, exhausted, optimizer, (800, 1333), 64, CPU)
+    def step(self, batch):
+        self.tried.append(len(batch))
+        self.peak = int((1 + 2 * len(batch)) * GIB / (2 if self.model.transformer.encoder.recomputes else 1))
+        if self.has is not None and self.peak > self.has * GIB:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.model.class_embed.weight.sum()
+
+    def preflight(self, images):
+        # One moment that is there already: AdamW needs no more.
+        optimizer = SimpleNamespace(state=[1])
+        return preflight(self.model, self.step, optimizer, (8, 8), images, CPU)
+
+
+def test_batch_that_fits_is_reported_with_an_estimate_of_the_largest(monkeypatch):
+    machine = Machine(monkeypatch, has=20.5)
+    assert "4 images of 8×8 with 25 objects each take 9.00 of 20.5 GiB at most on cpu" in machine.preflight(4)
+    assert machine.preflight(4).endswith("estimated from 1 and 4 images: up to 9 fit")
+    assert machine.preflight(1).endswith("estimated from 1 and 2 images: up to 9 fit")
+    assert Machine(monkeypatch, has=4).preflight(1).endswith("2 images do not fit")
+    unknown = Machine(monkeypatch, has=None)
+    assert unknown.preflight(4).endswith(
+        "take 9.00 GiB at most on cpu, AdamW's moments 0.00 GiB more; how much there is, this system does not report"
+    )
+    assert unknown.tried == [4]
+
+
+def test_too_large_a_batch_is_not_run_on_a_cpu_and_the_largest_that_fits_is_named(monkeypatch):
+    """The system would end the process, so the prediction decides."""
+    machine = Machine(monkeypatch, has=20.5)
+    with pytest.raises(
+        ValueError,
+        match=r"16 images of 8×8 with 25 objects each do not fit into the 20\.5 GiB of cpu: they need 33\.00 GiB "
+        r"\(estimated from 1 and 2 images\); 9 take 19\.00 GiB and fit, 10 do not\. With checkpoint_activations 16 "
+        r"images need 16\.50 GiB and fit\. Lower batch_size",
+    ):
+        machine.preflight(16)
+    assert 16 not in machine.tried[: machine.tried.index(9)]
+    assert machine.tried.count(16) == 1, "with recomputation"
+    assert not machine.model.recomputes
+    assert not machine.model.transformer.encoder.recomputes
+
+
+def test_exhausted_memory_is_handled_and_other_errors_are_not(monkeypatch):
+    machine = Machine(monkeypatch, has=2)
+    with pytest.raises(ValueError, match=r"they need more; not even one fits\. With checkpoint_activations 2 images"):
+        machine.preflight(2)
+    machine.model.checkpoint_activations()
+    with pytest.raises(ValueError, match=r"they need more; 1 take 1\.50 GiB and fit\. Lower batch_size"):
+        machine.preflight(2)
+    assert machine.model.recomputes
+    assert memory.is_exhausted(RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"))
+    machine.step = lambda batch: torch.zeros(2) @ torch.zeros(3)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        machine.preflight(2)
+
+
+@given(st.integers(1, 5000), st.data())
+def test_search_for_the_largest_batch_is_right_and_short(size, data):
+    most = data.draw(st.integers(0, size - 1))
+    tried = []
+    low, high = largest(lambda images: tried.append(images) or images <= most, size)
+    assert low <= most < high
+    assert high == low + 1 or len(tried) >= MOST_TRIALS - 1
+    assert len(tried) <= max(MOST_TRIALS, size.bit_length())
+
+
+def test_peak_of_this_process_can_be_reset_on_linux():
+    """Twice 256 MiB, of which the second measurement sees 64."""
+    if sys.platform != "linux" or memory.limit(CPU) is None:
+        pytest.skip("only Linux reports available memory and resets a process's peak")
+    peaks = []
+    for size in (256, 64):
+        memory.reset_peak(CPU)
+        torch.ones(size << 20, dtype=torch.uint8)
+        peaks.append(memory.peak(CPU))
+    assert peaks[0] - peaks[1] > 128 << 20
+    assert peaks[0] < memory.limit(CPU)
+
+
+def test_container_limits_the_memory(monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("12345\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", [tmp_path / name for name in ("absent", "unlimited")])
+    if memory.limit(CPU) is None:
+        pytest.skip("this system does not report available memory")
+    assert memory.limit(CPU) > 12345
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", [tmp_path / "memory.max"])
+    assert memory.limit(CPU) == 12345
 
 
 def test_max_targets_limits_the_objects_of_the_batch(tmp_path, capsys):
@@ -63,11 +153,11 @@ def test_max_targets_limits_the_objects_of_the_batch(tmp_path, capsys):
 def test_moments_must_fit_in_memory_unless_they_exist_already(tmp_path, monkeypatch):
     run = small_trainer(tmp_path, preflight=True)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    monkeypatch.setattr(module, "_peak_bytes", lambda: 1024 * 1000)
-    monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters)
+    monkeypatch.setattr(memory, "peak", lambda device: 1024 * 1000)
+    monkeypatch.setattr(memory, "limit", lambda device: 1024 * 1000 + 8 * parameters)
     run._preflight()
-    monkeypatch.setattr(module, "_total", lambda device: 1024 * 1000 + 8 * parameters - 1)
-    with pytest.raises(ValueError, match=r"4 images .*, and AdamW's moments, .* more, do not fit into the"):
+    monkeypatch.setattr(memory, "limit", lambda device: 1024 * 1000 + 8 * parameters - 1)
+    with pytest.raises(ValueError, match=r"4 images .* do not fit into the .* need more; not even one fits"):
         run._preflight()
     run.stepper(batches(run, 1), 0)
     run._preflight()
@@ -76,13 +166,12 @@ def test_moments_must_fit_in_memory_unless_they_exist_already(tmp_path, monkeypa
 def test_memory_use_is_omitted_if_the_system_does_not_report_it(tmp_path, monkeypatch, capsys):
     """Windows has no module `resource`."""
     monkeypatch.setitem(sys.modules, "resource", None)
-    importlib.reload(module)
+    importlib.reload(memory)
     try:
-        monkeypatch.setattr("conddetr.engine.trainer.preflight", module.preflight)
         small_trainer(tmp_path, preflight=True)._preflight()
     finally:
         monkeypatch.undo()
-        importlib.reload(module)
+        importlib.reload(memory)
     expected = "preflight: 4 images of 64×64 with 8 objects each fit in memory; this system does not report"
     assert expected in capsys.readouterr().out
 
@@ -91,6 +180,6 @@ def test_units_of_peak_memory_on_linux_and_macos(monkeypatch):
     resource = pytest.importorskip("resource", reason="only POSIX reports the memory of a process")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert module._peak_bytes() == 5 * 1024
+    assert memory.peak(CPU) == 5 * 1024
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert module._peak_bytes() == 5
+    assert memory.peak(CPU) == 5

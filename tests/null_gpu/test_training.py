@@ -1,5 +1,6 @@
 """Training: launches of a step, recorded steps beside a loader that pins memory, mixed sizes, two GPUs."""
 
+import re
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ import conddetr
 from conddetr.config.run import TrainConfig
 from conddetr.data.batch import collate, make_loader
 from conddetr.data.synthetic import SyntheticShapes
+from conddetr.engine.preflight import preflight
 from conddetr.engine.step import Stepper
 from conddetr.kernels import addresses
 from null_gpu.counts import counted
@@ -87,6 +89,36 @@ def test_step_never_waits_and_has_the_counted_launches(options, launches, copies
 def test_hopper_trains_in_bfloat16_by_default():
     assert make_stepper(precision="auto").config.precision == "bfloat16"
     assert make_stepper("cpu", precision="auto").config.precision == "float32"
+
+
+def test_recomputed_step_keeps_less_memory_and_does_not_wait():
+    """Kept: what the allocator holds after the forward pass, above what it held before."""
+    kept = []
+    for recomputes in (False, True):
+        stepper, batch = make_stepper(checkpoint_activations=recomputes), make_batch(256, 256)
+        assert count_step(stepper, batch).waits == 0
+        images = batch.to(stepper.device)
+        before = torch.cuda.memory_allocated()
+        loss = stepper.loss_of(images)
+        kept.append(torch.cuda.memory_allocated() - before)
+        del loss
+    assert kept[1] < 0.7 * kept[0]
+
+
+def test_preflight_finds_the_largest_batch_below_a_limit():
+    """PyTorch's allocator refuses more than a share of the GPU, as a full GPU does."""
+    stepper, (_, total) = make_stepper(), torch.cuda.mem_get_info()
+    task = (stepper.model, stepper.loss_of, stepper.optimizer, (256, 256))
+    torch.cuda.set_per_process_memory_fraction(2**29 / total)
+    try:
+        with pytest.raises(ValueError, match=r"512 images .* do not fit into the 0\.5 GiB") as error:
+            preflight(*task, 512, stepper.device)
+        most, too_many = map(int, re.search(r"(\d+) take .* and fit, (\d+) do not", str(error.value)).groups())
+        assert 1 < most < too_many <= most + 8
+        assert "With checkpoint_activations 512 images need more and do not fit either" in str(error.value)
+        assert f"{most} images of 256×256" in preflight(*task, most, stepper.device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_wait_of_eager_matching_is_counted():

@@ -1,6 +1,7 @@
 """The conditional decoder from fused operations; values that its layers share are computed once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,12 @@ from conddetr.model.fast.layers import (
     hidden,
     hidden_weights,
     linear,
+    repeatable,
 )
 from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP
 from conddetr.model.plain import why_not_plain
+from conddetr.model.recompute import recomputed
 
 _CLASSES = frozenset((ConditionalDecoderLayer, ProjectedSelfAttention, ConditionalCrossAttention, MLP, nn.ModuleList))
 
@@ -78,6 +81,20 @@ class Grid(NamedTuple):
     """[B or 1, w, C] each."""
     value: tuple[Tensor, ...]
     """[B, N, C] each."""
+
+
+class Shared(NamedTuple):
+    """Values of one forward pass that all layers read."""
+
+    weights: DecoderWeights
+    positions: tuple[Tensor, ...]
+    """For each layer [B, Q, 2C]: projected positions of self-attention's queries and keys."""
+    p_s: Tensor
+    """[Q, C] embedding of the reference points."""
+    factors: tuple[Tensor, ...]
+    """p_s for each layer."""
+    keys: Grid
+    grid: FeatureGrid
 
 
 def recipes(
@@ -146,31 +163,55 @@ def decode(
     # Tensors that images or layers share are expanded before they are split, so that one kernel sums their gradients.
     positions = linear(weights.object_query[0], *weights.self_position).expand(batch, -1, -1).chunk(layers, dim=-1)
     factors = (p_s, *unstacked(p_s.expand(max(layers - 1, 1), -1, -1)))
+    shared = Shared(weights, positions, p_s, factors, keys, grid)
     out = memory.new_zeros(memory.shape[0], *object_query.shape)
-    trunk = out.to(torch.promote_types(out.dtype, torch.float32))
-    outs = (out, out)
+    stream = (out.to(torch.promote_types(out.dtype, torch.float32)), out, out)
     outputs = []
-    for index, (layer, layer_weights) in enumerate(zip(decoder.layers, weights.layers, strict=True)):
-        paths.note("decoder layer", "fused operations")
-        dropout = Dropout(layer.dropout if layer.training else 0.0, seeds)
-        attention = layer.self_attn
-        attention_dropout = attention.dropout if attention.training else 0.0
-        settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
-        trunk, out = self_attend(layer_weights, settings, positions[index], trunk, outs[0])
-        scale = weights.scale and weights.scale[index]
-        # In variant I of the spatial query λ is predicted from these tokens.
-        spatial, factor = _spatial_query(layer, scale, p_s, factors[index], outs[1], out)
-        q_content = linear(out, *layer_weights.cross_content)
-        q_spatial = project_spatial_query(spatial, factor, layer_weights.cross_sine).expand_as(q_content)
-        if layer.is_first:
-            # As in `ConditionalDecoderLayer.forward`: positions are not added to the keys.
-            q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
-            q_spatial = q_content + q_spatial
-        attended = _cross_attend(layer.cross_attn, q_content, q_spatial, keys, index, grid, seeds)
-        trunk, out = end_branch(attended, trunk, layer_weights.cross_attention, dropout)
-        trunk, output, *outs = feed_forward(out, trunk, layer_weights.feed_forward, dropout, trunks=2, outs=2)
+    for index, layer in enumerate(decoder.layers):
+        unit = partial(_run_layer, shared, layer, index, repeatable(seeds))
+        trunk, output, *outs = recomputed(decoder, "decoder layer", unit, *stream)
+        stream = (trunk, *outs)
         outputs.append((output, outs[0]))
     return _normalized(decoder.norm, [for_a_module(*output) for output in outputs]), reference
+
+
+def _run_layer(
+    shared: Shared,
+    layer: ConditionalDecoderLayer,
+    index: int,
+    seeds: Callable[[], Iterator[Tensor]],
+    trunk: Tensor,
+    *outs: Tensor,
+) -> tuple[Tensor, ...]:
+    """One layer of `decode`.
+
+    Args:
+        index: of the layer.
+        seeds: returns the layer's seeds of dropout, the same in every call.
+        trunk, outs: [B, Q, C] tokens: the residual stream, and twice in the step's dtype.
+
+    Returns:
+        The trunk twice, then the tokens twice in the step's dtype: two tensors for two users each.
+    """
+    paths.note("decoder layer", "fused operations")
+    weights, layer_weights, layer_seeds = shared.weights, shared.weights.layers[index], seeds()
+    dropout = Dropout(layer.dropout if layer.training else 0.0, layer_seeds)
+    attention = layer.self_attn
+    attention_dropout = attention.dropout if attention.training else 0.0
+    settings = Settings(attention.num_heads, attention_dropout, dropout, dropout)
+    trunk, out = self_attend(layer_weights, settings, shared.positions[index], trunk, outs[0])
+    scale = weights.scale and weights.scale[index]
+    # In variant I of the spatial query λ is predicted from these tokens.
+    spatial, factor = _spatial_query(layer, scale, shared.p_s, shared.factors[index], outs[1], out)
+    q_content = linear(out, *layer_weights.cross_content)
+    q_spatial = project_spatial_query(spatial, factor, layer_weights.cross_sine).expand_as(q_content)
+    if layer.is_first:
+        # As in `ConditionalDecoderLayer.forward`: positions are not added to the keys.
+        q_content = q_content + linear(weights.object_query[1], *weights.cross_position)
+        q_spatial = q_content + q_spatial
+    attended = _cross_attend(layer.cross_attn, q_content, q_spatial, shared.keys, index, shared.grid, layer_seeds)
+    trunk, out = end_branch(attended, trunk, layer_weights.cross_attention, dropout)
+    return feed_forward(out, trunk, layer_weights.feed_forward, dropout, trunks=2, outs=2)
 
 
 def _normalized(norm: nn.Module, outputs: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Encoder layers from fused operations: 9 launches per layer in the forward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ from conddetr.model.fast.layers import (
     feed_forward_weights,
     for_a_module,
     linear,
+    repeatable,
 )
+from conddetr.model.recompute import recomputed
 
 _CLASSES = frozenset((EncoderLayer, EncoderSelfAttention))
 
@@ -107,11 +109,21 @@ def encode(
     last = len(weights) - 1
     for index, (layer, layer_weights) in enumerate(zip(encoder.layers, weights, strict=True)):
         paths.note("encoder layer", "modules" if layer_weights is None else "fused operations")
-        if layer_weights is not None:
-            stream = run_layer(layer_weights, _settings(layer, seeds), stream, mask, position if index < last else None)
+        if layer_weights is None:
+            inputs = (for_a_module(stream.trunk, stream.out), padding, position)
+            stream = begin(recomputed(encoder, "encoder layer", layer, *inputs), position)
             continue
-        stream = begin(layer(for_a_module(stream.trunk, stream.out), padding, position), position)
+        unit = _unit(layer, layer_weights, mask, position if index < last else None, seeds)
+        stream = recomputed(encoder, "encoder layer", unit, *stream)
     return stream.out
+
+
+def _unit(
+    layer: EncoderLayer, weights: LayerWeights, mask: Tensor | None, position: Tensor | None, seeds: Iterator[Tensor]
+) -> Callable[..., Tokens]:
+    """A layer as a function of the fields of `Tokens`; it drops the same values in every call."""
+    layer_seeds = repeatable(seeds)
+    return lambda *stream: run_layer(weights, _settings(layer, layer_seeds()), Tokens(*stream), mask, position)
 
 
 def _settings(layer: EncoderLayer, seeds: Iterator[Tensor]) -> Settings:

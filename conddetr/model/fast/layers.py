@@ -1,6 +1,6 @@
 """Functions that encoder and decoder layers share: linear layers, residual branches, the feed-forward network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +135,19 @@ def seeds(device: torch.device, count: int) -> Iterator[Tensor]:
         if not sampled:
             sampled.append(torch.randint(2**31 - 1, (count,), device=device))
         yield sampled[0][index : index + 1]
+
+
+def repeatable(seeds: Iterator[Tensor]) -> Callable[[], Iterator[Tensor]]:
+    """A function that returns the same seeds in every call, for work that runs again; they are taken when needed."""
+    taken: list[Tensor] = []
+
+    def again() -> Iterator[Tensor]:
+        yield from taken
+        for seed in seeds:
+            taken.append(seed)
+            yield seed
+
+    return again
 
 
 def end_branch(

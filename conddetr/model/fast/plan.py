@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar, get_args
 
 import torch
@@ -110,6 +111,9 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     trees = (backbone, input_proj, encoder, decoder)
     layers = len(encoder or ()) + len(decoder.layers if decoder else ())
     step_seeds = seeds(device, SEEDS_PER_LAYER * layers)
+    if model.training and layers:
+        # Sampled before any unit runs: a unit that is recomputed repeats the random numbers that it sampled itself.
+        step_seeds = chain([next(step_seeds)], step_seeds)
     return Plan(model, dtype, *make_weights(trees, dtype), step_seeds)
 
 

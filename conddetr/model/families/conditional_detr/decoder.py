@@ -15,6 +15,7 @@ from conddetr.model.families.conditional_detr.keys import project_all_keys
 from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import MLP, FeedForward, initialize_xavier
 from conddetr.model.plain import table
+from conddetr.model.recompute import recomputed
 
 
 class ConditionalDecoderLayer(FeedForward):
@@ -108,6 +109,8 @@ class ConditionalDecoder(nn.Module):
         super().__init__()
         dim = config.hidden_dim
         self.backend = backend
+        self.recomputes = False
+        """Whether backward recomputes the activations of each layer; see `DETR.checkpoint_activations`."""
         self.layers = nn.ModuleList(
             ConditionalDecoderLayer(config, backend, is_first=index == 0) for index in range(config.decoder_layers)
         )
@@ -146,7 +149,8 @@ class ConditionalDecoder(nn.Module):
         tokens = object_query.new_zeros(memory.shape[0], *object_query.shape)
         outputs = []
         for layer, keys in zip(self.layers, self._keys(memory, grid, position), strict=True):
-            tokens = layer(tokens, keys, grid, object_query, p_s, self.query_scale)
+            inputs = (keys, grid, object_query, p_s, self.query_scale)
+            tokens = recomputed(self, "decoder layer", layer, tokens, *inputs)
             outputs.append(self.norm(tokens))
         return torch.stack(outputs), reference
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from conddetr.config import ModelConfig
 from conddetr.model.grid import FeatureGrid
 from conddetr.model.layers import FeedForward, initialize_xavier
+from conddetr.model.recompute import recomputed
 
 
 class DETRDecoderLayer(FeedForward):
@@ -48,6 +49,8 @@ class DETRDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
+        self.recomputes = False
+        """Whether backward recomputes the activations of each layer; see `DETR.checkpoint_activations`."""
         self.layers = nn.ModuleList(DETRDecoderLayer(config, backend) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.positions_everywhere = config.cross_attention_positions == "all-layers"
@@ -59,6 +62,7 @@ class DETRDecoder(nn.Module):
         outputs = []
         for index, layer in enumerate(self.layers):
             has_position = index == 0 or self.positions_everywhere
-            tokens = layer(tokens, memory, grid.padding, position if has_position else None, object_query)
+            inputs = (memory, grid.padding, position if has_position else None, object_query)
+            tokens = recomputed(self, "decoder layer", layer, tokens, *inputs)
             outputs.append(self.norm(tokens))
         return torch.stack(outputs), None
