@@ -54,7 +54,7 @@ class Detector:
                 `conddetr.weights.public` has the table of names.
             precision: `float32`, `bfloat16`, or `auto`; see the property `precision`.
             backend: with a preset: as in `build`; default: `auto`.
-            pretrained_backbone: with an untrained preset: as in `build`; default: True for a ResNet.
+            pretrained_backbone: with an untrained preset: as in `build`; default: True, except for `tiny`.
             overrides: with a preset: fields of `ModelConfig`, e.g. `num_queries=100`.
 
         Raises:

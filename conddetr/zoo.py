@@ -1,5 +1,6 @@
 """Building models and criteria, and the table of presets."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,15 @@ class Preset:
 
 # Counted by torch's FLOP counter over all matrix products and convolutions; a test counts them again.
 _MEASURED = {
+    "conditional-detr-r18": (30737185, 30580321, 46.00),
+    "conditional-detr-r34": (40837921, 40607329, 77.65),
     "conditional-detr-r50": (43418401, 43196001, 85.25),
     "conditional-detr-dc5-r50": (43418401, 43196001, 180.92),
     "conditional-detr-r101": (62358305, 62135905, 148.69),
     "conditional-detr-dc5-r101": (62358305, 62135905, 244.37),
     "conditional-detr-tiny": (553393, 553393, 0.0402),
+    "detr-r18": (28843552, 28686688, 42.00),
+    "detr-r34": (38944288, 38713696, 73.65),
     "detr-r50": (41524768, 41302368, 81.25),
     "detr-dc5-r50": (41524768, 41302368, 173.25),
     "detr-r101": (60464672, 60242272, 144.69),
@@ -44,14 +49,16 @@ def build(preset: str, *, backend: str = "auto", pretrained_backbone: bool = Fal
     """A detector with random weights, in training mode.
 
     Args:
-        preset: a name from `presets()`.
+        preset: a name from `presets()`, or a family with a backbone of timm: `conditional-detr-timm:convnext_tiny`.
         backend: implementation of the operations: `auto` (the best that can run), `triton`, `native` or `eager` (plain
             PyTorch).
-        pretrained_backbone: start the ResNet from torchvision's ImageNet weights (downloaded on first use).
+        pretrained_backbone: start the backbone from pretrained weights, downloaded on first use: torchvision's of
+            ImageNet, or timm's own.
         overrides: fields of `ModelConfig`, e.g. `num_classes=20`, `csq="I"`.
 
     Raises:
         ValueError: unknown preset or override (with the nearest name), or a value out of range.
+        ImportError: the backbone is timm's, and timm is not installed.
         OSError: `pretrained_backbone=True` and the weights cannot be downloaded.
     """
     return DETR(configs.resolve(preset, **overrides), backend=backend, pretrained_backbone=pretrained_backbone)
@@ -77,20 +84,27 @@ def build_criterion(
     return Criterion(config, default if backend is None else backend, max_targets, check_finite)
 
 
-def gflops(config: configs.ModelConfig) -> float:
-    """Multiply-adds, in 10⁹, of the forward pass of one image of `config.image_size` by 4/3 of it.
+def gflops(model: configs.ModelConfig | DETR) -> float:
+    """Multiply-adds, in 10⁹, of the forward pass of one image of the configuration's `image_size` by 4/3 of it.
 
     Tiny presets: a square. Counted by torch without computing anything; 800×1066 for the large presets.
+
+    Args:
+        model: a model, or a configuration, of which one is built.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    short = config.image_size
-    long = short if config.backbone == "tiny" else short * 4 // 3
-    with FakeTensorMode():
-        model = DETR(config, backend="eager").eval()
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(torch.empty(1, 3, short, long))
+    if not isinstance(model, DETR):
+        model = DETR(model, backend="eager")
+    fakes = FakeTensorMode()
+    with FakeCopyMode(fakes):
+        counted = copy.deepcopy(model).eval()
+    counted.set_backend("eager")
+    short = model.config.image_size
+    long = short if model.config.backbone == "tiny" else short * 4 // 3
+    with fakes, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        counted(torch.empty(1, 3, short, long))
     return counter.get_total_flops() / 2e9

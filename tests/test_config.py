@@ -27,7 +27,16 @@ from tools.cached import ROOT, cached
         ({"max_image_size": 100}, r"max_image_size: expected at least image_size \(800\), got 100"),
         ({"backend": "tritn"}, "backend: unknown value 'tritn'. Did you mean 'triton'"),
         ({"cross_attention_positions": "first-layer"}, "is an option of the detr family"),
-        ({"backbone": "tiny", "dilation": True}, "need a ResNet backbone"),
+        ({"backbone": "tiny", "dilation": True}, "dilation: expected backbone resnet50 or resnet101, .* got tiny"),
+        ({"backbone": "resnet18", "dilation": True}, "dilation: expected backbone resnet50 or .* got resnet18"),
+        ({"backbone": "timm:resnet50", "dilation": True}, "dilation: expected backbone resnet50 .* got timm:resnet50"),
+        ({"backbone": "resnet35"}, "backbone: unknown value 'resnet35'. Did you mean 'resnet.*, timm:NAME"),
+        ({"backbone": "timm:hf-hub:a/b"}, "backbone: unknown value 'timm:hf-hub:a/b'. .*, timm:NAME"),
+        ({"backbone": "tiny", "backbone_norm": "frozen"}, "backbone_norm: `frozen` needs pretrained statistics"),
+        (
+            {"backbone_norm": "train", "train_backbone": False},
+            "backbone_norm: `train` contradicts train_backbone False",
+        ),
     ],
 )
 def test_errors_name_bad_overrides(overrides, message):
@@ -134,7 +143,7 @@ def test_build_options_are_not_model_options():
         conddetr.build("conditional-detr-tiny", bakend="eager")
     with pytest.raises(ValueError, match="pretrained_backbone: expected bool, got str 'yes'"):
         conddetr.build("conditional-detr-r50", pretrained_backbone="yes")
-    with pytest.raises(ValueError, match="pretrained_backbone need a ResNet backbone; this one is 'tiny'"):
+    with pytest.raises(ValueError, match="pretrained_backbone: the backbone 'tiny' has no pretrained weights"):
         conddetr.DETR(PRESETS["conditional-detr-tiny"], pretrained_backbone=True)
 
 
@@ -155,7 +164,7 @@ def test_older_configuration_with_build_options_loads(old):
         ({"backend": "tritn"}, "Model option backend: unknown value 'tritn'. Did you mean 'triton'"),
         ({"model": {"backend": 1}}, "Model option backend: expected str, got int 1"),
         ({"model": {"backend": "eager"}, "backend": "auto"}, "option 'backend' is given twice"),
-        ({"pretrained_backbone": True}, "pretrained_backbone need a ResNet backbone; this one is 'tiny'"),
+        ({"pretrained_backbone": True}, "pretrained_backbone: the backbone 'tiny' has no pretrained"),
         ({"pretraind_backbone": True}, "Unknown option 'pretraind_backbone'. Did you mean 'pretrained_backbone'"),
     ],
 )

@@ -279,7 +279,7 @@ def deformable_detr(sizes: Sizes, **options: object) -> Measured:
 
 
 MODELS: dict[str, Callable[[Sizes], Measured]] = {
-    **{name: partial(ours, preset=name) for name in conddetr.presets() if not name.endswith("tiny")},
+    **{name: partial(ours, preset=name) for name in conddetr.presets() if name.endswith(("r50", "r101"))},
     **{f"csq={form}": partial(ours, preset="conditional-detr-r50", csq=form) for form in "CTPI"},
     "faster-rcnn-fpn-r50": partial(faster_rcnn, backbone="resnet50"),
     "faster-rcnn-fpn-r101": partial(faster_rcnn, backbone="resnet101"),

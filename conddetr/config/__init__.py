@@ -7,11 +7,12 @@ they share.
 
 from conddetr.config.build import BUILD_OPTIONS, Backend, Precision, check_backend, check_build
 from conddetr.config.checks import nearest
-from conddetr.config.model import PRESETS, Backbone, ModelConfig, from_dict, preset_name, resolve
+from conddetr.config.model import PRESETS, TIMM, Backbone, ModelConfig, from_dict, preset_name, resolve
 
 __all__ = [
     "BUILD_OPTIONS",
     "PRESETS",
+    "TIMM",
     "Backbone",
     "Backend",
     "ModelConfig",

@@ -21,4 +21,4 @@ def check_build(backbone: str, backend: str = "auto", pretrained_backbone: bool 
     check_backend(backend)
     check_value("Model option pretrained_backbone", pretrained_backbone, bool)
     if backbone == "tiny" and pretrained_backbone:
-        raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")
+        raise ValueError("pretrained_backbone: the backbone 'tiny' has no pretrained weights.")

@@ -3,14 +3,17 @@
 A preset is a `ModelConfig`; overrides are checked against its fields, so a typo never passes silently.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from conddetr.config.build import BUILD_OPTIONS
 from conddetr.config.checks import check_values, nearest
 from conddetr.model.families import FAMILIES, FamilyName
 
-Backbone = Literal["resnet50", "resnet101", "tiny"]
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "tiny"]
+"""Our backbones. Any other one is timm's and has the prefix `TIMM`."""
+TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,18 @@ class ModelConfig:
     num_classes: int = 91
     """Number of object classes. Logits: `num_classes`, plus one for no-object in the `detr` family."""
 
-    backbone: Backbone = "resnet50"
-    """`resnet50` or `resnet101` (torchvision, frozen batch norm), or `tiny` (stride 16, trained batch norm)."""
+    backbone: str = "resnet50"
+    """`resnet18`, `resnet34`, `resnet50` or `resnet101` (torchvision), `tiny` (stride 16), or the last feature map of a
+    model of timm, by its name: `timm:convnext_tiny`."""
+    backbone_norm: Literal["auto", "frozen", "train"] = "auto"
+    """Batch norms of the backbone. `frozen`: their statistics and weights stay those of pretraining, as in DETR;
+    `train`: they train in each stage that trains. `auto`: `train` for `tiny`, else `frozen`. Layer and group norms have
+    no statistics and train with the other weights."""
     dilation: bool = False
-    """DC5: the last ResNet stage keeps stride 16 and dilates its convolutions."""
+    """DC5: the last stage of a ResNet-50 or ResNet-101 keeps stride 16 and dilates its convolutions."""
     train_backbone: bool = True
-    """False freezes the whole backbone. The stem and the first stage of a ResNet are always frozen."""
+    """False freezes the whole backbone. The stem and the first stage of a torchvision ResNet are always frozen; a model
+    of timm trains as a whole."""
 
     hidden_dim: int = 256
     """Width of the transformer; a multiple of `num_heads` and of 4."""
@@ -84,6 +93,11 @@ class ModelConfig:
     """Upper bound of the long side, in pixels."""
 
     @property
+    def freezes_norms(self) -> bool:
+        """Whether the backbone's batch norms are frozen."""
+        return self.backbone_norm == "frozen" or (self.backbone_norm == "auto" and self.backbone != "tiny")
+
+    @property
     def num_logits(self) -> int:
         """Width of the classification head."""
         return self.num_classes + FAMILIES[self.family].no_object_logits
@@ -111,6 +125,8 @@ _TINY: dict[str, Any] = {
     "max_image_size": 213,
 }
 _SIZES: tuple[dict[str, Any], ...] = (
+    {"backbone": "resnet18"},
+    {"backbone": "resnet34"},
     {"backbone": "resnet50"},
     {"backbone": "resnet50", "dilation": True},
     {"backbone": "resnet101"},
@@ -120,8 +136,9 @@ _SIZES: tuple[dict[str, Any], ...] = (
 
 
 def preset_name(family: str, backbone: str, dilation: bool) -> str:
-    """The preset of these `ModelConfig` fields."""
-    return f"{family}-{'dc5-' if dilation else ''}{backbone.replace('resnet', 'r')}"
+    """The preset of these `ModelConfig` fields, as `resolve` accepts it, e.g. `conditional-detr-timm:convnext_tiny`."""
+    size = re.sub("^resnet", "r", backbone)
+    return f"{family}-{'dc5-' if dilation else ''}{size}"
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -131,23 +148,36 @@ PRESETS: dict[str, ModelConfig] = {
     for family in FAMILIES
     for size in _SIZES
 }
-"""Each family in each size: `conditional-detr-r50`, `-dc5-r50`, `-r101`, `-dc5-r101` and `-tiny`, and so on."""
+"""Each family in each size: `conditional-detr-r18`, `-r34`, `-r50`, `-dc5-r50`, `-r101`, `-dc5-r101` and `-tiny`, and
+so on."""
 
 
 def resolve(preset: str, **overrides: Any) -> ModelConfig:
     """The preset's configuration with `overrides` applied and checked.
 
+    Args:
+        preset: a name in `PRESETS`; or a family with a backbone of timm, `conditional-detr-timm:convnext_tiny`.
+        overrides: fields of `ModelConfig`.
+
     Raises:
         ValueError: unknown preset, unknown override (with the nearest name), or a value out of range.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}.{nearest(preset, list(PRESETS))}")
+    config = _preset(preset)
     for name in BUILD_OPTIONS:
         if name in overrides:
             raise ValueError(
                 f"{name} is an option of conddetr.build and conddetr.DETR, not of the model configuration."
             )
-    return from_dict({**PRESETS[preset].to_dict(), **overrides})
+    return from_dict({**config.to_dict(), **overrides})
+
+
+def _preset(name: str) -> ModelConfig:
+    if name in PRESETS:
+        return PRESETS[name]
+    for family in FAMILIES:
+        if name.startswith(f"{family}-{TIMM}"):
+            return replace(PRESETS[f"{family}-r50"], backbone=name.removeprefix(f"{family}-"))
+    raise ValueError(f"Unknown preset {name!r}.{nearest(name, list(PRESETS))}")
 
 
 def from_dict(values: dict[str, Any]) -> ModelConfig:
@@ -164,6 +194,7 @@ def from_dict(values: dict[str, Any]) -> ModelConfig:
     config = ModelConfig(**{name: value for name, value in values.items() if name not in BUILD_OPTIONS})
     check_values(config, "Model option")
     _check_combinations(config)
+    _check_backbone(config)
     _check_ranges(config)
     return config
 
@@ -175,8 +206,27 @@ def _check_combinations(config: ModelConfig) -> None:
         if name != config.family and any(getattr(config, option) != getattr(default, option) for option in options):
             are = "are options" if len(options) > 1 else "is an option"
             raise ValueError(f"{' and '.join(options)} {are} of the {name} family, not of {config.family}.")
-    if config.backbone == "tiny" and config.dilation:
-        raise ValueError("dilation and pretrained_backbone need a ResNet backbone; this one is 'tiny'.")
+
+
+def _check_backbone(config: ModelConfig) -> None:
+    """Check the options of the backbone. Whether timm has a model of this name is checked when it is built."""
+    known = list(get_args(Backbone))
+    if config.backbone not in known and not re.fullmatch(rf"{TIMM}\w+(\.\w+)?", config.backbone):
+        hint = nearest(config.backbone, [*known, f"{TIMM}NAME"])
+        raise ValueError(f"Model option backbone: unknown value {config.backbone!r}.{hint}")
+    if config.dilation and config.backbone not in ("resnet50", "resnet101"):
+        raise ValueError(
+            "Model option dilation: expected backbone resnet50 or resnet101, the only ones that can be dilated, got "
+            f"{config.backbone}."
+        )
+    if config.backbone == "tiny" and config.freezes_norms:
+        raise ValueError(
+            "Model option backbone_norm: `frozen` needs pretrained statistics, which the backbone 'tiny' does not have."
+        )
+    if config.backbone_norm == "train" and not config.train_backbone:
+        raise ValueError(
+            "Model option backbone_norm: `train` contradicts train_backbone False, which freezes all norms."
+        )
 
 
 def _check_ranges(config: ModelConfig) -> None:

@@ -240,7 +240,7 @@ class RunConfig:
     """Start from these weights: any checkpoint (ours, official, HuggingFace's), or the preset's public weights `coco`
     or `official`. A class head trained on other classes is left out."""
     pretrained_backbone: bool = False
-    """Start the ResNet from torchvision's ImageNet weights (downloaded on first use)."""
+    """Start the backbone from pretrained weights, downloaded on first use: torchvision's of ImageNet, or timm's own."""
     device: str = ""
     """`cpu`, `cuda` or `cuda:N`; default: CUDA if available."""
     backend: Backend = "auto"
@@ -336,7 +336,7 @@ def resolve_run(values: Mapping[str, Any]) -> RunConfig:
     preset = run.pop("preset", "") or default
     model = models.resolve(preset, **part(ModelConfig))
     is_tiny = model.backbone == "tiny"
-    # A ResNet from random weights learns little; the tiny backbone has no pretrained weights.
+    # A large backbone from random weights learns little; the tiny one has no pretrained weights.
     run.setdefault("pretrained_backbone", not is_tiny)
     train = tiny_train_config(**part(TrainConfig)) if is_tiny else TrainConfig(**part(TrainConfig))
     augment = (AugmentConfig if has_images else shapes_augment)(**part(AugmentConfig))

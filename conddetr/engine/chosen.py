@@ -133,7 +133,7 @@ def _part(operation: str, backend: str, device: torch.device, dtype: torch.dtype
 
 
 def _backbone(model: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype) -> Part:
-    if model.backbone == "tiny":
+    if not model.backbone.startswith("resnet"):
         return Part(PYTORCH)
     if backend == "eager":
         return Part(PYTORCH, "backend eager")

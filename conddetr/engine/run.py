@@ -354,7 +354,7 @@ def _print_start(run: RunConfig, model: DETR, train_set: "ImageSet", val_set: "I
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     processes = distributed.world_size()
     say(
-        f"{run.preset}: {total:,} parameters, {trainable:,} trainable, {gflops(model.config):.4g} GFLOPs; "
+        f"{run.preset}: {total:,} parameters, {trainable:,} trainable, {gflops(model):.4g} GFLOPs; "
         f"{len(train_set)} training and {len(val_set)} validation images"
         + (f"; {processes} processes" if processes > 1 else "")
     )

@@ -13,7 +13,7 @@ from conddetr.interop.official import model as official_model
 from conddetr.interop.report import AccelerationReport, Part, describe, parameter_of, report_backbone
 from conddetr.kernels import registry
 from conddetr.model.attention import attends_natively
-from conddetr.model.backbone import ResNetBody
+from conddetr.model.backbone.resnet import ResNetBody
 from conddetr.model.detr import DETR
 from conddetr.model.encoder import EncoderSelfAttention
 from conddetr.model.families.conditional_detr.attention import ConditionalCrossAttention, ProjectedSelfAttention

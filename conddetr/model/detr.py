@@ -76,10 +76,11 @@ class DETR(nn.Module):
         Args:
             config: the architecture.
             backend: implementation of the operations, see `RunConfig.backend`.
-            pretrained_backbone: start the ResNet from torchvision's ImageNet weights (downloaded on first use).
+            pretrained_backbone: as `RunConfig.pretrained_backbone`.
 
         Raises:
-            ValueError: the backend is unknown, or the backbone has no pretrained weights.
+            ValueError: the backend is unknown, the backbone has no pretrained weights, or timm has no such backbone.
+            ImportError: timm is not installed.
             OSError: the weights cannot be downloaded.
         """
         super().__init__()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from conddetr.kernels import convolution, paths
 from conddetr.model import resnet
-from conddetr.model.backbone import ResNetBody
+from conddetr.model.backbone.resnet import ResNetBody
+from conddetr.model.backbone.timm import TimmBackbone
 from conddetr.model.layers import channels_last
 from conddetr.model.plain import HOOKS, why_not_plain
 
@@ -128,6 +129,8 @@ def fused_copy(model: Model, dtype: torch.dtype | None = None) -> tuple[Model, F
     for name, module in model.named_modules():
         if isinstance(module, ResNetBody):
             memo |= _fused_parts(module, f"{name}." if name else "", report, dtype)
+        elif isinstance(module, TimmBackbone):
+            report.left[name] = f"{module.name}: modules of timm are called"
         # A hook that is a method would be copied with its object, and the user's object would see no calls.
         memo |= {id(hooks): hooks for hooks in (getattr(module, name) for name in HOOKS)}
         # Tensors that a hook has left on the module, as old weight norm does, cannot be copied with their graph.

@@ -84,7 +84,7 @@ def load(model: nn.Module, weights: Weights, strict: bool = True) -> LoadReport:
             report.mismatched.append(f"{name}: expected {model_state[name].dtype}, got {value.dtype}")
         else:
             accepted[name] = value
-    report.missing = [name for name in model_state if name not in state]
+    report.missing = [name for name in model_state if name not in state and not name.endswith("num_batches_tracked")]
     report.loaded = len(accepted)
     if strict and not report.complete:
         raise ValueError(

@@ -54,10 +54,11 @@ def test_foreign_names_are_refused():
         interop.to_huggingface({}, names="3")
 
 
-def test_models_after_a_round_trip():
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet18"])
+def test_models_after_a_round_trip(backbone):
     pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
     pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
-    model = small_resnet_model()
+    model = small_resnet_model(backbone=backbone)
     peer, report = interop.convert_to_huggingface(model)
     assert report.differences["pred_logits"] < 1e-4 < 1 < report.magnitudes["pred_logits"]
     assert report.differences["pred_boxes"] < 1e-5
@@ -111,7 +112,8 @@ def test_settings_that_change_the_outputs_are_refused(name, value):
 @pytest.mark.parametrize(
     ("preset", "options", "message"),
     [
-        ("conditional-detr-tiny", {}, "backbone: expected resnet50 or resnet101"),
+        ("conditional-detr-tiny", {}, "backbone: expected resnet18, resnet34, resnet50, resnet101"),
+        ("conditional-detr-r18", {"backbone_norm": "train"}, "backbone_norm: expected frozen, as in transformers"),
         ("conditional-detr-r50", {"csq": "T"}, "csq: expected full"),
         ("detr-tiny", {}, "family: expected conditional-detr"),
     ],

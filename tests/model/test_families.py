@@ -13,7 +13,7 @@ from conddetr.model.families.table import PARTS
 
 def test_every_family_has_its_parts_and_presets():
     assert get_args(FamilyName) == tuple(FAMILIES) == tuple(PARTS)
-    assert [config.family for config in PRESETS.values()] == [name for name in FAMILIES for _ in range(5)]
+    assert [config.family for config in PRESETS.values()] == [name for name in FAMILIES for _ in range(7)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,14 +1,14 @@
-"""Launches of a ResNet-50: one per convolution, with bias, residual add and ReLU; the host never waits."""
+"""Launches of a ResNet: one per convolution, with bias, residual add and ReLU; the host never waits."""
 
 import pytest
 import torch
-from torchvision.models import resnet50
+from torchvision.models import resnet18, resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
 import conddetr
 from conddetr.kernels.conv import gpu
 from conddetr.model import resnet
-from conddetr.model.backbone import ResNetBody
+from conddetr.model.backbone.resnet import ResNetBody
 from conddetr.model.fused import fused_copy
 from null_gpu.counts import counted
 
@@ -39,8 +39,8 @@ def make_folded(body, dtype):
     return folded
 
 
-def make_body():
-    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d).cuda().requires_grad_(False)
+def make_body(make=resnet50):
+    body = make(weights=None, norm_layer=FrozenBatchNorm2d).cuda().requires_grad_(False)
     for stage in (body.layer2, body.layer3, body.layer4):
         stage.requires_grad_()
     return body
@@ -72,6 +72,24 @@ def test_training_launches_one_kernel_per_convolution(dtype, monkeypatch):
     assert backward.kernels["relu_backward_kernel"] == TRAINED - 3
 
 
+def test_blocks_of_two_convolutions_launch_one_kernel_each_too():
+    """ResNet-18: 20 convolutions, 3 shortcuts; 15 convolutions train, 12 of them end in ReLU."""
+    forward, backward, paths = count(make_body(resnet18), None)
+    assert paths["convolution"] == {gpu.CUDNN: 17, "eager": 3}
+    assert set(paths["backbone"]) == {"norms folded in the graph"}
+    assert forward.kernels["cudnn"] == 20
+    assert backward.kernels["relu_backward_kernel"] == 12
+    copied, report = fused_copy(ResNetBody("resnet18", False, "triton").cuda())
+    assert not report.left
+    images = torch.zeros(1, 3, 64, 96, device="cuda")
+    with torch.inference_mode():
+        copied(images)
+        with counted() as counts:
+            copied(images)
+    # The images' copy and the pooling.
+    assert (counts.waits, counts.launches) == (0, 20 + 2)
+
+
 def test_without_cudnns_fusion_there_is_one_more_pass(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     body = make_body()
@@ -93,7 +111,7 @@ def test_weights_are_folded_in_the_dtype_of_autocast():
 
 @pytest.mark.parametrize("variant", ["a dtype of its own", "moved", "autocast"])
 def test_frozen_copy_casts_no_weights(variant):
-    body = ResNetBody([3, 4, 6, 3], False, "triton")
+    body = ResNetBody("resnet50", False, "triton")
     copied, _ = fused_copy(body, torch.bfloat16 if variant != "moved" else None)
     copied = copied.cuda() if variant != "moved" else copied.to("cuda", torch.bfloat16)
     images = torch.zeros(1, 3, 64, 96, device="cuda", dtype=torch.bfloat16 if variant == "moved" else torch.float32)

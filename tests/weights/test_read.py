@@ -361,7 +361,7 @@ def test_every_layout_of_such_a_folder(hub_folder, tmp_path, layout):
             r"DabDetr.* is another architecture",
         ),
         ({"architectures": ["ConditionalDetrModel"]}, "ConditionalDetrModel has no heads"),
-        ({"backbone": "resnet18"}, "backbone: expected resnet50 or resnet101 of timm, got resnet18"),
+        ({"backbone": "resnet26"}, "backbone: expected resnet18, .* resnet101 of timm, got resnet26"),
         ({"backbone": None, "backbone_config": {"model_type": "resnet"}}, "backbone: .* got resnet"),
         ({"backbone_kwargs": {"output_stride": 8}}, "output_stride of the backbone: expected 32 or 16, got 8"),
         ({"decoder_attention_heads": 8}, "encoder_attention_heads 4 and decoder_attention_heads 8"),

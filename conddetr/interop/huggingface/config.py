@@ -8,6 +8,8 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 MODEL_TYPE = "conditional_detr"
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+"""ResNets that timm and torchvision share."""
 
 
 def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,9 +33,9 @@ def model_options(config: Mapping[str, Any]) -> dict[str, Any]:
     # From transformers 5 on, the backbone has its own configuration.
     inner = config.get("backbone_config") or {}
     backbone = inner.get("backbone") if inner else config.get("backbone", "resnet50")
-    if backbone not in ("resnet50", "resnet101"):
+    if backbone not in RESNETS:
         raise ValueError(
-            f"backbone: expected resnet50 or resnet101 of timm, got {backbone or inner.get('model_type', 'another')}."
+            f"backbone: expected {', '.join(RESNETS)} of timm, got {backbone or inner.get('model_type', 'another')}."
         )
     stride = inner.get("output_stride") or (config.get("backbone_kwargs") or {}).get("output_stride") or 32
     if stride not in (16, 32):

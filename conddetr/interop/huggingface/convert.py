@@ -3,7 +3,7 @@
 from torch import nn
 
 from conddetr.interop.compare import ParityReport, parity
-from conddetr.interop.huggingface.config import model_options
+from conddetr.interop.huggingface.config import RESNETS, model_options
 from conddetr.interop.huggingface.weights import from_huggingface, to_huggingface
 from conddetr.model.detr import DETR
 from conddetr.weights.load import load_weights
@@ -17,7 +17,7 @@ def convert_from_huggingface(model: nn.Module) -> tuple[DETR, ParityReport]:
     and inside the feed-forward network, as in the official code; transformers has separate rates there.
 
     Args:
-        model: with timm's ResNet-50 or ResNet-101; not changed.
+        model: with a ResNet of timm of 18, 34, 50 or 101 layers; not changed.
 
     Returns:
         Ours, on the same device, in evaluation mode; and the parity of the two. With `auxiliary_loss` in its
@@ -39,7 +39,8 @@ def convert_to_huggingface(model: DETR) -> tuple[nn.Module, ParityReport]:
     """transformers' `ConditionalDetrForObjectDetection` with the weights of ours; needs transformers and timm.
 
     Args:
-        model: of a `conditional-detr` preset with a ResNet, without the paper's ablations; not changed.
+        model: of a `conditional-detr` preset with a ResNet and frozen norms, without the paper's ablations; it is not
+            changed.
 
     Returns:
         transformers' model, on the same device, in evaluation mode; and the parity of the two. In training it differs:
@@ -55,8 +56,10 @@ def convert_to_huggingface(model: DETR) -> tuple[nn.Module, ParityReport]:
     for name, expected in required.items():
         if getattr(config, name) != expected:
             raise ValueError(f"{name}: expected {expected}, as in transformers, got {getattr(config, name)}.")
-    if config.backbone == "tiny":
-        raise ValueError("backbone: expected resnet50 or resnet101, which timm has, got tiny.")
+    if config.backbone not in RESNETS:
+        raise ValueError(f"backbone: expected {', '.join(RESNETS)}, which timm has, got {config.backbone}.")
+    if not config.freezes_norms:
+        raise ValueError("backbone_norm: expected frozen, as in transformers, got train.")
     peer = ConditionalDetrForObjectDetection(
         ConditionalDetrConfig(
             use_timm_backbone=True,

@@ -13,7 +13,7 @@ def convert_from_official(model: nn.Module) -> tuple[DETR, ParityReport]:
     """Our model with the weights of the official repository's `ConditionalDETR`; names and shapes are the same.
 
     Args:
-        model: with a ResNet-50 or ResNet-101, dilated or not; not changed.
+        model: with a ResNet of torchvision of 18, 34, 50 or 101 layers, dilated or not; not changed.
 
     Returns:
         Ours, on the same device, in evaluation mode; and the parity of the two.

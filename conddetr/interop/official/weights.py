@@ -1,12 +1,16 @@
 """Names and arguments in the official checkpoints of Conditional DETR and DETR; our names are the same."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from conddetr.model.families import FAMILIES
+
+_RESNETS = {(False, 2): "resnet18", (False, 6): "resnet34", (True, 6): "resnet50", (True, 23): "resnet101"}
+"""Whether its blocks have three convolutions, and number of blocks in the third stage → name of a ResNet."""
 
 
 def identify(state: Mapping[str, Tensor]) -> dict[str, int | str]:
@@ -31,9 +35,11 @@ def identify(state: Mapping[str, Tensor]) -> dict[str, int | str]:
 def _backbone(state: Mapping[str, Tensor]) -> str:
     if "backbone.0.stages.0.0.weight" in state:
         return "tiny"
-    if "backbone.0.body.layer1.0.conv3.weight" not in state:
-        return "a ResNet without bottlenecks, or none"
-    return "resnet101" if "backbone.0.body.layer3.6.conv1.weight" in state else "resnet50"
+    if "backbone.0.body.layer1.0.conv2.weight" not in state:
+        return "another one"
+    blocks = sum(re.fullmatch(r"backbone\.0\.body\.layer3\.\d+\.conv1\.weight", name) is not None for name in state)
+    has_bottlenecks = "backbone.0.body.layer1.0.conv3.weight" in state
+    return _RESNETS.get((has_bottlenecks, blocks), "another ResNet")
 
 
 def _layers(state: Mapping[str, Tensor], part: str) -> int:

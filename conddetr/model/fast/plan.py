@@ -13,7 +13,7 @@ from conddetr.kernels import paths, registry
 from conddetr.kernels.common.launch import cdiv
 from conddetr.kernels.weights import FrozenNorm, Recipe, Shift, Weight, prepare_weights
 from conddetr.model import resnet
-from conddetr.model.backbone import ResNetBackbone, ResNetBody
+from conddetr.model.backbone.resnet import ResNetBackbone, ResNetBody
 from conddetr.model.encoder import Encoder
 from conddetr.model.families.conditional_detr.decoder import ConditionalDecoder
 from conddetr.model.fast import decoder as fast_decoder

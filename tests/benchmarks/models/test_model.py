@@ -23,7 +23,7 @@ def test_smoke(benchmark, monkeypatch):
     assert "2×3×64×96" in result.title
     assert result.images == 2
     assert {"official-style eager", "ours", "ours, frozen copy", "ours, eager"} <= set(result.seconds)
-    assert "resnet50 or resnet101, which timm has" in result.refused["HuggingFace"]
+    assert "resnet101, which timm has" in result.refused["HuggingFace"]
 
 
 def test_every_number_of_images_is_a_problem():
