@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import conddetr
+from conddetr.cli import main
 from conddetr.export import export
 from conddetr.export.check import compare_detections
 
@@ -134,6 +135,11 @@ def test_errors_name_bad_arguments(tiny_model, arguments, message):
 def test_errors_name_bad_options(tiny_model, options, message):
     with pytest.raises(ValueError, match=message):
         export(tiny_model, "model.pt2", "torch", **options)
+
+
+def test_top_k_without_postprocessing_is_an_error(capsys):
+    assert main(["export", "--checkpoint", "absent.pt", "--top-k", "5"]) == 2
+    assert "--top-k: the file returns all queries" in capsys.readouterr().err
 
 
 def test_error_names_missing_openvino(tmp_path, tiny_model, monkeypatch):

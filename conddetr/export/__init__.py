@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -97,7 +97,7 @@ def export(
     _check_arguments(path, format, size, top_k, precision, check_with)
     detections = top_k if postprocess else None
     reference = plain_copy(model)
-    stride = reference.backbone[0].stride
+    stride = cast(int, reference.backbone[0].stride)
     free = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
     examples = [torch.zeros(2, 3, *(size or (4 * stride, 5 * stride)), dtype=torch.float32)]
     shapes = {"images": free}

@@ -60,7 +60,7 @@ class Deployed(nn.Module):
         """`images` and, with post-processing, `sizes` as in `MEANINGS` -> the outputs."""
         output = self.model(images)
         logits, boxes = output["pred_logits"], output["pred_boxes"]
-        if self.top_k is None:
+        if self.top_k is None or sizes is None:
             return logits, boxes
         return best_detections(logits, boxes, sizes, self.top_k, self.activation)[:3]
 
