@@ -1,5 +1,6 @@
 """Activation checkpointing: the results and gradients of an ordinary step, from fewer kept activations."""
 
+import inspect
 import logging
 import re
 from collections import Counter
@@ -12,10 +13,19 @@ from torch.profiler import profile
 
 import conddetr
 from conddetr.config.run import TrainConfig
+from conddetr.kernels import add_norm, relu_dropout
+from conddetr.model.fast import layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"num_classes": 3, "num_queries": 7, "encoder_layers": 2, "decoder_layers": 3, "hidden_dim": 32, "num_heads": 2}
-TARGETS = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}] * 2
+SMALL = {
+    "num_classes": 3,
+    "num_queries": 7,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "hidden_dim": 32,
+    "num_heads": 2,
+    "dropout": 0.1,
+}
 
 
 def model_with(recomputes, preset="conditional-detr-tiny", **options):
@@ -32,10 +42,11 @@ def step(model, autocast=False):
     """Loss, gradients, buffers and the next random number after a step with dropout on two images of unequal size."""
     torch.manual_seed(1)
     images = [torch.randn(3, 64, 96, device=DEVICE), torch.randn(3, 48, 64, device=DEVICE)]
-    targets = [{name: value.to(DEVICE) for name, value in target.items()} for target in TARGETS]
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         output = model(images)
-    loss = conddetr.build_criterion(model).to(DEVICE)(output, targets)["loss"]
+    layers = [*output["aux_outputs"], output]
+    outputs = torch.stack([torch.cat([layer["pred_logits"], layer["pred_boxes"]], -1) for layer in layers])
+    loss = (outputs * torch.linspace(-1, 1, outputs.numel(), device=DEVICE).view(outputs.shape)).sum()
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), "next": torch.rand(1), **gradients, **dict(model.named_buffers())}
@@ -64,6 +75,30 @@ def test_recomputed_step_equals_an_ordinary_one_with_dropout(preset, backend, au
     assert paths["activations of backbone stage"] == {"recomputed": stages}, "the first stage of a ResNet is frozen"
     assert paths["activations of encoder layer"] == {"recomputed": 2 + 2}
     assert paths["activations of decoder layer"] == {"recomputed": 3 + 3}
+
+
+def on_triton(operation):
+    """The operation with backend `triton`, whichever is requested."""
+
+    def run(*args, **options):
+        bound = inspect.signature(operation).bind(*args, **options)
+        return operation(**{**bound.arguments, "backend": "triton"})
+
+    return run
+
+
+def test_fused_dropout_repeats_its_seeds(monkeypatch):
+    """With `auto` replaced by `triton`, because `auto` does not choose the interpreter, and PyTorch's dropout is
+    repeated by its random state alone.
+    """
+    for operation in (add_norm, relu_dropout):
+        monkeypatch.setattr(layers, operation.__name__, on_triton(operation))
+    small = {"backend": "triton", "encoder_layers": 1, "decoder_layers": 2}
+    expected = step(model_with(False, **small))
+    with conddetr.record_paths() as paths:
+        actual = step(model_with(True, **small))
+    assert set(paths["add_norm"]) == set(paths["relu_dropout"]) == {"triton"}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_forward_keeps_less_than_a_third_of_the_memory():
