@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from conddetr.config import TIMM, ModelConfig, nearest
 from conddetr.kernels import paths
-from conddetr.kernels.common.launch import cdiv
 
 _FREE_SIZES = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 """Arguments with which models that were pretrained on images of one size take any size: ViTs, windowed models, and
@@ -54,11 +53,13 @@ class TimmBackbone(nn.Module):
         # Padding is exactly 0 in all channels, and stays 0. No colour of 8 bits is: ImageNet's mean red is 123.675.
         is_image = (images != 0).any(1, keepdim=True)
         pixels = images * self.scale + self.shift * is_image
-        # Written so that an export sees a multiple of the stride, for images of any size.
-        rows, columns = cdiv(height, self.stride), cdiv(width, self.stride)
-        padding = (0, columns * self.stride - width, 0, rows * self.stride - height)
-        [features] = self.features(F.pad(pixels, padding))
+        rows, columns = self._cells(height), self._cells(width)
+        [features] = self.features(F.pad(pixels, (0, columns * self.stride - width, 0, rows * self.stride - height)))
         return features.permute(0, 3, 1, 2) if self.is_channels_last else features
+
+    def _cells(self, pixels: int) -> int:
+        """⌈pixels/stride⌉, in the form that export traces for any size; ONNX rounds negative quotients towards zero."""
+        return (pixels - 1) // self.stride + 1
 
     def _parameters_of_the_map(self) -> set[nn.Parameter]:
         """The parameters that the map depends on. Other ones, such as those of a classifier, must not train: several
@@ -72,7 +73,7 @@ class TimmBackbone(nn.Module):
         # Narrower than images of a fixed size, and wider.
         width = pretraining["input_size"][-1] if pretraining["fixed_input_size"] else self.stride
         size = 2 * self.stride - 1, width + self.stride + 1
-        expected = (1, self.num_channels, *(cdiv(side, self.stride) for side in size))
+        expected = (1, self.num_channels, *map(self._cells, size))
         self.eval()
         try:
             with torch.enable_grad():

@@ -29,12 +29,11 @@ def randomised(backbone):
     return backbone
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
-def test_weights_are_those_of_torchvisions_model(name):
+def test_map_is_that_of_torchvisions_model_with_the_same_weights():
     """Without the classifier, with norms as buffers."""
     torch.manual_seed(1)
-    theirs = getattr(torchvision.models, name)(weights=None).eval()
-    backbone = make(name).eval()
+    theirs = torchvision.models.resnet34(weights=None).eval()
+    backbone = make("resnet34").eval()
     state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
     backbone.body.load_state_dict({key: value for key, value in state.items() if "num_batches" not in key})
     seen = []
@@ -48,27 +47,28 @@ def test_weights_are_those_of_torchvisions_model(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "dtype"),
+    ("norm", "dtype"),
     [
-        ("resnet18", "frozen", torch.float32),
-        ("resnet34", "frozen", torch.float64),
+        ("frozen", torch.float32),
+        ("frozen", torch.float64),
         # Batch norm over a few cells amplifies rounding, so only float64 shows whether the function is the same.
-        ("resnet18", "train", torch.float64),
+        ("train", torch.float64),
     ],
 )
-def test_fused_outputs_and_gradients_equal_those_of_the_modules(name, norm, dtype):
+def test_fused_outputs_and_gradients_equal_those_of_the_modules(norm, dtype):
     """The modules compute in float64. Only frozen norms are folded, with trained ones those before the second stage."""
     images = torch.randn(2, 3, 33, 47)
-    exact = randomised(make(name, backbone_norm=norm)).double()
-    fused = make(name, "auto", backbone_norm=norm).to(dtype)
+    exact = randomised(make("resnet18", backbone_norm=norm)).double()
+    fused = make("resnet18", "auto", backbone_norm=norm).to(dtype)
     fused.load_state_dict(exact.state_dict())
     expected = exact(images.double())
     with record_paths() as paths:
         actual = fused(images.to(dtype))
-    blocks = {"resnet18": 8, "resnet34": 16}[name]
-    folded = 1 + (blocks if norm == "frozen" else 2)
-    called = {"modules": 1 + blocks - folded} if norm == "train" else {}
-    assert paths["backbone"] == {"norms folded in the graph": folded, **called}
+    # The stem and 8 blocks.
+    expected_paths = (
+        {"norms folded in the graph": 9} if norm == "frozen" else {"norms folded in the graph": 3, "modules": 6}
+    )
+    assert paths["backbone"] == expected_paths
     for output in (actual, expected):
         output.square().mean().backward()
     exact_gradients = gradients_of(exact)

@@ -1,6 +1,7 @@
 """Backbones of timm: the sizes of their maps, their own statistics, their norms, and models that cannot be one."""
 
 import math
+import re
 import sys
 
 import pytest
@@ -13,9 +14,11 @@ import conddetr
 from conddetr.config import resolve
 from conddetr.config.run import resolve_run
 from conddetr.data.images import MEAN, STD
-from conddetr.export import export
+from conddetr.export import SUFFIXES, export
 from conddetr.model.backbone.timm import TimmBackbone
 from conddetr.model.detr import pad_images
+from conddetr.zoo import gflops
+from tools.cached import ROOT, cached
 
 timm = pytest.importorskip("timm", reason="timm is not installed (pip install -e .[test])")
 
@@ -187,11 +190,29 @@ def test_preset_names_the_backbone():
     assert resolve("detr-timm:test_vit") == resolve("detr-r50", backbone="timm:test_vit")
 
 
+def test_rows_of_the_documentation_are_counted():
+    table = (ROOT / "docs" / "models.md").read_text().partition("## Backbones")[2]
+    rows = re.findall(r"\| `([\w:]+)` \| ([\d,]+) \| ([\d.]+) \| (\d+) \|", table)
+    rows = {
+        name: (int(parameters.replace(",", "")), float(cost), int(stride)) for name, parameters, cost, stride in rows
+    }
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        preset = conddetr.presets()[f"conditional-detr-{name.replace('resnet', 'r')}"]
+        assert rows[name] == (preset.parameters, preset.gflops, 32)
+    name = "timm:efficientnet_b0"
+    model = conddetr.build(f"conditional-detr-{name}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sources = sorted(path for folder in ("conddetr", "kernels") for path in (ROOT / folder).rglob("*.py"))
+    counted = cached("gflops", [*sources, torch.__version__, timm.__version__, name], lambda: gflops(model))
+    assert rows[name] == (parameters, pytest.approx(counted, abs=0.01), model.backbone[0].stride)
+
+
 def test_trained_detector_is_loaded_as_it_was_saved(tmp_path):
     """Through a training on synthetic shapes, with the statistics of the checkpoint, and without pretrained weights."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "image_size": 64, "max_image_size": 96}
     detector = conddetr.Detector(
-        "conditional-detr-tiny", device="cpu", backbone="timm:test_vit", pretrained_backbone=False
+        "conditional-detr-tiny", **sizes, device="cpu", backbone="timm:test_vit", pretrained_backbone=False
     )
     options = {"epochs": 1, "train_images": 8, "val_images": 2, "batch_size": 4, "workers": 0}
     detector.train(output_dir=str(tmp_path / "run"), **options)
@@ -227,10 +248,12 @@ def test_half_precision_is_close():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_exported_program_gives_the_outputs_of_the_model(tmp_path, name):
+@pytest.mark.parametrize(("name", "format"), [("test_resnet", "onnx"), ("test_vit", "torch")])
+def test_exported_file_gives_the_outputs_of_the_model(tmp_path, name, format):
+    if format == "onnx":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed (pip install -e .[export])")
     model = conddetr.build("conditional-detr-tiny", backbone=f"timm:{name}", num_classes=3).eval()
-    report = export(model, tmp_path / "a.pt2", "torch")
+    report = export(model, tmp_path / f"a{SUFFIXES[format]}", format)
     # Images of any size, from two cells on.
     assert len(report.checked) == 3
     assert report.difference < 1e-4
