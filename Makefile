@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install -qq --no-compile
 EXTRA := $(BIN)/python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
     print(*project["optional-dependencies"][sys.argv[1]], sep="\n")'
 
-.PHONY: demo test test-all lint docs wheel tree bench count predict paper gpu sanitize clean
+.PHONY: demo test test-all lint docs notebook wheel tree bench count predict paper gpu sanitize clean
 
 # Train a tiny detector for two minutes, evaluate it, draw its detections and attention maps.
 demo: $(PACKAGE)
@@ -61,6 +61,10 @@ lint: $(READY) tree
 docs: $(VENV)/.ready-docs tree
 	NO_MKDOCS_2_WARNING=1 REPO_URL="$(REPO_URL)" $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "built build/site/index.html"
+
+# The notebook of the tutorial, from its page.
+notebook: $(VENV)/.ready-docs
+	$(BIN)/python docs/notebook.py
 
 # A wheel for this Python with compiled kernels, which installs without a compiler (docs/building.md). Files of an
 # earlier build are removed first, because they would be packed too.

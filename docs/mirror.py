@@ -1,7 +1,8 @@
 """MkDocs hooks: the site mirrors the repository, so the links of a page work both on the forge and on the site.
 
 Every file keeps its path. The site has the Markdown files of the root and of `docs/`, and all files that they link to:
-Markdown and pictures unchanged, a source file as a page that shows it, a folder as a page that lists its files.
+Markdown, notebooks and pictures unchanged, a source file as a page that shows it, a folder as a page that lists its
+files.
 """
 
 import logging
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 MARKDOWN_LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 # href, src, srcset.
 HTML_LINK = re.compile(r'(?<=(?:ref|src|set)=")[^"#]+')
-UNCHANGED = {".css", ".md", ".jpg", ".png", ".svg"}
+UNCHANGED = {".css", ".ipynb", ".md", ".jpg", ".png", ".svg"}
 LANGUAGES = {".cff": "yaml", ".cuh": "cuda", ".cu": "cuda", ".h": "cpp", ".py": "python"}
 """Names that the highlighter does not derive from the suffix."""
 # A logger below `mkdocs`, whose warnings --strict counts.

@@ -48,7 +48,11 @@ def commands() -> list[tuple[str, str]]:
     return entries
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if blocks(page, "python")], ids=lambda page: page.stem)
+# Python of the tutorial needs its commands: test_tutorial.py.
+WITH_PYTHON = [page for page in DOCS if blocks(page, "python") and page.stem != "tutorial"]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.stem == "huggingface":
