@@ -137,7 +137,8 @@ def start_from(model: nn.Module, classes: list[dict[str, Any]], source: str | Pa
     report.loaded -= len(head)
     for name, value in head.items():
         shape = tuple(state[name].shape) if name in state else "nothing"
-        report.mismatched.append(f"{name}: expected {tuple(value.shape)} for these classes, got {shape}; not loaded")
+        differing = "" if same_shape else f" (expected {tuple(value.shape)}, got {shape})"
+        report.mismatched.append(f"{name}: not loaded, because the classes differ{differing}")
     return report
 
 

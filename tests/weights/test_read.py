@@ -224,7 +224,7 @@ def test_weights_without_a_class_head_are_for_training_only(tmp_path, tiny_model
     torch.save({"model": prefixed("module.", state)}, tmp_path / "a.pth")
     model = tiny()
     report = start_from(model, [{"id": 1, "name": name} for name in NAMES], tmp_path / "a.pth")
-    assert "class_embed.weight: expected (3, 64) for these classes, got nothing; not loaded" in str(report)
+    assert "class_embed.weight: not loaded, because the classes differ (expected (3, 64), got nothing)" in str(report)
     assert torch.equal(model.query_embed.weight, tiny_model.query_embed.weight)
     with pytest.raises(ValueError, match=r"a\.pth has no class head"):
         conddetr.Detector.from_checkpoint(tmp_path / "a.pth")
@@ -416,7 +416,7 @@ def test_training_starts_from_such_a_folder(hub_folder, names):
     assert torch.equal(model.query_embed.weight, hub_folder.model.query_embed.weight)
     assert torch.equal(model.class_embed.weight, hub_folder.model.class_embed.weight if is_same else head)
     assert report.complete == is_same
-    assert ("for these classes, got (3, 32); not loaded" in str(report)) != is_same
+    assert ("class_embed.weight: not loaded, because the classes differ" in str(report)) != is_same
 
 
 def test_model_saved_by_transformers_is_read_and_has_the_same_outputs(tmp_path):
