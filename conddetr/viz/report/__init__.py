@@ -1,14 +1,12 @@
 """A report on the quality of a detector as one HTML file: it loads nothing, needs no network and no script."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from conddetr.data.sets import ImageSet
-from conddetr.data.transforms import augmentation_generator
 from conddetr.engine.coco_metrics import CocoResult, Detections
 from conddetr.engine.quality import measure_quality
 from conddetr.files import write_text
@@ -90,11 +88,7 @@ def write_report(
 
     def read(position: int) -> Tensor:
         # At its own size: the model's may be too small to look at.
-        entry = images[position]
-        plan = replace(
-            dataset.plan(position, augmentation_generator(0, 0, position)), height=entry["height"], width=entry["width"]
-        )
-        return dataset.load(position, plan)[0]
+        return dataset.load(position, dataset.whole_plan(position))[0]
 
     wrong = wrong_detections(quality, images, read)
     missed = missed_objects(quality, images, read)
