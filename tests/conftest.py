@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -136,3 +137,13 @@ def small_coco(tmp_path) -> SmallCoco:
     """Four training images and two validation images, with one dog each."""
     SmallCoco(tmp_path / "coco", "val", count=2)
     return SmallCoco(tmp_path / "coco")
+
+
+@pytest.fixture
+def default_interrupt_handler():
+    """Python's handler of Ctrl-C: a shell that starts the tests in the background makes them, and their children,
+    ignore SIGINT.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -392,7 +392,7 @@ def test_an_interrupted_prediction_leaves_valid_files(predict, tmp_path, monkeyp
     assert len((tmp_path / "objects.csv").read_text().splitlines()) == 4
 
 
-def test_ctrl_c_is_the_end_of_a_camera(predict, tmp_path, monkeypatch):
+def test_ctrl_c_is_the_end_of_a_camera(predict, tmp_path, monkeypatch, default_interrupt_handler):
     cv2 = pytest.importorskip("cv2", reason="cameras need OpenCV (pip install 'conddetr[video]')")
 
     class Camera:
@@ -410,7 +410,7 @@ def test_ctrl_c_is_the_end_of_a_camera(predict, tmp_path, monkeypatch):
             self.count += 1
             if self.count == 20:
                 os.kill(os.getpid(), signal.SIGINT)
-            return True, np.zeros((48, 64, 3), np.uint8)
+            return self.count < 200, np.zeros((48, 64, 3), np.uint8)
 
         def release(self):
             pass

@@ -19,15 +19,7 @@ from conddetr.data.synthetic import SyntheticShapes
 from conddetr.detector import Detector
 from conddetr.processes import can_start_workers, cores, interrupts_held
 
-
-@pytest.fixture(autouse=True)
-def default_interrupt_handler():
-    """Restore Python's handler: a shell that starts the tests in the background makes them, and their children, ignore
-    SIGINT.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("default_interrupt_handler")
 
 
 @pytest.fixture

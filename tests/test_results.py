@@ -130,7 +130,7 @@ def test_an_interruption_leaves_a_valid_file_of_what_was_done(name, predictions,
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, whole.name])
 
 
-def test_an_interruption_within_a_part_waits_for_its_end(predictions, tmp_path):
+def test_an_interruption_within_a_part_waits_for_its_end(predictions, tmp_path, default_interrupt_handler):
     """A signal arrives in the middle of each part; the part is whole nevertheless."""
 
     class Interrupted(CocoDatasetFile):
