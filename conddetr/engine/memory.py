@@ -12,8 +12,13 @@ except ImportError:
     # Windows lacks it.
     resource = None  # type: ignore[assignment]
 
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Files with the limit of a container, of version 2 and version 1 of control groups."""
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Folder of a container's control group, files of its limit and use, and the line of `memory.stat` with the part of the
+use that the system can free: version 2 and version 1.
+"""
 
 
 def reset_peak(device: torch.device) -> None:
@@ -40,17 +45,29 @@ def limit(device: torch.device) -> int | None:
     """How high the peak may become; None: not known.
 
     On a GPU: all that PyTorch may allocate, without the memory of other processes. Elsewhere: what this process has and
-    what is available (Linux's `MemAvailable`), at most the limit of its container.
+    what is available on the machine (Linux's `MemAvailable`) and in its container.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         index = torch.cuda.current_device() if device.index is None else device.index
         allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
         return min(allowed, free + torch.cuda.memory_reserved(device))
-    available, own = _kilobytes("/proc/meminfo", "MemAvailable"), _kilobytes("/proc/self/status", "VmRSS")
+    # In KiB.
+    available = _value(Path("/proc/meminfo"), "MemAvailable:")
+    own = _value(Path("/proc/self/status"), "VmRSS:")
     if available is None or own is None:
         return None
-    return min([available + own, *filter(None, map(_number, _CGROUP_LIMITS))])
+    return own * 1024 + min([available * 1024, *_free_in_container()])
+
+
+def _free_in_container() -> list[int]:
+    """What is free below the limit of the container; empty: there is no limit."""
+    free = []
+    for folder, limit_file, use_file, cache in _CGROUPS:
+        most, used = (_number(Path(folder, name)) for name in (limit_file, use_file))
+        if most is not None and used is not None:
+            free.append(most - used + (_value(Path(folder, "memory.stat"), cache) or 0))
+    return free
 
 
 def is_exhausted(error: RuntimeError) -> bool:
@@ -58,20 +75,19 @@ def is_exhausted(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
-def _kilobytes(file: str, name: str) -> int | None:
-    """The value of a line `name: N kB`, in bytes."""
+def _value(file: Path, name: str) -> int | None:
+    """The number behind a name at the start of a line; None: there is no such file or line."""
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
-    values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(values[0]) * 1024 if values else None
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), None)
 
 
-def _number(file: str) -> int | None:
+def _number(file: Path) -> int | None:
     """The number in a file; None: there is no file, or it says `max`."""
     try:
-        text = Path(file).read_text().strip()
+        text = file.read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None

@@ -15,6 +15,9 @@ from conddetr.model.detr import DETR
 
 OBJECTS = 100
 """Objects per image of the batch, more than almost any real image has; at most one per query."""
+GROWTH = (8, 4, 2)
+"""On a CPU, factors between the batch sizes that are run to predict larger ones, preferred first. One and two images
+alone would not do: their memory is small beside what libraries allocate once."""
 MOST_TRIALS = 8
 """Batch sizes that are tried to find one that fits."""
 
@@ -31,8 +34,8 @@ def preflight(
     """Run one forward and backward pass of the largest possible batch in training mode.
 
     If it does not fit into memory, smaller batches are tried, and the same batch with activation checkpointing. On a
-    CPU, where a system ends processes that need too much, a batch is not tried if batches of one and of two images
-    predict that it does not fit. Weights, buffers, gradients and torch's random state do not change.
+    CPU, where a system ends processes that need too much, a batch is not tried if smaller ones predict that it does not
+    fit. Weights, buffers, gradients and torch's random state do not change.
 
     Args:
         model: on `device`.
@@ -95,7 +98,7 @@ class Trials:
     def needed(self, size: int) -> float:
         """Bytes that a batch needs, with the optimizer's moments; infinity: more than there is."""
         if self.is_predicted(size):
-            return self._predicted(size)
+            return self.predicted(size)
         if size not in self.measured:
             self.measured[size] = self._run(size) + self.moments
         return self.measured[size]
@@ -104,14 +107,30 @@ class Trials:
         """Whether this batch is not run, because it is predicted to need more memory than there is."""
         if self.device.type == "cuda" or self.limit == math.inf or size == 1:
             return False
-        return not self.fits(1) or (size > 2 and self._predicted(size) > self.limit)
+        return not self.fits(1) or (size > 2 and self.predicted(size) > self.limit)
 
-    def _predicted(self, size: int) -> float:
-        """From the line through one and two images."""
-        if not self.fits(1):
-            return math.inf
-        one, two = self.needed(1), self.needed(2)
-        return one + (size - 1) * (two - one) if two < math.inf else two
+    def predicted(self, size: int) -> float:
+        """Bytes that a batch needs, from smaller ones."""
+        base, per_image = self.line(size)
+        return base + size * per_image
+
+    def line(self, size: int) -> tuple[float, float]:
+        """Bytes of no image, and of each image, from two batches of fewer images than `size`.
+
+        The batches are the largest that need less than half of the memory, if smaller ones say that `size` does not
+        fit. The first is infinite if not even one or two images fit.
+        """
+        first, second = 1, 2
+        while self.fits(first) and self.needed(second) < math.inf:
+            per_image = (self.needed(second) - self.needed(first)) / (second - first)
+            base = self.needed(second) - second * per_image
+            following = [second * factor for factor in GROWTH if second * factor < size]
+            safe = [images for images in following if base + images * per_image <= self.limit / 2]
+            is_clear = base + size * per_image <= self.limit and size <= second * max(GROWTH)
+            if is_clear or not safe:
+                return base, per_image
+            first, second = second, safe[0]
+        return math.inf, 0.0
 
     def _run(self, size: int) -> float:
         """Peak of one step without update; infinity if the memory does not suffice, 0 if it is not reported."""
@@ -165,25 +184,38 @@ def _estimate(trials: Trials, size: int) -> str:
 
 def _too_much(description: str, trials: Trials, size: int) -> str:
     """Error message for a batch that does not fit."""
-    low, high = largest(trials.fits, size)
-    smaller = f"{low} take {_gibibytes(trials, low)} and fit" if low else "not even one fits"
-    if 1 < high < size:
-        smaller += f", {high} do not"
+    is_estimated = trials.is_predicted(size)
+    amount = _gibibytes(trials.needed(size), trials.moments, is_estimated)
+    smaller = _estimated_fit(trials, size) if is_estimated else _tried_fit(trials, size)
     return (
-        f"{description} do not fit into the {trials.limit / 2**30:.1f} GiB of {trials.device}: they need "
-        f"{_gibibytes(trials, size)}; {smaller}.{_with_recomputation(trials, size)} Lower batch_size (and accumulate "
-        "gradients over as many steps more), max_image_size, or image_size, or train in bfloat16."
+        f"{description} do not fit into the {trials.limit / 2**30:.1f} GiB of {trials.device}: they need {amount}; "
+        f"{smaller}.{_with_recomputation(trials, size, is_estimated)} Lower batch_size (and accumulate gradients over "
+        "as many steps more), max_image_size, or image_size, or train in bfloat16."
     )
 
 
-def _gibibytes(trials: Trials, size: int) -> str:
+def _gibibytes(needed: float, moments: int, is_estimated: bool) -> str:
     """What a batch needs, and how it is known."""
-    if trials.needed(size) == math.inf:
+    if needed == math.inf:
         return "more"
-    amount = f"{trials.needed(size) / 2**30:.2f} GiB"
-    parts = ["with AdamW's moments"] if trials.moments else []
-    parts += ["estimated from 1 and 2 images"] if trials.is_predicted(size) else []
-    return f"{amount} ({', '.join(parts)})" if parts else amount
+    parts = [
+        *(["with AdamW's moments"] if moments else []),
+        *(["estimated from smaller batches"] if is_estimated else []),
+    ]
+    return f"{needed / 2**30:.2f} GiB" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _estimated_fit(trials: Trials, size: int) -> str:
+    base, per_image = trials.line(size)
+    return f"an estimated {int((trials.limit - base) / per_image)} fit" if base < math.inf else "not even one fits"
+
+
+def _tried_fit(trials: Trials, size: int) -> str:
+    low, high = largest(trials.fits, size)
+    if not low:
+        return "not even one fits"
+    amount = _gibibytes(trials.needed(low), trials.moments, False)
+    return f"{low} take {amount} and fit{f', {high} do not' if high < size else ''}"
 
 
 def largest(fits: Callable[[int], bool], size: int) -> tuple[int, int]:
@@ -202,7 +234,7 @@ def largest(fits: Callable[[int], bool], size: int) -> tuple[int, int]:
     return low, high
 
 
-def _with_recomputation(trials: Trials, size: int) -> str:
+def _with_recomputation(trials: Trials, size: int, is_estimated: bool) -> str:
     """A sentence that says whether the batch fits with activation checkpointing; empty if it is on already."""
     model = trials.model
     # A compiled model cannot have it.
@@ -211,8 +243,10 @@ def _with_recomputation(trials: Trials, size: int) -> str:
     trials = replace(trials, measured={})
     model.checkpoint_activations(True)
     try:
-        verb = "fit" if trials.fits(size) else "do not fit either"
-        return f" With checkpoint_activations {size} images need {_gibibytes(trials, size)} and {verb}."
+        needed = trials.predicted(size) if is_estimated else trials.needed(size)
+        amount = _gibibytes(needed, trials.moments, is_estimated)
+        verb = "fit" if needed <= trials.limit else "do not fit either"
+        return f" With checkpoint_activations {size} images need {amount} and {verb}."
     finally:
         model.checkpoint_activations(False)
 
