@@ -19,6 +19,7 @@ from conddetr.engine.checkpoint import (
 )
 from conddetr.engine.coco_metrics import Detections
 from conddetr.engine.log import RunLog
+from conddetr.engine.loggers.running import Loggers
 from conddetr.export.files import Interface, save_torch
 from conddetr.files import atomic_file, write_text
 from conddetr.viz.boxes import save_figure
@@ -102,7 +103,7 @@ def test_full_disk_in_the_writer_thread_keeps_the_old_checkpoint(tmp_path, full_
 
 def test_error_names_a_log_that_cannot_be_written(tmp_path, full_disk):
     record = {"epoch": 0, "note": "x" * 60_000}
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, Loggers([], {}, tmp_path, 0, resumed=False))
     full_disk()
     with pytest.raises(OSError, match=r"log\.jsonl could not be written: File too large\. Its old content"):
         log.write(record, is_last=True)

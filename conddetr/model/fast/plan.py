@@ -111,8 +111,9 @@ def make_plan(model: nn.Module, images: Tensor, object_query: Tensor) -> Plan | 
     trees = (backbone, input_proj, encoder, decoder)
     layers = len(encoder or ()) + len(decoder.layers if decoder else ())
     step_seeds = seeds(device, SEEDS_PER_LAYER * layers)
-    if model.training and layers:
+    if model.training and layers and (model.recomputes or model.config.dropout):
         # Sampled before any unit runs: a unit that is recomputed repeats the random numbers that it sampled itself.
+        # Without recomputation too, so that both have the same random numbers.
         step_seeds = chain([next(step_seeds)], step_seeds)
     return Plan(model, dtype, *make_weights(trees, dtype), step_seeds)
 
