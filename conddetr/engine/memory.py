@@ -12,6 +12,8 @@ except ImportError:
     # Windows lacks it.
     resource = None  # type: ignore[assignment]
 
+_STATUS = Path("/proc/self/status")
+"""Linux's numbers of this process, in KiB."""
 _CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -35,6 +37,9 @@ def peak(device: torch.device) -> int | None:
     """Peak of a GPU's allocated memory, or of this process, since `reset_peak`; None: not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # In KiB. The peak of `getrusage` cannot be reset in a process whose memory was larger before it started a program.
+    if highest := _value(_STATUS, "VmHWM:"):
+        return highest * 1024
     if resource is None:
         return None
     # In KiB, but on macOS in bytes.
@@ -54,7 +59,7 @@ def limit(device: torch.device) -> int | None:
         return min(allowed, free + torch.cuda.memory_reserved(device))
     # In KiB.
     available = _value(Path("/proc/meminfo"), "MemAvailable:")
-    own = _value(Path("/proc/self/status"), "VmRSS:")
+    own = _value(_STATUS, "VmRSS:")
     if available is None or own is None:
         return None
     return own * 1024 + min([available * 1024, *_free_in_container()])

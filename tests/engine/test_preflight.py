@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,26 @@ def test_search_for_the_largest_batch_is_right_and_short(size, data):
     assert len(tried) <= max(MOST_TRIALS, size.bit_length())
 
 
+LARGE_BEFORE = """
+import os, sys
+if len(sys.argv) == 1:
+    large = b"x" * (1 << 30)
+    os.execv(sys.executable, [sys.executable, __file__, "again"])
+import torch
+from conddetr.engine import memory
+memory.reset_peak(torch.device("cpu"))
+print(memory.peak(torch.device("cpu")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
+def test_peak_is_not_that_of_an_earlier_program_of_the_process(tmp_path):
+    """The earlier one had 1 GiB."""
+    (tmp_path / "program.py").write_text(LARGE_BEFORE)
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=True)
+    assert 64 << 20 < int(done.stdout) < 900 << 20
+
+
 def test_peak_of_this_process_can_be_reset_on_linux():
     """Twice 256 MiB, of which the second measurement sees 64."""
     if sys.platform != "linux" or memory.limit(CPU) is None:
@@ -180,9 +201,10 @@ def test_moments_must_fit_in_memory_unless_they_exist_already(tmp_path, monkeypa
 
 
 def test_memory_use_is_omitted_if_the_system_does_not_report_it(tmp_path, monkeypatch, capsys):
-    """Windows has no module `resource`."""
+    """Windows has no module `resource`, and no `/proc`."""
     monkeypatch.setitem(sys.modules, "resource", None)
     importlib.reload(memory)
+    monkeypatch.setattr(memory, "_STATUS", Path("/absent"))
     try:
         small_trainer(tmp_path, preflight=True)._preflight()
     finally:
@@ -192,7 +214,8 @@ def test_memory_use_is_omitted_if_the_system_does_not_report_it(tmp_path, monkey
     assert expected in capsys.readouterr().out
 
 
-def test_units_of_peak_memory_on_linux_and_macos(monkeypatch):
+def test_units_of_peak_memory_without_proc(monkeypatch):
+    monkeypatch.setattr(memory, "_STATUS", Path("/absent"))
     resource = pytest.importorskip("resource", reason="only POSIX reports the memory of a process")
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setattr(sys, "platform", "linux")
