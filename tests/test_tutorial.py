@@ -8,8 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conddetr.cli import main
+from conddetr.config import PRESETS
+from conddetr.data.coco import CocoDetection
+from conddetr.data.transforms import EvalTransform
 from conddetr.engine.log import read_log
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -29,21 +33,24 @@ def test_notebook_has_the_steps_of_the_page():
     assert texts.split() == BLOCK.sub("", PAGE).split()
 
 
+def test_practice_pictures_are_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [practice] = [text for _, text in STEPS if "SyntheticShapes(" in text]
+    run([("python", practice.replace("length=300", "length=6"))], {})
+    data = CocoDetection("photos", "labels.json", EvalTransform(PRESETS["conditional-detr-tiny"]))
+    assert [category["name"] for category in data.classes] == ["coin", "tile", "sign"]
+    assert len(data) == len(list(Path("photos").iterdir())) == 6
+    assert data.objects >= 6
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("on_photos", [False, True], ids=["practice pictures", "photos"])
-def test_steps_lead_from_photos_to_an_exported_detector(on_photos, request, tmp_path, monkeypatch, capsys):
-    """With the weights of a short demonstration. On photos, the block that writes practice pictures is left out."""
+def test_steps_lead_from_photos_to_an_exported_detector(coco_path, tmp_path, monkeypatch, capsys):
+    """On real images instead of practice pictures, with the weights of a short demonstration."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="runs the exported file")
     monkeypatch.chdir(tmp_path)
-    steps = list(STEPS)
-    if on_photos:
-        coco = request.getfixturevalue("coco_path")
-        shutil.copytree(coco / "val2017", "photos")
-        shutil.copy(coco / "annotations" / "instances_val2017.json", "labels.json")
-        [practice] = [step for step in steps if "SyntheticShapes(" in step[1]]
-        steps[steps.index(practice)] = "python", "from pathlib import Path\nfrom PIL import Image"
-    names = {}
-    printed = run(steps, names, capsys)
+    write_photos(coco_path, 12)
+    steps = [step for step in STEPS if "SyntheticShapes(" not in step[1]]
+    printed = run(steps, {"Path": Path, "Image": Image}, capsys)
     images = json.loads(Path("labels.json").read_text())["images"]
     draft = json.loads(Path("draft.json").read_text())
     assert len(draft["images"]) == len(images) == len(list(Path("photos").iterdir()))
@@ -58,7 +65,19 @@ def test_steps_lead_from_photos_to_an_exported_detector(on_photos, request, tmp_
     assert set(shapes) == {"images", "sizes"}
 
 
-def run(steps: list[tuple[str, str]], names: dict, capsys: pytest.CaptureFixture) -> dict[str, str]:
+def write_photos(coco: Path, count: int) -> None:
+    """Write `photos` and `labels.json` with some validation images."""
+    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    content["images"] = content["images"][:count]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in ids]
+    Path("photos").mkdir()
+    for image in content["images"]:
+        shutil.copy(coco / "val2017" / image["file_name"], "photos")
+    Path("labels.json").write_text(json.dumps(content))
+
+
+def run(steps: list[tuple[str, str]], names: dict, capsys: pytest.CaptureFixture | None = None) -> dict[str, str]:
     """Run blocks of Python and of commands, in order; returns the output of each command."""
     printed = {}
     for language, text in steps:
@@ -71,5 +90,5 @@ def run(steps: list[tuple[str, str]], names: dict, capsys: pytest.CaptureFixture
             words = shlex.split(line)
             assert words[0] == "conddetr"
             assert main(words[1:]) == 0, line
-            printed[words[1]] = capsys.readouterr().out
+            printed[words[1]] = capsys.readouterr().out if capsys else ""
     return printed
