@@ -38,14 +38,14 @@ demo: $(PACKAGE)
 
 # The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	@echo "testing: about 5 minutes on two cores, 7 if Triton has compiled nothing yet"
+	@echo "testing: about 6 minutes on two cores, 8 if Triton has compiled nothing yet"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
 # The test suite with the demonstration, the sanitizers (in parallel with -j2), and the tests marked slow. The
 # demonstration always runs on shapes, even if COCO is set, because it is known to learn there.
 test-all: WITH_COCO =
 test-all: demo sanitize $(READY)
-	@echo "testing, slow tests too: about 13 minutes on two cores"
+	@echo "testing, slow tests too: about 15 minutes on two cores"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST) -m "slow or not slow"
 
 # All C, C++ and CUDA files; .clang-format has their style.

@@ -30,7 +30,9 @@ def build(preset, **options):
 
 
 def run_onnx(path):
-    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = pytest.importorskip("onnxruntime", reason="runs the exported file").InferenceSession(
+        path, providers=["CPUExecutionProvider"]
+    )
     description = json.loads(session.get_modelmeta().custom_metadata_map["conddetr"])
     return lambda images: map(
         torch.from_numpy, session.run(["logits", "boxes"], {"images": images.numpy()})
@@ -156,7 +158,7 @@ def test_error_names_missing_openvino(tmp_path, tiny_model, monkeypatch):
 def test_file_with_postprocessing_returns_the_models_detections(tmp_path, preset, precision, tolerance):
     """With sharp logits the order of detections is clear; the check of the file compares close ones."""
     onnx = pytest.importorskip("onnx", reason="ONNX export needs onnx, onnxscript and onnxruntime")
-    runtime = pytest.importorskip("onnxruntime")
+    runtime = pytest.importorskip("onnxruntime", reason="runs the exported file")
     model = build(preset, **SMALL)
     torch.nn.init.normal_(model.class_embed.weight, std=2.0)
     check_with = "openvino" if importlib.util.find_spec("openvino") and precision == "float32" else ""
