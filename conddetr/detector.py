@@ -240,7 +240,7 @@ class Detector:
             FileNotFoundError: no such data set.
             OSError: `report` cannot be written.
         """
-        from conddetr.data.batch import check_loading
+        from conddetr.data.loader import check_loading
         from conddetr.engine.coco_metrics import coco_library, coco_result
         from conddetr.engine.evaluator import detect
         from conddetr.engine.progress import say

@@ -14,7 +14,7 @@ from small_runs import LIMIT
 import conddetr
 from conddetr import interrupt
 from conddetr.cli import main
-from conddetr.data.batch import make_loader
+from conddetr.data.loader import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.detector import Detector
 from conddetr.processes import can_start_workers, cores, interrupts_held

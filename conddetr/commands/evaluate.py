@@ -10,7 +10,7 @@ from typing import Any
 from conddetr.commands.shared import print_chosen
 from conddetr.config.flags import chosen_data
 from conddetr.config.run import unused
-from conddetr.data.batch import check_loading
+from conddetr.data.loader import check_loading
 from conddetr.data.sets import ImageSet
 from conddetr.detector import Detector
 from conddetr.engine import distributed

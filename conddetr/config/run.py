@@ -93,6 +93,9 @@ class TrainConfig:
     """Number of steps that may be skipped because the loss or a gradient is not finite; then training stops."""
     workers: int = 2
     """Processes that load images; 0: the training process loads them."""
+    decode: Literal["workers", "device"] = "workers"
+    """Where training images are decoded and augmented. `device`: on the GPU; workers only read JPEG files (and prepare
+    all other files). Pixels then differ by rounding. Validation images are always decoded by the workers."""
     pad_buckets: int = -1
     """Pad batches to one of this many shapes; 0: to the largest image of the batch; -1: 4 if CUDA graphs are recorded,
     else 0."""

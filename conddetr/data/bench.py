@@ -1,9 +1,12 @@
-"""Training images that one core prepares per second: the official chain against ours, on the same images."""
+"""Training images that one core prepares per second: the official chain against ours, on the same images.
+
+Where there is an NVIDIA GPU, also the images per second that it decodes and augments itself (`--decode device`).
+"""
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +20,8 @@ from conddetr.config.augment import AugmentConfig
 from conddetr.config.checks import check_least
 from conddetr.data.augment.plans import Plan
 from conddetr.data.coco import CocoDetection
+from conddetr.data.device_decoder import DeviceDecoder
+from conddetr.data.encoded import EncodedBatch
 from conddetr.data.images import MEAN, STD, read_reduced, to_model_input
 from conddetr.data.transforms import augmentation_generator
 
@@ -25,6 +30,8 @@ MAX_LEVELS = 2.0
 Both resizes round to whole levels; PIL and torch round differently by at most one each."""
 MEAN_LEVELS = 4.0
 """Limit for the mean difference over the pixels of an image, in grey levels, if a file is decoded at reduced size."""
+GPU_BATCH = 16
+"""Images that a GPU decodes together."""
 
 
 @dataclass
@@ -40,6 +47,8 @@ class DataBenchmark:
     """Largest difference between the chains' pixels in files decoded whole, in grey levels of 255."""
     mean_levels: float
     """Largest mean difference of an image decoded at reduced size, in grey levels of 255."""
+    on_gpu: list[float] = field(default_factory=list)
+    """Images per second of the GPU, from files in memory, in batches of `GPU_BATCH`; empty: there is no GPU."""
 
     @property
     def speedup(self) -> float:
@@ -53,11 +62,13 @@ class DataBenchmark:
         return f"{whole}; {reduced}" if self.reduced else whole
 
     def table(self) -> Table:
-        """Images per second of both chains, for the terminal."""
+        """Images per second of the chains, for the terminal."""
         table = Table(title=f"training images/s on one core, {self.images} images, {self.reduced} at reduced size")
         for column in ("chain", "median", "slowest", "fastest", "speed-up"):
             table.add_column(column, justify="left" if column == "chain" else "right")
-        for name, samples in (("official (PIL, torchvision)", self.official), ("conddetr", self.ours)):
+        rows = [("official (PIL, torchvision)", self.official), ("conddetr", self.ours)]
+        rows += [("on the GPU instead, files in memory", self.on_gpu)] if self.on_gpu else []
+        for name, samples in rows:
             median = statistics.median(samples)
             row = (median, min(samples), max(samples), median / statistics.median(self.official))
             table.add_row(name, *(f"{value:.1f}" for value in row[:3]), f"{row[3]:.2f}×")
@@ -114,9 +125,39 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
         for _ in range(rounds):
             result.official.append(_rate(reference, count))
             result.ours.append(_rate(ours, count))
+        if torch.cuda.is_available():
+            result.on_gpu = gpu_rates(dataset, plans, torch.device("cuda"), rounds)
     finally:
         torch.set_num_threads(threads)
     return result
+
+
+def gpu_rates(dataset: CocoDetection, plans: Sequence[Plan], device: torch.device, rounds: int) -> list[float]:
+    """Images per second that a device decodes and augments, one sample per round.
+
+    Args:
+        dataset: the images; plan i is for image i.
+        plans: what to do.
+        device: runs nothing else.
+        rounds: passes over the images, after one that is not timed.
+
+    Raises:
+        ValueError: the device cannot decode, or a file is damaged.
+    """
+    decoder, batches = DeviceDecoder(device), []
+    for start in range(0, len(plans), GPU_BATCH):
+        part = plans[start : start + GPU_BATCH]
+        images, targets = zip(*(dataset.load_encoded(start + i, plan) for i, plan in enumerate(part)), strict=True)
+        batches.append(EncodedBatch(images, part, targets, (max(p.height for p in part), max(p.width for p in part))))
+    rates = []
+    for _ in range(rounds + 1):
+        start_time = time.perf_counter()
+        for batch in batches:
+            decoder(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rates.append(len(plans) / (time.perf_counter() - start_time))
+    return rates[1:]
 
 
 def _rate(chain: Callable[[int], Tensor], count: int) -> float:

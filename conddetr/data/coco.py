@@ -2,7 +2,9 @@
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,10 +19,17 @@ from conddetr.data.annotations import Annotations, read_annotations
 from conddetr.data.augment.draws import integer
 from conddetr.data.augment.plans import Mosaic, Plan
 from conddetr.data.boxes import box_readings, stored_fault
+from conddetr.data.encoded import EncodedJpeg, read_jpeg
 from conddetr.data.images import image_sizes, read_reduced, to_model_input
 from conddetr.data.layouts import Layout, find_layout
 from conddetr.data.names import find_image
-from conddetr.data.transforms import EvalTransform, TrainTransform, apply, assemble, augmentation_generator
+from conddetr.data.transforms import (
+    EvalTransform,
+    TrainTransform,
+    augmentation_generator,
+    transform_images,
+    transform_targets,
+)
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +86,8 @@ class CocoDetection(Dataset):
         self._of_file = len(annotations)
         self._annotations = annotations.select(order)
         self.classes = sorted(annotations.categories, key=lambda category: category["id"])
-        label_of = {category["id"]: label for label, category in enumerate(self.classes)}
-        self._labels = np.array([label_of[category["id"]] for category in annotations.categories], np.int64)
-        self._offsets = self._annotations.offsets
         self._complete_sizes()
-        self._count_boxes()
+        self._find_objects()
 
     def __len__(self) -> int:
         return len(self._annotations)
@@ -146,9 +152,7 @@ class CocoDetection(Dataset):
     def objects_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """An image's objects to train on: boxes [n, 4] float64, xyxy in pixels of the image, and labels [n] int64."""
         rows = slice(*self._offsets[index : index + 2].tolist())
-        boxes = _clipped(self._annotations.boxes[rows], *self._annotations.sizes[index].tolist())
-        keep = _has_area(boxes) & ~self._annotations.crowds[rows]
-        return boxes[keep], self._labels[self._annotations.category_of[rows][keep]]
+        return self._boxes[rows], self._labels[rows]
 
     def largest_shape(self) -> tuple[int, int]:
         """Short and long side, in pixels, that no planned image exceeds."""
@@ -165,23 +169,45 @@ class CocoDetection(Dataset):
             FileNotFoundError, ValueError: the image is missing or damaged, or its size differs from the annotations';
                 names the file and the image id.
         """
-        if isinstance(plan, Mosaic):
-            return assemble([self._sample(*part) for part in zip(plan.indices, plan.tiles, strict=True)], plan)
-        return apply(*self._sample(index, plan), plan)
+        images = [self._read(*part) for part in _parts(index, plan)]
+        # The images may be decoded at reduced size.
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return transform_images(images, plan), self._target(index, plan, sizes)
 
-    def _sample(self, index: int, plan: Plan) -> tuple[Tensor, dict]:
-        """An image as it is decoded for a plan, and its target with boxes xyxy in pixels of that image."""
-        image = self._read(index, plan)
-        height, width = self._annotations.sizes[index].tolist()
-        boxes, labels = self.objects_of(index)
-        # Boxes are in pixels of the file; the image may be decoded at reduced size.
-        ratio = torch.tensor([image.shape[-1] / width, image.shape[-2] / height], dtype=torch.float32).repeat(2)
-        return image, {
-            "labels": torch.from_numpy(labels),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)) * ratio,
-            "image_id": int(self._annotations.image_ids[index]),
-            "original_size": (height, width),
-        }
+    def load_encoded(self, index: int, plan: Plan | Mosaic) -> tuple[list[EncodedJpeg] | Tensor, dict]:
+        """As `load`, but JPEG files are only read, for a device that decodes them and applies the plan.
+
+        Returns:
+            The file, or the four files of a mosaic, and the target. If one of them is another kind of file
+            (`read_jpeg`), the image as from `load`.
+        """
+        files = []
+        for source, _ in _parts(index, plan):
+            file = self._read_encoded(source)
+            if file is None:
+                return self.load(index, plan)
+            files.append(file)
+        return files, self._target(index, plan, [self._size(source) for source, _ in _parts(index, plan)])
+
+    def _size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return tuple(self._annotations.sizes[index].tolist())
+
+    def _target(self, index: int, plan: Plan | Mosaic, sizes: Sequence[tuple[int, int]]) -> dict:
+        """The target of a plan, as `load` returns it; `sizes` are those of the decoded images."""
+        targets = []
+        for (source, _), (height, width) in zip(_parts(index, plan), sizes, strict=True):
+            original, (boxes, labels) = self._size(source), self.objects_of(source)
+            ratio = torch.tensor([width / original[1], height / original[0]], dtype=torch.float32).repeat(2)
+            targets.append(
+                {
+                    "labels": torch.tensor(labels),
+                    "boxes": torch.from_numpy(boxes.astype(np.float32)) * ratio,
+                    "image_id": int(self._annotations.image_ids[source]),
+                    "original_size": original,
+                }
+            )
+        return transform_targets(targets, sizes, plan)
 
     def ground_truth(self) -> dict:
         """The annotations of these images in COCO's format, for evaluation."""
@@ -204,14 +230,20 @@ class CocoDetection(Dataset):
             # Wrong names should fail now, not after the first batches are planned.
             self._named(0)
 
-    def _count_boxes(self) -> None:
-        """Count objects to train on, crowds, and omitted boxes, and warn of doubtful boxes."""
-        sizes = self._annotations.sizes[self._annotations.image_of]
-        has_area = _has_area(_clipped(self._annotations.boxes, sizes[:, 0], sizes[:, 1]))
-        crowds = self._annotations.crowds
+    def _find_objects(self) -> None:
+        """Find the objects to train on, count them, crowds and omitted boxes, and warn of doubtful boxes."""
+        annotations = self._annotations
+        sizes = annotations.sizes[annotations.image_of]
+        boxes, crowds = _clipped(annotations.boxes, sizes[:, 0], sizes[:, 1]), annotations.crowds
+        has_area = _has_area(boxes)
+        is_object = has_area & ~crowds
+        label_of = {category["id"]: label for label, category in enumerate(self.classes)}
+        labels = np.array([label_of[category["id"]] for category in annotations.categories], np.int64)
+        self._boxes, self._labels = boxes[is_object], labels[annotations.category_of[is_object]]
+        self._offsets = np.concatenate([[0], np.cumsum(is_object)])[annotations.offsets]
         self.crowds = int(crowds.sum())
         self.dropped_boxes = int((~has_area & ~crowds).sum())
-        self.objects = int((has_area & ~crowds).sum())
+        self.objects = len(self._labels)
         readings = box_readings(self._annotations.boxes, sizes)
         if readings:
             log.warning(
@@ -234,25 +266,40 @@ class CocoDetection(Dataset):
     def _image_note(self, index: int) -> str:
         return f" Its image id is {self._annotations.image_ids[index]} in {self.annotation_file}."
 
+    @contextmanager
+    def _image_noted(self, index: int) -> Iterator[None]:
+        """Adds the image's id to errors of its file."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{error}{self._image_note(index)}") from error
+
     def _read(self, index: int, plan: Plan) -> Tensor:
         """The image as uint8, whole or as small as the transform allows for this plan."""
-        path = self._named(index)
-        expected = tuple(self._annotations.sizes[index].tolist())
+        path, expected = self._named(index), self._size(index)
         # With its own size as the target, a file is decoded whole.
         target = plan.first_size() if self.transform.reduced_decoding else expected
-        try:
+        with self._image_noted(index):
             image, size = read_reduced(path, *target)
             if size != expected:
                 self._check_stored(index, path, size)
                 image, _ = read_reduced(path, *target, upright=False)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{error}{self._image_note(index)}") from error
         return to_dtype(image, torch.uint8, scale=True)
+
+    def _read_encoded(self, index: int) -> EncodedJpeg | None:
+        """The image's file; None: it is not a JPEG that every device decodes."""
+        path = self._named(index)
+        with self._image_noted(index):
+            file = read_jpeg(path, self._image_note(index))
+            if file is None or file.size == self._size(index):
+                return file
+            self._check_stored(index, path, file.size)
+        return replace(file, orientation=1)
 
     def _check_stored(self, index: int, path: Path, upright: tuple[int, int]) -> None:
         """Raise a ValueError unless the annotations clearly refer to the image before its EXIF tag turns it."""
         stored = tuple(self._annotations.sizes[index].tolist())
-        boxes = self._annotations.boxes[slice(*self._offsets[index : index + 2].tolist())]
+        boxes = self._annotations.boxes[slice(*self._annotations.offsets[index : index + 2].tolist())]
         fault = stored_fault(boxes, stored, upright, image_sizes(path).stored)
         if fault:
             raise ValueError(
@@ -394,6 +441,11 @@ def divided(annotations: Annotations, val_fraction: float) -> tuple[list[int], l
     ids.sort(key=lambda image_id: Random(image_id).random())
     count = min(max(1, round(val_fraction * len(ids))), len(ids) - 1)
     return ids[count:], ids[:count]
+
+
+def _parts(index: int, plan: Plan | Mosaic) -> list[tuple[int, Plan]]:
+    """The images that a plan for image `index` reads, each with its own plan."""
+    return list(zip(plan.indices, plan.tiles, strict=True)) if isinstance(plan, Mosaic) else [(index, plan)]
 
 
 def _clipped(boxes: np.ndarray, height: int | np.ndarray, width: int | np.ndarray) -> np.ndarray:

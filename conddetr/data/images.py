@@ -27,7 +27,7 @@ STD = (0.229, 0.224, 0.225)
 REDUCED_DECODING_GAP = 2.0
 """A JPEG may be decoded at a lower resolution that is at least this many times the target's."""
 _ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)
+TRANSPOSED = (5, 6, 7, 8)
 """Values of the EXIF orientation tag with rows and columns swapped."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -146,25 +146,25 @@ def image_sizes(path: Path) -> ImageSizes:
     Raises:
         FileNotFoundError, ValueError: as in `read_image`.
     """
-    with _opened(path) as image:
-        return _sizes(image)
+    with opened(path) as image:
+        return sizes_of(image)
 
 
 def _read_file(
     path: Path, target: tuple[int, int] | None = None, upright: bool = True
 ) -> tuple[Tensor, tuple[int, int]]:
-    with _opened(path) as image:
-        sizes = _sizes(image)
+    with opened(path) as image:
+        sizes = sizes_of(image)
         if target is not None:
             needed = tuple(math.ceil(REDUCED_DECODING_GAP * side) for side in target)
             # Formats other than JPEG ignore it. PIL takes the width first.
-            image.draft(None, needed if upright and sizes.orientation in _TRANSPOSED else needed[::-1])
+            image.draft(None, needed if upright and sizes.orientation in TRANSPOSED else needed[::-1])
         turned = _upright(image) if upright else _as_stored(image, sizes.orientation)
     return _from_pil(turned, f"Image file {path}"), sizes.upright if upright else sizes.stored
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
     """The file as a PIL image before decoding; errors inside name the file."""
     if not path.is_file():
         raise FileNotFoundError(f"Image file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
@@ -194,14 +194,14 @@ def _named_errors(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: truncated or damaged ({error}).") from error
 
 
-def _sizes(image: Image.Image) -> ImageSizes:
+def sizes_of(image: Image.Image) -> ImageSizes:
     """Sizes of an open file before decoding."""
     if image.format not in _SIZED_BY_HEADER or (image.format == "PNG" and _has_late_tags(image.fp)):
         image.load()
     orientation = _orientation(image)
     # Recent Pillow returns a TIFF's upright size, and swaps it by the tag alone, not by XMP data.
     width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
-    upright = (width, height) if orientation in _TRANSPOSED else (height, width)
+    upright = (width, height) if orientation in TRANSPOSED else (height, width)
     return ImageSizes(upright, (height, width), int(orientation) if orientation in range(1, 9) else None)
 
 

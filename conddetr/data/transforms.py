@@ -165,43 +165,59 @@ def apply(image: Tensor, target: dict, plan: Plan) -> tuple[Tensor, dict]:
 
     Args:
         image: [3, H, W] uint8, with the size that the plan was made for, or decoded at a reduced one.
-        target: `labels` [n] int64 and `boxes` [n, 4] float32, xyxy in pixels; other entries are passed on.
+        target: `labels` [n] int64 and `boxes` [n, 4] float32, xyxy in pixels of the image; other entries are passed on.
 
     Returns:
         image [3, plan.height, plan.width] uint8; the target with `boxes` cxcywh in [0, 1]. Boxes that the plan drops,
         and those without area after the crop, are dropped with their labels.
     """
-    image, boxes = _flip_and_crop(image, target["boxes"], plan)
+    return transform_images([image], plan), transform_targets([target], [tuple(image.shape[-2:])], plan)
+
+
+def transform_images(images: Sequence[Tensor], plan: Plan | Mosaic) -> Tensor:
+    """Apply a plan to pixels, on the device that they are on.
+
+    Args:
+        images: one, or the four of a mosaic; each as `apply` takes it.
+
+    Returns:
+        [3, plan.height, plan.width] uint8.
+    """
+    if isinstance(plan, Mosaic):
+        return _assembled(images, plan)
+    [image] = images
+    image = _flip_and_crop(image, plan)
     # Before or after the resize, on fewer pixels: colours take the most time of all steps.
     is_first = image[0].numel() < plan.height * plan.width
     image = apply_colour(image, plan.colour) if plan.colour and is_first else image
-    image, boxes = _resize(image, boxes, plan.height, plan.width)
-    image = apply_colour(image, plan.colour) if plan.colour and not is_first else image
-    return image, finish({**target, "boxes": boxes}, plan.height, plan.width, plan.least_side)
+    image = _resize(image, plan.height, plan.width)
+    return apply_colour(image, plan.colour) if plan.colour and not is_first else image
 
 
-def assemble(samples: Sequence[tuple[Tensor, dict]], mosaic: Mosaic) -> tuple[Tensor, dict]:
-    """Put the four images of a mosaic together, with their boxes.
+def transform_targets(targets: Sequence[dict], sizes: Sequence[tuple[int, int]], plan: Plan | Mosaic) -> dict:
+    """Apply a plan to boxes.
 
     Args:
-        samples: image and target of each, as `apply` takes them.
+        targets: of the image, or of the four images of a mosaic; each as `apply` takes it.
+        sizes: (height, width) of each image in pixels.
 
     Returns:
-        image [3, mosaic.height, mosaic.width] uint8; the first image's target with the `labels` of all images, and
-        their `boxes` cxcywh in [0, 1]. Boxes with less than a pixel of height or width left are dropped.
+        As `apply`. A mosaic has the `labels` and `boxes` of all images, but for boxes with a side below `LEAST_SIDE`,
+        and the other entries of the first.
     """
-    canvas = torch.empty(mosaic.height, mosaic.width, 3, dtype=torch.uint8).permute(2, 0, 1)
+    if not isinstance(plan, Mosaic):
+        [target], [size] = targets, sizes
+        return finish(
+            {**target, "boxes": _moved(target["boxes"], size, plan)}, plan.height, plan.width, plan.least_side
+        )
     boxes = []
-    for number, ((image, target), tile) in enumerate(zip(samples, mosaic.tiles, strict=True)):
-        top = mosaic.height - tile.height if number >= 2 else 0
-        left = mosaic.width - tile.width if number % 2 else 0
-        part, inside = _resize(*_flip_and_crop(image, target["boxes"], tile), tile.height, tile.width)
-        canvas[:, top : top + tile.height, left : left + tile.width] = part
+    for number, (target, size) in enumerate(zip(targets, sizes, strict=True)):
+        top, left = _corner(number, plan)
+        inside = _moved(target["boxes"], size, plan.tiles[number])
         boxes.append(inside + inside.new_tensor([left, top, left, top]))
-    canvas = canvas if mosaic.colour is None else apply_colour(canvas, mosaic.colour)
-    labels = torch.cat([target["labels"] for _, target in samples])
-    target = {**samples[0][1], "labels": labels, "boxes": torch.cat(boxes)}
-    return canvas, finish(target, mosaic.height, mosaic.width, LEAST_SIDE)
+    labels = torch.cat([target["labels"] for target in targets])
+    joined = {**targets[0], "labels": labels, "boxes": torch.cat(boxes)}
+    return finish(joined, plan.height, plan.width, LEAST_SIDE)
 
 
 def finish(target: dict, height: int, width: int, least_side: float = 0.0) -> dict:
@@ -221,37 +237,68 @@ def augmentation_generator(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random((seed << 96) | (epoch << 64) | index)
 
 
-def _flip_and_crop(image: Tensor, boxes: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The steps before the last resize; boxes are xyxy in pixels, before and after. Dropped boxes have no area."""
+def _flip_and_crop(image: Tensor, plan: Plan) -> Tensor:
+    """The steps before the last resize."""
     if plan.flip:
-        image, boxes = _flip(image, boxes)
-    if plan.crop is not None:
-        if plan.crop.resizes:
-            image, boxes = _resize(image, boxes, plan.crop.height, plan.crop.width)
-        image, boxes = _crop(image, boxes, plan.crop)
-    return image, boxes
-
-
-def _flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    boxes = boxes.clone()
-    boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-    return F.horizontal_flip(image), boxes
-
-
-def _crop(image: Tensor, boxes: Tensor, crop: Crop) -> tuple[Tensor, Tensor]:
-    if crop.by_centre:
-        boxes = boxes * _is_centred(boxes, image.shape[-2:], crop)[:, None]
-    # Not whole numbers if the image was decoded at reduced size; boxes then move with the pixels that remain.
-    top, rows = _interval(crop.top, crop.rows, crop.height, image.shape[-2])
-    left, columns = _interval(crop.left, crop.columns, crop.width, image.shape[-1])
-    boxes = boxes - boxes.new_tensor([left, top, left, top])
-    boxes = clip_boxes_to_image(boxes, (rows, columns))
-    part = F.crop(image, top, left, rows, columns)
+        image = F.horizontal_flip(image)
+    crop = plan.crop
+    if crop is None:
+        return image
+    if crop.resizes:
+        image = _resize(image, crop.height, crop.width)
     # A copy: torch would make the colours of a part of interleaved rows planar, and resize them in twice the time.
-    return part.permute(1, 2, 0).contiguous().permute(2, 0, 1), boxes
+    part = F.crop(image, *_rectangle(crop, tuple(image.shape[-2:])))
+    return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def _is_centred(boxes: Tensor, size: Sequence[int], crop: Crop) -> Tensor:
+def _moved(boxes: Tensor, size: tuple[int, int], plan: Plan) -> Tensor:
+    """Boxes xyxy in pixels of an image of this size, in pixels of the plan's result. Dropped boxes have no area."""
+    height, width = size
+    if plan.flip:
+        boxes = boxes.clone()
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    crop = plan.crop
+    if crop is not None:
+        if crop.resizes:
+            boxes = _scaled(boxes, (height, width), (crop.height, crop.width))
+            height, width = crop.height, crop.width
+        if crop.by_centre:
+            boxes = boxes * _is_centred(boxes, (height, width), crop)[:, None]
+        top, left, height, width = _rectangle(crop, (height, width))
+        boxes = clip_boxes_to_image(boxes - boxes.new_tensor([left, top, left, top]), (height, width))
+    return _scaled(boxes, (height, width), (plan.height, plan.width))
+
+
+def _scaled(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    return boxes * boxes.new_tensor([new_size[1] / size[1], new_size[0] / size[0]]).repeat(2)
+
+
+def _assembled(images: Sequence[Tensor], mosaic: Mosaic) -> Tensor:
+    canvas = images[0].new_empty(mosaic.height, mosaic.width, 3).permute(2, 0, 1)
+    for number, (image, tile) in enumerate(zip(images, mosaic.tiles, strict=True)):
+        top, left = _corner(number, mosaic)
+        part = _resize(_flip_and_crop(image, tile), tile.height, tile.width)
+        canvas[:, top : top + tile.height, left : left + tile.width] = part
+    return canvas if mosaic.colour is None else apply_colour(canvas, mosaic.colour)
+
+
+def _corner(number: int, mosaic: Mosaic) -> tuple[int, int]:
+    """Top and left of a tile in its mosaic, in pixels."""
+    tile = mosaic.tiles[number]
+    return mosaic.height - tile.height if number >= 2 else 0, mosaic.width - tile.width if number % 2 else 0
+
+
+def _rectangle(crop: Crop, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop, in whole pixels of an image of this size.
+
+    They are rounded if the image was decoded at reduced size; boxes then move with the pixels that remain.
+    """
+    top, rows = _interval(crop.top, crop.rows, crop.height, size[0])
+    left, columns = _interval(crop.left, crop.columns, crop.width, size[1])
+    return top, left, rows, columns
+
+
+def _is_centred(boxes: Tensor, size: tuple[int, int], crop: Crop) -> Tensor:
     """[n] bool: whether the centre of each box, in pixels of an image of this size, is in the rectangle."""
     x = (boxes[:, 0] + boxes[:, 2]) / 2 * (crop.width / size[1])
     y = (boxes[:, 1] + boxes[:, 3]) / 2 * (crop.height / size[0])
@@ -265,6 +312,5 @@ def _interval(start: int, length: int, planned: int, side: int) -> tuple[int, in
     return first, max(1, round((start + length) * side / planned) - first)
 
 
-def _resize(image: Tensor, boxes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    ratio = boxes.new_tensor([width / image.shape[-1], height / image.shape[-2]]).repeat(2)
-    return F.resize(image, [height, width], antialias=True), boxes * ratio
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return F.resize(image, [height, width], antialias=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
-from conddetr.data.batch import Batch, make_loader
+from conddetr.data.batch import Batch
+from conddetr.data.loader import make_loader
 from conddetr.engine.arrival import Arrival
 from conddetr.engine.categories import category_ids_of
 from conddetr.engine.coco_metrics import CocoResult, Detections, coco_result

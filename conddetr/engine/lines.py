@@ -8,6 +8,9 @@ from conddetr.capture import MAX_GRAPHS
 from conddetr.engine.graphs import StepGraphs
 from conddetr.engine.tables import percent
 
+SLOW_LOADING = 0.1
+"""Share of an epoch's time for loading images, from which on the epoch's line says it."""
+
 
 def graphs_line(graphs: StepGraphs | None, why_none: str | None, shapes: int, device: torch.device) -> str:
     """One line that says whether steps are recorded; empty: graphs do not apply.
@@ -42,6 +45,8 @@ def epoch_line(record: Mapping[str, float], epochs: int) -> str:
     """An epoch's record as one line; `epochs` is their number in the whole run."""
     line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['loss']:.3f}"
     line += f"  {record['images_per_second']:.1f} images/s  {record['seconds']:.0f} s"
+    if record["loading_share"] >= SLOW_LOADING:
+        line += f"  loading {record['loading_share']:.0%} of the time"
     if record.get("cuda_graphs"):
         line += f"  {record['cuda_graphs']} CUDA graphs, {record['cuda_graphs_gib']:.2f} GiB"
     if "AP" in record:

@@ -16,8 +16,11 @@ import torch
 from conddetr.capture import MAX_GRAPHS
 from conddetr.config import lists
 from conddetr.config.run import RunConfig
-from conddetr.data.batch import Batch, make_loader
+from conddetr.data.batch import Batch
+from conddetr.data.device_decoder import DeviceDecoder
+from conddetr.data.loader import make_loader
 from conddetr.data.sets import ImageSet
+from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
@@ -79,8 +82,8 @@ class Trainer:
 
         Raises:
             ImportError: the package of a logger is not installed.
-            ValueError: the model's number of classes is not the data set's; there are fewer images than in a batch; or
-                `patience` is set and the validation set has no objects.
+            ValueError: the model's number of classes is not the data set's; there are fewer images than in a batch;
+                `patience` is set and the validation set has no objects; or images cannot be decoded on the device.
         """
         if model.config.num_classes != len(train_set.classes):
             raise ValueError(
@@ -116,6 +119,7 @@ class Trainer:
             world=distributed.world_size(),
             pad_buckets=self.config.pad_buckets,
             device=device,
+            decoder=self._decoder(),
         )
         steps_per_epoch = math.ceil(len(self.loader) / self.config.accumulate)
         self.stepper = Stepper(model, self.config, device, steps_per_epoch)
@@ -133,6 +137,26 @@ class Trainer:
         self.result: CocoResult | None = None
         """The last evaluation of this process."""
         self._speed = (0, 0.0)
+        self._loading = 0.0
+        """Seconds of this epoch in which the process waited for batches, or loaded them itself."""
+        self._next_batches: Iterator[Batch] | None = None
+        """Batches of the next epoch, which workers load already."""
+
+    def _decoder(self) -> DeviceDecoder | None:
+        if self.config.decode == "workers":
+            return None
+        if isinstance(self.train_set, SyntheticShapes):
+            raise ValueError(
+                "Training option decode: synthetic shapes are drawn, there is nothing to decode: leave it out."
+            )
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"Training option decode: `device` needs an NVIDIA GPU, the device is {self.device}: leave it out."
+            )
+        try:
+            return DeviceDecoder(self.device)
+        except ValueError as error:
+            raise ValueError(f"Training option decode: {error} Train with `workers`.") from error
 
     def _limit_graphs(self) -> None:
         """With `auto`, use no graphs if steps come in more than `MAX_GRAPHS` kinds."""
@@ -283,12 +307,11 @@ class Trainer:
     def _train_epoch(self, request: StopRequest, writer: CheckpointWriter) -> float:
         """Train the rest of the epoch; returns the request to stop that all processes agree on."""
         self.stepper.train_mode()
-        self.loader.sampler.set_epoch(self.position.epoch, self.position.batch)
         images, before, start = 0, self.seconds, time.perf_counter()
         title = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
         with Progress(title, len(self.train_set), disable=not self.is_main) as progress:
             progress.advance(self.position.batch * self.config.batch_size * distributed.world_size())
-            for window in _windows(self.loader, self.config.accumulate):
+            for window in _windows(self._batches(), self.config.accumulate):
                 request.watch()
                 self.stepper(window, self.position.step, self._stop_request(request))
                 self.position.batch += len(window)
@@ -302,9 +325,26 @@ class Trainer:
                 if self._is_time_to_save():
                     self.save(writer)
         self.stepper.flush()
+        if not self.stepper.stop and self.position.epoch + 1 < self.config.epochs:
+            # Workers load while this epoch is evaluated and saved.
+            self._next_batches = self._started(self.position.epoch + 1, 0)
         self.seconds = before + time.perf_counter() - start
         self._speed = (images, self.seconds - before)
         return self.stepper.stop
+
+    def _started(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch, the first ones requested from the workers."""
+        self.loader.sampler.set_epoch(epoch, start)
+        return iter(self.loader)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches that are left of this epoch; measures the time until each arrives."""
+        self._loading, start = 0.0, time.perf_counter()
+        batches, self._next_batches = self._next_batches, None
+        for batch in batches or self._started(self.position.epoch, self.position.batch):
+            self._loading += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
 
     def _note(self) -> str:
         return bar_note(self.stepper.means, self.stepper.skipped, self.device)
@@ -364,6 +404,7 @@ class Trainer:
             "skipped_steps": self.stepper.skipped,
             "seconds": self.seconds,
             "images_per_second": images / seconds if seconds else 0.0,
+            "loading_share": self._loading / seconds if seconds else 0.0,
         }
         if self.device.type == "cuda":
             record["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -18,9 +18,9 @@ from conddetr.config.augment import AugmentConfig
 from conddetr.data.augment.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, Colour, apply_colour, plan_colour
 from conddetr.data.augment.crops import LEAST_LONG_SIDE, plan_crop
 from conddetr.data.augment.plans import Crop, Mosaic, Plan
-from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split
 from conddetr.data.images import read_reduced
+from conddetr.data.loader import make_loader
 from conddetr.data.transforms import EvalTransform, TrainTransform, apply
 
 TINY, LARGE = resolve("conditional-detr-tiny"), resolve("conditional-detr-r50")

@@ -1,5 +1,7 @@
 """The data benchmark: the official chain matches its source, both chains agree, and a chain that differs is refused."""
 
+from random import Random
+
 import pytest
 import torch
 from PIL import Image
@@ -7,7 +9,7 @@ from torchvision.transforms import functional as official
 
 from conddetr.config import resolve
 from conddetr.data import bench
-from conddetr.data.bench import bench_data, official_chain
+from conddetr.data.bench import bench_data, gpu_rates, official_chain
 from conddetr.data.coco import coco_split
 from conddetr.data.images import MEAN, STD
 from conddetr.data.transforms import Crop, Plan, TrainTransform
@@ -42,3 +44,11 @@ def test_chains_that_disagree_are_refused(small_coco, monkeypatch):
     monkeypatch.setattr(bench, "to_model_input", lambda image: torch.zeros(image.shape))
     with pytest.raises(ValueError, match=r"Image file .*0\.jpg: (max|mean)_levels between the official chain and ours"):
         bench_data(dataset, rounds=1)
+
+
+def test_a_device_has_one_rate_per_round(small_coco):
+    dataset = coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
+    plans = [dataset.plan(index, Random(index)) for index in range(len(dataset))]
+    rates = gpu_rates(dataset, plans, torch.device("cpu"), rounds=2)
+    assert len(rates) == 2
+    assert min(rates) > 0

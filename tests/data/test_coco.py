@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from conddetr.config import resolve
-from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split, folder_sets, layout_sets, layout_split
 from conddetr.data.images import read_reduced
 from conddetr.data.layouts import find_layout
+from conddetr.data.loader import make_loader
 from conddetr.data.transforms import EvalTransform, TrainTransform
 
 TRANSFORM = EvalTransform(resolve("conditional-detr-tiny"))

@@ -17,9 +17,9 @@ from rich.console import Console
 from conddetr.cli import main
 from conddetr.config import resolve
 from conddetr.data.annotations import read_annotations
-from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split
 from conddetr.data.fix import fix
+from conddetr.data.loader import make_loader
 from conddetr.data.transforms import TrainTransform
 from conddetr.data.validate import ValidationReport, compare_splits, validate
 

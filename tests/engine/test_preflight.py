@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from small_runs import batches, small_trainer
 
 import conddetr
-from conddetr.data.batch import make_loader
+from conddetr.data.loader import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine import memory
 from conddetr.engine.preflight import MOST_TRIALS, largest, preflight

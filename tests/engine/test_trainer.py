@@ -1,6 +1,7 @@
 """Training lowers the loss, writes its files, resumes, and reports errors."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -62,8 +63,51 @@ def test_loss_falls_and_files_are_complete(tmp_path):
 
 
 def test_line_of_an_epoch_has_a_dash_for_undefined_metrics():
-    record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "seconds": 3.0, "AP": -1.0, "AP50": 0.5}
+    speed = {"images_per_second": 8.0, "seconds": 3.0, "loading_share": 0.04}
+    record = {"epoch": 0, "loss": 1.5, **speed, "AP": -1.0, "AP50": 0.5}
     assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s  AP –  AP50 50.0"
+
+
+def test_line_of_an_epoch_says_that_loading_is_slow():
+    record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "seconds": 3.0, "loading_share": 0.256}
+    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s  loading 26% of the time"
+
+
+def test_time_for_loading_is_measured(tmp_path, monkeypatch):
+    load = SyntheticShapes.load
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return load(*arguments)
+
+    monkeypatch.setattr(SyntheticShapes, "load", slow)
+    run = trainer(tmp_path, epochs=2, workers=0)
+    run.fit()
+    for record in records(tmp_path):
+        waited = record["loading_share"] * run.seconds / 2
+        images = record["images_per_second"] * run.seconds / 2
+        # Epochs take about the same time, and sleep is never shorter than asked for.
+        assert 0.5 < waited / (0.05 * images) < 3
+
+
+def test_workers_start_the_next_epoch_before_the_evaluation(tmp_path, monkeypatch):
+    run, events = trainer(tmp_path, epochs=3), []
+    started, evaluate = run._started, run._evaluate
+    monkeypatch.setattr(run, "_started", lambda *at: events.append(at) or started(*at))
+    monkeypatch.setattr(run, "_evaluate", lambda *args: events.append("evaluated") or evaluate(*args))
+    run.fit()
+    assert events == [(0, 0), (1, 0), "evaluated", (2, 0), "evaluated", "evaluated"]
+
+
+def test_decoding_on_a_device_needs_a_gpu_and_files(tmp_path, small_coco):
+    with pytest.raises(ValueError, match="option decode: synthetic shapes are drawn, there is nothing to decode"):
+        trainer(tmp_path, decode="device")
+    images = coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
+    run = RunConfig(output_dir=str(tmp_path), train=TrainConfig(decode="device", batch_size=1))
+    with pytest.raises(
+        ValueError, match="option decode: `device` needs an NVIDIA GPU, the device is cpu: leave it out"
+    ):
+        Trainer(conddetr.build("conditional-detr-tiny", num_classes=3), images, images, run, torch.device("cpu"))
 
 
 def test_two_equal_runs_give_equal_weights(tmp_path):

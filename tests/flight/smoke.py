@@ -19,7 +19,7 @@ from torch import Tensor
 import conddetr
 from conddetr import kernels
 from conddetr.config.run import TrainConfig
-from conddetr.data.batch import make_loader
+from conddetr.data.loader import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.step import Stepper
 from conddetr.kernels.conv import Layer

@@ -10,7 +10,8 @@ from small_runs import SMALL_MODEL
 
 import conddetr
 from conddetr.config.run import TrainConfig
-from conddetr.data.batch import collate, make_loader
+from conddetr.data.batch import collate
+from conddetr.data.loader import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.engine.preflight import preflight
 from conddetr.engine.step import Stepper

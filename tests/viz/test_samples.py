@@ -10,8 +10,8 @@ from torchvision.ops import box_convert
 from conddetr.cli import main
 from conddetr.config import resolve
 from conddetr.config.augment import AugmentConfig
-from conddetr.data.batch import make_loader
 from conddetr.data.coco import coco_split
+from conddetr.data.loader import make_loader
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import TrainTransform
 from conddetr.viz.boxes import denormalize

@@ -6,6 +6,7 @@ its permutation of the channels, which no camera makes.
 
 from dataclasses import dataclass
 from random import Random
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from conddetr.data.augment.draws import coin, uniform
+
+Picture = TypeVar("Picture", Image.Image, Tensor)
 
 BRIGHTNESS = (0.875, 1.125)
 CONTRAST = (0.5, 1.5)
@@ -44,12 +47,18 @@ def plan_colour(generator: Random) -> Colour:
 
 
 def apply_colour(image: Tensor, colour: Colour) -> Tensor:
-    """Change the colours of an image, [3, H, W] uint8; a new tensor with interleaved colours."""
+    """Change the colours of an image, [3, H, W] uint8, on its device; rounding differs between CPU and GPU."""
+    if image.is_cuda:
+        return _adjusted(image, colour)
     # As a PIL image: in half of the time that torchvision takes for tensors, and the colours stay interleaved.
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return torch.from_numpy(np.array(_adjusted(picture, colour))).permute(2, 0, 1)
+
+
+def _adjusted(picture: Picture, colour: Colour) -> Picture:
     contrast = (F.adjust_contrast, colour.contrast, 1.0)
     steps = [(F.adjust_saturation, colour.saturation, 1.0), (F.adjust_hue, colour.hue, 0.0)]
     steps = [contrast, *steps] if colour.contrast_first else [*steps, contrast]
     for adjust, value, neutral in [(F.adjust_brightness, colour.brightness, 1.0), *steps]:
         picture = picture if value == neutral else adjust(picture, value)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return picture
