@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from conddetr.data.augment.plans import Mosaic, Plan
@@ -67,18 +67,18 @@ def read_jpeg(path: Path, note: str = "") -> EncodedJpeg | None:
         FileNotFoundError, ValueError: as `read_image`, if the header cannot be read.
     """
     with opened(path) as image:
-        if image.format != "JPEG" or not _has_common_colours(image):
+        # Not MPO files, a subclass that holds several images.
+        if image.format != "JPEG" or not isinstance(image, JpegImageFile) or not _has_common_colours(image):
             return None
         sizes = sizes_of(image)
-        image.fp.seek(0)
-        content = image.fp.read()
+        content = path.read_bytes()
     frame, scan = _frame_and_scan(content)
     if frame not in _HUFFMAN_FRAMES or content.find(_END, scan) < 0:
         return None
     return EncodedJpeg(path, content, sizes.stored, sizes.orientation or 1, note)
 
 
-def _has_common_colours(image: Image.Image) -> bool:
+def _has_common_colours(image: JpegImageFile) -> bool:
     """Whether a JPEG has 8 bits per sample, and grey or YCbCr colours."""
     if image.bits != 8 or image.layers not in (1, 3):
         return False

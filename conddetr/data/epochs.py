@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from conddetr.data.augment.plans import Mosaic, Plan
+from conddetr.data.sets import ImageSet
 from conddetr.data.transforms import augmentation_generator
 
 SHAPE_STRIDE = 32
@@ -53,7 +54,7 @@ class EpochBatches(Sampler[BatchPlan]):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: ImageSet,
         batch_size: int,
         train: bool,
         seed: int = 0,
@@ -88,8 +89,8 @@ class EpochBatches(Sampler[BatchPlan]):
         # An epoch leaves out random images, not images of rare shapes.
         indices = self._order()[: len(self) * size]
         if not self.shapes:
-            for batch in _cut(indices, size)[self.start :]:
-                yield self._batch([self._plan(index) for index in self._mine(batch)])
+            for numbers in _cut(indices, size)[self.start :]:
+                yield self._batch([self._plan(index) for index in self._mine(numbers)])
             return
         batches = self._grouped(indices, size)
         for batch in islice(self._shuffled(batches) if self.train else batches, self.start, None):
@@ -123,8 +124,8 @@ class EpochBatches(Sampler[BatchPlan]):
         return index, self.dataset.plan(index, augmentation_generator(self.seed, self.epoch, index))
 
     def _batch(self, images: list[Planned], shape: tuple[int, int] | None = None) -> BatchPlan:
-        indices, plans = map(list, zip(*images, strict=True))
-        return BatchPlan(indices, plans, shape or _largest(plans))
+        plans = [plan for _, plan in images]
+        return BatchPlan([index for index, _ in images], plans, shape or _largest(plans))
 
     def _smallest_fit(self, plans: list[Plan | Mosaic]) -> tuple[int, int]:
         """The smallest shape that holds all of them; the last shape holds every image."""
@@ -176,7 +177,7 @@ def _largest(plans: list[Plan | Mosaic]) -> tuple[int, int]:
     return max(plan.height for plan in plans), max(plan.width for plan in plans)
 
 
-def _bucket_shapes(dataset: Dataset, seed: int, count: int) -> list[tuple[int, int]]:
+def _bucket_shapes(dataset: ImageSet, seed: int, count: int) -> list[tuple[int, int]]:
     """`count` shapes by area, then the square that holds every image.
 
     Landscape and portrait of the largest image are always included. Each further shape is the multiple of the stride
@@ -202,7 +203,7 @@ def _bucket_shapes(dataset: Dataset, seed: int, count: int) -> list[tuple[int, i
     return sorted(set(shapes), key=lambda shape: (shape[0] * shape[1], shape))
 
 
-def _sample_plans(dataset: Dataset, seed: int) -> list[Plan | Mosaic]:
+def _sample_plans(dataset: ImageSet, seed: int) -> list[Plan | Mosaic]:
     step = max(1, len(dataset) // _SHAPE_SAMPLES)
     return [dataset.plan(index, augmentation_generator(seed, 0, index)) for index in range(0, len(dataset), step)]
 

@@ -15,6 +15,7 @@ from conddetr.data.batch import Batch, collate, interleaved
 from conddetr.data.device_decoder import DeviceDecoder
 from conddetr.data.encoded import EncodedBatch
 from conddetr.data.epochs import BatchPlan, EpochBatches
+from conddetr.data.sets import HasFiles, ImageSet
 from conddetr.processes import can_start_workers, ignore_interrupts, interrupts_held
 
 PREFETCH = 2
@@ -24,7 +25,7 @@ PREFETCH = 2
 class _BatchReader(Dataset):
     """Loads planned batches, in a worker process or in the main process."""
 
-    def __init__(self, dataset: Dataset, are_copied: bool, decodes: bool = True) -> None:
+    def __init__(self, dataset: ImageSet, are_copied: bool, decodes: bool = True) -> None:
         """
         Args:
             dataset: where `load` reads images.
@@ -51,6 +52,7 @@ class _BatchReader(Dataset):
         return collate(samples, interleaved(memory, *batch.shape))
 
     def _read_encoded(self, batch: BatchPlan) -> EncodedBatch:
+        assert isinstance(self.dataset, HasFiles)
         parts = zip(batch.indices, batch.plans, strict=True)
         images, targets = zip(*(self.dataset.load_encoded(index, plan) for index, plan in parts), strict=True)
         return EncodedBatch(images, batch.plans, targets, batch.shape)
@@ -63,7 +65,7 @@ class _BatchReader(Dataset):
         """
         memory = self._lent.popleft() if len(self._lent) == PREFETCH else torch.empty(0, dtype=torch.uint8)
         if len(memory) < size:
-            memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size), 0, (size,))
+            memory = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
         if self._are_copied:
             self._lent.append(memory)
         return memory[:size]
@@ -75,7 +77,7 @@ class _Loader(DataLoader):
     decoder: DeviceDecoder | None = None
     """Decodes the batches of the workers; None: they are decoded."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         with interrupts_held():
             batches = map(_unless_failed, super().__iter__())
         return map(self.decoder, batches) if self.decoder else batches
@@ -91,7 +93,7 @@ def _unless_failed(batch: T | Exception) -> T:
 
 
 def make_loader(
-    dataset: Dataset,
+    dataset: ImageSet,
     batch_size: int,
     *,
     train: bool,
@@ -106,7 +108,7 @@ def make_loader(
     """A loader of `Batch`es; its `sampler` is an `EpochBatches`.
 
     Args:
-        dataset: `CocoDetection` or `SyntheticShapes`.
+        dataset: `CocoDetection`, `SyntheticShapes`, or another `ImageSet`.
         batch_size: images per step and rank.
         train: shuffled without an incomplete batch; else in order and complete; see `EpochBatches`.
         workers: processes that load, kept from epoch to epoch; 0: the calling process loads, as it does if no other

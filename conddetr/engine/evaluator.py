@@ -6,11 +6,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from conddetr.data.batch import Batch
 from conddetr.data.loader import make_loader
+from conddetr.data.sets import ImageSet
 from conddetr.engine.arrival import Arrival
 from conddetr.engine.categories import category_ids_of
 from conddetr.engine.coco_metrics import CocoResult, Detections, coco_result
@@ -25,7 +25,7 @@ MAX_DETECTIONS = 100
 def evaluate(
     model: DETR,
     classes: list[dict],
-    dataset: Dataset,
+    dataset: ImageSet,
     device: torch.device,
     batch_size: int = 2,
     workers: int = 0,
@@ -49,7 +49,7 @@ def evaluate(
 def detect(
     model: DETR,
     classes: list[dict],
-    dataset: Dataset,
+    dataset: ImageSet,
     device: torch.device,
     batch_size: int = 2,
     workers: int = 0,

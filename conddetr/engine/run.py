@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from conddetr.data.coco import CocoDetection
     from conddetr.data.layouts import Layout
     from conddetr.data.sets import ImageSet
+    from conddetr.data.synthetic import SyntheticShapes
 
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def data_sets(
     data: DataConfig, model: ModelConfig, augment: AugmentConfig | None = None
-) -> tuple["ImageSet", "ImageSet"]:
+) -> tuple["CocoDetection | SyntheticShapes", "CocoDetection | SyntheticShapes"]:
     """Training and validation set.
 
     Args:

@@ -19,8 +19,7 @@ from conddetr.config.run import RunConfig
 from conddetr.data.batch import Batch
 from conddetr.data.device_decoder import DeviceDecoder
 from conddetr.data.loader import make_loader
-from conddetr.data.sets import ImageSet
-from conddetr.data.synthetic import SyntheticShapes
+from conddetr.data.sets import HasFiles, ImageSet
 from conddetr.engine import distributed
 from conddetr.engine.checkpoint import LATEST, CheckpointWriter, has_run, read_latest, save_run
 from conddetr.engine.chosen import Chosen, chosen, prove
@@ -75,7 +74,7 @@ class Trainer:
         """
         Args:
             model: with as many classes as the data set.
-            train_set, val_set: `CocoDetection` or `SyntheticShapes`.
+            train_set, val_set: `CocoDetection`, `SyntheticShapes`, or other `ImageSet`s.
             run: how to train, and the folder to write to, created if absent.
             device: where to train.
             loggers: receive the records too, beside those that `run.log_to` names; the first process uses its own.
@@ -145,9 +144,9 @@ class Trainer:
     def _decoder(self) -> DeviceDecoder | None:
         if self.config.decode == "workers":
             return None
-        if isinstance(self.train_set, SyntheticShapes):
+        if not isinstance(self.train_set, HasFiles):
             raise ValueError(
-                "Training option decode: synthetic shapes are drawn, there is nothing to decode: leave it out."
+                f"Training option decode: {self.train_set.source} are not files that could be decoded: leave it out."
             )
         if self.device.type != "cuda":
             raise ValueError(

@@ -13,8 +13,8 @@ from torchvision.ops import box_convert
 
 from conddetr.config.checks import check_least
 from conddetr.data.augment.plans import Mosaic
+from conddetr.data.coco import CocoDetection
 from conddetr.data.images import to_model_input
-from conddetr.data.sets import ImageSet
 from conddetr.data.synthetic import SyntheticShapes
 from conddetr.data.transforms import augmentation_generator
 from conddetr.viz.boxes import denormalize, draw_boxes
@@ -77,7 +77,9 @@ class Drawn:
         return f"{len(self.files)} images with {self.objects} objects, {versions}{folder}"
 
 
-def samples(dataset: ImageSet, count: int = 8, versions: int = 6, seed: int = 42) -> Iterator[Sample]:
+def samples(
+    dataset: CocoDetection | SyntheticShapes, count: int = 8, versions: int = 6, seed: int = 42
+) -> Iterator[Sample]:
     """Random training images, each with what the first epochs of a training with this seed see of it.
 
     Args:
@@ -95,7 +97,7 @@ def samples(dataset: ImageSet, count: int = 8, versions: int = 6, seed: int = 42
     return (_sample(dataset, index, versions, seed) for index in order[:count].tolist())
 
 
-def _sample(dataset: ImageSet, index: int, versions: int, seed: int) -> Sample:
+def _sample(dataset: CocoDetection | SyntheticShapes, index: int, versions: int, seed: int) -> Sample:
     original = _labelled(*dataset.load(index, dataset.whole_plan(index)))
     if isinstance(dataset, SyntheticShapes):
         return Sample(index, original, [], 0)
@@ -136,7 +138,9 @@ def _draw(axes: Axes, labelled: LabelledImage, names: Sequence[str], title: str)
     draw_boxes(axes, labelled.image, labelled.boxes, labelled.labels, captions, f"{title}: {height}×{width}")
 
 
-def draw_samples(dataset: ImageSet, folder: str | Path, count: int = 8, versions: int = 6, seed: int = 42) -> Drawn:
+def draw_samples(
+    dataset: CocoDetection | SyntheticShapes, folder: str | Path, count: int = 8, versions: int = 6, seed: int = 42
+) -> Drawn:
     """Write a picture of each of the `samples` into a folder; arguments and errors as there.
 
     Pictures have their images' names, see `PictureFolder`; nothing else in the folder is replaced.

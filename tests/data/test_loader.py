@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from conddetr.config import resolve
+from conddetr.data.augment.plans import Plan
 from conddetr.data.batch import collate
 from conddetr.data.coco import coco_split
 from conddetr.data.images import to_model_input
@@ -131,3 +132,31 @@ def test_an_error_in_a_worker_is_one_line(small_coco):
         with pytest.raises(ValueError, match="not an image") as caught:
             list(loader)
         assert re.fullmatch(r"Image file \S+1\.jpg: not an image.*image id is 101 in \S+\.", str(caught.value))
+
+
+class Stripes:
+    """A data set of one's own, which inherits nothing: image i has i + 1 objects."""
+
+    endless = False
+
+    def __len__(self):
+        return 6
+
+    def largest_shape(self):
+        return 8, 16
+
+    def plan(self, index, generator):
+        return Plan(False, None, 8, 8 + index)
+
+    def load(self, index, plan):
+        target = {"labels": torch.arange(index + 1), "boxes": torch.full((index + 1, 4), 0.5)}
+        image = torch.full((3, plan.height, plan.width), index, dtype=torch.uint8)
+        return image, {**target, "image_id": index, "original_size": (80, 80)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_class_with_the_members_of_an_image_set_is_loaded(workers):
+    batches = list(make_loader(Stripes(), 3, train=False, workers=workers))
+    assert [batch.counts for batch in batches] == [(1, 2, 3), (4, 5, 6)]
+    assert [batch.images.shape for batch in batches] == [(3, 3, 8, 10), (3, 3, 8, 13)]
+    assert batches[1].images[:, 0, 0, 0].tolist() == [3, 4, 5]

@@ -100,7 +100,9 @@ def test_workers_start_the_next_epoch_before_the_evaluation(tmp_path, monkeypatc
 
 
 def test_decoding_on_a_device_needs_a_gpu_and_files(tmp_path, small_coco):
-    with pytest.raises(ValueError, match="option decode: synthetic shapes are drawn, there is nothing to decode"):
+    with pytest.raises(
+        ValueError, match="option decode: synthetic shapes of seed 1 are not files that could be decoded"
+    ):
         trainer(tmp_path, decode="device")
     images = coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
     run = RunConfig(output_dir=str(tmp_path), train=TrainConfig(decode="device", batch_size=1))

@@ -4,9 +4,10 @@ Source: SSD (Liu et al., ECCV 2016), with the ranges and the order of torchvisio
 its permutation of the channels, which no camera makes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torchvision.transforms.v2 import functional as F
 from conddetr.data.augment.draws import coin, uniform
 
 Picture = TypeVar("Picture", Image.Image, Tensor)
+Step = tuple[Callable[[Any, float], Any], float, float]
+"""A function of torchvision, its factor, and the factor that changes nothing."""
 
 BRIGHTNESS = (0.875, 1.125)
 CONTRAST = (0.5, 1.5)
@@ -56,9 +59,10 @@ def apply_colour(image: Tensor, colour: Colour) -> Tensor:
 
 
 def _adjusted(picture: Picture, colour: Colour) -> Picture:
-    contrast = (F.adjust_contrast, colour.contrast, 1.0)
-    steps = [(F.adjust_saturation, colour.saturation, 1.0), (F.adjust_hue, colour.hue, 0.0)]
-    steps = [contrast, *steps] if colour.contrast_first else [*steps, contrast]
-    for adjust, value, neutral in [(F.adjust_brightness, colour.brightness, 1.0), *steps]:
+    contrast: Step = (F.adjust_contrast, colour.contrast, 1.0)
+    steps: list[Step] = [(F.adjust_saturation, colour.saturation, 1.0), (F.adjust_hue, colour.hue, 0.0)]
+    steps.insert(0 if colour.contrast_first else len(steps), contrast)
+    steps.insert(0, (F.adjust_brightness, colour.brightness, 1.0))
+    for adjust, value, neutral in steps:
         picture = picture if value == neutral else adjust(picture, value)
     return picture
