@@ -252,6 +252,7 @@ def _add_bench_data(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     parser.add_argument("--count", type=int, default=100, help="maximum number of images")
     parser.add_argument("--rounds", type=int, default=5, help="passes over the images")
+    parser.add_argument("--device", metavar="DEVICE", help="a GPU to measure too, as with train's --decode device")
 
 
 def _add_env(commands: "argparse._SubParsersAction[_Parser]") -> None:

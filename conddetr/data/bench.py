@@ -1,6 +1,6 @@
 """Training images that one core prepares per second: the official chain against ours, on the same images.
 
-Where there is an NVIDIA GPU, also the images per second that it decodes and augments itself (`--decode device`).
+On an NVIDIA GPU also the images per second that it decodes and augments itself, as with `--decode device`.
 """
 
 import statistics
@@ -30,8 +30,8 @@ MAX_LEVELS = 2.0
 Both resizes round to whole levels; PIL and torch round differently by at most one each."""
 MEAN_LEVELS = 4.0
 """Limit for the mean difference over the pixels of an image, in grey levels, if a file is decoded at reduced size."""
-GPU_BATCH = 16
-"""Images that a GPU decodes together."""
+DEVICE_BATCH = 16
+"""Images that a device decodes together."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class DataBenchmark:
     """Largest difference between the chains' pixels in files decoded whole, in grey levels of 255."""
     mean_levels: float
     """Largest mean difference of an image decoded at reduced size, in grey levels of 255."""
-    on_gpu: list[float] = field(default_factory=list)
-    """Images per second of the GPU, from files in memory, in batches of `GPU_BATCH`; empty: there is no GPU."""
+    on_device: list[float] = field(default_factory=list)
+    """Images per second of a whole device, from files in memory, in batches of `DEVICE_BATCH`; empty: not measured."""
 
     @property
     def speedup(self) -> float:
@@ -67,7 +67,7 @@ class DataBenchmark:
         for column in ("chain", "median", "slowest", "fastest", "speed-up"):
             table.add_column(column, justify="left" if column == "chain" else "right")
         rows = [("official (PIL, torchvision)", self.official), ("conddetr", self.ours)]
-        rows += [("on the GPU instead, files in memory", self.on_gpu)] if self.on_gpu else []
+        rows += [("a whole device, files in memory", self.on_device)] if self.on_device else []
         for name, samples in rows:
             median = statistics.median(samples)
             row = (median, min(samples), max(samples), median / statistics.median(self.official))
@@ -91,7 +91,9 @@ def official_chain(path: Path, plan: Plan) -> Tensor:
     return official.normalize(official.to_tensor(image), MEAN, STD)
 
 
-def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed: int = 0) -> DataBenchmark:
+def bench_data(
+    dataset: CocoDetection, images: int = 100, rounds: int = 5, seed: int = 0, device: torch.device | None = None
+) -> DataBenchmark:
     """Time both chains in turn, on one thread, after checking that they agree.
 
     Args:
@@ -99,10 +101,12 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
         images: number of images to use at most, from the first on.
         rounds: passes over the images.
         seed: for the augmentation.
+        device: a device to measure too, usually a GPU.
 
     Raises:
         ValueError: `images` or `rounds` below 1; an augmentation that the official chain does not have; an image is
-            missing or damaged, or the chains disagree by more than `MAX_LEVELS` or `MEAN_LEVELS`; names the image.
+            missing or damaged, or the chains disagree by more than `MAX_LEVELS` or `MEAN_LEVELS`; names the image. Or
+            the device cannot decode.
     """
     check_least("images", images, 1)
     check_least("rounds", rounds, 1)
@@ -125,14 +129,14 @@ def bench_data(dataset: CocoDetection, images: int = 100, rounds: int = 5, seed:
         for _ in range(rounds):
             result.official.append(_rate(reference, count))
             result.ours.append(_rate(ours, count))
-        if torch.cuda.is_available():
-            result.on_gpu = gpu_rates(dataset, plans, torch.device("cuda"), rounds)
+        if device is not None:
+            result.on_device = device_rates(dataset, plans, device, rounds)
     finally:
         torch.set_num_threads(threads)
     return result
 
 
-def gpu_rates(dataset: CocoDetection, plans: Sequence[Plan], device: torch.device, rounds: int) -> list[float]:
+def device_rates(dataset: CocoDetection, plans: Sequence[Plan], device: torch.device, rounds: int) -> list[float]:
     """Images per second that a device decodes and augments, one sample per round.
 
     Args:
@@ -145,8 +149,8 @@ def gpu_rates(dataset: CocoDetection, plans: Sequence[Plan], device: torch.devic
         ValueError: the device cannot decode, or a file is damaged.
     """
     decoder, batches = DeviceDecoder(device), []
-    for start in range(0, len(plans), GPU_BATCH):
-        part = plans[start : start + GPU_BATCH]
+    for start in range(0, len(plans), DEVICE_BATCH):
+        part = plans[start : start + DEVICE_BATCH]
         images, targets = zip(*(dataset.load_encoded(start + i, plan) for i, plan in enumerate(part)), strict=True)
         batches.append(EncodedBatch(images, part, targets, (max(p.height for p in part), max(p.width for p in part))))
     rates = []

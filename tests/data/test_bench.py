@@ -1,7 +1,5 @@
 """The data benchmark: the official chain matches its source, both chains agree, and a chain that differs is refused."""
 
-from random import Random
-
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +7,7 @@ from torchvision.transforms import functional as official
 
 from conddetr.config import resolve
 from conddetr.data import bench
-from conddetr.data.bench import bench_data, gpu_rates, official_chain
+from conddetr.data.bench import bench_data, official_chain
 from conddetr.data.coco import coco_split
 from conddetr.data.images import MEAN, STD
 from conddetr.data.transforms import Crop, Plan, TrainTransform
@@ -48,7 +46,8 @@ def test_chains_that_disagree_are_refused(small_coco, monkeypatch):
 
 def test_a_device_has_one_rate_per_round(small_coco):
     dataset = coco_split(small_coco.root, "train", TrainTransform(resolve("conditional-detr-tiny")))
-    plans = [dataset.plan(index, Random(index)) for index in range(len(dataset))]
-    rates = gpu_rates(dataset, plans, torch.device("cpu"), rounds=2)
-    assert len(rates) == 2
-    assert min(rates) > 0
+    assert bench_data(dataset, rounds=1).on_device == []
+    result = bench_data(dataset, rounds=3, device=torch.device("cpu"))
+    assert len(result.on_device) == 3
+    assert min(result.on_device) > 0
+    assert result.table().row_count == 3

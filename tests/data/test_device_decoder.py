@@ -74,8 +74,11 @@ def training_set(root, augment):
     return coco_split(root, "train", transform)
 
 
-@pytest.mark.parametrize("augment", ["none", "paper", "strong", AugmentConfig("strong", mosaic=0.7)], ids=str)
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("augment", "workers"),
+    [("none", 0), ("paper", 0), ("strong", 0), (AugmentConfig("strong", mosaic=0.7), 1)],
+    ids=["none", "paper", "strong", "mosaic, read by a worker"],
+)
 def test_batches_are_those_of_workers(files, augment, workers):
     dataset = training_set(files.root, augment)
     options = {"train": True, "pad_buckets": 2}

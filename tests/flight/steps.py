@@ -10,6 +10,7 @@ DEVICE_TESTS = (
     "tests/kernels",
     "tests/loss",
     "tests/model",
+    "tests/data/test_device_decoder.py",
     "tests/engine/test_graphs.py",
     "tests/engine/test_no_wait.py",
     "tests/interop/huggingface/test_accelerate.py",
@@ -36,6 +37,7 @@ SMALL = {
     "decoder": ("--batch", "1", "--rounds", "1"),
     "model": ("--size", "96", "128", "--rounds", "1"),
     "tune": ("--seconds", "1"),
+    "data": ("--rounds", "1"),
 }
 """Benchmark → options with which it ends soon and measures nothing."""
 KERNELS = ("sine", "match", "focal", "boxes", "cost", "prediction", "errors", "position", "pool", "bits", "query")
@@ -105,16 +107,22 @@ def second_flight(setup: Setup) -> list[Step]:
     # The last option wins: two batch sizes, also with small sizes.
     replays = (*replays, "--batch", "1", "2")
     failed = _failed_tests(setup.failed) if setup.failed else DEVICE_TESTS
-    sanitizers = setup.script("tests/sanitize.py", "--seconds", "30")
+    sanitizers = setup.script("tests/sanitize.py", "--seconds", "25")
     return [
         *_preparation(setup),
         _check(setup, 30),
         *([replace(device_tests(setup, failed), seconds=30)] if failed else []),
         _train_benchmark(setup, 60),
-        Step("attn-graphs", replays, 30, "attention of one and two images without the cost of launches"),
-        Step("tune", setup.benchmark("tune", "--seconds", "8"), 30, "launch settings of the attention kernels"),
+        Step("attn-graphs", replays, 25, "attention of one and two images without the cost of launches"),
+        Step("tune", setup.benchmark("tune", "--seconds", "8"), 25, "launch settings of the attention kernels"),
+        Step(
+            "data",
+            setup.benchmark("data", "--shapes", "--rounds", "2"),
+            15,
+            "decoding and augmentation on the GPU against one core",
+        ),
         _pictures(setup),
-        Step("sanitizers", sanitizers, 35, "memcheck and racecheck over our kernels"),
+        Step("sanitizers", sanitizers, 30, "memcheck and racecheck over our kernels"),
     ]
 
 
