@@ -206,6 +206,9 @@ class Trainer:
         was, now = content["run"].get("backend", content["config"].get("backend")), self.model.backend
         if was != now:
             self.changes.append(f"backend was {was}, is {now}: rounding and the random numbers of dropout differ")
+        was_decoded = content["run"]["train"].get("decode", "workers")
+        if was_decoded != self.config.decode:
+            self.changes.append(f"decode was {was_decoded}, is {self.config.decode}: rounding of the pixels differs")
         self.changes += self.chosen.changes(content.get("chosen", {}))
         self.position, self.resumed_from = position, path
         self.seconds, self.best_ap, self.metrics = content["seconds"], content["best_ap"], content["metrics"]

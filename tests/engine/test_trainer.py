@@ -112,6 +112,20 @@ def test_decoding_on_a_device_needs_a_gpu_and_files(tmp_path, small_coco):
         Trainer(conddetr.build("conditional-detr-tiny", num_classes=3), images, images, run, torch.device("cpu"))
 
 
+def test_resuming_says_that_images_were_decoded_elsewhere(tmp_path):
+    trainer(tmp_path, epochs=1).fit()
+    content = read_checkpoint(tmp_path / "checkpoint.pt")
+    for decode, changes in (
+        ("workers", []),
+        ("device", ["decode was device, is workers: rounding of the pixels differs"]),
+    ):
+        content["run"]["train"]["decode"] = decode
+        torch.save(content, tmp_path / "checkpoint.pt")
+        run = trainer(tmp_path, epochs=2)
+        run.resume(tmp_path / "checkpoint.pt")
+        assert run.changes == changes
+
+
 def test_two_equal_runs_give_equal_weights(tmp_path):
     for name in ("a", "b"):
         trainer(tmp_path / name).fit()
