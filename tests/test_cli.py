@@ -26,10 +26,10 @@ from conddetr.config import Backend, resolve
 from conddetr.config.flags import add_options, chosen_options
 from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.data.video import Video
 from conddetr.engine.coco_metrics import METRICS, Detections
 from conddetr.engine.progress import console
 from conddetr.kernels import registry
+from conddetr.prediction.video import Video
 from conddetr.viz.pictures import PictureFolder
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")

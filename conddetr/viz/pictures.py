@@ -8,14 +8,14 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from conddetr.drawn import has_marks, marks
 from conddetr.viz.boxes import save_figure
+from conddetr.viz.marks import has_marks, marks
 
 
 class PictureFolder:
     """A folder for pictures of images; saving replaces only an earlier picture of the same image.
 
-    The metadata of a picture names the command and, as a hash of its path, the image (`conddetr.drawn`).
+    The metadata of a picture names the command and, as a hash of its path, the image (`conddetr.viz.marks`).
     """
 
     def __init__(self, folder: str | Path, command: str, sources: Sequence[str | Path]) -> None:

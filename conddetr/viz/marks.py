@@ -26,12 +26,12 @@ def marks(command: str, source: str | Path | None = None) -> dict[str, str]:
 def has_marks(path: Path, expected: dict[str, str]) -> bool:
     """Whether a file is a PNG or an MP4 with these marks."""
     if path.suffix.lower() == ".png":
-        found = _png_texts(path)
+        texts = _png_texts(path)
     elif path.suffix.lower() == ".mp4":
-        found = _mp4_texts(path)
+        texts = _mp4_texts(path)
     else:
         return False
-    return all(found.get(key) == text for key, text in expected.items())
+    return all(texts.get(key) == text for key, text in expected.items())
 
 
 def mark_mp4(path: Path, texts: dict[str, str]) -> None:

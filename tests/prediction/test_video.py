@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from conddetr.data import video
-from conddetr.data.video import Video, VideoError, VideoFile, shown_name
-from conddetr.drawn import has_marks, marks
+from conddetr.prediction import video
+from conddetr.prediction.video import Video, VideoError, VideoFile, shown_name
+from conddetr.viz.marks import has_marks, marks
 
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV (pip install 'conddetr[video]')")
 FPS = 10.0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from conddetr.drawn import has_marks, marks
 from conddetr.engine.progress import say
+from conddetr.viz.marks import has_marks, marks
 
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow registers but cannot read."""

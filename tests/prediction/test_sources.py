@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from conddetr.data.sources import find_sources, is_video
-from conddetr.drawn import has_marks, mark_mp4, marks
+from conddetr.prediction.sources import find_sources, is_video
+from conddetr.viz.marks import has_marks, mark_mp4, marks
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from conddetr import interrupt
 from conddetr.data.annotations import read_annotations
 from conddetr.detection import Detection, Frame, Prediction
-from conddetr.results import (
+from conddetr.prediction.results import (
     COLUMNS,
     CocoDatasetFile,
     CsvFile,

@@ -17,8 +17,8 @@ import torch
 from conddetr import interrupt
 from conddetr.config.checks import check_least
 from conddetr.detection import Frame
-from conddetr.drawn import mark_mp4
 from conddetr.files import KeptFile
+from conddetr.viz.marks import mark_mp4
 
 FALLBACK_FPS = 25.0
 """Frames per second of a written video if its source does not state them."""
@@ -168,7 +168,7 @@ class VideoFile(KeptFile):
             height, width: of every frame, in pixels. OpenCV leaves out the last row or column of an odd size.
             is_live: repeat frames such that the video has the speed of their times: a detector may be slower than a
                 camera.
-            marks: for `conddetr.drawn.has_marks`.
+            marks: for `conddetr.viz.marks.has_marks`.
         """
         super().__init__(path, path.with_name(f"{path.stem}.partial.mp4"))
         self._fps, self._size, self._is_live, self._marks = fps, (width, height), is_live, marks
