@@ -28,6 +28,8 @@ from conddetr.files import KeptFile, check_json_target
 COLUMNS = ("image", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 """Columns of the CSV file. `frame` (from 0) and `time` (seconds) are empty for images."""
 _HEADER = f"{','.join(COLUMNS)}\n".encode()
+_NOT_UNICODE = "backslashreplace"
+"""How bytes of file names are written that are not Unicode: as `\\udce9`, as on the terminal."""
 
 
 def check_target(option: str, path: str | Path) -> None:
@@ -70,8 +72,9 @@ class ResultsFile(KeptFile):
                 self._add(prediction, prediction.result)
 
     def _open(self, partial: Path, stack: contextlib.ExitStack) -> None:
-        # The stack closes it.
-        self._file: TextIO = stack.enter_context(open(partial, "w", encoding="utf-8", newline=""))  # noqa: SIM115
+        # The stack closes it. In JSON the escape of a name's byte that is not Unicode is read back as Python's.
+        file = open(partial, "w", encoding="utf-8", errors=_NOT_UNICODE, newline="")  # noqa: SIM115
+        self._file: TextIO = stack.enter_context(file)
         self._begin(stack)
 
     @abstractmethod
@@ -150,7 +153,8 @@ class CocoDatasetFile(_JsonFile):
         info = {"description": "detections by conddetr", **folder}
         categories = [{"id": entry["id"], "name": entry["name"]} for entry in self._classes]
         # A long video has many images: their list waits in a second file.
-        self._images = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
+        images = tempfile.TemporaryFile("w+", encoding="utf-8", errors=_NOT_UNICODE)  # noqa: SIM115
+        self._images = stack.enter_context(images)
         self._file.write(f'{{"info": {json.dumps(info, ensure_ascii=False)},\n')
         self._file.write(f'"categories": {json.dumps(categories, ensure_ascii=False)},\n"annotations": [')
         stack.callback(self._end)

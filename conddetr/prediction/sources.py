@@ -15,8 +15,8 @@ NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow registers but cannot read."""
 VIDEOS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv")
 """Suffixes of video files."""
-_LIVE = re.compile(r"camera:|(rtsp|rtsps|rtmp|udp|http|https)://", re.IGNORECASE)
-"""Beginning of a source that is no file."""
+_ADDRESS = re.compile(r"camera:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+"""Beginning of a source that is no file: a camera, or an address of any protocol."""
 
 
 def image_file(name: str | Path) -> Path:
@@ -64,7 +64,7 @@ def find_sources(names: Sequence[str]) -> list[Path | str]:
 
 def _sources_of(name: str) -> Sequence[Path | str]:
     path = Path(name)
-    if _LIVE.match(name) and not path.exists():
+    if _ADDRESS.match(name) and not path.exists():
         if name.lower().startswith("camera:") and not name[len("camera:") :].isdecimal():
             raise ValueError(f"Camera {name!r}: expected camera:N with a number N, for example camera:0.")
         return [name]

@@ -80,6 +80,16 @@ def test_data_set_is_read_back(predictions, tmp_path):
     assert len(read_annotations(tmp_path / "a.json")) == 4
 
 
+def test_names_that_are_not_unicode_are_written(tmp_path):
+    """Linux allows any bytes in the name of a file."""
+    name = "caf\udce9.jpg"
+    write_coco(tmp_path / "a.json", [prediction(name, 0, 1)], CLASSES)
+    [image] = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["images"]
+    assert image["file_name"] == name
+    write_csv(tmp_path / "a.csv", [prediction(name, 0, 1)])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1].startswith(r"caf\udce9.jpg,")
+
+
 def test_empty_files_are_valid(tmp_path):
     write_csv(tmp_path / "a.csv", [])
     assert (tmp_path / "a.csv").read_text() == ",".join(COLUMNS) + "\n"

@@ -56,10 +56,12 @@ def test_drawings_of_predict_are_skipped(photos, capsys):
     for content in (b"", b"free", b"free[1]", b"free\xff", b"free{}"):
         (photos / "clip.mp4").write_bytes(content)
         assert not has_marks(photos / "clip.mp4", marks("predict"))
+    # As a file that may not be read.
+    assert not any(has_marks(photos / name, marks("predict")) for name in ("none.mp4", "none.png"))
 
 
 def test_cameras_and_addresses_are_kept_as_they_are(photos):
-    words = ["camera:0", "rtsp://user:secret@host/path*", "http://host/a.mp4?x=[1]"]
+    words = ["camera:0", "rtsp://user:secret@host/path*", "http://host/a.mp4?x=[1]", "srt://host:9000"]
     assert names(*words) == words
     assert all(is_video(word) for word in find_sources(words))
 
