@@ -15,9 +15,8 @@ from conddetr.engine.progress import Progress, say
 from conddetr.prediction.results import ResultsFile
 from conddetr.prediction.sources import is_video
 from conddetr.prediction.video import Video, VideoError, VideoFile
-from conddetr.viz.boxes import detections_figure
-from conddetr.viz.frames import drawn_frame
 from conddetr.viz.pictures import PictureFolder
+from conddetr.viz.pixels import drawn_frame, drawn_photo
 
 if TYPE_CHECKING:
     from conddetr.detector import Detector
@@ -94,7 +93,7 @@ class Session:
         line = f"{prediction.name}: {len(detection)} objects"
         if self.pictures is not None and prediction.image is not None:
             boxes = detection.boxes, detection.labels.tolist(), detection.captions
-            file = self.pictures.save(detections_figure(prediction.image, *boxes), prediction.source)
+            file = self.pictures.save_pixels(drawn_photo(prediction.image, *boxes), prediction.source)
             line += f"; wrote {file}"
         say(line)
 
