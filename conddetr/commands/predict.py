@@ -1,4 +1,4 @@
-"""`conddetr predict`."""
+"""`conddetr predict`: detect objects in images and videos, draw them, write them to files, and print counts."""
 
 import argparse
 from collections.abc import Sequence

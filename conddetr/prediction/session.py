@@ -1,6 +1,7 @@
 """Detection on images, videos and cameras: everything is read, drawn, written to files and counted."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +22,17 @@ from conddetr.viz.pixels import drawn_frame, drawn_photo
 if TYPE_CHECKING:
     from conddetr.detector import Detector
 
+LISTED_IMAGES = 20
+"""Maximum number of images that have a line each."""
+LISTED_ERRORS = 20
+"""Maximum number of inputs that cannot be read and have a line each; the others are counted."""
+
 
 @dataclass
 class Session:
-    """Detection on all inputs; it prints a line for each."""
+    """Detection on all inputs. It prints a line for each video, for each input that cannot be read, up to
+    `LISTED_ERRORS`, and for each image if there are at most `LISTED_IMAGES`.
+    """
 
     detector: "Detector"
     sources: Sequence[str | Path]
@@ -43,8 +51,10 @@ class Session:
     images: int = field(default=0, init=False)
     """Images and frames with a result."""
     objects: int = field(default=0, init=False)
+    drawn: int = field(default=0, init=False)
+    """Pictures of images."""
     errors: list[Exception] = field(default_factory=list, init=False)
-    """Of the inputs that cannot be read."""
+    """Of all inputs that cannot be read."""
     seconds: float = field(default=0.0, init=False)
     is_live: bool = field(default=False, init=False)
     """Whether the input that is being read is a camera or a stream."""
@@ -64,6 +74,18 @@ class Session:
                         self._read_images([source for source in group if isinstance(source, Path)])
         finally:
             self.seconds = time.perf_counter() - start
+            self._say_rest()
+
+    @functools.cached_property
+    def _lists_images(self) -> bool:
+        return sum(not is_video(source) for source in self.sources) <= LISTED_IMAGES
+
+    def _say_rest(self) -> None:
+        """Print what has no line each."""
+        if self.drawn and not self._lists_images and self.pictures is not None:
+            say(f"wrote {self.drawn} pictures to {self.pictures.folder}")
+        if len(self.errors) > LISTED_ERRORS:
+            say(f"{len(self.errors) - LISTED_ERRORS} more inputs cannot be read")
 
     def raise_errors(self) -> None:
         """Raise the first error of an input.
@@ -94,8 +116,10 @@ class Session:
         if self.pictures is not None and prediction.image is not None:
             boxes = detection.boxes, detection.labels.tolist(), detection.captions
             file = self.pictures.save_pixels(drawn_photo(prediction.image, *boxes), prediction.source)
+            self.drawn += 1
             line += f"; wrote {file}"
-        say(line)
+        if self._lists_images:
+            say(line)
 
     def _count(self, prediction: Prediction) -> Detection:
         detection = prediction.detection
@@ -142,7 +166,7 @@ class Session:
 
     def _fail(self, error: Exception, line: str) -> None:
         self.errors.append(error)
-        if len(self.sources) > 1:
+        if len(self.sources) > 1 and len(self.errors) <= LISTED_ERRORS:
             say(line)
 
 
