@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from conddetr import interrupt
 from conddetr.detection import Detection, Frame, Prediction
 from conddetr.engine.progress import Progress, say
 from conddetr.prediction.results import ResultsFile
@@ -102,6 +103,7 @@ class Session:
         return contextlib.closing(self.detector.predict_stream(images, self.threshold, self.top_k, self.batch_size))
 
     def _read_images(self, paths: Sequence[Path]) -> None:
+        self.is_live = False
         with Progress("predict", len(paths)) as progress, self._predictions(paths) as predictions:
             for prediction in predictions:
                 self._take_image(prediction)
@@ -123,10 +125,12 @@ class Session:
 
     def _count(self, prediction: Prediction) -> Detection:
         detection = prediction.detection
-        for file in self.files:
-            file.add(prediction)
-        self.images += 1
-        self.objects += len(detection)
+        # All files and counts have the same images, also after Ctrl-C.
+        with interrupt.deferred():
+            for file in self.files:
+                file.add(prediction)
+            self.images += 1
+            self.objects += len(detection)
         self._check_graphs()
         return detection
 
@@ -143,7 +147,8 @@ class Session:
             with Video(source, self.every, self.max_frames) as video:
                 self.is_live = video.is_live
                 self._read_frames(source, video)
-        except VideoError as error:
+        # A file may vanish before its turn.
+        except (VideoError, FileNotFoundError) as error:
             self._fail(error, str(error))
 
     def _read_frames(self, source: str | Path, video: Video) -> None:
