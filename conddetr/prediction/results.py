@@ -94,12 +94,12 @@ class CsvFile(ResultsFile):
 
     def _add(self, prediction: Prediction, detection: Detection) -> None:
         source = prediction.source
-        place = (source.index, f"{source.seconds:.3f}") if isinstance(source, Frame) else ("", "")
+        frame = (source.index, f"{source.seconds:.3f}") if isinstance(source, Frame) else ("", "")
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
         objects = (detection.names, detection.scores.tolist(), detection.boxes.tolist())
         for name, score, box in zip(*objects, strict=True):
-            writer.writerow((prediction.name, *place, name, f"{score:.6f}", *(f"{side:.2f}" for side in box)))
+            writer.writerow((prediction.name, *frame, name, f"{score:.6f}", *(f"{side:.2f}" for side in box)))
         self._file.write(rows.getvalue())
 
 
@@ -174,8 +174,8 @@ class CocoDatasetFile(_JsonFile):
     def _file_name(self, prediction: Prediction) -> dict[str, Any]:
         source = prediction.source
         if isinstance(source, Frame):
-            place = {"video": source.video, "frame": source.index, "time": round(source.seconds, 3)}
-            return {"file_name": f"{source.video}#{source.index}", **place}
+            frame = {"video": source.video, "frame": source.index, "time": round(source.seconds, 3)}
+            return {"file_name": f"{source.video}#{source.index}", **frame}
         path = PurePath(prediction.name)
         if self._root is not None and path.is_relative_to(self._root):
             path = path.relative_to(self._root)

@@ -76,7 +76,7 @@ def test_data_set_is_read_back(predictions, tmp_path):
         for entry, (x0, y0, x1, y1) in zip(objects, result.boxes.tolist(), strict=True):
             assert entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
             assert entry["area"] == pytest.approx(25, abs=1e-3)
-    # Our reader takes it too, as a data set.
+    # Our reader of data sets reads it too.
     assert len(read_annotations(tmp_path / "a.json")) == 4
 
 

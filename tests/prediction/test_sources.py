@@ -41,6 +41,20 @@ def test_videos_of_a_folder_are_counted_and_not_read(photos, capsys):
     assert capsys.readouterr().out == "photos: 1 videos are not read, first clip.mp4: name them to read them\n"
 
 
+def test_links_without_a_file_are_counted(photos, capsys):
+    (photos / "deep/a.jpg").symlink_to("er/c.jpg")
+    (photos / "deep/b.jpg").symlink_to("none.jpg")
+    for word in ("photos/deep", "photos/deep/*.jpg"):
+        assert names(word) == ["photos/deep/a.jpg"]
+        assert capsys.readouterr().out == f"{word}: 1 links whose files do not exist are skipped\n"
+
+
+def test_a_folder_of_videos_says_how_to_read_them(photos):
+    (photos / "deep/clip.mp4").write_bytes(b"a video")
+    with pytest.raises(FileNotFoundError, match="1 files, 1 of them videos: name those to read them"):
+        find_sources(["photos/deep"])
+
+
 def test_an_input_is_read_once(photos, capsys):
     assert names("photos/b.jpg", "photos/*.jpg", "photos/b.jpg") == ["photos/b.jpg", "photos/[x].jpg"]
     assert capsys.readouterr().out == "2 of 4 inputs are named twice: they are read once\n"
