@@ -29,7 +29,7 @@ COLUMNS = ("image", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 """Columns of the CSV file. `frame` (from 0) and `time` (seconds) are empty for images."""
 _HEADER = f"{','.join(COLUMNS)}\n".encode()
 _NOT_UNICODE = "backslashreplace"
-"""How bytes of file names are written that are not Unicode: as `\\udce9`, as on the terminal."""
+"""How bytes of a file name that are not Unicode are written: as `\\udce9`, which JSON reads back as Python's name."""
 
 
 def check_target(option: str, path: str | Path) -> None:
@@ -72,7 +72,7 @@ class ResultsFile(KeptFile):
                 self._add(prediction, prediction.result)
 
     def _open(self, partial: Path, stack: contextlib.ExitStack) -> None:
-        # The stack closes it. In JSON the escape of a name's byte that is not Unicode is read back as Python's.
+        # The stack closes it.
         file = open(partial, "w", encoding="utf-8", errors=_NOT_UNICODE, newline="")  # noqa: SIM115
         self._file: TextIO = stack.enter_context(file)
         self._begin(stack)

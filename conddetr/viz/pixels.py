@@ -56,7 +56,8 @@ def _with_boxes(picture: Image.Image, boxes: Tensor, labels: Sequence[int], capt
     draw = ImageDraw.Draw(picture)
     # Legible in pictures of any size.
     line = max(2, round(min(picture.size) / 300))
-    texts, _ = lettering(captions)
+    # Pillow cannot measure text of several lines.
+    texts, _ = lettering([" ".join(caption.splitlines()) for caption in captions])
     for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
         red, green, blue, _ = (round(255 * part) for part in colormaps["tab10"](int(label) % 10))
         x0, y0, x1, y1 = box

@@ -53,6 +53,13 @@ def test_captions_differ_in_every_script():
     assert not np.array_equal(first, plain)
 
 
+def test_a_caption_is_one_line():
+    """A class name may have line breaks."""
+    boxes = torch.tensor([[40.0, 100.0, 200.0, 220.0]])
+    broken, plain = (drawn_frame(IMAGE, boxes, [1], [text]) for text in ("traffic\nlight\r\n", "traffic light"))
+    assert np.array_equal(broken, plain)
+
+
 def test_corners_in_the_wrong_order_are_drawn_too():
     """Boxes of an untrained model may be empty."""
     pixels = drawn_frame(IMAGE, torch.tensor([[50.0, 50.0, 50.0, 49.9]]), [1], ["x"])
