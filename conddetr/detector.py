@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conddetr.engine.coco_metrics import Detections
     from conddetr.engine.loggers import RunLogger
     from conddetr.export import ExportReport
-    from conddetr.inference import Inference
+    from conddetr.prediction.stream import Inference
     from conddetr.viz.attention import AttentionMaps
 
 
@@ -475,7 +475,7 @@ class Detector:
 
         Args:
             images: as for `predict`, also from a generator, which runs in another thread, such as the frames of a
-                `conddetr.data.video.Video`.
+                `conddetr.prediction.video.Video`.
             threshold, top_k, batch_size: as for `predict`.
             ahead: maximum number of images that are taken from `images` and not yet returned; more fill batches of rare
                 shapes better. Default: four batches, at least 8. For the shortest delay of a camera: 1.
@@ -487,7 +487,7 @@ class Detector:
         Raises:
             ValueError: a number is out of its range, or a compiled model cannot be compiled.
         """
-        from conddetr.inference import images_ahead, stream
+        from conddetr.prediction.stream import images_ahead, stream
 
         check_least("batch_size", batch_size, 1)
         if ahead is not None:
@@ -496,7 +496,7 @@ class Detector:
         return stream(inference, images, batch_size, images_ahead(batch_size) if ahead is None else ahead)
 
     def _inference(self, model: DETR, threshold: float, top_k: int) -> "Inference":
-        from conddetr.inference import Inference
+        from conddetr.prediction.stream import Inference
 
         check_fraction("threshold", threshold)
         check_least("top_k", top_k, 1)
@@ -522,7 +522,7 @@ class Detector:
             FileNotFoundError, ValueError, TypeError: as `predict`.
         """
         from conddetr.data.images import read_image
-        from conddetr.inference import detection_of, model_input
+        from conddetr.prediction.stream import detection_of, model_input
         from conddetr.viz.attention import attention_maps
 
         config = self.model.config

@@ -26,10 +26,10 @@ from conddetr.config import Backend, resolve
 from conddetr.config.flags import add_options, chosen_options
 from conddetr.config.run import option_help, read_config, resolve_run
 from conddetr.data.synthetic import SyntheticShapes
-from conddetr.data.video import Video
 from conddetr.engine.coco_metrics import METRICS, Detections
 from conddetr.engine.progress import console
 from conddetr.kernels import registry
+from conddetr.prediction.video import Video
 from conddetr.viz.pictures import PictureFolder
 
 pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
@@ -374,14 +374,14 @@ def test_results_have_the_image_ids_of_annotations(predict, small_coco, tmp_path
 def test_an_interrupted_prediction_leaves_valid_files(predict, tmp_path, monkeypatch):
     for index in range(4):
         write_image(tmp_path / f"{index}.png", 50)
-    save = PictureFolder.save
+    save = PictureFolder.save_pixels
 
-    def interrupted(self, figure, image, ending=""):
+    def interrupted(self, pixels, image):
         if image.name == "2.png":
             raise KeyboardInterrupt
-        return save(self, figure, image, ending)
+        return save(self, pixels, image)
 
-    monkeypatch.setattr(PictureFolder, "save", interrupted)
+    monkeypatch.setattr(PictureFolder, "save_pixels", interrupted)
     files = ["--results", "objects.csv", "--results", "objects.json"]
     names = [f"{index}.png" for index in range(4)]
     status, printed, errors = predict(*names, *files, "--threshold", "0", "--top-k", "1")

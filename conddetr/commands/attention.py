@@ -3,9 +3,9 @@
 import argparse
 
 from conddetr.data.images import read_image
-from conddetr.data.sources import image_file
 from conddetr.detector import Detector
 from conddetr.engine.progress import say
+from conddetr.prediction.sources import image_file
 from conddetr.viz.attention import attention_figure
 from conddetr.viz.pictures import PictureFolder
 

@@ -99,7 +99,8 @@ def _add_predict(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "predict",
         help="detect objects in images, videos and cameras",
         description="Detect objects in images, videos and cameras; draw them, and write them to files. Ctrl-C ends a "
-        "camera. The files are complete after Ctrl-C too.",
+        "camera. The files are complete after Ctrl-C too. Of more than 20 images, only those that cannot be read "
+        "have a line.",
     )
     parser.set_defaults(module="predict")
     parser.add_argument(

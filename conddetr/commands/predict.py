@@ -1,27 +1,18 @@
-"""`conddetr predict`."""
+"""`conddetr predict`: detect objects in images and videos, draw them, write them to files, and print counts."""
 
 import argparse
-import contextlib
-import time
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from conddetr.commands.shared import print_chosen
 from conddetr.config.checks import check_fraction, check_least
 from conddetr.data.annotations import Annotations, read_annotations
-from conddetr.data.sources import find_sources, is_video
-from conddetr.data.video import Video, VideoError, VideoFile, opencv, shown_name
-from conddetr.detection import Detection, Frame, Prediction
 from conddetr.detector import Detector
 from conddetr.devices import find_device
 from conddetr.engine.categories import category_ids_of
-from conddetr.engine.progress import Progress, say
+from conddetr.engine.progress import say
 from conddetr.files import refuse_overwriting
-from conddetr.results import (
+from conddetr.prediction.results import (
     CocoDatasetFile,
     CocoResultsFile,
     CsvFile,
@@ -30,8 +21,9 @@ from conddetr.results import (
     check_target,
     common_folder,
 )
-from conddetr.viz.boxes import detections_figure
-from conddetr.viz.frames import drawn_frame
+from conddetr.prediction.session import Session
+from conddetr.prediction.sources import find_sources, is_video
+from conddetr.prediction.video import opencv, shown_name
 from conddetr.viz.pictures import PictureFolder
 
 PICTURES = "runs/predict"
@@ -47,7 +39,17 @@ def run(options: argparse.Namespace) -> None:
     annotations = options.annotations and _annotations(options.annotations, sources)
     detector = _load(options)
     files = [_results_file(path, detector, sources, annotations, options) for path in options.results]
-    session = _Session(detector, options, sources, pictures, files)
+    session = Session(
+        detector,
+        sources,
+        pictures,
+        files,
+        threshold=options.threshold,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
+        every=options.every or 1,
+        max_frames=options.max_frames,
+    )
     try:
         session.run()
     except KeyboardInterrupt:
@@ -55,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         if not session.is_live:
             raise
     finally:
-        session.report()
+        _report(session, options)
     session.raise_errors()
 
 
@@ -138,138 +140,15 @@ def _results_file(
     return CocoResultsFile(path, ImageIds(annotations), category_ids)
 
 
-@dataclass
-class _Session:
-    """Detection on all inputs: what is read, drawn, written and counted."""
-
-    detector: Detector
-    options: argparse.Namespace
-    sources: Sequence[str | Path]
-    pictures: PictureFolder | None
-    files: Sequence[ResultsFile]
-    images: int = 0
-    """Images and frames with a result."""
-    objects: int = 0
-    errors: list[Exception] = field(default_factory=list)
-    """Of the inputs that cannot be read."""
-    seconds: float = 0.0
-    is_live: bool = False
-    """Whether the input that is being read is a camera or a stream."""
-
-    def run(self) -> None:
-        """Read all inputs; the files are complete at the end, also after an exception."""
-        start = time.perf_counter()
-        try:
-            with contextlib.ExitStack() as stack:
-                for file in self.files:
-                    stack.enter_context(file)
-                for are_videos, group in groupby(self.sources, is_video):
-                    if are_videos:
-                        for source in group:
-                            self._read_video(source)
-                    else:
-                        self._read_images([source for source in group if isinstance(source, Path)])
-        finally:
-            self.seconds = time.perf_counter() - start
-
-    def _predictions(self, images: Iterable) -> contextlib.closing[Generator[Prediction, None, None]]:
-        options = self.options
-        return contextlib.closing(
-            self.detector.predict_stream(images, options.threshold, options.top_k, options.batch_size)
-        )
-
-    def _read_images(self, paths: Sequence[Path]) -> None:
-        with Progress("predict", len(paths)) as progress, self._predictions(paths) as predictions:
-            for prediction in predictions:
-                self._take_image(prediction)
-                progress.advance(1)
-
-    def _take_image(self, prediction: Prediction) -> None:
-        if isinstance(prediction.error, (OSError, ValueError)):
-            self._fail(prediction.error, f"{prediction.name}: left out: {prediction.error}")
-            return
-        detection = self._count(prediction)
-        line = f"{prediction.name}: {len(detection)} objects"
-        if self.pictures is not None and prediction.image is not None:
-            boxes = detection.boxes, detection.labels.tolist(), detection.captions
-            file = self.pictures.save(detections_figure(prediction.image, *boxes), prediction.source)
-            line += f"; wrote {file}"
-        say(line)
-
-    def _count(self, prediction: Prediction) -> Detection:
-        detection = prediction.detection
-        for file in self.files:
-            file.add(prediction)
-        self.images += 1
-        self.objects += len(detection)
-        self._check_graphs()
-        return detection
-
-    def _check_graphs(self) -> None:
-        """A graph was requested, so an error says if the first batch ran without one."""
-        graphs = self.detector.model.graphs
-        if self.images == 1 and graphs is not None and not len(graphs):
-            raise ValueError(
-                f"--graphs: no CUDA graph was recorded ({graphs.refused or 'the warning above says why'})."
-            )
-
-    def _read_video(self, source: str | Path) -> None:
-        try:
-            with Video(source, self.options.every or 1, self.options.max_frames) as video:
-                self.is_live = video.is_live
-                self._read_frames(source, video)
-        except VideoError as error:
-            self._fail(error, str(error))
-
-    def _read_frames(self, source: str | Path, video: Video) -> None:
-        before, drawn = (self.images, self.objects), None
-        try:
-            with contextlib.ExitStack() as stack:
-                progress = stack.enter_context(Progress(video.name, video.total))
-                for prediction in stack.enter_context(self._predictions(video)):
-                    detection = self._count(prediction)
-                    if self.pictures is not None:
-                        drawn = drawn or stack.enter_context(
-                            _video_file(self.pictures, source, video, prediction.source)
-                        )
-                        drawn.add(_drawn(prediction.source, detection), prediction.source.seconds)
-                    progress.advance(1)
-        finally:
-            frames, objects = self.images - before[0], self.objects - before[1]
-            wrote = f"; wrote {drawn.path}" if drawn is not None and drawn.is_complete else ""
-            say(f"{video.name}: {frames} frames, {objects} objects{wrote}")
-
-    def _fail(self, error: Exception, line: str) -> None:
-        self.errors.append(error)
-        if len(self.sources) > 1:
-            say(line)
-
-    def report(self) -> None:
-        """Print what was done, also after an exception."""
-        for file in self.files:
-            if file.is_complete:
-                say(f"wrote {file.path}")
-        timed = ["reading", "model"]
-        timed += ["compilation"] if self.options.compile else []
-        timed += ["drawing"] if self.pictures else []
-        kind = "images and frames" if any(map(is_video, self.sources)) else "images"
-        rate = self.images / self.seconds if self.seconds else 0.0
-        counts = f"{self.images} {kind}, {self.objects} objects, {len(self.errors)} unreadable"
-        say(f"{counts}; {rate:.1f} images/s ({', '.join(timed)})")
-
-    def raise_errors(self) -> None:
-        """Raise the first error of an input."""
-        if self.errors:
-            total = len(self.sources)
-            prefix = f"{len(self.errors)} of {total} inputs cannot be read, first: " if total > 1 else ""
-            raise ValueError(f"{prefix}{self.errors[0]}")
-
-
-def _drawn(frame: Frame, detection: Detection) -> np.ndarray:
-    return drawn_frame(frame.image, detection.boxes, detection.labels.tolist(), detection.captions)
-
-
-def _video_file(pictures: PictureFolder, source: str | Path, video: Video, frame: Frame) -> VideoFile:
-    height, width = frame.image.shape[-2:]
-    path = pictures.video(source, video.name)
-    return VideoFile(path, video.fps, height, width, video.is_live, pictures.marks(source))
+def _report(session: Session, options: argparse.Namespace) -> None:
+    """Print what was done, also after an exception."""
+    for file in session.files:
+        if file.is_complete:
+            say(f"wrote {file.path}")
+    timed = ["reading", "model"]
+    timed += ["compilation"] if options.compile else []
+    timed += ["drawing"] if session.pictures else []
+    kind = "images and frames" if any(map(is_video, session.sources)) else "images"
+    rate = session.images / session.seconds if session.seconds else 0.0
+    counts = f"{session.images} {kind}, {session.objects} objects, {len(session.errors)} unreadable"
+    say(f"{counts}; {rate:.1f} images/s ({', '.join(timed)})")

@@ -1,4 +1,4 @@
-"""Boxes drawn on images."""
+"""Boxes drawn on images in matplotlib figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,12 +67,3 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 110, marks: Mapping
     with atomic_file(path) as partial:
         FigureCanvasAgg(figure).print_figure(partial, dpi=dpi, format="png", metadata=marks)
     return Path(path)
-
-
-def detections_figure(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> Figure:
-    """One image with its boxes, at the size of the image or larger; arguments as in `draw_boxes`."""
-    height, width = image.shape[-2:]
-    scale = max(width, height, 480) / 110
-    figure = Figure(figsize=(scale * width / max(width, height), scale * height / max(width, height)))
-    draw_boxes(figure.add_axes((0, 0, 1, 1)), image, boxes, labels, captions)
-    return figure

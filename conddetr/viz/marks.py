@@ -24,14 +24,14 @@ def marks(command: str, source: str | Path | None = None) -> dict[str, str]:
 
 
 def has_marks(path: Path, expected: dict[str, str]) -> bool:
-    """Whether a file is a PNG or an MP4 with these marks."""
+    """Whether a file is a PNG or an MP4 with these marks. A file that cannot be read has none."""
     if path.suffix.lower() == ".png":
-        found = _png_texts(path)
+        texts = _png_texts(path)
     elif path.suffix.lower() == ".mp4":
-        found = _mp4_texts(path)
+        texts = _mp4_texts(path)
     else:
         return False
-    return all(found.get(key) == text for key, text in expected.items())
+    return all(texts.get(key) == text for key, text in expected.items())
 
 
 def mark_mp4(path: Path, texts: dict[str, str]) -> None:
@@ -51,13 +51,12 @@ def _png_texts(path: Path) -> dict[str, str]:
 
 
 def _mp4_texts(path: Path) -> dict[str, str]:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - _LONGEST))
-        end = file.read()
-    start = end.rfind(_BOX) + len(_BOX)
     try:
-        texts = json.loads(end[start:])
-    # Not UTF-8 or not JSON: another program wrote the file.
-    except ValueError:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _LONGEST))
+            end = file.read()
+        texts = json.loads(end[end.rfind(_BOX) + len(_BOX) :])
+    # The file cannot be read, or another program wrote it: its end is not UTF-8 or not JSON.
+    except (OSError, ValueError):
         return {}
     return texts if isinstance(texts, dict) else {}

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from conddetr.drawn import has_marks, marks
 from conddetr.engine.progress import say
+from conddetr.viz.marks import has_marks, marks
 
 NOT_DECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 """Formats that Pillow registers but cannot read."""
 VIDEOS = (".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".webm", ".wmv")
 """Suffixes of video files."""
-_LIVE = re.compile(r"camera:|(rtsp|rtsps|rtmp|udp|http|https)://", re.IGNORECASE)
-"""Beginning of a source that is no file."""
+_ADDRESS = re.compile(r"camera:|[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+"""Beginning of a source that is no file: a camera, or an address of any protocol."""
 
 
 def image_file(name: str | Path) -> Path:
@@ -64,7 +64,7 @@ def find_sources(names: Sequence[str]) -> list[Path | str]:
 
 def _sources_of(name: str) -> Sequence[Path | str]:
     path = Path(name)
-    if _LIVE.match(name) and not path.exists():
+    if _ADDRESS.match(name) and not path.exists():
         if name.lower().startswith("camera:") and not name[len("camera:") :].isdecimal():
             raise ValueError(f"Camera {name!r}: expected camera:N with a number N, for example camera:0.")
         return [name]
@@ -77,20 +77,21 @@ def _sources_of(name: str) -> Sequence[Path | str]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = _visible(folder.iterdir())
+    files = _visible(str(folder), folder.iterdir())
     images = [path for path in files if path.suffix.lower() in _image_suffixes()]
     kept = _without_drawn(str(folder), images, "images")
+    videos = [path for path in files if is_video(path) and not has_marks(path, marks("predict"))]
     if not kept:
         content = f"{len(files)} files" + (f", {len(images)} of them drawn by predict" if images else "")
+        content += f", {len(videos)} of them videos: name those to read them" if videos else ""
         raise FileNotFoundError(f"Folder {folder} contains no image: {content}. Subfolders are not searched.")
-    videos = [path for path in files if is_video(path) and not has_marks(path, marks("predict"))]
     if videos:
         say(f"{folder}: {len(videos)} videos are not read, first {videos[0].name}: name them to read them")
     return kept
 
 
 def _matches(pattern: str) -> list[Path]:
-    files = _visible(Path(name) for name in glob.iglob(pattern, recursive=True))
+    files = _visible(pattern, map(Path, glob.iglob(pattern, recursive=True)))
     known = [path for path in files if path.suffix.lower() in _image_suffixes() or is_video(path)]
     kept = _without_drawn(pattern, known, "images and videos")
     if not kept:
@@ -101,9 +102,15 @@ def _matches(pattern: str) -> list[Path]:
     return kept
 
 
-def _visible(paths: Iterable[Path]) -> list[Path]:
-    """Files, sorted. Files whose names begin with a dot hold metadata of other systems, not images."""
-    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+def _visible(where: str, paths: Iterable[Path]) -> list[Path]:
+    """Files, sorted; a line says how many links have no target.
+
+    Files whose names begin with a dot hold metadata of other systems, not images.
+    """
+    visible = sorted(path for path in paths if not path.name.startswith("."))
+    if broken := sum(path.is_symlink() and not path.exists() for path in visible):
+        say(f"{where}: {broken} links whose files do not exist are skipped")
+    return [path for path in visible if path.is_file()]
 
 
 def _without_drawn(where: str, files: list[Path], kind: str) -> list[Path]:

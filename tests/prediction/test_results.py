@@ -10,7 +10,7 @@ import torch
 from conddetr import interrupt
 from conddetr.data.annotations import read_annotations
 from conddetr.detection import Detection, Frame, Prediction
-from conddetr.results import (
+from conddetr.prediction.results import (
     COLUMNS,
     CocoDatasetFile,
     CsvFile,
@@ -76,8 +76,18 @@ def test_data_set_is_read_back(predictions, tmp_path):
         for entry, (x0, y0, x1, y1) in zip(objects, result.boxes.tolist(), strict=True):
             assert entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
             assert entry["area"] == pytest.approx(25, abs=1e-3)
-    # Our reader takes it too, as a data set.
+    # Our reader of data sets reads it too.
     assert len(read_annotations(tmp_path / "a.json")) == 4
+
+
+def test_names_that_are_not_unicode_are_written(tmp_path):
+    """Linux allows any bytes in the name of a file."""
+    name = "caf\udce9.jpg"
+    write_coco(tmp_path / "a.json", [prediction(name, 0, 1)], CLASSES)
+    [image] = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["images"]
+    assert image["file_name"] == name
+    write_csv(tmp_path / "a.csv", [prediction(name, 0, 1)])
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()[1].startswith(r"caf\udce9.jpg,")
 
 
 def test_empty_files_are_valid(tmp_path):

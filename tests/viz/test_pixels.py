@@ -1,10 +1,10 @@
-"""Boxes and captions on frames of a video."""
+"""Boxes and captions on photos and frames of a video."""
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 
-from conddetr.viz.frames import drawn_frame
+from conddetr.viz.pixels import LEAST_SIDE, drawn_frame, drawn_photo
 
 IMAGE = torch.full((3, 240, 320), 100, dtype=torch.uint8)
 ORANGE = [round(255 * part) for part in colormaps["tab10"](1)[:3]]
@@ -25,6 +25,21 @@ def test_a_box_is_drawn_at_its_pixels():
     assert (pixels[80:100] > 240).all(-1).any()
 
 
+def test_a_small_photo_is_enlarged_with_its_boxes():
+    box = torch.tensor([[40.0, 100.0, 200.0, 220.0]])
+    pixels = drawn_photo(IMAGE, box, [11], ["cat 0.51"])
+    assert pixels.shape == (360, LEAST_SIDE, 3)
+    is_line = (pixels == ORANGE).all(-1)
+    assert is_line[150:330, 60].all()
+    assert is_line[330, 60:300].all()
+    assert (pixels[200, 150] == 100).all()
+    # A floating image has the same pixels.
+    assert np.array_equal(drawn_photo(IMAGE / 255, box, [11], ["cat 0.51"]), pixels)
+    large = torch.zeros(3, 500, 20, dtype=torch.uint8)
+    assert drawn_photo(large, box[:0], [], []).shape == (500, 20, 3)
+    assert drawn_photo(large[:, :1, :1], box[:0], [], []).shape == (LEAST_SIDE, LEAST_SIDE, 3)
+
+
 def test_a_caption_without_room_above_is_inside_the_frame():
     for box in ([-20.0, -30.0, 100.0, 200.0], [5.0, 2.0, 100.0, 200.0]):
         pixels = drawn_frame(IMAGE, torch.tensor([box]), [1], ["cat 0.51"])
@@ -36,6 +51,13 @@ def test_captions_differ_in_every_script():
     first, second, plain = (drawn_frame(IMAGE, boxes, [1], [text]) for text in ("Ёлка", "café", ""))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, plain)
+
+
+def test_a_caption_is_one_line():
+    """A class name may have line breaks."""
+    boxes = torch.tensor([[40.0, 100.0, 200.0, 220.0]])
+    broken, plain = (drawn_frame(IMAGE, boxes, [1], [text]) for text in ("traffic\nlight\r\n", "traffic light"))
+    assert np.array_equal(broken, plain)
 
 
 def test_corners_in_the_wrong_order_are_drawn_too():

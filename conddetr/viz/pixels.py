@@ -1,10 +1,11 @@
-"""Boxes drawn on the frames of a video: many times faster than a figure, in the same colours and fonts."""
+"""Boxes drawn on pixels, for photos and frames of videos: several times faster than a figure, in the same colours."""
 
 import functools
 from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.font_manager import FontProperties, findfont
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +14,25 @@ from torch import Tensor
 from conddetr.viz.fonts import family_of, lettering
 
 Colour = tuple[int, int, int]
+
+LEAST_SIDE = 480
+"""Longer side in pixels to which smaller photos are enlarged, so that captions hide less of them."""
+
+
+def drawn_photo(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> np.ndarray:
+    """A copy of an image with boxes, [h, w, 3] uint8, of its size or enlarged to `LEAST_SIDE`.
+
+    Args:
+        image: [3, H, W], uint8 or float in [0, 1].
+        boxes, labels, captions: as in `drawn_frame`.
+    """
+    image = image if image.dtype == torch.uint8 else (255 * image).round().to(torch.uint8)
+    photo = _as_picture(image)
+    scale = max(1.0, LEAST_SIDE / max(photo.size))
+    if scale > 1:
+        width, height = (max(1, round(scale * side)) for side in photo.size)
+        photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+    return _with_boxes(photo, scale * boxes, labels, captions)
 
 
 def drawn_frame(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> np.ndarray:
@@ -24,11 +44,20 @@ def drawn_frame(image: Tensor, boxes: Tensor, labels: Sequence[int], captions: S
         labels: one class index per box; it sets the colour.
         captions: one text per box, in any script for which a font is installed.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    return _with_boxes(_as_picture(image), boxes, labels, captions)
+
+
+def _as_picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+
+
+def _with_boxes(picture: Image.Image, boxes: Tensor, labels: Sequence[int], captions: Sequence[str]) -> np.ndarray:
+    """The pixels of a picture after boxes are drawn on it."""
     draw = ImageDraw.Draw(picture)
-    # Legible in frames of any size.
+    # Legible in pictures of any size.
     line = max(2, round(min(picture.size) / 300))
-    texts, _ = lettering(captions)
+    # Pillow cannot measure text of several lines.
+    texts, _ = lettering([" ".join(caption.splitlines()) for caption in captions])
     for box, label, text in zip(boxes.tolist(), labels, texts, strict=True):
         red, green, blue, _ = (round(255 * part) for part in colormaps["tab10"](int(label) % 10))
         x0, y0, x1, y1 = box

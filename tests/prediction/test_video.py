@@ -1,14 +1,17 @@
 """Frames of videos and cameras: numbers, times, damage, and videos written from frames."""
 
+import itertools
+import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conddetr.data import video
-from conddetr.data.video import Video, VideoError, VideoFile, shown_name
-from conddetr.drawn import has_marks, marks
+from conddetr.prediction import video
+from conddetr.prediction.video import Video, VideoError, VideoFile, shown_name
+from conddetr.viz.marks import has_marks, marks
 
 cv2 = pytest.importorskip("cv2", reason="videos need OpenCV (pip install 'conddetr[video]')")
 FPS = 10.0
@@ -49,6 +52,40 @@ def test_every_frame_is_read_with_its_number_and_time(name, codec, tmp_path):
     for frame in frames:
         assert frame.image.shape == (3, 48, 64)
         assert frame.image.float().mean() == pytest.approx(gray(frame.index), abs=LOSS)
+
+
+@pytest.mark.parametrize("name", ["10:30.mp4", "http:a.mp4", "a%03d.mp4", "caf\udce9.mp4"])
+def test_a_file_may_have_any_name(name, tmp_path, monkeypatch):
+    """Also one that FFmpeg takes for an address, and one that is not Unicode."""
+    monkeypatch.chdir(tmp_path)
+    assert len(written(Path(name), [0.0] * 5, is_live=False)) == 5
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_frames_without_a_stored_time_follow_each_other(tmp_path):
+    """A file of JPEG images has neither times nor a number of frames, and the last frame of MPEG-1 has no time."""
+    images = (cv2.imencode(".jpg", np.full((48, 64, 3), gray(index), np.uint8))[1] for index in range(8))
+    (tmp_path / "a.mjpeg").write_bytes(b"".join(image.tobytes() for image in images))
+    with Video(tmp_path / "a.mjpeg", every=2) as source:
+        assert (source.is_live, source.total) == (False, None)
+        assert [frame.seconds for frame in source] == pytest.approx([index / source.fps for index in range(4)])
+    writer = cv2.VideoWriter(str(tmp_path / "a.mpg"), cv2.VideoWriter_fourcc(*"PIM1"), 25.0, (64, 48))
+    for _ in range(20):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    with Video(tmp_path / "a.mpg") as source:
+        assert [frame.seconds for frame in source] == pytest.approx([index / 25 for index in range(20)], abs=1e-3)
+
+
+def test_frames_are_upright(tmp_path):
+    """A phone stores how it was held as a matrix in the header of a track."""
+    content = bytearray(write_video(tmp_path / "a.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    quarter_turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    content[matrix : matrix + len(quarter_turn)] = quarter_turn
+    (tmp_path / "a.mp4").write_bytes(content)
+    with Video(tmp_path / "a.mp4", max_frames=1) as source:
+        assert [frame.image.shape for frame in source] == [(3, 64, 48)]
 
 
 def test_frames_are_rgb(tmp_path):
@@ -112,14 +149,14 @@ def test_a_video_without_frames_is_an_error(tmp_path, monkeypatch):
 class Camera:
     """Stands in for OpenCV's `VideoCapture` of a camera."""
 
-    def __init__(self, frames):
-        self.frames, self.is_released = iter(frames), False
+    def __init__(self, frames, fps=0.0):
+        self.frames, self.fps, self.is_released = iter(frames), fps, False
 
     def isOpened(self):  # noqa: N802
         return True
 
     def get(self, prop):
-        return {cv2.CAP_PROP_FRAME_COUNT: -1.0, cv2.CAP_PROP_FPS: 0.0}.get(prop, 0.0)
+        return {cv2.CAP_PROP_FRAME_COUNT: -1.0, cv2.CAP_PROP_FPS: self.fps}.get(prop, 0.0)
 
     def grab(self):
         return next(self.frames, None) is not None
@@ -153,8 +190,42 @@ def test_a_camera_has_no_known_end(monkeypatch):
     assert device.is_released
 
 
+def test_time_begins_with_the_first_frame_of_a_camera(monkeypatch):
+    """A camera may need seconds for its first frame."""
+    clock = itertools.count()
+    monkeypatch.setattr(video.time, "monotonic", lambda: float(next(clock)))
+
+    def slow_frames():
+        for _ in range(10):
+            next(clock)
+        for _ in range(3):
+            yield np.zeros((48, 64, 3), np.uint8)
+
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: Camera(slow_frames()))
+    assert [frame.seconds for frame in Video("camera:0", max_frames=3)] == [0, 1, 2]
+
+
+def test_a_camera_that_stops_is_an_error(monkeypatch):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: Camera([np.zeros((48, 64, 3), np.uint8)] * 5))
+    frames = []
+    with pytest.raises(VideoError, match="camera:0: the camera stopped after 5 frames"):
+        frames.extend(Video("camera:0"))
+    assert len(frames) == 5
+    # A stream may end.
+    assert len(list(Video("rtsp://host/a"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("stated", "used"), [(30.0, 30.0), (0.0, 25.0), (float("nan"), 25.0), (-1.0, 25.0), (90000.0, 25.0)]
+)
+def test_frames_per_second_that_no_camera_has_are_not_used(stated, used, monkeypatch):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda _: Camera([], stated))
+    assert Video("camera:0").fps == used
+
+
 def test_a_password_is_not_shown():
     assert shown_name("rtsp://user:secret@host:554/path") == "rtsp://host:554/path"
+    assert shown_name("rtsp://user:p@ss@host/path@2") == "rtsp://host/path@2"
     assert shown_name("camera:0") == "camera:0"
 
 

@@ -1,4 +1,4 @@
-"""Streams of images: order, equal results for every batch size, bounded memory, errors at their places."""
+"""Streams of images: order, equal results for every batch size, bounded memory, errors in the order of the images."""
 
 import gc
 import itertools

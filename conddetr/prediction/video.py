@@ -17,16 +17,16 @@ import torch
 from conddetr import interrupt
 from conddetr.config.checks import check_least
 from conddetr.detection import Frame
-from conddetr.drawn import mark_mp4
 from conddetr.files import KeptFile
+from conddetr.viz.marks import mark_mp4
 
 FALLBACK_FPS = 25.0
 """Frames per second of a written video if its source does not state them."""
+HIGHEST_FPS = 500.0
+"""Largest stated frames per second that are used. Some streams state the rate of their clock instead: 1000, 90000."""
 MISSING_FRAMES = 0.02
 """Fraction of the announced frames that may be missing: some formats announce an estimate."""
-
-
-CAMERA = re.compile(r"camera:(\d+)", re.IGNORECASE)
+CAMERA = re.compile(r"camera:\d+", re.IGNORECASE)
 """Name of the N-th camera of this machine, from 0."""
 
 
@@ -52,7 +52,14 @@ def opencv() -> ModuleType:
 
 def shown_name(source: str | Path) -> str:
     """The name of a source without the user and the password of an address."""
-    return re.sub(r"://[^/@]*@", "://", str(source))
+    return re.sub(r"://[^/]*@", "://", str(source))
+
+
+def _encoded_path(path: str | Path) -> bytes:
+    """A file's path for OpenCV: FFmpeg takes a colon in a relative path for the end of a protocol's name, and OpenCV
+    crashes on a `str` that is not Unicode.
+    """
+    return os.fsencode(os.path.abspath(path))
 
 
 class Video:
@@ -64,7 +71,8 @@ class Video:
     def __init__(self, source: str | Path, every: int = 1, max_frames: int | None = None) -> None:
         """
         Args:
-            source: a file; `camera:N`, the N-th camera from 0; or an address that OpenCV reads, such as `rtsp://…`.
+            source: a file; `camera:N`, the N-th camera from 0; or an address that OpenCV reads, such as `rtsp://…`. A
+                `Path` is always a file.
             every: yield every n-th frame, from the first one on.
             max_frames: yield at most this many frames; default: all.
 
@@ -81,19 +89,21 @@ class Video:
         """The source without a password."""
         self._every, self._max_frames = every, max_frames
         self._cv2 = opencv()
-        self._capture = self._opened(str(source))
+        self._is_camera = isinstance(source, str) and CAMERA.fullmatch(source) is not None
+        self._is_file = isinstance(source, Path) or not (self._is_camera or "://" in source)
+        self._capture = self._opened(source)
         announced = self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)
         self._announced = int(announced) if math.isfinite(announced) and announced > 0 else None
         fps = self._capture.get(self._cv2.CAP_PROP_FPS)
-        self.fps = (fps if math.isfinite(fps) and fps > 0 else FALLBACK_FPS) / every
-        """Yielded frames per second, as the source states them."""
+        self.fps = (fps if 0 < fps <= HIGHEST_FPS else FALLBACK_FPS) / every
+        """Yielded frames per second, as the source states them; `FALLBACK_FPS / every` if it does not."""
         self.read = 0
         """Frames read so far, with those that `every` skips."""
 
     @property
     def is_live(self) -> bool:
         """Whether it has no known end: a camera or a stream."""
-        return self._announced is None
+        return not self._is_file and self._announced is None
 
     @property
     def total(self) -> int | None:
@@ -106,41 +116,59 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         """
         Raises:
-            VideoError: no frame can be read, or fewer than announced.
+            VideoError: no frame can be read, fewer than announced, or a camera stops before `max_frames`.
         """
-        start = time.monotonic()
+        start, seconds = 0.0, -1 / self.fps
         for yielded in itertools.count():
             if yielded == self._max_frames:
                 return
-            # Frames in between are not decoded.
-            while self.read % self._every and self._capture.grab():
-                self.read += 1
-            is_read, pixels = self._capture.read()
-            if not is_read:
+            pixels = self._next_pixels()
+            if pixels is None:
                 break
-            live = time.monotonic() - start if yielded else 0.0
-            stored = self._capture.get(self._cv2.CAP_PROP_POS_MSEC) / 1000
+            now = time.monotonic()
+            start = start if yielded else now
+            seconds = now - start if self.is_live else self._stored_time(seconds)
             rgb = torch.from_numpy(self._cv2.cvtColor(pixels, self._cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
-            yield Frame(self.name, self.read, live if self.is_live else stored, rgb)
+            yield Frame(self.name, self.read, seconds, rgb)
             self.read += 1
         self._check_complete()
+
+    def _next_pixels(self) -> np.ndarray | None:
+        """The next frame that is yielded, [H, W, 3] BGR; None at the end."""
+        # Frames in between are not decoded.
+        while self.read % self._every:
+            if not self._capture.grab():
+                return None
+            self.read += 1
+        is_read, pixels = self._capture.read()
+        return pixels if is_read else None
+
+    def _stored_time(self, previous: float) -> float:
+        """Time of the current frame in seconds, from the time of the frame that was yielded before it."""
+        stored = float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC)) / 1000
+        # OpenCV returns 0 if a frame has no time, such as the last one of an MPEG-1 file.
+        return stored if stored > previous else previous + 1 / self.fps
 
     def _check_complete(self) -> None:
         if not self.read:
             raise VideoError(f"Video {self.name}: no frame can be read.")
+        if self._is_camera:
+            raise VideoError(f"Video {self.name}: the camera stopped after {self.read} frames.")
         if self._announced and self.read < min(self._announced - 1, (1 - MISSING_FRAMES) * self._announced):
             raise VideoError(
                 f"Video {self.name}: truncated or damaged: {self.read} of about {self._announced} frames can be read."
             )
 
-    def _opened(self, source: str) -> Any:
-        camera = CAMERA.fullmatch(source)
-        is_file = not camera and "://" not in source
-        if is_file and not Path(source).is_file():
+    def _opened(self, source: str | Path) -> Any:
+        if self._is_camera:
+            address: int | bytes = int(str(source).partition(":")[2])
+        elif self._is_file and not Path(source).is_file():
             raise FileNotFoundError(f"Video file {source} does not exist.")
-        capture = self._cv2.VideoCapture(int(camera[1]) if camera else source)
+        else:
+            address = _encoded_path(source) if self._is_file else os.fsencode(source)
+        capture = self._cv2.VideoCapture(address)
         if not capture.isOpened():
-            kind = "a video" if is_file else "a camera or a stream"
+            kind = "a video" if self._is_file else "a camera or a stream"
             raise VideoError(f"Video {self.name}: OpenCV cannot open it: expected {kind} that it can read.")
         return capture
 
@@ -168,7 +196,7 @@ class VideoFile(KeptFile):
             height, width: of every frame, in pixels. OpenCV leaves out the last row or column of an odd size.
             is_live: repeat frames such that the video has the speed of their times: a detector may be slower than a
                 camera.
-            marks: for `conddetr.drawn.has_marks`.
+            marks: for `conddetr.viz.marks.has_marks`.
         """
         super().__init__(path, path.with_name(f"{path.stem}.partial.mp4"))
         self._fps, self._size, self._is_live, self._marks = fps, (width, height), is_live, marks
@@ -178,7 +206,7 @@ class VideoFile(KeptFile):
     def _open(self, partial: Path, stack: contextlib.ExitStack) -> None:
         stack.callback(mark_mp4, partial, dict(self._marks))
         codec = self._cv2.VideoWriter_fourcc(*"mp4v")
-        self._writer = self._cv2.VideoWriter(str(partial), codec, self._fps, self._size)
+        self._writer = self._cv2.VideoWriter(_encoded_path(partial), codec, self._fps, self._size)
         stack.callback(self._writer.release)
         if not self._writer.isOpened():
             raise OSError(f"{self.path} could not be written: OpenCV cannot write MP4 files here.")

@@ -28,6 +28,8 @@ from conddetr.files import KeptFile, check_json_target
 COLUMNS = ("image", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 """Columns of the CSV file. `frame` (from 0) and `time` (seconds) are empty for images."""
 _HEADER = f"{','.join(COLUMNS)}\n".encode()
+_NOT_UNICODE = "backslashreplace"
+"""How bytes of a file name that are not Unicode are written: as `\\udce9`, which JSON reads back as Python's name."""
 
 
 def check_target(option: str, path: str | Path) -> None:
@@ -71,7 +73,8 @@ class ResultsFile(KeptFile):
 
     def _open(self, partial: Path, stack: contextlib.ExitStack) -> None:
         # The stack closes it.
-        self._file: TextIO = stack.enter_context(open(partial, "w", encoding="utf-8", newline=""))  # noqa: SIM115
+        file = open(partial, "w", encoding="utf-8", errors=_NOT_UNICODE, newline="")  # noqa: SIM115
+        self._file: TextIO = stack.enter_context(file)
         self._begin(stack)
 
     @abstractmethod
@@ -91,12 +94,12 @@ class CsvFile(ResultsFile):
 
     def _add(self, prediction: Prediction, detection: Detection) -> None:
         source = prediction.source
-        place = (source.index, f"{source.seconds:.3f}") if isinstance(source, Frame) else ("", "")
+        frame = (source.index, f"{source.seconds:.3f}") if isinstance(source, Frame) else ("", "")
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
         objects = (detection.names, detection.scores.tolist(), detection.boxes.tolist())
         for name, score, box in zip(*objects, strict=True):
-            writer.writerow((prediction.name, *place, name, f"{score:.6f}", *(f"{side:.2f}" for side in box)))
+            writer.writerow((prediction.name, *frame, name, f"{score:.6f}", *(f"{side:.2f}" for side in box)))
         self._file.write(rows.getvalue())
 
 
@@ -150,7 +153,8 @@ class CocoDatasetFile(_JsonFile):
         info = {"description": "detections by conddetr", **folder}
         categories = [{"id": entry["id"], "name": entry["name"]} for entry in self._classes]
         # A long video has many images: their list waits in a second file.
-        self._images = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115
+        images = tempfile.TemporaryFile("w+", encoding="utf-8", errors=_NOT_UNICODE)  # noqa: SIM115
+        self._images = stack.enter_context(images)
         self._file.write(f'{{"info": {json.dumps(info, ensure_ascii=False)},\n')
         self._file.write(f'"categories": {json.dumps(categories, ensure_ascii=False)},\n"annotations": [')
         stack.callback(self._end)
@@ -170,8 +174,8 @@ class CocoDatasetFile(_JsonFile):
     def _file_name(self, prediction: Prediction) -> dict[str, Any]:
         source = prediction.source
         if isinstance(source, Frame):
-            place = {"video": source.video, "frame": source.index, "time": round(source.seconds, 3)}
-            return {"file_name": f"{source.video}#{source.index}", **place}
+            frame = {"video": source.video, "frame": source.index, "time": round(source.seconds, 3)}
+            return {"file_name": f"{source.video}#{source.index}", **frame}
         path = PurePath(prediction.name)
         if self._root is not None and path.is_relative_to(self._root):
             path = path.relative_to(self._root)

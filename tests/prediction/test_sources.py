@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from conddetr.data.sources import find_sources, is_video
-from conddetr.drawn import has_marks, mark_mp4, marks
+from conddetr.prediction.sources import find_sources, is_video
+from conddetr.viz.marks import has_marks, mark_mp4, marks
 
 
 @pytest.fixture
@@ -41,6 +41,20 @@ def test_videos_of_a_folder_are_counted_and_not_read(photos, capsys):
     assert capsys.readouterr().out == "photos: 1 videos are not read, first clip.mp4: name them to read them\n"
 
 
+def test_links_without_a_file_are_counted(photos, capsys):
+    (photos / "deep/a.jpg").symlink_to("er/c.jpg")
+    (photos / "deep/b.jpg").symlink_to("none.jpg")
+    for word in ("photos/deep", "photos/deep/*.jpg"):
+        assert names(word) == ["photos/deep/a.jpg"]
+        assert capsys.readouterr().out == f"{word}: 1 links whose files do not exist are skipped\n"
+
+
+def test_a_folder_of_videos_says_how_to_read_them(photos):
+    (photos / "deep/clip.mp4").write_bytes(b"a video")
+    with pytest.raises(FileNotFoundError, match="1 files, 1 of them videos: name those to read them"):
+        find_sources(["photos/deep"])
+
+
 def test_an_input_is_read_once(photos, capsys):
     assert names("photos/b.jpg", "photos/*.jpg", "photos/b.jpg") == ["photos/b.jpg", "photos/[x].jpg"]
     assert capsys.readouterr().out == "2 of 4 inputs are named twice: they are read once\n"
@@ -56,10 +70,12 @@ def test_drawings_of_predict_are_skipped(photos, capsys):
     for content in (b"", b"free", b"free[1]", b"free\xff", b"free{}"):
         (photos / "clip.mp4").write_bytes(content)
         assert not has_marks(photos / "clip.mp4", marks("predict"))
+    # As a file that may not be read.
+    assert not any(has_marks(photos / name, marks("predict")) for name in ("none.mp4", "none.png"))
 
 
 def test_cameras_and_addresses_are_kept_as_they_are(photos):
-    words = ["camera:0", "rtsp://user:secret@host/path*", "http://host/a.mp4?x=[1]"]
+    words = ["camera:0", "rtsp://user:secret@host/path*", "http://host/a.mp4?x=[1]", "srt://host:9000"]
     assert names(*words) == words
     assert all(is_video(word) for word in find_sources(words))
 
