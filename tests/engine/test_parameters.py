@@ -110,6 +110,15 @@ def test_frozen_parts_stay_as_they_are(tmp_path, capsys):
     assert set(run.stepper.optimizer.state) == set(trained)
 
 
+@pytest.mark.parametrize("options", [{"model_options": {"train_backbone": False}}, {"freeze": "backbone"}])
+def test_both_options_that_freeze_the_backbone_keep_its_statistics(tmp_path, options):
+    run = small_trainer(tmp_path, images=4, epochs=1, **options)
+    before = copy.deepcopy(run.model.backbone.state_dict())
+    run.fit()
+    assert_equal(run.model.backbone.state_dict(), before)
+    assert run.model.transformer.decoder.training
+
+
 def test_first_step_of_adam_is_the_rate_of_each_pattern(tmp_path):
     """Adam's first step is its learning rate times the sign of the gradient."""
     patterns = "class_embed=0.004, backbone.0.stages.*.0.weight=0.002"

@@ -129,8 +129,17 @@ def test_frozen_norms_stay_and_trained_ones_follow_the_images(name):
         )
 
 
-def test_frozen_backbone_does_not_train():
-    assert not any(p.requires_grad for p in make("test_convnext", train_backbone=False).parameters())
+def test_frozen_backbone_computes_the_same_in_training_as_in_inference(monkeypatch):
+    """With stochastic depth, which Swin has by default."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options, drop_path_rate=0.5))
+    images = torch.randn(2, 3, 64, 64)
+    for trains in (True, False):
+        backbone = make("test_convnext", train_backbone=trains)
+        assert any(p.requires_grad for p in backbone.parameters()) == trains
+        backbone.train()
+        with torch.no_grad():
+            assert torch.equal(backbone(images), backbone.eval()(images)) != trains
 
 
 @pytest.mark.parametrize(
