@@ -63,7 +63,7 @@ def test_loss_falls_and_files_are_complete(tmp_path):
 
 def test_line_of_an_epoch_has_a_dash_for_undefined_metrics():
     record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "seconds": 3.0, "AP": -1.0, "AP50": 0.5}
-    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s  AP –  AP50 50.0"
+    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s so far  AP –  AP50 50.0"
 
 
 def test_two_equal_runs_give_equal_weights(tmp_path):

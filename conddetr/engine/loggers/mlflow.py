@@ -44,8 +44,8 @@ class MlflowLogger:
         except MlflowException as error:
             raise ValueError(
                 f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({str(error).strip().splitlines()[0]}). Set "
-                "MLFLOW_TRACKING_URI to a server's address; a local database needs all of MLflow: pip install mlflow. "
-                f"To begin a new MLflow run, delete {self._sent.file}."
+                "MLFLOW_TRACKING_URI to a server's address; a local database needs all of MLflow: pip install "
+                f"mlflow.{self._sent.advice()}"
             ) from error
 
     def _start(self, options: dict[str, str], name: str) -> None:

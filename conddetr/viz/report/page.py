@@ -10,7 +10,7 @@ import numpy as np
 from conddetr.engine.coco_metrics import CocoResult
 from conddetr.engine.quality import KINDS, Quality
 from conddetr.engine.tables import percent
-from conddetr.viz.report.charts import recall_chart, threshold_chart
+from conddetr.viz.report.charts import MAX_CLASS_LINES, recall_chart, threshold_chart
 from conddetr.viz.report.pictures import Picture
 
 MAX_TABLE_CLASSES = 20
@@ -81,6 +81,7 @@ def render(
         missed=missed,
         table_limit=MAX_TABLE_CLASSES,
         drawn_limit=MAX_DRAWN_CLASSES,
+        line_limit=MAX_CLASS_LINES,
     )
 
 

@@ -158,6 +158,8 @@ def test_matrix_of_many_classes_is_a_picture_with_a_table_of_confused_pairs(clas
     page, quality = rendered(truth, detections), measure_quality(truth, detections)
     confusion = quality.confusion
     assert page.count("--share:") == (np.count_nonzero(confusion) if is_drawn else 0)
+    assert ("</i>each class, IoU 0.5" in page) == is_drawn
+    assert ("</i>the 100 classes with most objects, IoU 0.5" in page) != is_drawn
     off_diagonal = confusion[:-1, :-1] - np.diag(np.diag(confusion)[:-1])
     pairs = Tables(page).tables[-1][1:]
     assert [int(row[2]) for row in pairs] == sorted(off_diagonal.flatten().tolist(), reverse=True)[:20]
@@ -175,6 +177,7 @@ def test_page_without_objects_or_right_detections_says_so():
     page = rendered({**truth, "annotations": []}, detections)
     assert "there are no objects" in page
     assert "nan" not in page.lower()
+    assert "</i>each class, IoU 0.5" in page
     perfect = rendered(truth, from_annotations([a for a in truth["annotations"] if not a["iscrowd"]]))
     assert "No detection is wrong" in perfect
     assert "No object is missed" in perfect
