@@ -34,16 +34,12 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
-def save_torch(program: torch.export.ExportedProgram, path: Path, _: "Interface", description: str) -> None:
+def save_torch(program: torch.export.ExportedProgram, path: Path, _: Interface, description: str) -> None:
     """Write a `.pt2` file."""
     # Saved to memory first: on a full disk, PyTorch's writer ends the whole process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"conddetr.json": description})
     path.write_bytes(content.getbuffer())
-
-
-def _load_torch(path: Path) -> Runner:
-    return torch.export.load(path).module()
 
 
 def load_torch(path: Path, _: Interface) -> Runner:
