@@ -40,7 +40,8 @@ def first_matches(option: str, patterns: Sequence[str], model: nn.Module) -> dic
         model: a `DETR`.
 
     Raises:
-        ValueError: a pattern matches no parameter (the message has the nearest names), or only those of earlier ones.
+        ValueError: a pattern matches no parameter (the message has the nearest names), or only parameters of
+            earlier patterns.
     """
     names = [name for name, _ in model.named_parameters()]
     taken: dict[str, list[str]] = {}

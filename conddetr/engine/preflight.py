@@ -19,7 +19,7 @@ GROWTH = (8, 4, 2)
 """On a CPU, factors between the batch sizes that are run to predict larger ones, preferred first. One and two images
 alone would not do: their memory is small beside what libraries allocate once."""
 MOST_TRIALS = 8
-"""Batch sizes that are tried to find one that fits."""
+"""At most this many batch sizes are tried, unless halving alone needs more."""
 
 
 def preflight(

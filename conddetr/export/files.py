@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 OPSET = 18
-"""Version of the ONNX operator set, the one that PyTorch's exporter targets."""
+"""Version of the ONNX operator set that PyTorch's exporter targets."""
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 """Format or runtime → packages that it needs."""
 

@@ -1,4 +1,4 @@
-"""MLflow, of which `mlflow-skinny` suffices. Its environment variables apply: `MLFLOW_TRACKING_URI`,
+"""MLflow; the package `mlflow-skinny` suffices. Its environment variables apply: `MLFLOW_TRACKING_URI`,
 `MLFLOW_EXPERIMENT_NAME` and so on.
 """
 
@@ -63,7 +63,7 @@ class MlflowLogger:
         self._sent.begin(run)
 
     def _experiment(self) -> str:
-        """Id of the experiment: that of MLflow's environment variables, else of the one named `conddetr`."""
+        """Id of the experiment that MLflow's environment variables name; default: `conddetr`."""
         if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return number
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "conddetr")
@@ -88,7 +88,7 @@ class MlflowLogger:
 
 
 def _options(run: Mapping[str, Any]) -> dict[str, str]:
-    """Options by name, those of sections as `section.name`, as text."""
+    """Options as text, by name; an option of a section is named `section.name`."""
     options: dict[str, str] = {}
     for key, value in run.items():
         inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}

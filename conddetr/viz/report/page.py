@@ -14,7 +14,7 @@ from conddetr.viz.report.charts import MAX_CLASS_LINES, recall_chart, threshold_
 from conddetr.viz.report.pictures import Picture
 
 MAX_TABLE_CLASSES = 20
-"""The confusion matrix of at most this many classes is a table with counts; that of more classes is a picture."""
+"""The confusion matrix of at most this many classes is a table with counts; a larger one is a picture."""
 MAX_DRAWN_CLASSES = 100
 """The confusion matrix of more classes is not drawn, because it would be too fine to read."""
 MAX_PAIRS = 20
