@@ -51,7 +51,7 @@ def run_torch(path):
     ("preset", "options", "format", "size"),
     [
         pytest.param("conditional-detr-tiny", {"backend": "triton"}, "torch", None, marks=pytest.mark.slow),
-        ("detr-tiny", {}, "onnx", (64, 96)),
+        ("detr-tiny", SMALL, "onnx", (64, 96)),
         pytest.param(
             *("conditional-detr-r50", {**SMALL, "image_size": 96}, "onnx", (64, 96) if IS_OLD else None),
             marks=pytest.mark.slow,
