@@ -16,7 +16,7 @@ With post-processing inside, there is a second input, and the outputs are detect
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -123,12 +123,14 @@ def export(
     return ExportReport(path, shape, checked, difference, tuple(shapes), interface.outputs, tuple(runtimes))
 
 
-def _runtimes(format: str, check_with: str) -> dict[str, Callable[[Path, files.Interface], files.Runner]]:
+def _runtimes(format: str, check_with: str) -> dict[str, files.Loader]:
     """Name and loader of each runtime that checks the file."""
     if format == "torch":
         return {"PyTorch": files.load_torch}
-    runtimes = {"onnxruntime": files.load_onnx}
-    return {**runtimes, "OpenVINO": files.load_openvino} if check_with == "openvino" else runtimes
+    runtimes: dict[str, files.Loader] = {"onnxruntime": files.load_onnx}
+    if check_with == "openvino":
+        runtimes["OpenVINO"] = files.load_openvino
+    return runtimes
 
 
 def _check_arguments(

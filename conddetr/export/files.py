@@ -29,6 +29,10 @@ class Interface(NamedTuple):
     outputs: tuple[str, ...]
 
 
+Loader = Callable[[Path, Interface], Runner]
+"""Prepares a file to be run."""
+
+
 def missing_packages(name: str) -> list[str]:
     """Packages that a format or runtime needs and that are not installed."""
     return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
