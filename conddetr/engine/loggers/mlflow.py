@@ -42,10 +42,11 @@ class MlflowLogger:
             self._client = mlflow.MlflowClient()
             self._start(_options(run), folder.resolve().name)
         except MlflowException as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({str(error).strip().splitlines()[0]}). Set "
-                "MLFLOW_TRACKING_URI to a server's address; a local database needs all of MLflow: pip install "
-                f"mlflow.{self._sent.advice()}"
+                f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({reason}). Set MLFLOW_TRACKING_URI to a "
+                "server's address; a local database needs all of MLflow: pip install mlflow."
+                f"{self._sent.advice()}"
             ) from error
 
     def _start(self, options: dict[str, str], name: str) -> None:

@@ -29,9 +29,10 @@ class WandbLogger:
         try:
             self._run = self._init(run, folder)
         except wandb.errors.Error as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"Logger wandb cannot start ({str(error).strip().splitlines()[0]}). Log in with `wandb login`, or set "
-                f"WANDB_MODE=offline.{self._sent.advice()}"
+                f"Logger wandb cannot start ({reason}). Log in with `wandb login`, or set WANDB_MODE=offline."
+                f"{self._sent.advice()}"
             ) from error
         self._sent.begin(self._run.id)
 

@@ -305,6 +305,9 @@ document.documentElement.dataset.probe = JSON.stringify({
   headings: [...document.querySelectorAll("h1, h2")].map(heading => heading.textContent),
   background: getComputedStyle(document.body).backgroundColor, before, sorted: first(),
   chart: document.querySelector("svg.chart").getBoundingClientRect().width,
+  cut: [...document.querySelectorAll("svg.chart text")]
+    .filter(text => text.getBoundingClientRect().right > text.closest("svg").getBoundingClientRect().right)
+    .map(text => text.textContent),
 });
 """
 
@@ -334,6 +337,15 @@ def test_browser_shows_the_whole_page_without_errors(report, browser, width, is_
     channels = [int(value) for value in re.findall(r"\d+", values["background"])]
     assert (max(channels) < 60) == is_dark
     assert values["sorted"] == sorted(values["before"], key=int, reverse=True)
+
+
+def test_long_numbers_at_the_end_of_an_axis_are_not_cut(browser, tmp_path):
+    """The scores of a short training are low, so the axis of thresholds ends at 0.08."""
+    truth, detections = noisy(images=4, per_image=9, classes=2)
+    detections.scores *= 0.07 / detections.scores.max()
+    (tmp_path / "low.html").write_text(rendered(truth, detections))
+    assert ">0.08</text>" in (tmp_path / "low.html").read_text()
+    assert browser.probe(tmp_path / "low.html", 1100)["cut"] == []
 
 
 @pytest.mark.parametrize("width", [390, 1100])
