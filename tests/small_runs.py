@@ -99,6 +99,14 @@ def run_to_the_end(folder: Path, options: dict, steps: ctypes.c_int) -> None:
             sys.exit(143)
 
 
+def train_without_loggers(folder: Path) -> None:
+    """Train; fails if the package of a logger is imported."""
+    torch.set_num_threads(1)
+    small_trainer(folder, images=4, epochs=1).fit()
+    imported = {"tensorboard", "torch.utils.tensorboard", "wandb", "mlflow"} & sys.modules.keys()
+    assert not imported, imported
+
+
 def stop_in_evaluation(folder: Path, options: dict) -> None:
     """Train. The last rank gets SIGTERM after its first evaluated batch; then no rank may evaluate another."""
     torch.set_num_threads(1)

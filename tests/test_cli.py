@@ -455,8 +455,8 @@ def test_export_writes_a_checked_file(trained, tmp_path, capsys):
     assert main([*command, "--size", "64", "96"]) == 0
     assert out.is_file()
     printed = capsys.readouterr().out
-    assert "[batch, 3, 64, 96]" in printed
-    assert "differs from the model by at most" in printed
+    assert "inputs: images [batch, 3, 64, 96] float32; outputs: logits, boxes\n" in printed
+    assert "logits, and boxes in fractions of the image, differ from the model's by at most" in printed
 
 
 def test_demo_on_synthetic_images(trained, tmp_path):

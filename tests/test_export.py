@@ -51,7 +51,7 @@ def run_torch(path):
     ("preset", "options", "format", "size"),
     [
         pytest.param("conditional-detr-tiny", {"backend": "triton"}, "torch", None, marks=pytest.mark.slow),
-        ("detr-tiny", {}, "onnx", (64, 96)),
+        ("detr-tiny", SMALL, "onnx", (64, 96)),
         pytest.param(
             *("conditional-detr-r50", {**SMALL, "image_size": 96}, "onnx", (64, 96) if IS_OLD else None),
             marks=pytest.mark.slow,
@@ -117,6 +117,7 @@ def test_error_requires_a_fixed_size_if_this_pytorch_needs_one(tmp_path):
     [
         (("model.onnx", "onxx"), "format: expected one of torch, onnx, got 'onxx'"),
         (("model.pt", "torch"), r"path: format 'torch' needs a name ending in \.pt2, got 'model\.pt'"),
+        (("model.pt2", "torch", (64,)), r"size: expected a height and width of at least 1, got \(64,\)"),
         (("model.pt2", "torch", (0, 5)), r"size: expected a height and width of at least 1, got \(0, 5\)"),
     ],
 )

@@ -25,10 +25,12 @@ def run(options: argparse.Namespace) -> None:
             check_with=options.check,
         )
     megabytes = report.path.stat().st_size / 1e6
+    sizes = ", sizes [batch, 2] int64" if options.with_postprocess else ""
+    values = "scores" if options.with_postprocess else "logits"
     for line in (
-        f"inputs {', '.join(report.inputs)}: images {report.input_shape} float32; outputs {', '.join(report.outputs)}",
-        f"run by {' and '.join(report.runtimes)}, differs from the model by at most {report.difference:.1e}, on "
-        f"batches of shape {', '.join(map(str, report.checked))}",
+        f"inputs: images {report.input_shape} float32{sizes}; outputs: {', '.join(report.outputs)}",
+        f"run by {' and '.join(report.runtimes)}: {values}, and boxes in fractions of the image, differ from the "
+        f"model's by at most {report.difference:.1e}, on batches of shape {', '.join(map(str, report.checked))}",
         f"wrote {report.path} ({megabytes:.1f} MB)",
     ):
         say(line)

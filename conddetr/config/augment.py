@@ -10,9 +10,9 @@ AugmentSet = Literal["none", "paper", "strong"]
 
 @dataclass(frozen=True, init=False)
 class AugmentConfig:
-    """How training images are augmented: the values of a set, and those that are given instead.
+    """How training images are augmented: the values of a set, and switches that replace some of them.
 
-    `AugmentConfig("strong", colour=False)` is the set `strong` without colours. The fields hold what is done; `augment`
+    `AugmentConfig("strong", colour=False)` is the set `strong` without colours. The fields hold the result; `augment`
     only names the set. Boxes always follow their objects.
     """
 
@@ -56,7 +56,7 @@ class AugmentConfig:
         check_fraction("Augmentation option mosaic", self.mosaic)
 
     def switches(self) -> dict[str, Any]:
-        """What is done, by option, without the name of the set."""
+        """Values of all switches by name, without the name of the set."""
         return {name: value for name, value in asdict(self).items() if name != "augment"}
 
 

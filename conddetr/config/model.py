@@ -39,8 +39,8 @@ class ModelConfig:
     dilation: bool = False
     """DC5: the last stage of a ResNet-50 or ResNet-101 keeps stride 16 and dilates its convolutions."""
     train_backbone: bool = True
-    """False freezes the whole backbone. The stem and the first stage of a torchvision ResNet are always frozen; a model
-    of timm trains as a whole."""
+    """False freezes the whole backbone, also its statistics and dropout. The stem and the first stage of a torchvision
+    ResNet are always frozen; a model of timm trains as a whole."""
 
     hidden_dim: int = 256
     """Width of the transformer; a multiple of `num_heads` and of 4."""

@@ -34,4 +34,5 @@ class EarlyStopping:
         if not self.is_over(patience):
             return ""
         count = self.evaluations
-        return f"{count} evaluations in a row without a better AP end the run (patience {patience}; 0: no limit)"
+        without = "1 evaluation" if count == 1 else f"{count} evaluations in a row"
+        return f"the run ends after {without} without a better AP (patience {patience}; 0: no limit)"

@@ -37,14 +37,14 @@ def bar_note(means: Mapping[str, float], skipped: int, device: torch.device) -> 
     if skipped:
         parts.append(f"{skipped} skipped")
     if device.type == "cuda":
-        parts.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        parts.append(f"GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     return "  ".join(parts)
 
 
 def epoch_line(record: Mapping[str, float], epochs: int) -> str:
     """An epoch's record as one line; `epochs` is their number in the whole run."""
     line = f"epoch {record['epoch'] + 1}/{epochs}  loss {record['loss']:.3f}"
-    line += f"  {record['images_per_second']:.1f} images/s  {record['seconds']:.0f} s"
+    line += f"  {record['images_per_second']:.1f} images/s  {record['seconds']:.0f} s so far"
     if record["loading_share"] >= SLOW_LOADING:
         line += f"  loading {record['loading_share']:.0%} of the time"
     if record.get("cuda_graphs"):

@@ -49,8 +49,8 @@ def peak(device: torch.device) -> int | None:
 def limit(device: torch.device) -> int | None:
     """How high the peak may become; None: not known.
 
-    On a GPU: all that PyTorch may allocate, without the memory of other processes. Elsewhere: what this process has and
-    what is available on the machine (Linux's `MemAvailable`) and in its container.
+    On a GPU: the memory that PyTorch may allocate, without the memory of other processes. Elsewhere: this process's
+    memory, plus the memory available on the machine (Linux's `MemAvailable`) and in its container.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -66,7 +66,7 @@ def limit(device: torch.device) -> int | None:
 
 
 def _free_in_container() -> list[int]:
-    """What is free below the limit of the container; empty: there is no limit."""
+    """Free memory below each limit of the container; empty: there is no limit."""
     free = []
     for folder, limit_file, use_file, cache in _CGROUPS:
         most, used = (_number(Path(folder, name)) for name in (limit_file, use_file))
@@ -86,7 +86,7 @@ def _value(file: Path, name: str) -> int | None:
         lines = file.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), None)
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), None)
 
 
 def _number(file: Path) -> int | None:

@@ -40,7 +40,8 @@ def first_matches(option: str, patterns: Sequence[str], model: nn.Module) -> dic
         model: a `DETR`.
 
     Raises:
-        ValueError: a pattern matches no parameter (the message has the nearest names), or only those of earlier ones.
+        ValueError: a pattern matches no parameter (the message has the nearest names), or only parameters of
+            earlier patterns.
     """
     names = [name for name, _ in model.named_parameters()]
     taken: dict[str, list[str]] = {}
@@ -84,8 +85,8 @@ class Frozen:
 
     def describe(self) -> str:
         """The number of frozen values by pattern, in one line; empty if nothing is frozen."""
-        counts = ", ".join(f"{pattern} {size:,}" for pattern, size in self.sizes.items())
-        return f"frozen parameters: {counts}; modules without others stay in evaluation mode" if counts else ""
+        counts = ", ".join(f"{pattern} ({size:,} parameters)" for pattern, size in self.sizes.items())
+        return f"frozen: {counts}; modules that are frozen as a whole stay in evaluation mode" if counts else ""
 
 
 def freeze(model: nn.Module, patterns: str) -> Frozen:
@@ -146,9 +147,9 @@ def describe_rates(model: nn.Module, config: TrainConfig, groups: Groups) -> str
     """The learning rate and the number of values of each pattern, in one line; empty without patterns."""
     parameters = dict(model.named_parameters())
     parts = [
-        f"{pattern} {rate:g} for {sum(parameters[name].numel() for name in names):,}"
+        f"{pattern} {rate:g} ({sum(parameters[name].numel() for name in names):,} parameters)"
         for (pattern, rate), names in zip(
             rates("Training option lr_patterns", config.lr_patterns).items(), groups[2:], strict=True
         )
     ]
-    return f"learning rates of parameters: {', '.join(parts)}; of the others lr and lr_backbone" if parts else ""
+    return f"learning rates: {', '.join(parts)}; the others have lr and lr_backbone" if parts else ""

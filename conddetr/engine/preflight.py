@@ -19,7 +19,7 @@ GROWTH = (8, 4, 2)
 """On a CPU, factors between the batch sizes that are run to predict larger ones, preferred first. One and two images
 alone would not do: their memory is small beside what libraries allocate once."""
 MOST_TRIALS = 8
-"""Batch sizes that are tried to find one that fits."""
+"""At most this many batch sizes are tried, unless halving alone needs more."""
 
 
 def preflight(
@@ -171,7 +171,7 @@ def _unchanged(model: DETR, device: torch.device) -> Iterator[None]:
 def _estimate(trials: Trials, size: int) -> str:
     """The largest batch that should fit, from the line through two batches."""
     if trials.limit == math.inf:
-        return "how much there is, this system does not report"
+        return "this system does not report how much there is"
     first, second = (1, size) if size > 1 else (1, 2)
     if not trials.fits(second):
         return "2 images do not fit"

@@ -107,27 +107,30 @@ def export(
     interface = files.Interface(shapes, DETECTIONS if postprocess else RAW)
     program = trace(Deployed(reference, precision, detections), tuple(examples), shapes, stride)
     text = json.dumps(description(model, size, classes, precision, detections))
-    save, *runs = _ways(format, check_with)
+    save = files.save_torch if format == "torch" else files.save_onnx
+    runtimes = _runtimes(format, check_with)
     # "partial" is a prefix, because readers check the suffix.
     with atomic_file(path, path.with_name("partial-" + path.name)) as partial:
         save(program, partial, interface, text)
         checked = shapes_to_check(size, stride, model.config.image_size)
         tolerance = TOLERANCES[precision]
         difference = max(
-            check(reference, load(partial, interface), checked, tolerance, detections, name) for name, load in runs
+            check(reference, load(partial, interface), checked, tolerance, detections, name)
+            for name, load in runtimes.items()
         )
     height, width = size or (f"height ≥ {stride + 1}", f"width ≥ {stride + 1}")
     shape = f"[batch, 3, {height}, {width}]"
-    names = tuple(name for name, _ in runs)
-    return ExportReport(path, shape, checked, difference, tuple(shapes), interface.outputs, names)
+    return ExportReport(path, shape, checked, difference, tuple(shapes), interface.outputs, tuple(runtimes))
 
 
-def _ways(format: str, check_with: str) -> list[Any]:
-    """The function that saves a file, then name and loader of each runtime that checks it."""
+def _runtimes(format: str, check_with: str) -> dict[str, files.Loader]:
+    """Name and loader of each runtime that checks the file."""
     if format == "torch":
-        return [files.save_torch, ("PyTorch", files.load_torch)]
-    more = [("OpenVINO", files.load_openvino)] if check_with == "openvino" else []
-    return [files.save_onnx, ("onnxruntime", files.load_onnx), *more]
+        return {"PyTorch": files.load_torch}
+    runtimes: dict[str, files.Loader] = {"onnxruntime": files.load_onnx}
+    if check_with == "openvino":
+        runtimes["OpenVINO"] = files.load_openvino
+    return runtimes
 
 
 def _check_arguments(
@@ -142,7 +145,7 @@ def _check_arguments(
             raise ValueError(f"{name}: expected one of {', '.join(filter(None, known))}, got {value!r}.")
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"path: format {format!r} needs a name ending in {SUFFIXES[format]}, got {str(path)!r}.")
-    if size is not None and min(size) < 1:
+    if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size: expected a height and width of at least 1, got {tuple(size)}.")
     if top_k < 1:
         raise ValueError(f"top_k: expected at least 1, got {top_k}.")

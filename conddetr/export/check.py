@@ -89,9 +89,10 @@ def compare_detections(
 ) -> Difference:
     """Compare a file's detections with those of `conddetr.postprocess`, as sets.
 
-    Rounding may exchange detections with nearly equal scores, also the last one with one that is left out. So every
-    detection is assigned to a different candidate of the model with the same label: any whose score reaches the score
-    of the model's last detection, up to the tolerance. The assignment is the one with the smallest differences.
+    Rounding may exchange detections with nearly equal scores, also the last one with a candidate that is left out. So
+    every detection is assigned to a different candidate of the model with the same label. Candidates are all whose
+    score reaches the score of the model's last detection, up to the tolerance. The assignment has the smallest
+    differences.
 
     Args:
         output: of the model.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 OPSET = 18
-"""Version of the ONNX operator set, the one that PyTorch's exporter targets."""
+"""Version of the ONNX operator set that PyTorch's exporter targets."""
 PACKAGES = {"torch": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 """Format or runtime → packages that it needs."""
 
@@ -29,21 +29,21 @@ class Interface(NamedTuple):
     outputs: tuple[str, ...]
 
 
+Loader = Callable[[Path, Interface], Runner]
+"""Prepares a file to be run."""
+
+
 def missing_packages(name: str) -> list[str]:
     """Packages that a format or runtime needs and that are not installed."""
     return [package for package in PACKAGES[name] if importlib.util.find_spec(package) is None]
 
 
-def save_torch(program: torch.export.ExportedProgram, path: Path, _: "Interface", description: str) -> None:
+def save_torch(program: torch.export.ExportedProgram, path: Path, _: Interface, description: str) -> None:
     """Write a `.pt2` file."""
     # Saved to memory first: on a full disk, PyTorch's writer ends the whole process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"conddetr.json": description})
     path.write_bytes(content.getbuffer())
-
-
-def _load_torch(path: Path) -> Runner:
-    return torch.export.load(path).module()
 
 
 def load_torch(path: Path, _: Interface) -> Runner:

@@ -32,7 +32,7 @@ def recomputed(owner: nn.Module, unit: str, run: Callable[..., Result], *inputs:
         owner: the module that contains everything that `run` uses.
         unit: name for `record_paths`, which counts each run.
         run: returns tensors, also in tuples; has no effect but on statistics of batch norms.
-        inputs: tensors first: their devices are those whose random states are repeated.
+        inputs: tensors first; random states are repeated on their devices.
     """
     if not getattr(owner, "recomputes", False) or not torch.is_grad_enabled():
         return run(*inputs)

@@ -61,7 +61,7 @@ def test_small_gains_count_once_together_they_exceed_the_least_one():
 def test_run_ends_as_if_complete_and_continues_with_more_patience(tmp_path, capsys):
     aps = [0.1, 0.3, 0.2, 0.3, 0.4, 0.0]
     run_with(tmp_path, aps, patience=2, ema_decay=0.9, save_every=1).fit()
-    assert "2 evaluations in a row without a better AP end the run (patience 2" in capsys.readouterr().out
+    assert "the run ends after 2 evaluations in a row without a better AP (patience 2" in capsys.readouterr().out
     assert epochs_in_log(tmp_path) == [0, 1, 2, 3]
     saved = (tmp_path / "checkpoint.pt").read_bytes()
     assert read_checkpoint(tmp_path / "checkpoint.pt")["early_stopping"] == {"evaluations": 2, "ap": 0.3}
@@ -72,7 +72,7 @@ def test_run_ends_as_if_complete_and_continues_with_more_patience(tmp_path, caps
     name = "class_embed.weight"
     assert not torch.equal(best["model"][name], second["model"][name])
     assert resumed(tmp_path, aps, patience=2, ema_decay=0.9).fit()["AP"] == 0.3
-    assert "holds 4 epochs of 6; 2 evaluations in a row" in capsys.readouterr().out
+    assert "holds 4 epochs of 6; the run ends after 2 evaluations in a row" in capsys.readouterr().out
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved
     resumed(tmp_path, aps, patience=3, ema_decay=0.9).fit()
     assert epochs_in_log(tmp_path) == [0, 1, 2, 3, 4, 5]
@@ -85,8 +85,9 @@ def test_resumed_run_counts_the_evaluations_before(tmp_path):
     assert epochs_in_log(tmp_path) == [0, 1, 2, 3]
 
 
-def test_patience_counts_evaluations_not_epochs(tmp_path):
+def test_patience_counts_evaluations_not_epochs(tmp_path, capsys):
     run_with(tmp_path, [0.3] * 8, patience=1, eval_every=3).fit()
+    assert "the run ends after 1 evaluation without a better AP (patience 1" in capsys.readouterr().out
     assert epochs_in_log(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 

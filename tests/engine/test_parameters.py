@@ -95,7 +95,7 @@ def test_frozen_parts_stay_as_they_are(tmp_path, capsys):
     run.fit()
     printed = capsys.readouterr().out
     sizes = [sum(p.numel() for p in part.parameters()) for part in (run.model.backbone, encoder)]
-    assert f"frozen parameters: backbone {sizes[0]:,}, encoder {sizes[1]:,}; modules without others" in printed
+    assert f"frozen: backbone ({sizes[0]:,} parameters), encoder ({sizes[1]:,} parameters); modules that" in printed
     for state in (run.model.state_dict(), run.trained.state_dict()):
         # Statistics of batch norms included.
         changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
@@ -108,6 +108,15 @@ def test_frozen_parts_stay_as_they_are(tmp_path, capsys):
     trained = [p for p in run.model.parameters() if p.requires_grad]
     assert all(p.grad is None for p in run.model.parameters() if not p.requires_grad)
     assert set(run.stepper.optimizer.state) == set(trained)
+
+
+@pytest.mark.parametrize("options", [{"model_options": {"train_backbone": False}}, {"freeze": "backbone"}])
+def test_both_options_that_freeze_the_backbone_keep_its_statistics(tmp_path, options):
+    run = small_trainer(tmp_path, images=4, epochs=1, **options)
+    before = copy.deepcopy(run.model.backbone.state_dict())
+    run.fit()
+    assert_equal(run.model.backbone.state_dict(), before)
+    assert run.model.transformer.decoder.training
 
 
 def test_first_step_of_adam_is_the_rate_of_each_pattern(tmp_path):
@@ -133,7 +142,7 @@ def test_rates_are_logged_and_follow_the_schedule(tmp_path, capsys):
     first = {"lr": 1e-3, "lr_backbone": 1e-3, "lr_pattern/class_embed": 4e-3}
     assert rates == [pytest.approx(first), pytest.approx({name: rate / 10 for name, rate in first.items()})]
     size = sum(p.numel() for p in run.model.class_embed.parameters())
-    assert f"learning rates of parameters: class_embed 0.004 for {size:,}; of the others" in capsys.readouterr().out
+    assert f"learning rates: class_embed 0.004 ({size:,} parameters); the others have" in capsys.readouterr().out
 
 
 def test_other_groups_resume_with_the_moments_of_each_parameter(tmp_path):

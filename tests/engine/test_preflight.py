@@ -78,7 +78,7 @@ def test_batch_that_fits_is_reported_with_an_estimate_of_the_largest(monkeypatch
     assert Machine(monkeypatch, has=4).preflight(1).endswith("2 images do not fit")
     unknown = Machine(monkeypatch, has=None)
     assert unknown.preflight(4).endswith(
-        "take 9.00 GiB at most on cpu, AdamW's moments 0.00 GiB more; how much there is, this system does not report"
+        "take 9.00 GiB at most on cpu, AdamW's moments 0.00 GiB more; this system does not report how much there is"
     )
     assert unknown.tried == [4]
 
@@ -165,7 +165,7 @@ def test_container_limits_the_memory(monkeypatch, tmp_path):
     """Its free memory is its limit without its use, but files that are only cached count as free."""
     if memory.limit(CPU) is None:
         pytest.skip("this system does not report available memory")
-    for name, text in {"limit": "max\n", "used": "5000\n", "memory.stat": "anon 9\ncached 2000\n"}.items():
+    for name, text in {"limit": "max\n", "used": "5000\n", "memory.stat": "anon 9\n\ncached 2000\n"}.items():
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(memory, "_CGROUPS", [(tmp_path, "limit", "used", "cached"), ("/absent", "a", "b", "c")])
     assert memory._free_in_container() == []

@@ -65,12 +65,12 @@ def test_loss_falls_and_files_are_complete(tmp_path):
 def test_line_of_an_epoch_has_a_dash_for_undefined_metrics():
     speed = {"images_per_second": 8.0, "seconds": 3.0, "loading_share": 0.04}
     record = {"epoch": 0, "loss": 1.5, **speed, "AP": -1.0, "AP50": 0.5}
-    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s  AP –  AP50 50.0"
+    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s so far  AP –  AP50 50.0"
 
 
 def test_line_of_an_epoch_says_that_loading_is_slow():
     record = {"epoch": 0, "loss": 1.5, "images_per_second": 8.0, "seconds": 3.0, "loading_share": 0.256}
-    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s  loading 26% of the time"
+    assert epoch_line(record, 2) == "epoch 1/2  loss 1.500  8.0 images/s  3 s so far  loading 26% of the time"
 
 
 def test_time_for_loading_is_measured(tmp_path, monkeypatch):
@@ -84,10 +84,8 @@ def test_time_for_loading_is_measured(tmp_path, monkeypatch):
     run = trainer(tmp_path, epochs=2, workers=0)
     run.fit()
     for record in records(tmp_path):
-        waited = record["loading_share"] * run.seconds / 2
-        images = record["images_per_second"] * run.seconds / 2
-        # Epochs take about the same time, and sleep is never shorter than asked for.
-        assert 0.5 < waited / (0.05 * images) < 3
+        # Seconds per second of the epoch; sleep is never shorter than asked for.
+        assert 0.05 * record["images_per_second"] <= record["loading_share"] < 1
 
 
 def test_workers_start_the_next_epoch_before_the_evaluation(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""MLflow, of which `mlflow-skinny` suffices. Its environment variables apply: `MLFLOW_TRACKING_URI`,
+"""MLflow; the package `mlflow-skinny` suffices. Its environment variables apply: `MLFLOW_TRACKING_URI`,
 `MLFLOW_EXPERIMENT_NAME` and so on.
 """
 
@@ -42,10 +42,11 @@ class MlflowLogger:
             self._client = mlflow.MlflowClient()
             self._start(_options(run), folder.resolve().name)
         except MlflowException as error:
+            reason = str(error).strip().partition("\n")[0]
             raise ValueError(
-                f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({str(error).strip().splitlines()[0]}). Set "
-                "MLFLOW_TRACKING_URI to a server's address; a local database needs all of MLflow: pip install mlflow. "
-                f"To begin a new MLflow run, delete {self._sent.file}."
+                f"Logger mlflow cannot use {mlflow.get_tracking_uri()} ({reason}). Set MLFLOW_TRACKING_URI to a "
+                "server's address; a local database needs all of MLflow: pip install mlflow."
+                f"{self._sent.advice()}"
             ) from error
 
     def _start(self, options: dict[str, str], name: str) -> None:
@@ -63,7 +64,7 @@ class MlflowLogger:
         self._sent.begin(run)
 
     def _experiment(self) -> str:
-        """Id of the experiment: that of MLflow's environment variables, else of the one named `conddetr`."""
+        """Id of the experiment that MLflow's environment variables name; default: `conddetr`."""
         if number := os.environ.get("MLFLOW_EXPERIMENT_ID"):
             return number
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "conddetr")
@@ -88,7 +89,7 @@ class MlflowLogger:
 
 
 def _options(run: Mapping[str, Any]) -> dict[str, str]:
-    """Options by name, those of sections as `section.name`, as text."""
+    """Options as text, by name; an option of a section is named `section.name`."""
     options: dict[str, str] = {}
     for key, value in run.items():
         inner = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}

@@ -37,6 +37,10 @@ class Sent:
             return
         self.run, self.epochs = run, epochs
 
+    def advice(self) -> str:
+        """A sentence for errors of a run that is continued: how to begin another one; empty for a new run."""
+        return f" To begin a new {self.file.stem} run, delete {self.file}." if self.run else ""
+
     def begin(self, run: str) -> None:
         """Note the service's id of the run."""
         self.run = run

@@ -23,10 +23,21 @@ class WandbLogger:
         """As in `RunLogger`.
 
         Raises:
-            wandb.errors.Error: W&B cannot be reached, or nobody is logged in.
+            ValueError: W&B cannot be reached, or nobody is logged in; the message has W&B's reason.
         """
         self._sent = Sent(folder / "wandb.json", first_epoch, resumed)
-        self._run = wandb.init(
+        try:
+            self._run = self._init(run, folder)
+        except wandb.errors.Error as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"Logger wandb cannot start ({reason}). Log in with `wandb login`, or set WANDB_MODE=offline."
+                f"{self._sent.advice()}"
+            ) from error
+        self._sent.begin(self._run.id)
+
+    def _init(self, run: dict[str, Any], folder: Path) -> wandb.Run:
+        return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "conddetr"),
             name=os.environ.get("WANDB_NAME", folder.resolve().name),
             dir=os.environ.get("WANDB_DIR", str(folder)),
@@ -37,7 +48,6 @@ class WandbLogger:
             reinit="create_new",
             settings=wandb.Settings(console="off"),
         )
-        self._sent.begin(self._run.id)
 
     def log(self, record: dict[str, float], epoch: int) -> None:
         """As in `RunLogger`."""

@@ -7,8 +7,8 @@ import numpy as np
 RECALLS = np.linspace(0, 1, 101)
 """The recalls at which COCO reads precision."""
 THRESHOLDS = (np.arange(1001) / 1000).astype(np.float32)
-"""Score thresholds of `ThresholdCurve`. In steps of 0.001, so that a printed threshold is exactly the one that was
-evaluated; float32, as scores are compared in `Detector.predict`."""
+"""Score thresholds of `ThresholdCurve`. In steps of 0.001, so that a printed threshold is exact; float32, as scores are
+compared in `Detector.predict`."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def precision_at_recalls(right: np.ndarray, objects: int) -> np.ndarray:
     """
     if objects == 0:
         return np.full(len(RECALLS), np.nan)
-    found = np.cumsum(right)
-    precision = found / np.arange(1, len(right) + 1)
+    matched = np.cumsum(right)
+    precision = matched / np.arange(1, len(right) + 1)
     highest = np.maximum.accumulate(precision[::-1])[::-1]
-    position = np.searchsorted(found / objects, RECALLS, side="left")
+    position = np.searchsorted(matched / objects, RECALLS, side="left")
     return np.append(highest, 0.0)[position]
 
 

@@ -46,9 +46,9 @@ def confusion_matrix(overlaps: Overlaps, matching: Matching, threshold: float) -
         the last column objects without a detection. Row k sums to the objects of class k.
     """
     classes = len(overlaps.names)
-    found = _detected(overlaps, matching, threshold)
+    is_detected = _detected(overlaps, matching, threshold)
     real = ~overlaps.crowds
-    columns = np.where(found, overlaps.classes[matching.detection_of] if len(overlaps.classes) else -1, classes)
+    columns = np.where(is_detected, overlaps.classes[matching.detection_of] if len(overlaps.classes) else -1, classes)
     matrix = np.zeros((classes + 1, classes + 1), np.int64)
     np.add.at(matrix, (overlaps.object_classes[real], columns[real]), 1)
     alone = _kept(overlaps, threshold) & ~matching.right & ~matching.ignored
@@ -95,6 +95,6 @@ def _kept(overlaps: Overlaps, threshold: float) -> np.ndarray:
 
 
 def _detected(overlaps: Overlaps, matching: Matching, threshold: float) -> np.ndarray:
-    """[M] bool, whether a detection with at least this score has the object."""
+    """[M] bool, whether the object is assigned to a detection with at least this score."""
     kept = np.append(_kept(overlaps, threshold), False)
     return kept[matching.detection_of]

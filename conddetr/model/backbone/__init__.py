@@ -24,7 +24,7 @@ def build_backbone(config: ModelConfig, backend: str, pretrained: bool) -> nn.Mo
         OSError: the weights cannot be downloaded.
     """
     if config.backbone == "tiny":
-        return TinyBackbone().requires_grad_(config.train_backbone)
+        return TinyBackbone(config.train_backbone)
     if config.backbone.startswith(TIMM):
         return TimmBackbone(config, pretrained)
     return ResNetBackbone(config, pretrained, backend)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class TimmBackbone(nn.Module):
     def __init__(self, config: ModelConfig, pretrained: bool) -> None:
         super().__init__()
         self.name = config.backbone
+        self.trains = config.train_backbone
         features = _create(config.backbone.removeprefix(TIMM), pretrained)
         if config.freezes_norms:
             features = _with_frozen_norms(features, self.name)
@@ -44,7 +45,11 @@ class TimmBackbone(nn.Module):
         self.register_buffer("shift", shift)
         used = self._parameters_of_the_map()
         for parameter in self.parameters():
-            parameter.requires_grad_(config.train_backbone and parameter in used)
+            parameter.requires_grad_(self.trains and parameter in used)
+
+    def train(self, mode: bool = True) -> Self:
+        """Same as `nn.Module.train`, but a frozen backbone stays in evaluation mode: it drops nothing out."""
+        return super().train(mode and self.trains)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] images normalised with ImageNet's statistics -> [B, C, ⌈H/stride⌉, ⌈W/stride⌉]."""

@@ -1,5 +1,7 @@
 """A small backbone for CPUs."""
 
+from typing import Self
+
 from torch import Tensor, nn
 
 from conddetr.kernels import paths
@@ -17,8 +19,10 @@ class TinyBackbone(nn.Module):
     num_channels = 128
     stride = 16
 
-    def __init__(self) -> None:
+    def __init__(self, trains: bool = True) -> None:
+        """`trains`: False freezes it, and it stays in evaluation mode."""
         super().__init__()
+        self.trains = trains
         self.recomputes = False
         """Whether backward recomputes the activations of each stage; see `DETR.checkpoint_activations`."""
         self.stages = nn.Sequential(
@@ -28,6 +32,11 @@ class TinyBackbone(nn.Module):
             _conv_norm_relu(64, 128, stride=2),
             _conv_norm_relu(128, 128, stride=1),
         )
+        self.requires_grad_(trains).train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Same as `nn.Module.train`, but a frozen backbone stays in evaluation mode: its statistics do not change."""
+        return super().train(mode and self.trains)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, 128, ⌈H/16⌉, ⌈W/16⌉]."""

@@ -74,7 +74,7 @@ def write_report(
         result: COCO's metrics of these detections.
         ground_truth: `dataset.ground_truth()`.
         detections: detections in the data set's images.
-        dataset: the evaluated images, of which the worst errors are shown.
+        dataset: the evaluated images; parts of them show the worst errors.
         about: name and text of further facts about the detector, such as its checkpoint.
 
     Returns:

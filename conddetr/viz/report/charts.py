@@ -32,7 +32,7 @@ class Line:
 class Chart:
     """Curves over [0, `x_max`] × [0, 1]."""
 
-    width: ClassVar[int] = 420
+    width: ClassVar[int] = 430
     """Size of the SVG."""
     height: ClassVar[int] = 304
     left: ClassVar[int] = 46

@@ -10,11 +10,11 @@ import numpy as np
 from conddetr.engine.coco_metrics import CocoResult
 from conddetr.engine.quality import KINDS, Quality
 from conddetr.engine.tables import percent
-from conddetr.viz.report.charts import recall_chart, threshold_chart
+from conddetr.viz.report.charts import MAX_CLASS_LINES, recall_chart, threshold_chart
 from conddetr.viz.report.pictures import Picture
 
 MAX_TABLE_CLASSES = 20
-"""The confusion matrix of at most this many classes is a table with counts; that of more classes is a picture."""
+"""The confusion matrix of at most this many classes is a table with counts; a larger one is a picture."""
 MAX_DRAWN_CLASSES = 100
 """The confusion matrix of more classes is not drawn, because it would be too fine to read."""
 MAX_PAIRS = 20
@@ -81,6 +81,7 @@ def render(
         missed=missed,
         table_limit=MAX_TABLE_CLASSES,
         drawn_limit=MAX_DRAWN_CLASSES,
+        line_limit=MAX_CLASS_LINES,
     )
 
 

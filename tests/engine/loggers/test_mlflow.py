@@ -68,3 +68,11 @@ def test_store_that_cannot_be_used_ends_the_run_before_its_first_step(tmp_path, 
     with pytest.raises(ValueError, match=r"cannot use .*'gone' not found.* delete .*mlflow\.json"):
         run.fit()
     assert run.position.step == 0
+
+
+def test_new_run_is_not_told_to_delete_a_file_that_it_does_not_have(tmp_path, client, monkeypatch):
+    from conddetr.engine.loggers.mlflow import MlflowLogger
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://x")
+    with pytest.raises(ValueError, match=r"cannot use nowhere://x \(.*pip install mlflow\.$"):
+        MlflowLogger().start({}, tmp_path, 0, False)

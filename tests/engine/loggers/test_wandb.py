@@ -105,6 +105,19 @@ def test_error_marks_the_run_as_failed(tmp_path):
     assert (rows, status) == ([], [1])
 
 
+def test_error_of_wandb_is_one_line_with_what_to_do(tmp_path, monkeypatch):
+    from conddetr.engine.loggers.wandb import WandbLogger
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "nobody is logged in"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(
+        ValueError, match=r"Logger wandb cannot start \(No API key.*\)\. Log in .* WANDB_MODE=offline\.$"
+    ):
+        WandbLogger().start({}, tmp_path, 0, False)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_damaged_file_is_named(tmp_path):
     (tmp_path / "wandb.json").write_text('{"run": "a"')
     run = small_trainer(tmp_path, images=4, log_to="wandb")

@@ -25,6 +25,9 @@ timm = pytest.importorskip("timm", reason="timm is not installed (pip install -e
 MODELS = ("test_resnet", "test_convnext", "test_vit", "test_vit3", "test_mambaout")
 """A map whose size rounds up, one that rounds down, a ViT for any size, one that has an option for it, and NHWC."""
 
+ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1, "image_size": 64, "max_image_size": 96}
+"""Options of a small detector."""
+
 
 def make(name, **options):
     torch.manual_seed(0)
@@ -129,8 +132,17 @@ def test_frozen_norms_stay_and_trained_ones_follow_the_images(name):
         )
 
 
-def test_frozen_backbone_does_not_train():
-    assert not any(p.requires_grad for p in make("test_convnext", train_backbone=False).parameters())
+def test_frozen_backbone_computes_the_same_in_training_as_in_inference(monkeypatch):
+    """With stochastic depth, which Swin has by default."""
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: create(*args, **options, drop_path_rate=0.5))
+    images = torch.randn(2, 3, 64, 64)
+    for trains in (True, False):
+        backbone = make("test_convnext", train_backbone=trains)
+        assert any(p.requires_grad for p in backbone.parameters()) == trains
+        backbone.train()
+        with torch.no_grad():
+            assert torch.equal(backbone(images), backbone.eval()(images)) != trains
 
 
 @pytest.mark.parametrize(
@@ -210,9 +222,8 @@ def test_rows_of_the_documentation_are_counted():
 def test_trained_detector_is_loaded_as_it_was_saved(tmp_path):
     """Through a training on synthetic shapes, with the statistics of the checkpoint, and without pretrained weights."""
     pytest.importorskip("pycocotools", reason="COCO metrics need pycocotools")
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "image_size": 64, "max_image_size": 96}
     detector = conddetr.Detector(
-        "conditional-detr-tiny", **sizes, device="cpu", backbone="timm:test_vit", pretrained_backbone=False
+        "conditional-detr-tiny", **ONE_LAYER, device="cpu", backbone="timm:test_vit", pretrained_backbone=False
     )
     options = {"epochs": 1, "train_images": 8, "val_images": 2, "batch_size": 4, "workers": 0}
     detector.train(output_dir=str(tmp_path / "run"), **options)
@@ -252,7 +263,7 @@ def test_half_precision_is_close():
 def test_exported_file_gives_the_outputs_of_the_model(tmp_path, name, format):
     if format == "onnx":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed (pip install -e .[export])")
-    model = conddetr.build("conditional-detr-tiny", backbone=f"timm:{name}", num_classes=3).eval()
+    model = conddetr.build("conditional-detr-tiny", backbone=f"timm:{name}", num_classes=3, **ONE_LAYER).eval()
     report = export(model, tmp_path / f"a{SUFFIXES[format]}", format)
     # Images of any size, from two cells on.
     assert len(report.checked) == 3

@@ -158,6 +158,8 @@ def test_matrix_of_many_classes_is_a_picture_with_a_table_of_confused_pairs(clas
     page, quality = rendered(truth, detections), measure_quality(truth, detections)
     confusion = quality.confusion
     assert page.count("--share:") == (np.count_nonzero(confusion) if is_drawn else 0)
+    assert ("</i>each class, IoU 0.5" in page) == is_drawn
+    assert ("</i>the 100 classes with most objects, IoU 0.5" in page) != is_drawn
     off_diagonal = confusion[:-1, :-1] - np.diag(np.diag(confusion)[:-1])
     pairs = Tables(page).tables[-1][1:]
     assert [int(row[2]) for row in pairs] == sorted(off_diagonal.flatten().tolist(), reverse=True)[:20]
@@ -175,6 +177,7 @@ def test_page_without_objects_or_right_detections_says_so():
     page = rendered({**truth, "annotations": []}, detections)
     assert "there are no objects" in page
     assert "nan" not in page.lower()
+    assert "</i>each class, IoU 0.5" in page
     perfect = rendered(truth, from_annotations([a for a in truth["annotations"] if not a["iscrowd"]]))
     assert "No detection is wrong" in perfect
     assert "No object is missed" in perfect
@@ -302,6 +305,9 @@ document.documentElement.dataset.probe = JSON.stringify({
   headings: [...document.querySelectorAll("h1, h2")].map(heading => heading.textContent),
   background: getComputedStyle(document.body).backgroundColor, before, sorted: first(),
   chart: document.querySelector("svg.chart").getBoundingClientRect().width,
+  cut: [...document.querySelectorAll("svg.chart text")]
+    .filter(text => text.getBoundingClientRect().right > text.closest("svg").getBoundingClientRect().right)
+    .map(text => text.textContent),
 });
 """
 
@@ -331,6 +337,15 @@ def test_browser_shows_the_whole_page_without_errors(report, browser, width, is_
     channels = [int(value) for value in re.findall(r"\d+", values["background"])]
     assert (max(channels) < 60) == is_dark
     assert values["sorted"] == sorted(values["before"], key=int, reverse=True)
+
+
+def test_long_numbers_at_the_end_of_an_axis_are_not_cut(browser, tmp_path):
+    """The scores of a short training are low, so the axis of thresholds ends at 0.08."""
+    truth, detections = noisy(images=4, per_image=9, classes=2)
+    detections.scores *= 0.07 / detections.scores.max()
+    (tmp_path / "low.html").write_text(rendered(truth, detections))
+    assert ">0.08</text>" in (tmp_path / "low.html").read_text()
+    assert browser.probe(tmp_path / "low.html", 1100)["cut"] == []
 
 
 @pytest.mark.parametrize("width", [390, 1100])
