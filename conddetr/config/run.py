@@ -80,7 +80,8 @@ class TrainConfig:
     patience: int = 0
     """End the run after this many evaluations in a row without a better AP, as if all epochs were done; 0: never."""
     min_delta: float = 0.0
-    """Gain of AP, in [0, 1], that an evaluation must exceed to count as better for `patience`; 0.001 is 0.1 percentage points."""
+    """Gain of AP, in [0, 1], that an evaluation must exceed to count as better for `patience`; 0.001 is 0.1 percentage
+    points."""
     save_every: int = 0
     """Epochs between checkpoints that are kept as `epoch-N.pt`; 0: none."""
     save_every_steps: int = 500

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import os
 import re
@@ -19,6 +20,8 @@ from conddetr.config.checks import check_least
 from conddetr.detection import Frame
 from conddetr.files import KeptFile
 from conddetr.viz.marks import mark_mp4
+
+log = logging.getLogger(__name__)
 
 FALLBACK_FPS = 25.0
 """Frames per second of a written video if its source does not state them."""
@@ -95,7 +98,10 @@ class Video:
         announced = self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT)
         self._announced = int(announced) if math.isfinite(announced) and announced > 0 else None
         fps = self._capture.get(self._cv2.CAP_PROP_FPS)
-        self.fps = (fps if 0 < fps <= HIGHEST_FPS else FALLBACK_FPS) / every
+        is_usable = 0 < fps <= HIGHEST_FPS
+        if self._is_file and not is_usable:
+            log.warning("Video %s states %g frames per second: %g are used instead.", self.name, fps, FALLBACK_FPS)
+        self.fps = (fps if is_usable else FALLBACK_FPS) / every
         """Yielded frames per second, as the source states them; `FALLBACK_FPS / every` if it does not."""
         self.read = 0
         """Frames read so far, with those that `every` skips."""

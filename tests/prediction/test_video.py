@@ -218,9 +218,14 @@ def test_a_camera_that_stops_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("stated", "used"), [(30.0, 30.0), (0.0, 25.0), (float("nan"), 25.0), (-1.0, 25.0), (90000.0, 25.0)]
 )
-def test_frames_per_second_that_no_camera_has_are_not_used(stated, used, monkeypatch):
+def test_frames_per_second_that_no_camera_has_are_not_used(stated, used, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cv2, "VideoCapture", lambda _: Camera([], stated))
     assert Video("camera:0").fps == used
+    # Frames of a camera have the time of the clock; those of a file have none but this.
+    assert not caplog.messages
+    (tmp_path / "a.mp4").touch()
+    assert Video(tmp_path / "a.mp4").fps == used
+    assert len(caplog.messages) == (stated != used)
 
 
 def test_a_password_is_not_shown():
