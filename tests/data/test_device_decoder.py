@@ -202,7 +202,7 @@ def test_colours_on_a_device_are_those_of_the_host(colour):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="decoding by nvJPEG needs an NVIDIA GPU")
-@pytest.mark.compares_numbers(ValueError)
+@pytest.mark.compares_numbers.with_args(ValueError)
 def test_a_gpu_decodes_and_augments_as_the_host(files):
     """Within rounding: of the cosine transform, of the chroma planes' interpolation, and of the resize."""
     dataset = training_set(files.root, AugmentConfig("strong", mosaic=0.3))
