@@ -63,7 +63,7 @@ def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.
     """Time the problems one after the other; after each, print it and rewrite the result file.
 
     Args:
-        name: of the benchmark and, with the suffix of `--cudagraph`, of its file.
+        name: of the benchmark and, with the suffixes of `--cudagraph` and `--compiled`, of its file.
         runs: title → function that returns its result; the most important first.
         options: of the command line; after `seconds` no problem starts.
 
@@ -71,7 +71,7 @@ def run_all(name: str, runs: dict[str, Callable[[], Result]], options: argparse.
         SystemExit: one of our implementations is wrong or failed, or a whole problem failed. Raised after everything
             else is measured and written.
     """
-    name += "-cudagraph" * options.cudagraph
+    name += "-cudagraph" * options.cudagraph + "-compiled" * getattr(options, "compiled", False)
     results, titles, started = [], list(runs), time.monotonic()
     settings = {key: str(value) for key, value in vars(options).items()}
     with without_tf32():

@@ -217,6 +217,15 @@ def test_benchmarks_run_without_tf32(switch, tmp_path, monkeypatch):
     assert torch.backends.cudnn.allow_tf32 == switch
 
 
+def test_compiled_and_graphed_runs_replace_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "RESULTS", tmp_path)
+    for options in ({}, {"compiled": True}, {"cudagraph": True}, {"compiled": False}):
+        options = argparse.Namespace(**{"cudagraph": False, "seconds": 60.0, **options})
+        benchmark.run_all("some", {"one": lambda: RESULT}, options)
+    names = {path.name for path in tmp_path.rglob("*.json")}
+    assert names == {"some.json", "some-compiled.json", "some-cudagraph.json"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch gives its reasons only on a GPU")
 def test_flash_gives_its_reason_against_a_mask():
     from ops import attn
