@@ -298,7 +298,7 @@ class CocoDetection(Dataset):
 
     def _check_stored(self, index: int, path: Path, upright: tuple[int, int]) -> None:
         """Raise a ValueError unless the annotations clearly refer to the image before its EXIF tag turns it."""
-        stored = tuple(self._annotations.sizes[index].tolist())
+        stored = self._size(index)
         boxes = self._annotations.boxes[slice(*self._annotations.offsets[index : index + 2].tolist())]
         fault = stored_fault(boxes, stored, upright, image_sizes(path).stored)
         if fault:

@@ -18,7 +18,7 @@ _FILL, _SCAN, _END = 0xFF, 0xDA, b"\xff\xd9"
 
 @dataclass(frozen=True)
 class EncodedJpeg:
-    """A JPEG file that `DeviceDecoder` can decode."""
+    """A JPEG file for `DeviceDecoder`."""
 
     path: Path
     content: bytes = field(repr=False)
@@ -53,8 +53,8 @@ class EncodedBatch:
 def read_jpeg(path: Path, note: str = "") -> EncodedJpeg | None:
     """Read a file if it is a JPEG that every decoder reads alike.
 
-    These are complete files with Huffman codes, 8 bits per sample, and grey or YCbCr colours. nvJPEG decodes no others,
-    or without an error for a file that ends early.
+    These are complete files with Huffman codes, 8 bits per sample, and grey or YCbCr colours. What a GPU makes of
+    others was not verified, so they stay with Pillow, which names a file that ends early.
 
     Args:
         path: the file.

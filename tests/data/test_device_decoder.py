@@ -157,12 +157,14 @@ def test_the_host_decodes_what_the_device_cannot(files, monkeypatch, caplog):
 
 def test_a_damaged_file_is_named(small_coco, monkeypatch):
     """Its header is whole, so that only decoding finds the damage."""
+
+    def damaged(path, *_, **__):
+        raise ValueError(f"{path}: damaged.")
+
     dataset = training_set(small_coco.root, "none")
     decoder = DeviceDecoder(CPU)
     refuse(monkeypatch, 90, RuntimeError("nvjpegDecode failed: 9"))
-    monkeypatch.setattr(
-        device_decoder, "read_reduced", lambda path, *_, **__: (_ for _ in ()).throw(ValueError(f"{path}: damaged."))
-    )
+    monkeypatch.setattr(device_decoder, "read_reduced", damaged)
     with pytest.raises(ValueError, match=r"\d\.jpg: damaged\. Its image id is 10\d in"):
         list(make_loader(dataset, 1, train=True, decoder=decoder))
 
@@ -195,8 +197,8 @@ def test_colours_on_a_device_are_those_of_the_host(colour):
     image = torch.from_numpy(np.array(photo(40, 60))).permute(2, 0, 1)
     difference = (_adjusted(image, colour).int() - apply_colour(image, colour).int()).abs()
     # PIL rounds the hue to 1/255 of the circle, and every step to whole levels.
-    assert difference.max() <= (9 if colour.hue else 2)
-    assert difference.float().mean() < (2.5 if colour.hue else 0.6)
+    assert difference.max() <= (8 if colour.hue else 1)
+    assert difference.float().mean() < (1 if colour.hue else 0.3)
     assert not torch.equal(apply_colour(image, colour), image)
 
 
