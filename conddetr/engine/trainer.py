@@ -138,8 +138,8 @@ class Trainer:
         self._speed = (0, 0.0)
         self._loading = 0.0
         """Seconds of this epoch in which the process waited for batches, or loaded them itself."""
-        self._next_batches: Iterator[Batch] | None = None
-        """Batches of the next epoch, which workers load already."""
+        self._ahead: tuple[int, Iterator[Batch]] | None = None
+        """An epoch that is not begun, and its batches, which workers load already."""
 
     def _decoder(self) -> DeviceDecoder | None:
         if self.config.decode == "workers":
@@ -329,7 +329,8 @@ class Trainer:
         self.stepper.flush()
         if not self.stepper.stop and self.position.epoch + 1 < self.config.epochs:
             # Workers load while this epoch is evaluated and saved.
-            self._next_batches = self._started(self.position.epoch + 1, 0)
+            following = self.position.epoch + 1
+            self._ahead = following, self._started(following, 0)
         self.seconds = before + time.perf_counter() - start
         self._speed = (images, self.seconds - before)
         return self.stepper.stop
@@ -342,8 +343,10 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """The batches that are left of this epoch; measures the time until each arrives."""
         self._loading, start = 0.0, time.perf_counter()
-        batches, self._next_batches = self._next_batches, None
-        for batch in batches or self._started(self.position.epoch, self.position.batch):
+        ahead, self._ahead = self._ahead, None
+        position = self.position.epoch, self.position.batch
+        # Another position follows if the evaluation failed and the trainer resumes.
+        for batch in ahead[1] if ahead and (ahead[0], 0) == position else self._started(*position):
             self._loading += time.perf_counter() - start
             yield batch
             start = time.perf_counter()

@@ -97,6 +97,20 @@ def test_workers_start_the_next_epoch_before_the_evaluation(tmp_path, monkeypatc
     assert events == [(0, 0), (1, 0), "evaluated", (2, 0), "evaluated", "evaluated"]
 
 
+def test_batches_that_were_loaded_ahead_are_not_used_elsewhere(tmp_path, monkeypatch):
+    """The evaluation fails once, and the same trainer resumes before it."""
+    trainer(tmp_path / "whole", epochs=2).fit()
+    run = trainer(tmp_path / "cut", epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.fit()
+    run.resume(tmp_path / "cut" / "checkpoint.pt")
+    run.fit()
+    assert run.position.step == 8
+    assert_equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
 def test_decoding_on_a_device_needs_a_gpu_and_files(tmp_path, small_coco):
     with pytest.raises(
         ValueError, match="option decode: synthetic shapes of seed 1 are not files that could be decoded"
