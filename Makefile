@@ -38,7 +38,7 @@ demo: $(PACKAGE)
 
 # The test suite. COCO=dir, or the variable CONDDETR_COCO, adds the tests on real images.
 test: $(READY)
-	@echo "testing: about 6 minutes on two cores, 8 if Triton has compiled nothing yet"
+	@echo "testing: about 7 minutes on two cores, 9 if Triton has compiled nothing yet"
 	$(if $(COCO),CONDDETR_COCO="$(COCO)") $(PYTEST)
 
 # The test suite with the demonstration, the sanitizers (in parallel with -j2), and the tests marked slow. The
