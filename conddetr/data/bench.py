@@ -48,7 +48,9 @@ class DataBenchmark:
     mean_levels: float
     """Largest mean difference of an image decoded at reduced size, in grey levels of 255."""
     on_device: list[float] = field(default_factory=list)
-    """Images per second of a whole device, from files in memory, in batches of `DEVICE_BATCH`; empty: not measured."""
+    """Images per second of `device`, from files in memory, in batches of `DEVICE_BATCH`; empty: not measured."""
+    device: str = ""
+    """The device of `on_device`: a whole GPU, or `cpu`, of which one thread is used; empty: not measured."""
 
     @property
     def speedup(self) -> float:
@@ -67,7 +69,7 @@ class DataBenchmark:
         for column in ("chain", "median", "slowest", "fastest", "speed-up"):
             table.add_column(column, justify="left" if column == "chain" else "right")
         rows = [("official (PIL, torchvision)", self.official), ("conddetr", self.ours)]
-        rows += [("a whole device, files in memory", self.on_device)] if self.on_device else []
+        rows += [(f"by {self.device}, files in memory", self.on_device)] if self.on_device else []
         for name, samples in rows:
             median = statistics.median(samples)
             row = (median, min(samples), max(samples), median / statistics.median(self.official))
@@ -130,7 +132,7 @@ def bench_data(
             result.official.append(_rate(reference, count))
             result.ours.append(_rate(ours, count))
         if device is not None:
-            result.on_device = device_rates(dataset, plans, device, rounds)
+            result.device, result.on_device = str(device), device_rates(dataset, plans, device, rounds)
     finally:
         torch.set_num_threads(threads)
     return result

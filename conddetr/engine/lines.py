@@ -31,13 +31,13 @@ def graphs_line(graphs: StepGraphs | None, why_none: str | None, shapes: int, de
 
 
 def bar_note(means: Mapping[str, float], skipped: int, device: torch.device) -> str:
-    """Note of the progress bar: mean losses so far, skipped steps and memory."""
+    """Note of the progress bar: mean losses so far, skipped steps and peak memory."""
     shown = {"loss": "loss", "class": "loss_ce", "L1": "loss_bbox", "GIoU": "loss_giou"}
     parts = [f"{title} {means[name]:.3f}" for title, name in shown.items() if name in means]
     if skipped:
         parts.append(f"{skipped} skipped")
     if device.type == "cuda":
-        parts.append(f"GPU {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        parts.append(f"GPU peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
     return "  ".join(parts)
 
 
