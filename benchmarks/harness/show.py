@@ -111,7 +111,8 @@ def _counted_table(result: Result) -> Table:
 def _table(headings: list[str], lines: list[list[str]], title: str, caption: str | None = None) -> Table:
     table = Table(title=title, caption=caption)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+        # Names may take several lines, so that no figure is cut off.
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0, overflow="fold")
     for line in lines:
         table.add_row(*line)
     return table

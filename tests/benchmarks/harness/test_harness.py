@@ -245,6 +245,20 @@ def test_table_of_one_result():
     assert show.floors_line(WORK) == "floor: products 2 ms, bytes 1 ms"
 
 
+def test_printed_table_cuts_no_figure_off(capsys):
+    """With all columns, and a name that leaves them no room on one line."""
+    seconds = {"HuggingFace, channels-last, compiled": [3.5714] * 5, "ours, HuggingFace accelerated": [2.389] * 5}
+    work = Work(flops=4e9, bytes=2e8, floors={"products": 1.45})
+    result = Result("one", seconds, work, dict.fromkeys(seconds, 2**30), images=2)
+    headings, lines = show.rows(result)
+    assert len(headings) == 10
+    show.print_table(result)
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for cell in (cell for line in lines for cell in line[1:]):
+        assert f" {cell} " in printed
+
+
 def test_memory_at_capture_is_marked():
     memory = {"slow peer": 2**20, "ours": 2**21}
     result = Result("one", RESULT.seconds, None, memory, captured=["ours"])
