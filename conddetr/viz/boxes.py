@@ -43,12 +43,13 @@ def draw_boxes(
         x0, y0, x1, y1 = box
         axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5))
         if caption:
-            # Above the box, or inside it if there is no room above.
+            # Above the box, or inside it if there is no room above. The edge ends the number of a caption that partly
+            # covers another.
             side = "bottom" if y0 > 0.08 * image.shape[1] else "top"
             axes.text(
                 max(x0, 0), y0, caption, fontsize=7, family=families, parse_math=False, color="white",
                 verticalalignment=side, clip_on=True,
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.9},
+                bbox={"facecolor": color, "edgecolor": "white", "linewidth": 0.6, "pad": 1, "alpha": 0.9},
             )  # fmt: skip
 
 

@@ -67,12 +67,15 @@ def _with_boxes(picture: Image.Image, boxes: Tensor, labels: Sequence[int], capt
 
 
 def _draw_caption(draw: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, size: int, colour: Colour) -> None:
-    """White text on a coloured ground above a corner, or below it if there is no room above."""
+    """White text on a coloured ground above a corner, or below it if there is no room above.
+
+    The edge ends the number of a caption that partly covers another.
+    """
     runs = [("".join(letters), _font(family, size)) for family, letters in groupby(text, family_of)]
     width, height = sum(font.getlength(run) for run, font in runs), round(1.3 * size)
     x, y = corner
     y = y - height if y >= height else max(y, 0)
-    draw.rectangle((x, y, x + width + 4, y + height), fill=colour)
+    draw.rectangle((x, y, x + width + 4, y + height - 1), fill=colour, outline="white")
     for run, font in runs:
         draw.text((x + 2, y + height / 2), run, fill="white", font=font, anchor="lm")
         x += font.getlength(run)

@@ -64,3 +64,15 @@ def test_corners_in_the_wrong_order_are_drawn_too():
     """Boxes of an untrained model may be empty."""
     pixels = drawn_frame(IMAGE, torch.tensor([[50.0, 50.0, 50.0, 49.9]]), [1], ["x"])
     assert (pixels[50, 50] == ORANGE).all()
+
+
+def test_a_caption_over_another_has_an_edge():
+    """Without it, the last digit of the lower one would seem to belong to the number of the upper one."""
+    image = torch.zeros(3, 200, 300, dtype=torch.uint8)
+    boxes = torch.tensor([[40.0, 60.0, 250.0, 150.0], [33.0, 60.0, 250.0, 150.0]])
+    above = slice(45, 58)
+    alone = drawn_frame(image, boxes[1:], [2], ["dog 0.42"])[above]
+    both = drawn_frame(image, boxes, [2, 2], ["dog 0.44", "dog 0.42"])[above]
+    end = alone.any(axis=(0, 2)).nonzero()[0].max()
+    assert both[:, end + 1].any()
+    assert (both[:, end] == 255).all()
